@@ -251,7 +251,8 @@ def empty_aligned(shape: int | Sequence[int], dtype: npt.DTypeLike = "float32") 
     size = math.prod(extents) * kind.itemsize
     memory = np.empty(size + ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % ALIGNMENT
-    return memory[start : start + size].view(kind).reshape(extents)
+    # not slice and view: those move the address of an array that has no elements
+    return np.ndarray(extents, kind, buffer=memory, offset=start)
 
 
 def as_aligned(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
