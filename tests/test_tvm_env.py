@@ -18,29 +18,6 @@ from mimo_compile import _tvm
 from mimo_compile.errors import ArtifactError, EnvironmentMismatch, UsageError
 
 
-@pytest.fixture(scope="session")
-def scale_object(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Object code of a parallel kernel `scale(a, b)`: b = 2 * a on `[n, 16]` f32."""
-    tvm = _tvm.compiler()
-    from tvm.script import tirx as T
-
-    @T.prim_func(s_tir=True)
-    def scale(a: T.handle, b: T.handle):
-        n = T.int64()
-        A = T.match_buffer(a, (n, 16), "float32")
-        B = T.match_buffer(b, (n, 16), "float32")
-        for i in T.parallel(n):
-            for j in T.vectorized(16):
-                with T.sblock("B"):
-                    vi, vj = T.axis.remap("SS", [i, j])
-                    B[vi, vj] = A[vi, vj] * T.float32(2)
-
-    target = tvm.target.Target({"kind": "llvm", "mcpu": "x86-64-v2"})
-    path = tmp_path_factory.mktemp("objects") / "scale.o"
-    tvm.compile(scale, target=target).mod.write_to_file(str(path))
-    return path
-
-
 def in_new_process(code: str, *args: object, **environment: str) -> str:
     """Run code in a fresh interpreter that finds no program on PATH; returns what it printed."""
     env = {k: v for k, v in os.environ.items() if not k.startswith(("TVM_", "OMP_"))}

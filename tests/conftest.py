@@ -1,0 +1,42 @@
+"""What tests of every room share: object code to run, and skipping what needs a GPU."""
+
+from pathlib import Path
+
+import pytest
+
+from mimo_compile import _tvm
+
+# before anything loads TVM or torch: the default pool has half of the CPUs and pins them
+_tvm.configure()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked `gpu` where there is no NVIDIA device."""
+    if Path("/dev/nvidiactl").exists():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture(scope="session")
+def scale_object(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Object code of a parallel kernel `scale(a, b)`: b = 2 * a on `[n, 16]` f32."""
+    tvm = _tvm.compiler()
+    from tvm.script import tirx as T
+
+    @T.prim_func(s_tir=True)
+    def scale(a: T.handle, b: T.handle):
+        n = T.int64()
+        A = T.match_buffer(a, (n, 16), "float32")
+        B = T.match_buffer(b, (n, 16), "float32")
+        for i in T.parallel(n):
+            for j in T.vectorized(16):
+                with T.sblock("B"):
+                    vi, vj = T.axis.remap("SS", [i, j])
+                    B[vi, vj] = A[vi, vj] * T.float32(2)
+
+    target = tvm.target.Target({"kind": "llvm", "mcpu": "x86-64-v2"})
+    path = tmp_path_factory.mktemp("objects") / "scale.o"
+    tvm.compile(scale, target=target).mod.write_to_file(str(path))
+    return path
