@@ -1,0 +1,174 @@
+"""Prove a kernel against its op's reference: pack, compile, run on poisoned outputs, compare."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mimo_compile._tvm import as_aligned, empty_aligned, from_numpy, load_object, set_threads
+from mimo_compile.ir.hardware import Hardware, local_cpu
+from mimo_compile.ir.ops import get_op, parse_workload
+from mimo_compile.ir.workload import Workload
+from mimo_compile.schedules.base import Kernel, Schedule
+from mimo_compile.schedules.compile import compile_kernel
+
+Arrays = dict[str, np.ndarray[Any, Any]]
+GUARD = 64
+"""Bytes of canary behind each array that a kernel may write."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What `check` saw, for further assertions."""
+
+    kernel: Kernel
+    inputs: Arrays
+    packed: Arrays
+    outputs: Arrays
+    expected: Arrays
+    call: Any
+    """Runs the kernel once more on the same memory."""
+
+
+def sample_config(schedule: Schedule, workload: Workload, hardware: Hardware, seed: int) -> Any:
+    """Return a legal config drawn uniformly from the product of the space's knobs."""
+    space = schedule.space(workload, hardware)
+    rng = np.random.default_rng(seed)
+    for _ in range(1000):
+        config = space.make(**{k: v[rng.integers(len(v))] for k, v in space.knobs.items()})
+        if space.legal(config):
+            return config
+    return space.default
+
+
+def check(
+    schedule: Schedule,
+    workload: Workload | str,
+    config: Any = None,
+    seed: int = 0,
+    *,
+    inputs: Mapping[str, np.ndarray[Any, Any]] | None = None,
+    hardware: Hardware | None = None,
+    threads: int | None = None,
+) -> Checked:
+    """Run one config of a schedule and compare each result with its reference, within its bound.
+
+    Args:
+        schedule: The schedule.
+        workload: Or its text.
+        config: Default: the space's default.
+        seed: Of fresh inputs.
+        inputs: Canonical arrays that replace the fresh ones of the same name.
+        hardware: Default: this machine.
+        threads: Threads of the pool while the kernel runs; default: all.
+
+    Raises:
+        AssertionError: A result outside its bound, unwritten or not finite, a write behind the
+            end of an array, an input that changed, or two runs that differ.
+    """
+    workload = parse_workload(workload) if isinstance(workload, str) else workload
+    hardware = hardware or local_cpu()
+    op = get_op(workload.op)
+    assert schedule.supports(workload, hardware), f"{schedule.name} does not support {workload}"
+    space = schedule.space(workload, hardware)
+    config = space.default if config is None else config
+    assert space.legal(config), f"{config} is not legal"
+    json = schedule.config_to_json(config)
+    assert schedule.config_from_json(json) == config, "config does not survive JSON"
+    arrays = {**op.make_inputs(workload, np.random.default_rng(seed)), **(inputs or {})}
+    expected = op.reference(workload, arrays)
+    bounds = op.bound(workload, arrays, expected)
+    kernel = schedule.lower(workload, config, hardware)
+    where = f"{schedule.name} {workload} {config}"
+    assert not hardware.missing(kernel.features), f"{where}: {hardware.missing(kernel.features)}"
+
+    roles = {a.name: a for a in op.args(workload)}
+    constant = {n: a for n, a in arrays.items() if roles[n].role in ("weight", "state")}
+    packed = schedule.pack(workload, config, constant)
+    memory: Arrays = {}
+    canaries: Arrays = {}
+    for arg in kernel.args:
+        if arg.role == "output":
+            source = poison(arg.shape, arg.dtype)
+        else:
+            source = packed[arg.name] if arg.role != "input" else arrays[arg.name]
+        assert source.shape == arg.shape, f"{where}: {arg.name} {source.shape} != {arg.shape}"
+        assert source.dtype == np_dtype(arg.dtype), f"{where}: {arg.name} is {source.dtype}"
+        memory[arg.name], canaries[arg.name] = guarded(source)
+    before = {a.name: memory[a.name].copy() for a in kernel.args}
+    code = load_object(compile_kernel(kernel, hardware))
+    tensors = [from_numpy(memory[a.name]) for a in kernel.args]
+    set_threads(threads or hardware.threads)
+
+    def call() -> None:
+        code[kernel.name](*tensors)
+
+    def results() -> Arrays:
+        states = {a.name: memory[a.name] for a in kernel.args if a.role == "state"}
+        states = schedule.unpack_state(workload, config, states)
+        out = {name: array for name, array in states.items() if name in expected}
+        return out | {a.name: memory[a.name] for a in kernel.args if a.role == "output"}
+
+    call()
+    first = {n: a.copy() for n, a in results().items()}
+    for name, want in expected.items():
+        compare(where, name, first[name], want, bounds[name])
+    for arg in kernel.args:
+        assert (canaries[arg.name] == 0xA5).all(), f"{where}: wrote behind the end of {arg.name}"
+        if arg.role in ("input", "weight") or (arg.role == "state" and not arg.mutated):
+            assert np.array_equal(raw(memory[arg.name]), raw(before[arg.name])), (
+                f"{where}: {arg.name} was changed"
+            )
+    for name, values in before.items():
+        memory[name][...] = values
+    call()
+    for name, again in results().items():
+        assert np.array_equal(raw(again), raw(first[name])), f"{where}: {name} differs between runs"
+    return Checked(kernel, arrays, memory, first, expected, call)
+
+
+def compare(where: str, name: str, got: Any, want: Any, bound: Any) -> None:
+    """Assert that each element is finite where it should be and within its bound."""
+    assert got.shape == want.shape, f"{where}: {name} {got.shape} != {want.shape}"
+    if got.dtype == np.uint16:  # bfloat16 bits
+        got = (got.astype(np.uint32) << 16).view(np.float32)
+    error = np.abs(got.astype(np.float64) - want)
+    bad = ~(error <= bound)
+    if bad.any():
+        index = tuple(int(i) for i in np.argwhere(bad)[0])
+        raise AssertionError(
+            f"{where}: {int(bad.sum())} of {bad.size} elements of {name} are off, first at "
+            f"{index}: {got[index]!r} instead of {want[index]!r}, "
+            f"bound {np.broadcast_to(bound, want.shape)[index]:.3g}"
+        )
+
+
+def poison(shape: tuple[int, ...], dtype: str) -> np.ndarray[Any, Any]:
+    """Return an array that an honest kernel overwrites: NaN, or the smallest integer."""
+    kind = np_dtype(dtype)
+    if dtype == "bfloat16":
+        return np.full(shape, 0x7FC0, kind)
+    return np.full(shape, np.nan if kind.kind == "f" else np.iinfo(kind).min, kind)
+
+
+def guarded(source: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Return an aligned copy and the canary bytes that follow it in memory."""
+    bytes_ = empty_aligned(source.nbytes + GUARD, "uint8")
+    bytes_[source.nbytes :] = 0xA5
+    copy = bytes_[: source.nbytes].view(source.dtype).reshape(source.shape)
+    copy[...] = source
+    assert as_aligned(copy) is copy
+    return copy, bytes_[source.nbytes :]
+
+
+def np_dtype(name: str) -> np.dtype[Any]:
+    """Return the numpy dtype that carries an argument's elements (bfloat16 travels as uint16)."""
+    return np.dtype("uint16" if name == "bfloat16" else name)
+
+
+def raw(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Return an array's bytes, so that NaN equals NaN."""
+    return np.ascontiguousarray(array).view(np.uint8)
