@@ -1,0 +1,1 @@
+"""Attention over KV caches and the append that fills them; both share the cache layouts."""

@@ -1,0 +1,1 @@
+"""Kernels that pass over rows once: normalisation, activation, embedding, rotary tables."""

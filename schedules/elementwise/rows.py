@@ -1,0 +1,60 @@
+"""What the row-wise kernels share: their config, its space, and how rows are spread over threads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from mimo_compile.ir.hardware import Hardware
+from mimo_compile.ir.ops import get_op
+from mimo_compile.ir.workload import Workload
+from mimo_compile.schedules.base import Kernel, Schedule, Space
+from mimo_compile.schedules.emit.vector import T, symbol
+
+PARALLEL_BYTES = 256 << 10
+"""Below this traffic a kernel takes less time than waking the threads does (some microseconds)."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowConfig:
+    """Knobs of a kernel that treats rows alike."""
+
+    parallel: bool = False
+    """Spread the rows over threads."""
+    unroll: int = 4
+    """Vectors of 16 lanes in flight in the inner loop."""
+
+
+class RowSchedule(Schedule):
+    """Base of the row-wise schedules: a subclass says how one workload's function is made."""
+
+    config = RowConfig
+    rows_param = "t"
+
+    def supports(self, workload: Workload, hardware: Hardware) -> bool:
+        """Every workload of the op, on any x86-64."""
+        return workload.op == self.op and hardware.kind == "cpu"
+
+    def space(self, workload: Workload, hardware: Hardware) -> Space:
+        """Threads or not, and how far the inner loop is unrolled."""
+        p = get_op(self.op).full(workload)
+        may = p[self.rows_param] > 1 and hardware.threads > 1
+        traffic = get_op(self.op).counts(workload).bytes.get("dram", 0.0)
+        default = RowConfig(parallel=may and traffic >= PARALLEL_BYTES)
+        return Space(
+            RowConfig,
+            {"parallel": (False, True) if may else (False,), "unroll": (1, 2, 4, 8)},
+            default,
+        )
+
+    def lower(self, workload: Workload, config: RowConfig, hardware: Hardware) -> Kernel:
+        """Generate the kernel of one config."""
+        op = get_op(self.op)
+        name = symbol(self.op, self.name, self.version, workload, config, sorted(hardware.features))
+        rows = T.parallel if config.parallel else T.serial
+        func = self.make(op.full(workload), rows, config.unroll).with_attr("global_symbol", name)
+        return Kernel(name, func, op.args(workload), op.counts(workload))
+
+    def make(self, p: dict[str, Any], rows: Any, unroll: int) -> Any:
+        """Return the PrimFunc for the op's parameters ``p``; ``rows`` makes the loop over rows."""
+        raise NotImplementedError

@@ -1,0 +1,1 @@
+"""Vocabulary that schedules compose: vectors, dots, unpacking; expressions and macros, no kernels."""

@@ -1,0 +1,1 @@
+"""Any legalised PrimFunc that no family covers, scheduled by rules over its blocks."""
