@@ -131,7 +131,7 @@ def parse_scheme(text: str) -> QuantScheme:
 
 
 def _from_match(match: re.Match[str]) -> WeightFormat:
-    group = {"row": GROUP_ROW, "tensor": GROUP_TENSOR}.get(match["group"] or "", None)
+    group = {"row": GROUP_ROW, "tensor": GROUP_TENSOR}.get(match["group"] or "")
     if match["group"] and group is None:
         group = int(match["group"])
     suffix = f"g{match['group']}" if match["group"] else ""
@@ -151,7 +151,9 @@ def _from_match(match: re.Match[str]) -> WeightFormat:
         )
     if match["book"]:
         bits = int(match["book"][-1])
-        return WeightFormat(match["book"] + suffix, "codebook", bits, 64 if group is None else group)
+        return WeightFormat(
+            match["book"] + suffix, "codebook", bits, 64 if group is None else group
+        )
     if match["fp8"]:
         return WeightFormat("fp8b128", "fp8", 8, 128)
     return WeightFormat("complex2" + suffix, "complex", 2, GROUP_ROW if group is None else group)

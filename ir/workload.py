@@ -65,7 +65,9 @@ class Workload:
                 )
             params[name] = _parse_value(value)
         if not _NAME.match(op):
-            raise UsageError(f"malformed workload {text!r} (--op)", remedy="begin with the op's name")
+            raise UsageError(
+                f"malformed workload {text!r} (--op)", remedy="begin with the op's name"
+            )
         return cls.make(op, params)
 
     def __getitem__(self, name: str) -> Value:
@@ -75,21 +77,21 @@ class Workload:
                 return value
         raise KeyError(f"{self} has no parameter {name!r}")
 
-    def int(self, name: str) -> int:
+    def integer(self, name: str) -> int:
         """Return an integer parameter."""
         value = self[name]
         if not isinstance(value, int):
             raise UsageError(f"{self}: {name} must be an integer, not {value!r}")
         return value
 
-    def float(self, name: str) -> float:
+    def number(self, name: str) -> float:
         """Return a number as float."""
         value = self[name]
         if isinstance(value, str):
             raise UsageError(f"{self}: {name} must be a number, not {value!r}")
         return float(value)
 
-    def str(self, name: str) -> str:
+    def text(self, name: str) -> str:
         """Return a parameter as text."""
         return f"{self[name]}"
 
@@ -97,5 +99,5 @@ class Workload:
         """Return the same workload with some parameters changed."""
         return Workload.make(self.op, {**dict(self.params), **changes})
 
-    def __str__(self) -> str:  # noqa: D105 - the class text says it
+    def __str__(self) -> str:
         return self.op + ":" + ",".join(f"{k}={v}" for k, v in self.params)

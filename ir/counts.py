@@ -1,0 +1,49 @@
+"""How much work a kernel does: operations by kind and bytes by memory level.
+
+Schedules declare counts (analysis cannot see into intrinsics); ops declare the *necessary* counts of a
+workload, which give the roofline and the physical floor no honest measurement can beat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+OP_KINDS = ("fma_f32", "dot_i8", "add_f32", "exp_f32", "unpack_u8", "shuffle_u8", "int_op")
+"""Units: fma_f32, add_f32, exp_f32, int_op, shuffle_u8, unpack_u8 count scalar operations (lanes);
+dot_i8 counts 8-bit multiply-adds."""
+
+LEVELS = ("dram", "l2", "l1")
+"""Bytes that cross into the core from each level, in one run with nothing resident beforehand."""
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Operations by kind (see `OP_KINDS`) and bytes by memory level (see `LEVELS`)."""
+
+    ops: Mapping[str, float] = field(default_factory=dict)
+    bytes: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse unknown kinds, so that a misspelt count cannot pass as zero."""
+        unknown = (set(self.ops) - set(OP_KINDS)) | (set(self.bytes) - set(LEVELS))
+        if unknown:
+            raise ValueError(f"unknown counts {sorted(unknown)}")
+
+    def __add__(self, other: Counts) -> Counts:
+        """Return the sum of two counts."""
+        return Counts(
+            {k: self.ops.get(k, 0.0) + other.ops.get(k, 0.0) for k in {*self.ops, *other.ops}},
+            {
+                k: self.bytes.get(k, 0.0) + other.bytes.get(k, 0.0)
+                for k in {*self.bytes, *other.bytes}
+            },
+        )
+
+    @property
+    def flops(self) -> float:
+        """Arithmetic operations, a multiply-add counted as two."""
+        o = self.ops
+        return 2.0 * (o.get("fma_f32", 0.0) + o.get("dot_i8", 0.0)) + sum(
+            o.get(k, 0.0) for k in ("add_f32", "exp_f32")
+        )

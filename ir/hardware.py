@@ -1,0 +1,151 @@
+"""What a target offers: ISA features, cores, caches; read from this machine or from a named preset."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from mimo_compile.errors import UsageError
+
+# Features that kernels or the LLVM code generator ask for, in LLVM's spelling.
+_V3 = frozenset(
+    "sse3 ssse3 sse4.1 sse4.2 popcnt cx16 avx avx2 bmi bmi2 f16c fma lzcnt movbe xsave".split()
+)
+_V4 = _V3 | frozenset("avx512f avx512bw avx512cd avx512dq avx512vl".split())
+_SPR = _V4 | frozenset(
+    "avx512vnni avx512bf16 avx512fp16 avx512vbmi avx512vbmi2 avx512bitalg avx512vpopcntdq avx512ifma "
+    "gfni vaes vpclmulqdq avxvnni amx-tile amx-int8 amx-bf16".split()
+)
+# /proc/cpuinfo spells some features differently from LLVM.
+_CPUINFO = {
+    "pni": "sse3", "sse4_1": "sse4.1", "sse4_2": "sse4.2", "abm": "lzcnt", "bmi1": "bmi",
+    "avx512_vnni": "avx512vnni", "avx512_bf16": "avx512bf16", "avx512_fp16": "avx512fp16",
+    "avx512_vbmi2": "avx512vbmi2", "avx512_bitalg": "avx512bitalg",
+    "avx512_vpopcntdq": "avx512vpopcntdq", "avx_vnni": "avxvnni", "amx_tile": "amx-tile",
+    "amx_int8": "amx-int8", "amx_bf16": "amx-bf16",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """A target: what kernels may use and what the cost models must know."""
+
+    name: str
+    """Preset name, or the CPU's model name for the local machine."""
+    kind: str
+    """``cpu`` (x86-64); ``cuda`` targets come with their schedules."""
+    features: frozenset[str]
+    """ISA features in LLVM's spelling (``avx512vnni``, ``amx-int8`` ...)."""
+    cores: int
+    threads: int
+    """Threads that kernels are tuned for and run with."""
+    l1d_bytes: int = 32 << 10
+    l2_bytes: int = 1 << 20
+    l3_bytes: int = 16 << 20
+    """Last-level cache that the cores share. Unit: bytes."""
+
+    @property
+    def id(self) -> str:
+        """Short identity for records, e.g. ``amd-epyc.2c`` (features are part of the record's key)."""
+        return f"{re.sub(r'[^a-z0-9]+', '-', self.name.lower()).strip('-')}.{self.cores}c"
+
+    @property
+    def has_avx512(self) -> bool:
+        """True with the AVX-512 subset that 16-lane kernels need."""
+        return {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= self.features
+
+    @property
+    def has_vnni(self) -> bool:
+        """True with 512-bit ``vpdpbusd``."""
+        return self.has_avx512 and "avx512vnni" in self.features
+
+    def with_threads(self, threads: int | None) -> Hardware:
+        """Return the same hardware used with ``threads`` threads (None: unchanged).
+
+        Raises:
+            UsageError: ``threads`` is below 1 or above the machine's cores.
+        """
+        if threads is None:
+            return self
+        if not 1 <= threads <= self.cores:
+            raise UsageError(
+                f"--threads {threads} is outside 1..{self.cores}", remedy="give a number of cores"
+            )
+        return replace(self, threads=threads)
+
+    def tvm_target(self) -> dict[str, Any]:
+        """Return the dictionary from which TVM's Target is made.
+
+        Feature bits are passed rather than LLVM's host CPU name, which virtual machines mask.
+        """
+        return {
+            "kind": "llvm",
+            "mcpu": "x86-64",
+            "mattr": [f"+{f}" for f in sorted(self.features)],
+            "num-cores": self.threads,
+        }
+
+    def missing(self, required: frozenset[str]) -> frozenset[str]:
+        """Return the features of ``required`` that this hardware lacks."""
+        return required - self.features
+
+
+def _cpuinfo() -> tuple[str, frozenset[str]]:
+    text = Path("/proc/cpuinfo").read_text()
+    name = re.search(r"^model name\s*:\s*(.*)$", text, re.M)
+    flags = re.search(r"^flags\s*:\s*(.*)$", text, re.M)
+    words = {_CPUINFO.get(w, w) for w in (flags[1].split() if flags else ())}
+    return (name[1].strip() if name else "cpu"), frozenset(words & _SPR)
+
+
+def _cache_bytes(level: int, default: int) -> int:
+    for index in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
+        try:
+            kind = (index / "type").read_text().strip()
+            if int((index / "level").read_text()) == level and kind in ("Data", "Unified"):
+                size = (index / "size").read_text().strip()
+                return int(size[:-1]) << {"K": 10, "M": 20}.get(size[-1], 0)
+        except (OSError, ValueError):
+            continue
+    return default
+
+
+@cache
+def local_cpu() -> Hardware:
+    """Describe the CPU of this machine (features from the kernel, so what the OS enables)."""
+    name, features = _cpuinfo()
+    cores = len(os.sched_getaffinity(0))
+    return Hardware(
+        name, "cpu", features, cores, cores,
+        _cache_bytes(1, 32 << 10), _cache_bytes(2, 1 << 20), _cache_bytes(3, 16 << 20),
+    )  # fmt: skip
+
+
+PRESETS: dict[str, Hardware] = {
+    "x86-64-v3": Hardware("x86-64-v3", "cpu", _V3, 8, 8, 32 << 10, 512 << 10, 16 << 20),
+    "x86-64-v4": Hardware("x86-64-v4", "cpu", _V4, 16, 16, 32 << 10, 1 << 20, 32 << 20),
+    "sapphirerapids": Hardware("sapphirerapids", "cpu", _SPR, 32, 32, 48 << 10, 2 << 20, 60 << 20),
+}
+"""Targets that can be compiled for without being there."""
+
+
+def resolve_target(text: str, threads: int | None = None) -> Hardware:
+    """Return the hardware that ``--target`` names: ``cpu`` (this machine) or a preset.
+
+    Raises:
+        UsageError: unknown target, or a target that has no kernels yet.
+    """
+    if text == "cpu":
+        return local_cpu().with_threads(threads)
+    if text in PRESETS:
+        return PRESETS[text].with_threads(threads)
+    known = ", ".join(["cpu", *PRESETS])
+    if text == "cuda" or text.startswith(("cuda:", "sim:")):
+        raise UsageError(
+            f"--target {text} has no kernels in this version", remedy=f"use one of {known}"
+        )
+    raise UsageError(f"unknown target {text!r} (--target)", remedy=f"use one of {known}")

@@ -1,0 +1,266 @@
+"""torch.export graph -> Relax, with the `mimo` ops kept whole.
+
+TVM's own importer translates generic ATen nodes. The dialect's ops, and `linear` with a constant weight,
+become ``call_dps_packed("mimo:<workload>", ...)``: one node per kernel to be chosen, whose name is the
+workload's text. Weights and states stay function parameters, so that no data is copied at import.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mimo_compile import _tvm
+from mimo_compile.errors import InputError
+from mimo_compile.ir.ops import get_op, load_all
+from mimo_compile.ir.workload import Value
+
+if TYPE_CHECKING:
+    import torch
+
+PREFIX = "mimo:"
+"""Marks a `call_dps_packed` target that is a workload's text."""
+MEASURED_KV = 1024
+"""KV length that full-attention decode kernels of a model are measured at (or the cache, if shorter)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Imported:
+    """A Relax module with one function ``main``; its parameters by what they stand for."""
+
+    module: Any
+    inputs: tuple[str, ...]
+    """User inputs: names of the leading parameters."""
+    tensors: dict[str, str]
+    """Remaining parameters: name -> fully qualified name of the module's parameter or buffer."""
+
+
+def _shape(var: Any) -> list[int]:
+    return [int(d) for d in var.ty.shape.values]
+
+
+class _Converters:
+    """Converters for TVM's importer; each takes an fx node and the importer, returns Relax values."""
+
+    def __init__(self, weights: set[str]) -> None:
+        self.weights = weights
+        self.table: dict[str, Callable[[Any, Any], Any]] = {
+            "linear.default": self.linear,
+            "mpgemm.default": self.mpgemm,
+            "rms_norm.default": self.rms_norm,
+            "add_rms_norm.default": self.add_rms_norm,
+            "kv_append.default": self.kv_append,
+            "cached_attention.default": self.cached_attention,
+            "route.default": self.route,
+            "moe.default": self.moe,
+            "rope_table.default": self.rope_table,
+            "swiglu.default": self.swiglu,
+            "embed.default": self.embed,
+            "slice.Tensor": self.slice,
+        }
+
+    def call(
+        self, imp: Any, op: str, args: list[Any], outs: list[tuple[list[int], str]], **p: Value
+    ) -> Any:
+        """Emit one dialect op; returns a value, or a tuple of values."""
+        relax = _tvm.compiler().relax
+        workload = get_op(op).workload(**p)
+        types = [relax.TensorType(shape, dtype) for shape, dtype in outs]
+        var = imp.block_builder.emit(
+            relax.op.call_dps_packed(
+                PREFIX + str(workload),
+                [a for a in args if a is not None],
+                types if len(types) > 1 else types[0],
+            )
+        )
+        if len(types) == 1:
+            return var
+        return tuple(imp.block_builder.emit(relax.TupleGetItem(var, i)) for i in range(len(types)))
+
+    def reshape(self, imp: Any, x: Any, shape: list[int]) -> Any:
+        if _shape(x) == shape:
+            return x
+        return imp.block_builder.emit(_tvm.compiler().relax.op.reshape(x, shape))
+
+    def _matmul(self, imp: Any, x: Any, args: list[Any], n: int, **p: Value) -> Any:
+        shape = _shape(x)
+        rows = 1
+        for d in shape[:-1]:
+            rows *= d
+        flat = self.reshape(imp, x, [rows, shape[-1]])
+        y = self.call(
+            imp, "mpgemm", [flat, *args], [([rows, n], "float32")], m=rows, n=n, k=shape[-1], **p
+        )
+        return self.reshape(imp, y, [*shape[:-1], n])
+
+    def linear(self, node: Any, imp: Any) -> Any:
+        args = imp.retrieve_args(node)
+        x, weight, bias = args[0], args[1], args[2] if len(args) > 2 else None
+        own = node.args[1].name in self.weights and (
+            bias is None or node.args[2].name in self.weights
+        )
+        try:
+            shape = _shape(weight)
+            _shape(x)
+        except (TypeError, AttributeError):  # dynamic extents take the generic path
+            own = False
+        if not own or str(x.ty.dtype) != "float32":
+            return imp._linear(node)
+        fmt = {"float32": "f32", "bfloat16": "bf16"}.get(str(weight.ty.dtype))
+        if fmt is None:
+            return imp._linear(node)
+        return self._matmul(imp, x, [weight, bias], shape[0], w=fmt, bias=int(bias is not None))
+
+    def mpgemm(self, node: Any, imp: Any) -> Any:
+        x, codes, scale, zero, bias, w, a = imp.retrieve_args(node)
+        return self._matmul(
+            imp,
+            x,
+            [codes, scale, zero, bias],
+            _shape(codes)[0],
+            w=w,
+            a=a,
+            bias=int(bias is not None),
+        )
+
+    def rms_norm(self, node: Any, imp: Any) -> Any:
+        args = imp.retrieve_args(node)
+        x, weight = args[0], args[2]
+        eps = args[3] if len(args) > 3 and args[3] is not None else 1.1920928955078125e-07
+        shape = _shape(x)
+        rows = 1
+        for d in shape[:-1]:
+            rows *= d
+        flat = self.reshape(imp, x, [rows, shape[-1]])
+        out = [([rows, shape[-1]], "float32")]
+        y = self.call(imp, "rms_norm", [flat, weight], out, t=rows, d=shape[-1], eps=float(eps))
+        return self.reshape(imp, y, shape)
+
+    def add_rms_norm(self, node: Any, imp: Any) -> Any:
+        x, residual, weight, eps = imp.retrieve_args(node)
+        t, d = _shape(x)
+        out = ([t, d], "float32")
+        return self.call(
+            imp, "rms_norm", [x, residual, weight], [out, out], t=t, d=d, residual=1, eps=float(eps)
+        )
+
+    def kv_append(self, node: Any, imp: Any) -> Any:
+        qkv, table, pos, q_norm, k_norm, k_cache, v_cache, heads, eps, v_scale = imp.retrieve_args(
+            node
+        )
+        t, (cap, kv, d), dv = _shape(qkv)[0], _shape(k_cache), _shape(v_cache)[2]
+        norm = {"norm": 1, "eps": float(eps)} if q_norm is not None else {}
+        return self.call(
+            imp, "kv_append", [qkv, table, pos, q_norm, k_norm, k_cache, v_cache],
+            [([t, heads, d], "float32")], t=t, h=heads, kv=kv, d=d, dv=dv, cap=cap,
+            rot=2 * _shape(table)[2], vscale=float(v_scale), **norm,
+        )  # fmt: skip
+
+    def cached_attention(self, node: Any, imp: Any) -> Any:
+        q, k_cache, v_cache, pos, sink, scale, window = imp.retrieve_args(node)
+        (t, h, d), (cap, kv, _), dv = _shape(q), _shape(k_cache), _shape(v_cache)[2]
+        same = abs(float(scale) * d**0.5 - 1) < 1e-6
+        return self.call(
+            imp, "cached_attention", [q, pos, sink, k_cache, v_cache], [([t, h, dv], "float32")],
+            t=t, h=h, kv=kv, d=d, dv=dv, cap=cap, window=window, sink=int(sink is not None),
+            scale=0.0 if same else float(scale), len=0 if window else min(cap, max(t, MEASURED_KV)),
+        )  # fmt: skip
+
+    def route(self, node: Any, imp: Any) -> Any:
+        logits, bias, k, scoring, norm, factor, groups, top_groups = imp.retrieve_args(node)
+        t, e = _shape(logits)
+        return self.call(
+            imp, "route", [logits, bias], [([t, k], "int32"), ([t, k], "float32")], t=t, e=e, k=k,
+            scoring=scoring, bias=int(bias is not None), norm=int(norm), factor=float(factor),
+            groups=groups, topgroups=top_groups,
+        )  # fmt: skip
+
+    def moe(self, node: Any, imp: Any) -> Any:
+        x, ids, weights, w13, s13, z13, w2, s2, z2, w, a = imp.retrieve_args(node)
+        t, d = _shape(x)
+        e, _, f = _shape(w2)
+        return self.call(
+            imp, "moe", [x, ids, weights, w13, s13, z13, w2, s2, z2], [([t, d], "float32")],
+            t=t, e=e, k=_shape(ids)[1], d=d, f=f, w=w, a=a,
+        )  # fmt: skip
+
+    def rope_table(self, node: Any, imp: Any) -> Any:
+        pos, inv_freq, t = imp.retrieve_args(node)
+        half = _shape(inv_freq)[0]
+        return self.call(
+            imp, "rope_table", [pos, inv_freq], [([t, 2, half], "float32")], t=t, rot=2 * half
+        )
+
+    def swiglu(self, node: Any, imp: Any) -> Any:
+        (x,) = imp.retrieve_args(node)
+        t, width = _shape(x)
+        return self.call(imp, "swiglu", [x], [([t, width // 2], "float32")], t=t, f=width // 2)
+
+    def embed(self, node: Any, imp: Any) -> Any:
+        ids, table = imp.retrieve_args(node)
+        (t,), (v, d) = _shape(ids), _shape(table)
+        fmt = "bf16" if str(table.ty.dtype) == "bfloat16" else "f32"
+        return self.call(imp, "embed", [ids, table], [([t, d], "float32")], t=t, v=v, d=d, w=fmt)
+
+    def slice(self, node: Any, imp: Any) -> Any:
+        """A slice with a unit step over a known extent (an undecomposed export keeps `slice.Tensor`)."""
+        args = list(imp.retrieve_args(node))
+        args += [0, None, None, 1][len(args) - 1 :]
+        x, dim, begin, end, step = args
+        extent = _shape(x)[dim]
+        begin = 0 if begin is None else begin
+        end = extent if end is None else min(end, extent)
+        relax = _tvm.compiler().relax
+        return imp.block_builder.emit(relax.op.strided_slice(x, [dim], [begin], [end], [step]))
+
+
+def import_exported(program: torch.export.ExportedProgram) -> Imported:
+    """Translate an exported program (static shapes) into Relax.
+
+    Raises:
+        InputError: the graph uses an operator that cannot be imported.
+    """
+    relax = _tvm.compiler().relax
+    from torch.export.graph_signature import InputKind, OutputKind
+    from tvm.relax.frontend.torch.exported_program_translator import (
+        ExportedProgramImporter,
+    )
+
+    load_all()
+    specs = program.graph_signature.input_specs
+    tensors = {s.arg.name: str(s.target) for s in specs if s.kind != InputKind.USER_INPUT}
+    importer = ExportedProgramImporter()
+    converters = _Converters(set(tensors)).table
+    importer.update_convert_map(converters)
+    unknown = sorted(
+        {
+            str(node.target)
+            for node in program.graph.nodes
+            if node.op == "call_function" and node.target.__name__ not in importer.convert_map
+        }
+    )
+    if unknown:
+        raise InputError(
+            f"the module uses operators that cannot be imported: {', '.join(unknown)}",
+            file="exported graph",
+            remedy="rewrite the module without them",
+        )
+    constants, users, _ = importer.create_input_vars(program)
+    variables = {**users, **constants}
+    importer.block_builder = relax.BlockBuilder()
+    builder = importer.block_builder
+    with builder.function(name="main", params=list(variables.values())):
+        with builder.dataflow():
+            values = importer._translate_fx_graph(
+                program.graph_module, program.graph.nodes, dict(variables), set(converters)
+            )
+            outputs = program.graph_signature.output_specs
+            kept = [
+                v
+                for v, s in zip(importer._flatten_output_args(values), outputs, strict=True)
+                if s.kind == OutputKind.USER_OUTPUT
+            ]
+            result = builder.emit_output(relax.Tuple(kept))
+        builder.emit_func_output(result)
+    return Imported(builder.get(), tuple(users), {n: tensors[n] for n in constants})

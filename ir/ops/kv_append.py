@@ -1,0 +1,167 @@
+"""Prepare one step of attention from fused QKV rows: normalise, rotate, scale, append to the cache.
+
+Input rows are ``[q heads | k heads | v heads]``. q and k are RMS-normalised per head when norms are given
+(Qwen3), the first ``2 * table.shape[2]`` dimensions are rotated (half-split pairing: dimension i pairs with
+i + r/2), v is multiplied by ``v_scale``; k and v rows go to slot ``(start + i) % cap`` for ``i < valid``.
+Returns the rotated q.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mimo_compile.errors import UsageError
+from mimo_compile.ir.counts import Counts
+from mimo_compile.ir.ops.base import Arg, Array, OpDef, Param
+from mimo_compile.ir.ops.numerics import U32
+from mimo_compile.ir.workload import Workload
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Rotate the first dimensions of each head: ``x [T, H, D]``, ``table [T, 2, R/2]`` (cos, sin)."""
+    half = table.shape[2]
+    cos, sin = table[:, None, 0], table[:, None, 1]
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
+
+
+def _norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    if weight is None:
+        return x
+    return torch.nn.functional.rms_norm(x, (x.shape[-1],), weight.to(x.dtype), eps)
+
+
+def prepare(
+    qkv: Tensor, table: Tensor, pos: Tensor, q_norm: Tensor | None, k_norm: Tensor | None,
+    heads: int, kv_heads: int, d: int, dv: int, eps: float, v_scale: float, cap: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return rotated q ``[T, H, D]``, rows for the caches and their slots (valid tokens only)."""
+    t = qkv.shape[0]
+    table = table.to(qkv.dtype)
+    q, k, v = qkv.split([heads * d, kv_heads * d, kv_heads * dv], dim=-1)
+    q = rotate(_norm(q.reshape(t, heads, d), q_norm, eps), table)
+    k = rotate(_norm(k.reshape(t, kv_heads, d), k_norm, eps), table)
+    start, valid = int(pos[0]), int(pos[1])
+    slots = (start + torch.arange(valid)) % cap
+    return q, k[:valid], v.reshape(t, kv_heads, dv)[:valid] * v_scale, slots
+
+
+@torch.library.custom_op("mimo::kv_append", mutates_args=("k_cache", "v_cache"))
+def kv_append(
+    qkv: Tensor, table: Tensor, pos: Tensor, q_norm: Tensor | None, k_norm: Tensor | None,
+    k_cache: Tensor, v_cache: Tensor, heads: int, eps: float, v_scale: float,
+) -> Tensor:  # fmt: skip
+    """Append: ``qkv [T, H*D + KV*D + KV*DV]``, caches ``[cap, KV, D/DV]`` -> q ``[T, H, D]``."""
+    cap, kv_heads, d = k_cache.shape
+    q, k, v, slots = prepare(
+        qkv, table, pos, q_norm, k_norm, heads, kv_heads, d, v_cache.shape[2], eps, v_scale, cap
+    )
+    k_cache[slots] = k.to(k_cache.dtype)
+    v_cache[slots] = v.to(v_cache.dtype)
+    return q.clone()
+
+
+@kv_append.register_fake
+def _(
+    qkv: Tensor, table: Tensor, pos: Tensor, q_norm: Any, k_norm: Any, k_cache: Tensor, v_cache: Tensor,
+    heads: int, eps: float, v_scale: float,
+) -> Tensor:  # fmt: skip
+    return qkv.new_empty((qkv.shape[0], heads, k_cache.shape[2]))
+
+
+class KvAppend(OpDef):
+    """``kv_append:t=1,h=32,kv=8,d=128,dv=128,cap=4096,rot=128``; ``norm=1`` for QK-norm."""
+
+    name = "kv_append"
+    params = (
+        Param("t", int, low=1),
+        Param("h", int, low=1),
+        Param("kv", int, low=1),
+        Param("d", int, low=1),
+        Param("dv", int, low=1),
+        Param("cap", int, low=1),
+        Param("rot", int, 0),
+        Param("norm", int, 0),
+        Param("eps", float, 1e-6),
+        Param("vscale", float, 1.0),
+    )
+
+    def check(self, p: Mapping[str, Any]) -> None:
+        """Refuse odd or too wide rotations and calls longer than the cache."""
+        if p["rot"] % 2 or p["rot"] > p["d"] or p["t"] > p["cap"]:
+            raise UsageError("kv_append: rot must be even and at most d, and t at most cap")
+
+    def args(self, workload: Workload) -> tuple[Arg, ...]:
+        """Return qkv, table, pos, norms, k_cache, v_cache (both written), q."""
+        p = self.full(workload)
+        width = (p["h"] + p["kv"]) * p["d"] + p["kv"] * p["dv"]
+        out = [
+            Arg("qkv", "input", (p["t"], width), "float32"),
+            Arg("table", "input", (p["t"], 2, p["rot"] // 2), "float32"),
+            Arg("pos", "input", (2,), "int32"),
+        ]
+        if p["norm"]:
+            out += [Arg(n, "weight", (p["d"],), "float32") for n in ("q_norm", "k_norm")]
+        return (
+            *out,
+            Arg("k_cache", "state", (p["cap"], p["kv"], p["d"]), "float32", mutated=True),
+            Arg("v_cache", "state", (p["cap"], p["kv"], p["dv"]), "float32", mutated=True),
+            Arg("q", "output", (p["t"], p["h"], p["d"]), "float32"),
+        )
+
+    def make_inputs(self, workload: Workload, rng: np.random.Generator) -> dict[str, Array]:
+        """Draw rows, angles and a start that makes the call wrap around the end of the cache."""
+        p = self.full(workload)
+        out: dict[str, Array] = {
+            a.name: rng.standard_normal(a.shape, dtype=np.float32)
+            for a in self.args(workload)
+            if a.role != "output" and a.name not in ("pos", "table")
+        }
+        angle = rng.random((p["t"], p["rot"] // 2)) * 6.28
+        out["table"] = np.stack([np.cos(angle), np.sin(angle)], axis=1).astype(np.float32)
+        valid = int(rng.integers(1, p["t"] + 1))
+        out["pos"] = np.array([2 * p["cap"] - valid // 2 - 1, valid], np.int32)
+        return out
+
+    def reference(self, workload: Workload, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Compute in float64; unwritten slots keep their values."""
+        p = self.full(workload)
+        arr = {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in inputs.items()}
+        q, k, v, slots = prepare(
+            arr["qkv"].double(), arr["table"], arr["pos"], arr.get("q_norm"), arr.get("k_norm"),
+            p["h"], p["kv"], p["d"], p["dv"], p["eps"], p["vscale"], p["cap"],
+        )  # fmt: skip
+        k_cache, v_cache = arr["k_cache"].double(), arr["v_cache"].double()
+        k_cache[slots], v_cache[slots] = k, v
+        return {"k_cache": k_cache.numpy(), "v_cache": v_cache.numpy(), "q": q.numpy()}
+
+    def bound(
+        self, workload: Workload, inputs: Mapping[str, Array], expected: Mapping[str, Array]
+    ) -> dict[str, Array]:
+        """A few roundings of each product; copied slots must be exact."""
+        p = self.full(workload)
+        biggest = float(np.abs(inputs["qkv"]).max()) * (
+            max(np.abs(inputs["q_norm"]).max(), np.abs(inputs["k_norm"]).max()) * p["d"] ** 0.5
+            if p["norm"]
+            else 1.0
+        )
+        tol = (8 + p["d"] ** 0.5 * p["norm"]) * U32 * max(biggest, 1.0) * max(abs(p["vscale"]), 1.0)
+        out: dict[str, Array] = {"q": np.full(expected["q"].shape, 2 * tol)}
+        for name in ("k_cache", "v_cache"):
+            same = expected[name] == inputs[name]
+            out[name] = np.where(same, 0.0, 2 * tol)
+        return out
+
+    def counts(self, workload: Workload) -> Counts:
+        """Rows read once, rotated once, written once."""
+        p = self.full(workload)
+        width = (p["h"] + p["kv"]) * p["d"] + p["kv"] * p["dv"]
+        return Counts(
+            {"fma_f32": 2.0 * p["t"] * (p["h"] + p["kv"]) * p["rot"]},
+            {"dram": 8.0 * p["t"] * width},
+        )

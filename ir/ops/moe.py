@@ -1,0 +1,191 @@
+"""Routed experts: ``y[t] = sum_j weight[t, j] * W2[e] (silu(g) * u)``.
+
+``[g; u] = W13[e] x[t]`` with ``e = ids[t, j]``.
+
+Gate rows come first in W13. With ``a=a8`` both matmuls quantise their input rows to int8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mimo_compile.errors import UsageError
+from mimo_compile.ir.counts import Counts
+from mimo_compile.ir.formats import parse_weight_format
+from mimo_compile.ir.ops.base import Arg, Array, OpDef, Param
+from mimo_compile.ir.ops.mpgemm import (
+    matmul_bound,
+    random_weights,
+    real_activations,
+    real_weights,
+    weight_args,
+    weight_bytes,
+)
+from mimo_compile.ir.ops.numerics import U32, dequantize, quantize_rows
+from mimo_compile.ir.workload import Workload
+
+
+def _experts(x: Tensor, ids: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, act: str) -> Tensor:
+    def quantised(rows: Tensor) -> Tensor:
+        if act != "a8":
+            return rows
+        q, s = quantize_rows(rows)
+        return (q.to(torch.float64) * s).to(rows.dtype)
+
+    y = torch.zeros((x.shape[0], w2.shape[1]), dtype=x.dtype)
+    xq = quantised(x)
+    for e in range(w13.shape[0]):
+        rows, slot = torch.nonzero(ids == e, as_tuple=True)
+        if rows.numel() == 0:
+            continue
+        gate, up = (xq[rows] @ w13[e].mT).chunk(2, dim=-1)
+        hidden = quantised(torch.nn.functional.silu(gate) * up)
+        y.index_add_(0, rows, (hidden @ w2[e].mT) * weights[rows, slot, None].to(x.dtype))
+    return y
+
+
+@torch.library.custom_op("mimo::moe", mutates_args=())
+def moe(
+    x: Tensor, ids: Tensor, weights: Tensor, w13: Tensor, w13_scale: Tensor | None, w13_zero: Tensor | None,
+    w2: Tensor, w2_scale: Tensor | None, w2_zero: Tensor | None, w: str, a: str,
+) -> Tensor:  # fmt: skip
+    """Run experts: ``x [T, D]``, ``ids/weights [T, k]``, ``w13 [E, 2F, D]``, ``w2 [E, D, F]`` -> ``[T, D]``.
+
+    ``w13``/``w2`` are codes with scales (and zeros), or real weights when ``w`` is a float format.
+    """
+    fmt = parse_weight_format(w)
+
+    def real(codes: Tensor, scale: Tensor | None, zero: Tensor | None) -> Tensor:
+        if fmt.is_float or scale is None:
+            return codes.to(x.dtype)
+        point = fmt.fixed_zero if zero is None else zero
+        return dequantize(codes, scale, point, x.dtype, fmt.group_size(codes.shape[-1]))
+
+    return _experts(x, ids, weights, real(w13, w13_scale, w13_zero), real(w2, w2_scale, w2_zero), a)
+
+
+@moe.register_fake
+def _(
+    x: Tensor, ids: Tensor, weights: Tensor, w13: Tensor, w13_scale: Any, w13_zero: Any,
+    w2: Tensor, w2_scale: Any, w2_zero: Any, w: str, a: str,
+) -> Tensor:  # fmt: skip
+    return x.new_empty((x.shape[0], w2.shape[1]))
+
+
+class Moe(OpDef):
+    """``moe:t=1,e=8,k=2,d=256,f=128,w=w4g64,a=a8``."""
+
+    name = "moe"
+    params = (
+        Param("t", int, low=1),
+        Param("e", int, low=1),
+        Param("k", int, low=1),
+        Param("d", int, low=1),
+        Param("f", int, low=1),
+        Param("w", str, "f32"),
+        Param("a", str, "a16"),
+        Param("s", str, "f16"),
+    )
+
+    def check(self, p: Mapping[str, Any]) -> None:
+        """Refuse impossible selections and a8 with float weights."""
+        fmt = parse_weight_format(p["w"])
+        if p["k"] > p["e"]:
+            raise UsageError("moe: k is above e")
+        if p["a"] not in ("a8", "a16") or (fmt.is_float and p["a"] == "a8"):
+            raise UsageError("moe: a must be a16, or a8 with quantised weights")
+
+    def args(self, workload: Workload) -> tuple[Arg, ...]:
+        """Return x, ids, weights, w13_*, w2_*, y."""
+        p = self.full(workload)
+        fmt = parse_weight_format(p["w"])
+        return (
+            Arg("x", "input", (p["t"], p["d"]), "float32"),
+            Arg("ids", "input", (p["t"], p["k"]), "int32"),
+            Arg("weights", "input", (p["t"], p["k"]), "float32"),
+            *weight_args("w13_", fmt, (p["e"],), 2 * p["f"], p["d"]),
+            *weight_args("w2_", fmt, (p["e"],), p["d"], p["f"]),
+            Arg("y", "output", (p["t"], p["d"]), "float32"),
+        )
+
+    def make_inputs(self, workload: Workload, rng: np.random.Generator) -> dict[str, Array]:
+        """Draw rows and weights; ids from a Zipf-like load, as real routers show."""
+        p = self.full(workload)
+        fmt = parse_weight_format(p["w"])
+        args = [a for a in self.args(workload) if a.role == "weight"]
+        out: dict[str, Array] = {"x": rng.standard_normal((p["t"], p["d"]), dtype=np.float32)}
+        load = 1.0 / (1.0 + rng.permutation(p["e"]))
+        ids = [
+            rng.choice(p["e"], p["k"], replace=False, p=load / load.sum()) for _ in range(p["t"])
+        ]
+        out["ids"] = np.array(ids, np.int32)
+        out["weights"] = rng.dirichlet(np.ones(p["k"]), p["t"]).astype(np.float32)
+        out |= random_weights(args, fmt, rng)
+        if fmt.is_float:  # keep hidden magnitudes near one
+            for name in ("w13_w", "w2_w"):
+                if out[name].dtype == np.float32:
+                    out[name] /= np.float32(p["d"] ** 0.5)
+        return out
+
+    def reference(self, workload: Workload, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Compute in float64."""
+        p = self.full(workload)
+        fmt = parse_weight_format(p["w"])
+        y = _experts(
+            torch.from_numpy(inputs["x"]).double(), torch.from_numpy(inputs["ids"]),
+            torch.from_numpy(inputs["weights"]).double(), real_weights(inputs, "w13_", fmt),
+            real_weights(inputs, "w2_", fmt), p["a"],
+        )  # fmt: skip
+        return {"y": y.numpy()}
+
+    def bound(
+        self, workload: Workload, inputs: Mapping[str, Array], expected: Mapping[str, Array]
+    ) -> dict[str, Array]:
+        """Propagate both matmuls' bounds; int8 codes of hidden values next to a tie may flip by one."""
+        p = self.full(workload)
+        fmt = parse_weight_format(p["w"])
+        w13, w2 = real_weights(inputs, "w13_", fmt), real_weights(inputs, "w2_", fmt)
+        x = real_activations(inputs["x"], p["a"])
+        out = torch.zeros((p["t"], p["d"]), dtype=torch.float64)
+        for t in range(p["t"]):
+            for j in range(p["k"]):
+                e, weight = int(inputs["ids"][t, j]), float(inputs["weights"][t, j])
+                both = x[t : t + 1] @ w13[e].mT
+                err = matmul_bound(x[t : t + 1], w13[e], fmt, p["a"])
+                (gate, up), (eg, eu) = both.chunk(2, -1), err.chunk(2, -1)
+                hidden = torch.nn.functional.silu(gate) * up
+                slack = 1.1 * eg * up.abs() + eu * gate.abs() + 8 * U32 * hidden.abs()
+                if p["a"] == "a8":
+                    scale = hidden.abs().amax() / 127
+                    frac = (hidden / scale.clamp_min(1e-30)).frac().abs()
+                    # the scale itself carries the rounding of the largest element
+                    near = (frac - 0.5).abs() * scale <= slack + hidden.abs() * (
+                        slack.max() / scale.clamp_min(1e-30) / 127
+                    )
+                    flips = (near * scale) @ w2[e].abs().mT
+                    q = (hidden / scale.clamp_min(1e-30)).round() * scale
+                    drift = q.abs() * (slack.max() / scale.clamp_min(1e-30) / 127)
+                    step = drift @ w2[e].abs().mT + flips + matmul_bound(q, w2[e], fmt, "a8")
+                else:
+                    step = slack @ w2[e].abs().mT + matmul_bound(hidden, w2[e], fmt, "a16")
+                out[t] += abs(weight) * step[0]
+        return {"y": (2 * out + 8 * U32 * torch.from_numpy(np.abs(expected["y"])) + 1e-30).numpy()}
+
+    def counts(self, workload: Workload) -> Counts:
+        """Each routed multiply-add once; the weights of the experts that can be hit once."""
+        p = self.full(workload)
+        fmt = parse_weight_format(p["w"])
+        hit = p["e"] * (
+            1 - (1 - p["k"] / p["e"]) ** p["t"]
+        )  # expected number under uniform routing
+        per = weight_bytes(fmt, 2 * p["f"], p["d"], p["s"]) + weight_bytes(
+            fmt, p["d"], p["f"], p["s"]
+        )
+        kind = "dot_i8" if p["a"] == "a8" else "fma_f32"
+        work = 3.0 * p["t"] * p["k"] * p["d"] * p["f"]
+        return Counts({kind: work}, {"dram": hit * per + 8.0 * p["t"] * p["d"]})

@@ -1,0 +1,224 @@
+"""Mixed-precision matmul: few-bit (or float) weights times float or int8 activations.
+
+``y[m, n] = sum_k x[m, k] * w[n, k] (+ bias[n])``. With ``a=a8`` each row of x is first quantised to int8
+(`numerics.quantize_rows`), so the inner sums are integers and exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mimo_compile.errors import UsageError
+from mimo_compile.ir.counts import Counts
+from mimo_compile.ir.formats import WeightFormat, parse_weight_format
+from mimo_compile.ir.ops.base import Arg, Array, OpDef, Param
+from mimo_compile.ir.ops.numerics import (
+    U32,
+    bf16_to_f32,
+    dequantize,
+    f32_to_bf16,
+    quantize_rows,
+    torch_f64,
+)
+from mimo_compile.ir.workload import Workload
+
+
+@torch.library.custom_op("mimo::mpgemm", mutates_args=())
+def mpgemm(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    w: str,
+    a: str,
+) -> Tensor:
+    """Quantised linear layer: ``x [..., K]``, ``codes [N, K]`` uint8, ``scale [N, G]`` -> ``[..., N]``."""
+    fmt = parse_weight_format(w)
+    point = fmt.fixed_zero if zero is None else zero
+    weight = dequantize(codes, scale, point, x.dtype, fmt.group_size(codes.shape[-1]))
+    if a == "a8":
+        q, sx = quantize_rows(x)
+        x = (q.to(torch.float32) * sx).to(x.dtype)
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+@mpgemm.register_fake
+def _(x: Tensor, codes: Tensor, scale: Tensor, zero: Any, bias: Any, w: str, a: str) -> Tensor:
+    return x.new_empty((*x.shape[:-1], codes.shape[0]))
+
+
+@torch.library.custom_op("mimo::linear", mutates_args=())
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Float linear layer: ``x [..., K]``, ``weight [N, K]`` f32 or bf16 (widened exactly) -> ``[..., N]``."""
+    return torch.nn.functional.linear(x, weight.to(x.dtype), bias)
+
+
+@linear.register_fake
+def _(x: Tensor, weight: Tensor, bias: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def weight_args(prefix: str, fmt: WeightFormat, lead: tuple[int, ...], n: int, k: int) -> list[Arg]:
+    """Return the canonical weight arguments of a matrix ``[*lead, n, k]`` in a format."""
+    if fmt.is_float:
+        dtype = {"f32": "float32", "bf16": "uint16", "f16": "float16"}[fmt.name]
+        return [Arg(f"{prefix}w", "weight", (*lead, n, k), dtype)]
+    groups = fmt.groups(k)
+    out = [
+        Arg(f"{prefix}codes", "weight", (*lead, n, k), "uint8"),
+        Arg(f"{prefix}scale", "weight", (*lead, n, groups), "float32"),
+    ]
+    if fmt.has_zero:
+        out.append(Arg(f"{prefix}zero", "weight", (*lead, n, groups), "float32"))
+    return out
+
+
+def random_weights(
+    args: list[Arg], fmt: WeightFormat, rng: np.random.Generator
+) -> dict[str, Array]:
+    """Draw weights for `weight_args` (scales representable in float16)."""
+    out: dict[str, Array] = {}
+    for arg in args:
+        if arg.name.endswith("codes"):
+            out[arg.name] = rng.integers(0, fmt.max_code + 1, arg.shape, dtype=np.uint8)
+        elif arg.name.endswith("scale"):
+            half = (rng.random(arg.shape) * 0.01 + 1e-3).astype(np.float16)
+            out[arg.name] = half.astype(np.float32)
+        elif arg.name.endswith("zero"):
+            out[arg.name] = rng.integers(0, fmt.max_code + 1, arg.shape).astype(np.float32)
+        else:
+            values = rng.standard_normal(arg.shape, dtype=np.float32)
+            out[arg.name] = (
+                f32_to_bf16(values) if arg.dtype == "uint16" else values.astype(arg.dtype)
+            )
+    return out
+
+
+def real_weights(inputs: Mapping[str, Array], prefix: str, fmt: WeightFormat) -> Tensor:
+    """Return the real weights ``[..., N, K]`` as a float64 tensor."""
+    if fmt.is_float:
+        w = inputs[f"{prefix}w"]
+        return torch_f64(bf16_to_f32(w) if w.dtype == np.uint16 else w)
+    zero = inputs.get(f"{prefix}zero")
+    return dequantize(
+        torch.from_numpy(np.ascontiguousarray(inputs[f"{prefix}codes"])),
+        torch_f64(inputs[f"{prefix}scale"]),
+        float(fmt.fixed_zero) if zero is None else torch_f64(zero),
+        torch.float64,
+        fmt.group_size(inputs[f"{prefix}codes"].shape[-1]),
+    )
+
+
+def real_activations(x: Array, act: str) -> Tensor:
+    """Return activations as the op uses them, float64: quantised and scaled back for ``a8``."""
+    if act == "a8":
+        q, sx = quantize_rows(torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32)))
+        return q.to(torch.float64) * sx.to(torch.float64)
+    return torch_f64(x)
+
+
+def matmul_bound(x: Tensor, w: Tensor, fmt: WeightFormat, act: str) -> Tensor:
+    """Bound the float32 rounding of ``x @ w.T`` element by element.
+
+    Integer groups are exact, so only the sum over groups rounds: ``(G + 4) u * sum_g |group sum|``.
+    Float kernels get the statistical bound ``4 sqrt(K) u * |x| |w|`` for sums of K rounded products.
+    """
+    k = x.shape[-1]
+    if act == "a8" and not fmt.is_float:
+        size = fmt.group_size(k)
+        total = torch.zeros((*x.shape[:-1], w.shape[-2]), dtype=torch.float64)
+        for start in range(0, k, size):
+            total += (x[..., start : start + size] @ w[..., start : start + size].mT).abs()
+        return (fmt.groups(k) + 4) * U32 * total * 2 + 1e-30
+    return 4 * max(k, 16) ** 0.5 * U32 * (x.abs() @ w.abs().mT) + 1e-30
+
+
+class MpGemm(OpDef):
+    """``mpgemm:m=1,n=4096,k=4096,w=w4g64,a=a8``."""
+
+    name = "mpgemm"
+    params = (
+        Param("m", int, low=1),
+        Param("n", int, low=1),
+        Param("k", int, low=1),
+        Param("w", str, "f32"),
+        Param("a", str, "a16"),
+        Param("s", str, "f16"),
+        Param("bias", int, 0),
+    )
+
+    def check(self, p: Mapping[str, Any]) -> None:
+        """Refuse unknown formats and a8 with float weights."""
+        fmt = parse_weight_format(p["w"])
+        if p["a"] not in ("a8", "a16") or p["s"] not in ("f16", "f32"):
+            raise UsageError("mpgemm: a must be a8 or a16 and s (scale storage) f16 or f32")
+        if fmt.is_float and p["a"] == "a8":
+            raise UsageError("mpgemm: a=a8 needs quantised weights (w=)")
+
+    def args(self, workload: Workload) -> tuple[Arg, ...]:
+        """Return x [m, k]; w or codes/scale(/zero); bias [n]; y [m, n]."""
+        p = self.full(workload)
+        m, n, k = p["m"], p["n"], p["k"]
+        out = [Arg("x", "input", (m, k), "float32")]
+        out += weight_args("", parse_weight_format(p["w"]), (), n, k)
+        if p["bias"]:
+            out.append(Arg("bias", "weight", (n,), "float32"))
+        return (*out, Arg("y", "output", (m, n), "float32"))
+
+    def make_inputs(self, workload: Workload, rng: np.random.Generator) -> dict[str, Array]:
+        """Draw normal activations with a few outliers, uniform codes."""
+        p = self.full(workload)
+        args = self.args(workload)
+        x = rng.standard_normal(args[0].shape, dtype=np.float32)
+        x[:, rng.integers(0, p["k"], 2)] *= 8
+        out: dict[str, Array] = {"x": x}
+        fmt = parse_weight_format(p["w"])
+        out |= random_weights(weight_args("", fmt, (), p["n"], p["k"]), fmt, rng)
+        if p["bias"]:
+            out["bias"] = rng.standard_normal(p["n"], dtype=np.float32)
+        return out
+
+    def reference(self, workload: Workload, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Compute in float64 (integer part exact)."""
+        p = self.full(workload)
+        y = (
+            real_activations(inputs["x"], p["a"])
+            @ real_weights(inputs, "", parse_weight_format(p["w"])).mT
+        )
+        if p["bias"]:
+            y = y + torch_f64(inputs["bias"])
+        return {"y": y.numpy()}
+
+    def bound(
+        self, workload: Workload, inputs: Mapping[str, Array], expected: Mapping[str, Array]
+    ) -> dict[str, Array]:
+        """See `matmul_bound`, plus one rounding of the result."""
+        p = self.full(workload)
+        fmt = parse_weight_format(p["w"])
+        x = real_activations(inputs["x"], p["a"])
+        bound = matmul_bound(x, real_weights(inputs, "", fmt), fmt, p["a"]).numpy()
+        extra = 4 * U32 * (np.abs(inputs["bias"]) if p["bias"] else 0.0)
+        return {"y": bound + extra + 2 * U32 * np.abs(expected["y"])}
+
+    def counts(self, workload: Workload) -> Counts:
+        """Each multiply-add once; packed weights, activations and result once."""
+        p = self.full(workload)
+        fmt, m, n, k = parse_weight_format(p["w"]), p["m"], p["n"], p["k"]
+        kind = "dot_i8" if p["a"] == "a8" else "fma_f32"
+        return Counts(
+            {kind: float(m) * n * k}, {"dram": weight_bytes(fmt, n, k, p["s"]) + 4.0 * m * (n + k)}
+        )
+
+
+def weight_bytes(fmt: WeightFormat, n: int, k: int, scale_dtype: str = "f16") -> float:
+    """Return the bytes of a packed weight matrix with its scales and zero points."""
+    if fmt.is_float:
+        return n * k * fmt.bits / 8
+    per_group = (2 if scale_dtype == "f16" else 4) * (2 if fmt.has_zero else 1)
+    return n * k * fmt.bits / 8 + n * fmt.groups(k) * per_group

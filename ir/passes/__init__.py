@@ -1,0 +1,1 @@
+"""Relax passes that turn an imported module into kernels and workloads."""

@@ -1,0 +1,142 @@
+"""What an artifact says about itself: the manifest and the flat programs of its entry points.
+
+These structures are the contract between the pipeline (which writes them) and the runtime (which reads
+them); both are plain JSON, strictly decoded.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+SCHEMA = 1
+"""Version of the artifact's schema; a newer one is refused."""
+
+
+class Buffer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One tensor that a program's calls see.
+
+    ``kind``: ``arena`` (scratch at byte ``offset`` of the entry's arena), ``weight`` (``source`` names a
+    tensor of the weights member), ``state`` (``source`` names a state of the manifest; lives across calls).
+    Several buffers may view the same bytes with other shapes. Offsets and tensors are 64-byte aligned,
+    unless the pipeline proved that the reader accepts less.
+    """
+
+    kind: Literal["arena", "weight", "state"]
+    shape: tuple[int, ...]
+    dtype: str
+    offset: int = 0
+    source: str = ""
+
+
+class Call(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One kernel call: symbol and the indices of its argument buffers."""
+
+    kernel: str
+    args: tuple[int, ...]
+    label: str = ""
+    """Where it comes from, e.g. ``layers.3.mlp.down`` (for profiles and errors)."""
+
+
+class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One entry point: a flat call sequence over a preplanned arena.
+
+    Inputs are copied into their arena buffers before the calls, outputs are read from theirs.
+    """
+
+    arena_bytes: int
+    buffers: tuple[Buffer, ...]
+    calls: tuple[Call, ...]
+    inputs: dict[str, int]
+    """Input name to buffer index, in the order of the call's positional arguments."""
+    outputs: dict[str, int]
+
+
+class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A tensor that lives across calls (a KV cache), in the layout its kernels chose; zero at start."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class Decoder(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How to generate text with the entry points.
+
+    ``step_T(ids int32 [T], pos int32 [2]) -> hidden float32 [T, D]`` (and, with draft heads, ``prenorm``)
+    appends T tokens (``pos = [start, valid]``; padding beyond ``valid``); ``head_T(hidden [T, D]) ->
+    logits float32 [T, V]``; ``mtp{s}_T(prenorm [T, D], ids int32 [T], pos) -> hidden [T, D]`` is draft head
+    s, finished by the same ``head_T``.
+    """
+
+    steps: tuple[int, ...]
+    """Token counts T that have a ``step_T`` entry, ascending, the first is 1."""
+    heads: tuple[int, ...]
+    """Token counts T that have a ``head_T`` entry; contains 1."""
+    hidden: int
+    vocab: int
+    max_context: int
+    eos: tuple[int, ...] = ()
+    bos: int | None = None
+    mtp: int = 0
+    """Number of draft heads."""
+    mtp_steps: tuple[int, ...] = ()
+
+
+class Member(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Size and SHA-256 of one member of the artifact."""
+
+    bytes: int
+    sha256: str
+    chunks: tuple[str, ...] = ()
+    """SHA-256 of each MiB (weights only), so that a chunk is checked before its first use."""
+
+
+class Choice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Why one workload got its kernel."""
+
+    workload: str
+    schedule: str
+    config: dict[str, int | float | str | bool]
+    kernel: str
+    source: Literal["measured", "modelled", "default"]
+    latency_us: float | None = None
+    energy_mj: float | None = None
+    energy_source: Literal["nvml", "rapl", "modelled"] | None = None
+    calls: dict[str, int] = {}
+    """Entry name to number of calls."""
+
+
+class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the code was built for; ``features`` must all be present to load it."""
+
+    kind: str
+    name: str
+    features: tuple[str, ...]
+    threads: int
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The first member of an artifact (``manifest.json``), read and checked before any other byte."""
+
+    schema: int
+    name: str
+    target: Target
+    versions: dict[str, str]
+    """mimo_compile, apache-tvm, apache-tvm-ffi (builder's versions)."""
+    quant: str
+    objective: str
+    entries: tuple[str, ...]
+    """Names; the programs are in ``programs.json``."""
+    members: dict[str, Member]
+    states: dict[str, State]
+    plan: tuple[Choice, ...]
+    decoder: Decoder | None = None
+    modelled: bool = False
+    """True if any choice rests on a modelled rather than a measured number."""
+
+
+class Programs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``programs.json``: the entry points by name."""
+
+    entries: dict[str, Entry]
