@@ -7,6 +7,7 @@ from typing import Any
 
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.ops import get_op
+from mimo_compile.ir.ops.base import Arg
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.base import Kernel, Schedule, Space
 from mimo_compile.schedules.emit.vector import T, symbol
@@ -53,7 +54,11 @@ class RowSchedule(Schedule):
         name = symbol(self.op, self.name, self.version, workload, config, sorted(hardware.features))
         rows = T.parallel if config.parallel else T.serial
         func = self.make(op.full(workload), rows, config.unroll).with_attr("global_symbol", name)
-        return Kernel(name, func, op.args(workload), op.counts(workload))
+        return Kernel(name, func, self.kernel_args(workload), op.counts(workload))
+
+    def kernel_args(self, workload: Workload) -> tuple[Arg, ...]:
+        """Return the kernel's arguments: the op's, unless the schedule packs some."""
+        return get_op(self.op).args(workload)
 
     def make(self, p: dict[str, Any], rows: Any, unroll: int) -> Any:
         """Return the PrimFunc for the op's parameters ``p``; ``rows`` makes the loop over rows."""

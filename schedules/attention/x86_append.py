@@ -1,0 +1,191 @@
+# mypy: disable-error-code="no-untyped-def, valid-type"
+"""Prepare one attention step: QK-norm, partial rotation, and k, v into their cache slots.
+
+One task is a KV head with its query heads, over all tokens: 16 neighbouring tokens share the cache lines of
+a key block, so tokens are never split over threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mimo_compile.ir.hardware import Hardware
+from mimo_compile.ir.ops import get_op
+from mimo_compile.ir.ops.base import Arg, Array
+from mimo_compile.ir.workload import Workload
+from mimo_compile.schedules.attention.layout import (
+    LAYOUTS,
+    cache_shapes,
+    kernel_args,
+    pack_caches,
+    round_up,
+    unpack_caches,
+)
+from mimo_compile.schedules.base import Space
+from mimo_compile.schedules.elementwise.rows import PARALLEL_BYTES, RowConfig, RowSchedule
+from mimo_compile.schedules.emit.vector import LANES, T, ramp, splat
+
+
+def _make(p: dict[str, Any], rows: Any) -> Any:
+    t, heads, kv, d, dv = p["t"], p["h"], p["kv"], p["d"], p["dv"]
+    cap, half, group = p["cap"], p["rot"] // 2, p["h"] // p["kv"]
+    width, k_at, v_at = (heads + kv) * d + kv * dv, heads * d, (heads + kv) * d
+    norm, eps, v_scale, wide = bool(p["norm"]), p["eps"], p["vscale"], round_up(d)
+    k_shape, v_shape = cache_shapes(p).values()
+    # an empty table is not a tensor that a kernel can check: it is passed and not looked at
+    angles = T.Buffer((t, 2, half), "float32") if half else T.handle
+
+    @T.inline
+    def over(count, step):
+        # whole vectors, then the rest one by one
+        for j in range(count // LANES):
+            step(j * LANES, LANES)
+        for j in range(count % LANES):
+            step(count // LANES * LANES + j, 1)
+
+    @T.inline
+    def head(qkv, table, weight, row, acc, one, i, at):
+        # the normalised, rotated head in `row`
+        one[0] = T.float32(1)
+        if norm:
+            acc[ramp(0)] = splat(0.0)
+            for j in range(d // LANES):
+                v: T.let = qkv[i, ramp(at + j * LANES)]
+                acc[ramp(0)] = acc[ramp(0)] + v * v
+            one[0] = T.float32(0)
+            for j in range(d % LANES):
+                s: T.let = qkv[i, at + d // LANES * LANES + j]
+                one[0] = one[0] + s * s
+            for j in T.unroll(LANES):
+                one[0] = one[0] + acc[j]
+            one[0] = T.float32(1) / T.sqrt(one[0] / T.float32(d) + T.float32(eps))
+
+        @T.inline
+        def scaled(j, lanes):
+            if norm:
+                row[ramp(j, lanes)] = (
+                    qkv[i, ramp(at + j, lanes)] * splat(one[0], lanes) * weight[ramp(j, lanes)]
+                )
+            else:
+                row[ramp(j, lanes)] = qkv[i, ramp(at + j, lanes)]
+
+        @T.inline
+        def turned(j, lanes):
+            a: T.let = row[ramp(j, lanes)]
+            b: T.let = row[ramp(half + j, lanes)]
+            c: T.let = table[i, 0, ramp(j, lanes)]
+            s: T.let = table[i, 1, ramp(j, lanes)]
+            row[ramp(j, lanes)] = a * c - b * s
+            row[ramp(half + j, lanes)] = b * c + a * s
+
+        over(d, scaled)
+        if half > 0:
+            over(half, turned)
+
+    @T.inline
+    def write_q(q, row, i, n):
+        @T.inline
+        def step(j, lanes):
+            q[i, n, ramp(j, lanes)] = row[ramp(j, lanes)]
+
+        over(d, step)
+
+    @T.inline
+    def write_v(qkv, v_cache, i, h, slot):
+        @T.inline
+        def step(j, lanes):
+            v: T.let = qkv[i, ramp(v_at + h * dv + j, lanes)]
+            v_cache[h, slot, ramp(j, lanes)] = v * splat(v_scale, lanes)
+
+        over(dv, step)
+
+    @T.inline
+    def task(qkv, table, pos, q_norm, k_norm, k_cache, v_cache, q, h):
+        row = T.sblock_alloc_buffer((wide,), "float32", scope="local")
+        acc = T.sblock_alloc_buffer((LANES,), "float32", scope="local")
+        one = T.sblock_alloc_buffer((1,), "float32", scope="local")
+        for i in range(t):
+            for g in range(group):
+                head(qkv, table, q_norm, row, acc, one, i, (h * group + g) * d)
+                write_q(q, row, i, h * group + g)
+            if i < pos[1]:
+                slot: T.let = (pos[0] + i) % cap
+                head(qkv, table, k_norm, row, acc, one, i, k_at + h * d)
+                for j in range(d):
+                    k_cache[h, slot // LANES, j, slot % LANES] = row[j]
+                write_v(qkv, v_cache, i, h, slot)
+
+    if norm:
+
+        @T.prim_func(s_tir=True)
+        def normed(
+            qkv: T.Buffer((t, width), "float32"), table: angles,
+            pos: T.Buffer((2,), "int32"), q_norm: T.Buffer((d,), "float32"),
+            k_norm: T.Buffer((d,), "float32"), k_cache: T.Buffer(k_shape, "float32"),
+            v_cache: T.Buffer(v_shape, "float32"), q: T.Buffer((t, heads, d), "float32"),
+        ):  # fmt: skip
+            T.func_attr({"tirx.noalias": True})
+            for h in rows(kv):
+                with T.sblock("head"):
+                    T.reads()
+                    T.writes()
+                    task(qkv, table, pos, q_norm, k_norm, k_cache, v_cache, q, h)
+
+        return normed
+
+    @T.prim_func(s_tir=True)
+    def plain(
+        qkv: T.Buffer((t, width), "float32"), table: angles,
+        pos: T.Buffer((2,), "int32"), k_cache: T.Buffer(k_shape, "float32"),
+        v_cache: T.Buffer(v_shape, "float32"), q: T.Buffer((t, heads, d), "float32"),
+    ):  # fmt: skip
+        T.func_attr({"tirx.noalias": True})
+        for h in rows(kv):
+            with T.sblock("head"):
+                T.reads()
+                T.writes()
+                task(qkv, table, pos, pos, pos, k_cache, v_cache, q, h)
+
+    return plain
+
+
+class X86Append(RowSchedule):
+    """One KV head per task."""
+
+    name = "kv_append.x86"
+    op = "kv_append"
+
+    def space(self, workload: Workload, hardware: Hardware) -> Space:
+        """KV heads over threads, or not."""
+        p = get_op(self.op).full(workload)
+        may = p["kv"] > 1 and hardware.threads > 1
+        traffic = get_op(self.op).counts(workload).bytes["dram"]
+        default = RowConfig(may and traffic >= PARALLEL_BYTES, 1)
+        return Space(
+            RowConfig, {"parallel": (False, True) if may else (False,), "unroll": (1,)}, default
+        )
+
+    def make(self, p: dict[str, Any], rows: Any, unroll: int) -> Any:
+        """Return the PrimFunc (qkv, table, pos, [q_norm, k_norm], k_cache, v_cache, q)."""
+        return _make(p, rows)
+
+    def kernel_args(self, workload: Workload) -> tuple[Arg, ...]:
+        """Return the op's arguments with packed caches."""
+        return kernel_args(workload)
+
+    def layouts(self, workload: Workload, config: RowConfig) -> dict[str, str]:
+        """Return the names of the cache layouts."""
+        return LAYOUTS
+
+    def pack(
+        self, workload: Workload, config: RowConfig, arrays: Mapping[str, Array]
+    ) -> dict[str, Array]:
+        """Lay out the caches; norms stay as they are."""
+        return pack_caches(workload, arrays)
+
+    def unpack_state(
+        self, workload: Workload, config: RowConfig, arrays: Mapping[str, Array]
+    ) -> dict[str, Array]:
+        """Return canonical caches."""
+        return unpack_caches(workload, arrays)
