@@ -58,6 +58,7 @@ class _Converters:
             "swiglu.default": self.swiglu,
             "embed.default": self.embed,
             "slice.Tensor": self.slice,
+            "scaled_dot_product_attention.default": self.attention,
         }
 
     def call(
@@ -202,6 +203,34 @@ class _Converters:
         (t,), (v, d) = _shape(ids), _shape(table)
         fmt = "bf16" if str(table.ty.dtype) == "bfloat16" else "f32"
         return self.call(imp, "embed", [ids, table], [([t, d], "float32")], t=t, v=v, d=d, w=fmt)
+
+    def attention(self, node: Any, imp: Any) -> Any:
+        """Plain attention ``softmax(q k^T scale + mask) v``; TVM's converter refuses boolean masks."""
+        relax, op = _tvm.compiler().relax, _tvm.compiler().relax.op
+        q, k, v, *rest = imp.retrieve_args(node)
+        given = dict(zip(("attn_mask", "dropout_p", "is_causal"), rest, strict=False))
+        given |= {
+            name: imp.env.get(a, a) if a is not None else None for name, a in node.kwargs.items()
+        }
+        if given.get("dropout_p"):
+            raise InputError("attention with dropout", file="exported graph", remedy="call eval()")
+        if _shape(q)[-3] != _shape(k)[-3]:  # enable_gqa: query heads share key heads
+            times = _shape(q)[-3] // _shape(k)[-3]
+            k, v = (op.repeat(t, times, len(_shape(q)) - 3) for t in (k, v))
+        scale = given.get("scale") or _shape(q)[-1] ** -0.5
+        dims = list(range(len(_shape(q))))
+        turned = op.permute_dims(k, [*dims[:-2], dims[-1], dims[-2]])
+        scores = op.multiply(op.matmul(q, turned), relax.const(float(scale), str(q.ty.dtype)))
+        mask = given.get("attn_mask")
+        minus = relax.const(float("-inf"), str(q.ty.dtype))
+        if given.get("is_causal"):
+            rows, columns = _shape(q)[-2], _shape(k)[-2]
+            mask = op.tril(op.full([rows, columns], relax.const(True, "bool"), "bool"))
+        if mask is not None and str(mask.ty.dtype) == "bool":
+            scores = op.where(mask, scores, minus)
+        elif mask is not None:
+            scores = op.add(scores, mask)
+        return imp.block_builder.emit(op.matmul(op.nn.softmax(scores, -1), v))
 
     def slice(self, node: Any, imp: Any) -> Any:
         """A slice with a unit step over a known extent (an undecomposed export keeps `slice.Tensor`)."""

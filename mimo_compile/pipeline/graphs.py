@@ -1,0 +1,195 @@
+"""A model's entry points as kernel graphs: export each kind of stage once per token count, then repeat it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from mimo_compile.ir.graph import KernelGraph, Value, build_graph, instantiate
+from mimo_compile.ir.importer import import_exported
+from mimo_compile.ir.passes.lower import lower_generic
+from mimo_compile.ir.workload import BUCKETS, Workload
+
+if TYPE_CHECKING:
+    import torch
+
+    from mimo_compile.frontend.models.decoder import Decoder, Stage
+
+HEADS = (1, 4, 64)
+"""Token counts that logits are computed for at once (the next token, verification, scoring)."""
+DRAFT_STEPS = (1, 4, 64)
+"""Token counts of draft heads."""
+
+
+@dataclass(slots=True)
+class ModelGraphs:
+    """Everything a compilation needs of a model: entry points, and where tensors come from."""
+
+    name: str
+    entries: dict[str, KernelGraph]
+    input_names: dict[str, tuple[str, ...]]
+    output_names: dict[str, tuple[str, ...]]
+    tensors: dict[str, Callable[[], torch.Tensor]] = field(default_factory=dict)
+    """Global weight name -> the canonical tensor."""
+    decoder: Decoder | None = None
+
+    def workloads(self) -> dict[Workload, dict[str, int]]:
+        """Return each workload with its number of calls by entry."""
+        out: dict[Workload, dict[str, int]] = {}
+        for entry, graph in self.entries.items():
+            for workload, count in graph.workloads().items():
+                out.setdefault(workload, {})[entry] = count
+        return out
+
+    def functions(self) -> dict[Workload, Any]:
+        """Return the PrimFuncs of generic workloads."""
+        return {
+            node.workload: node.func
+            for graph in self.entries.values()
+            for node in graph.nodes
+            if node.func is not None
+        }
+
+
+def export_graph(
+    module: torch.nn.Module, example: tuple[Any, ...], states: Mapping[str, str]
+) -> KernelGraph:
+    """Export one module with static shapes and lower it to a kernel graph."""
+    import torch
+
+    with torch.no_grad():
+        program = torch.export.export(module, example, strict=False)
+    imported = import_exported(program)
+    return build_graph(imported, lower_generic(imported.module), {k: k for k in states})
+
+
+class _StageGraphs:
+    """Graphs of a decoder's stages, exported once for each kind and token count."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+        self.templates: dict[tuple[str, int], KernelGraph] = {}
+
+    def _example(self, stage: Stage, tokens: int) -> tuple[Any, ...]:
+        import torch
+
+        hidden = self.decoder.config.hidden
+        out = []
+        for name in stage.inputs:
+            if name == "ids":
+                out.append(torch.zeros(tokens, dtype=torch.int32))
+            elif name == "pos":
+                out.append(torch.tensor([0, tokens], dtype=torch.int32))
+            elif name.startswith("rope."):
+                half = self.decoder.stage(name).module.get_buffer("inv_freq").shape[0]
+                out.append(torch.zeros(tokens, 2, half))
+            else:
+                out.append(torch.zeros(tokens, hidden))
+        return tuple(out)
+
+    def template(self, stage: Stage, tokens: int) -> KernelGraph:
+        key = (stage.kind, tokens)
+        if key not in self.templates:
+            if hasattr(stage.module, "tokens"):
+                stage.module.tokens = tokens  # type: ignore[assignment]
+            self.templates[key] = export_graph(
+                stage.module, self._example(stage, tokens), stage.states
+            )
+        return self.templates[key]
+
+    def chain(
+        self,
+        stages: Iterable[Stage],
+        tokens: int,
+        inputs: tuple[str, ...],
+        outputs: tuple[str, ...],
+    ) -> KernelGraph:
+        """Join stages into one graph; values meet by name."""
+        values: dict[str, Value] = {}
+        graph_inputs: list[Value] = []
+        nodes = []
+        for stage in stages:
+            template = self.template(stage, tokens)
+            given: dict[str, Value] = {}
+            for slot, name in zip(template.inputs, stage.inputs, strict=True):
+                if name not in values:
+                    values[name] = Value(name, "input", slot.shape, slot.dtype)
+                    graph_inputs.append(values[name])
+                given[slot.name] = values[name]
+            names = dict(stage.states)
+            graph = instantiate(
+                template, stage.name, lambda s, st=stage, n=names: n.get(s, f"{st.name}.{s}"), given
+            )
+            nodes += graph.nodes
+            values.update(zip(stage.outputs, graph.outputs, strict=True))
+        order = {name: i for i, name in enumerate(inputs)}
+        graph_inputs.sort(key=lambda v: order[v.name])
+        return KernelGraph(tuple(graph_inputs), tuple(values[name] for name in outputs), nodes)
+
+
+def decoder_graphs(decoder: Decoder, steps: tuple[int, ...] = BUCKETS) -> ModelGraphs:
+    """Return the entry points of a decoder: ``step_T``, ``head_T`` and ``mtp{s}_T``.
+
+    Args:
+        decoder: The model with its (quantised) weights.
+        steps: Token counts of ``step_T``; those beyond the model's context are left out.
+    """
+    config = decoder.config
+    steps = tuple(t for t in steps if t == 1 or t <= config.max_context)
+    graphs = _StageGraphs(decoder)
+    stages = decoder.stages()
+    ropes = [s for s in stages if s.name.startswith("rope.")]
+    drafts = [s for s in stages if s.name.startswith("mtp.")]
+    used = {name for s in stages if s not in drafts for name in s.inputs}
+    body = [
+        s
+        for s in stages
+        if s not in drafts and s.name != "head" and (s not in ropes or s.name in used)
+    ]
+    head = decoder.stage("head")
+    model = ModelGraphs(config.name, {}, {}, {}, decoder=decoder)
+
+    def add(
+        name: str, parts: list[Stage], tokens: int, ins: tuple[str, ...], outs: dict[str, str]
+    ) -> None:
+        model.entries[name] = graphs.chain(parts, tokens, ins, tuple(outs.values()))
+        model.input_names[name] = tuple(v.name for v in model.entries[name].inputs)
+        model.output_names[name] = tuple(outs)
+
+    outs = {"hidden": "normed"} | ({"prenorm": "hidden"} if drafts else {})
+    for t in steps:
+        add(f"step_{t}", body, t, ("ids", "pos"), outs)
+    for t in HEADS:
+        add(f"head_{t}", [head], t, ("normed",), {"logits": "logits"})
+    for index, draft in enumerate(drafts):
+        needed = [s for s in ropes if s.name in draft.inputs]
+        for t in DRAFT_STEPS:
+            add(
+                f"mtp{index}_{t}",
+                [*needed, draft],
+                t,
+                ("hidden", "ids", "pos"),
+                {"hidden": "normed"},
+            )
+    for stage in stages:
+        for name, tensor in [*stage.module.named_parameters(), *stage.module.named_buffers()]:
+            if name not in stage.states:
+                model.tensors[f"{stage.name}.{name}"] = lambda t=tensor: t
+    return model
+
+
+def module_graphs(
+    module: torch.nn.Module, example_inputs: tuple[Any, ...], name: str = "module"
+) -> ModelGraphs:
+    """Return a module's single entry point ``main`` (static shapes of the example inputs)."""
+    from mimo_compile.frontend.exported import export_program, tensors_of
+
+    program = export_program(module, example_inputs)
+    imported = import_exported(program)
+    graph = build_graph(imported, lower_generic(imported.module), {})
+    model = ModelGraphs(name, {"main": graph}, {}, {})
+    model.input_names["main"] = tuple(v.name for v in graph.inputs)
+    model.output_names["main"] = tuple(f"output_{i}" for i in range(len(graph.outputs)))
+    model.tensors = {k: (lambda t=t: t) for k, t in tensors_of(program).items()}
+    return model

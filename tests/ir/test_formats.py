@@ -1,0 +1,88 @@
+"""Weight formats, the `--quant` grammar and workload texts."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mimo_compile.errors import UsageError
+from mimo_compile.ir.formats import QuantTensor, parse_scheme, parse_weight_format
+from mimo_compile.ir.workload import BUCKETS, Workload, bucket_of
+
+GRAMMAR = {
+    "w4g64a8": ("int", 4, 64, False, 8, "16"),
+    "w4zg128a16kv4": ("int", 4, 128, True, 16, "4"),
+    "w8a8": ("int", 8, 0, False, 8, "16"),
+    "w1.58a8": ("ternary", 2, -1, False, 8, "16"),
+    "w1.58dgrow": ("ternary", 2, 0, False, 16, "16"),
+    "afp4g64": ("codebook", 4, 64, False, 16, "16"),
+    "fp8b128kvfp8": ("fp8", 8, 128, False, 16, "fp8"),
+    "complex2": ("complex", 2, 0, False, 16, "16"),
+    "w3gtensor": ("int", 3, -1, False, 16, "16"),
+}
+
+
+@pytest.mark.parametrize("text", GRAMMAR)
+def test_scheme_grammar(text: str) -> None:
+    scheme = parse_scheme(text)
+    fmt = scheme.weight
+    assert fmt is not None
+    got = (fmt.family, fmt.bits, fmt.group, fmt.has_zero, scheme.act, scheme.kv)
+    assert got == GRAMMAR[text]
+    assert parse_scheme(str(scheme)) == scheme
+
+
+@pytest.mark.parametrize(
+    "text", ["", "w9", "w4g63", "w4a7", "q4", "w4 a8", "none8", "w4kv3", "w1.5"]
+)
+def test_bad_scheme_is_refused_with_its_text(text: str) -> None:
+    with pytest.raises(UsageError, match="--quant") as error:
+        parse_scheme(text)
+    assert repr(text) in str(error.value)
+
+
+@given(st.text(max_size=12))
+def test_any_text_parses_or_is_refused(text: str) -> None:
+    try:
+        scheme = parse_scheme(text)
+    except UsageError:
+        return
+    assert parse_scheme(str(scheme)) == scheme
+
+
+@given(st.sampled_from(["w2g32", "w4g64", "w4zg32", "w8", "w1.58"]), st.integers(1, 100))
+def test_dequantize_is_scale_times_code_minus_zero(name: str, k: int) -> None:
+    fmt = parse_weight_format(name)
+    rng = np.random.default_rng(k)
+    codes = rng.integers(0, fmt.max_code + 1, (3, k), dtype=np.uint8)
+    scale = rng.random((3, fmt.groups(k)), dtype=np.float32)
+    zero = rng.integers(0, 4, scale.shape).astype(np.float32) if fmt.has_zero else None
+    got = QuantTensor(fmt, codes, scale, zero).dequantize()
+    for n in range(3):
+        for j in range(k):
+            g = j // fmt.group_size(k)
+            z = fmt.fixed_zero if zero is None else zero[n, g]
+            assert got[n, j] == np.float32(scale[n, g] * (np.float32(codes[n, j]) - np.float32(z)))
+
+
+def test_workload_text_round_trips() -> None:
+    text = "mpgemm:m=1,n=4096,k=4096,w=w2g64,a=a8"
+    workload = Workload.parse(text)
+    assert str(workload) == text
+    assert workload.integer("n") == 4096
+    assert str(workload.replace(m=4)) == text.replace("m=1", "m=4")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "mpgemm:m", "mpgemm:m=1,m=2", "Mp:m=1", "mpgemm:m=a b", ":m=1"]
+)
+def test_malformed_workload_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="malformed"):
+        Workload.parse(text)
+
+
+def test_buckets_cover_every_count() -> None:
+    for tokens in range(1, 300):
+        bucket = bucket_of(tokens)
+        assert bucket in BUCKETS
+        assert tokens <= bucket or bucket == BUCKETS[-1]

@@ -1,0 +1,152 @@
+"""Every op's definition agrees with itself and with independent computations."""
+
+import numpy as np
+import pytest
+import torch
+
+from mimo_compile.errors import UsageError
+from mimo_compile.ir.ops import OPS, get_op, parse_workload
+from mimo_compile.ir.ops.numerics import bf16_to_f32, f32_to_bf16, quantize_rows
+
+WORKLOADS = [
+    "mpgemm:m=4,n=32,k=128,w=w4g64,a=a8",
+    "mpgemm:m=2,n=24,k=100,w=w4zg64,a=a8,bias=1",
+    "mpgemm:m=2,n=32,k=128,w=bf16",
+    "mpgemm:m=3,n=16,k=96,w=w1.58",
+    "cached_attention:t=4,h=4,kv=2,d=32,dv=16,cap=64,sink=1,len=40",
+    "cached_attention:t=4,h=4,kv=2,d=32,dv=16,cap=64,window=16,sink=1",
+    "kv_append:t=4,h=4,kv=2,d=32,dv=16,cap=64,rot=16,norm=1,vscale=0.5",
+    "moe:t=4,e=8,k=2,d=64,f=64,w=w4g64,a=a8",
+    "moe:t=4,e=8,k=2,d=64,f=64,w=bf16",
+    "route:t=4,e=8,k=2,scoring=sigmoid,bias=1",
+    "route:t=4,e=8,k=2,groups=4,topgroups=2",
+    "rms_norm:t=2,d=64,residual=1",
+    "rope_table:t=3,rot=16",
+    "swiglu:t=2,f=32",
+    "embed:t=3,v=10,d=16,w=bf16",
+]
+
+
+def test_every_op_is_covered_here() -> None:
+    assert {text.partition(":")[0] for text in WORKLOADS} == set(OPS)
+
+
+@pytest.mark.parametrize("text", WORKLOADS)
+def test_definition_is_consistent(text: str) -> None:
+    workload = parse_workload(text)
+    assert str(workload) == text
+    op = get_op(workload.op)
+    inputs = op.make_inputs(workload, np.random.default_rng(1))
+    again = op.make_inputs(workload, np.random.default_rng(1))
+    expected = op.reference(workload, inputs)
+    bound = op.bound(workload, inputs, expected)
+    outputs = {a.name for a in op.args(workload) if a.role == "output" or a.mutated}
+    assert set(expected) == set(bound) == outputs
+    for arg in op.args(workload):
+        if arg.role != "output":
+            assert inputs[arg.name].shape == arg.shape
+            assert str(inputs[arg.name].dtype) == arg.dtype
+            np.testing.assert_array_equal(inputs[arg.name], again[arg.name])
+        if arg.name in expected:
+            assert expected[arg.name].shape == bound[arg.name].shape == arg.shape
+            finite = bound[arg.name][np.isfinite(expected[arg.name])]
+            assert (finite >= 0).all()
+    counts = op.counts(workload)
+    assert sum(counts.bytes.values()) > 0
+
+
+@pytest.mark.parametrize("text", [w for w in WORKLOADS if w.startswith(("mpgemm", "moe"))])
+def test_bound_refuses_a_wrong_weight(text: str) -> None:
+    """One weight code off by one must lie outside the bound."""
+    workload = parse_workload(text)
+    op = get_op(workload.op)
+    inputs = op.make_inputs(workload, np.random.default_rng(2))
+    expected = op.reference(workload, inputs)
+    bound = op.bound(workload, inputs, expected)["y"]
+    name = next(n for n in inputs if n.endswith(("codes", "w")))
+    damaged = dict(inputs)
+    damaged[name] = inputs[name].copy()
+    flat = damaged[name].reshape(-1)
+    if text.startswith("moe"):  # damage an expert that is used
+        flat = damaged[name][inputs["ids"][0, 0]].reshape(-1)
+    flat[:8] ^= 1 if damaged[name].dtype != np.uint16 else 0x40
+    worst = np.abs(op.reference(workload, damaged)["y"] - expected["y"]) / bound
+    assert worst.max() > 1
+
+
+def test_eager_ops_equal_their_references() -> None:
+    """The torch ops in float32 lie within the bounds that kernels must meet."""
+    for text in WORKLOADS:
+        workload = parse_workload(text)
+        op, p = get_op(workload.op), get_op(workload.op).full(workload)
+        inputs = op.make_inputs(workload, np.random.default_rng(3))
+        t = {k: torch.from_numpy(v.copy()) for k, v in inputs.items()}
+        expected = op.reference(workload, inputs)
+        bound = op.bound(workload, inputs, expected)
+        mimo = torch.ops.mimo
+        if workload.op == "mpgemm" and p["w"] != "bf16":
+            y = mimo.mpgemm(
+                t["x"], t["codes"], t["scale"], t.get("zero"), t.get("bias"), p["w"], p["a"]
+            )
+            got, slack = {"y": y}, 64  # eager multiplies scaled values, so sums over K round
+        elif workload.op == "cached_attention":
+            out = mimo.cached_attention(
+                t["q"],
+                t["k_cache"],
+                t["v_cache"],
+                t["pos"],
+                t.get("sink"),
+                p["d"] ** -0.5,
+                p["window"],
+            )
+            got, slack = {"out": out}, 1
+        elif workload.op == "kv_append":
+            q = mimo.kv_append(
+                t["qkv"], t["table"], t["pos"], t["q_norm"], t["k_norm"], t["k_cache"], t["v_cache"],
+                p["h"], p["eps"], p["vscale"],
+            )  # fmt: skip
+            got, slack = {"q": q, "k_cache": t["k_cache"], "v_cache": t["v_cache"]}, 1
+        elif workload.op == "rms_norm":
+            y, total = mimo.add_rms_norm(t["x"], t["residual"], t["weight"], p["eps"])
+            got, slack = {"y": y, "total": total}, 1
+        elif workload.op == "rope_table":
+            got, slack = {"table": mimo.rope_table(t["pos"], t["inv_freq"], p["t"])}, 1
+        elif workload.op == "swiglu":
+            got, slack = {"y": mimo.swiglu(t["x"])}, 1
+        else:
+            continue
+        for name, value in got.items():
+            error = np.abs(value.double().numpy() - expected[name])
+            assert (error <= slack * bound[name]).all(), (text, name, error.max())
+
+
+def test_row_quantisation_handles_zero_rows_and_ties() -> None:
+    x = torch.tensor([[0.0, 0.0], [127.0, 0.5], [-127.0, 1.5], [1e-30, -1e-30]])
+    q, scale = quantize_rows(x)
+    assert q.tolist()[:3] == [[0, 0], [127, 0], [-127, 2]]
+    assert scale[0] == 0
+    assert q.abs().max() <= 127
+
+
+def test_bf16_bits_round_to_nearest_even_as_torch() -> None:
+    values = np.random.default_rng(0).standard_normal(1000).astype(np.float32) * 1e3
+    wanted = torch.from_numpy(values).bfloat16().float().numpy()
+    np.testing.assert_array_equal(bf16_to_f32(f32_to_bf16(values)), wanted)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "nope:m=1",
+        "mpgemm:m=1,n=2",
+        "mpgemm:m=0,n=2,k=3",
+        "mpgemm:m=1,n=2,k=3,w=f32,a=a8",
+        "mpgemm:m=1,n=2,k=3,x=3",
+        "cached_attention:t=1,h=3,kv=2,d=8,dv=8,cap=16",
+        "cached_attention:t=4,h=2,kv=2,d=8,dv=8,cap=16,window=16",
+        "route:t=1,e=4,k=5",
+    ],
+)
+def test_bad_parameters_are_refused(text: str) -> None:
+    with pytest.raises(UsageError):
+        parse_workload(text)
