@@ -95,6 +95,12 @@ class Schedule(ABC):
     def lower(self, workload: Workload, config: Any, hardware: Hardware) -> Kernel:
         """Generate the kernel of one config."""
 
+    def counts(self, workload: Workload, config: Any, hardware: Hardware) -> Counts:
+        """Return the kernel's declared work. Override it where that needs no code generation: the search
+        ranks many candidates by it.
+        """
+        return self.lower(workload, config, hardware).counts
+
     def layouts(self, workload: Workload, config: Any) -> dict[str, str]:
         """Name the layout of each weight or state group, e.g. ``{"weight": "rows16.k4"}``.
 
