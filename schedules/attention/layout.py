@@ -1,7 +1,7 @@
 """The layout of KV caches that append and attention agree on.
 
 Keys ``k16``: ``[KV, ceil(cap/16), D, 16]``, so that the lanes of a vector are 16 slots and a score needs no
-sum over lanes. Values ``v16``: ``[KV, 16 * ceil(cap/16), 16 * ceil(DV/16)]``, whole vectors of one slot's row.
+sum over lanes. Values ``v16``: ``[KV, 16 * ceil(cap/16), 16 * ceil(DV/16)]``: whole vectors of a slot.
 """
 
 from __future__ import annotations

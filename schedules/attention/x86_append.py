@@ -102,9 +102,9 @@ def _make(p: dict[str, Any], rows: Any) -> Any:
 
     @T.inline
     def task(qkv, table, pos, q_norm, k_norm, k_cache, v_cache, q, h):
-        row = T.sblock_alloc_buffer((wide,), "float32", scope="local")
-        acc = T.sblock_alloc_buffer((LANES,), "float32", scope="local")
-        one = T.sblock_alloc_buffer((1,), "float32", scope="local")
+        row = T.sblock_alloc_buffer((wide,), "float32")
+        acc = T.sblock_alloc_buffer((LANES,), "float32")
+        one = T.sblock_alloc_buffer((1,), "float32")
         for i in range(t):
             for g in range(group):
                 head(qkv, table, q_norm, row, acc, one, i, (h * group + g) * d)

@@ -24,8 +24,8 @@ def _make(t: int, d: int, eps: float, residual: bool, rows: Any, unroll: int) ->
     @T.inline
     def row(x, other, weight, y, total, i):
         # without a residual, `total` is x itself
-        acc = T.sblock_alloc_buffer((unroll, LANES), "float32", scope="local")
-        norm = T.sblock_alloc_buffer((1,), "float32", scope="local")
+        acc = T.sblock_alloc_buffer((unroll, LANES), "float32")
+        norm = T.sblock_alloc_buffer((1,), "float32")
         for u in T.unroll(unroll):
             acc[u, ramp(0)] = splat(0.0)
         for j in range(groups):

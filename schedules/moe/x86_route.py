@@ -87,14 +87,14 @@ def _make(p: dict[str, Any], rows: Any) -> Any:
 
     @T.inline
     def row(logits, bias, ids, weights, i):
-        s = T.sblock_alloc_buffer((padded,), "float32", scope="local")
-        c = T.sblock_alloc_buffer((padded,), "float32", scope="local")
-        one = T.sblock_alloc_buffer((1,), "float32", scope="local")
-        rank = T.sblock_alloc_buffer((2 + groups,), "float32", scope="local")
-        kept = T.sblock_alloc_buffer((groups,), "int32", scope="local")
-        index = T.sblock_alloc_buffer((1,), "int32", scope="local")
-        best = T.sblock_alloc_buffer((LANES,), "float32", scope="local")
-        where = T.sblock_alloc_buffer((LANES,), "int32", scope="local")
+        s = T.sblock_alloc_buffer((padded,), "float32")
+        c = T.sblock_alloc_buffer((padded,), "float32")
+        one = T.sblock_alloc_buffer((1,), "float32")
+        rank = T.sblock_alloc_buffer((2 + groups,), "float32")
+        kept = T.sblock_alloc_buffer((groups,), "int32")
+        index = T.sblock_alloc_buffer((1,), "int32")
+        best = T.sblock_alloc_buffer((LANES,), "float32")
+        where = T.sblock_alloc_buffer((LANES,), "int32")
         scores(logits, s, one, i)
         for j in range(e):
             # max(NaN, limit) is the limit
