@@ -1,0 +1,1 @@
+"""Front ends: Hugging Face folders, torch modules and exported programs become graphs of `mimo` ops."""

@@ -1,0 +1,184 @@
+"""Load a Hugging Face model folder (or the built-in model) as a decoder, quantised on the way."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from mimo_compile.errors import InputError, UsageError
+from mimo_compile.frontend.models import get_family
+from mimo_compile.frontend.models.build import EMBED, HEAD, Builder, expected_tensors
+from mimo_compile.frontend.models.decoder import Decoder, DecoderConfig
+from mimo_compile.frontend.models.family import Fields
+from mimo_compile.frontend.weights.checkpoint import Checkpoint, read_json
+from mimo_compile.ir.formats import QuantScheme
+from mimo_compile.quantize import check_scheme
+
+DEFAULT_MAX_CONTEXT = 4096
+"""Positions that are provided for unless asked otherwise; a model's own maximum may be less."""
+
+_DERIVED = re.compile(r".*rotary_emb\.inv_freq|.*\.self_attn\.bias|.*\.masked_bias")
+"""Tensors of old checkpoints that are computed from the configuration."""
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What was found in the checkpoint."""
+
+    tensors: int
+    """Tensors read."""
+    parameters: int
+    """Numbers in them."""
+    dtypes: dict[str, int]
+    """Stored type -> numbers."""
+    unused: tuple[str, ...]
+    """Tensors that are not needed (derived from the configuration, or a tied copy)."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A decoder with what generation needs beside it."""
+
+    decoder: Decoder
+    scheme: QuantScheme
+    folder: Path
+    tokenizer: Path | None
+    """``tokenizer.json`` of the folder, if it has one."""
+    generation: dict[str, Any]
+    """Defaults of ``generation_config.json``: ``do_sample temperature top_k top_p``, those it names."""
+    report: LoadReport
+
+
+def resolve_source(source: str | Path) -> Path:
+    """Return the folder of a source: a path, or ``tiny`` for the built-in model.
+
+    Raises:
+        InputError: there is no such folder.
+    """
+    if str(source) == "tiny" and not Path(source).is_dir():
+        return _builtin()
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    what = "is a file, not a model folder" if folder.exists() else "does not exist"
+    raise InputError(
+        f"{source} {what}",
+        file=folder,
+        remedy="Give a folder with config.json and safetensors, or: tiny",
+    )
+
+
+def _builtin() -> Path:
+    """Return the folder that holds the built-in model's ``config.json``."""
+    package = Path(str(files("mimo_compile").joinpath("tiny")))
+    found = sorted(package.glob("config.json")) + sorted(package.glob("*/config.json"))
+    if not found:
+        raise InputError("the built-in model is not installed", file=package)
+    return found[0].parent
+
+
+def load_checkpoint(
+    folder: str | Path, quant: QuantScheme, max_context: int | None = None
+) -> LoadedModel:
+    """Load a model folder and quantise its matrices.
+
+    Args:
+        folder: folder with ``config.json``, ``model.safetensors`` or shards with their index, and optionally
+            ``tokenizer.json`` and ``generation_config.json``.
+        quant: what to store matrices as.
+        max_context: positions to provide for; None: the model's own maximum, at most `DEFAULT_MAX_CONTEXT`.
+
+    Returns:
+        The decoder and what generation needs.
+
+    Raises:
+        InputError: something in the folder is missing, damaged or not supported; names the file.
+        UsageError: the scheme has no quantiser, or ``max_context`` does not fit the model.
+    """
+    check_scheme(quant)
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder.name} is no model folder", file=folder)
+    fields = Fields(read_json(folder / "config.json"), folder / "config.json")
+    family = get_family(fields.get("model_type"), fields.file)
+    _refuse_quantised(fields)
+    checkpoint = Checkpoint(folder)
+    config = _configure_context(family.configure(fields, checkpoint), max_context)
+    generation = _generation(folder)
+    if "eos_token_id" in generation:
+        config = replace(config, eos=Fields(generation, folder / "generation_config.json").eos())
+    expected = expected_tensors(config, family, checkpoint)
+    unused = _unused(checkpoint, expected, config)
+    checkpoint.require(expected)
+    if checkpoint.entries[EMBED].dtype == "BF16":
+        config = replace(config, dtype="bf16")
+    decoder = Builder(config, family, checkpoint, quant).build()
+    dtypes: Counter[str] = Counter()
+    for name, shape in expected.items():
+        size = 1
+        for extent in shape:
+            size *= extent
+        dtypes[checkpoint.entries[name].dtype] += size
+    tokenizer = folder / "tokenizer.json"
+    kept = ("do_sample", "temperature", "top_k", "top_p")
+    return LoadedModel(
+        decoder,
+        quant,
+        folder,
+        tokenizer if tokenizer.is_file() else None,
+        {name: generation[name] for name in kept if generation.get(name) is not None},
+        LoadReport(len(expected), sum(dtypes.values()), dict(dtypes), unused),
+    )
+
+
+def _refuse_quantised(fields: Fields) -> None:
+    quantisation = fields.get("quantization_config", fields.get("compression_config"))
+    if quantisation is not None:
+        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
+        raise fields.fail(
+            f"the checkpoint is already quantised (quantization_config, method {method!r})",
+            "Supported: weights stored as float32, bfloat16 or float16; they are quantised by --quant",
+        )
+
+
+def _configure_context(config: DecoderConfig, max_context: int | None) -> DecoderConfig:
+    if max_context is None:
+        return config.with_context(min(config.max_context, DEFAULT_MAX_CONTEXT))
+    if not 0 < max_context <= config.max_context:
+        raise UsageError(
+            f"max_context={max_context} is not between 1 and the model's {config.max_context}"
+        )
+    return config.with_context(max_context)
+
+
+def _generation(folder: Path) -> dict[str, Any]:
+    path = folder / "generation_config.json"
+    if not path.exists():
+        return {}
+    return {k: v for k, v in read_json(path).items() if v is not None}
+
+
+def _unused(
+    checkpoint: Checkpoint, expected: dict[str, tuple[int, ...]], config: DecoderConfig
+) -> tuple[str, ...]:
+    """Return tensors that may be left out; anything else that is not expected is an error."""
+    extra = sorted(set(checkpoint.entries) - set(expected))
+    strange = [
+        name
+        for name in extra
+        if not _DERIVED.fullmatch(name) and not (config.tied and name == HEAD)
+    ]
+    if strange and not set(expected) - set(checkpoint.entries):
+        shown = ", ".join(strange[:3]) + (
+            f" and {len(strange) - 3} more" if len(strange) > 3 else ""
+        )
+        raise InputError(
+            f"tensors that a {config.name} model of this config.json does not have: {shown}",
+            file=checkpoint.entries[strange[0]].file,
+            remedy="Check that config.json belongs to these weights",
+        )
+    return tuple(extra)

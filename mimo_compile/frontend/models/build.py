@@ -1,0 +1,265 @@
+"""Build a decoder's stages from a checkpoint: tensor by tensor, quantised on the way.
+
+What is quantised: all matrices of the layers (experts and draft layers too) and the output projection, which
+keeps at least four bits. What is not: embedding, router, norms, biases, sinks and KV caches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mimo_compile.frontend.models.decoder import Decoder, DecoderConfig, LayerSpec, Stage
+from mimo_compile.frontend.models.family import Family, Names
+from mimo_compile.frontend.models.stages import (
+    Attention,
+    Embed,
+    Experts,
+    Feed,
+    FinalNorm,
+    FirstLayer,
+    Head,
+    Layer,
+    LayerCore,
+    MtpLayer,
+    QuantLinear,
+    Rope,
+    frozen,
+)
+from mimo_compile.frontend.weights.checkpoint import Checkpoint
+from mimo_compile.ir.formats import QuantScheme, QuantTensor, WeightFormat
+from mimo_compile.quantize import head_format, quantize
+
+EMBED, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+"""Names that all families share."""
+
+
+def prefixes(config: DecoderConfig) -> list[tuple[str, str, LayerSpec]]:
+    """Return stage name, tensor prefix and spec of every layer, draft layers last."""
+    main = [(f"layers.{i}", f"model.layers.{i}.", s) for i, s in enumerate(config.layers)]
+    return main + [(f"mtp.{i}", f"model.mtp.layers.{i}.", s) for i, s in enumerate(config.mtp)]
+
+
+def expected_tensors(
+    config: DecoderConfig, family: Family, checkpoint: Checkpoint
+) -> dict[str, tuple[int, ...]]:
+    """Return the name and shape of every tensor that the decoder reads."""
+    out: dict[str, tuple[int, ...]] = {
+        EMBED: (config.vocab, config.hidden),
+        NORM: (config.hidden,),
+    }
+    if not config.tied:
+        out[HEAD] = (config.vocab, config.hidden)
+    for _, prefix, spec in prefixes(config):
+        shapes = _shapes(spec, config.hidden)
+        for key, name in family.layer_names(spec, prefix, checkpoint).items():
+            for e in range(spec.experts if "{e}" in name else 1):
+                out[name.replace("{e}", str(e))] = shapes[key]
+    return out
+
+
+def _shapes(s: LayerSpec, hidden: int) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every weight that a layer may have, by its key in `Names`."""
+    q, k, v = s.heads * s.d, s.kv_heads * s.d, s.kv_heads * s.dv
+    vectors = ("attn_norm", "mlp_norm", "enorm", "hnorm", "final_norm")
+    return {
+        **dict.fromkeys(vectors, (hidden,)),
+        "q": (q, hidden),
+        "k": (k, hidden),
+        "v": (v, hidden),
+        "q_bias": (q,),
+        "k_bias": (k,),
+        "v_bias": (v,),
+        "q_norm": (s.d,),
+        "k_norm": (s.d,),
+        "sink": (s.heads,),
+        "o": (hidden, s.heads * s.dv),
+        "eh_proj": (hidden, 2 * hidden),
+        "gate": (s.ffn, hidden),
+        "up": (s.ffn, hidden),
+        "down": (hidden, s.ffn),
+        "router": (s.experts, hidden),
+        "router_bias": (s.experts,),
+        "experts.gate": (s.moe_ffn, hidden),
+        "experts.up": (s.moe_ffn, hidden),
+        "experts.down": (hidden, s.moe_ffn),
+        "experts.gate_up": (s.experts, 2 * s.moe_ffn, hidden),
+        "experts.all_down": (s.experts, hidden, s.moe_ffn),
+    }
+
+
+@dataclass
+class Builder:
+    """Turns the tensors of one checkpoint into stages."""
+
+    config: DecoderConfig
+    family: Family
+    checkpoint: Checkpoint
+    scheme: QuantScheme
+    kinds: dict[str, str] = field(default_factory=dict)
+    """Structural key of a layer -> the short kind it got."""
+
+    def build(self) -> Decoder:
+        """Read and quantise everything."""
+        config = self.config
+        table = frozen(self._stored(EMBED))
+        stages = [Stage("embed", "embed", Embed(table), {}, ("ids",), ("x",))]
+        ropes: dict[object, str] = {}
+        for spec in (*config.layers, *config.mtp):
+            if spec.rope_key not in ropes:
+                name = ropes[spec.rope_key] = f"rope.{len(ropes)}"
+                kind = f"rope.r{spec.rotary_dim}"
+                stages.append(Stage(name, kind, Rope(spec), {}, ("pos",), (name,)))
+        drafts: list[Stage] = []
+        for name, prefix, spec in prefixes(config):
+            stage = self._layer(name, prefix, spec, ropes[spec.rope_key], table)
+            (drafts if name.startswith("mtp.") else stages).append(stage)
+        norm = FinalNorm(self.checkpoint.real(NORM), config.eps)
+        stages.append(
+            Stage("final_norm", "final_norm", norm, {}, ("x", "delta"), ("hidden", "normed"))
+        )
+        stages.append(Stage("head", "head", self._head(table), {}, ("normed",), ("logits",)))
+        return Decoder(config, [*stages, *drafts])
+
+    def _stored(self, name: str) -> Tensor:
+        """Return a matrix that stays float: bf16 as it is, everything else in f32."""
+        tensor = self.checkpoint.tensor(name)
+        return tensor if tensor.dtype == torch.bfloat16 else tensor.to(torch.float32)
+
+    def _matrix(self, names: list[str], fmt: WeightFormat | None) -> Tensor | QuantTensor:
+        """Return matrices stacked along their rows, each quantised by itself."""
+        if fmt is None:
+            parts = [self._stored(name) for name in names]
+            return parts[0] if len(parts) == 1 else torch.cat(_same_type(parts))
+        done = [quantize(self.checkpoint.tensor(name), fmt, what=name) for name in names]
+        return done[0] if len(done) == 1 else _stack(done)
+
+    def _linear(self, names: list[str], bias: Tensor | None = None) -> QuantLinear:
+        weight = self._matrix(names, self.scheme.weight)
+        return QuantLinear(weight, bias, f"a{self.scheme.act}")
+
+    def _head(self, table: nn.Parameter) -> Head:
+        fmt = head_format(self.scheme)
+        if fmt is None:
+            return Head(QuantLinear(table if self.config.tied else self._stored(HEAD)))
+        name = EMBED if self.config.tied else HEAD
+        return Head(QuantLinear(self._matrix([name], fmt), act=f"a{self.scheme.act}"))
+
+    def _layer(
+        self, name: str, prefix: str, spec: LayerSpec, rope: str, table: nn.Parameter
+    ) -> Stage:
+        names = self.family.layer_names(spec, prefix, self.checkpoint)
+        draft, first = name.startswith("mtp."), name == "layers.0"
+        make: type[LayerCore] = MtpLayer if draft else FirstLayer if first else Layer
+        small = {k: self.checkpoint.real(n) for k, n in names.items() if k in _SMALL}
+        bias = [small.pop(f"{part}_bias") for part in "qkv"] if spec.qkv_bias else None
+        qkv = self._linear(
+            [names[part] for part in "qkv"], None if bias is None else torch.cat(bias)
+        )
+        attention = Attention(spec, qkv, self._linear([names["o"]]), small)
+        module = make(
+            spec,
+            attention,
+            self._feed(spec, names),
+            small,
+            self.config.eps,
+            self.config.max_context,
+        )
+        kind = "layer"
+        inputs: tuple[str, ...] = ("x", "delta")
+        outputs: tuple[str, ...] = ("x", "delta")
+        if isinstance(module, MtpLayer):
+            module.bind(table, self._linear([names["eh_proj"]]), small)
+            kind, inputs, outputs = "mtp", ("hidden", "ids"), ("normed",)
+        elif first:
+            kind, inputs = "first", ("x",)
+        states = {cache: f"{name}.{cache}" for cache in ("k_cache", "v_cache")}
+        return Stage(
+            name, self._kind(kind, module), module, states, (*inputs, rope, "pos"), outputs
+        )
+
+    def _kind(self, family: str, module: LayerCore) -> str:
+        """Return ``first``, ``layer``, ``layer.1`` ...: one short name for each different graph."""
+        key = f"{family}:{module.kind}"
+        if key not in self.kinds:
+            count = sum(known.startswith(f"{family}:") for known in self.kinds)
+            self.kinds[key] = f"{family}.{count}" if count else family
+        return self.kinds[key]
+
+    def _feed(self, spec: LayerSpec, names: Names) -> Feed:
+        if spec.mlp == "dense":
+            gate_up = self._linear([names["gate"], names["up"]])
+            return Feed(spec, {"gate_up": gate_up, "down": self._linear([names["down"]])})
+        act = f"a{self.scheme.act}"
+        if "experts.gate_up" in names:
+            w13 = self._fused_experts(names["experts.gate_up"])
+            w2 = self._fused_experts(names["experts.all_down"])
+        else:
+            pair = [names["experts.gate"], names["experts.up"]]
+            w13, w2 = self._experts(spec, pair), self._experts(spec, [names["experts.down"]])
+        parts: dict[str, QuantLinear | Experts] = {
+            "router": QuantLinear(self.checkpoint.real(names["router"])),
+            "experts": Experts(w13, w2, act),
+        }
+        bias = self.checkpoint.real(names["router_bias"]) if spec.router_bias else None
+        return Feed(spec, parts, bias)
+
+    def _experts(self, spec: LayerSpec, names: list[str]) -> Tensor | QuantTensor:
+        """Return ``[E, N, K]`` from one tensor per expert (and half)."""
+        each = [
+            self._matrix([n.replace("{e}", str(e)) for n in names], self.scheme.weight)
+            for e in range(spec.experts)
+        ]
+        return _pile(each)
+
+    def _fused_experts(self, name: str) -> Tensor | QuantTensor:
+        """Return ``[E, N, K]`` from one tensor of all experts."""
+        tensor = self._stored(name)
+        if self.scheme.weight is None:
+            return tensor
+        fmt, halves = self.scheme.weight, 2 if name.endswith("gate_up_proj") else 1
+        return _pile(
+            [
+                _stack([quantize(part, fmt, what=name) for part in expert.chunk(halves)])
+                for expert in tensor
+            ]
+        )
+
+
+_SMALL = frozenset(
+    "attn_norm mlp_norm q_norm k_norm sink q_bias k_bias v_bias enorm hnorm final_norm".split()
+)
+
+
+def _same_type(parts: list[Tensor]) -> list[Tensor]:
+    """Widen all parts to float32 unless all are bf16."""
+    if len({part.dtype for part in parts}) == 1:
+        return parts
+    return [part.to(torch.float32) for part in parts]
+
+
+def _stack(parts: list[QuantTensor]) -> QuantTensor:
+    """Join quantised matrices along their rows."""
+    return _join(parts, torch.cat)
+
+
+def _pile(parts: list[Tensor | QuantTensor]) -> Tensor | QuantTensor:
+    """Put matrices of equal shape on top of each other: ``[E, N, K]``."""
+    quantised = [part for part in parts if isinstance(part, QuantTensor)]
+    if quantised:
+        return _join(quantised, torch.stack)
+    return torch.stack(_same_type([part for part in parts if isinstance(part, Tensor)]))
+
+
+def _join(parts: list[QuantTensor], how: Callable[[list[Tensor]], Tensor]) -> QuantTensor:
+    def each(arrays: list[Any]) -> Any:
+        return how([torch.from_numpy(array) for array in arrays]).numpy()
+
+    zero = None if parts[0].zero is None else each([part.zero for part in parts])
+    return QuantTensor(
+        parts[0].fmt, each([p.codes for p in parts]), each([p.scale for p in parts]), zero
+    )

@@ -1,0 +1,279 @@
+"""One decoder for all families: its shape as plain data, its pieces (stages), and their eager driver.
+
+A family (``llama.py``, ...) only translates its ``config.json`` into a `DecoderConfig` and says under which
+names its tensors stand; everything below that is shared. The eager result of the stages is the oracle of
+the compiled artifact, with the same quantisation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mimo_compile.errors import UsageError
+
+STEP_TOKENS = 256
+"""Most tokens of one call: rings of window layers hold the window and this many more."""
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """Shape and semantics of one decoder layer."""
+
+    heads: int
+    kv_heads: int
+    d: int
+    """Width of a query or key head."""
+    dv: int
+    """Width of a value head."""
+    window: int = 0
+    """Keys a query sees, itself included; 0: all."""
+    sink: bool = False
+    """One learned logit per query head in the softmax denominator."""
+    rope_theta: float = 10000.0
+    rotary_dim: int = 0
+    """Leading dimensions of a head that are rotated."""
+    v_scale: float = 1.0
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    rope_scaling: Mapping[str, Any] | None = field(default=None, hash=False)
+    """None, or ``type`` (``linear`` or ``llama3``), ``factor``; llama3 has ``low``, ``high``, ``original`` too."""
+    mlp: Literal["dense", "moe"] = "dense"
+    ffn: int = 0
+    """Width of the dense block."""
+    experts: int = 0
+    top_k: int = 0
+    moe_ffn: int = 0
+    scoring: str = "softmax"
+    norm_topk: bool = True
+    router_bias: bool = False
+    factor: float = 1.0
+    groups: int = 1
+    top_groups: int = 1
+
+    @property
+    def rope_key(self) -> tuple[Any, ...]:
+        """What the angle table of the layer depends on."""
+        scaling = None if self.rope_scaling is None else tuple(sorted(self.rope_scaling.items()))
+        return self.rope_theta, self.rotary_dim, scaling
+
+    def capacity(self, max_context: int) -> int:
+        """Return the slots of the KV cache, a multiple of 16."""
+        slots = max_context
+        if self.window:
+            slots = min(slots, self.window + STEP_TOKENS)
+        return -(-slots // 16) * 16
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Shape of a whole decoder."""
+
+    name: str
+    hidden: int
+    vocab: int
+    layers: tuple[LayerSpec, ...]
+    eps: float
+    tied: bool
+    """True when the output projection is the embedding table."""
+    max_context: int
+    bos: int | None = None
+    eos: tuple[int, ...] = ()
+    mtp: tuple[LayerSpec, ...] = ()
+    """Draft layers (multi-token prediction), possibly none."""
+    dtype: Literal["f32", "bf16"] = "f32"
+    """How unquantised matrices are stored."""
+
+    def with_context(self, max_context: int) -> DecoderConfig:
+        """Return the same decoder for another number of positions."""
+        return replace(self, max_context=max_context)
+
+
+def inverse_frequencies(spec: LayerSpec) -> Tensor:
+    """Return the rotary frequencies ``[rotary_dim / 2]`` float32 of a layer, scaling applied.
+
+    Llama 3 scaling divides slow frequencies by ``factor``, keeps fast ones and blends between, by how often
+    a wave fits into the original context (between ``low`` and ``high`` times).
+    """
+    steps = torch.arange(0, spec.rotary_dim, 2, dtype=torch.float32) / spec.rotary_dim
+    inverse = 1.0 / (spec.rope_theta**steps)
+    scaling = spec.rope_scaling
+    if scaling is None:
+        return inverse
+    factor = float(scaling["factor"])
+    if scaling["type"] == "linear":
+        return inverse / factor
+    if scaling["type"] != "llama3":
+        raise UsageError(f"unknown rope scaling {scaling['type']!r}", remedy="use linear or llama3")
+    low, high = float(scaling["low"]), float(scaling["high"])
+    waves = float(scaling["original"]) * inverse / (2 * math.pi)
+    keep = ((waves - low) / (high - low)).clamp(0.0, 1.0)
+    return (1 - keep) * inverse / factor + keep * inverse
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One exportable piece of a model."""
+
+    name: str
+    """``embed``, ``rope.0``, ``layers.3``, ``final_norm``, ``head``, ``mtp.0``."""
+    kind: str
+    """Stages of equal kind have equal graphs and differ only in weights and states."""
+    module: nn.Module
+    states: Mapping[str, str] = field(default_factory=dict)
+    """Buffer of the module that is a KV cache -> global name of that state."""
+    inputs: tuple[str, ...] = ()
+    """Values that ``forward`` takes, in order: ``ids pos x delta hidden normed`` or a rope stage's name."""
+    outputs: tuple[str, ...] = ()
+    """Values that ``forward`` returns, in order."""
+
+
+class Decoder:
+    """A decoder as a list of stages, which it can also run eagerly (batch of one)."""
+
+    def __init__(self, config: DecoderConfig, stages: Sequence[Stage]) -> None:
+        """Take stages in running order; their KV caches may be on the meta device until first used."""
+        self.config = config
+        self._stages = list(stages)
+        self._by_name = {stage.name: stage for stage in self._stages}
+
+    def stages(self) -> list[Stage]:
+        """Return all pieces in running order; draft layers (``mtp.*``) come last."""
+        return list(self._stages)
+
+    def stage(self, name: str) -> Stage:
+        """Return one piece by name."""
+        return self._by_name[name]
+
+    def reset(self) -> None:
+        """Empty (and if need be allocate) every KV cache."""
+        for module, buffer, cache in self._caches():
+            if cache.is_meta:
+                setattr(module, buffer, torch.zeros_like(cache, device="cpu"))
+            else:
+                cache.zero_()
+
+    def release(self) -> None:
+        """Give the memory of the KV caches back; the next step allocates them again."""
+        for module, buffer, cache in self._caches():
+            setattr(module, buffer, cache.to("meta"))
+
+    def _caches(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
+        for stage in self._stages:
+            for buffer in stage.states:
+                yield stage.module, buffer, stage.module.get_buffer(buffer)
+
+    def _check_call(self, tokens: int, start: int, valid: int) -> None:
+        if not 0 < valid <= tokens <= STEP_TOKENS:
+            raise UsageError(f"one step takes 1 to {STEP_TOKENS} tokens, got {valid} of {tokens}")
+        if start < 0 or start + valid > self.config.max_context:
+            raise UsageError(
+                f"positions {start} to {start + valid - 1} do not fit into the context of "
+                f"{self.config.max_context}",
+                remedy="raise max_context",
+            )
+
+    def _run(self, stage: Stage, values: dict[str, Tensor]) -> None:
+        if stage.name.startswith("rope."):
+            stage.module.tokens = values["ids"].shape[0]  # type: ignore[assignment]
+        out = stage.module(*(values[name] for name in stage.inputs))
+        values.update(zip(stage.outputs, out if isinstance(out, tuple) else (out,), strict=True))
+
+    @torch.no_grad()
+    def _steps(
+        self, names: Sequence[str], values: dict[str, Tensor], start: int, valid: int | None
+    ) -> dict[str, Tensor]:
+        ids = values["ids"] = values["ids"].to(torch.int32)
+        count = ids.shape[0] if valid is None else valid
+        self._check_call(ids.shape[0], start, count)
+        if bool(((ids < 0) | (ids >= self.config.vocab)).any()):
+            raise UsageError(f"token ids must be from 0 to {self.config.vocab - 1}")
+        if any(cache.is_meta for _, _, cache in self._caches()):
+            self.reset()
+        values["pos"] = torch.tensor([start, count], dtype=torch.int32)
+        for name in names:
+            self._run(self._by_name[name], values)
+        return values
+
+    def forward_step(
+        self, ids: Tensor, start: int, valid: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Run ``T`` tokens at positions ``start ...`` and append them to the KV caches.
+
+        Args:
+            ids: ``[T]`` integers; from ``valid`` on they are padding.
+            start: position of the first token; earlier positions must have been run.
+            valid: number of tokens that count; None: all.
+
+        Returns:
+            The hidden state before the final norm ``[T, D]`` and the logits ``[T, V]``, both float32.
+
+        Raises:
+            UsageError: too many tokens, ids outside the vocabulary or positions outside the context.
+        """
+        names = [s.name for s in self._stages if not s.name.startswith("mtp.")]
+        values = self._steps(names, {"ids": ids}, start, valid)
+        return values["hidden"], values["logits"]
+
+    def draft(
+        self, head: int, hidden: Tensor, ids: Tensor, start: int, valid: int | None = None
+    ) -> Tensor:
+        """Run draft layer ``head`` on the decoder's hidden states and the tokens ``head + 1`` further on.
+
+        Args:
+            head: index of the draft layer.
+            hidden: ``[T, D]`` from `forward_step`, position i of the call stands at ``start + i``.
+            ids: ``[T]``, the token after position i (for head 0), the one after that (for head 1), ...
+            start: position of the first row.
+            valid: number of rows that count; None: all.
+
+        Returns:
+            Logits ``[T, V]`` of the token after ``ids``.
+        """
+        if not 0 <= head < len(self.config.mtp):
+            raise UsageError(f"the model has {len(self.config.mtp)} draft layers, not {head + 1}")
+        stage = self._by_name[f"mtp.{head}"]
+        ropes = [name for name in stage.inputs if name.startswith("rope.")]
+        values = {"ids": ids, "hidden": hidden}
+        return self._steps([*ropes, stage.name, "head"], values, start, valid)["logits"]
+
+    def prefill(self, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Empty the caches and run a prompt; returns hidden states ``[T, D]`` and logits ``[T, V]``."""
+        self.reset()
+        every = torch.tensor(list(ids), dtype=torch.int32)
+        parts = [
+            self.forward_step(every[at : at + STEP_TOKENS], at)
+            for at in range(0, len(every), STEP_TOKENS)
+        ]
+        if not parts:
+            raise UsageError("the prompt holds no token")
+        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+    def generate_greedy(
+        self, ids: Sequence[int], max_new_tokens: int, *, stop: Sequence[int] | None = None
+    ) -> list[int]:
+        """Continue a prompt with the most likely tokens.
+
+        Args:
+            ids: the prompt, at least one token.
+            max_new_tokens: upper limit of new tokens.
+            stop: tokens that end the text (returned too); None: the model's own.
+
+        Returns:
+            The new tokens.
+        """
+        ends = self.config.eos if stop is None else tuple(stop)
+        logits = self.prefill(ids)[1]
+        out: list[int] = []
+        while len(out) < max_new_tokens:
+            out.append(int(logits[-1].argmax()))
+            if out[-1] in ends or len(out) == max_new_tokens:
+                break
+            step = torch.tensor(out[-1:], dtype=torch.int32)
+            logits = self.forward_step(step, len(ids) + len(out) - 1)[1]
+        return out

@@ -1,0 +1,250 @@
+"""What a model family provides, and the helpers that families share.
+
+A family is one module with ``configure(fields, checkpoint) -> DecoderConfig`` and
+``layer_names(fields, checkpoint, prefix, spec) -> names`` (most use `standard_names`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from mimo_compile.errors import InputError
+from mimo_compile.frontend.models.decoder import DecoderConfig, LayerSpec
+from mimo_compile.frontend.weights.checkpoint import Checkpoint
+
+Names = dict[str, str]
+"""Weight of a layer (``q``, ``gate``, ``experts.gate`` ...) -> tensor name; ``{e}`` stands for the expert."""
+
+
+class Family(Protocol):
+    """The two functions of a family's module."""
+
+    def configure(self, fields: Fields, checkpoint: Checkpoint) -> DecoderConfig:
+        """Translate ``config.json``; the checkpoint's names and shapes may decide details."""
+        ...
+
+    def layer_names(self, spec: LayerSpec, prefix: str, checkpoint: Checkpoint) -> Names:
+        """Say where the weights of one layer stand (``prefix`` ends in a dot)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Fields:
+    """A ``config.json`` with typed, checked access; every error names the field and the file."""
+
+    raw: Mapping[str, Any]
+    file: Path
+
+    def fail(self, what: str, remedy: str = "") -> InputError:
+        """Build the error for a field that is wrong or not supported."""
+        return InputError(what, file=self.file, remedy=remedy)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return a field, ``default`` when it is absent or null."""
+        value = self.raw.get(name)
+        return default if value is None else value
+
+    def integer(self, name: str, default: int | None = None, low: int = 1) -> int:
+        """Return an integer of at least ``low``; required without a default."""
+        value = self.get(name, default)
+        if value is None:
+            raise self.fail(f"{name} is missing")
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise self.fail(f"{name} must be an integer of at least {low}, found {value!r}")
+        return value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        """Return a finite positive number; required without a default."""
+        value = self.get(name, default)
+        if value is None:
+            raise self.fail(f"{name} is missing")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
+            raise self.fail(f"{name} must be a positive number, found {value!r}")
+        return float(value)
+
+    def flag(self, name: str, default: bool) -> bool:
+        """Return a boolean."""
+        value = self.get(name, default)
+        if not isinstance(value, bool):
+            raise self.fail(f"{name} must be true or false, found {value!r}")
+        return value
+
+    def per_layer(self, name: str, layers: int, allowed: tuple[Any, ...]) -> list[Any] | None:
+        """Return a list with one of ``allowed`` for each layer, None when the field is absent."""
+        value = self.get(name)
+        if value is None:
+            return None
+        if not isinstance(value, list) or len(value) != layers:
+            length = len(value) if isinstance(value, list) else repr(value)
+            raise self.fail(
+                f"{name} must list one entry for each of {layers} layers, found {length}"
+            )
+        if wrong := [v for v in value if v not in allowed]:
+            raise self.fail(
+                f"{name} holds {wrong[0]!r}", f"Known entries: {', '.join(map(str, allowed))}"
+            )
+        return value
+
+    def require(self, name: str, allowed: tuple[Any, ...]) -> None:
+        """Refuse a feature: the field must be absent, null or one of ``allowed``."""
+        value = self.get(name)
+        if value is not None and value not in allowed:
+            raise self.fail(
+                f"{name}={value!r} is not supported", f"Supported: {', '.join(map(repr, allowed))}"
+            )
+
+    def eos(self) -> tuple[int, ...]:
+        """Return the tokens that end a text."""
+        value = self.get("eos_token_id", [])
+        values = value if isinstance(value, list) else [value]
+        if not all(isinstance(v, int) for v in values):
+            raise self.fail(f"eos_token_id must be an integer or a list of them, found {value!r}")
+        return tuple(values)
+
+
+def read_rope(
+    fields: Fields, d: int, layer_type: str | None = None, theta: float | None = None
+) -> dict[str, Any]:
+    """Read rotary settings from either spelling of ``config.json``.
+
+    Old files have ``rope_theta`` and ``rope_scaling``, newer ones one ``rope_parameters`` object, which may
+    hold an object per layer type.
+
+    Args:
+        fields: the configuration.
+        d: width of a head.
+        layer_type: key of the per-layer-type object.
+        theta: base when the file gives none (None: required).
+
+    Returns:
+        ``rope_theta``, ``rotary_dim`` and ``rope_scaling`` of a `LayerSpec`.
+    """
+    given = fields.get("rope_parameters", fields.get("rope_scaling", {}))
+    if isinstance(given, dict) and layer_type is not None:
+        given = given.get(layer_type, given)
+    if not isinstance(given, dict):
+        raise fields.fail(f"rope_parameters must be an object, found {given!r}")
+    top = {name: fields.get(name) for name in ("rope_theta", "partial_rotary_factor")}
+    rope = Fields({**{k: v for k, v in top.items() if v is not None}, **given}, fields.file)
+    dim = int(d * rope.number("partial_rotary_factor", 1.0))
+    if dim % 2 or not 0 < dim <= d:
+        raise fields.fail(
+            f"partial_rotary_factor rotates {dim} of {d} dimensions, not an even part"
+        )
+    return {
+        "rope_theta": rope.number("rope_theta", theta),
+        "rotary_dim": dim,
+        "rope_scaling": _scaling(rope),
+    }
+
+
+def _scaling(rope: Fields) -> dict[str, Any] | None:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind == "linear":
+        return {"type": "linear", "factor": rope.number("factor")}
+    if kind == "llama3":
+        return {
+            "type": "llama3",
+            "factor": rope.number("factor"),
+            "low": rope.number("low_freq_factor"),
+            "high": rope.number("high_freq_factor"),
+            "original": rope.integer("original_max_position_embeddings"),
+        }
+    raise rope.fail(f"rope type {kind!r} is not supported", "Supported: default, linear, llama3")
+
+
+def windows(fields: Fields, layers: int) -> list[int]:
+    """Return the window of each layer (0: full) of families with ``use_sliding_window``."""
+    kinds = fields.per_layer("layer_types", layers, ("full_attention", "sliding_attention"))
+    if kinds is None:
+        first = fields.integer("max_window_layers", layers, low=0)
+        sliding = fields.flag("use_sliding_window", False)
+        kinds = [
+            "sliding_attention" if sliding and i >= first else "full_attention"
+            for i in range(layers)
+        ]
+    if "sliding_attention" not in kinds:
+        return [0] * layers
+    size = fields.integer("sliding_window")
+    return [size if kind == "sliding_attention" else 0 for kind in kinds]
+
+
+def head_dims(fields: Fields) -> tuple[int, int, int]:
+    """Return query heads, KV heads and head width of an ordinary decoder."""
+    heads = fields.integer("num_attention_heads")
+    kv_heads = fields.integer("num_key_value_heads", heads)
+    if heads % kv_heads:
+        raise fields.fail(
+            f"num_attention_heads={heads} is no multiple of num_key_value_heads={kv_heads}"
+        )
+    hidden = fields.integer("hidden_size")
+    if fields.get("head_dim") is None and hidden % heads:
+        raise fields.fail(f"hidden_size={hidden} is no multiple of num_attention_heads={heads}")
+    return heads, kv_heads, fields.integer("head_dim", hidden // heads)
+
+
+def dense_decoder(
+    fields: Fields, *, qkv_bias: bool = False, qk_norm: bool = False
+) -> DecoderConfig:
+    """Configure an ordinary dense decoder (Llama, Qwen2, Qwen3)."""
+    fields.require("hidden_act", ("silu",))
+    heads, kv_heads, d = head_dims(fields)
+    count = fields.integer("num_hidden_layers")
+    rope = read_rope(fields, d, theta=10000.0)
+    ffn = fields.integer("intermediate_size")
+    layers = tuple(
+        LayerSpec(
+            heads,
+            kv_heads,
+            d,
+            d,
+            window=window,
+            qk_norm=qk_norm,
+            qkv_bias=qkv_bias,
+            ffn=ffn,
+            **rope,
+        )
+        for window in windows(fields, count)
+    )
+    return DecoderConfig(
+        name=str(fields.get("model_type")),
+        hidden=fields.integer("hidden_size"),
+        vocab=fields.integer("vocab_size"),
+        layers=layers,
+        eps=fields.number("rms_norm_eps", 1e-6),
+        tied=fields.flag("tie_word_embeddings", False),
+        max_context=fields.integer("max_position_embeddings", 2048),
+        bos=fields.get("bos_token_id"),
+        eos=fields.eos(),
+    )
+
+
+def standard_names(spec: LayerSpec, prefix: str, checkpoint: Checkpoint | None = None) -> Names:
+    """Return the tensor names that most families share, those that ``spec`` needs."""
+    names = {
+        "attn_norm": "input_layernorm.weight",
+        "mlp_norm": "post_attention_layernorm.weight",
+        "o": "self_attn.o_proj.weight",
+    }
+    for part in ("q", "k", "v"):
+        names[part] = f"self_attn.{part}_proj.weight"
+        if spec.qkv_bias:
+            names[f"{part}_bias"] = f"self_attn.{part}_proj.bias"
+    if spec.qk_norm:
+        names |= {"q_norm": "self_attn.q_norm.weight", "k_norm": "self_attn.k_norm.weight"}
+    if spec.sink:
+        names["sink"] = "self_attn.attention_sink_bias"
+    if spec.mlp == "dense":
+        names |= {part: f"mlp.{part}_proj.weight" for part in ("gate", "up", "down")}
+    else:
+        names["router"] = "mlp.gate.weight"
+        for part in ("gate", "up", "down"):
+            names[f"experts.{part}"] = f"mlp.experts.{{e}}.{part}_proj.weight"
+        if spec.router_bias:
+            names["router_bias"] = "mlp.gate.e_score_correction_bias"
+    return {key: prefix + name for key, name in names.items()}

@@ -1,0 +1,316 @@
+"""The stages of the decoder as torch modules over `mimo` ops; they hold the weights as they are stored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from mimo_compile.frontend.models.decoder import LayerSpec, inverse_frequencies
+from mimo_compile.ir.formats import QuantTensor
+from mimo_compile.ir.ops import load_all
+
+load_all()
+
+
+def frozen(tensor: Tensor) -> nn.Parameter:
+    """Wrap a weight as a parameter without gradient."""
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+def float_name(tensor: Tensor) -> str:
+    """Return the format name of a float weight: ``bf16`` or ``f32``."""
+    return "bf16" if tensor.dtype == torch.bfloat16 else "f32"
+
+
+class QuantLinear(nn.Module):
+    """``x [T, K] -> [T, N]`` with quantised codes or a float weight."""
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    bias: Tensor | None
+
+    def __init__(
+        self, weight: Tensor | QuantTensor, bias: Tensor | None = None, act: str = "a16"
+    ) -> None:
+        """Hold ``weight [N, K]`` and ``bias [N]``; ``act`` is ``a8`` or ``a16`` (quantised weights only)."""
+        super().__init__()
+        self.register_buffer("bias", bias)
+        if isinstance(weight, QuantTensor):
+            self.w, self.a = weight.fmt.name, act
+            self.register_buffer("codes", torch.from_numpy(weight.codes))
+            self.register_buffer("scale", torch.from_numpy(weight.scale))
+            zero = None if weight.zero is None else torch.from_numpy(weight.zero)
+            self.register_buffer("zero", zero)
+        else:
+            self.w, self.a = float_name(weight), "a16"
+            self.weight = weight if isinstance(weight, nn.Parameter) else frozen(weight)
+
+    @property
+    def kind(self) -> str:
+        """What the graph of this layer depends on beside shapes."""
+        return f"{self.w}{self.a}" + ("" if self.bias is None else "b")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x @ weight.T + bias``."""
+        y: Tensor
+        if "weight" in self._parameters:
+            y = torch.ops.mimo.linear(x, self.weight, self.bias)
+        else:
+            y = torch.ops.mimo.mpgemm(
+                x, self.codes, self.scale, self.zero, self.bias, self.w, self.a
+            )
+        return y
+
+
+class Experts(nn.Module):
+    """Routed SwiGLU experts; gate rows stand first in ``w13``."""
+
+    def __init__(
+        self, w13: Tensor | QuantTensor, w2: Tensor | QuantTensor, act: str = "a16"
+    ) -> None:
+        """Hold ``w13 [E, 2F, D]`` and ``w2 [E, D, F]``."""
+        super().__init__()
+        self.a = "a16"
+        for name, weight in (("w13", w13), ("w2", w2)):
+            if isinstance(weight, QuantTensor):
+                self.w, self.a = weight.fmt.name, act
+                self.register_buffer(name, torch.from_numpy(weight.codes))
+                self.register_buffer(f"{name}_scale", torch.from_numpy(weight.scale))
+                zero = None if weight.zero is None else torch.from_numpy(weight.zero)
+                self.register_buffer(f"{name}_zero", zero)
+            else:
+                self.w = float_name(weight)
+                self.register_parameter(name, frozen(weight))
+                self.register_buffer(f"{name}_scale", None)
+                self.register_buffer(f"{name}_zero", None)
+
+    @property
+    def kind(self) -> str:
+        """What the graph depends on beside shapes."""
+        return self.w + self.a
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """Return the weighted sum of the chosen experts: ``x [T, D]``, ``ids/weights [T, k]``."""
+        y: Tensor = torch.ops.mimo.moe(
+            x, ids, weights, self.w13, self.w13_scale, self.w13_zero,
+            self.w2, self.w2_scale, self.w2_zero, self.w, self.a,
+        )  # fmt: skip
+        return y
+
+
+class Embed(nn.Module):
+    """``ids int32 [T] -> x float32 [T, D]``."""
+
+    def __init__(self, table: nn.Parameter) -> None:
+        """Hold the table ``[V, D]`` (f32 or bf16)."""
+        super().__init__()
+        self.table = table
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Return the rows of ``ids``."""
+        x: Tensor = torch.ops.mimo.embed(ids, self.table)
+        return x
+
+
+class Rope(nn.Module):
+    """``pos int32 [2] -> table float32 [T, 2, R/2]``; T is the attribute ``tokens``."""
+
+    inv_freq: Tensor
+
+    def __init__(self, spec: LayerSpec) -> None:
+        """Compute the frequencies of a layer."""
+        super().__init__()
+        self.tokens = 1
+        self.register_buffer("inv_freq", inverse_frequencies(spec))
+
+    def forward(self, pos: Tensor) -> Tensor:
+        """Return cosines and sines of the positions from ``pos[0]`` on."""
+        table: Tensor = torch.ops.mimo.rope_table(pos, self.inv_freq, self.tokens)
+        return table
+
+
+class Attention(nn.Module):
+    """Weights of one attention block."""
+
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    sink: Tensor | None
+
+    def __init__(
+        self, spec: LayerSpec, qkv: QuantLinear, o: QuantLinear, small: dict[str, Tensor]
+    ) -> None:
+        """Take both projections and, in ``small``, ``q_norm``, ``k_norm`` and ``sink`` where used."""
+        super().__init__()
+        self.spec = spec
+        self.qkv, self.o = qkv, o
+        for name in ("q_norm", "k_norm", "sink"):
+            self.register_buffer(name, small.get(name))
+
+
+class Feed(nn.Module):
+    """The second half of a layer: a dense SwiGLU block or routed experts."""
+
+    router_bias: Tensor | None
+    gate_up: QuantLinear
+    down: QuantLinear
+    router: QuantLinear
+    experts: Experts
+
+    def __init__(
+        self,
+        spec: LayerSpec,
+        parts: Mapping[str, QuantLinear | Experts],
+        router_bias: Tensor | None = None,
+    ) -> None:
+        """Take ``gate_up`` and ``down``, or ``router`` and ``experts``."""
+        super().__init__()
+        self.spec = spec
+        self.register_buffer("router_bias", router_bias)
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+    @property
+    def kind(self) -> str:
+        """What the graph depends on beside the spec."""
+        return ".".join(str(getattr(part, "kind", "")) for part in self.children())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the block's output for normed rows ``[T, D]``."""
+        s = self.spec
+        if s.mlp == "dense":
+            dense: Tensor = self.down(torch.ops.mimo.swiglu(self.gate_up(x)))
+            return dense
+        ids, weights = torch.ops.mimo.route(
+            self.router(x), self.router_bias, s.top_k, s.scoring, s.norm_topk, s.factor,
+            s.groups, s.top_groups,
+        )  # fmt: skip
+        routed: Tensor = self.experts(x, ids, weights)
+        return routed
+
+
+class LayerCore(nn.Module):
+    """A decoder layer from its normed input on; holds the KV caches, first on the meta device."""
+
+    k_cache: Tensor
+    v_cache: Tensor
+    mlp_norm: Tensor
+
+    def __init__(
+        self,
+        spec: LayerSpec,
+        attention: Attention,
+        feed: Feed,
+        norms: dict[str, Tensor],
+        eps: float,
+        max_context: int,
+    ) -> None:
+        """Take the blocks and the norm weights ``attn_norm`` and ``mlp_norm`` ``[D]`` float32."""
+        super().__init__()
+        self.spec, self.eps = spec, eps
+        self.attention, self.feed = attention, feed
+        self.attn_norm = frozen(norms["attn_norm"])
+        self.register_parameter("mlp_norm", frozen(norms["mlp_norm"]))
+        cap = spec.capacity(max_context)
+        for name, width in (("k_cache", spec.d), ("v_cache", spec.dv)):
+            shape = (cap, spec.kv_heads, width)
+            self.register_buffer(name, torch.empty(shape, device="meta"), persistent=False)
+
+    @property
+    def kind(self) -> str:
+        """What the graph depends on: the spec without its angles, and the weight formats."""
+        s, a = self.spec, self.attention
+        shape = (
+            s.heads, s.kv_heads, s.d, s.dv, s.window, s.sink, s.rotary_dim, s.v_scale, s.qk_norm,
+            s.mlp, s.ffn, s.experts, s.top_k, s.moe_ffn, s.scoring, s.norm_topk, s.router_bias,
+            s.factor, s.groups, s.top_groups, a.qkv.kind, a.o.kind, self.feed.kind,
+        )  # fmt: skip
+        return repr(shape)
+
+    def after_norm(
+        self, normed: Tensor, x: Tensor, table: Tensor, pos: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Run the layer: normed rows and residual ``x`` -> residual after attention, the block's output."""
+        s, a = self.spec, self.attention
+        q = torch.ops.mimo.kv_append(
+            a.qkv(normed), table, pos, a.q_norm, a.k_norm, self.k_cache, self.v_cache,
+            s.heads, self.eps, s.v_scale,
+        )  # fmt: skip
+        out = torch.ops.mimo.cached_attention(
+            q, self.k_cache, self.v_cache, pos, a.sink, s.d**-0.5, s.window
+        )
+        delta = a.o(out.flatten(1))
+        normed, x = torch.ops.mimo.add_rms_norm(delta, x, self.mlp_norm, self.eps)
+        return x, self.feed(normed)
+
+
+class Layer(LayerCore):
+    """``(x, delta, table, pos) -> (x', delta')``: the residual stream is ``x + delta``."""
+
+    def forward(
+        self, x: Tensor, delta: Tensor, table: Tensor, pos: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Add the pending delta, normalise, run the layer."""
+        normed, x = torch.ops.mimo.add_rms_norm(delta, x, self.attn_norm, self.eps)
+        return self.after_norm(normed, x, table, pos)
+
+
+class FirstLayer(LayerCore):
+    """``(x, table, pos) -> (x', delta')``: nothing is pending yet."""
+
+    def forward(self, x: Tensor, table: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalise, run the layer."""
+        normed = torch.nn.functional.rms_norm(x, (x.shape[-1],), self.attn_norm, self.eps)
+        return self.after_norm(normed, x, table, pos)
+
+
+class FinalNorm(nn.Module):
+    """``(x, delta) -> (hidden = x + delta, normed)``, both ``[T, D]``."""
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        """Hold the norm's weight ``[D]`` float32."""
+        super().__init__()
+        self.weight, self.eps = frozen(weight), eps
+
+    def forward(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the hidden state before and after the final norm."""
+        normed, hidden = torch.ops.mimo.add_rms_norm(delta, x, self.weight, self.eps)
+        return hidden, normed
+
+
+class Head(nn.Module):
+    """``normed [T, D] -> logits [T, V]``."""
+
+    def __init__(self, lm_head: QuantLinear) -> None:
+        """Hold the output projection."""
+        super().__init__()
+        self.lm_head = lm_head
+
+    def forward(self, normed: Tensor) -> Tensor:
+        """Return the logits."""
+        logits: Tensor = self.lm_head(normed)
+        return logits
+
+
+class MtpLayer(LayerCore):
+    """A draft layer: ``(hidden [T, D] before the final norm, ids [T], table, pos) -> normed [T, D]``."""
+
+    def bind(self, table: nn.Parameter, eh_proj: QuantLinear, norms: dict[str, Tensor]) -> MtpLayer:
+        """Attach the shared embedding, the joining projection and ``enorm hnorm final_norm``."""
+        self.table, self.eh_proj = table, eh_proj
+        self.enorm, self.hnorm = frozen(norms["enorm"]), frozen(norms["hnorm"])
+        self.final_norm = frozen(norms["final_norm"])
+        return self
+
+    def forward(self, hidden: Tensor, ids: Tensor, table: Tensor, pos: Tensor) -> Tensor:
+        """Join token and hidden state (token first), run the layer, normalise."""
+        norm, width = torch.nn.functional.rms_norm, (hidden.shape[-1],)
+        token = norm(torch.ops.mimo.embed(ids, self.table), width, self.enorm, self.eps)
+        state = norm(hidden, width, self.hnorm, self.eps)
+        x = self.eh_proj(torch.cat([token, state], dim=-1))
+        normed = norm(x, width, self.attn_norm, self.eps)
+        x, delta = self.after_norm(normed, x, table, pos)
+        out: Tensor = torch.ops.mimo.add_rms_norm(delta, x, self.final_norm, self.eps)[0]
+        return out
