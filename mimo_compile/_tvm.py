@@ -264,23 +264,28 @@ def as_aligned(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return copy
 
 
-def from_numpy(array: npt.NDArray[Any]) -> Any:
+def from_numpy(array: npt.NDArray[Any], *, alignment: int = ALIGNMENT) -> Any:
     """View an array as a tensor that kernels take, without copying; the tensor keeps it alive.
 
     Unlike numpy's own export this takes read-only arrays (weights mapped from a file: a kernel
     must not write them) and the 16- and 8-bit floats of `ml_dtypes`. Kernels take plain numpy
     arrays as well, but then nothing checks the alignment.
 
+    Args:
+        array: What to view.
+        alignment: The boundary in bytes that its address must have; less than the default only
+            for kernels that were compiled to accept less.
+
     Returns:
         A `tvm_ffi.Tensor` on the same memory.
 
     Raises:
-        ValueError: The array is not C-contiguous on a 64-byte boundary (see `as_aligned`).
+        ValueError: The array is not C-contiguous on that boundary (see `as_aligned`).
         TypeError: Elements of this dtype have no counterpart.
     """
-    if not _fits_kernels(array):
+    if not _fits_kernels(array, alignment):
         raise ValueError(
-            f"array {array.dtype}{list(array.shape)} is not contiguous on a {ALIGNMENT}-byte "
+            f"array {array.dtype}{list(array.shape)} is not contiguous on a {alignment}-byte "
             "boundary; allocate it with empty_aligned or pass it through as_aligned"
         )
     ffi = runtime()
@@ -291,7 +296,7 @@ def from_numpy(array: npt.NDArray[Any]) -> Any:
     plain = array.view(f"u{array.itemsize}") if foreign else array
     if not plain.flags.writeable:
         plain = _writable_alias(plain)
-    tensor = ffi.from_dlpack(plain, require_alignment=ALIGNMENT, require_contiguous=True)
+    tensor = ffi.from_dlpack(plain, require_alignment=alignment, require_contiguous=True)
     if not foreign:
         return tensor
     view = ffi.get_global_func("runtime.TVMTensorCreateView")
@@ -307,10 +312,10 @@ def _dtype(dtype: npt.DTypeLike) -> np.dtype[Any]:
         return np.dtype(dtype)
 
 
-def _fits_kernels(array: npt.NDArray[Any]) -> bool:
+def _fits_kernels(array: npt.NDArray[Any], alignment: int = ALIGNMENT) -> bool:
     # not array.ctypes.data, which makes up an address for arrays without elements
     address: int = array.__array_interface__["data"][0]
-    return array.flags.c_contiguous and address % ALIGNMENT == 0
+    return array.flags.c_contiguous and address % alignment == 0
 
 
 def _writable_alias(array: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -1,0 +1,121 @@
+"""Checks of a manifest and its programs: everything they point at exists and fits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from mimo_compile.errors import ArtifactError
+from mimo_compile.runtime import dtypes
+from mimo_compile.runtime.program import Buffer, Decoder, Entry, Manifest, Programs
+from mimo_compile.runtime.weights import Spot
+
+
+def check_programs(
+    manifest: Manifest, programs: Programs, weights: Mapping[str, Spot], where: str
+) -> None:
+    """Check that programs stay inside of arenas, weights and states, and hold what is promised.
+
+    Raises:
+        ArtifactError: They do not; the message names the entry and the buffer or call.
+    """
+    if sorted(programs.entries) != sorted(manifest.entries):
+        raise ArtifactError(
+            f"the manifest lists the entries {sorted(manifest.entries)}, the programs hold "
+            f"{sorted(programs.entries)}",
+            where=where,
+        )
+    for name, state in manifest.states.items():
+        if not _sound(state.dtype, state.shape):
+            raise ArtifactError(f"state {name!r} has no sound shape and dtype", where=where)
+    sizes = {
+        "weight": {name: spot.end - spot.begin for name, spot in weights.items()},
+        "state": {name: dtypes.size(s.dtype, s.shape) for name, s in manifest.states.items()},
+    }
+    for name, entry in programs.entries.items():
+        _check_entry(entry, sizes, f"entry {name} of {where}")
+    if manifest.decoder is not None:
+        _check_decoder(manifest.decoder, programs.entries, where)
+
+
+def _sound(dtype: str, shape: tuple[int, ...]) -> bool:
+    return dtypes.known(dtype) and all(0 <= n < 1 << 48 for n in shape)
+
+
+def _check_entry(entry: Entry, sizes: dict[str, dict[str, int]], where: str) -> None:
+    for index, buffer in enumerate(entry.buffers):
+        problem = _problem(buffer, entry.arena_bytes, sizes)
+        if problem:
+            raise ArtifactError(f"buffer {index} {problem}", where=where)
+    count = len(entry.buffers)
+    for call in entry.calls:
+        if not all(0 <= index < count for index in call.args):
+            raise ArtifactError(
+                f"call {call.label or call.kernel} names buffers beyond the {count} there are",
+                where=where,
+            )
+    for name, index in (*entry.inputs.items(), *entry.outputs.items()):
+        if not 0 <= index < count:
+            raise ArtifactError(f"{name!r} is buffer {index} of {count}", where=where)
+    for name, index in entry.inputs.items():
+        if entry.buffers[index].kind == "weight":
+            raise ArtifactError(f"input {name!r} would overwrite a weight", where=where)
+
+
+def _problem(buffer: Buffer, arena_bytes: int, sizes: dict[str, dict[str, int]]) -> str:
+    if not _sound(buffer.dtype, buffer.shape):
+        return f"has no sound shape and dtype: {buffer.dtype}{list(buffer.shape)}"
+    if buffer.kind == "arena":
+        room = arena_bytes
+    elif buffer.source in sizes[buffer.kind]:
+        room = sizes[buffer.kind][buffer.source]
+    else:
+        return f"is {buffer.kind} {buffer.source!r}, which does not exist"
+    if buffer.offset < 0 or buffer.offset % dtypes.itemsize(buffer.dtype):
+        return f"lies at byte {buffer.offset}, off the boundary of its elements"
+    if buffer.offset + dtypes.size(buffer.dtype, buffer.shape) > room:
+        return (
+            f"({dtypes.spell(buffer.dtype, buffer.shape)} at byte {buffer.offset}) ends beyond "
+            f"the {room} bytes of its {buffer.kind} {buffer.source}".rstrip()
+        )
+    return ""
+
+
+def _check_decoder(decoder: Decoder, entries: Mapping[str, Entry], where: str) -> None:
+    for what, counts in (("steps", decoder.steps), ("heads", decoder.heads)):
+        if not counts or counts[0] != 1 or list(counts) != sorted(set(counts)):
+            raise ArtifactError(f"{what} {list(counts)} do not ascend from 1", where=where)
+    for count in decoder.steps:
+        hidden = ("float32", (count, decoder.hidden))
+        _check_shapes(
+            entries, f"step_{count}", [("int32", (count,)), ("int32", (2,))], hidden, where
+        )
+    for count in decoder.heads:
+        hidden = ("float32", (count, decoder.hidden))
+        logits = ("float32", (count, decoder.vocab))
+        _check_shapes(entries, f"head_{count}", [hidden], logits, where)
+
+
+def _check_shapes(
+    entries: Mapping[str, Entry],
+    name: str,
+    inputs: list[tuple[str, tuple[int, ...]]],
+    output: tuple[str, tuple[int, ...]],
+    where: str,
+) -> None:
+    entry = entries.get(name)
+    if entry is None:
+        raise ArtifactError(f"the decoder's entry {name} is missing", where=where)
+    found = [
+        [(entry.buffers[i].dtype, entry.buffers[i].shape) for i in side.values()]
+        for side in (entry.inputs, entry.outputs)
+    ]
+    if found != [inputs, [output]]:
+        raise ArtifactError(
+            f"{name} maps {_spell(found[0])} to {_spell(found[1])} instead of {_spell(inputs)} to "
+            f"{_spell([output])}",
+            where=where,
+        )
+
+
+def _spell(types: list[tuple[str, tuple[int, ...]]]) -> str:
+    return "(" + ", ".join(dtypes.spell(*one) for one in types) + ")"

@@ -1,0 +1,326 @@
+"""Loads artifacts and calls their entry points."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from mimo_compile import _tvm
+from mimo_compile.errors import UsageError
+from mimo_compile.runtime import cpu, dtypes, generate, scores
+from mimo_compile.runtime.container import Parts, Verify, open_artifact
+from mimo_compile.runtime.entry import Array, BoundEntry, Memory, accept, state_offsets
+from mimo_compile.runtime.memory import Zeroed
+from mimo_compile.runtime.program import Entry, Manifest
+from mimo_compile.runtime.sampling import Sampling
+
+
+def load(
+    path: str | os.PathLike[str], *, threads: int | None = None, verify: Verify = "lazy"
+) -> Module:
+    """Load an artifact.
+
+    Args:
+        path: A `.mimo` file. It stays mapped: replace it, but do not write into it.
+        threads: How many threads the kernels use; by default as many as they were tuned for, as
+            far as this process may use that many CPUs.
+        verify: `"lazy"` hashes each MiB of the weights before its first use; `"full"` hashes all
+            of them now.
+
+    Raises:
+        InputError: The file cannot be read.
+        ArtifactError: It is damaged or of another schema.
+        EnvironmentMismatch: It does not fit this machine or what is installed.
+        UsageError: `threads` is more than there are.
+    """
+    return Module(open_artifact(path, verify=verify), threads=threads)
+
+
+class Signature(NamedTuple):
+    """What an entry point takes and gives: name to (dtype, shape)."""
+
+    inputs: dict[str, tuple[str, tuple[int, ...]]]
+    outputs: dict[str, tuple[str, tuple[int, ...]]]
+
+    def __str__(self) -> str:
+        """For people: `(x float32[1, 4]) -> (y float32[1, 2])`."""
+        sides = (", ".join(f"{n} {dtypes.spell(*t)}" for n, t in side.items()) for side in self)
+        return "({}) -> ({})".format(*sides)
+
+
+class Timing(NamedTuple):
+    """How long one call of an entry took, by kernel call."""
+
+    label: str
+    kernel: str
+    seconds: float
+
+
+class Module:
+    """A loaded artifact: entry points that are called, or a decoder that generates text.
+
+    Calls from several threads wait for each other; each thread that calls has its own pool of
+    kernel threads (TVM's, which belong to the thread that starts them), so call from one.
+    """
+
+    def __init__(self, parts: Parts, *, threads: int | None = None) -> None:
+        """Link the code and reserve memory; `load` is the usual way to here."""
+        self.manifest: Manifest = parts.manifest
+        self._programs = parts.programs.entries
+        self._texts = parts.texts
+        self._where = parts.where
+        self.threads = self._thread_count(threads)
+        cpu.check_object(parts.code, parts.where)
+        if "amx-tile" in self.manifest.target.features:
+            cpu.permit_amx()
+        code = _tvm.load_object(parts.code)
+        arena = Zeroed(max((e.arena_bytes for e in self._programs.values()), default=0), huge=True)
+        offsets, size = state_offsets(self.manifest.states)
+        self._states = Zeroed(size)
+        states = {
+            name: self._states.bytes[at : at + dtypes.size(state.dtype, state.shape)]
+            for (name, state), at in zip(
+                self.manifest.states.items(), offsets.values(), strict=True
+            )
+        }
+        self._memory = Memory(arena.bytes, states, parts.weights, code, parts.where)
+        self._bound: dict[str, BoundEntry] = {}
+        self._lock = threading.RLock()
+        self._tokenizer: Any = None
+        self._session = 0  # of the states: one sequence at a time
+
+    def _thread_count(self, threads: int | None) -> int:
+        _tvm.configure()
+        most = _tvm.max_threads()
+        if threads is None:
+            return max(1, min(self.manifest.target.threads, most))
+        if not 1 <= threads <= most:
+            raise UsageError(
+                f"{threads} threads asked for, 1 to {most} are possible",
+                remedy="Set TVM_NUM_THREADS before the start to raise the limit.",
+            )
+        return threads
+
+    def __repr__(self) -> str:
+        """Name the artifact and what it can do."""
+        return f"<Module {self.manifest.name}: {', '.join(self._programs)}>"
+
+    @property
+    def entries(self) -> Mapping[str, Signature]:
+        """The entry points by name, with what they take and give."""
+        return {name: _signature(entry) for name, entry in self._programs.items()}
+
+    def call(self, entry: str, *inputs: Any) -> Any:
+        """Call an entry point.
+
+        Args:
+            entry: Its name.
+            inputs: Its inputs in their order (see `entries`): numpy arrays, tensors that speak
+                DLPack (torch, jax, ...) in the CPU's memory, or nested lists of numbers. They are
+                viewed in place and copied once, into the arena.
+
+        Returns:
+            The output as a numpy array with memory of its own, or a tuple of them.
+
+        Raises:
+            UsageError: There is no such entry, or an input has another shape or dtype.
+            ArtifactError: Weights that are needed for the first time differ from their hash.
+            MimoError: A kernel failed; the message names the call.
+        """
+        arrays = self._accept(entry, inputs)
+        with self._lock:
+            bound = self.bind(entry)
+            bound.fill(arrays)
+            bound.run()
+            outputs = tuple(array.copy() for array in bound.outputs.values())
+        return outputs[0] if len(outputs) == 1 else outputs
+
+    def _accept(self, entry: str, inputs: Sequence[Any]) -> list[Array]:
+        program = self._program(entry)
+        if len(inputs) != len(program.inputs):
+            raise UsageError(
+                f"entry {entry} takes {len(program.inputs)} inputs, {len(inputs)} are given: "
+                f"{entry}{_signature(program)}"
+            )
+        return [
+            accept(value, program.buffers[index], f"input {name} of entry {entry}")
+            for value, (name, index) in zip(inputs, program.inputs.items(), strict=True)
+        ]
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Call the entry point `main`; see `call`."""
+        if "main" not in self._programs:
+            raise UsageError(
+                f"{self.manifest.name} has no entry main; it has {', '.join(self._programs)}",
+                remedy="Use generate for text, or call(entry, ...)."
+                if self.manifest.decoder
+                else "Use call(entry, ...).",
+            )
+        return self.call("main", *inputs)
+
+    def bind(self, entry: str) -> BoundEntry:
+        """Return an entry point ready to run on this thread; for those who fill the arena themselves.
+
+        Nothing guards what is done with it against other threads.
+
+        Raises:
+            UsageError: There is no such entry.
+            ArtifactError: Its weights differ from their hash, or a kernel is missing.
+        """
+        _use_threads(self.threads)
+        bound = self._bound.get(entry)
+        if bound is None:
+            with self._lock:
+                bound = BoundEntry(entry, self._program(entry), self._memory, self._where)
+                self._bound[entry] = bound
+        return bound
+
+    def _program(self, entry: str) -> Entry:
+        try:
+            return self._programs[entry]
+        except KeyError:
+            raise UsageError(
+                f"{self.manifest.name} has no entry {entry!r}; it has {', '.join(self._programs)}"
+            ) from None
+
+    def reset(self) -> None:
+        """Make all states zero, as they were after loading, and end sequences in progress."""
+        with self._lock:
+            self._session += 1
+            self._states.clear()
+
+    def profile(self, entry: str, *inputs: Any, repeat: int = 5) -> list[Timing]:
+        """Call an entry point `repeat` times and return the median time of each kernel call.
+
+        States change as in any call. Units: seconds.
+        """
+        arrays = self._accept(entry, inputs)
+        with self._lock:
+            bound = self.bind(entry)
+            times = np.empty((repeat, len(bound.calls)))
+            for row in times:
+                bound.fill(arrays)  # the run before may have put other data in their place
+                for column, (function, arguments) in enumerate(bound.calls):
+                    start = time.perf_counter()
+                    function(*arguments)
+                    row[column] = time.perf_counter() - start
+        return [
+            Timing(call.label, call.kernel, float(seconds))
+            for call, seconds in zip(bound.program.calls, np.median(times, 0), strict=True)
+        ]
+
+    @property
+    def tokenizer(self) -> Any:
+        """The artifact's tokenizer (of the package `tokenizers`).
+
+        Raises:
+            UsageError: The artifact has none.
+        """
+        if self._tokenizer is None:
+            if "tokenizer.json" not in self._texts:
+                raise UsageError(
+                    f"{self.manifest.name} has no tokenizer",
+                    remedy="Pass token ids, and use generate_ids.",
+                )
+            from tokenizers import Tokenizer
+
+            self._tokenizer = Tokenizer.from_str(self._texts["tokenizer.json"].decode("utf-8"))
+        return self._tokenizer
+
+    def text(self, member: str) -> bytes | None:
+        """Return an optional member (`config.json`, `records.jsonl`, `tokenizer.json`) or None."""
+        return self._texts.get(member)
+
+    def session(self) -> generate.Session:
+        """Begin a sequence of tokens; it ends the one before it. See `generate.Session`."""
+        with self._lock:
+            self._session += 1
+            return generate.Session(self, self._session)
+
+    def owns(self, session: int) -> bool:
+        """Whether the states still belong to this session."""
+        return session == self._session
+
+    def generate_ids(
+        self,
+        prompt: str | Sequence[int] | npt.NDArray[Any],
+        max_new_tokens: int | None = None,
+        *,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop_at_eos: bool = True,
+        stats: generate.Stats | None = None,
+    ) -> Iterator[int]:
+        """Generate token ids one by one; arguments as in `generate`."""
+        sampling = Sampling(temperature, top_k, top_p, seed)
+        return generate.generate_ids(self, prompt, max_new_tokens, sampling, stop_at_eos, stats)
+
+    def generate(
+        self,
+        prompt: str | Sequence[int] | npt.NDArray[Any],
+        max_new_tokens: int | None = None,
+        *,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop_at_eos: bool = True,
+        stats: generate.Stats | None = None,
+    ) -> Iterator[str]:
+        """Generate text, piece by piece; no piece ends within a character.
+
+        Args:
+            prompt: Text, or token ids.
+            max_new_tokens: How many tokens to add at most; by default as many as fit.
+            temperature: 0 takes the most probable token (the lowest id among equals); above,
+                tokens are drawn from the distribution at this temperature.
+            top_k: Draw among this many most probable tokens; 0 means all.
+            top_p: Draw among the most probable tokens that have this much probability together.
+            seed: The same seed draws the same tokens; each position has its own random number.
+            stop_at_eos: Stop before an end-of-text token.
+            stats: Filled with counts, times and energy while tokens are generated.
+
+        Raises:
+            UsageError: The artifact is no decoder, or an argument is out of range; at once, not
+                at the first piece.
+        """
+        sampling = Sampling(temperature, top_k, top_p, seed)
+        return generate.generate_text(self, prompt, max_new_tokens, sampling, stop_at_eos, stats)
+
+    def token_logprobs(self, ids: Sequence[int] | npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+        """Return the log-probability of each token but the first, given those before it.
+
+        Teacher-forced; `exp(-mean)` is the perplexity per token. Log-softmax in float64.
+
+        Args:
+            ids: `[n]` tokens, 2 to the decoder's context.
+
+        Returns:
+            `[n - 1]` float64: entry i belongs to `ids[i + 1]`. Unit: nats.
+        """
+        return scores.token_logprobs(self, ids)
+
+
+_PER_THREAD = threading.local()
+
+
+def _use_threads(count: int) -> None:
+    """Set the number of kernel threads of the calling thread, unless it is set so already."""
+    if getattr(_PER_THREAD, "count", None) != count:
+        _tvm.set_threads(count)
+        _PER_THREAD.count = count
+
+
+def _signature(entry: Entry) -> Signature:
+    def side(names: dict[str, int]) -> dict[str, tuple[str, tuple[int, ...]]]:
+        return {n: (entry.buffers[i].dtype, entry.buffers[i].shape) for n, i in names.items()}
+
+    return Signature(side(entry.inputs), side(entry.outputs))

@@ -1,0 +1,131 @@
+"""Draws the next token from logits, in float64 and reproducibly."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mimo_compile.errors import MimoError, UsageError
+
+_MASK = (1 << 64) - 1
+_FIRST_LOOK = 512  # most probable tokens among which top_p is looked for before sorting all
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are drawn; see `Module.generate`."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            UsageError: A value is out of its range.
+        """
+        for name, good, range_ in (
+            ("temperature", 0 <= self.temperature < math.inf, "0 or more"),
+            ("top_k", self.top_k == int(self.top_k) and self.top_k >= 0, "0 or more, whole"),
+            ("top_p", 0 < self.top_p <= 1, "above 0, at most 1"),
+            ("seed", self.seed == int(self.seed), "whole"),
+        ):
+            if not good:
+                raise UsageError(f"{name} is {getattr(self, name)}; it must be {range_}")
+
+
+def sample(logits: npt.NDArray[Any], sampling: Sampling, position: int) -> int:
+    """Draw a token.
+
+    Args:
+        logits: `[vocab]`; minus infinity excludes a token.
+        sampling: Temperature 0 takes the greatest logit, the lowest id among equals.
+        position: Place of the token in its sequence; each has a random number of its own.
+
+    Raises:
+        MimoError: The logits hold NaN or plus infinity, or exclude every token.
+    """
+    best = int(np.argmax(logits))  # the first NaN if there is one
+    if not math.isfinite(logits[best]):
+        raise MimoError(
+            f"the logits at position {position} are no numbers to draw from: {logits[best]}",
+            remedy="Run: mimo-compile verify, to see which kernel or weight is wrong.",
+        )
+    if sampling.temperature == 0:
+        return best
+    ids, probabilities = distribution(logits, sampling)
+    sums = np.cumsum(probabilities)
+    at = np.searchsorted(sums, uniform(sampling.seed, position) * sums[-1], side="right")
+    return int(ids[min(int(at), len(ids) - 1)])
+
+
+def distribution(
+    logits: npt.NDArray[Any], sampling: Sampling
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """Return the tokens that may be drawn at a temperature above 0, and their probabilities.
+
+    Args:
+        logits: `[vocab]`, with a finite maximum.
+        sampling: Temperature first, then `top_k`, then `top_p`.
+
+    Returns:
+        Ids `[n]`, and probabilities `[n]` that add up to 1. By falling probability, the lower id
+        first among equals, if `top_k` or `top_p` chose; else by id.
+    """
+    vocab = logits.shape[0]
+    scaled = logits.astype(np.float64)
+    scaled -= scaled.max()
+    scaled /= sampling.temperature
+    k = min(sampling.top_k, vocab) or vocab
+    if sampling.top_p < 1:
+        total: float = np.exp(scaled if k == vocab else scaled[_top(scaled, k)]).sum()
+        look = min(k, _FIRST_LOOK)
+        while True:
+            ids = _top(scaled, look)
+            weights = np.exp(scaled[ids])
+            reached = np.cumsum(weights) >= sampling.top_p * total
+            if look == k or reached[-1]:
+                break
+            look = k
+        count = int(np.argmax(reached)) + 1 if reached[-1] else look
+        ids, weights = ids[:count], weights[:count]
+    else:
+        ids = np.arange(vocab) if k == vocab else _top(scaled, k)
+        weights = np.exp(scaled[ids])
+    return ids, weights / weights.sum()
+
+
+def _top(values: npt.NDArray[np.float64], k: int) -> npt.NDArray[np.int64]:
+    """Return the indices of the k greatest values, falling, the lower index first among equals."""
+    if k < values.shape[0]:
+        least = np.partition(values, -k)[-k]
+        above = np.flatnonzero(values > least)
+        equal = np.flatnonzero(values == least)[: k - len(above)]
+        chosen = np.sort(np.concatenate([above, equal]))
+    else:
+        chosen = np.arange(values.shape[0])
+    return chosen[np.argsort(-values[chosen], kind="stable")]
+
+
+def uniform(seed: int, position: int, stream: int = 0) -> float:
+    """Return a random number in [0, 1) that depends on nothing but its arguments.
+
+    Three rounds of SplitMix64's mixing function (Steele, Lea, Flood 2014), one for each argument.
+    """
+    state = 0
+    for part in (seed, position, stream):
+        state = _mix(state + (part & _MASK) + 0x9E3779B97F4A7C15)
+    return (state >> 11) * 2.0**-53
+
+
+def _mix(z: int) -> int:
+    z &= _MASK
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB & _MASK
+    return z ^ (z >> 31)

@@ -1,0 +1,197 @@
+"""Weights, mapped and not read: a safetensors member whose bytes are hashed before their first use."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, Protocol
+
+from mimo_compile.errors import ArtifactError
+from mimo_compile.runtime import dtypes, strict_json
+from mimo_compile.runtime.memory import Bytes
+from mimo_compile.runtime.program import Member
+
+CHUNK = 1 << 20
+"""Bytes that one hash of the manifest covers."""
+
+ALIGNMENT = 64
+PADDING = "~pad."
+"""How the names of tensors begin that only fill the gap up to the next boundary."""
+
+_MAX_HEADER = 100_000_000  # the limit of the safetensors library
+_RUN = 8  # chunks that a thread hashes in one go
+
+
+class Spot(NamedTuple):
+    """Where a tensor lies in the member, and what it is."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+class WeightSource(Protocol):
+    """What a module takes its weights from."""
+
+    @property
+    def spots(self) -> dict[str, Spot]:
+        """The tensors by name."""
+
+    def prepare(self, names: Iterable[str]) -> None:
+        """Make sure that these tensors are what the manifest says; cheap the second time."""
+
+    def data(self, name: str) -> Bytes:
+        """Return a prepared tensor's bytes, on a 64-byte boundary and not to be written."""
+
+
+class MappedWeights:
+    """The weights member of an artifact, checked chunk by chunk as its tensors are needed."""
+
+    def __init__(self, member: Bytes, facts: Member, where: str) -> None:
+        """Check and read the header.
+
+        Args:
+            member: The member's bytes, mapped.
+            facts: Its size and hashes from the manifest.
+            where: Path of the artifact, for messages.
+
+        Raises:
+            ArtifactError: The header is malformed, or differs from its hash.
+        """
+        self._where = f"weights.safetensors of {where}"
+        self._member = member
+        self._hashes = facts.chunks
+        self._good = bytearray(len(facts.chunks))
+        self._lock = threading.Lock()
+        if member.size != facts.bytes or len(facts.chunks) != -(-facts.bytes // CHUNK):
+            raise ArtifactError(
+                f"the manifest has {len(facts.chunks)} chunk hashes and {facts.bytes} bytes for "
+                f"a member of {member.size} bytes",
+                where=self._where,
+            )
+        if member.size < 8:
+            raise ArtifactError(
+                "the member is too short for a safetensors header", where=self._where
+            )
+        self._check([(0, 8)])
+        header_bytes = int.from_bytes(member[:8].tobytes(), "little")
+        if not 2 <= header_bytes <= min(member.size - 8, _MAX_HEADER):
+            raise ArtifactError(
+                f"the header states {header_bytes} bytes in a member of {member.size}",
+                where=self._where,
+            )
+        start = 8 + header_bytes
+        self._check([(0, start)])
+        header = strict_json.decode(member[8:start].tobytes(), self._where)
+        self._spots = _read_spots(header, start, member.size, self._where)
+
+    @property
+    def spots(self) -> dict[str, Spot]:
+        """The tensors by name, without the padding."""
+        return self._spots
+
+    def prepare(self, names: Iterable[str]) -> None:
+        """Hash what these tensors cover, unless that was done before.
+
+        Raises:
+            ArtifactError: A chunk differs from its hash.
+        """
+        self._check([(self._spots[name].begin, self._spots[name].end) for name in names])
+
+    def prepare_all(self) -> None:
+        """Hash everything that was not hashed before.
+
+        Raises:
+            ArtifactError: A chunk differs from its hash.
+        """
+        self._check([(0, self._member.size)])
+
+    def data(self, name: str) -> Bytes:
+        """Return a tensor's bytes as they lie in the file."""
+        spot = self._spots[name]
+        return self._member[spot.begin : spot.end]
+
+    def _check(self, ranges: Iterable[tuple[int, int]]) -> None:
+        with self._lock:
+            wanted = {
+                chunk
+                for begin, end in ranges
+                for chunk in range(begin // CHUNK, -(-end // CHUNK))
+                if not self._good[chunk]
+            }
+            if len(wanted) <= 1:
+                self._check_run(sorted(wanted))
+                return
+            threads = min(len(os.sched_getaffinity(0)), 8, len(wanted))
+            with ThreadPoolExecutor(threads) as pool:
+                for _ in pool.map(self._check_run, _runs(sorted(wanted), threads)):
+                    pass
+
+    def _check_run(self, chunks: list[int]) -> None:
+        for chunk in chunks:
+            # hashlib lets other threads run meanwhile
+            found = hashlib.sha256(self._member[chunk * CHUNK : (chunk + 1) * CHUNK].data)
+            if found.hexdigest() != self._hashes[chunk]:
+                raise ArtifactError(
+                    f"the weights are damaged: MiB {chunk} differs from its hash",
+                    where=self._where,
+                    remedy="Copy the file again or compile it again.",
+                )
+            self._good[chunk] = 1
+
+
+def _runs(chunks: list[int], threads: int) -> Iterator[list[int]]:
+    """Split chunks into runs that keep all threads busy and the file reads sequential."""
+    length = max(1, min(_RUN, len(chunks) // threads))
+    return (chunks[i : i + length] for i in range(0, len(chunks), length))
+
+
+def _read_spots(header: Any, start: int, stop: int, where: str) -> dict[str, Spot]:
+    """Check a safetensors header: its tensors tile the member's bytes from `start` to `stop`."""
+
+    def wrong(name: object, what: str) -> ArtifactError:
+        return ArtifactError(f"tensor {str(name)[:80]!r} {what}", where=where)
+
+    if not isinstance(header, dict):
+        raise ArtifactError("the header is not a JSON object", where=where)
+    if start % ALIGNMENT:
+        raise ArtifactError(f"the header does not end on a {ALIGNMENT}-byte boundary", where=where)
+    spots: dict[str, Spot] = {}
+    for name, fact in header.items():
+        if name == "__metadata__":
+            continue
+        if not isinstance(fact, dict) or set(fact) != {"dtype", "shape", "data_offsets"}:
+            raise wrong(name, "needs exactly dtype, shape and data_offsets")
+        shape, offsets, short = fact["shape"], fact["data_offsets"], fact["dtype"]
+        dtype = dtypes.from_safetensors(short) if isinstance(short, str) else None
+        if dtype is None:
+            raise wrong(name, f"is of unknown dtype {str(short)[:20]!r}")
+        if not _extents(shape) or not _extents(offsets) or len(offsets) != 2:
+            raise wrong(name, "has a shape or offsets that are not whole numbers from 0 on")
+        begin, end = start + offsets[0], start + offsets[1]
+        if end > stop or end - begin != dtypes.size(dtype, tuple(shape)):
+            raise wrong(name, "lies outside of the member or is not as long as its shape")
+        spots[name] = Spot(dtype, tuple(shape), begin, end)
+    at = start
+    for name, spot in sorted(spots.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if spot.begin != at:
+            raise wrong(name, "does not begin where the one before it ends")
+        if spot.begin % ALIGNMENT and not name.startswith(PADDING):
+            raise wrong(name, f"does not begin on a {ALIGNMENT}-byte boundary")
+        at = spot.end
+    if at != stop:
+        raise ArtifactError(f"{stop - at} bytes follow the last tensor", where=where)
+    return {name: spot for name, spot in spots.items() if not name.startswith(PADDING)}
+
+
+def _extents(value: object) -> bool:
+    """Whether a value is a list of whole numbers from 0 on, few and small enough to multiply."""
+    return (
+        isinstance(value, list)
+        and len(value) <= 16
+        and all(type(n) is int and 0 <= n < 1 << 48 for n in value)
+    )
