@@ -42,7 +42,7 @@ class LayerSpec:
     qk_norm: bool = False
     qkv_bias: bool = False
     rope_scaling: Mapping[str, Any] | None = field(default=None, hash=False)
-    """None, or ``type`` (``linear`` or ``llama3``), ``factor``; llama3 has ``low``, ``high``, ``original`` too."""
+    """None, or ``type`` (linear or llama3) and ``factor``; llama3 has ``low``, ``high``, ``original`` too."""
     mlp: Literal["dense", "moe"] = "dense"
     ffn: int = 0
     """Width of the dense block."""
