@@ -95,8 +95,8 @@ class Schedule(ABC):
     def lower(self, workload: Workload, config: Any, hardware: Hardware) -> Kernel:
         """Generate the kernel of one config."""
 
-    def counts(self, workload: Workload, config: Any, hardware: Hardware) -> Counts:
-        """Return the kernel's declared work. Override it where that needs no code generation: the search
+    def work(self, workload: Workload, config: Any, hardware: Hardware) -> Counts:
+        """Return the counts that the kernel will declare. Override it where that needs no code generation: the search
         ranks many candidates by it.
         """
         return self.lower(workload, config, hardware).counts
