@@ -1,0 +1,121 @@
+"""Write PrimFuncs as plain Python: statements in order, Python loops for what is unrolled.
+
+A thin layer over TVM's IR builder. Registers are stack buffers of one vector each: they stay below
+TVM's limit for the stack and in the scope ``global`` (other scopes become calls of the workspace
+allocator), and LLVM promotes them to machine registers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from mimo_compile._tvm import compiler
+from mimo_compile.ir.ops.base import Arg
+
+compiler()
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as T
+
+
+def function(name: str, args: Sequence[Arg], body: Callable[..., None]) -> Any:
+    """Build the PrimFunc ``name`` whose parameters are ``args`` and whose statements ``body`` emits.
+
+    Args:
+        name: Its global symbol.
+        args: Names, shapes and dtypes of the parameters, none of which overlap in memory.
+        body: Called with one buffer for each parameter.
+    """
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_name(name)
+        T.func_attr({"tirx.noalias": True, "global_symbol": name})
+        body(*(T.arg(a.name, T.buffer(a.shape, a.dtype)) for a in args))
+    return builder.get()
+
+
+@contextmanager
+def loop(extent: Any, *, parallel: bool = False) -> Iterator[Any]:
+    """Loop over ``0 .. extent-1``; a loop of one turn leaves no trace. Yields the index."""
+    if isinstance(extent, int) and extent == 1:
+        yield 0
+        return
+    with (T.parallel if parallel else T.serial)(0, extent) as index:
+        yield index
+
+
+@contextmanager
+def when(condition: Any) -> Iterator[None]:
+    """Run the statements only if the condition holds."""
+    with T.If(condition), T.Then():
+        yield
+
+
+def choose(condition: Any, then: Callable[[], None], other: Callable[[], None]) -> None:
+    """Emit a two-way branch."""
+    with T.If(condition):
+        with T.Then():
+            then()
+        with T.Else():
+            other()
+
+
+def bind(value: Any) -> Any:
+    """Compute a value once, here."""
+    return T.bind(value)
+
+
+def vector_type(dtype: str, lanes: int) -> str:
+    """Return TVM's name of a vector type."""
+    return dtype if lanes == 1 else f"{dtype}x{lanes}"
+
+
+def load(buffer: Any, *index: Any, lanes: int = 1, stride: int = 1) -> Any:
+    """Return ``lanes`` neighbours of a buffer from ``index`` on."""
+    *outer, last = index
+    return buffer[(*outer, last if lanes == 1 else T.ramp(last, stride, lanes))]
+
+
+def store(buffer: Any, value: Any, *index: Any, lanes: int = 1) -> None:
+    """Store a vector at ``index`` and behind."""
+    *outer, last = index
+    T.buffer_store(buffer, value, [*outer, last if lanes == 1 else T.ramp(last, 1, lanes)])
+
+
+def splat(value: Any, lanes: int) -> Any:
+    """Return a scalar in all lanes."""
+    return value if lanes == 1 else T.broadcast(value, lanes)
+
+
+def prefetch(buffer: Any, *index: Any) -> None:
+    """Ask for a cache line; the address may lie behind the end of the buffer."""
+    T.evaluate(
+        T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(buffer[tuple(index)]), 0, 3, 1)
+    )
+
+
+def workspace(shape: Sequence[int], dtype: str) -> Any:
+    """Allocate scratch memory that lives until the function returns (or the enclosing scope ends)."""
+    return T.alloc_buffer(tuple(shape), dtype)
+
+
+class Register:
+    """A mutable vector (or scalar) that lives in machine registers."""
+
+    def __init__(self, dtype: str, lanes: int, start: Any | None = None) -> None:
+        self.lanes = lanes
+        self._buffer = T.alloc_buffer((lanes,), dtype)
+        if start is not None:
+            self.set(start)
+
+    def get(self) -> Any:
+        """Return the current value."""
+        return load(self._buffer, 0, lanes=self.lanes)
+
+    def set(self, value: Any) -> None:
+        """Replace the value."""
+        store(self._buffer, value, 0, lanes=self.lanes)
+
+    def lane(self, index: Any) -> Any:
+        """Return one lane (index may be a loop variable)."""
+        return self._buffer[index]

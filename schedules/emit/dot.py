@@ -1,0 +1,232 @@
+"""Exact dots of unsigned codes with int8 activations: one class for each way an x86 CPU has.
+
+Every way sums ``code * x`` over the four columns of each 32-bit lane into one accumulator lane for
+each row. Integers stay exact: where an instruction or float32 has too few bits, the number of terms
+that fit is derived from the largest term, not assumed.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from mimo_compile.ir.hardware import Hardware
+from mimo_compile.schedules.emit.build import T, bind, splat, vector_type
+from mimo_compile.schedules.emit.layout import CodeLayout
+
+MAX_ACTIVATION = 127
+"""Largest magnitude of a quantised activation."""
+
+
+def field(words: Any, shift: int, bits: int, lanes: int) -> Any:
+    """Return ``(words >> shift) & (2**bits - 1)`` in each byte's place: ``bits`` bits a byte."""
+    mask = ((1 << bits) - 1) * 0x01010101
+    if shift:
+        words = T.shift_right(words, splat(T.int32(shift), lanes))
+    if bits == 8:
+        return words
+    return T.bitwise_and(words, splat(T.int32(mask), lanes))
+
+
+def as_bytes(words: Any, lanes: int, dtype: str) -> Any:
+    """View 32-bit lanes as bytes."""
+    return T.reinterpret(vector_type(dtype, 4 * lanes), words)
+
+
+@dataclass(frozen=True, slots=True)
+class Dot(ABC):
+    """A way to multiply and add; ``codes`` is the layout of the matrix."""
+
+    codes: CodeLayout
+    name: ClassVar[str]
+    lanes: ClassVar[int]
+    """Rows in a vector."""
+    needs: ClassVar[frozenset[str]]
+    accumulator: ClassVar[str] = "int32"
+    activation: ClassVar[str] = "int8"
+    """Dtype that activations are stored in."""
+
+    @classmethod
+    def fits(cls, codes: CodeLayout, hardware: Hardware) -> bool:
+        """Say whether the hardware has it (and it can hold the format's codes)."""
+        return cls.needs <= hardware.features
+
+    @property
+    def exact_blocks(self) -> int | None:
+        """Blocks of columns that one accumulator sums exactly; None: the whole row.
+
+        32-bit integers wrap, so only a row's final sum has to fit (see `mpgemm` for its limit).
+        """
+        return None
+
+    @abstractmethod
+    def block(self, acc: Any, words: list[Any], x: list[Any]) -> Any:
+        """Return the accumulator after one block.
+
+        Args:
+            acc: The accumulator before.
+            words: The block's codes as `unpacked` returns them.
+            x: The block's activations as `columns` returns them.
+        """
+
+    def columns(self, activations: Any, row: Any, column: Any) -> list[Any]:
+        """Load the activations of one block from column ``column`` on, each in all lanes."""
+        out = []
+        for p in range(self.codes.per_byte):
+            four = activations[row, T.ramp(column + 4 * p, 1, 4)]
+            out.append(bind(splat(T.reinterpret("int32", four), self.lanes)))
+        return out
+
+    @property
+    def work(self) -> dict[str, float]:
+        """Operations of one block of ``lanes`` rows for one token, by kind of `ir.counts`."""
+        return {"dot_i8": float(self.lanes * self.codes.block)}
+
+    @property
+    def unpack_work(self) -> dict[str, float]:
+        """Operations that unpack one block of ``lanes`` rows once, shared by all tokens."""
+        if self.codes.per_byte == 1:
+            return {}
+        return {"unpack_u8": float(self.lanes * self.codes.block)}
+
+    def unpacked(self, words: Any) -> list[Any]:
+        """Return the block's codes as P vectors of bytes (in 32-bit lanes), each bound."""
+        bits = self.codes.lane_bits
+        if bits == 8:
+            return [words]
+        return [bind(field(words, p * bits, bits, self.lanes)) for p in range(self.codes.per_byte)]
+
+
+class Vnni(Dot):
+    """``vpdpbusd``: four products and the sum in one instruction."""
+
+    name, lanes, needs = "vnni512", 16, frozenset({"avx512f", "avx512bw", "avx512vnni"})
+
+    def block(self, acc: Any, words: list[Any], x: list[Any]) -> Any:
+        """See `Dot.block`."""
+        for codes, four in zip(words, x, strict=True):
+            acc = T.call_llvm_pure_intrin(
+                f"int32x{self.lanes}",
+                f"llvm.x86.avx512.vpdpbusd.{32 * self.lanes}",
+                acc,
+                as_bytes(codes, self.lanes, "uint8"),
+                as_bytes(four, self.lanes, "int8"),
+            )
+        return acc
+
+
+class Vnni256(Vnni):
+    """``vpdpbusd`` on 256 bits, which client CPUs without AVX-512 have."""
+
+    name, lanes, needs = "vnni256", 8, frozenset({"avx2", "avxvnni"})
+
+
+class Madd(Dot):
+    """``pmaddubsw`` and ``pmaddwd``: products in 16 bits, sums in 32."""
+
+    name, lanes, needs = "madd256", 8, frozenset({"avx2"})
+    pairs: ClassVar[str] = "llvm.x86.avx2.pmadd.ub.sw"
+    fours: ClassVar[str] = "llvm.x86.avx2.pmadd.wd"
+
+    def _pairs(self, codes: Any, four: Any) -> Any:
+        return T.call_llvm_pure_intrin(
+            f"int16x{2 * self.lanes}",
+            self.pairs,
+            as_bytes(codes, self.lanes, "int8"),
+            as_bytes(four, self.lanes, "int8"),
+        )
+
+    def _widen(self, pairs: Any, weight: int) -> Any:
+        ones = T.broadcast(T.int16(weight), 2 * self.lanes)
+        return T.call_llvm_pure_intrin(f"int32x{self.lanes}", self.fours, pairs, ones)
+
+    def block(self, acc: Any, words: list[Any], x: list[Any]) -> Any:
+        """See `Dot.block`."""
+        bits = self.codes.fmt.bits
+        if bits == 8:  # two products of 255 * 127 overflow 16 bits, those of its nibbles do not
+            (codes,), (four,) = words, x
+            low, high = field(codes, 0, 4, self.lanes), field(codes, 4, 4, self.lanes)
+            acc = acc + self._widen(self._pairs(low, four), 1)
+            return acc + self._widen(self._pairs(high, four), 16)
+        fit = (2**15 - 1) // (2 * self.codes.fmt.max_code * MAX_ACTIVATION)
+        sums: list[Any] = []
+        for i, (codes, four) in enumerate(zip(words, x, strict=True)):
+            product = self._pairs(codes, four)
+            if i % fit == 0:
+                sums.append(product)
+            else:
+                sums[-1] = sums[-1] + product
+        for total in sums:
+            acc = acc + self._widen(total, 1)
+        return acc
+
+
+class Madd512(Madd):
+    """`Madd` on 512 bits."""
+
+    name, lanes, needs = "madd512", 16, frozenset({"avx512f", "avx512bw"})
+    pairs = "llvm.x86.avx512.pmaddubs.w.512"
+    fours = "llvm.x86.avx512.pmaddw.d.512"
+
+
+class Madd128(Madd):
+    """`Madd` on 128 bits."""
+
+    name, lanes, needs = "madd128", 4, frozenset({"ssse3"})
+    pairs = "llvm.x86.ssse3.pmadd.ub.sw.128"
+    fours = "llvm.x86.sse2.pmadd.wd"
+
+
+class FloatDot(Dot):
+    """Multiply-add of whole numbers in float32, on any CPU; exact below 2**24."""
+
+    name, lanes, needs = "float", 16, frozenset[str]()
+    accumulator = "float32"
+    activation = "float32"
+
+    @property
+    def exact_blocks(self) -> int | None:
+        """Blocks whose sum, started at their zero-point correction, stays below 2**24."""
+        term = 2 * self.codes.fmt.max_code * MAX_ACTIVATION
+        return max(1, (2**24 - 1) // (term * self.codes.block))
+
+    def columns(self, activations: Any, row: Any, column: Any) -> list[Any]:
+        """Each column in all lanes, as it is stored."""
+        return [splat(activations[row, column + i], self.lanes) for i in range(self.codes.block)]
+
+    def unpacked(self, words: Any) -> list[Any]:
+        """One vector of whole numbers for each column."""
+        return float_columns(self.codes, words, self.lanes)
+
+    def block(self, acc: Any, words: list[Any], x: list[Any]) -> Any:
+        """See `Dot.block`."""
+        for column, value in zip(words, x, strict=True):
+            acc = acc + column * value
+        return acc
+
+    @property
+    def work(self) -> dict[str, float]:
+        """Multiply-adds."""
+        return {"fma_f32": float(self.lanes * self.codes.block)}
+
+    @property
+    def unpack_work(self) -> dict[str, float]:
+        """Shift, mask, convert."""
+        return {"int_op": 3.0 * self.lanes * self.codes.block}
+
+
+def float_columns(codes: CodeLayout, words: Any, lanes: int) -> list[Any]:
+    """Return a block's columns as float32 vectors, one for each, in order; each bound."""
+    out = []
+    mask = splat(T.int32((1 << codes.lane_bits) - 1), lanes)
+    for p in range(codes.per_byte):
+        for j in range(4):
+            shift = splat(T.int32(8 * j + p * codes.lane_bits), lanes)
+            code = T.bitwise_and(T.shift_right(words, shift), mask)
+            out.append(bind(T.cast(code, vector_type("float32", lanes))))
+    return out
+
+
+DOTS: dict[str, type[Dot]] = {d.name: d for d in (Vnni, Madd512, Vnni256, Madd, Madd128, FloatDot)}
+"""All ways by name, the fastest first."""

@@ -1,0 +1,184 @@
+"""How x86 kernels lay out constant matrices, and the numpy code that does it (and undoes it).
+
+Rows go into vector lanes: a block of 16 rows is read together, so no kernel needs a horizontal sum.
+
+* Integer codes ``[N, K]`` -> ``[N/16, B, 64]`` bytes, ``P = 8 / lane bits`` codes a byte. Byte
+  ``4 * n + j`` of block ``b`` holds, from bit ``p * lane_bits`` on, the code of row ``n`` and column
+  ``b * 4P + p * 4 + j``: one shift and one mask give the "16 rows x 4 columns" operand of a dot.
+* Scales and zero points ``[N, G]`` -> ``[N/16, G, 16]``.
+* Floats ``[N, K]`` -> ``[N/16, K, 16]``.
+
+N is padded to 16 rows; K to whole groups, or to whole blocks where a group is the row. Pads are
+zeros: a padded column meets an activation of zero, a padded row a scale of zero and is never stored.
+Leading axes (experts) stay in front.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mimo_compile.errors import UsageError
+from mimo_compile.ir.formats import WeightFormat
+from mimo_compile.ir.ops.base import Arg, Array
+
+ROWS = 16
+"""Rows of a block."""
+LAYOUT_CODES, LAYOUT_FLOAT = "rows16.k4", "rows16.k1"
+_CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class CodeLayout:
+    """Extents of one packed matrix of integer codes; see the module's text."""
+
+    fmt: WeightFormat
+    n: int
+    k: int
+
+    @property
+    def lane_bits(self) -> int:
+        """Bits that a code occupies: the next of 1, 2, 4, 8."""
+        return next(b for b in (1, 2, 4, 8) if b >= self.fmt.bits)
+
+    @property
+    def per_byte(self) -> int:
+        """Codes in a byte (P)."""
+        return 8 // self.lane_bits
+
+    @property
+    def block(self) -> int:
+        """Columns in a block of 64 bytes."""
+        return 4 * self.per_byte
+
+    @property
+    def groups(self) -> int:
+        """Scales of a row."""
+        return self.fmt.groups(self.k)
+
+    @property
+    def group_blocks(self) -> int:
+        """Blocks that share a scale."""
+        return -(-self.fmt.group_size(self.k) // self.block)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of a row."""
+        return self.groups * self.group_blocks
+
+    @property
+    def k_padded(self) -> int:
+        """Columns with padding."""
+        return self.blocks * self.block
+
+    @property
+    def row_blocks(self) -> int:
+        """Blocks of 16 rows."""
+        return -(-self.n // ROWS)
+
+    def args(self, prefix: str, lead: tuple[int, ...], scale_dtype: str) -> list[Arg]:
+        """Return the packed arguments: codes, scale and, where the format has one, zero."""
+        shape = (*lead, self.row_blocks, self.groups, ROWS)
+        dtype = "float16" if scale_dtype == "f16" else "float32"
+        out = [
+            Arg(f"{prefix}codes", "weight", (*lead, self.row_blocks, self.blocks, 64), "uint8"),
+            Arg(f"{prefix}scale", "weight", shape, dtype),
+        ]
+        if self.fmt.has_zero:
+            out.append(Arg(f"{prefix}zero", "weight", shape, dtype))
+        return out
+
+
+def pack_codes(layout: CodeLayout, codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Pack codes ``[..., N, K]`` to ``[..., N/16, B, 64]``."""
+    lead = codes.shape[:-2]
+    out = np.empty((*lead, layout.row_blocks, layout.blocks, ROWS), np.uint32)
+    for index in np.ndindex(lead):
+        for rows, chunk in _row_chunks(codes[index], layout.k_padded):
+            # four neighbouring codes of a row are one little-endian word; a code shifted by
+            # p * lane_bits stays inside its byte
+            words = chunk.view("<u4").reshape(-1, ROWS, layout.blocks, layout.per_byte)
+            packed = words[..., 0].copy()
+            for p in range(1, layout.per_byte):
+                packed |= words[..., p] << np.uint32(p * layout.lane_bits)
+            out[index][rows] = packed.transpose(0, 2, 1)
+    return out.view(np.uint8).reshape(*lead, layout.row_blocks, layout.blocks, 64)
+
+
+def unpack_codes(layout: CodeLayout, packed: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Return codes ``[..., N, K]`` from `pack_codes`."""
+    lead = packed.shape[:-3]
+    x = packed.reshape(*lead, layout.row_blocks, layout.blocks, ROWS, 4)
+    mask = np.uint8((1 << layout.lane_bits) - 1)
+    parts = [(x >> np.uint8(p * layout.lane_bits)) & mask for p in range(layout.per_byte)]
+    wide = np.moveaxis(np.stack(parts, axis=-2), -3, -4)  # [..., NB, 16, B, P, 4]
+    flat = wide.reshape(*lead, layout.row_blocks * ROWS, layout.k_padded)
+    return np.ascontiguousarray(flat[..., : layout.n, : layout.k])
+
+
+def pack_rows(values: Array, dtype: Any = None) -> Array:
+    """Pack any matrix ``[..., N, C]`` to ``[..., N/16, C, 16]`` (scales, zero points, floats)."""
+    *lead, n, c = values.shape
+    dtype = values.dtype if dtype is None else np.dtype(dtype)
+    out = np.empty((*lead, -(-n // ROWS), c, ROWS), dtype)
+    for index in np.ndindex(*lead):
+        for rows, chunk in _row_chunks(values[index], c):
+            out[index][rows] = chunk.reshape(-1, ROWS, c).transpose(0, 2, 1)
+    return out
+
+
+def unpack_rows(packed: Array, n: int) -> Array:
+    """Return ``[..., N, C]`` from `pack_rows`."""
+    *lead, blocks, c, _ = packed.shape
+    return np.ascontiguousarray(
+        np.moveaxis(packed, -1, -2).reshape(*lead, blocks * ROWS, c)[..., :n, :]
+    )
+
+
+def pack_scales(values: Array, scale_dtype: str, what: str) -> Array:
+    """Pack scales or zero points ``[..., N, G]`` as f16 or f32.
+
+    Raises:
+        UsageError: a value has no exact float16, so that the kernel would not compute the model.
+    """
+    if scale_dtype == "f16":
+        with np.errstate(over="ignore"):
+            half = values.astype(np.float16)
+        if not np.array_equal(half.astype(np.float32), values):
+            raise UsageError(
+                f"{what} has values that float16 cannot hold exactly",
+                remedy="round scales to float16 when quantising, or store them with s=f32",
+            )
+        values = half
+    return pack_rows(values, np.float16 if scale_dtype == "f16" else np.float32)
+
+
+def pack_quantised(
+    layout: CodeLayout, prefix: str, arrays: Mapping[str, Array], scale_dtype: str
+) -> dict[str, Array]:
+    """Pack those of codes, scale and zero (under ``prefix``) that are given."""
+    out: dict[str, Array] = {}
+    if (name := f"{prefix}codes") in arrays:
+        out[name] = pack_codes(layout, np.ascontiguousarray(arrays[name]))
+    for name in (f"{prefix}scale", f"{prefix}zero"):
+        if name in arrays:
+            out[name] = pack_scales(arrays[name], scale_dtype, name)
+    return out
+
+
+def _row_chunks(matrix: Array, columns: int) -> Iterator[tuple[slice, Array]]:
+    """Yield slices of row blocks with their rows, contiguous, padded to 16 rows and ``columns``."""
+    n, k = matrix.shape
+    step = max(1, _CHUNK_BYTES // (ROWS * max(1, columns) * matrix.itemsize))
+    for start in range(0, -(-n // ROWS), step):
+        part = matrix[start * ROWS : (start + step) * ROWS]
+        blocks = -(-part.shape[0] // ROWS)
+        if part.shape[0] != blocks * ROWS or k != columns:
+            padded = np.zeros((blocks * ROWS, columns), matrix.dtype)
+            padded[: part.shape[0], :k] = part
+            part = padded
+        yield slice(start, start + blocks), np.ascontiguousarray(part)

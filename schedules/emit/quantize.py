@@ -1,0 +1,139 @@
+"""Quantise activation rows inside a kernel, bit for bit as `ir.ops.numerics.quantize_rows` does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mimo_compile.schedules.emit.build import (
+    Register,
+    T,
+    bind,
+    load,
+    loop,
+    splat,
+    store,
+    vector_type,
+    workspace,
+)
+from mimo_compile.schedules.emit.layout import CodeLayout
+
+LANES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Activations:
+    """Quantised rows in the kernel's workspace."""
+
+    codes: Any
+    """``[M, k_padded]`` int8 (or whole numbers in float32); zeros behind column K."""
+    sums: Any
+    """``[M, G]`` int32: sum of a group's codes, times minus the zero point if that is fixed."""
+    scale: Any
+    """``[M]`` float32."""
+
+
+def workspace_bytes(layout: CodeLayout, m: int, dtype: str) -> int:
+    """Return the scratch bytes of `alloc_activations`."""
+    width = 1 if dtype == "int8" else 4
+    return m * (layout.k_padded * width + 4 * layout.groups + 4)
+
+
+def alloc_activations(layout: CodeLayout, m: int, dtype: str) -> Activations:
+    """Allocate the workspace for ``m`` quantised rows."""
+    return Activations(
+        workspace((m, layout.k_padded), dtype),
+        workspace((m, layout.groups), "int32"),
+        workspace((m,), "float32"),
+    )
+
+
+def quantize_row(
+    layout: CodeLayout, x: Any, index: Sequence[Any], out: Activations, row: Any
+) -> None:
+    """Quantise the row ``x[*index, :K]`` (float32) into row ``row`` of ``out``."""
+    k, group = layout.k, layout.fmt.group_size(layout.k)
+    vectors, tail = divmod(k, LANES)
+    amax = _largest(x, index, vectors, tail)
+    store(out.scale, amax / T.float32(127.0), row)
+    inverse = bind(T.if_then_else(amax > T.float32(0.0), T.float32(127.0) / amax, T.float32(0.0)))
+    factor = 1 if layout.fmt.has_zero else -layout.fmt.fixed_zero
+
+    def quantised(column: Any, lanes: int) -> Any:
+        scaled = load(x, *index, column, lanes=lanes) * splat(inverse, lanes)
+        limit = T.max(splat(T.float32(-127.0), lanes), _rint(scaled, lanes))
+        limit = T.min(splat(T.float32(127.0), lanes), limit)
+        return bind(T.cast(limit, vector_type("int32", lanes)))
+
+    def write(column: Any, value: Any, lanes: int) -> None:
+        store(
+            out.codes, T.cast(value, vector_type(out.codes.dtype, lanes)), row, column, lanes=lanes
+        )
+
+    def span(group_index: Any, start: Any, columns: int) -> None:
+        """Quantise ``columns`` columns from ``start`` on: one group or the part of it that exists."""
+        count, rest = divmod(columns, LANES)
+        total = Register("int32", 1, T.int32(0))
+        if count:
+            lanes_total = Register("int32", LANES, splat(T.int32(0), LANES))
+            with loop(count) as i:
+                value = quantised(start + i * LANES, LANES)
+                write(start + i * LANES, value, LANES)
+                lanes_total.set(lanes_total.get() + value)
+            total.set(T.call_llvm_pure_intrin("int32", "llvm.vector.reduce.add", lanes_total.get()))
+        if rest:
+            with loop(rest) as i:
+                column = bind(start + count * LANES + i)
+                value = quantised(column, 1)
+                write(column, value, 1)
+                total.set(total.get() + value)
+        store(out.sums, total.get() * T.int32(factor), row, group_index)
+
+    whole, part = divmod(k, group)
+    if whole:
+        with loop(whole) as g:
+            span(g, g * group, group)
+    if part:
+        span(whole, whole * group, part)
+    if layout.k_padded > k:
+        with loop(layout.k_padded - k) as i:
+            store(out.codes, T.cast(T.int32(0), out.codes.dtype), row, k + i)
+
+
+def _largest(x: Any, index: Sequence[Any], vectors: int, tail: int) -> Any:
+    """Return the largest magnitude of a row, bound."""
+    ways = max(1, min(4, vectors))
+    parts = [Register("float32", LANES, splat(T.float32(0), LANES)) for _ in range(ways)]
+    rounds, rest = divmod(vectors, ways)
+
+    def take(way: int, column: Any) -> None:
+        value = _abs(load(x, *index, column, lanes=LANES), LANES)
+        parts[way].set(T.max(parts[way].get(), value))
+
+    if rounds:
+        with loop(rounds) as i:
+            for way in range(ways):
+                take(way, (i * ways + way) * LANES)
+    for way in range(rest):
+        take(way, (rounds * ways + way) * LANES)
+    for part in parts[1:]:
+        parts[0].set(T.max(parts[0].get(), part.get()))
+    amax = Register("float32", 1, T.float32(0))
+    if vectors:
+        amax.set(T.call_llvm_pure_intrin("float32", "llvm.vector.reduce.fmax", parts[0].get()))
+    if tail:
+        with loop(tail) as i:
+            amax.set(T.max(amax.get(), _abs(load(x, *index, vectors * LANES + i), 1)))
+    return bind(amax.get())
+
+
+def _abs(value: Any, lanes: int) -> Any:
+    bits = T.bitwise_and(
+        T.reinterpret(vector_type("int32", lanes), value), splat(T.int32(0x7FFFFFFF), lanes)
+    )
+    return T.reinterpret(vector_type("float32", lanes), bits)
+
+
+def _rint(value: Any, lanes: int) -> Any:
+    return T.call_llvm_pure_intrin(vector_type("float32", lanes), "llvm.rint", value)

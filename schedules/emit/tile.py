@@ -1,0 +1,300 @@
+"""Register tiles: R blocks of 16 weight rows times a few tokens, over the whole K, in registers.
+
+A tile leaves finding its rows and tokens, and what happens to its sums, to the kernel around it, so
+that one text serves plain matmuls and routed experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mimo_compile.schedules.emit.build import (
+    Register,
+    T,
+    bind,
+    load,
+    loop,
+    prefetch,
+    splat,
+    vector_type,
+)
+from mimo_compile.schedules.emit.dot import Dot, float_columns
+from mimo_compile.schedules.emit.layout import ROWS, CodeLayout
+from mimo_compile.schedules.emit.quantize import Activations
+
+Out = Callable[[int, int, int, Any], None]
+"""``out(r, m, lane, value)``: sums of rows ``16 * block[r] + lane`` and following, for token m."""
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Buffers of one packed matrix (or of a stack of them: leading axes are part of an index)."""
+
+    codes: Any
+    scale: Any = None
+    zero: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class TileKnobs:
+    """What a tile may vary without changing its result."""
+
+    prefetch: int = 0
+    """Blocks of 64 bytes to ask for ahead, in each row block; 0: leave it to the CPU."""
+    unroll: int = 1
+    """Blocks of columns in the loop's body."""
+
+
+def int_tile(
+    dot: Dot,
+    weights: Weights,
+    x: Activations,
+    blocks: Sequence[tuple[Any, ...]],
+    tokens: Sequence[Any],
+    out: Out,
+    knobs: TileKnobs,
+) -> None:
+    """Sum ``codes * x`` exactly in each group, scale, add the groups up in float32 in their order.
+
+    Args:
+        dot: How to multiply and add; it knows the layout.
+        weights: Packed codes, scales and zero points.
+        x: Quantised rows.
+        blocks: For each row block its index into the weights' leading axes.
+        tokens: For each token its row in ``x``.
+        out: Takes each vector of sums.
+        knobs: See there.
+    """
+    layout = dot.codes
+    grid = _grid(dot.lanes, len(blocks), len(tokens))
+    single = layout.groups == 1
+    f32 = vector_type("float32", dot.lanes)
+    total = {} if single else {v: Register("float32", dot.lanes, _zero(dot.lanes)) for v in grid}
+
+    def group(g: Any) -> None:
+        for key, value in _group_sums(dot, weights, x, blocks, tokens, g, knobs).items():
+            r, h, m = key
+            at = (*blocks[r], g, h * dot.lanes)
+            scale = T.cast(load(weights.scale, *at, lanes=dot.lanes), f32)
+            if layout.fmt.has_zero:
+                zero = T.cast(load(weights.zero, *at, lanes=dot.lanes), f32)
+                corrected = _minus_zero(dot, value, zero, load(x.sums, tokens[m], g), layout)
+            else:
+                corrected = T.cast(value, f32)
+            if single:
+                out(r, m, h * dot.lanes, corrected * scale * splat(x.scale[tokens[m]], dot.lanes))
+            else:
+                total[key].set(total[key].get() + corrected * scale)
+
+    if single:
+        group(0)
+        return
+    with loop(layout.groups) as g:
+        group(g)
+    for (r, h, m), register in total.items():
+        scale = splat(x.scale[tokens[m]], dot.lanes)
+        out(r, m, h * dot.lanes, register.get() * scale)
+
+
+def _group_sums(
+    dot: Dot,
+    weights: Weights,
+    x: Activations,
+    blocks: Sequence[tuple[Any, ...]],
+    tokens: Sequence[Any],
+    g: Any,
+    knobs: TileKnobs,
+) -> dict[tuple[int, int, int], Any]:
+    """Emit the sums of one group (less the fixed zero point) and return them, int32 or float32."""
+    layout, lanes = dot.codes, dot.lanes
+    grid = _grid(lanes, len(blocks), len(tokens))
+    runs = dot.exact_blocks
+    split = runs is not None and runs < layout.group_blocks
+
+    def start(m: int, dtype: str) -> Any:
+        if layout.fmt.has_zero:
+            return T.cast(splat(T.int32(0), lanes), vector_type(dtype, lanes))
+        return splat(T.cast(load(x.sums, tokens[m], g), dtype), lanes)
+
+    def run(acc: dict[tuple[int, int, int], Register], first: Any, count: int) -> None:
+        unroll = knobs.unroll if count % knobs.unroll == 0 else 1
+        with loop(count // unroll) as s:
+            for u in range(unroll):
+                b = bind(first + s * unroll + u) if not _is_number(first + s) else first + s + u
+                values = [dot.columns(x.codes, t, b * layout.block) for t in tokens]
+                for r, block in enumerate(blocks):
+                    if knobs.prefetch:
+                        prefetch(weights.codes, *block, b + knobs.prefetch, 0)
+                    for h in range(ROWS // lanes):
+                        at = (*block, b, h * 4 * lanes)
+                        raw = load(weights.codes, *at, lanes=4 * lanes)
+                        words = dot.unpacked(bind(T.reinterpret(vector_type("int32", lanes), raw)))
+                        for m in range(len(tokens)):
+                            register = acc[r, h, m]
+                            register.set(dot.block(register.get(), words, values[m]))
+
+    base = g * layout.group_blocks
+    if not split:
+        acc = {v: Register(dot.accumulator, lanes, start(v[2], dot.accumulator)) for v in grid}
+        run(acc, base, layout.group_blocks)
+        return {v: acc[v].get() for v in grid}
+    # float32 holds only so many terms exactly: move each run's sum into integers
+    assert runs is not None
+    sums = {v: Register("int32", lanes, start(v[2], "int32")) for v in grid}
+    whole, rest = divmod(layout.group_blocks, runs)
+
+    def part(first: Any, count: int) -> None:
+        acc = {v: Register(dot.accumulator, lanes, _zero(lanes)) for v in grid}
+        run(acc, first, count)
+        for v in grid:
+            whole_number = T.cast(acc[v].get(), vector_type("int32", lanes))
+            sums[v].set(sums[v].get() + whole_number)
+
+    with loop(whole) as i:
+        part(base + i * runs, runs)
+    if rest:
+        part(base + whole * runs, rest)
+    return {v: sums[v].get() for v in grid}
+
+
+def _minus_zero(dot: Dot, value: Any, zero: Any, x_sum: Any, layout: CodeLayout) -> Any:
+    """Return ``value - zero * x_sum`` in float32, exact for whole zero points."""
+    lanes, f32 = dot.lanes, vector_type("float32", dot.lanes)
+    if layout.fmt.max_code * 127 * layout.fmt.group_size(layout.k) < 2**24:
+        return T.cast(value, f32) - zero * splat(T.cast(x_sum, "float32"), lanes)
+    i32 = vector_type("int32", lanes)
+    whole = bind(T.cast(zero, i32))
+    difference = T.cast(value, i32) - whole * splat(x_sum, lanes)
+    fraction = zero - T.cast(whole, f32)
+    return T.cast(difference, f32) - fraction * splat(T.cast(x_sum, "float32"), lanes)
+
+
+def float_tile(
+    layout: CodeLayout | None,
+    k: int,
+    weights: Weights,
+    x: Any,
+    blocks: Sequence[tuple[Any, ...]],
+    tokens: Sequence[Any],
+    out: Out,
+    knobs: TileKnobs,
+) -> None:
+    """Sum ``weight * x`` in float32; integer codes become floats less their zero point in registers.
+
+    Args:
+        layout: Of integer codes; None for float32 or bfloat16 weights ``[..., N/16, K, 16]``.
+        k: Columns.
+        weights: Packed weights (`codes` holds the floats where there are no codes).
+        x: ``[M, K]`` float32.
+        blocks: See `int_tile`.
+        tokens: See `int_tile`.
+        out: See `int_tile`.
+        knobs: See there; one step of ``prefetch`` is one column of a float matrix.
+    """
+    grid = [(r, m) for r in range(len(blocks)) for m in range(len(tokens))]
+    total = {v: Register("float32", ROWS, _zero(ROWS)) for v in grid}
+    if layout is None:
+        _float_columns(k, weights, x, blocks, tokens, total, knobs)
+    else:
+        _code_groups(layout, weights, x, blocks, tokens, total, knobs)
+    for (r, m), register in total.items():
+        out(r, m, 0, register.get())
+
+
+def _float_columns(
+    k: int,
+    weights: Weights,
+    x: Any,
+    blocks: Sequence[tuple[Any, ...]],
+    tokens: Sequence[Any],
+    total: dict[tuple[int, int], Register],
+    knobs: TileKnobs,
+) -> None:
+    def column(c: Any) -> None:
+        values = [bind(x[t, c]) for t in tokens]
+        for r, block in enumerate(blocks):
+            w = load(weights.codes, *block, c, 0, lanes=ROWS)
+            if weights.codes.dtype == "uint16":  # the upper half of a float32
+                bits = T.cast(w, "uint32x16") << T.broadcast(T.uint32(16), ROWS)
+                w = T.reinterpret("float32x16", bits)
+            w = bind(w)
+            for m in range(len(tokens)):
+                register = total[r, m]
+                register.set(register.get() + w * splat(values[m], ROWS))
+
+    step = knobs.unroll
+    with loop(k // step) as s:
+        if knobs.prefetch:
+            for block in blocks:
+                prefetch(weights.codes, *block, s * step + knobs.prefetch, 0)
+        for u in range(step):
+            column(s * step + u)
+    for u in range(k % step):
+        column(k // step * step + u)
+
+
+def _code_groups(
+    layout: CodeLayout,
+    weights: Weights,
+    x: Any,
+    blocks: Sequence[tuple[Any, ...]],
+    tokens: Sequence[Any],
+    total: dict[tuple[int, int], Register],
+    knobs: TileKnobs,
+) -> None:
+    f32 = vector_type("float32", ROWS)
+
+    def block_of(
+        b: Any, acc: dict[tuple[int, int], Register], zero: list[Any], columns: int
+    ) -> None:
+        values = [[bind(x[t, b * layout.block + c]) for c in range(columns)] for t in tokens]
+        for r, block in enumerate(blocks):
+            if knobs.prefetch:
+                prefetch(weights.codes, *block, b + knobs.prefetch, 0)
+            raw = load(weights.codes, *block, b, 0, lanes=4 * ROWS)
+            words = bind(T.reinterpret(vector_type("int32", ROWS), raw))
+            for c, code in enumerate(float_columns(layout, words, ROWS)[:columns]):
+                w = bind(code - zero[r])
+                for m in range(len(tokens)):
+                    register = acc[r, m]
+                    register.set(register.get() + w * splat(values[m][c], ROWS))
+
+    def group(g: Any, columns: int) -> None:
+        acc = {v: Register("float32", ROWS, _zero(ROWS)) for v in total}
+        if layout.fmt.has_zero:
+            at = [load(weights.zero, *block, g, 0, lanes=ROWS) for block in blocks]
+            zero = [bind(T.cast(z, f32)) for z in at]
+        else:
+            zero = [splat(T.float32(layout.fmt.fixed_zero), ROWS)] * len(blocks)
+        whole, rest = divmod(columns, layout.block)
+        if whole:
+            with loop(whole) as s:
+                block_of(bind(g * layout.group_blocks + s), acc, zero, layout.block)
+        if rest:
+            block_of(g * layout.group_blocks + whole, acc, zero, rest)
+        for (r, m), register in acc.items():
+            scale = T.cast(load(weights.scale, *blocks[r], g, 0, lanes=ROWS), f32)
+            total[r, m].set(total[r, m].get() + register.get() * scale)
+
+    size = layout.fmt.group_size(layout.k)
+    whole, rest = divmod(layout.k, size)
+    if whole:
+        with loop(whole) as g:
+            group(g, size)
+    if rest:
+        group(whole, rest)
+
+
+def _grid(lanes: int, rows: int, tokens: int) -> list[tuple[int, int, int]]:
+    halves = ROWS // lanes
+    return [(r, h, m) for r in range(rows) for h in range(halves) for m in range(tokens)]
+
+
+def _zero(lanes: int) -> Any:
+    return splat(T.float32(0), lanes)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int)

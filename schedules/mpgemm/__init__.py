@@ -1,0 +1,1 @@
+"""Mixed-precision matmul schedules: few-bit or float weights, float or int8 activations."""

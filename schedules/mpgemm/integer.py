@@ -1,0 +1,94 @@
+"""Integer matmul kernels: quantise the rows of x into workspace, then tiles of exact dots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from mimo_compile.ir.counts import Counts
+from mimo_compile.ir.hardware import Hardware
+from mimo_compile.schedules.emit.build import loop
+from mimo_compile.schedules.emit.dot import DOTS, MAX_ACTIVATION, Dot
+from mimo_compile.schedules.emit.layout import ROWS
+from mimo_compile.schedules.emit.quantize import alloc_activations, quantize_row, workspace_bytes
+from mimo_compile.schedules.emit.tile import TileKnobs, Weights, int_tile
+from mimo_compile.schedules.mpgemm.gemm import (
+    GemmConfig,
+    Problem,
+    X86Gemm,
+    arg_bytes,
+    tiles,
+    writer,
+)
+
+QUANTIZE_ALONE = 64 << 10
+"""Elements of x that one thread quantises before others would have woken up."""
+
+
+def exact(problem: Problem) -> bool:
+    """Say whether a row's sum fits 32 bits and its format is one of integer codes."""
+    if problem.fmt.family not in ("int", "ternary"):
+        return False
+    return problem.fmt.max_code * MAX_ACTIVATION * problem.layout.k_padded < 2**31
+
+
+class IntegerGemm(X86Gemm):
+    """Base of the schedules that quantise activations."""
+
+    def dot(self, problem: Problem, config: GemmConfig) -> Dot:
+        """Return the chosen way to multiply."""
+        return DOTS[config.dot](problem.layout)
+
+    def tile_cost(self, problem: Problem, config: GemmConfig) -> int:
+        """Count dots (and multiply-adds of the float way) in the body."""
+        dot = self.dot(problem, config)
+        steps = problem.layout.block if dot.activation == "float32" else problem.layout.per_byte
+        return config.rows * (ROWS // dot.lanes) * config.tokens * config.unroll * steps
+
+    def scratch_bytes(self, problem: Problem, config: GemmConfig) -> int:
+        """Quantised rows, their group sums and scales."""
+        return workspace_bytes(problem.layout, problem.m, self.dot(problem, config).activation)
+
+    def body(self, problem: Problem, config: GemmConfig, hardware: Hardware) -> Callable[..., None]:
+        """Return the emitter."""
+        dot = self.dot(problem, config)
+        layout = problem.layout
+        knobs = TileKnobs(config.prefetch, config.unroll)
+
+        def emit(x: Any, *rest: Any) -> None:
+            *packed, y = rest
+            bias = packed.pop() if problem.bias else None
+            weights = Weights(*packed)
+            rows = alloc_activations(layout, problem.m, dot.activation)
+            shared = config.parallel and problem.m * problem.k > QUANTIZE_ALONE
+            with loop(problem.m, parallel=shared) as m:
+                quantize_row(layout, x, (m,), rows, m)
+
+            def tile(blocks: list[tuple[Any, ...]], tokens: list[Any]) -> None:
+                out = writer(problem, y, bias, blocks, tokens, dot.lanes)
+                int_tile(dot, weights, rows, blocks, tokens, out, knobs)
+
+            tiles(problem, config, tile)
+
+        return emit
+
+    def counts(self, problem: Problem, config: GemmConfig) -> Counts:
+        """Dots over padded extents; unpacking once for each tile of tokens; each byte once."""
+        dot, layout, m = self.dot(problem, config), problem.layout, problem.m
+        vectors = layout.row_blocks * ROWS // dot.lanes
+        passes = -(-m // config.tokens)
+        steps = float(vectors * layout.blocks)
+        ops = {kind: count * steps * m for kind, count in dot.work.items()}
+        for kind, count in dot.unpack_work.items():
+            ops[kind] = ops.get(kind, 0.0) + count * steps * passes
+        scaled = float(layout.row_blocks * ROWS * layout.groups * m)
+        ops["fma_f32"] = ops.get("fma_f32", 0.0) + scaled * (2 if layout.fmt.has_zero else 1)
+        ops["int_op"] = ops.get("int_op", 0.0) + 3.0 * m * problem.k  # quantise: scale, round, add
+        weights = problem.packed_bytes()
+        rows = m * (layout.k_padded * (1.0 if dot.activation == "int8" else 4.0))
+        dram = weights + sum(arg_bytes(a) for a in problem.args() if a.role in ("input", "output"))
+        # a tile reads its weights and its tokens' activations from the first level
+        row_tiles = -(-layout.row_blocks // config.rows)
+        l1 = weights * passes + rows * row_tiles + 4.0 * m * (problem.n + 2 * problem.k) + rows
+        l2 = weights * (1 if config.order == "rows" and passes == 1 else passes) + rows * row_tiles
+        return Counts(ops, {"dram": dram, "l2": max(l2, dram), "l1": max(l1, dram)})

@@ -1,0 +1,71 @@
+"""float32 or bfloat16 weights times float32 activations: 16 rows a vector, one FMA a column."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from mimo_compile.ir.counts import Counts
+from mimo_compile.ir.hardware import Hardware
+from mimo_compile.ir.workload import Workload
+from mimo_compile.schedules.emit.layout import ROWS
+from mimo_compile.schedules.emit.tile import TileKnobs, Weights, float_tile
+from mimo_compile.schedules.mpgemm.gemm import (
+    GemmConfig,
+    Problem,
+    X86Gemm,
+    arg_bytes,
+    tiles,
+    writer,
+)
+
+
+class X86Float(X86Gemm):
+    """Any x86-64; LLVM splits the 16 lanes where registers are narrower."""
+
+    name = "mpgemm.x86_float"
+
+    def supports(self, workload: Workload, hardware: Hardware) -> bool:
+        """f32 and bf16 weights with float activations."""
+        problem = Problem.of(workload)
+        return hardware.kind == "cpu" and problem.fmt.name in ("f32", "bf16")
+
+    def tiles(self, problem: Problem) -> tuple[tuple[int, int], ...]:
+        """Two rows of blocks keep weights and sums in 32 registers."""
+        if problem.m == 1:
+            return ((4, 1), (2, 1), (1, 1))
+        return ((4, 6), (4, 4), (3, 4), (2, 4), (1, 4))
+
+    def body(self, problem: Problem, config: GemmConfig, hardware: Hardware) -> Callable[..., None]:
+        """Return the emitter."""
+        knobs = TileKnobs(config.prefetch, config.unroll)
+
+        def emit(x: Any, w: Any, *rest: Any) -> None:
+            bias, y = rest if problem.bias else (None, *rest)
+
+            def tile(blocks: list[tuple[Any, ...]], tokens: list[Any]) -> None:
+                out = writer(problem, y, bias, blocks, tokens, ROWS)
+                float_tile(None, problem.k, Weights(w), x, blocks, tokens, out, knobs)
+
+            tiles(problem, config, tile)
+
+        return emit
+
+    def counts(self, problem: Problem, config: GemmConfig) -> Counts:
+        """One multiply-add for each padded weight and token; bfloat16 widens once a tile."""
+        m, rows = problem.m, problem.row_blocks * ROWS
+        passes = -(-m // config.tokens)
+        ops = {"fma_f32": float(m) * rows * problem.k}
+        if problem.fmt.bits == 16:
+            ops["int_op"] = 2.0 * rows * problem.k * passes
+        return Counts(ops, float_bytes(problem, config))
+
+
+def float_bytes(problem: Problem, config: GemmConfig) -> dict[str, float]:
+    """Bytes by level of a tiled matmul that reads x as it is."""
+    passes = -(-problem.m // config.tokens)
+    row_tiles = -(-problem.row_blocks // config.rows)
+    weights, x = problem.packed_bytes(), 4.0 * problem.m * problem.k
+    dram = weights + sum(arg_bytes(a) for a in problem.args() if a.role in ("input", "output"))
+    level = weights * passes + x * row_tiles + 4.0 * problem.m * problem.n
+    return {"dram": dram, "l2": max(dram, level), "l1": max(dram, level)}

@@ -1,0 +1,76 @@
+"""Integer codes on any x86-64: 16-bit multiply-adds or exact float32 (a8), dequantised FMA (a16)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from mimo_compile.ir.counts import Counts
+from mimo_compile.ir.hardware import Hardware
+from mimo_compile.ir.workload import Workload
+from mimo_compile.schedules.emit.dot import DOTS
+from mimo_compile.schedules.emit.layout import ROWS
+from mimo_compile.schedules.emit.tile import TileKnobs, Weights, float_tile
+from mimo_compile.schedules.mpgemm.gemm import GemmConfig, Problem, tiles, writer
+from mimo_compile.schedules.mpgemm.integer import IntegerGemm, exact
+from mimo_compile.schedules.mpgemm.x86_float import float_bytes
+
+
+class X86Portable(IntegerGemm):
+    """Reads the same packed weights as ``mpgemm.x86_vnni``."""
+
+    name = "mpgemm.x86_portable"
+
+    def supports(self, workload: Workload, hardware: Hardware) -> bool:
+        """Integer or ternary weights, any activations."""
+        problem = Problem.of(workload)
+        return hardware.kind == "cpu" and exact(problem)
+
+    def dots(self, problem: Problem, hardware: Hardware) -> tuple[str, ...]:
+        """Without 512-bit VNNI: what the CPU has, widest first. ``""`` is the float kernel of a16."""
+        if problem.act == "a16":
+            return ("",)
+        usable = (n for n, d in DOTS.items() if d.fits(problem.layout, hardware))
+        return tuple(n for n in usable if n != "vnni512")
+
+    def tile_cost(self, problem: Problem, config: GemmConfig) -> int:
+        """Count multiply-adds in the body."""
+        if config.dot:
+            return super().tile_cost(problem, config)
+        return config.rows * config.tokens * problem.layout.block
+
+    def scratch_bytes(self, problem: Problem, config: GemmConfig) -> int:
+        """Workspace for quantised rows, none for a16."""
+        return super().scratch_bytes(problem, config) if config.dot else 0
+
+    def body(self, problem: Problem, config: GemmConfig, hardware: Hardware) -> Callable[..., None]:
+        """Return the emitter."""
+        if config.dot:
+            return super().body(problem, config, hardware)
+        knobs = TileKnobs(config.prefetch, config.unroll)
+
+        def emit(x: Any, *rest: Any) -> None:
+            *packed, y = rest
+            bias = packed.pop() if problem.bias else None
+            weights = Weights(*packed)
+
+            def tile(blocks: list[tuple[Any, ...]], tokens: list[Any]) -> None:
+                out = writer(problem, y, bias, blocks, tokens, ROWS)
+                float_tile(problem.layout, problem.k, weights, x, blocks, tokens, out, knobs)
+
+            tiles(problem, config, tile)
+
+        return emit
+
+    def counts(self, problem: Problem, config: GemmConfig) -> Counts:
+        """As the integer kernels; a16: FMAs, and dequantisation once for each tile of tokens."""
+        if config.dot:
+            return super().counts(problem, config)
+        rows, m = problem.row_blocks * ROWS, problem.m
+        passes = -(-m // config.tokens)
+        ops = {
+            "fma_f32": float(m) * rows * (problem.k + problem.layout.groups),
+            "int_op": 3.0 * rows * problem.k * passes,
+            "add_f32": float(rows) * problem.k * passes,
+        }
+        return Counts(ops, float_bytes(problem, config))

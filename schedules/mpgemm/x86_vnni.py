@@ -1,0 +1,23 @@
+"""Integer codes times int8 activations with 512-bit ``vpdpbusd``: unpack in registers, dot, scale."""
+
+from __future__ import annotations
+
+from mimo_compile.ir.hardware import Hardware
+from mimo_compile.ir.workload import Workload
+from mimo_compile.schedules.mpgemm.gemm import Problem
+from mimo_compile.schedules.mpgemm.integer import IntegerGemm, exact
+
+
+class X86Vnni(IntegerGemm):
+    """For CPUs with AVX-512 VNNI."""
+
+    name = "mpgemm.x86_vnni"
+
+    def supports(self, workload: Workload, hardware: Hardware) -> bool:
+        """Integer or ternary weights with int8 activations, sums within 32 bits."""
+        problem = Problem.of(workload)
+        return hardware.has_vnni and problem.act == "a8" and exact(problem)
+
+    def dots(self, problem: Problem, hardware: Hardware) -> tuple[str, ...]:
+        """There is one way."""
+        return ("vnni512",)
