@@ -1,0 +1,128 @@
+"""Time and energy from counts alone: a roofline, and a sum over operations and bytes.
+
+    time   = launch + max over units of (operations / peak), and over levels of (bytes / bandwidth)
+    energy = P_idle * time + sum_op n_op * e_op + sum_level bytes_level * e_level
+
+The energy coefficients are order-of-magnitude literature values for a 5-7 nm server CPU (arithmetic and
+cache accesses after M. Horowitz, ISSCC 2014, scaled; DRAM at about 15 pJ/bit): good for ranking kernels by
+where their energy goes, not for absolute joules. What they give is always marked *modelled*.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from mimo_compile.ir.counts import LEVELS, OP_KINDS, Counts
+from mimo_compile.ir.hardware import Hardware
+
+ENERGY_OP_PJ = {
+    "fma_f32": 2.5, "add_f32": 1.0, "exp_f32": 25.0, "dot_i8": 0.4, "unpack_u8": 0.15,
+    "shuffle_u8": 0.2, "int_op": 0.3,
+}  # fmt: skip
+"""Picojoules of one scalar operation, instruction overhead of a wide vector shared by its lanes."""
+ENERGY_BYTE_PJ = {"dram": 120.0, "l2": 8.0, "l1": 1.5}
+"""Picojoules of one byte brought from a level."""
+IDLE_W_PER_CORE = 4.0
+"""Watts of a core and its share of the uncore while it runs, apart from the work itself."""
+
+# Scalar operations per cycle and core for 512-bit vectors; halved for 256-bit ones.
+_PER_CYCLE = {
+    "fma_f32": 32.0, "add_f32": 32.0, "exp_f32": 2.0, "dot_i8": 128.0, "unpack_u8": 64.0,
+    "shuffle_u8": 64.0, "int_op": 32.0,
+}  # fmt: skip
+_GUESSED_HZ = 3.0e9
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceModel:
+    """Rates and energies of a machine. Rates: operations/s of one thread; bytes/s by level and threads."""
+
+    ops_per_s: Mapping[str, float]
+    bytes_per_s: Mapping[str, tuple[float, ...]]
+    """For each level the bandwidth with 1, 2, ... threads together; the last entry holds for more."""
+    launch_us: float = 2.0
+    """Cost of one call with a parallel region."""
+    idle_w: float = 8.0
+    op_pj: Mapping[str, float] = field(default_factory=lambda: ENERGY_OP_PJ)
+    byte_pj: Mapping[str, float] = field(default_factory=lambda: ENERGY_BYTE_PJ)
+    measured: frozenset[str] = frozenset()
+    """Which of the rates come from a calibration rather than from a guess."""
+
+    @classmethod
+    def guess(cls, hardware: Hardware) -> DeviceModel:
+        """Return typical rates for hardware that was not calibrated."""
+        wide = 1.0 if hardware.has_avx512 else 0.5
+        ops = {k: v * wide * _GUESSED_HZ for k, v in _PER_CYCLE.items()}
+        if not hardware.has_vnni and "avxvnni" not in hardware.features:
+            ops["dot_i8"] /= 3
+        if "amx-int8" in hardware.features:
+            ops["dot_i8"] *= 8
+        counts = range(1, hardware.cores + 1)
+        socket = min(300e9, 20e9 * max(1, hardware.cores))
+        levels = {
+            "l1": tuple(150e9 * n for n in counts),
+            "l2": tuple(60e9 * n for n in counts),
+            "dram": tuple(min(socket, 15e9 * n) for n in counts),
+        }
+        return cls(ops, levels, idle_w=IDLE_W_PER_CORE * hardware.threads)
+
+    def calibrated(self, rates: Mapping[str, Any]) -> DeviceModel:
+        """Return a copy with measured rates: ``{"ops_per_s": {...}, "bytes_per_s": {level: [...]}}``."""
+        ops = {k: float(v) for k, v in rates.get("ops_per_s", {}).items() if k in OP_KINDS}
+        levels = {
+            k: tuple(float(x) for x in v)
+            for k, v in rates.get("bytes_per_s", {}).items()
+            if k in LEVELS and v
+        }
+        scale = ops.get("fma_f32", 0.0) / self.ops_per_s["fma_f32"] if "fma_f32" in ops else 1.0
+        scaled = {k: v * scale for k, v in self.ops_per_s.items()}
+        return replace(
+            self,
+            ops_per_s={**scaled, **ops},
+            bytes_per_s={**self.bytes_per_s, **levels},
+            measured=frozenset({*ops, *levels}),
+        )
+
+    def bandwidth(self, level: str, threads: int) -> float:
+        """Return bytes/s that ``threads`` threads read from a level together."""
+        steps = self.bytes_per_s[level]
+        return steps[min(max(threads, 1), len(steps)) - 1]
+
+    def latency_us(self, counts: Counts, hardware: Hardware) -> float:
+        """Predict microseconds of one call with data in memory."""
+        threads = hardware.threads
+        times = [n / (self.ops_per_s[k] * threads) for k, n in counts.ops.items()]
+        # Operations of different kinds compete for the same vector ports: half of the rest adds up.
+        compute = max(times, default=0.0) * 0.5 + sum(times) * 0.5
+        memory = max(
+            (b / self.bandwidth(lv, threads) for lv, b in counts.bytes.items()), default=0.0
+        )
+        return self.launch_us + 1e6 * max(compute, memory)
+
+    def energy_mj(self, counts: Counts, latency_us: float) -> float:
+        """Model millijoules of one call that takes ``latency_us``."""
+        work = sum(n * self.op_pj[k] for k, n in counts.ops.items())
+        traffic = sum(b * self.byte_pj[lv] for lv, b in counts.bytes.items())
+        return self.idle_w * latency_us * 1e-3 + (work + traffic) * 1e-9
+
+    def floor_us(self, necessary: Counts, hardware: Hardware) -> float | None:
+        """Return the least microseconds the necessary work can take, None without calibrated rates.
+
+        Only rates that were measured count; 8-bit dot products can be avoided by table look-up (one
+        look-up stands for several of them) and run faster in matrix tiles than the calibrated vector
+        loop, so they set no floor.
+        """
+        if not self.measured:
+            return None
+        threads = hardware.threads
+        fastest = max(
+            (self.bandwidth(lv, threads) for lv in LEVELS if lv in self.measured), default=math.inf
+        )
+        times = [necessary.bytes.get("dram", 0.0) / fastest]
+        tiles = any(f.startswith("amx") for f in hardware.features)
+        if "fma_f32" in self.measured and not tiles:
+            times.append(necessary.ops.get("fma_f32", 0.0) / (self.ops_per_s["fma_f32"] * threads))
+        return 1e6 * max(times)

@@ -1,0 +1,150 @@
+"""How long to search, and which workload gets the next round."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from mimo_compile.errors import UsageError
+from mimo_compile.search.meters.base import Meter
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Limits of a search; None means no such limit. The first that is reached ends it.
+
+    Raises:
+        UsageError: a limit is not positive.
+    """
+
+    trials: int | None = None
+    """Measured candidates over all workloads, records of earlier runs included."""
+    seconds: float | None = None
+    joules: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        for name in ("trials", "seconds", "joules"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UsageError(f"a budget of {value} {name} is not positive")
+
+    @property
+    def open_ended(self) -> bool:
+        """True without any limit."""
+        return self.trials is None and self.seconds is None and self.joules is None
+
+
+class Clock:
+    """Tells which limit of a budget is reached; monotonic time, joules by the meter."""
+
+    def __init__(
+        self, budget: Budget, meter: Meter | None, now: Callable[[], float] = time.monotonic
+    ) -> None:
+        """Start counting.
+
+        Raises:
+            UsageError: a budget in joules without a meter.
+        """
+        if budget.joules is not None and meter is None:
+            raise UsageError(
+                "a budget in joules needs a meter, and none works here",
+                remedy="give --trials or --time; `mimo-compile targets` says which meters work and why not",
+            )
+        self.budget = budget
+        self._now = now
+        self._meter = meter
+        self._start = now()
+        self._first_mj = self._read()
+
+    def _read(self) -> float | None:
+        if self._meter is None:
+            return None
+        try:
+            return self._meter.read_mj()
+        except OSError:
+            return None
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the start."""
+        return self._now() - self._start
+
+    @property
+    def joules(self) -> float | None:
+        """Joules the device used since the start, None without a meter."""
+        last = self._read()
+        return None if last is None or self._first_mj is None else (last - self._first_mj) / 1000
+
+    def reached(self, trials: int, reserve_s: float = 0.0) -> str:
+        """Return the name of the limit that is reached, or "".
+
+        ``reserve_s`` of the time limit are kept for later, at most a quarter of it.
+        """
+        b = self.budget
+        if b.trials is not None and trials >= b.trials:
+            return "trials"
+        if b.seconds is not None and self.seconds >= b.seconds - min(reserve_s, b.seconds / 4):
+            return "seconds"
+        if b.joules is not None and (joules := self.joules) is not None and joules >= b.joules:
+            return "joules"
+        return ""
+
+
+@dataclass(slots=True)
+class Share:
+    """What the split of the budget knows of one workload."""
+
+    weight: float
+    """Calls of the kernel in one run of the model."""
+    floor_us: float
+    """What no kernel can beat (roofline of the necessary work); 0 when unknown."""
+    best_us: float = math.inf
+    trials: int = 0
+    rounds: int = 0
+    recent: float = 0.0
+    """Smoothed relative improvement of its last rounds."""
+    stale: int = 0
+    """Rounds in a row that improved it by less than 1 %."""
+    exhausted: bool = False
+    history: list[tuple[int, float]] = field(default_factory=list)
+    """(trials, best microseconds) after each round."""
+
+    def learn(self, trials: int, best_us: float) -> None:
+        """Take in a round of ``trials`` that ended with ``best_us``."""
+        gain = 0.0
+        if math.isfinite(best_us) and math.isfinite(self.best_us):
+            gain = max(0.0, 1 - best_us / self.best_us)
+        first = not math.isfinite(self.best_us)
+        self.stale = 0 if gain >= 0.01 or first else self.stale + 1
+        self.recent = gain if self.rounds < 2 else 0.5 * self.recent + 0.5 * gain
+        self.best_us = min(self.best_us, best_us)
+        self.trials += trials
+        self.rounds += 1
+        self.history.append((self.trials, self.best_us))
+
+    def expected_gain_us(self) -> float:
+        """Return microseconds of one model run that the next round may save (infinite before the first).
+
+        Half from what its last rounds brought, half from its distance to the roofline, which each
+        further round makes less believable (the idea of Ansor's gradient task scheduler).
+        """
+        if self.exhausted:
+            return -1.0
+        if self.rounds == 0 or not math.isfinite(self.best_us):
+            return math.inf if self.rounds < 3 else 0.0
+        room = min(0.9, max(0.05, 1 - self.floor_us / self.best_us))
+        return self.weight * self.best_us * (0.5 * self.recent + 0.5 * room / (1 + self.rounds))
+
+
+def next_share(shares: Sequence[Share]) -> int | None:
+    """Return the index of the workload that gets the next round, None when all are exhausted."""
+    open_ones = [i for i, s in enumerate(shares) if not s.exhausted]
+    if not open_ones:
+        return None
+    return max(
+        open_ones,
+        key=lambda i: (shares[i].expected_gain_us(), shares[i].weight * shares[i].floor_us, -i),
+    )

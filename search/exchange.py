@@ -1,0 +1,236 @@
+"""Move tuning records between databases: export, import, merge, prune, check, salvage."""
+
+from __future__ import annotations
+
+import os
+import re
+import sqlite3
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from mimo_compile.errors import InputError
+from mimo_compile.search.database import Database
+from mimo_compile.search.lookup import summarise
+from mimo_compile.search.records import Record, checksum, decode, encode
+
+_LINE = re.compile(rb'\{"key":"[0-9a-f]{64}",(?:(?!\{"key":")[^\x00])*?,"sum":"[0-9a-f]{32}"\}')
+_BATCH = 5000
+
+
+def export_records(
+    db: Database, path: str | os.PathLike[str], *, best_only: int | None = None
+) -> int:
+    """Write records as JSON lines (atomically) and return how many.
+
+    Args:
+        db: Where they come from.
+        path: The file to write.
+        best_only: Keep only this many fastest candidates of each workload and target.
+    """
+    target = Path(path)
+    records: Iterable[Record] = db if best_only is None else _fastest(db, best_only)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    count = 0
+    try:
+        with temporary.open("w", encoding="utf-8") as out:
+            for record in records:
+                out.write(encode(record) + "\n")
+                count += 1
+            out.flush()
+            os.fsync(out.fileno())
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return count
+
+
+def _fastest(db: Database, count: int) -> list[Record]:
+    groups: dict[tuple[str, str, int, tuple[str, ...]], list[Record]] = {}
+    for r in db:
+        groups.setdefault((r.workload, r.hardware, r.threads, r.features), []).append(r)
+    out: list[Record] = []
+    for rows in groups.values():
+        order = sorted(summarise(rows), key=lambda s: s.latency_us)[:count]
+        keys = {s.record.key for s in order}
+        out += [r for r in rows if r.key in keys]
+    return out
+
+
+def import_records(db: Database, path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Add the records of a JSON-lines file; return (new ones, ones already there).
+
+    A last line without its end (a writer was killed) is left out; other damage is an error and
+    nothing is imported.
+
+    Raises:
+        InputError: the file is missing or holds something else than records.
+    """
+    source = Path(path)
+    try:
+        data = source.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read records: {error.strerror}", file=source) from error
+    lines = data.split(b"\n")
+    records = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            records.append(decode(line, file=f"{source}:{number}"))
+        except InputError:
+            if number == len(lines) and records:
+                break
+            raise
+    return _insert(db, records)
+
+
+def merge(db: Database, other: str | os.PathLike[str]) -> tuple[int, int]:
+    """Add all records of another database (or JSON-lines file); return (new, already there)."""
+    source = Path(other)
+    if not source.exists():
+        raise InputError("there is no such file", file=source)
+    with source.open("rb") as file:
+        start = file.read(16)
+    if not start.startswith(b"SQLite format 3"):
+        return import_records(db, source)
+    with Database(source, read_only=True) as from_db:
+        return _insert(db, from_db)
+
+
+def _insert(db: Database, records: Iterable[Record]) -> tuple[int, int]:
+    before, seen = len(db), 0
+    for chunk in _chunks(records):
+        db.add(*chunk)
+        seen += len(chunk)
+    new = len(db) - before
+    return new, seen - new
+
+
+def _chunks(records: Iterable[Record]) -> Iterator[list[Record]]:
+    chunk: list[Record] = []
+    for record in records:
+        chunk.append(record)
+        if len(chunk) == _BATCH:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def prune(
+    db: Database,
+    *,
+    keep: int | None = None,
+    older_than_days: float | None = None,
+    failures: bool = False,
+) -> int:
+    """Delete records and return how many.
+
+    Args:
+        db: The database.
+        keep: Keep this many fastest candidates of each workload and target (failures stay).
+        older_than_days: Delete what is older.
+        failures: Delete records whose verdict is not ok.
+    """
+    drop: set[str] = set()
+    best = {r.key for r in _fastest(db, keep)} if keep is not None else set()
+    limit = time.time() - older_than_days * 86400 if older_than_days is not None else 0.0
+    for r in db:
+        if (
+            (keep is not None and r.ok and r.key not in best)
+            or r.time < limit
+            or (failures and not r.ok)
+        ):
+            drop.add(checksum(encode(r)))
+    raw = sqlite3.connect(db.path, timeout=30.0, isolation_level=None)
+    try:
+        raw.execute("BEGIN IMMEDIATE")
+        raw.executemany("DELETE FROM records WHERE sum = ?", ((s,) for s in sorted(drop)))
+        raw.execute("COMMIT")
+        raw.execute("VACUUM")
+    finally:
+        raw.close()
+    return len(drop)
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """Outcome of `check`."""
+
+    rows: int
+    sound: int
+    problems: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """True when nothing is wrong."""
+        return not self.problems
+
+
+def check(path: str | os.PathLike[str]) -> Check:
+    """Verify the file's structure and the checksum of each row.
+
+    Raises:
+        InputError: the file is missing or cannot be opened as a database of records at all.
+    """
+    problems: list[str] = []
+    with Database(path, read_only=True) as db:
+        rows = sound = 0
+        raw = sqlite3.connect(f"{Path(path).absolute().as_uri()}?mode=ro", uri=True, timeout=30.0)
+        try:
+            problems += [
+                str(r[0]) for r in raw.execute("PRAGMA integrity_check(20)") if r[0] != "ok"
+            ]
+            for line, total, key, workload in raw.execute(
+                "SELECT line, sum, key, workload FROM records"
+            ):
+                rows += 1
+                if db._checked(line, total, key, workload) is None:
+                    problems.append(f"row {rows}: does not match its checksum")
+                else:
+                    sound += 1
+        except sqlite3.Error as error:
+            problems.append(str(error))
+        finally:
+            raw.close()
+    return Check(rows, sound, tuple(problems[:50]))
+
+
+def salvage(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> int:
+    """Recover every record whose checksum holds from a damaged database into a new one.
+
+    Reads the raw bytes of the file and of its write-ahead log, so the structure may be lost
+    altogether. Records that were pruned but not yet overwritten may come back.
+
+    Raises:
+        InputError: the file cannot be read, or ``out`` exists.
+    """
+    source, target = Path(path), Path(out)
+    if target.exists():
+        raise InputError("the output exists already", file=target, remedy="Give another -o FILE")
+    found: dict[str, Record] = {}
+    for file in (source, source.with_name(source.name + "-wal")):
+        try:
+            data = file.read_bytes()
+        except OSError as error:
+            if file == source:
+                raise InputError(
+                    f"cannot read the database: {error.strerror}", file=file
+                ) from error
+            continue
+        for line in _LINE.findall(data):
+            try:
+                record = decode(line)
+            except InputError:
+                continue
+            found[checksum(line.decode())] = record
+    order = sorted(found.values(), key=lambda r: r.time)
+    with Database(target) as db:
+        for chunk in _chunks(order):
+            db.add(*chunk)
+    return len(order)
+
+
+__all__ = ["Check", "check", "export_records", "import_records", "merge", "prune", "salvage"]

@@ -1,0 +1,157 @@
+"""Answers from records: the best candidate of a workload, its Pareto front, packaged records."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+
+from mimo_compile.ir.hardware import Hardware
+from mimo_compile.ir.workload import Workload
+from mimo_compile.search.database import Database
+from mimo_compile.search.objective import Objective, Point, pareto_front
+from mimo_compile.search.records import Record, Verdict, decode, versions
+
+LASTING = (Verdict.WRONG, Verdict.SUSPICIOUS)
+"""Verdicts that bar a candidate for good; a later timeout or crash only adds no time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """All records of one candidate on one target taken together."""
+
+    record: Record
+    """Its newest record with verdict ok."""
+    latency_us: float
+    """Median over its confirming records if there are any, else over all."""
+    measured_mj: float | None
+    energy_source: str
+    modelled_mj: float | None
+
+    def point(self, measured: bool) -> Point:
+        """Return (latency, energy), the energy measured or modelled, never a mixture."""
+        return self.latency_us, self.measured_mj if measured else self.modelled_mj
+
+
+def summarise(records: Iterable[Record]) -> list[Result]:
+    """Join the records of each candidate; candidates that ever gave a wrong result are left out."""
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(record.key, []).append(record)
+    out = []
+    for rows in groups.values():
+        good = [r for r in rows if r.ok and r.latency_us is not None]
+        if not good or any(r.verdict in LASTING for r in rows):
+            continue
+        final = [r for r in good if r.phase == "confirm"] or good
+        joules = [r for r in final if r.energy_mj is not None] or [
+            r for r in good if r.energy_mj is not None
+        ]
+        models = [r.modelled_mj for r in final if r.modelled_mj is not None]
+        source = joules[-1].energy_source if joules else ""
+        energies = [
+            r.energy_mj for r in joules if r.energy_source == source and r.energy_mj is not None
+        ]
+        out.append(
+            Result(
+                record=good[-1],
+                latency_us=statistics.median(
+                    r.latency_us for r in final if r.latency_us is not None
+                ),
+                measured_mj=statistics.median(energies) if energies else None,
+                energy_source=source,
+                modelled_mj=statistics.median(models) if models else None,
+            )
+        )
+    return out
+
+
+def use_measured(results: Sequence[Result]) -> bool:
+    """Say whether energies can be compared as measured: each result has one, all by one meter."""
+    sources = {r.energy_source for r in results}
+    return bool(results) and all(r.measured_mj is not None for r in results) and len(sources) == 1
+
+
+def best(results: Sequence[Result], objective: Objective) -> Result | None:
+    """Return the best candidate of one workload by the objective."""
+    measured = use_measured(results)
+    return objective.choose(results, lambda r: r.point(measured))
+
+
+def pareto(results: Sequence[Result]) -> list[Result]:
+    """Return the Pareto front in latency and energy, fastest first."""
+    measured = use_measured(results)
+    return pareto_front(results, lambda r: r.point(measured))
+
+
+def results_for(
+    workload: Workload | str, hardware: Hardware, db: Database | None = None, *, near: bool = False
+) -> list[Result]:
+    """Return the results known for a workload on a target: own records first, else packaged ones.
+
+    Only records made with the installed compiler count, and only of one cache state (cold before hot: times
+    in different states cannot be compared).
+
+    With ``near``, when nothing was measured on this very target, results of other machines whose code
+    this one can run (same thread count preferred) stand in for them.
+    """
+    own = db.records(workload, hardware) if db is not None else []
+    now = versions()
+    if found := _one_state(r for r in own if r.versions == now):
+        return found
+    features = tuple(sorted(hardware.features))
+    packaged = _packaged().get(str(workload), [])
+    same = [
+        r
+        for r in packaged
+        if (r.hardware, r.threads, r.features) == (hardware.id, hardware.threads, features)
+    ]
+    if (found := _one_state(r for r in same if r.versions == now)) or not near:
+        return found
+    others = [*(db.records(workload) if db is not None else ()), *packaged]
+    fit = [r for r in others if hardware.features.issuperset(r.requires)]
+    groups: dict[tuple[bool, str], list[Record]] = {}
+    for r in fit:
+        groups.setdefault((r.threads != hardware.threads, r.hardware), []).append(r)
+    for name in sorted(groups):
+        if found := _one_state(groups[name]):
+            return found
+    return []
+
+
+def _one_state(records: Iterable[Record]) -> list[Result]:
+    rows = list(records)
+    for cache_state in ("cold", "hot"):
+        if found := summarise(r for r in rows if r.cache == cache_state):
+            return found
+    return []
+
+
+def best_record(
+    workload: Workload | str,
+    hardware: Hardware,
+    db: Database | None = None,
+    objective: Objective | None = None,
+    *,
+    near: bool = False,
+) -> Result | None:
+    """Return the best known candidate of a workload on a target (see `results_for`)."""
+    return best(results_for(workload, hardware, db, near=near), objective or Objective("latency"))
+
+
+@cache
+def _packaged() -> dict[str, list[Record]]:
+    """Records shipped in the package, by workload (``mimo_compile/pretuned/*.jsonl``)."""
+    out: dict[str, list[Record]] = {}
+    folder = files("mimo_compile") / "pretuned"
+    if not folder.is_dir():
+        return out
+    for entry in sorted(folder.iterdir(), key=lambda e: e.name):
+        if entry.name.endswith(".jsonl"):
+            for line in entry.read_text(encoding="utf-8").splitlines():
+                if line.strip():
+                    record = decode(line, file=entry.name)
+                    out.setdefault(record.workload, []).append(record)
+    return out

@@ -1,0 +1,75 @@
+"""The building child: (workload, schedule, config, hardware) -> object code. Holds the compiler."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from mimo_compile.ir.hardware import Hardware
+from mimo_compile.ir.workload import Workload
+from mimo_compile.schedules.base import Kernel, Schedule
+from mimo_compile.search.measure.child import serve
+
+
+@cache
+def _schedule(reference: str) -> Schedule:
+    """Import ``module:Class``. The parent names classes of its own process, never text from a record."""
+    module, _, name = reference.partition(":")
+    cls: Any = import_module(module)
+    for part in name.split("."):
+        cls = getattr(cls, part)
+    schedule: Schedule = cls()
+    return schedule
+
+
+def _hardware(values: dict[str, Any]) -> Hardware:
+    return Hardware(**{**values, "features": frozenset(values["features"])})
+
+
+def _lower(request: dict[str, Any]) -> tuple[Kernel, Hardware]:
+    schedule, hardware = _schedule(request["schedule"]), _hardware(request["hardware"])
+    config = schedule.config_from_json(request["config"])
+    return schedule.lower(Workload.parse(request["workload"]), config, hardware), hardware
+
+
+def _facts(kernel: Kernel) -> dict[str, Any]:
+    return {
+        "symbol": kernel.name,
+        "args": [asdict(a) for a in kernel.args],
+        "ops": dict(kernel.counts.ops),
+        "bytes": dict(kernel.counts.bytes),
+        "requires": sorted(kernel.features),
+        "workspace_bytes": kernel.workspace_bytes,
+    }
+
+
+def describe(request: dict[str, Any]) -> dict[str, Any]:
+    """Return the work that the kernel declares, without compiling it."""
+    schedule, hardware = _schedule(request["schedule"]), _hardware(request["hardware"])
+    config = schedule.config_from_json(request["config"])
+    counts = schedule.work(Workload.parse(request["workload"]), config, hardware)
+    return {"ops": dict(counts.ops), "bytes": dict(counts.bytes)}
+
+
+def build(request: dict[str, Any]) -> dict[str, Any]:
+    """Compile to the file ``out``; return what the kernel declares and the code's hash."""
+    from mimo_compile.schedules.compile import compile_kernel
+
+    kernel, hardware = _lower(request)
+    code = compile_kernel(kernel, hardware)
+    Path(request["out"]).write_bytes(code)
+    return {**_facts(kernel), "code_hash": hashlib.sha256(code).hexdigest()}
+
+
+def _warm_up() -> None:
+    from mimo_compile import _tvm
+
+    _tvm.compiler()
+
+
+if __name__ == "__main__":
+    serve({"describe": describe, "build": build}, _warm_up)

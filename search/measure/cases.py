@@ -1,0 +1,169 @@
+"""Inputs, expected results and packed files of the workloads under test, computed once and shared."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mimo_compile.ir.ops import get_op
+from mimo_compile.ir.ops.base import Arg, Array
+from mimo_compile.ir.workload import Workload
+from mimo_compile.schedules.base import Schedule
+
+_PREFIX = "mimo-measure-"
+
+
+class Scratch:
+    """A folder for files between processes, in memory where possible; gone afterwards whatever happens.
+
+    A killed process leaves its folder; the next start removes folders whose lock nobody holds.
+    """
+
+    def __init__(self, parent: Path | None = None) -> None:
+        """Create the folder and sweep stale ones."""
+        base = parent if parent is not None else _roomiest()
+        sweep(base)
+        self.path = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=base))
+        self._lock = os.open(self.path / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+
+    def folder(self, name: str) -> Path:
+        """Return a new or emptied folder."""
+        path = self.path / name
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir()
+        return path
+
+    def close(self) -> None:
+        """Remove everything."""
+        if self._lock >= 0:
+            shutil.rmtree(self.path, ignore_errors=True)
+            os.close(self._lock)
+            self._lock = -1
+
+
+def _roomiest() -> Path:
+    shm = Path("/dev/shm")
+    with contextlib.suppress(OSError):
+        if os.access(shm, os.W_OK) and shutil.disk_usage(shm).free > 2 << 30:
+            return shm
+    return Path(tempfile.gettempdir())
+
+
+def sweep(base: Path) -> int:
+    """Remove folders of processes that are gone; return how many."""
+    count = 0
+    for folder in base.glob(_PREFIX + "*"):
+        with contextlib.suppress(OSError):
+            lock = os.open(folder / "lock", os.O_RDWR | os.O_CLOEXEC)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+                count += 1
+            finally:
+                os.close(lock)
+    return count
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Case:
+    """Fresh inputs of one workload with the result that every kernel must reach."""
+
+    workload: Workload
+    seed: int
+    args: tuple[Arg, ...]
+    inputs: dict[str, Array]
+    expected: dict[str, Array]
+    bound: dict[str, Array]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the case holds."""
+        groups: tuple[Mapping[str, Array], ...] = (self.inputs, self.expected, self.bound)
+        return sum(a.nbytes for g in groups for a in g.values())
+
+
+def make_case(workload: Workload, seed: int) -> Case:
+    """Draw inputs and compute the reference (imports torch)."""
+    op = get_op(workload.op)
+    text = hashlib.sha256(f"{workload}|{seed}".encode()).digest()
+    rng = np.random.default_rng(np.frombuffer(text, np.uint32))
+    inputs = op.make_inputs(workload, rng)
+    expected = op.reference(workload, inputs)
+    return Case(
+        workload, seed, op.args(workload), inputs, expected, op.bound(workload, inputs, expected)
+    )
+
+
+class CaseStore:
+    """Keeps recent cases and their packed files, within limits of memory."""
+
+    def __init__(self, scratch: Scratch, limit_bytes: int = 2 << 30) -> None:
+        """Use a scratch folder for the files."""
+        self._scratch = scratch
+        self._limit = limit_bytes
+        self._cases: OrderedDict[tuple[Workload, int], Case] = OrderedDict()
+        self._files: dict[tuple[Workload, int], dict[str, dict[str, Path]]] = {}
+        self._serial = 0
+
+    def case(self, workload: Workload, seed: int) -> Case:
+        """Return the case of a workload and seed, computing it when it is new."""
+        key = (workload, seed)
+        if key not in self._cases:
+            self._cases[key] = make_case(workload, seed)
+            while (
+                len(self._cases) > 1 and sum(c.nbytes for c in self._cases.values()) > self._limit
+            ):
+                self._forget(next(iter(self._cases)))
+        self._cases.move_to_end(key)
+        return self._cases[key]
+
+    def keep_only(self, workload: Workload, seed: int) -> None:
+        """Forget the other seeds of a workload."""
+        for key in [k for k in self._cases if k[0] == workload and k[1] != seed]:
+            self._forget(key)
+
+    def _forget(self, key: tuple[Workload, int]) -> None:
+        self._cases.pop(key, None)
+        for files in self._files.pop(key, {}).values():
+            for path in files.values():
+                path.unlink(missing_ok=True)
+
+    def files(self, case: Case, schedule: Schedule, config: Any) -> dict[str, Path]:
+        """Return the ``.npy`` file of each array a kernel may ask for: inputs, packed weights and states."""
+        per_case = self._files.setdefault((case.workload, case.seed), {})
+        common = per_case.get("")
+        if common is None:
+            plain = {a.name: case.inputs[a.name] for a in case.args if a.role == "input"}
+            common = per_case[""] = self._save(plain)
+        layout = json.dumps(
+            [schedule.name, sorted(schedule.layouts(case.workload, config).items())]
+        )
+        packed = per_case.get(layout)
+        if packed is None:
+            arrays = {
+                a.name: case.inputs[a.name] for a in case.args if a.role in ("weight", "state")
+            }
+            packed = per_case[layout] = self._save(schedule.pack(case.workload, config, arrays))
+        return {**common, **packed}
+
+    def _save(self, arrays: Mapping[str, Array]) -> dict[str, Path]:
+        self._serial += 1
+        out = {}
+        for name, array in arrays.items():
+            path = self._scratch.path / f"{self._serial}.{name}.npy"
+            np.save(path, np.ascontiguousarray(array), allow_pickle=False)
+            out[name] = path
+        return out

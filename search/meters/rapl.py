@@ -1,0 +1,59 @@
+"""CPU joules from RAPL through the powercap files of Linux (package domains, Intel and AMD)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mimo_compile.search.meters.base import Available
+
+ROOT = Path("/sys/class/powercap")
+
+
+class RaplMeter:
+    """The sum of all CPU packages' energy counters."""
+
+    name = "rapl"
+    step_s = 0.001
+
+    def __init__(self, root: Path = ROOT) -> None:
+        """Open the counters.
+
+        Raises:
+            OSError: there are none, or they may not be read; the text says which.
+        """
+        domains = [
+            d
+            for d in sorted(root.glob("intel-rapl:*"))
+            if (d / "energy_uj").exists() and (d / "name").read_text().strip().startswith("package")
+        ]
+        if not domains:
+            raise OSError("the kernel offers no RAPL package counter (virtual machines hide it)")
+        self._files = [d / "energy_uj" for d in domains]
+        try:
+            self._wrap = [int((d / "max_energy_range_uj").read_text()) for d in domains]
+            self._last = [int(f.read_text()) for f in self._files]
+        except PermissionError as error:
+            raise OSError(
+                f"{error.filename} may be read by root only; run: sudo chmod a+r {error.filename}"
+            ) from error
+        self._base = [0] * len(domains)
+
+    def read_mj(self) -> float:
+        """Return millijoules since the meter was opened; a counter that started again is carried over."""
+        total = 0
+        for i, file in enumerate(self._files):
+            value = int(file.read_text())
+            if value < self._last[i]:
+                self._base[i] += self._wrap[i]
+            self._last[i] = value
+            total += self._base[i] + value
+        return total / 1000.0
+
+
+def probe(root: Path = ROOT) -> Available:
+    """Say whether the counters can be read."""
+    try:
+        RaplMeter(root)
+    except OSError as error:
+        return Available("rapl", False, str(error))
+    return Available("rapl", True, "energy counters of the CPU packages")

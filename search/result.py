@@ -1,0 +1,126 @@
+"""What a search returns."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from mimo_compile.ir.workload import Workload
+from mimo_compile.search.lookup import Result, best, pareto, use_measured
+from mimo_compile.search.objective import Objective
+
+
+@dataclass(frozen=True, slots=True)
+class WorkloadResult:
+    """What is known of one workload after the search, older records included."""
+
+    workload: Workload
+    weight: float
+    space_size: int
+    results: tuple[Result, ...]
+    """Every correct candidate."""
+    default: Result | None
+    """The configuration used without tuning, if it was measured and right."""
+    best: Result | None
+    trials: int
+    new_trials: int
+    verdicts: Counter[str]
+    """Trials by verdict."""
+    history: tuple[tuple[int, float], ...]
+    """(trials, best microseconds) after each round of this run."""
+
+    @property
+    def pareto(self) -> list[Result]:
+        """Non-dominated candidates in latency and energy, fastest first."""
+        return pareto(self.results)
+
+    @property
+    def speedup(self) -> float | None:
+        """Default latency over best latency."""
+        if self.default is None or self.best is None:
+            return None
+        return self.default.latency_us / self.best.latency_us
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values for ``--json``."""
+        measured = use_measured(self.results)
+
+        def show(r: Result) -> dict[str, Any]:
+            latency, energy = r.point(measured)
+            return {
+                "schedule": r.record.schedule, "config": r.record.config, "latency_us": latency,
+                "energy_mj": energy, "energy_source": r.energy_source if measured else "modelled",
+            }  # fmt: skip
+
+        return {
+            "workload": str(self.workload), "weight": self.weight, "trials": self.trials,
+            "new_trials": self.new_trials, "verdicts": dict(self.verdicts),
+            "default": show(self.default) if self.default else None,
+            "best": show(self.best) if self.best else None, "speedup": self.speedup,
+            "pareto": [show(r) for r in self.pareto],
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class TuningResult:
+    """What came of a search over one or many workloads."""
+
+    workloads: tuple[WorkloadResult, ...]
+    objective: Objective
+    stopped: str
+    """Why it ended: ``trials``, ``seconds``, ``joules``, ``exhausted`` or ``interrupted``."""
+    seconds: float
+    joules: float | None
+
+    @property
+    def interrupted(self) -> bool:
+        """True after Ctrl-C."""
+        return self.stopped == "interrupted"
+
+    @property
+    def trials(self) -> int:
+        """Measured candidates in all, records of earlier runs included."""
+        return sum(w.trials for w in self.workloads)
+
+    @property
+    def new_trials(self) -> int:
+        """Candidates measured in this run."""
+        return sum(w.new_trials for w in self.workloads)
+
+    @property
+    def best(self) -> dict[str, Result]:
+        """Best candidate of each workload that has one."""
+        return {str(w.workload): w.best for w in self.workloads if w.best is not None}
+
+    @property
+    def pareto(self) -> dict[str, list[Result]]:
+        """Pareto front of each workload."""
+        return {str(w.workload): w.pareto for w in self.workloads}
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values for ``--json``."""
+        return {
+            "objective": str(self.objective), "stopped": self.stopped, "seconds": self.seconds,
+            "joules": self.joules, "trials": self.trials, "new_trials": self.new_trials,
+            "workloads": [w.to_json() for w in self.workloads],
+        }  # fmt: skip
+
+
+def collect(
+    workload: Workload,
+    weight: float,
+    space_size: int,
+    results: list[Result],
+    default_key: str,
+    objective: Objective,
+    trials: tuple[int, int],
+    verdicts: Counter[str],
+    history: list[tuple[int, float]],
+) -> WorkloadResult:
+    """Put together what is known of one workload; ``trials`` are (all, new)."""
+    default = next((r for r in results if r.record.key == default_key), None)
+    return WorkloadResult(
+        workload, weight, space_size, tuple(results), default, best(results, objective), *trials,
+        verdicts, tuple(history),
+    )  # fmt: skip

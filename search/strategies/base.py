@@ -1,0 +1,132 @@
+"""The ask/tell protocol between a tuner and a strategy.
+
+A strategy proposes (`ask`) candidates that were neither proposed nor reported before and learns
+(`tell`) how they did. It never measures and never reads clocks: the same seed and the same answers
+give the same proposals.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from mimo_compile.search.space import Candidate, JointSpace
+
+Predict = Callable[[Sequence[Candidate]], Sequence[float] | None]
+"""Predicted scores (smaller is better) of candidates, or None when nothing is known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What strategies can be told; each uses what concerns it."""
+
+    population: int = 16
+    """Best candidates that offspring come from."""
+    pool: int = 32
+    """Offspring ranked by the model for each ask."""
+    epsilon: float = 0.1
+    """Share of each ask that is drawn at random."""
+    crossover: float = 0.3
+    """Share of offspring that joins two parents."""
+    enumerate_below: int = 192
+    """Spaces up to this size are ranked as a whole instead of by offspring."""
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """How a candidate did: its score (smaller is better; infinite when it failed)."""
+
+    candidate: Candidate
+    score: float
+
+    @property
+    def ok(self) -> bool:
+        """True when it ran and was right."""
+        return math.isfinite(self.score)
+
+
+class Strategy(Protocol):
+    """A search strategy for one workload."""
+
+    def ask(self, count: int) -> list[Candidate]:
+        """Propose up to ``count`` new candidates; an empty list says that nothing is left."""
+        ...
+
+    def tell(self, observations: Sequence[Observation]) -> None:
+        """Learn results; those of candidates never asked for count as well (resume, transfer)."""
+        ...
+
+    def ban(self, schedule: str) -> None:
+        """Propose no more candidates of a schedule (it keeps crashing)."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What a strategy is made from."""
+
+    space: JointSpace
+    rng: np.random.Generator
+    seeds: Sequence[Candidate] = ()
+    """Proposed first, in order: schedule defaults and the best records of similar shapes."""
+    predict: Predict | None = None
+    options: Options = Options()
+
+
+class Known:
+    """Bookkeeping that strategies share: what was proposed or reported, and which schedules are out."""
+
+    def __init__(self, setting: Setting) -> None:
+        """Start with nothing known."""
+        self.setting = setting
+        self.seen: set[str] = set()
+        self.banned: set[str] = set()
+        self._seeds = list(setting.seeds)
+
+    def fresh(self, candidate: Candidate | None) -> bool:
+        """True for a candidate that may be proposed; marks it as proposed."""
+        if candidate is None or candidate.schedule in self.banned or candidate.key in self.seen:
+            return False
+        self.seen.add(candidate.key)
+        return True
+
+    def seeds(self, count: int) -> list[Candidate]:
+        """Return up to ``count`` seeds that are still new."""
+        out: list[Candidate] = []
+        while self._seeds and len(out) < count:
+            if self.fresh(seed := self._seeds.pop(0)):
+                out.append(seed)
+        return out
+
+    def random(self, count: int) -> list[Candidate]:
+        """Draw up to ``count`` new candidates (fewer when almost all are known)."""
+        out: list[Candidate] = []
+        for _ in range(32 * count):
+            if len(out) == count:
+                break
+            draw = self.setting.space.sample(self.setting.rng)
+            if draw is not None and self.fresh(draw):
+                out.append(draw)
+        return out
+
+    def rest(self, limit: int) -> list[Candidate]:
+        """Return new candidates by enumeration, for spaces in which sampling no longer finds any."""
+        out: list[Candidate] = []
+        for candidate in self.setting.space:
+            if len(out) == limit:
+                break
+            if self.fresh(candidate):
+                out.append(candidate)
+        return out
+
+    def tell(self, observations: Sequence[Observation]) -> None:
+        """Remember what was reported."""
+        self.seen.update(o.candidate.key for o in observations)
+
+    def ban(self, schedule: str) -> None:
+        """Propose no more candidates of a schedule."""
+        self.banned.add(schedule)
