@@ -1,0 +1,155 @@
+"""Timing of several implementations in one interleaved run, so that load on the machine hits all alike.
+
+Rounds go over all contestants; each turn warms up (the threads of the one before must go to sleep, this
+one's must wake), then times a batch of calls. A row is the median of its batches with p10 and p90.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mimo_compile.search.meters import Meter, measure_energy
+
+WARM_UP_S = 0.004
+"""Seconds of warm-up before each batch."""
+BATCH_S = 0.02
+"""Seconds that a batch should take at least."""
+
+
+@dataclass(slots=True)
+class Contestant:
+    """One implementation of one workload, ready to be called."""
+
+    op: str
+    impl: str
+    """``mimo``, or a peer's name and version."""
+    threads: int
+    cache: str
+    """``hot`` or ``cold``."""
+    call: Callable[[Any], object]
+    """Computes once, with one of ``sets``."""
+    sets: Sequence[Any]
+    """Argument sets; cold ones hold together more than the caches do."""
+    bytes: float
+    """Bytes that no implementation with this storage can avoid to move."""
+    operations: float
+    """Arithmetic operations, a multiply-add counted as two."""
+    schedule: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
+    prepare: Callable[[], None] = lambda: None
+    """Called before each turn: sets the number of threads, say."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Figures of one contestant. Times are microseconds of one call."""
+
+    contestant: Contestant
+    median_us: float
+    p10_us: float
+    p90_us: float
+    joules: float | None = None
+    """Joules of one call, None where no meter works."""
+    joules_source: str = ""
+    roof_us: float | None = None
+    """What the roof kernels needed in the same run: the longer of moving bytes and doing operations."""
+
+    def json(self) -> dict[str, Any]:
+        """Return the row as `bench --json` prints it."""
+        c, us = self.contestant, self.median_us
+        return {
+            "op": c.op, "impl": c.impl, "threads": c.threads, "cache": c.cache, "median_us": us,
+            "p10_us": self.p10_us, "p90_us": self.p90_us, "gb_per_s": c.bytes / us / 1e3,
+            "gop_per_s": c.operations / us / 1e3,
+            "roof_share": None if self.roof_us is None else self.roof_us / us,
+            "joules": self.joules, "joules_source": self.joules_source or None,
+            "schedule": c.schedule or None, "config": c.config or None,
+        }  # fmt: skip
+
+
+def compete(
+    contestants: Sequence[Contestant],
+    *,
+    rounds: int = 11,
+    batch_s: float = BATCH_S,
+    meter: Meter | None = None,
+) -> list[Row]:
+    """Time all contestants, interleaved batch by batch.
+
+    Args:
+        contestants: At least one; their calls must be right already.
+        rounds: Batches of each; the order turns by one each round.
+        batch_s: Seconds of a batch.
+        meter: Measures joules in windows of its own after the timing.
+    """
+    turns = [_Turn(c, batch_s) for c in contestants]
+    for number in range(rounds):
+        at = number % len(turns)
+        for turn in turns[at:] + turns[:at]:
+            turn.batch()
+    rows = []
+    for turn in turns:
+        times = sorted(turn.seconds)
+        p10, p90 = quantile(times, 0.1), quantile(times, 0.9)
+        joules = _energy(turn, meter) if meter is not None else None
+        rows.append(
+            Row(
+                turn.contestant, statistics.median(times) * 1e6, p10 * 1e6, p90 * 1e6, joules,
+                meter.name if meter is not None and joules is not None else "",
+            )
+        )  # fmt: skip
+    return rows
+
+
+def quantile(ordered: Sequence[float], share: float) -> float:
+    """Return a quantile of sorted numbers, linear between neighbours."""
+    place = share * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+class _Turn:
+    """One contestant's place in the argument sets, and its times."""
+
+    def __init__(self, contestant: Contestant, batch_s: float) -> None:
+        self.contestant = contestant
+        self.seconds: list[float] = []
+        self.at = 0
+        contestant.prepare()
+        self._run(1)
+        once = min(self._run(1) for _ in range(2))
+        self.number = max(1, min(10_000, round(batch_s / max(once, 1e-7))))
+        self.warm = max(1, round(min(WARM_UP_S, batch_s / 4) / max(once, 1e-7)))
+
+    def batch(self) -> None:
+        self.contestant.prepare()
+        self._run(min(self.warm, self.number))
+        self.seconds.append(self._run(self.number))
+
+    def spin(self, seconds: float) -> tuple[int, float]:
+        self.contestant.prepare()
+        begin, calls = time.perf_counter(), 0
+        while (elapsed := time.perf_counter() - begin) < seconds:
+            self._run(self.number)
+            calls += self.number
+        return calls, elapsed
+
+    def _run(self, number: int) -> float:
+        """Return seconds per call of ``number`` calls over the next argument sets."""
+        call, sets = self.contestant.call, self.contestant.sets
+        order = [sets[(self.at + i) % len(sets)] for i in range(number)]
+        self.at += number
+        begin = time.perf_counter_ns()
+        for arguments in order:
+            call(arguments)
+        return (time.perf_counter_ns() - begin) / number / 1e9
+
+
+def _energy(turn: _Turn, meter: Meter) -> float | None:
+    reading = measure_energy(meter, turn.spin, window_s=max(2.0, 30 * meter.step_s))
+    return None if reading.energy_mj is None else reading.energy_mj / 1e3

@@ -1,0 +1,63 @@
+"""Named lists of workloads to compare on; every entry is a valid ``--op`` text."""
+
+from __future__ import annotations
+
+from mimo_compile.errors import UsageError
+
+KINDS: dict[str, str] = {
+    "mpgemm": "mpgemm",
+    "attention": "cached_attention",
+    "moe": "moe",
+}
+"""Kind of `bench` -> op."""
+
+_SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (3200, 8640), (8640, 3200))
+_HEADS = "h=32,kv=8,d=128,dv=128"
+
+
+def _mpgemm(m: int, formats: tuple[str, ...], shapes: tuple[tuple[int, int], ...]) -> list[str]:
+    return [f"mpgemm:m={m},n={n},k={k},{f}" for f in formats for n, k in shapes]
+
+
+_ALL = ("w=f32", "w=bf16", "w=w8,a=a8", "w=w4g64,a=a8", "w=w2g64,a=a8", "w=w1.58,a=a8")
+_SUITES: dict[str, dict[str, list[str]]] = {
+    "mpgemm": {
+        "quick": _mpgemm(1, ("w=w8,a=a8", "w=w4g64,a=a8", "w=w2g64,a=a8"), _SHAPES[:1]),
+        "gemv": _mpgemm(1, _ALL, _SHAPES[:1]),
+        "shapes": _mpgemm(1, ("w=w4g64,a=a8",), _SHAPES),
+        "gemm": [s for m in (16, 256) for s in _mpgemm(m, ("w=w4g64,a=a8", "w=f32"), _SHAPES[:1])],
+    },
+    "attention": {
+        "quick": [f"cached_attention:t=1,{_HEADS},cap=4096"],
+        "decode": [f"cached_attention:t=1,{_HEADS},cap={n}" for n in (1024, 4096, 16384)],
+        "prefill": [f"cached_attention:t={t},{_HEADS},cap=4096" for t in (64, 256)],
+        "window": [f"cached_attention:t=1,{_HEADS},cap=128,window=128,sink=1,len=4096"],
+    },
+    "moe": {
+        "quick": ["moe:t=1,e=32,k=4,d=1024,f=512,w=w4g64,a=a8"],
+        "decode": [
+            f"moe:t=1,e=64,k=8,d=2048,f=768,w={w}" for w in ("w4g64,a=a8", "w8,a=a8", "bf16")
+        ],
+        "prefill": [f"moe:t={t},e=32,k=4,d=1024,f=512,w=w4g64,a=a8" for t in (16, 256)],
+    },
+}
+
+
+def suite(kind: str, name: str) -> list[str]:
+    """Return the workloads of a named suite.
+
+    Raises:
+        UsageError: there is no such suite; the remedy lists those there are.
+    """
+    found = _SUITES[kind].get(name)
+    if found is None:
+        raise UsageError(
+            f"there is no suite {name!r} of {kind} (--suite)",
+            remedy=f"use one of {', '.join(_SUITES[kind])}",
+        )
+    return list(found)
+
+
+def suite_names(kind: str) -> list[str]:
+    """Return the names of a kind's suites."""
+    return list(_SUITES[kind])

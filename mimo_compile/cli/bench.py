@@ -1,0 +1,166 @@
+"""``mimo-compile bench``: side by side in one run, ratios with spread."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mimo_compile.cli.options import add_model_options, need_extra, positive
+from mimo_compile.errors import UsageError
+
+if TYPE_CHECKING:
+    from mimo_compile.bench.contest import Row
+    from mimo_compile.cli.console import Console
+
+DESCRIPTION = """\
+Time kernels, or a whole model, side by side with peers. Candidates, peers and a roof kernel
+(reads the same bytes, or does nothing but arithmetic) take turns in one run; every candidate is
+checked against the reference first. Figures: median of one call, p10 and p90 over batches.
+`hot`: operands stay in the caches; `cold`: weights and caches come from memory."""
+EXAMPLE = """
+mimo-compile bench mpgemm --suite gemv --peers torch
+mimo-compile bench mpgemm --op mpgemm:m=1,n=4096,k=4096,w=w4g64,a=a8 --json
+mimo-compile bench model tiny --quant w4g64a8
+"""
+_KINDS = ("mpgemm", "attention", "moe", "model")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments."""
+    parser.add_argument("kind", choices=_KINDS, metavar="KIND", help=", ".join(_KINDS))
+    parser.add_argument(
+        "source",
+        nargs="?",
+        metavar="SRC",
+        help="model: checkpoint folder, OUT.mimo or tiny (default)",
+    )
+    parser.add_argument(
+        "--suite", metavar="NAME", help="a named list of workloads (default: quick)"
+    )
+    parser.add_argument(
+        "--op", action="append", default=[], metavar="SPEC", help="a workload; may be given again"
+    )
+    parser.add_argument("--peers", default="torch", metavar="LIST", help="torch (default), or none")
+    parser.add_argument(
+        "--cache", default="hot,cold", metavar="LIST", help="hot, cold or both (default)"
+    )
+    parser.add_argument(
+        "--all",
+        action="store_true",
+        help="let every schedule's default take part, not the best alone",
+    )
+    parser.add_argument(
+        "--rounds", type=positive, default=11, metavar="N", help="batches (default: 11)"
+    )
+    parser.add_argument(
+        "--prompt-tokens", type=positive, default=64, metavar="N", help="model: prefill"
+    )
+    parser.add_argument(
+        "--new-tokens", type=positive, default=32, metavar="N", help="model: decode"
+    )
+    add_model_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compare, print a table or JSON rows; return 0."""
+    need_extra("bench")
+    if args.kind == "model":
+        if args.op or args.suite:
+            raise UsageError("bench model takes no --op and no --suite")
+        from mimo_compile.cli.bench_model import run_model
+
+        return run_model(args)
+    return _kernels(args)
+
+
+def _kernels(args: argparse.Namespace) -> int:
+    from mimo_compile.bench.machine import machine_facts
+    from mimo_compile.bench.peers import parse_peers
+    from mimo_compile.bench.runner import Settings, bench_workload
+    from mimo_compile.bench.suites import KINDS, suite
+    from mimo_compile.ir.hardware import resolve_target
+    from mimo_compile.ir.ops import parse_workload
+    from mimo_compile.search.meters import open_meter
+
+    console: Console = args.console
+    if args.source is not None:
+        raise UsageError(f"bench {args.kind} takes no SRC", remedy="Did you mean bench model?")
+    if args.target != "cpu":
+        raise UsageError("bench measures on this machine: --target must be cpu")
+    caches = [c for c in args.cache.split(",") if c]
+    if not caches or set(caches) - {"hot", "cold"}:
+        raise UsageError(f"--cache {args.cache} is not hot, cold or hot,cold")
+    peers = parse_peers(args.peers)
+    hardware = resolve_target("cpu", args.threads)
+    texts = args.op + (suite(args.kind, args.suite or "quick") if args.suite or not args.op else [])
+    workloads = [parse_workload(t) for t in texts]
+    for workload in workloads:
+        if workload.op != KINDS[args.kind]:
+            raise UsageError(f"{workload} is not a workload of bench {args.kind}")
+    settings = Settings(
+        peers,
+        caches,
+        args.rounds,
+        seed=args.seed,
+        every_schedule=args.all,
+        meter=open_meter(hardware),
+    )
+    rows: list[Row] = []
+    with open_records(args.db) as db:
+        for workload in workloads:
+            console.log(f"{workload} ...")
+            found = bench_workload(workload, hardware, db, settings)
+            rows += found
+            console.say(render(found))
+    facts = machine_facts(hardware)
+    console.say(f"{facts['name']}, {hardware.threads} threads, load {facts['load']}")
+    console.result({"ok": True, "machine": facts, "rows": [r.json() for r in rows]})
+    return 0
+
+
+def open_records(path: Path | None) -> Any:
+    """Return the records database for reading as a context, or a context of None where there is none."""
+    import contextlib
+
+    from mimo_compile.search.database import Database, default_path
+
+    file = path or default_path()
+    if path is None and not file.exists():
+        return contextlib.nullcontext()
+    return Database(file, read_only=True)
+
+
+def render(rows: list[Row]) -> str:
+    """Lay out the rows of one workload as a table with ratios to the first (ours)."""
+    from mimo_compile.cli.console import number, table
+
+    out = [f"\n{rows[0].contestant.op}  ({rows[0].contestant.threads} threads)"]
+    for cache in dict.fromkeys(r.contestant.cache for r in rows):
+        lines: list[tuple[object, ...]] = []
+        group = [r for r in rows if r.contestant.cache == cache]
+        base = group[0].median_us
+        for r in group:
+            figures = r.json()
+            roof = r.contestant.impl.startswith("roof")
+            lines.append(
+                (
+                    cache, r.contestant.impl, r.contestant.schedule, number(r.median_us),
+                    f"{number(r.p10_us)}..{number(r.p90_us)}", None if roof else f"{r.median_us / base:.2f}x",
+                    number(figures["gb_per_s"]), number(figures["gop_per_s"]),
+                    None if r.roof_us is None else f"{100 * r.roof_us / r.median_us:.0f} %",
+                )
+            )  # fmt: skip
+        header = (
+            "cache",
+            "impl",
+            "schedule",
+            "us",
+            "p10..p90",
+            "ratio",
+            "GB/s",
+            "Gop/s",
+            "of roof",
+        )
+        out.append(table(lines, header, right="lllrrrrrr"))
+    return "\n".join(out)

@@ -1,0 +1,114 @@
+"""``mimo-compile compile``: a model in, an artifact out."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mimo_compile.cli.options import (
+    add_model_options,
+    check_output,
+    need_extra,
+    positive,
+    seconds,
+    show_progress,
+)
+
+if TYPE_CHECKING:
+    from mimo_compile.cli.console import Console
+    from mimo_compile.runtime.program import Manifest
+
+DESCRIPTION = """\
+Turn a model into an artifact. Without a tuning budget it uses tuning records where there are any
+(your own first, then those shipped with the package) and defaults elsewhere, so it always works at
+once. With --trials or --time it tunes first; what was measured is kept in the database."""
+EXAMPLE = """
+mimo-compile compile tiny --quant w4g64a8 -o t.mimo
+mimo-compile compile path/to/checkpoint --quant w8a8 --time 10m -o model.mimo
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments."""
+    parser.add_argument(
+        "source", metavar="SRC", help="checkpoint folder, exported program (.pt2), or tiny"
+    )
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="OUT.mimo", help="the artifact to write"
+    )
+    add_model_options(parser)
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument(
+        "--trials", type=positive, metavar="N", help="tune first: at most N candidates"
+    )
+    budget.add_argument(
+        "--time", type=seconds, metavar="D", help="tune first: at most 90s, 10m, 1h30m"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compile and save; return 0."""
+    need_extra("compile")
+    console: Console = args.console
+    output = check_output(args.output, ".mimo")
+    begin = time.perf_counter()
+    from mimo_compile.api import compile as compile_model
+
+    with show_progress(
+        console, tuning=args.trials is not None or args.time is not None
+    ) as progress:
+        artifact = compile_model(
+            args.source, target=args.target, quant=args.quant, attention=args.attention,
+            objective=args.objective, trials=args.trials, seconds=args.time, db=args.db,
+            threads=args.threads, seed=args.seed, max_context=args.max_context, progress=progress,
+        )  # fmt: skip
+        artifact.save(output)
+    taken = time.perf_counter() - begin
+    facts = {
+        "ok": True, "path": output, "bytes": output.stat().st_size, "seconds": taken,
+        **summary(artifact.manifest),
+    }  # fmt: skip
+    _show(console, facts)
+    console.result(facts)
+    return 0
+
+
+def summary(manifest: Manifest) -> dict[str, Any]:
+    """Return what an artifact is, and where the choices of its plan come from, as plain values."""
+    return {
+        "name": manifest.name,
+        "quant": manifest.quant,
+        "objective": manifest.objective,
+        "target": {
+            "name": manifest.target.name, "features": manifest.target.features,
+            "threads": manifest.target.threads,
+        },
+        "entries": manifest.entries,
+        "choices": dict(Counter(c.source for c in manifest.plan)),
+        "plan": [plan_row(c) for c in manifest.plan],
+    }  # fmt: skip
+
+
+def plan_row(choice: Any) -> dict[str, Any]:
+    """Return one choice of a plan as plain values."""
+    return {
+        "workload": choice.workload, "schedule": choice.schedule, "config": choice.config,
+        "kernel": choice.kernel, "source": choice.source, "latency_us": choice.latency_us,
+        "energy_mj": choice.energy_mj, "energy_source": choice.energy_source, "calls": choice.calls,
+    }  # fmt: skip
+
+
+def _show(console: Console, facts: dict[str, Any]) -> None:
+    from mimo_compile.cli.console import size
+
+    chosen = ", ".join(f"{n} {source}" for source, n in sorted(facts["choices"].items()))
+    console.say(f"{facts['path']}: {facts['name']}, {facts['quant']}, {size(facts['bytes'])}")
+    console.say(f"  entries  {', '.join(facts['entries'])}")
+    console.say(f"  kernels  {len(facts['plan'])} ({chosen})")
+    console.say(f"  target   {facts['target']['name']}, {facts['target']['threads']} threads")
+    console.say(f"compiled in {facts['seconds']:.1f} s")
+    if facts["choices"].get("default") and not facts["choices"].get("measured"):
+        console.log("no tuning records for these kernels: `mimo-compile tune` makes them")

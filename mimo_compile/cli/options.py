@@ -1,0 +1,144 @@
+"""Option values that several verbs share, and flags that come in groups."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import re
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mimo_compile.errors import MissingExtra, UsageError
+
+if TYPE_CHECKING:
+    from mimo_compile.cli.console import Console
+
+_DURATION = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?\Z")
+_ENERGY = re.compile(r"(\d+(?:\.\d+)?)(mJ|kJ|J)?\Z")
+
+
+def _number(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Let argparse show a UsageError's own text."""
+
+    def convert(text: str) -> Any:
+        try:
+            return parse(text)
+        except UsageError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return convert
+
+
+@_number
+def seconds(text: str) -> float:
+    """Parse a duration: ``90``, ``90s``, ``10m``, ``1h30m``."""
+    match = _DURATION.match(text)
+    if not text or match is None:
+        raise UsageError(f"{text!r} is not a duration", remedy="write 90s, 10m or 1h30m")
+    h, m, s = (float(g or 0) for g in match.groups())
+    total = 3600 * h + 60 * m + s
+    if total <= 0:
+        raise UsageError(f"{text!r}: a duration must be positive")
+    return total
+
+
+@_number
+def joules(text: str) -> float:
+    """Parse an energy: ``500J``, ``2kJ``, ``1500``."""
+    match = _ENERGY.match(text)
+    if match is None or float(match[1]) <= 0:
+        raise UsageError(f"{text!r} is not an energy", remedy="write 500J or 2kJ")
+    return float(match[1]) * {"mJ": 1e-3, "kJ": 1e3}.get(match[2] or "J", 1.0)
+
+
+@_number
+def positive(text: str) -> int:
+    """Parse a positive whole number."""
+    if not text.isdecimal() or int(text) < 1:
+        raise UsageError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add what says how a model is compiled: target, formats, objective, context, records."""
+    parser.add_argument(
+        "--target",
+        default="cpu",
+        metavar="T",
+        help="cpu (this machine, default), or x86-64-v3, x86-64-v4, sapphirerapids",
+    )
+    parser.add_argument(
+        "--quant",
+        default="none",
+        metavar="Q",
+        help="none (default) or WEIGHT[aACT], e.g. w8a8, w4g64a8, w2g64a8, w1.58a8 "
+        "(see `targets --formats`)",
+    )
+    parser.add_argument(
+        "--attention", default="model", metavar="A", help="model (default: as the model says)"
+    )
+    parser.add_argument(
+        "--objective",
+        default="latency",
+        metavar="O",
+        help="latency (default), energy, edp, ed2p, energy@latency:1.05, latency@energy:12J",
+    )
+    parser.add_argument(
+        "--max-context",
+        type=positive,
+        metavar="N",
+        help="longest sequence of tokens, prompt included",
+    )
+    parser.add_argument(
+        "--db", type=Path, metavar="FILE", help="tuning records (default: the user's data folder)"
+    )
+
+
+def need_extra(feature: str) -> None:
+    """Refuse a feature when the [compile] extra is not installed, without importing any of it.
+
+    Raises:
+        MissingExtra: names the one pip line that helps.
+    """
+    for package in ("torch", "scipy", "networkx", "xgboost", "safetensors"):
+        if find_spec(package) is None:
+            raise MissingExtra(feature, missing=package)
+
+
+def check_output(path: Path, suffix: str = "") -> Path:
+    """Refuse an output path that cannot be written, before any work is done.
+
+    Raises:
+        UsageError: its folder is missing, it is a folder, or it has another suffix.
+    """
+    if suffix and path.suffix != suffix:
+        raise UsageError(f"the output {path} should end in {suffix}")
+    if path.is_dir():
+        raise UsageError(f"the output {path} is a folder")
+    if not path.absolute().parent.is_dir():
+        raise UsageError(
+            f"the folder of the output {path} does not exist", remedy="create it first"
+        )
+    return path
+
+
+@contextlib.contextmanager
+def show_progress(console: Console, *, tuning: bool) -> Iterator[Any]:
+    """Give the display of a search (or None without one), and end it whatever happens.
+
+    Args:
+        console: With -v, each measured candidate has its own line.
+        tuning: False when there is nothing to search.
+    """
+    if not tuning:
+        yield None
+        return
+    from mimo_compile.search.progress import PlainProgress, make_progress
+
+    display = PlainProgress(every_s=0.0) if console.verbosity else make_progress()
+    try:
+        yield display
+    finally:
+        display.close()

@@ -1,0 +1,120 @@
+"""``mimo-compile targets``: what this machine is, which meters work, which formats have kernels."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from mimo_compile.cli.options import need_extra
+
+if TYPE_CHECKING:
+    from mimo_compile.cli.console import Console
+    from mimo_compile.ir.hardware import Hardware
+
+DESCRIPTION = """\
+Describe this machine as the compiler sees it: features, cores, caches, and which energy meters work
+(or why not). --formats lists which weight formats have kernels on which target."""
+EXAMPLE = """
+mimo-compile targets
+mimo-compile targets --formats
+"""
+_WEIGHTS = (
+    "f32", "bf16", "f16", "w8", "w7", "w6", "w5", "w4", "w3", "w2", "w1", "w4z", "w3z", "w2z", "w1z",
+    "w1.58", "w1.58d", "nf4", "nf3", "afp4", "afp3", "anf4", "anf3", "fp8b128", "complex2",
+)  # fmt: skip
+_OPS = {
+    "mpgemm": "mpgemm:m={t},n=512,k=512,w={w},a={a}",
+    "moe": "moe:t={t},e=8,k=2,d=512,f=512,w={w},a={a}",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments."""
+    parser.add_argument(
+        "--formats", action="store_true", help="which weight formats have kernels where"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the description; return 0."""
+    console: Console = args.console
+    from mimo_compile.bench.machine import machine_facts
+    from mimo_compile.ir.hardware import PRESETS, resolve_target
+
+    hardware = resolve_target("cpu", args.threads)
+    facts = machine_facts(hardware)
+    meters = _meters()
+    value: dict[str, Any] = {
+        "ok": True, "machine": facts, "meters": meters,
+        "presets": {n: sorted(h.features) for n, h in PRESETS.items()},
+    }  # fmt: skip
+    if args.formats:
+        need_extra("targets --formats")
+        value["formats"] = formats({"cpu": hardware, **PRESETS})
+    _show(console, value)
+    console.result(value)
+    return 0
+
+
+def _meters() -> list[dict[str, Any]]:
+    """Try each meter; without the [compile] extra those that need it say so themselves."""
+    from mimo_compile.search.meters import available
+
+    return [{"name": m.name, "usable": m.usable, "reason": m.reason} for m in available()]
+
+
+def formats(targets: dict[str, Hardware]) -> list[dict[str, Any]]:
+    """Return, for each op, weight format and activation, the schedules on each target.
+
+    A pair is listed when at least one target has a kernel for it, or when none has (then ``kernels`` is
+    empty everywhere), so that absence is visible.
+    """
+    from mimo_compile.errors import UsageError
+    from mimo_compile.ir.ops import parse_workload
+    from mimo_compile.schedules import schedules_for
+
+    out = []
+    for op, spec in _OPS.items():
+        for weight in _WEIGHTS:
+            for act in ("a16", "a8"):
+                try:
+                    workload = parse_workload(spec.format(t=1, w=weight, a=act))
+                except UsageError:
+                    continue
+                kernels = {
+                    name: [s.name for s in schedules_for(workload, hardware)]
+                    for name, hardware in targets.items()
+                }
+                out.append({"op": op, "weight": weight, "act": act, "kernels": kernels})
+    return out
+
+
+def _show(console: Console, value: dict[str, Any]) -> None:
+    from mimo_compile.cli.console import size, table
+
+    facts = value["machine"]
+    caches = ", ".join(f"{n} {size(facts[n + '_bytes'])}" for n in ("l1d", "l2", "l3"))
+    console.say(f"machine   {facts['name']} (id {facts['id']})")
+    console.say(f"threads   {facts['threads']} of {facts['cores']} cores")
+    console.say(f"caches    {caches}; memory {size(facts['memory_bytes'])}")
+    console.say(f"features  {' '.join(facts['features'])}")
+    console.say("versions  " + ", ".join(f"{n} {v}" for n, v in facts["versions"].items()))
+    console.say("meters")
+    for meter in value["meters"]:
+        console.say(
+            f"  {meter['name']:<9} {'works' if meter['usable'] else 'no'}: {meter['reason']}"
+        )
+    console.say("targets   cpu (this machine), " + ", ".join(value["presets"]))
+    if "formats" not in value:
+        return
+    rows = []
+    for row in value["formats"]:
+        names = {
+            n: ", ".join(k.rpartition(".")[2] for k in ks) or "-"
+            for n, ks in row["kernels"].items()
+        }
+        rows.append((row["op"], row["weight"], row["act"], *names.values()))
+    if rows:
+        console.say()
+        header = ("op", "weight", "act", *value["formats"][0]["kernels"])
+        console.say(table(rows, header, right="l" * len(header)))

@@ -1,0 +1,116 @@
+"""``mimo-compile tune``: measure, learn, store."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from mimo_compile.cli.options import (
+    add_model_options,
+    joules,
+    need_extra,
+    positive,
+    seconds,
+    show_progress,
+)
+from mimo_compile.errors import UsageError
+
+if TYPE_CHECKING:
+    from mimo_compile.cli.console import Console
+
+DESCRIPTION = """\
+Search for better kernels of a model, or of one workload: propose, build, verify against the
+reference, measure, learn. Each measured candidate is stored at once, so Ctrl-C keeps all of them;
+run the same command again to go on where it stopped."""
+EXAMPLE = """
+mimo-compile tune tiny --quant w4g64a8 --time 1m
+mimo-compile tune --op mpgemm:m=1,n=4096,k=4096,w=w4g64,a=a8 --trials 64 --json
+"""
+_DEFAULT_SECONDS = 60.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments."""
+    parser.add_argument("source", nargs="?", metavar="SRC", help="checkpoint folder, .pt2, or tiny")
+    parser.add_argument("--op", metavar="SPEC", help="one workload instead of a model")
+    add_model_options(parser)
+    parser.add_argument(
+        "--trials",
+        type=positive,
+        metavar="N",
+        help="at most N candidates, those of earlier runs included",
+    )
+    parser.add_argument(
+        "--time", type=seconds, metavar="D", help="at most 90s, 10m, 1h30m (default: 1m)"
+    )
+    parser.add_argument(
+        "--joules", type=joules, metavar="J", help="at most this energy; needs a meter"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Tune and report; return 0 (the caller turns an interruption into 130 or 143)."""
+    need_extra("tune")
+    console: Console = args.console
+    if (args.source is None) == (args.op is None):
+        raise UsageError(
+            "tune needs either SRC or --op SPEC", remedy="See mimo-compile tune --help"
+        )
+    if args.op is not None and args.quant != "none":
+        raise UsageError("--quant goes with SRC; in --op SPEC formats are given by w= and a=")
+    if args.trials is None and args.time is None and args.joules is None:
+        args.time = _DEFAULT_SECONDS
+    from mimo_compile.api import tune
+    from mimo_compile.search.database import default_path
+
+    source = args.source if args.op is None else f"op:{args.op}"
+    with show_progress(console, tuning=True) as progress:
+        result = tune(
+            source, target=args.target, quant=args.quant, attention=args.attention,
+            objective=args.objective, trials=args.trials, seconds=args.time, joules=args.joules,
+            db=args.db, threads=args.threads, seed=args.seed, max_context=args.max_context,
+            progress=progress,
+        )  # fmt: skip
+    path = args.db or default_path()
+    show(console, result)
+    console.say(f"records in {path}")
+    console.result({"ok": True, "db": path, **result.to_json()})
+    return 0
+
+
+def show(console: Console, result: Any) -> None:
+    """Print one line for each workload: default, best, speed-up, schedule."""
+    from mimo_compile.cli.console import number, table
+
+    lines = []
+    for w in sorted(
+        result.workloads, key=lambda w: -w.weight * (w.best.latency_us if w.best else 0)
+    ):
+        energy = None
+        if w.best is not None:
+            energy = w.best.measured_mj if w.best.measured_mj is not None else w.best.modelled_mj
+        lines.append(
+            (
+                str(w.workload), f"{w.new_trials}/{w.trials}",
+                number(w.default.latency_us) if w.default else None,
+                number(w.best.latency_us) if w.best else None,
+                f"{w.speedup:.2f}x" if w.speedup else None,
+                None if energy is None or w.best is None
+                else f"{number(energy)}{'' if w.best.measured_mj is not None else ' mod'}",
+                w.best.record.schedule if w.best else None,
+            )
+        )  # fmt: skip
+    header = ("workload", "new/all", "default us", "best us", "speed-up", "mJ", "schedule")
+    console.say(table(lines, header, right="lrrrrrl"))
+    failed: dict[str, int] = {}
+    for w in result.workloads:
+        for verdict, count in w.verdicts.items():
+            if verdict != "ok":
+                failed[str(verdict)] = failed.get(str(verdict), 0) + count
+    text = ", ".join(f"{n} {v}" for v, n in sorted(failed.items()))
+    console.say(
+        f"{result.new_trials} candidates measured in {result.seconds:.0f} s, stopped by {result.stopped}"
+        + (f"; rejected: {text}" if text else "")
+    )
+    if any("mod" in str(line[5]) for line in lines):
+        console.say("mJ marked mod are modelled, not measured (`mimo-compile targets` says why)")

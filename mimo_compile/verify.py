@@ -1,0 +1,416 @@
+"""Is an artifact right? Its bytes, each of its kernels against the op's reference, the whole against torch.
+
+Kernels are those of the artifact, linked from its own object code; only their argument layouts are
+generated again. The eager model is loaded from the source with the same quantisation, so differences
+come from the order of float32 sums alone. With int8 activations such a difference can flip a rounding,
+which moves one code by one step; its bound is therefore wider and holds for nearly all rows, not for each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mimo_compile import _tvm
+from mimo_compile.errors import InputError, UsageError, VerificationError
+from mimo_compile.ir.formats import parse_scheme
+from mimo_compile.ir.hardware import PRESETS, Hardware, local_cpu
+from mimo_compile.ir.ops import OPS, get_op
+from mimo_compile.ir.workload import Workload
+from mimo_compile.runtime.container import Parts, open_artifact
+from mimo_compile.runtime.module import Module
+from mimo_compile.runtime.program import Choice, Manifest
+from mimo_compile.schedules import get_schedule
+
+if TYPE_CHECKING:
+    from mimo_compile.frontend.models.decoder import Decoder
+
+PERPLEXITY_BOUND = 1e-3
+"""Largest relative difference between compiled and eager perplexity."""
+_WINDOW = 512
+
+
+@dataclass(frozen=True, slots=True)
+class KernelCheck:
+    """One kernel of the plan on fresh inputs."""
+
+    workload: str
+    schedule: str
+    kernel: str
+    error_ratio: float | None
+    """Largest error as a multiple of its bound; None when not checked."""
+    message: str = ""
+    """What is wrong, or why it was not checked."""
+    skipped: bool = False
+
+    @property
+    def ok(self) -> bool:
+        """True unless something is wrong."""
+        return self.skipped or not self.message
+
+
+@dataclass(frozen=True, slots=True)
+class LogitsBound:
+    """What the rows of logits may differ by, relative to the row's largest magnitude."""
+
+    nearly_all: float
+    """For 95 of 100 rows."""
+    each: float
+    """For every row; infinite when a flipped rounding may change a routed expert."""
+
+
+@dataclass(frozen=True, slots=True)
+class EndToEnd:
+    """Compiled outputs against eager torch, relative to the largest magnitude of each row."""
+
+    rows: int
+    median_error: float
+    p95_error: float
+    max_error: float
+    bound_p95: float
+    bound_max: float
+    same_choice: float
+    """Share of rows whose largest logit is that of the same token."""
+
+    @property
+    def ok(self) -> bool:
+        """True within both bounds."""
+        return self.p95_error <= self.bound_p95 and self.max_error <= self.bound_max
+
+
+@dataclass(frozen=True, slots=True)
+class Perplexity:
+    """Per token of the same text, compiled and eager with the same quantisation."""
+
+    tokens: int
+    compiled: float
+    eager: float
+    bound: float = PERPLEXITY_BOUND
+
+    @property
+    def difference(self) -> float:
+        """Relative difference."""
+        return self.compiled / self.eager - 1
+
+    @property
+    def ok(self) -> bool:
+        """True within the bound."""
+        return abs(self.difference) <= self.bound
+
+
+@dataclass(slots=True)
+class Verification:
+    """Everything `verify_artifact` found."""
+
+    path: str
+    kernels: list[KernelCheck] = field(default_factory=list)
+    end_to_end: EndToEnd | None = None
+    perplexity: Perplexity | None = None
+    notes: list[str] = field(default_factory=list)
+    """What was not checked and why."""
+
+    @property
+    def ok(self) -> bool:
+        """True when nothing that was checked is wrong."""
+        parts = [p.ok for p in (self.end_to_end, self.perplexity) if p is not None]
+        return all(k.ok for k in self.kernels) and all(parts)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values for ``--json``."""
+        checked = [k.error_ratio for k in self.kernels if k.error_ratio is not None]
+        out: dict[str, Any] = {
+            "ok": self.ok, "path": self.path, "notes": self.notes,
+            "worst_error_ratio": max(checked, default=None),
+            "kernels": [{**asdict(k), "ok": k.ok} for k in self.kernels],
+        }  # fmt: skip
+        if self.end_to_end is not None:
+            out["end_to_end"] = {**asdict(self.end_to_end), "ok": self.end_to_end.ok}
+        if self.perplexity is not None:
+            p = self.perplexity
+            out["perplexity"] = {**asdict(p), "difference": p.difference, "ok": p.ok}
+        return out
+
+
+def verify_artifact(
+    path: str | os.PathLike[str],
+    *,
+    source: str | Path | None = None,
+    threads: int | None = None,
+    seed: int = 0,
+    tokens: int = 96,
+    text: str | None = None,
+    perplexity_tokens: int = 0,
+    log: Callable[[str], None] = lambda text: None,
+) -> Verification:
+    """Check an artifact in every way that is possible here.
+
+    Args:
+        path: The artifact; all its bytes are compared with their hashes first.
+        source: What it was compiled from, for the comparison with eager torch; found by itself for the
+            built-in model.
+        threads: Threads that kernels run with.
+        seed: Of fresh inputs.
+        tokens: Length of the sequence whose logits are compared.
+        text: Text that perplexity is taken on; None: modules of the standard library that the built-in model
+            was not trained on.
+        perplexity_tokens: How many tokens of it; 0 leaves perplexity out.
+        log: Told what goes on.
+
+    Raises:
+        ArtifactError: it is damaged or does not fit this machine.
+        InputError: the source cannot be read, or is another model.
+    """
+    parts = open_artifact(path, verify="full")
+    found = Verification(os.fspath(path))
+    log(f"all bytes of {found.path} match their hashes")
+    module = Module(parts, threads=threads)
+    for check in check_kernels(parts, module.threads, seed):
+        found.kernels.append(check)
+        state = "skipped" if check.skipped else "ok" if check.ok else "WRONG"
+        log(
+            f"{state:>7} {_ratio(check.error_ratio)}  {check.workload}  {check.schedule}  {check.message}"
+        )
+    origin = source if source is not None else builtin_source(parts)
+    if parts.manifest.decoder is None:
+        if origin is None:
+            found.notes.append(
+                "not compared with eager torch: give the exported program by --source"
+            )
+        else:
+            found.end_to_end = compare_program(module, Path(origin), seed)
+        return found
+    if origin is None:
+        found.notes.append("not compared with eager torch: give the checkpoint folder by --source")
+        return found
+    eager = eager_decoder(parts.manifest, origin)
+    ids = np.random.default_rng(seed).integers(0, parts.manifest.decoder.vocab, tokens)
+    if text is not None or "tokenizer.json" in parts.texts:
+        ids = text_ids(module, text, tokens, seed)
+    found.end_to_end = compare_logits(module, eager, ids[:tokens])
+    log(f"logits of {tokens} tokens: p95 error {found.end_to_end.p95_error:.2e} of the largest")
+    if perplexity_tokens:
+        found.perplexity = compare_perplexity(
+            module, eager, text_ids(module, text, perplexity_tokens, None)
+        )
+    eager.release()
+    return found
+
+
+def _ratio(value: float | None) -> str:
+    return "     -" if value is None else f"{value:6.3f}"
+
+
+def check_kernels(parts: Parts, threads: int, seed: int) -> Iterable[KernelCheck]:
+    """Run each kernel of the plan on fresh inputs and compare with the op's float64 reference."""
+    from mimo_compile.bench.kernels import Runnable
+
+    hardware = hardware_of(parts.manifest)
+    code = _tvm.load_object(parts.code)
+    _tvm.set_threads(threads)
+    for choice in parts.manifest.plan:
+        workload = Workload.parse(choice.workload)
+        if workload.op not in OPS:
+            yield _unchecked(choice, "generic kernel: covered by the comparison end to end")
+            continue
+        try:
+            schedule = get_schedule(choice.schedule)
+        except KeyError:
+            yield _unchecked(choice, "this version has no such schedule")
+            continue
+        digest = hashlib.sha256(f"{workload}|{seed}".encode()).digest()
+        rng = np.random.default_rng(np.frombuffer(digest, np.uint32))
+        inputs = get_op(workload.op).make_inputs(workload, rng)
+        try:
+            runnable = Runnable(
+                workload, schedule, choice.config, hardware, inputs, code, choice.kernel
+            )
+            ratio, message = runnable.check(), ""
+        except VerificationError as error:
+            ratio, message = None, str(error)
+        yield KernelCheck(choice.workload, choice.schedule, choice.kernel, ratio, message)
+
+
+def _unchecked(choice: Choice, why: str) -> KernelCheck:
+    return KernelCheck(choice.workload, choice.schedule, choice.kernel, None, why, skipped=True)
+
+
+def hardware_of(manifest: Manifest) -> Hardware:
+    """Return the hardware description that an artifact's kernels were generated for."""
+    name = manifest.target.name
+    return (PRESETS[name] if name in PRESETS else local_cpu()).with_threads(
+        min(manifest.target.threads, local_cpu().cores)
+    )
+
+
+def builtin_source(parts: Parts) -> Path | None:
+    """Return the built-in model's folder when the artifact was compiled from it."""
+    from mimo_compile.frontend.huggingface import resolve_source
+
+    try:
+        folder = resolve_source("tiny")
+        same = (folder / "config.json").read_bytes() == parts.texts.get("config.json")
+    except (InputError, OSError):
+        return None
+    return folder if same else None
+
+
+def eager_decoder(manifest: Manifest, source: str | Path) -> Decoder:
+    """Load the model that an artifact was compiled from, quantised in the same way.
+
+    Raises:
+        InputError: the source has another shape than the artifact.
+    """
+    from mimo_compile.frontend.huggingface import load_checkpoint, resolve_source
+
+    decoder = manifest.decoder
+    assert decoder is not None
+    folder = resolve_source(source)
+    eager = load_checkpoint(folder, parse_scheme(manifest.quant), decoder.max_context).decoder
+    if (eager.config.vocab, eager.config.hidden) != (decoder.vocab, decoder.hidden):
+        raise InputError("this is not the model that the artifact was compiled from", file=folder)
+    return eager
+
+
+def text_ids(module: Module, text: str | None, count: int, seed: int | None) -> Any:
+    """Return ``count`` token ids of a text, or of held-out modules of the standard library.
+
+    Args:
+        module: Whose tokenizer is used.
+        text: The text; None: held-out modules.
+        count: How many tokens.
+        seed: Where to begin in the held-out modules (None: at the beginning).
+
+    Raises:
+        UsageError: the text has fewer than two tokens.
+    """
+    if text is not None:
+        ids = np.array(module.tokenizer.encode(text).ids, np.int32)
+    else:
+        from mimo_compile.tiny import corpus
+
+        ids = corpus.encode(module.tokenizer, corpus.collect().held_out).astype(np.int32)
+    start = (
+        0 if seed is None else int(np.random.default_rng(seed).integers(max(1, len(ids) - count)))
+    )
+    ids = ids[start : start + count]
+    if len(ids) < 2:
+        raise UsageError("the text is too short: it has fewer than two tokens")
+    return ids
+
+
+def logits_bound(manifest: Manifest) -> LogitsBound:
+    """Return what logits may differ by.
+
+    Float activations: sums of float32 in another order, 1e-3 of the largest logit. Int8 activations: a
+    sum that is off by one rounding may fall on the other side of a code's boundary; a step is 1/127 of
+    the row's largest value, and a flip that changes the choice of an expert changes the row altogether.
+    """
+    if manifest.quant == "none" or parse_scheme(manifest.quant).act == 16:
+        return LogitsBound(1e-3, 1e-3)
+    return LogitsBound(5e-2, math.inf)
+
+
+def compare_logits(module: Module, eager: Decoder, ids: npt.NDArray[Any]) -> EndToEnd:
+    """Compare logits: most of the tokens as a prompt, the last eight one by one."""
+    import torch
+
+    split = max(1, len(ids) - 8)
+    want = eager.prefill([int(i) for i in ids[:split]])[1].numpy()
+    rows = [want]
+    for at in range(split, len(ids)):
+        one = torch.tensor([int(ids[at])], dtype=torch.int32)
+        rows.append(eager.forward_step(one, at)[1].numpy())
+    reference = np.concatenate(rows).astype(np.float64)
+    session = module.session()
+    parts = [ids[:split], *(ids[at : at + 1] for at in range(split, len(ids)))]
+    got = [
+        logits.copy()
+        for part in parts
+        for hidden in session.chunks(part)
+        for logits in session.logits(hidden.copy())
+    ]
+    bound = logits_bound(module.manifest)
+    return _compare(np.concatenate(got).astype(np.float64), reference, bound)
+
+
+def _compare(got: Any, reference: Any, bound: LogitsBound) -> EndToEnd:
+    if got.shape != reference.shape:
+        raise VerificationError(f"outputs have shape {got.shape}, the reference {reference.shape}")
+    largest = np.maximum(np.abs(reference).max(-1), 1e-30)
+    error = np.abs(got - reference).max(-1) / largest
+    error = np.where(np.isnan(error), np.inf, error)
+    return EndToEnd(
+        rows=len(error),
+        median_error=float(np.median(error)),
+        p95_error=float(np.quantile(error, 0.95, method="higher")),
+        max_error=float(error.max()),
+        bound_p95=bound.nearly_all,
+        bound_max=bound.each,
+        same_choice=float((got.argmax(-1) == reference.argmax(-1)).mean()),
+    )
+
+
+def compare_program(module: Module, source: Path, seed: int) -> EndToEnd:
+    """Compare an exported program's outputs on random inputs."""
+    import torch
+
+    from mimo_compile.frontend.exported import load_program
+
+    program = load_program(source)
+    entry = module.manifest.entries[0]
+    rng = np.random.default_rng(seed)
+    given = program.example_inputs
+    if given is None:
+        raise InputError("the exported program holds no example inputs", file=source)
+    inputs = []
+    for example in given[0]:
+        kind = example.numpy()
+        fresh = (
+            rng.standard_normal(kind.shape).astype(kind.dtype) if kind.dtype.kind == "f" else kind
+        )
+        inputs.append(fresh)
+    with torch.no_grad():
+        out = program.module()(*(torch.from_numpy(i) for i in inputs))
+    wanted = list(out) if isinstance(out, (tuple, list)) else [out]
+    result = module.call(entry, *inputs)
+    results = list(result) if isinstance(result, tuple) else [result]
+    worst = [
+        _compare(
+            np.asarray(g, np.float64).reshape(1, -1), w.numpy().astype(np.float64).reshape(1, -1),
+            LogitsBound(1e-3, 1e-3),
+        )
+        for g, w in zip(results, wanted, strict=True)
+    ]  # fmt: skip
+    return max(worst, key=lambda e: e.max_error)
+
+
+def compare_perplexity(module: Module, eager: Decoder, ids: Any) -> Perplexity:
+    """Take the perplexity of a text in windows of 512 tokens, compiled and eager."""
+    from mimo_compile.runtime.scores import log_softmax_at
+
+    decoder = module.manifest.decoder
+    assert decoder is not None
+    size = min(_WINDOW, decoder.max_context)
+    windows = [ids[at : at + size] for at in range(0, len(ids), size)]
+    windows = [w for w in windows if len(w) > 1]
+    ours = theirs = 0.0
+    count = 0
+    for window in windows:
+        ours += float(module.token_logprobs(window).sum())
+        logits = eager.prefill([int(i) for i in window])[1].numpy()
+        theirs += float(log_softmax_at(logits[:-1], np.asarray(window[1:], np.int32)).sum())
+        count += len(window) - 1
+    return Perplexity(count, math.exp(-ours / count), math.exp(-theirs / count))
+
+
+__all__ = [
+    "EndToEnd", "KernelCheck", "LogitsBound", "Perplexity", "Verification", "verify_artifact",
+]  # fmt: skip
