@@ -19,6 +19,13 @@ MAX_ACTIVATION = 127
 """Largest magnitude of a quantised activation."""
 
 
+def exact(codes: CodeLayout) -> bool:
+    """Say whether the format has integer codes and a row's sum fits 32 bits."""
+    if codes.fmt.family not in ("int", "ternary"):
+        return False
+    return codes.fmt.max_code * MAX_ACTIVATION * codes.k_padded < 2**31
+
+
 def field(words: Any, shift: int, bits: int, lanes: int) -> Any:
     """Return ``(words >> shift) & (2**bits - 1)`` in each byte's place: ``bits`` bits a byte."""
     mask = ((1 << bits) - 1) * 0x01010101

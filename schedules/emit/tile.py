@@ -14,10 +14,12 @@ from mimo_compile.schedules.emit.build import (
     Register,
     T,
     bind,
+    choose,
     load,
     loop,
     prefetch,
     splat,
+    store,
     vector_type,
 )
 from mimo_compile.schedules.emit.dot import Dot, float_columns
@@ -285,6 +287,43 @@ def _code_groups(
             group(g, size)
     if rest:
         group(whole, rest)
+
+
+def store_rows(
+    y: Any, token: Any, block: Any, lane: int, lanes: int, value: Any, n: int, *, last: bool
+) -> None:
+    """Store sums of rows ``16 * block + lane`` and following to ``y[token]``, none behind row ``n``.
+
+    Args:
+        y: ``[M, n]`` float32.
+        token: Its row.
+        block: The block of 16 rows.
+        lane: First row in the block.
+        lanes: Rows in ``value``.
+        value: The sums.
+        n: Rows that exist.
+        last: False if the block cannot be the last one.
+    """
+    final = -(-n // ROWS) - 1
+    valid = n - final * ROWS
+
+    def whole() -> None:
+        store(y, value, token, block * ROWS + lane, lanes=lanes)
+
+    def cut() -> None:
+        if lane + lanes <= valid:
+            whole()
+        elif lane < valid:
+            register = Register("float32", lanes, value)
+            with loop(valid - lane) as i:
+                store(y, register.lane(i), token, final * ROWS + lane + i)
+
+    if valid == ROWS or not last:
+        whole()
+    elif isinstance(block, int):
+        (cut if block == final else whole)()
+    else:
+        choose(block < final, whole, cut)
 
 
 def _grid(lanes: int, rows: int, tokens: int) -> list[tuple[int, int, int]]:

@@ -17,9 +17,9 @@ from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.ops.base import Arg, Array
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.base import Kernel, KnobValue, Schedule, Space
-from mimo_compile.schedules.emit.build import Register, choose, function, load, loop, store, when
+from mimo_compile.schedules.emit.build import choose, function, load, loop, when
 from mimo_compile.schedules.emit.layout import ROWS, CodeLayout, pack_quantised, pack_rows
-from mimo_compile.schedules.emit.tile import Out
+from mimo_compile.schedules.emit.tile import Out, store_rows
 
 PARALLEL_BYTES = 192 << 10
 """Weights below this are read before a second thread has woken up."""
@@ -265,31 +265,13 @@ def writer(
     lanes: int,
 ) -> Out:
     """Return the ``out`` of a tile: add the bias and store, cutting off rows behind N."""
-    last = problem.row_blocks - 1
-    valid = problem.n - last * ROWS
 
     def out(r: int, m: int, lane: int, value: Any) -> None:
         (block,) = blocks[r]
         if bias is not None:
             value = value + load(bias, block, lane, lanes=lanes)
-
-        def whole() -> None:
-            store(y, value, tokens[m], block * ROWS + lane, lanes=lanes)
-
-        def cut() -> None:
-            if lane + lanes <= valid:
-                whole()
-            elif lane < valid:
-                register = Register("float32", lanes, value)
-                with loop(valid - lane) as i:
-                    store(y, register.lane(i), tokens[m], last * ROWS + lane + i)
-
-        if valid == ROWS or r + 1 < len(blocks):
-            whole()  # the last block of all is the last of its tile
-        elif isinstance(block, int):
-            (cut if block == last else whole)()
-        else:
-            choose(block < last, whole, cut)
+        last = r + 1 == len(blocks)  # the last block of all is the last of its tile
+        store_rows(y, tokens[m], block, lane, lanes, value, problem.n, last=last)
 
     return out
 

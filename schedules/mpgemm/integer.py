@@ -8,7 +8,7 @@ from typing import Any
 from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.schedules.emit.build import loop
-from mimo_compile.schedules.emit.dot import DOTS, MAX_ACTIVATION, Dot
+from mimo_compile.schedules.emit.dot import DOTS, Dot
 from mimo_compile.schedules.emit.layout import ROWS
 from mimo_compile.schedules.emit.quantize import alloc_activations, quantize_row, workspace_bytes
 from mimo_compile.schedules.emit.tile import TileKnobs, Weights, int_tile
@@ -23,13 +23,6 @@ from mimo_compile.schedules.mpgemm.gemm import (
 
 QUANTIZE_ALONE = 64 << 10
 """Elements of x that one thread quantises before others would have woken up."""
-
-
-def exact(problem: Problem) -> bool:
-    """Say whether a row's sum fits 32 bits and its format is one of integer codes."""
-    if problem.fmt.family not in ("int", "ternary"):
-        return False
-    return problem.fmt.max_code * MAX_ACTIVATION * problem.layout.k_padded < 2**31
 
 
 class IntegerGemm(X86Gemm):

@@ -8,11 +8,11 @@ from typing import Any
 from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.workload import Workload
-from mimo_compile.schedules.emit.dot import DOTS
+from mimo_compile.schedules.emit.dot import DOTS, exact
 from mimo_compile.schedules.emit.layout import ROWS
 from mimo_compile.schedules.emit.tile import TileKnobs, Weights, float_tile
 from mimo_compile.schedules.mpgemm.gemm import GemmConfig, Problem, tiles, writer
-from mimo_compile.schedules.mpgemm.integer import IntegerGemm, exact
+from mimo_compile.schedules.mpgemm.integer import IntegerGemm
 from mimo_compile.schedules.mpgemm.x86_float import float_bytes
 
 
@@ -24,7 +24,7 @@ class X86Portable(IntegerGemm):
     def supports(self, workload: Workload, hardware: Hardware) -> bool:
         """Integer or ternary weights, any activations."""
         problem = Problem.of(workload)
-        return hardware.kind == "cpu" and exact(problem)
+        return hardware.kind == "cpu" and exact(problem.layout)
 
     def dots(self, problem: Problem, hardware: Hardware) -> tuple[str, ...]:
         """Without 512-bit VNNI: what the CPU has, widest first. ``""`` is the float kernel of a16."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.workload import Workload
+from mimo_compile.schedules.emit.dot import exact
 from mimo_compile.schedules.mpgemm.gemm import Problem
-from mimo_compile.schedules.mpgemm.integer import IntegerGemm, exact
+from mimo_compile.schedules.mpgemm.integer import IntegerGemm
 
 
 class X86Vnni(IntegerGemm):
@@ -16,7 +17,7 @@ class X86Vnni(IntegerGemm):
     def supports(self, workload: Workload, hardware: Hardware) -> bool:
         """Integer or ternary weights with int8 activations, sums within 32 bits."""
         problem = Problem.of(workload)
-        return hardware.has_vnni and problem.act == "a8" and exact(problem)
+        return hardware.has_vnni and problem.act == "a8" and exact(problem.layout)
 
     def dots(self, problem: Problem, hardware: Hardware) -> tuple[str, ...]:
         """There is one way."""

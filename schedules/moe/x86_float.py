@@ -1,0 +1,26 @@
+"""Routed experts on any x86-64: float weights, dequantised codes, or codes with int8 activations."""
+
+from __future__ import annotations
+
+from mimo_compile.ir.hardware import Hardware
+from mimo_compile.ir.workload import Workload
+from mimo_compile.schedules.emit.dot import DOTS
+from mimo_compile.schedules.moe.experts import Experts, Problem
+
+
+class X86MoeFloat(Experts):
+    """float32 FMA where activations are floats, else what the CPU has for integers."""
+
+    name = "moe.x86_float"
+
+    def supports(self, workload: Workload, hardware: Hardware) -> bool:
+        """f32 and bf16 weights, and integer or ternary codes with any activations."""
+        problem = Problem.of(workload)
+        return hardware.kind == "cpu" and (problem.fmt.name in ("f32", "bf16") or problem.exact)
+
+    def dots(self, problem: Problem, hardware: Hardware) -> tuple[str, ...]:
+        """Integer ways without 512-bit VNNI, widest first; ``""`` is the float kernel."""
+        if problem.act == "a16":
+            return ("",)
+        usable = (n for n, d in DOTS.items() if d.fits(problem.layout13, hardware))
+        return tuple(n for n in usable if n != "vnni512")
