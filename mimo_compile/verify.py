@@ -29,6 +29,7 @@ from mimo_compile.runtime.container import Parts, open_artifact
 from mimo_compile.runtime.module import Module
 from mimo_compile.runtime.program import Choice, Manifest
 from mimo_compile.schedules import get_schedule
+from mimo_compile.schedules.base import Kernel
 
 if TYPE_CHECKING:
     from mimo_compile.frontend.models.decoder import Decoder
@@ -248,6 +249,36 @@ def hardware_of(manifest: Manifest) -> Hardware:
     return (PRESETS[name] if name in PRESETS else local_cpu()).with_threads(
         min(manifest.target.threads, local_cpu().cores)
     )
+
+
+def kernel_of(choice: Choice, manifest: Manifest) -> Kernel | None:
+    """Generate the kernel of a choice again (None: generic, or this version has no such schedule)."""
+    workload = Workload.parse(choice.workload)
+    try:
+        schedule = get_schedule(choice.schedule)
+    except KeyError:
+        return None
+    if workload.op not in OPS:
+        return None
+    return schedule.lower(workload, schedule.config_from_json(choice.config), hardware_of(manifest))
+
+
+def written_arguments(parts: Parts) -> dict[str, set[int]]:
+    """Return, for each kernel of an artifact, the positions of the arguments that it writes.
+
+    Generic kernels have their outputs behind their inputs; how many is not recorded, so one is assumed.
+    """
+    counts = {c.kernel: len(c.args) for e in parts.programs.entries.values() for c in e.calls}
+    out: dict[str, set[int]] = {}
+    for choice in parts.manifest.plan:
+        kernel = kernel_of(choice, parts.manifest)
+        if kernel is None:
+            out[choice.kernel] = {counts.get(choice.kernel, 1) - 1}
+        else:
+            out[choice.kernel] = {
+                i for i, a in enumerate(kernel.args) if a.role == "output" or a.mutated
+            }
+    return out
 
 
 def builtin_source(parts: Parts) -> Path | None:

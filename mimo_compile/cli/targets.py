@@ -33,6 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--formats", action="store_true", help="which weight formats have kernels where"
     )
+    parser.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="measure bandwidths and peaks now (seconds) and keep them",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -48,6 +53,10 @@ def run(args: argparse.Namespace) -> int:
         "ok": True, "machine": facts, "meters": meters,
         "presets": {n: sorted(h.features) for n, h in PRESETS.items()},
     }  # fmt: skip
+    from mimo_compile.search.calibrate import calibrate, load
+
+    rates = calibrate(hardware) if args.calibrate else load(hardware)
+    value["calibration"] = None if rates is None else rates.to_json()
     if args.formats:
         need_extra("targets --formats")
         value["formats"] = formats({"cpu": hardware, **PRESETS})
@@ -104,6 +113,17 @@ def _show(console: Console, value: dict[str, Any]) -> None:
         console.say(
             f"  {meter['name']:<9} {'works' if meter['usable'] else 'no'}: {meter['reason']}"
         )
+    rates = value["calibration"]
+    if rates is None:
+        console.say("rates     not measured yet (--calibrate)")
+    else:
+        ops = ", ".join(f"{k} {v / 1e9:,.0f} G/s" for k, v in rates["ops_per_s"].items())
+        levels = ", ".join(
+            f"{k} {v[0] / 1e9:,.0f} (1 thread) to {v[-1] / 1e9:,.0f} GB/s ({len(v)})"
+            for k, v in rates["bytes_per_s"].items()
+        )
+        console.say(f"rates     of one thread: {ops}")
+        console.say(f"          {levels}")
     console.say("targets   cpu (this machine), " + ", ".join(value["presets"]))
     if "formats" not in value:
         return

@@ -1,0 +1,246 @@
+"""``mimo-compile inspect``: what is in an artifact, or what can be tried for a workload."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mimo_compile.cli.options import need_extra, positive
+from mimo_compile.errors import UsageError
+
+if TYPE_CHECKING:
+    from mimo_compile.cli.console import Console
+    from mimo_compile.runtime.container import Parts
+    from mimo_compile.runtime.program import Choice, Entry
+
+DESCRIPTION = """\
+Show an artifact: entry points, plan, kernels, sizes; with --kernel the code of one kernel, generated
+again from its schedule and config; with --dot the calls of an entry point as a graph. With --op show
+the candidates of one workload: what was predicted and what was measured."""
+EXAMPLE = """
+mimo-compile inspect t.mimo
+mimo-compile inspect t.mimo --kernel mpgemm --asm
+mimo-compile inspect --op mpgemm:m=1,n=4096,k=4096,w=w4g64,a=a8
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the verb's arguments."""
+    parser.add_argument("artifact", nargs="?", type=Path, metavar="OUT.mimo")
+    parser.add_argument(
+        "--op", metavar="SPEC", help="candidates of a workload instead of an artifact"
+    )
+    parser.add_argument(
+        "--kernel",
+        metavar="NAME",
+        help="one kernel: its symbol, its workload, or the start of either",
+    )
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--tir", action="store_true", help="the kernel as TIR (needs [compile])")
+    form.add_argument("--asm", action="store_true", help="the kernel as assembly (needs [compile])")
+    form.add_argument(
+        "--dot", action="store_true", help="the calls of an entry in Graphviz's language"
+    )
+    parser.add_argument(
+        "--entry", metavar="NAME", help="which entry --dot draws (default: the first)"
+    )
+    parser.add_argument("--target", default="cpu", metavar="T", help="of --op (default: cpu)")
+    parser.add_argument(
+        "--limit", type=positive, default=20, metavar="N", help="candidates of --op"
+    )
+    parser.add_argument("--db", type=Path, metavar="FILE", help="tuning records of --op")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print what was asked for; return 0."""
+    if (args.artifact is None) == (args.op is None):
+        raise UsageError("inspect needs either OUT.mimo or --op SPEC")
+    if args.op is not None:
+        if args.kernel or args.tir or args.asm or args.dot:
+            raise UsageError("--kernel, --tir, --asm and --dot go with OUT.mimo, not with --op")
+        need_extra("inspect --op")
+        from mimo_compile.cli.inspect_op import run_op
+
+        return run_op(args)
+    if (args.tir or args.asm) and not args.kernel:
+        raise UsageError("--tir and --asm need --kernel NAME")
+    from mimo_compile.runtime.container import open_artifact
+
+    parts = open_artifact(args.artifact, for_this_machine=False)
+    if args.dot:
+        return _dot(args, parts)
+    if args.kernel:
+        return _kernel(args, parts)
+    return _artifact(args, parts)
+
+
+def _artifact(args: argparse.Namespace, parts: Parts) -> int:
+    from mimo_compile.cli.compile import summary
+    from mimo_compile.cli.console import number, size, table
+
+    console: Console = args.console
+    manifest = parts.manifest
+    console.say(
+        f"{args.artifact}: {manifest.name}, quantisation {manifest.quant}, schema {manifest.schema}"
+    )
+    console.say(f"target    {manifest.target.name}, {manifest.target.threads} threads")
+    console.say(f"requires  {' '.join(manifest.target.features) or 'nothing beyond x86-64'}")
+    console.say(f"objective {manifest.objective}")
+    console.say("built by  " + ", ".join(f"{n} {v}" for n, v in manifest.versions.items()))
+    members = [(name, size(member.bytes)) for name, member in sorted(manifest.members.items())]
+    console.say("\n" + table(members, ("member", "size"), right="lr"))
+    rows = []
+    for name, entry in parts.programs.entries.items():
+        rows.append((name, _types(entry, entry.inputs), _types(entry, entry.outputs), len(entry.calls),
+                     size(entry.arena_bytes)))  # fmt: skip
+    console.say("\n" + table(rows, ("entry", "takes", "gives", "calls", "arena"), right="lllrr"))
+    states = [(n, f"{s.dtype}{list(s.shape)}") for n, s in manifest.states.items()]
+    if states:
+        console.say(f"\n{len(states)} states, for example {states[0][0]} {states[0][1]}")
+    plan = sorted(manifest.plan, key=lambda c: (c.workload.partition(":")[0], c.workload))
+    lines = [
+        (
+            c.workload, c.schedule, _config(c), sum(c.calls.values()), number(c.latency_us),
+            number(c.energy_mj), c.source,
+        )
+        for c in plan
+    ]  # fmt: skip
+    header = ("workload", "schedule", "config", "calls", "us", "mJ", "source")
+    console.say("\n" + table(lines, header, right="lllrrrl"))
+    if any(c.energy_mj is not None for c in plan):
+        kinds = sorted({c.energy_source for c in plan if c.energy_source})
+        console.say(f"mJ: {', '.join(kinds)}")
+    console.result(
+        {
+            "ok": True, "path": args.artifact, **summary(manifest),
+            "members": {n: m.bytes for n, m in manifest.members.items()},
+            "programs": {
+                n: {"calls": len(e.calls), "arena_bytes": e.arena_bytes}
+                for n, e in parts.programs.entries.items()
+            },
+            "states": {n: {"shape": s.shape, "dtype": s.dtype} for n, s in manifest.states.items()},
+        }
+    )  # fmt: skip
+    return 0
+
+
+def _types(entry: Entry, names: dict[str, int]) -> str:
+    parts = [
+        f"{n} {entry.buffers[i].dtype}{list(entry.buffers[i].shape)}" for n, i in names.items()
+    ]
+    return ", ".join(parts)
+
+
+def _config(choice: Choice) -> str:
+    return " ".join(f"{k}={v}" for k, v in choice.config.items())
+
+
+def find_choice(parts: Parts, name: str) -> Choice:
+    """Return the choice that a name means.
+
+    Raises:
+        UsageError: none or several; the message lists some.
+    """
+    plan = parts.manifest.plan
+    exact = [c for c in plan if name in (c.kernel, c.workload)]
+    found = exact or [c for c in plan if c.kernel.startswith(name) or c.workload.startswith(name)]
+    if len(found) == 1:
+        return found[0]
+    listed = ", ".join(c.workload for c in (found or plan)[:5])
+    what = f"{len(found)} kernels begin with" if found else "no kernel is called"
+    raise UsageError(f"{what} {name!r} (--kernel)", remedy=f"Give one of: {listed}, ...")
+
+
+def _kernel(args: argparse.Namespace, parts: Parts) -> int:
+    console: Console = args.console
+    if not (args.tir or args.asm):
+        choice = find_choice(parts, args.kernel)
+        from mimo_compile.cli.compile import plan_row
+
+        row = plan_row(choice)
+        for name, value in row.items():
+            console.say(f"{name:<13} {value if value is not None else '-'}")
+        console.result({"ok": True, **row})
+        return 0
+    need_extra("inspect --tir and --asm")
+    from mimo_compile.schedules.compile import assembly
+    from mimo_compile.verify import hardware_of, kernel_of
+
+    choice = _one_of(parts, args.kernel)
+    kernel, hardware = kernel_of(choice, parts.manifest), hardware_of(parts.manifest)
+    if kernel is None:
+        raise UsageError(
+            f"{choice.workload} has no schedule in this version, so its code cannot be shown again"
+        )
+    text = kernel.func.script() if args.tir else assembly([kernel], hardware)
+    console.say(f"# {choice.workload}\n# {choice.schedule} {_config(choice)}")
+    console.say(text)
+    console.result({"ok": True, "workload": choice.workload, "kernel": choice.kernel, "text": text})
+    return 0
+
+
+def _one_of(parts: Parts, name: str) -> Choice:
+    """Return the choice that a name means; when it begins several, the one that is called most."""
+    starts = [
+        c for c in parts.manifest.plan if c.kernel.startswith(name) or c.workload.startswith(name)
+    ]
+    if len(starts) < 2 or any(name in (c.kernel, c.workload) for c in starts):
+        return find_choice(parts, name)
+    return max(starts, key=lambda c: sum(c.calls.values()))
+
+
+def _dot(args: argparse.Namespace, parts: Parts) -> int:
+    need_extra("inspect --dot")
+    from mimo_compile.verify import written_arguments
+
+    console: Console = args.console
+    name = args.entry or parts.manifest.entries[0]
+    if name not in parts.programs.entries:
+        raise UsageError(
+            f"there is no entry {name!r} (--entry)",
+            remedy=f"use {', '.join(parts.manifest.entries)}",
+        )
+    entry = parts.programs.entries[name]
+    writes = written_arguments(parts)
+    text = dot(entry, name, writes, {c.kernel: c.workload for c in parts.manifest.plan})
+    console.say(text)
+    console.result({"ok": True, "entry": name, "dot": text})
+    return 0
+
+
+def dot(entry: Entry, name: str, writes: dict[str, set[int]], workloads: dict[str, str]) -> str:
+    """Return an entry's calls in Graphviz's language: an edge where a call reads what another wrote.
+
+    Args:
+        entry: The program.
+        name: Its name.
+        writes: For each kernel the positions of the arguments that it writes.
+        workloads: For each kernel its workload.
+    """
+    out = [
+        f'digraph "{name}" {{',
+        "  rankdir=TB; node [shape=box, fontname=monospace, fontsize=10];",
+    ]
+    writer: dict[Any, int] = {}
+    for index, call in enumerate(entry.calls):
+        label = f"{call.label}\\n{workloads.get(call.kernel, call.kernel)}"
+        out.append(f'  n{index} [label="{label}"];')
+        seen: set[int] = set()
+        for at, argument in enumerate(call.args):
+            buffer = entry.buffers[argument]
+            place = (buffer.kind, buffer.source or buffer.offset)
+            if (
+                place in writer
+                and writer[place] not in seen
+                and at not in writes.get(call.kernel, set())
+            ):
+                seen.add(writer[place])
+                out.append(f"  n{writer[place]} -> n{index};")
+        for at in writes.get(call.kernel, set()):
+            buffer = entry.buffers[call.args[at]]
+            writer[buffer.kind, buffer.source or buffer.offset] = index
+    return "\n".join([*out, "}"])
+
+
+__all__ = ["DESCRIPTION", "EXAMPLE", "add_arguments", "dot", "find_choice", "run"]

@@ -1,0 +1,106 @@
+"""``mimo-compile inspect --op``: every schedule of a workload, and its candidates predicted and measured."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from mimo_compile.cli.bench import open_records
+
+if TYPE_CHECKING:
+    from mimo_compile.cli.console import Console
+
+
+def run_op(args: argparse.Namespace) -> int:
+    """Show what can be tried for a workload and what is known of it; return 0."""
+    from mimo_compile.ir.hardware import resolve_target
+    from mimo_compile.ir.ops import get_op, parse_workload
+    from mimo_compile.search.calibrate import device_model
+    from mimo_compile.search.lookup import pareto, results_for
+    from mimo_compile.search.space import JointSpace
+
+    console: Console = args.console
+    workload = parse_workload(args.op)
+    hardware = resolve_target(args.target, args.threads)
+    space = JointSpace(workload, hardware)
+    device = device_model(hardware)
+    counts = get_op(workload.op).counts(workload)
+    with open_records(args.db) as db:
+        results = sorted(results_for(workload, hardware, db), key=lambda r: r.latency_us)
+    front = {r.record.key for r in pareto(results)}
+    rows: list[dict[str, Any]] = []
+    for result in results[: args.limit]:
+        rows.append(
+            {
+                "schedule": result.record.schedule, "config": result.record.config,
+                "predicted_us": _predicted(space, result.record, device),
+                "measured_us": result.latency_us, "measured_mj": result.measured_mj,
+                "modelled_mj": result.modelled_mj, "pareto": result.record.key in front,
+            }
+        )  # fmt: skip
+    known = {(r["schedule"], str(sorted(r["config"].items()))) for r in rows}
+    for default in space.defaults():
+        if (default.schedule, str(sorted(default.config.items()))) not in known:
+            work = space.schedules[default.schedule].work(workload, space.config(default), hardware)
+            latency = device.latency_us(work, hardware)
+            rows.append(
+                {
+                    "schedule": default.schedule, "config": default.config, "predicted_us": latency,
+                    "measured_us": None, "measured_mj": None,
+                    "modelled_mj": device.energy_mj(work, latency), "pareto": False,
+                }
+            )  # fmt: skip
+    value = {
+        "ok": True, "workload": str(workload), "target": hardware.id, "threads": hardware.threads,
+        "necessary": {"ops": dict(counts.ops), "bytes": dict(counts.bytes)},
+        "roofline_us": device.latency_us(counts, hardware), "calibrated": bool(device.measured),
+        "spaces": {n: s.size for n, s in space.spaces.items()}, "candidates": rows,
+        "measured": len(results),
+    }  # fmt: skip
+    _show(console, value)
+    console.result(value)
+    return 0
+
+
+def _predicted(space: Any, record: Any, device: Any) -> float | None:
+    candidate = space.adopt(record.schedule, record.config)
+    if candidate is None:
+        return None
+    schedule = space.schedules[candidate.schedule]
+    work = schedule.work(space.workload, space.config(candidate), space.hardware)
+    latency: float = device.latency_us(work, space.hardware)
+    return latency
+
+
+def _show(console: Console, value: dict[str, Any]) -> None:
+    from mimo_compile.cli.console import number, size, table
+
+    console.say(f"{value['workload']} on {value['target']}, {value['threads']} threads")
+    moved = value["necessary"]["bytes"].get("dram", 0.0)
+    work = ", ".join(f"{number(n)} {k}" for k, n in value["necessary"]["ops"].items())
+    rates = (
+        "calibrated" if value["calibrated"] else "guessed, see `mimo-compile targets --calibrate`"
+    )
+    console.say(
+        f"necessary: {size(moved)}, {work}; roofline {number(value['roofline_us'])} us ({rates} rates)"
+    )
+    console.say("configs: " + ", ".join(f"{n} {s}" for n, s in value["spaces"].items()))
+    console.say(f"{value['measured']} candidates measured on this target\n")
+    lines = [
+        (
+            row["schedule"], " ".join(f"{k}={v}" for k, v in row["config"].items()),
+            number(row["predicted_us"]), number(row["measured_us"]), number(row["measured_mj"]),
+            number(row["modelled_mj"]), "*" if row["pareto"] else "",
+        )
+        for row in value["candidates"]
+    ]  # fmt: skip
+    header = (
+        "schedule",
+        "config",
+        "predicted us",
+        "measured us",
+        "measured mJ",
+        "modelled mJ",
+        "front",
+    )
+    console.say(table(lines, header, right="llrrrrl"))
