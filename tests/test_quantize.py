@@ -108,11 +108,15 @@ def test_ternary_is_absmean(data, name):
     expected = np.clip(np.round(ratio), -1, 1) + 1
     np.testing.assert_array_equal(q.codes[clear], expected[clear])
     again = quantize(q.dequantize(), fmt)
-    assert np.all((again.codes == q.codes) | (q.scale[:, :1] == 0) | (columns(q.scale, fmt, k) == 0))
+    assert np.all(
+        (again.codes == q.codes) | (q.scale[:, :1] == 0) | (columns(q.scale, fmt, k) == 0)
+    )
 
 
 def test_ties_of_ternary_go_to_zero():
-    q = quantize(np.array([[1.0, -1.0, 2.0, -4.0, 4.0, 0.0]], np.float32), parse_weight_format("w1.58"))
+    q = quantize(
+        np.array([[1.0, -1.0, 2.0, -4.0, 4.0, 0.0]], np.float32), parse_weight_format("w1.58")
+    )
     assert q.scale[0, 0] == 2.0
     assert q.codes.tolist() == [[1, 1, 2, 0, 2, 1]]
 
@@ -133,7 +137,9 @@ def test_known_codes():
     q = quantize(w, parse_weight_format("w4grow"), search=False)
     assert q.scale[0, 0] == 0.125
     assert q.codes.tolist() == [[15, 1, 12, 8, 8, 8, 10, 10]]
-    q = quantize(np.array([[-1.0, 0.5, 2.0, 0.0]], np.float32), parse_weight_format("w2zgrow"), search=False)
+    q = quantize(
+        np.array([[-1.0, 0.5, 2.0, 0.0]], np.float32), parse_weight_format("w2zgrow"), search=False
+    )
     assert q.zero is not None
     assert (q.scale[0, 0], q.zero[0, 0], q.codes.tolist()) == (1.0, 1.0, [[0, 1, 3, 1]])
 

@@ -72,7 +72,13 @@ CASES = {
     "mimo_v2_flash": ("MiMoV2Flash", FLASH),
     "mimo_v2_flash-groups": (
         "MiMoV2Flash",
-        {**FLASH, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5, "attention_bias": True},
+        {
+            **FLASH,
+            "n_group": 4,
+            "topk_group": 2,
+            "routed_scaling_factor": 2.5,
+            "attention_bias": True,
+        },
     ),
 }
 
