@@ -321,3 +321,39 @@ def test_sizes_beyond_four_gigabytes(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError):
         open_artifact(path)
     path.unlink()
+
+
+LOOK = """
+import sys
+from mimo_compile.artifact import Artifact
+
+def executable():
+    with open("/proc/self/maps") as maps:
+        return {line.split()[-1] for line in maps if "x" in line.split()[1]}
+
+def look():
+    return sum(value.make().nbytes for value in Artifact.load(sys.argv[1]).weights.values())
+
+look()  # imports what is imported on first use
+before, events = executable(), []
+bad = ("socket.", "subprocess.", "os.exec", "os.posix_spawn", "os.fork", "os.system",
+       "ctypes.dlopen", "pickle.", "marshal.load", "exec")
+sys.addaudithook(lambda name, args: events.append((name, args)))
+total = look()
+seen = [e for e in events if e[0].startswith(bad)]
+opened = {str(args[0]) for name, args in events if name == "open"}
+assert total and not seen, seen
+assert executable() == before
+assert sys.argv[1] in opened
+assert all(mode == "r" or not (flags & 3) for n, (_, mode, flags) in
+           [e for e in events if e[0] == "open"])
+print("harmless")
+"""
+
+
+def test_looking_at_an_artifact_executes_maps_and_writes_nothing(tmp_path: Path) -> None:
+    path = runtime_samples.plain().save(tmp_path / "a.mimo")
+    done = subprocess.run(
+        [sys.executable, "-c", LOOK, path], capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "harmless\n", done.stderr

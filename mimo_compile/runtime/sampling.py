@@ -84,33 +84,50 @@ def distribution(
     scaled /= sampling.temperature
     k = min(sampling.top_k, vocab) or vocab
     if sampling.top_p < 1:
-        total: float = np.exp(scaled if k == vocab else scaled[_top(scaled, k)]).sum()
-        look = min(k, _FIRST_LOOK)
-        while True:
-            ids = _top(scaled, look)
-            weights = np.exp(scaled[ids])
-            reached = np.cumsum(weights) >= sampling.top_p * total
-            if look == k or reached[-1]:
-                break
-            look = k
-        count = int(np.argmax(reached)) + 1 if reached[-1] else look
-        ids, weights = ids[:count], weights[:count]
-    else:
-        ids = np.arange(vocab) if k == vocab else _top(scaled, k)
+        ids, weights = _nucleus(scaled, k, sampling.top_p)
+    elif k < vocab:
+        ids = _top(scaled, k)
         weights = np.exp(scaled[ids])
-    return ids, weights / weights.sum()
+    else:
+        ids = np.arange(vocab)
+        weights = np.exp(scaled, out=scaled)
+    weights /= weights.sum()
+    return ids, weights
+
+
+def _nucleus(
+    scaled: npt.NDArray[np.float64], k: int, top_p: float
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """Return the most probable of the k greatest that reach `top_p` of their sum, and weights."""
+    part = scaled if k == len(scaled) else scaled[_top(scaled, k)]
+    enough = top_p * float(np.exp(part).sum())
+    look = min(k, _FIRST_LOOK)
+    while True:
+        ids = _top(scaled, look)
+        weights = np.exp(scaled[ids])
+        sums = np.cumsum(weights)
+        if look == k or sums[-1] >= enough:
+            break
+        look = min(k, 8 * look)
+    count = int(np.searchsorted(sums, enough)) + 1  # all of them if rounding keeps the sum below
+    return ids[:count], weights[:count]
 
 
 def _top(values: npt.NDArray[np.float64], k: int) -> npt.NDArray[np.int64]:
     """Return the indices of the k greatest values, falling, the lower index first among equals."""
-    if k < values.shape[0]:
+    size = values.shape[0]
+    if k < size:
         least = np.partition(values, -k)[-k]
         above = np.flatnonzero(values > least)
         equal = np.flatnonzero(values == least)[: k - len(above)]
-        chosen = np.sort(np.concatenate([above, equal]))
+        chosen = np.concatenate([above, equal])
     else:
-        chosen = np.arange(values.shape[0])
-    return chosen[np.argsort(-values[chosen], kind="stable")]
+        chosen = np.arange(size)
+    chosen = chosen[np.argsort(-values[chosen])]
+    # Then order equals by index. Two sorts of numbers are five times faster than a stable one.
+    falls = np.ones(len(chosen), bool)
+    falls[1:] = values[chosen[1:]] != values[chosen[:-1]]
+    return np.asarray(np.sort(np.cumsum(falls) * size + chosen) % size)
 
 
 def uniform(seed: int, position: int, stream: int = 0) -> float:
