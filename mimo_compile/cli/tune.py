@@ -63,7 +63,11 @@ def run(args: argparse.Namespace) -> int:
     from mimo_compile.api import tune
     from mimo_compile.search.database import default_path
 
-    source = args.source if args.op is None else f"op:{args.op}"
+    source = args.source
+    if args.op is not None:
+        from mimo_compile.ir.ops import parse_workload
+
+        source = str(parse_workload(args.op))
     with show_progress(console, tuning=True) as progress:
         result = tune(
             source, target=args.target, quant=args.quant, attention=args.attention,
