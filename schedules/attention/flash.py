@@ -1,0 +1,204 @@
+"""Flash attention of one tile of queries: scores, online softmax in base 2, weighted values, finish, merge.
+
+All loops that carry accumulators keep them in registers; a tile's state (scaled queries, scores of a step,
+running maximum, denominator, output) is a few KiB of scratch per task.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mimo_compile.schedules.attention.reach import Reach, Tiling, fixed
+from mimo_compile.schedules.emit.build import (
+    Register,
+    T,
+    bind,
+    choose,
+    load,
+    loop,
+    store,
+    when,
+    workspace,
+)
+from mimo_compile.schedules.emit.vector import LANES, LOG2E, exp2, splat
+
+MASKED, START = -3e38, -1e30
+"""A masked score lies below the maximum that a row starts with, so that its weight is exactly zero."""
+
+
+class Tile:
+    """State of a tile of queries while it passes over keys and values."""
+
+    def __init__(self, s: Tiling, k: Any, v: Any, head: Any) -> None:
+        self.s, self.k, self.v, self.head = s, k, v, head
+        width = s.blocks * LANES
+        self.q = workspace((s.height, s.p["d"]), "float32")
+        self.score = workspace((s.height, width), "float32")
+        self.out = workspace((s.height, s.columns * LANES), "float32")
+        self.top = workspace((s.height,), "float32")
+        self.shrink = workspace((s.height,), "float32")
+        self.sum = workspace((s.height, LANES), "float32")
+
+    def begin(self, q: Any, first: Any, scale: float) -> None:
+        """Load the queries from token ``first`` on, scaled for base 2, and clear the sums."""
+        s, d = self.s, self.s.p["d"]
+        with loop(s.tokens) as token:
+            source = bind(T.min(first + token, T.int32(s.p["t"] - 1)))
+            with loop(s.group) as g:
+                row, head = token * s.group + g, self.head * s.group + g
+                with loop(d // LANES) as j:
+                    value = load(q, source, head, j * LANES, lanes=LANES)
+                    store(self.q, value * splat(scale * LOG2E), row, j * LANES, lanes=LANES)
+                for j in range(d // LANES * LANES, d):
+                    store(self.q, q[source, head, j] * T.float32(scale * LOG2E), row, j)
+        with loop(s.height) as row:
+            store(self.top, T.float32(START), row)
+            store(self.sum, splat(0.0), row, 0, lanes=LANES)
+            with loop(s.columns) as j:
+                store(self.out, splat(0.0), row, j * LANES, lanes=LANES)
+
+    def scores(self, reach: Reach, step: Any) -> None:
+        """Multiply queries with the keys of a step: lanes are slots, so no sum over lanes is needed."""
+        s = self.s
+        for base, rows, count in self._row_tiles():
+            wide = max(
+                w
+                for w in range(1, s.blocks + 1)
+                if s.blocks % w == 0 and w * rows <= max(s.registers, rows)
+            )
+            for u0 in range(0, s.blocks, wide):
+                blocks = [reach.block(step, u0 + u) for u in range(wide)]
+                with loop(count) as tile:
+                    first = bind(tile * rows + base)
+                    acc = [
+                        [Register("float32", LANES, splat(0.0)) for _ in blocks]
+                        for _ in range(rows)
+                    ]
+                    with loop(s.p["d"]) as i:
+                        keys = [bind(load(self.k, self.head, b, i, 0, lanes=LANES)) for b in blocks]
+                        for r in range(rows):
+                            query = bind(splat(self.q[first + r, i]))
+                            for u, key in enumerate(keys):
+                                acc[r][u].set(acc[r][u].get() + key * query)
+                    for r in range(rows):
+                        for u in range(wide):
+                            store(
+                                self.score,
+                                acc[r][u].get(),
+                                first + r,
+                                (u0 + u) * LANES,
+                                lanes=LANES,
+                            )
+
+    def mask(self, reach: Reach, step: Any, first: Any) -> None:
+        """Replace the scores of unseen slots (of whatever they hold, NaN too)."""
+        s = self.s
+        for u in range(s.blocks):
+            positions = reach.positions(step, u)
+            with loop(s.tokens) as token:
+                query = bind(reach.start + first + token)
+                low, high = bind(splat(reach.lower(query))), bind(splat(query))
+                with loop(s.group) as g:
+                    row = token * s.group + g
+                    value = load(self.score, row, u * LANES, lanes=LANES)
+                    seen = T.And(positions >= low, positions <= high)
+                    store(
+                        self.score,
+                        T.Select(seen, value, splat(MASKED)),
+                        row,
+                        u * LANES,
+                        lanes=LANES,
+                    )
+
+    def weigh(self) -> None:
+        """Turn the scores of a step into weights relative to the new maximum of each row."""
+        s = self.s
+        with loop(s.height) as row:
+            best = load(self.score, row, 0, lanes=LANES)
+            for u in range(1, s.blocks):
+                best = bind(T.max(best, load(self.score, row, u * LANES, lanes=LANES)))
+            top = T.call_llvm_pure_intrin("float32", "llvm.vector.reduce.fmax", best)
+            top = bind(T.max(top, self.top[row]))
+            shrink = bind(exp2(self.top[row] - top, 1))
+            store(self.shrink, shrink, row)
+            store(self.top, top, row)
+            total = Register("float32", LANES, load(self.sum, row, 0, lanes=LANES) * splat(shrink))
+            for u in range(s.blocks):
+                weight = bind(exp2(load(self.score, row, u * LANES, lanes=LANES) - splat(top)))
+                store(self.score, weight, row, u * LANES, lanes=LANES)
+                total.set(total.get() + weight)
+            store(self.sum, total.get(), row, 0, lanes=LANES)
+
+    def values(self, reach: Reach, step: Any) -> None:
+        """Add the weighted values of the step's slots that were ever written."""
+        s = self.s
+        runs = [(reach.block(step, u), reach.live(step, u)) for u in range(s.blocks)]
+        for base, rows, count in self._row_tiles():
+            wide = max(1, min(s.columns, s.registers // rows))
+            for column in range(0, s.columns, wide):
+                columns = range(column, min(column + wide, s.columns))
+                with loop(count) as tile:
+                    self._values(bind(tile * rows + base), rows, columns, runs)
+
+    def _values(self, first: Any, rows: int, columns: range, runs: list[tuple[Any, Any]]) -> None:
+        acc: list[list[Register]] = []
+        for r in range(rows):
+            shrink = bind(splat(self.shrink[first + r]))
+            row = [load(self.out, first + r, j * LANES, lanes=LANES) * shrink for j in columns]
+            acc.append([Register("float32", LANES, start) for start in row])
+        for u, (block, live) in enumerate(runs):
+            with T.serial(0, live) as i:
+                slot = fixed(block * LANES + i)
+                values = [
+                    bind(load(self.v, self.head, slot, j * LANES, lanes=LANES)) for j in columns
+                ]
+                for r in range(rows):
+                    weight = bind(splat(self.score[first + r, u * LANES + i]))
+                    for j, value in enumerate(values):
+                        acc[r][j].set(acc[r][j].get() + value * weight)
+        for r in range(rows):
+            for j, register in zip(columns, acc[r], strict=True):
+                store(self.out, register.get(), first + r, j * LANES, lanes=LANES)
+
+    def run(self, reach: Reach, first: Any, begin: Any, end: Any) -> None:
+        """Pass over the steps ``begin .. end-1``."""
+        with T.serial(begin, end) as step:
+            self.scores(reach, step)
+            with when(T.Not(reach.clean(step))):
+                self.mask(reach, step, first)
+            self.weigh()
+            self.values(reach, step)
+
+    def denominator(self, row: Any) -> Any:
+        """Return the sum of a row's weights."""
+        lanes = [self.sum[row, i] for i in range(LANES)]
+        while len(lanes) > 1:
+            lanes = [bind(a + b) for a, b in zip(lanes[::2], lanes[1::2], strict=True)]
+        return lanes[0]
+
+    def _row_tiles(self) -> list[tuple[int, int, int]]:
+        out, base = [], 0
+        for rows, count in self.s.row_tiles():
+            out.append((base, rows, count))
+            base += rows * count
+        return out
+
+
+def factor(top: Any, total: Any, sink: Any | None) -> Any:
+    """Return what a row's sum of values is multiplied with; the sink, in base 2, joins the denominator here, once."""
+    if sink is None:
+        return bind(T.if_then_else(total > T.float32(0), T.float32(1) / total, T.float32(0)))
+    high = bind(T.max(top, sink))
+    return bind(exp2(top - high, 1) / (total * exp2(top - high, 1) + exp2(sink - high, 1)))
+
+
+def write_row(out: Any, token: Any, head: Any, dv: int, valid: Any, value: Any) -> None:
+    """Write one output row: ``value(column, lanes)``, or zeros for a padded token."""
+
+    def fill(at: Any) -> None:
+        with loop(dv // LANES) as j:
+            store(out, at(j * LANES, LANES), token, head, j * LANES, lanes=LANES)
+        for j in range(dv // LANES * LANES, dv):
+            store(out, at(j, 1), token, head, j)
+
+    choose(valid, lambda: fill(value), lambda: fill(lambda _, lanes: splat(0.0, lanes)))

@@ -1,0 +1,141 @@
+"""Which slots of a KV cache a tile of queries sees, and in which order kernels visit them.
+
+A *step* is a run of blocks of 16 slots; a *tile* is ``tokens`` queries with all G heads of one KV head, whose rows
+``token * G + g`` share every load of keys and values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mimo_compile.schedules.attention.layout import round_up
+from mimo_compile.schedules.emit.build import Register, T, bind
+from mimo_compile.schedules.emit.vector import LANES
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """Compile-time sizes of one kernel."""
+
+    p: Mapping[str, Any]
+    tokens: int
+    """Queries of a tile."""
+    blocks: int
+    """Blocks of 16 slots in a step."""
+    rows: int
+    """Rows of a register tile."""
+    registers: int
+    """Accumulator vectors in flight."""
+
+    @property
+    def group(self) -> int:
+        """Query heads of a KV head."""
+        return int(self.p["h"] // self.p["kv"])
+
+    @property
+    def height(self) -> int:
+        """Rows of a tile."""
+        return self.tokens * self.group
+
+    @property
+    def tiles(self) -> int:
+        """Tiles that cover the queries."""
+        return -(-int(self.p["t"]) // self.tokens)
+
+    @property
+    def cache_blocks(self) -> int:
+        """Blocks of the cache."""
+        return round_up(self.p["cap"]) // LANES
+
+    @property
+    def columns(self) -> int:
+        """Vectors of an output row."""
+        return round_up(self.p["dv"]) // LANES
+
+    def row_tiles(self) -> list[tuple[int, int]]:
+        """Return (rows, count) of the register tiles that cover the tile, in order."""
+        full, rest = divmod(self.height, self.rows)
+        return [(n, c) for n, c in ((self.rows, full), (rest, 1)) if n and c]
+
+
+def fixed(value: Any) -> Any:
+    """Compute an integer once, as a value that TVM's bound analysis does not look into.
+
+    It would inline nested conditions into the bounds of every scratch buffer, at exponential cost.
+    """
+    return Register("int32", 1, value).get()
+
+
+class Reach:
+    """The slots that a tile of queries from token ``first`` sees, as run-time expressions."""
+
+    def __init__(self, s: Tiling, pos: Any, first: Any) -> None:
+        cap, window = T.int32(s.p["cap"]), s.p["window"]
+        self.sizes = s
+        self.start, self.valid = fixed(pos[0]), fixed(pos[1])
+        last = fixed(self.start + self.valid - 1)
+        self.low_query = fixed(self.start + first)
+        self.high_query = fixed(T.min(self.low_query + (s.tokens - 1), last))
+        low = T.max(last - cap + 1, T.int32(0))
+        if window:
+            low = T.max(low, self.low_query - (window - 1))
+        low = fixed(low)
+        count = fixed(T.if_then_else(first < self.valid, self.high_query - low + 1, T.int32(0)))
+        slot = fixed(low % cap)
+        self.first_block = fixed(slot // LANES)
+        self.turn = fixed(T.max(last, T.int32(0)) % cap)
+        """Slot of the newest position: those behind it are one lap older."""
+        self.base = fixed(last - self.turn)
+        self.written = fixed(T.min(last + 1, cap))
+        end = fixed(slot + count)
+        straight = T.floordiv(end + (LANES - 1), LANES) - self.first_block
+        around = (s.cache_blocks - self.first_block) + T.min(
+            T.floordiv(end - cap + (LANES - 1), LANES), self.first_block
+        )
+        total = T.if_then_else(end <= cap, straight, around)
+        self.total = fixed(T.if_then_else(count > 0, total, T.int32(0)))
+        """Blocks to visit, from ``first_block`` on, around the end of the cache if need be."""
+        self.steps = fixed(T.floordiv(self.total + (s.blocks - 1), s.blocks))
+
+    def block(self, step: Any, u: int) -> Any:
+        """Return the cache block of part ``u`` of a step."""
+        at = fixed(self.first_block + step * self.sizes.blocks + u)
+        return fixed(T.if_then_else(at < self.sizes.cache_blocks, at, at - self.sizes.cache_blocks))
+
+    def lower(self, query: Any) -> Any:
+        """Return the oldest position that a query sees."""
+        window = self.sizes.p["window"]
+        return T.max(query - (window - 1), T.int32(0)) if window else T.int32(0)
+
+    def clean(self, step: Any) -> Any:
+        """Say whether every row sees every slot of the step (then no mask is needed)."""
+        first = fixed(self.block(step, 0) * LANES)
+        end = fixed(first + (self.sizes.blocks * LANES - 1))
+        older = fixed(T.if_then_else(first > self.turn, self.base - self.sizes.p["cap"], self.base))
+        one_lap = T.Or(first > self.turn, end <= self.turn)
+        inside = T.And(end < self.sizes.p["cap"], (step + 1) * self.sizes.blocks <= self.total)
+        seen = T.And(older + first >= self.lower(self.high_query), older + end <= self.low_query)
+        return T.And(T.And(one_lap, inside), seen)
+
+    def positions(self, step: Any, u: int) -> Any:
+        """Return the position in each slot of part ``u`` (16 lanes); -1 where nothing is to be seen."""
+        block = self.block(step, u)
+        slots = bind(T.ramp(block * LANES, 1, LANES))
+        laps = T.Select(
+            slots <= T.broadcast(self.turn, LANES),
+            T.broadcast(self.base, LANES),
+            T.broadcast(self.base - self.sizes.p["cap"], LANES),
+        )
+        end = T.if_then_else(
+            step * self.sizes.blocks + u < self.total, T.int32(self.sizes.p["cap"]), T.int32(0)
+        )
+        return bind(
+            T.Select(slots < T.broadcast(end, LANES), slots + laps, T.broadcast(T.int32(-1), LANES))
+        )
+
+    def live(self, step: Any, u: Any) -> Any:
+        """Return how many slots of part ``u`` were ever written and belong to the step's run."""
+        left = T.min(T.max(self.written - self.block(step, u) * LANES, T.int32(0)), T.int32(LANES))
+        return fixed(T.if_then_else(step * self.sizes.blocks + u < self.total, left, T.int32(0)))
