@@ -33,7 +33,7 @@ from mimo_compile.ir.formats import (
 
 _CHUNK = 1 << 18
 """Elements handled at once, so that temporaries stay in the second-level cache."""
-_SHRINK = {1: (1.0,), 2: (1.0, 0.8, 0.65), 3: (1.0, 0.9, 0.8), 4: (1.0, 0.88)}
+_SHRINK = {1: (1.0,), 2: (1.0, 0.8, 0.65), 3: (1.0, 0.9, 0.8), 4: (1.0, 0.94)}
 """Clipping ratios that the search tries, by code width (wider codes: no search by default)."""
 _HALF_MAX = 65504.0
 
@@ -210,27 +210,26 @@ def _searched_scale(
 ) -> Tensor:
     """Return the scale with the least squared error among the candidates, ``scale`` included.
 
-    For codes q the best scale is ``<x, q> / <q, q>`` and lowers the squared error from ``<x, x>`` by
-    ``<x, q>**2 / <q, q>``, so the codes with the largest such gain win. A negative scale gives the longer
-    side of the code range to positive weights.
+    For codes q and scale s the squared error is ``<x, x> - s * (2 <x, q> - s <q, q>)``, least for
+    ``s = <x, q> / <q, q>``: the refitted scale (rounded to float16) with the largest gain wins. A negative
+    scale gives the longer side of the code range to positive weights.
     """
     least, most = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
     longest = torch.where(-low >= high, low, high) / least  # the extreme weight gets `least`
     candidates = [scale, *(longest * r for r in shrink)]
     if bits < 4:  # both ends of wider codes are alike
         candidates += [scale * r for r in shrink[1:]]
-    best_gain = torch.full_like(scale, -1.0)
-    best = scale
+    best, best_gain = scale, torch.zeros_like(scale)
     for candidate in candidates:
         q = _round(x, candidate).clamp_(least, most)
         cross = (x * q).sum(-1)
         square = q.square_().sum(-1)
-        gain = torch.where(square > 0, cross * (cross / square), 0.0)
-        better = gain > best_gain
-        best_gain = torch.where(better, gain, best_gain)
-        best = torch.where(better & (square > 0), cross / square, best)
-    refined = best.to(torch.float16).to(torch.float32)
-    return torch.where(torch.isfinite(refined) & (refined != 0), refined, scale)
+        refit = torch.where(square > 0, cross / square, 0.0).to(torch.float16).to(torch.float32)
+        for s in (scale, refit) if candidate is scale else (refit,):
+            gain = s * (2 * cross - s * square)
+            better = (gain > best_gain) & torch.isfinite(s) & (s != 0)
+            best, best_gain = torch.where(better, s, best), torch.where(better, gain, best_gain)
+    return best
 
 
 def _asymmetric(

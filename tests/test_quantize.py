@@ -78,7 +78,9 @@ def test_search_never_makes_the_error_larger(data, name):
     def error(q):
         return ((q.dequantize().astype(np.float64) - w) ** 2).sum()
 
-    assert error(quantize(w, fmt, search=True)) <= 1.002 * error(quantize(w, fmt, search=False))
+    found, plain = (error(quantize(w, fmt, search=s)) for s in (True, False))
+    noise = 1e-6 * (w.astype(np.float64) ** 2).sum()  # gains are compared in float32
+    assert found <= 1.0001 * plain + noise
 
 
 @pytest.mark.parametrize(("name", "most"), [("w4g64", 0.0095), ("w3g64", 0.037), ("w2g64", 0.14)])
