@@ -11,6 +11,7 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -387,6 +388,54 @@ BAD_WEIGHTS = {
 def test_malformed_weights_are_refused(case: str, plain_file: Path, tmp_path: Path) -> None:
     weights, match = BAD_WEIGHTS[case]
     refused(repack(plain_file, weights_safetensors=weights), tmp_path, match)
+
+
+@pytest.mark.usefixtures("no_link")
+def test_the_fields_of_large_files_are_checked_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if 3,000 bytes were 4 GiB; real sizes have a slow test beside the writer's tests."""
+    monkeypatch.setattr(zipform, "_FULL", 3000)
+    artifact = runtime_samples.plain(b"\x7fELF" * 1000)
+    path = artifact.save(tmp_path / "bad.mimo")
+    data = path.read_bytes()
+    assert b"PK\6\6" in data
+    assert open_artifact(path, verify="full").code == artifact.code
+    start = data.index(b"PK\1\2")
+    for at, bit in flips(start, len(data), 10_000):
+        refused(data[:at] + bytes([data[at] ^ bit]) + data[at + 1 :], tmp_path)
+    refused(data[:start] + data[-22 - 71 :], tmp_path)
+    refused(data[-22 - 71 :], tmp_path)
+
+
+@pytest.mark.usefixtures("no_link")
+def test_entries_and_states_must_be_sound(plain_file: Path, tmp_path: Path) -> None:
+    missing = edit_manifest(plain_file, lambda m: m.update(entries=["main", "other"]))
+    refused(missing, tmp_path, r"lists the entries \['main', 'other'\]")
+    shape = edit_manifest(plain_file, lambda m: m["states"]["sum"].update(shape=[-1]))
+    refused(shape, tmp_path, "state 'sum' has no sound shape")
+
+
+@pytest.mark.parametrize("answer", [0, -1])
+def test_tile_registers_are_asked_for(answer: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, ...]] = []
+
+    def syscall(*args: int) -> int:
+        asked.append(args)
+        return answer
+
+    libc = SimpleNamespace(syscall=syscall)
+    monkeypatch.setattr(cpu.ctypes, "CDLL", lambda *_, **__: libc)
+    cpu.permit_amx.cache_clear()
+    try:
+        if answer:
+            with pytest.raises(EnvironmentMismatch, match="refuses the AMX tile registers"):
+                cpu.permit_amx()
+        else:
+            cpu.permit_amx()
+    finally:
+        cpu.permit_amx.cache_clear()
+    assert asked == [(158, 0x1023, 18)]
 
 
 @pytest.mark.usefixtures("no_link")
