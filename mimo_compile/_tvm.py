@@ -18,6 +18,8 @@ What a caller must know:
 import ctypes
 import importlib.metadata
 import importlib.util
+import inspect
+import linecache
 import math
 import os
 import re
@@ -195,7 +197,56 @@ def compiler() -> Any:
             "TVM was loaded without its compiler",
             remedy="Unset TVM_USE_RUNTIME_LIB; if it is not set, " + _REPAIR.lower(),
         )
+    _quicken_parser()
     return tvm
+
+
+class _LeanInspect(ModuleType):
+    """`inspect` with a `stack` that does not search all modules for the source of every frame."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(inspect, name)
+
+    @staticmethod
+    def stack(context: int = 1) -> list[Any]:
+        """Return the callers' frames, innermost first, with one line of source each."""
+        del context  # one line is what TVM asks for
+        out = []
+        frame = sys._getframe(1)
+        while frame is not None:
+            name, line = frame.f_code.co_filename, frame.f_lineno
+            text = linecache.getline(name, line)
+            out.append(
+                inspect.FrameInfo(
+                    frame, name, line, frame.f_code.co_name, [text] if text else None, 0
+                )
+            )
+            frame = frame.f_back  # type: ignore[assignment]
+        return out
+
+
+def _quicken_parser() -> None:
+    """Keep TVMScript from reading every caller's source for each macro it expands.
+
+    `inspect.getouterframes` walks all imported modules for every frame: with torch loaded, a kernel
+    made of inlined helpers took minutes to parse.
+    """
+    from tvm.script.parser.core import parser
+    from tvm.tirx.script.builder import ir
+    from tvm.tirx.script.parser import entry
+
+    key = parser.ScriptMacro.parser_object_name
+
+    def find(self: Any) -> Any:
+        frame = sys._getframe(1)
+        while frame is not None:
+            if (found := frame.f_globals.get(key)) is not None:
+                return found
+            frame = frame.f_back  # type: ignore[assignment]
+        raise RuntimeError(f"{key} not available")
+
+    parser.ScriptMacro._find_parser_def = find
+    entry.inspect = ir.inspect = _LeanInspect("inspect")
 
 
 def _defer_tensor_intrinsics() -> None:

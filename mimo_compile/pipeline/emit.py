@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from mimo_compile.artifact import Deferred
 from mimo_compile.errors import MimoError
 from mimo_compile.ir.graph import KernelGraph, Node, Value
 from mimo_compile.ir.ops import get_op
@@ -26,15 +27,6 @@ class Lowered:
     kernel: Kernel
     schedule: Schedule | None = None
     config: Any = None
-
-
-@dataclass(frozen=True, slots=True)
-class PackedTensor:
-    """A tensor of the artifact, produced when it is written."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    make: Callable[[], Array]
 
 
 def to_numpy(tensor: Any) -> Array:
@@ -56,7 +48,7 @@ class Emitter:
     lowered: Mapping[Workload, Lowered]
     tensors: Mapping[str, Callable[[], Any]]
     """Global weight name -> canonical torch tensor."""
-    weights: dict[str, PackedTensor] = field(default_factory=dict)
+    weights: dict[str, Deferred] = field(default_factory=dict)
     states: dict[str, State] = field(default_factory=dict)
     _packed: dict[tuple[Any, ...], dict[str, str]] = field(default_factory=dict)
     _cache: dict[tuple[Any, ...], dict[str, Array]] = field(default_factory=dict)
@@ -77,7 +69,7 @@ class Emitter:
         name = value.root.source
         if name not in self.weights:
             shape, dtype = value.root.shape, _stored_dtype(value.dtype)
-            self.weights[name] = PackedTensor(shape, dtype, lambda: self.canonical(value.root))
+            self.weights[name] = Deferred(dtype, shape, lambda: self.canonical(value.root))
         return name
 
     def packed(self, node: Node, low: Lowered, weights: Mapping[str, Value]) -> dict[str, str]:
@@ -97,8 +89,8 @@ class Emitter:
             while name in self.weights:
                 name += "'"
             names[arg.name] = name
-            self.weights[name] = PackedTensor(
-                arg.shape, arg.dtype, lambda a=arg: self._pack(key, node, low, weights, a)
+            self.weights[name] = Deferred(
+                arg.dtype, arg.shape, lambda a=arg: self._pack(key, node, low, weights, a)
             )
         self._packed[key] = names
         return names

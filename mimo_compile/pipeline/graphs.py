@@ -70,6 +70,20 @@ class _StageGraphs:
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
         self.templates: dict[tuple[str, int], KernelGraph] = {}
+        self.names: dict[str, str] = {}
+        self.tensors: dict[str, Callable[[], torch.Tensor]] = {}
+        first: dict[Any, str] = {}
+        for stage in decoder.stages():
+            for name, tensor in [*stage.module.named_parameters(), *stage.module.named_buffers()]:
+                own = f"{stage.name}.{name}"
+                if name in stage.states:
+                    self.names[own] = stage.states[name]
+                    continue
+                # Stages may hold one tensor together (the embedding table): it is stored once.
+                key = (tensor.data_ptr(), tuple(tensor.shape), tensor.dtype)
+                self.names[own] = first.setdefault(key, own) if tensor.numel() else own
+                if self.names[own] == own:
+                    self.tensors[own] = lambda t=tensor: t
 
     def _example(self, stage: Stage, tokens: int) -> tuple[Any, ...]:
         import torch
@@ -117,9 +131,8 @@ class _StageGraphs:
                     values[name] = Value(name, "input", slot.shape, slot.dtype)
                     graph_inputs.append(values[name])
                 given[slot.name] = values[name]
-            names = dict(stage.states)
             graph = instantiate(
-                template, stage.name, lambda s, st=stage, n=names: n.get(s, f"{st.name}.{s}"), given
+                template, stage.name, lambda s, st=stage: self.names[f"{st.name}.{s}"], given
             )
             nodes += graph.nodes
             values.update(zip(stage.outputs, graph.outputs, strict=True))
@@ -148,7 +161,7 @@ def decoder_graphs(decoder: Decoder, steps: tuple[int, ...] = BUCKETS) -> ModelG
         if s not in drafts and s.name != "head" and (s not in ropes or s.name in used)
     ]
     head = decoder.stage("head")
-    model = ModelGraphs(config.name, {}, {}, {}, decoder=decoder)
+    model = ModelGraphs(config.name, {}, {}, {}, graphs.tensors, decoder)
 
     def add(
         name: str, parts: list[Stage], tokens: int, ins: tuple[str, ...], outs: dict[str, str]
@@ -172,10 +185,6 @@ def decoder_graphs(decoder: Decoder, steps: tuple[int, ...] = BUCKETS) -> ModelG
                 ("hidden", "ids", "pos"),
                 {"hidden": "normed"},
             )
-    for stage in stages:
-        for name, tensor in [*stage.module.named_parameters(), *stage.module.named_buffers()]:
-            if name not in stage.states:
-                model.tensors[f"{stage.name}.{name}"] = lambda t=tensor: t
     return model
 
 
@@ -183,13 +192,24 @@ def module_graphs(
     module: torch.nn.Module, example_inputs: tuple[Any, ...], name: str = "module"
 ) -> ModelGraphs:
     """Return a module's single entry point ``main`` (static shapes of the example inputs)."""
-    from mimo_compile.frontend.exported import export_program, tensors_of
+    from mimo_compile.frontend.exported import export_program
 
-    program = export_program(module, example_inputs)
+    return program_graphs(export_program(module, example_inputs), name)
+
+
+def program_graphs(program: torch.export.ExportedProgram, name: str) -> ModelGraphs:
+    """Return the single entry point ``main`` of an exported program."""
+    from mimo_compile.frontend.exported import tensors_of
+
     imported = import_exported(program)
     graph = build_graph(imported, lower_generic(imported.module), {})
-    model = ModelGraphs(name, {"main": graph}, {}, {})
-    model.input_names["main"] = tuple(v.name for v in graph.inputs)
-    model.output_names["main"] = tuple(f"output_{i}" for i in range(len(graph.outputs)))
-    model.tensors = {k: (lambda t=t: t) for k, t in tensors_of(program).items()}
-    return model
+    tensors: dict[str, Callable[[], torch.Tensor]] = {
+        k: (lambda t=t: t) for k, t in tensors_of(program).items()
+    }
+    return ModelGraphs(
+        name,
+        {"main": graph},
+        {"main": tuple(v.name for v in graph.inputs)},
+        {"main": tuple(f"output_{i}" for i in range(len(graph.outputs)))},
+        tensors,
+    )

@@ -1,0 +1,197 @@
+"""The Python API: `compile` and `tune` (`load` is the runtime's)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mimo_compile.errors import UsageError
+
+if TYPE_CHECKING:
+    from mimo_compile.artifact import Artifact
+    from mimo_compile.search import TuningResult
+    from mimo_compile.search.database import Database
+
+DbLike = "str | os.PathLike[str] | Database | None"
+
+
+def compile(
+    source: Any,
+    *,
+    target: str = "cpu",
+    quant: str = "none",
+    attention: str = "model",
+    objective: str = "latency",
+    trials: int | None = None,
+    seconds: float | None = None,
+    db: str | os.PathLike[str] | Database | None = None,
+    threads: int | None = None,
+    seed: int = 0,
+    max_context: int | None = None,
+    example_inputs: tuple[Any, ...] | None = None,
+    dynamic_shapes: Mapping[str, Any] | None = None,
+    progress: Callable[[Any], None] | None = None,
+) -> Artifact:
+    """Compile a model to an artifact.
+
+    Without a tuning budget, kernels are chosen from the database's records, the packaged ones and the
+    schedules' defaults, so this always works at once; with ``trials`` or ``seconds`` it tunes first.
+
+    Args:
+        source: model folder, ``"tiny"``, ``.pt2`` file, or `torch.nn.Module` with ``example_inputs``.
+        target: ``"cpu"`` or a preset, see `mimo-compile targets`.
+        quant: ``"none"`` or a scheme such as ``"w4g64a8"`` (model folders).
+        attention: ``"model"``: as the checkpoint says.
+        objective: what is best: ``latency energy edp ed2p energy@latency:1.05 latency@energy:12J``.
+        trials: candidates to measure before choosing.
+        seconds: wall-clock budget of tuning.
+        db: records file or open `Database`; None: the user's default database.
+        threads: threads to choose kernels for; None: all cores of the target.
+        seed: decides random choices of tuning.
+        max_context: positions that KV caches provide for; None: the model's own, at most 4096.
+        example_inputs: tensors that fix a module's input shapes.
+        dynamic_shapes: not supported yet: must be None.
+        progress: called with each `search.progress.Event` while tuning.
+
+    Returns:
+        The artifact: ``.save(path)``, or ``.module()`` to run it in this process.
+
+    Raises:
+        UsageError: an option is wrong or does not fit the source.
+        InputError: an input file is missing, damaged or not supported.
+        MissingExtra: the ``[compile]`` packages are not installed.
+    """
+    from mimo_compile.ir.hardware import resolve_target
+    from mimo_compile.pipeline.build import Extras, build_artifact
+    from mimo_compile.pipeline.choose import choose, tunable
+    from mimo_compile.pipeline.source import open_source
+
+    if dynamic_shapes is not None:
+        raise UsageError(
+            "dynamic_shapes are not supported in this version",
+            remedy="compile once for each shape",
+        )
+    hardware = resolve_target(target, threads)
+    opened = open_source(
+        source, quant=quant, attention=attention, max_context=max_context,
+        example_inputs=example_inputs,
+    )  # fmt: skip
+    with _database(db) as database:
+        if trials is not None or seconds is not None:
+            _tune(
+                tunable(opened.graphs), hardware, trials, seconds, None, objective, database, seed,
+                progress,
+            )  # fmt: skip
+        plan = choose(opened.graphs, hardware, objective, database)
+    extras = Extras(
+        quant=str(opened.scheme), objective=objective, config=opened.config,
+        tokenizer=opened.tokenizer, records=plan.records,
+    )  # fmt: skip
+    return build_artifact(opened.graphs, plan.choices, hardware, extras)
+
+
+def tune(
+    source: Any,
+    *,
+    target: str = "cpu",
+    quant: str = "none",
+    attention: str = "model",
+    objective: str = "latency",
+    trials: int | None = None,
+    seconds: float | None = None,
+    joules: float | None = None,
+    db: str | os.PathLike[str] | Database | None = None,
+    threads: int | None = None,
+    seed: int = 0,
+    max_context: int | None = None,
+    example_inputs: tuple[Any, ...] | None = None,
+    progress: Callable[[Any], None] | None = None,
+) -> TuningResult:
+    """Search the best kernels of a model, or of one op, and keep every measurement in the database.
+
+    Args:
+        source: as for `compile`, or the text of one workload such as
+            ``"mpgemm:m=1,n=4096,k=4096,w=w4g64,a=a8"``.
+        target: as for `compile`, as are the other options that are not described here.
+        quant: scheme of the weights.
+        attention: ``"model"``.
+        objective: as for `compile`, or ``"pareto"``.
+        trials: candidates to measure over all workloads, those of earlier runs included.
+        seconds: wall-clock budget.
+        joules: budget of energy used while tuning (needs a meter).
+        db: where records are kept.
+        threads: threads to tune for.
+        seed: decides random choices.
+        max_context: positions that KV caches provide for.
+        example_inputs: tensors that fix a module's input shapes.
+        progress: called with each `search.progress.Event`.
+
+    Returns:
+        What is known afterwards: ``.best`` and ``.pareto`` by workload. Ctrl-C ends the search and
+        returns too.
+
+    Raises:
+        UsageError: an option is wrong, or the target cannot run here.
+        InputError: an input file is missing, damaged or not supported.
+        MissingExtra: the ``[compile]`` packages are not installed.
+    """
+    from mimo_compile.ir.hardware import resolve_target
+    from mimo_compile.ir.workload import Workload
+    from mimo_compile.pipeline.choose import tunable
+    from mimo_compile.pipeline.source import open_source, require_compile_extra
+
+    hardware = resolve_target(target, threads)
+    workloads: dict[Workload, float]
+    if is_op_spec(source):
+        require_compile_extra()
+        from mimo_compile.ir.ops import parse_workload
+
+        workloads = {parse_workload(source): 1.0}
+    else:
+        opened = open_source(
+            source, quant=quant, attention=attention, max_context=max_context,
+            example_inputs=example_inputs,
+        )  # fmt: skip
+        workloads = tunable(opened.graphs)
+    with _database(db) as database:
+        return _tune(
+            workloads, hardware, trials, seconds, joules, objective, database, seed, progress
+        )
+
+
+def is_op_spec(source: Any) -> bool:
+    """Say whether a source is the text of a workload rather than a path."""
+    return isinstance(source, str) and ":" in source and "=" in source and not Path(source).exists()
+
+
+class _Borrowed:
+    """A database that the caller owns."""
+
+    def __init__(self, database: Database) -> None:
+        self.database = database
+
+    def __enter__(self) -> Database:
+        return self.database
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def _database(db: str | os.PathLike[str] | Database | None) -> Any:
+    from mimo_compile.search.database import Database
+
+    return _Borrowed(db) if isinstance(db, Database) else Database(db)
+
+
+def _tune(
+    workloads: Any, hardware: Any, trials: int | None, seconds: float | None, joules: float | None,
+    objective: str, database: Any, seed: int, progress: Callable[[Any], None] | None,
+) -> TuningResult:  # fmt: skip
+    from mimo_compile.search.tuner import tune_workloads
+
+    return tune_workloads(
+        workloads, hardware, trials=trials, seconds=seconds, joules=joules, objective=objective,
+        db=database, seed=seed, progress=progress,
+    )  # fmt: skip

@@ -1,0 +1,1 @@
+"""Model -> kernel graphs -> plan -> artifact."""

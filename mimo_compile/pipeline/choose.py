@@ -1,0 +1,108 @@
+"""What to tune for a model, and which kernel each workload gets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mimo_compile.ir.hardware import Hardware
+from mimo_compile.ir.ops import get_op
+from mimo_compile.ir.workload import Workload
+from mimo_compile.pipeline.graphs import ModelGraphs
+from mimo_compile.runtime.program import Choice
+from mimo_compile.search.database import Database
+from mimo_compile.search.lookup import results_for
+from mimo_compile.search.plan import make_plan
+from mimo_compile.search.records import encode
+
+
+def entry_tokens(entry: str) -> int:
+    """Return the token count of an entry's name (``step_64`` -> 64), 1 for others."""
+    tail = entry.rpartition("_")[2]
+    return int(tail) if tail.isdigit() else 1
+
+
+def call_weights(calls: Mapping[str, int]) -> float:
+    """Return how much a workload's time matters: its calls per token, summed over entry points.
+
+    Every entry counts alike per token it handles, so decoding one token and prefilling one matter equally;
+    draft heads count half, since only speculation runs them.
+    """
+    return sum(
+        count / entry_tokens(entry) * (0.5 if entry.startswith("mtp") else 1.0)
+        for entry, count in calls.items()
+    )
+
+
+def tunable(model: ModelGraphs) -> dict[Workload, float]:
+    """Return the dialect workloads of a model with their weights, heaviest first."""
+    generic = model.functions()
+    weights = {w: call_weights(c) for w, c in model.workloads().items() if w not in generic}
+    return dict(sorted(weights.items(), key=lambda item: -item[1]))
+
+
+@dataclass(frozen=True, slots=True)
+class ModelPlan:
+    """The kernel of each workload, and the measurements that this rests on."""
+
+    choices: dict[Workload, Choice]
+    records: bytes
+    """JSON lines of the records behind measured choices."""
+
+
+def shared_tensors(model: ModelGraphs) -> list[list[tuple[Workload, str]]]:
+    """Return groups of (workload, tensor's name in schedule layouts) that are one tensor.
+
+    Those who read or write one tensor (token counts of one matrix, append and attend of one cache) must
+    agree on its layout.
+    """
+    users: dict[str, dict[tuple[Workload, str], None]] = {}
+    for graph in model.entries.values():
+        for node in graph.nodes:
+            if node.func is not None:
+                continue
+            args = [a for a in get_op(node.workload.op).args(node.workload) if a.role != "output"]
+            for arg, value in zip(args, node.args, strict=True):
+                if arg.role in ("weight", "state"):
+                    name = arg.name if arg.role == "state" else "weight"
+                    users.setdefault(value.root.source, {})[node.workload, name] = None
+    groups = {frozenset(group): list(group) for group in users.values() if len(group) > 1}
+    return list(groups.values())
+
+
+def choose(
+    model: ModelGraphs, hardware: Hardware, objective: str, db: Database | None
+) -> ModelPlan:
+    """Choose schedule and config of each dialect workload for the whole model at once.
+
+    Args:
+        model: Entry points as kernel graphs.
+        hardware: The target.
+        objective: See `search.objective.parse_objective`.
+        db: Records to choose from, beside the packaged ones.
+
+    Raises:
+        UsageError: an op has no kernel for the hardware, or the objective's budget cannot be kept.
+    """
+    plan = make_plan(
+        tunable(model), hardware, objective=objective, db=db, shared=shared_tensors(model)
+    )
+    choices: dict[Workload, Choice] = {}
+    lines: dict[str, None] = {}
+    for workload, chosen in plan.choices.items():
+        option = chosen.option
+        choices[workload] = Choice(
+            str(workload), option.candidate.schedule, option.candidate.config, "", option.source,
+            option.latency_us, option.energy_mj, _meter(option.energy_source),
+        )  # fmt: skip
+        if option.source == "measured":
+            for result in results_for(workload, hardware, db):
+                r = result.record
+                if (r.schedule, r.config) == (option.candidate.schedule, option.candidate.config):
+                    lines[encode(r)] = None
+    return ModelPlan(choices, "".join(f"{line}\n" for line in lines).encode())
+
+
+def _meter(name: str) -> Any:
+    return name if name in ("nvml", "rapl") else "modelled"

@@ -1,0 +1,119 @@
+"""What a user hands over -> kernel graphs: a model folder, the built-in model, a module, a ``.pt2`` file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mimo_compile.errors import MissingExtra, UsageError
+from mimo_compile.ir.formats import QuantScheme, parse_scheme
+from mimo_compile.pipeline.graphs import ModelGraphs, decoder_graphs, module_graphs, program_graphs
+
+if TYPE_CHECKING:
+    import torch
+
+    from mimo_compile.frontend.huggingface import LoadedModel
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A model ready for planning and building."""
+
+    graphs: ModelGraphs
+    scheme: QuantScheme
+    config: bytes | None = None
+    """``config.json`` as it came."""
+    tokenizer: bytes | None = None
+    loaded: LoadedModel | None = None
+    """The eager model, the oracle of the compiled one (decoders only)."""
+    module: torch.nn.Module | None = field(default=None, repr=False)
+
+
+def require_compile_extra() -> None:
+    """Check that the packages of the ``[compile]`` extra are there.
+
+    Raises:
+        MissingExtra: one is missing; the message has the pip line.
+    """
+    from importlib.util import find_spec
+
+    for name in ("torch", "xgboost", "scipy", "networkx", "safetensors"):
+        if find_spec(name) is None:
+            raise MissingExtra("compiling and tuning", extra="compile", missing=name)
+
+
+def open_source(
+    source: Any,
+    *,
+    quant: str = "none",
+    attention: str = "model",
+    max_context: int | None = None,
+    example_inputs: tuple[Any, ...] | None = None,
+) -> Source:
+    """Load, quantise, export and lower a model.
+
+    Args:
+        source: model folder, ``tiny``, ``.pt2`` file, or `torch.nn.Module` with ``example_inputs``.
+        quant: the `--quant` grammar; modules and ``.pt2`` files keep their float weights (``none``).
+        attention: ``model``: as the checkpoint says.
+        max_context: positions that the KV caches provide for.
+        example_inputs: tensors that fix a module's input shapes.
+
+    Raises:
+        UsageError: options that do not fit the source or have no kernels yet.
+        InputError: files that are missing, damaged or not supported.
+        MissingExtra: the ``[compile]`` packages are not installed.
+    """
+    require_compile_extra()
+    import torch
+
+    scheme = parse_scheme(quant)
+    if attention != "model":
+        raise UsageError(
+            f"--attention {attention} has no kernels in this version",
+            remedy="use --attention model",
+        )
+    if scheme.kv != "16":
+        raise UsageError(
+            f"--quant {quant}: a {scheme.kv} KV cache has no kernels in this version",
+            remedy="leave out the kv part",
+        )
+    if isinstance(source, torch.nn.Module):
+        _plain_only(scheme, quant)
+        graphs = module_graphs(source, example_inputs or (), type(source).__name__)
+        return Source(graphs, scheme, module=source)
+    if not isinstance(source, (str, Path)):
+        raise UsageError(
+            f"cannot compile a {type(source).__name__}",
+            remedy="pass a model folder, 'tiny', a .pt2 file or a torch.nn.Module",
+        )
+    if Path(source).suffix == ".pt2":
+        from mimo_compile.frontend.exported import load_program
+
+        _plain_only(scheme, quant)
+        program = load_program(Path(source))
+        return Source(program_graphs(program, Path(source).stem), scheme)
+    return _open_checkpoint(source, scheme, max_context)
+
+
+def _open_checkpoint(source: str | Path, scheme: QuantScheme, max_context: int | None) -> Source:
+    from mimo_compile.frontend.huggingface import load_checkpoint, resolve_source
+
+    folder = resolve_source(source)
+    loaded = load_checkpoint(folder, scheme, max_context)
+    return Source(
+        decoder_graphs(loaded.decoder),
+        scheme,
+        config=(folder / "config.json").read_bytes(),
+        tokenizer=loaded.tokenizer.read_bytes() if loaded.tokenizer else None,
+        loaded=loaded,
+    )
+
+
+def _plain_only(scheme: QuantScheme, text: str) -> None:
+    if scheme.weight is not None:
+        raise UsageError(
+            f"--quant {text} is for model folders; a module or .pt2 file keeps its weights",
+            remedy="leave out --quant",
+        )
