@@ -304,6 +304,11 @@ class MtpLayer(LayerCore):
         self.final_norm = frozen(norms["final_norm"])
         return self
 
+    @property
+    def kind(self) -> str:
+        """What the graph depends on, the joining projection and the table included."""
+        return f"{super().kind} {self.eh_proj.kind} {float_name(self.table)}"
+
     def forward(self, hidden: Tensor, ids: Tensor, table: Tensor, pos: Tensor) -> Tensor:
         """Join token and hidden state (token first), run the layer, normalise."""
         norm, width = torch.nn.functional.rms_norm, (hidden.shape[-1],)
