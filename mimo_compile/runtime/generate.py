@@ -265,8 +265,8 @@ def generate_text(
 def encode(module: Module, prompt: Prompt) -> npt.NDArray[np.int32]:
     """Return a prompt as token ids `[n]`, n above 0.
 
-    Text is encoded as the tokenizer does it for a model; if the decoder has a first token that
-    the tokenizer did not put there, it is added.
+    Text is encoded as the tokenizer does it for a model, which decides on a first token of its
+    own; empty text becomes the decoder's first token if it has one.
 
     Raises:
         UsageError: It is empty, or holds ids outside of the vocabulary.
@@ -274,8 +274,8 @@ def encode(module: Module, prompt: Prompt) -> npt.NDArray[np.int32]:
     decoder = decoder_of(module)
     if isinstance(prompt, str):
         found: list[int] = module.tokenizer.encode(prompt).ids
-        if decoder.bos is not None and found[:1] != [decoder.bos]:
-            found = [decoder.bos, *found]
+        if not found and decoder.bos is not None:
+            found = [decoder.bos]
         ids = check_ids(found, decoder)
     else:
         ids = check_ids(prompt, decoder)

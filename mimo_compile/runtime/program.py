@@ -78,6 +78,7 @@ class Decoder(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_context: int
     eos: tuple[int, ...] = ()
     bos: int | None = None
+    """First token of an empty prompt; with others the tokenizer decides."""
     mtp: int = 0
     """Number of draft heads."""
     mtp_steps: tuple[int, ...] = ()

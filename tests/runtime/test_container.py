@@ -501,3 +501,11 @@ def test_any_edit_of_bytes_is_refused(
     if bad != good:
         with pytest.raises(ArtifactError):
             load(tmp_path / "bad.mimo", verify="full")
+
+
+def test_builder_and_runtime_spell_features_alike() -> None:
+    from mimo_compile.ir import hardware
+
+    assert hardware.local_cpu().features <= cpu.features()
+    for word, name in hardware._CPUINFO.items():
+        assert cpu._spell(word) == name

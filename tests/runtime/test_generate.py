@@ -77,14 +77,16 @@ def test_generation_stops_before_the_end_of_text() -> None:
     assert "".join(module.generate("b", 9)) == ""
 
 
-def test_a_first_token_is_added_to_text_only() -> None:
+def test_an_empty_text_begins_with_the_first_token() -> None:
     artifact = runtime_samples.decoder()
     decoder = msgspec.structs.replace(artifact.manifest.decoder, bos=3)
     artifact.manifest = msgspec.structs.replace(artifact.manifest, decoder=decoder)
     module = artifact.module()
-    ids = module.tokenizer.encode("ab").ids
-    assert list(module.generate_ids("ab", 3)) == list(module.generate_ids([3, *ids], 3))
-    assert list(module.generate_ids(ids, 3)) != list(module.generate_ids([3, *ids], 3))
+    assert list(module.generate_ids("", 3)) == list(module.generate_ids([3], 3))
+    ids = module.tokenizer.encode("ab").ids  # the tokenizer adds none, so none is added
+    assert list(module.generate_ids("ab", 3)) == list(module.generate_ids(ids, 3))
+    with pytest.raises(UsageError, match="the prompt is empty"):
+        module.generate_ids([], 3)
 
 
 def test_the_context_is_used_to_its_end_and_not_beyond(module: Module) -> None:
