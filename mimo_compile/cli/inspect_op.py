@@ -28,16 +28,20 @@ def run_op(args: argparse.Namespace) -> int:
     with open_records(args.db) as db:
         results = sorted(results_for(workload, hardware, db), key=lambda r: r.latency_us)
     front = {r.record.key for r in pareto(results)}
+    defaults = {(c.schedule, c.knobs) for c in space.defaults()}
     rows: list[dict[str, Any]] = []
-    for result in results[: args.limit]:
-        rows.append(
-            {
-                "schedule": result.record.schedule, "config": result.record.config,
-                "predicted_us": _predicted(space, result.record, device),
-                "measured_us": result.latency_us, "measured_mj": result.measured_mj,
-                "modelled_mj": result.modelled_mj, "pareto": result.record.key in front,
-            }
-        )  # fmt: skip
+    for rank, result in enumerate(results):
+        default = (result.record.schedule, tuple(sorted(result.record.config.items()))) in defaults
+        if rank < args.limit or default:
+            rows.append(
+                {
+                    "schedule": result.record.schedule, "config": result.record.config,
+                    "predicted_us": _predicted(space, result.record, device),
+                    "measured_us": result.latency_us, "measured_mj": result.measured_mj,
+                    "modelled_mj": result.modelled_mj, "pareto": result.record.key in front,
+                    "default": default,
+                }
+            )  # fmt: skip
     known = {(r["schedule"], str(sorted(r["config"].items()))) for r in rows}
     for default in space.defaults():
         if (default.schedule, str(sorted(default.config.items()))) not in known:
@@ -47,7 +51,7 @@ def run_op(args: argparse.Namespace) -> int:
                 {
                     "schedule": default.schedule, "config": default.config, "predicted_us": latency,
                     "measured_us": None, "measured_mj": None,
-                    "modelled_mj": device.energy_mj(work, latency), "pareto": False,
+                    "modelled_mj": device.energy_mj(work, latency), "pareto": False, "default": True,
                 }
             )  # fmt: skip
     value = {
@@ -90,7 +94,7 @@ def _show(console: Console, value: dict[str, Any]) -> None:
         (
             row["schedule"], " ".join(f"{k}={v}" for k, v in row["config"].items()),
             number(row["predicted_us"]), number(row["measured_us"]), number(row["measured_mj"]),
-            number(row["modelled_mj"]), "*" if row["pareto"] else "",
+            number(row["modelled_mj"]), " ".join(n for n in ("pareto", "default") if row[n]),
         )
         for row in value["candidates"]
     ]  # fmt: skip

@@ -100,6 +100,8 @@ class ReportData:
     manifest: Manifest | None = None
     members: dict[str, int] = field(default_factory=dict)
     """Bytes of the artifact's members."""
+    unread: int = 0
+    """Records of the artifact that this version cannot read."""
 
 
 def gather(path: str | os.PathLike[str]) -> ReportData:
@@ -133,7 +135,12 @@ def _from_artifact(file: Path) -> ReportData:
 
     parts = open_artifact(file, for_this_machine=False)
     lines = (parts.texts.get("records.jsonl") or b"").splitlines()
-    records = [decode(line, file=f"records.jsonl of {file}") for line in lines if line.strip()]
+    records, unread = [], 0
+    for line in lines:
+        try:
+            records.append(decode(line))
+        except InputError:  # of a newer version, say: the artifact itself is sound
+            unread += 1
     choices = {c.workload: c for c in parts.manifest.plan}
     machines = _machines(records, choices)
     main = max(machines, key=lambda m: len(m.subjects), default=None)
@@ -147,7 +154,7 @@ def _from_artifact(file: Path) -> ReportData:
         if w not in known
     ]
     members = {name: member.bytes for name, member in parts.manifest.members.items()}
-    return ReportData(parts.manifest.name, str(file), machines, parts.manifest, members)
+    return ReportData(parts.manifest.name, str(file), machines, parts.manifest, members, unread)
 
 
 def _machines(records: Iterable[Record], choices: Mapping[str, Choice]) -> list[Machine]:

@@ -48,6 +48,8 @@ def _head(data: ReportData) -> str:
         ]  # fmt: skip
         rows = "".join(f"<tr><th>{escape(k)}</th><td>{escape(v)}</td></tr>" for k, v in facts)
         out.append(f'<div class="card"><table>{rows}</table></div>')
+    if data.unread:
+        out.append(f'<p class="soft">{_count(data.unread, "record")} could not be read.</p>')
     return "".join(out)
 
 
@@ -97,7 +99,10 @@ def _tiles(machine: Machine, data: ReportData) -> str:
         after = sum(w for _, w in rated)
         if after:
             tiles.append(
-                (f"{before / after:.2f}×", f"tuned over default, {len(rated)} workloads together")
+                (
+                    f"{before / after:.2f}×",
+                    f"tuned over default, {_count(len(rated), 'workload')} together",
+                )
             )
     if verdicts:
         bad = sum(n for v, n in verdicts.items() if v != "ok")
@@ -113,6 +118,10 @@ def _tiles(machine: Machine, data: ReportData) -> str:
         f'<div class="card tile"><b>{escape(b)}</b><span>{escape(t)}</span></div>' for b, t in tiles
     )
     return f'<div class="tiles">{cells}</div>'
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
 def _by_kernel(subjects: Sequence[Subject]) -> str:
@@ -200,19 +209,18 @@ def _roofline(subjects: Sequence[Subject], machine: Machine) -> str:
     tops = []
     if device is not None:
         tops = [2 * device.ops_per_s[k] * machine.threads / 1e9 for k in ("fma_f32", "dot_i8")]
-    x = Axis.around([m[0] for m in marks], log=True, title="operations per byte from memory")
+    knees = [t * 1e9 / device.bandwidth("dram", machine.threads) for t in tops] if device else []
+    x = Axis.around(
+        [*(m[0] for m in marks), *knees], log=True, title="operations per byte from memory"
+    )
     y = Axis.around([*rates, *tops], log=True, title="Gop/s")
     plot = Plot(x, y, 920, 380, "roofline")
-    if device is not None:
-        memory = device.bandwidth("dram", machine.threads) / 1e9
-        for top, kind, name in zip(
-            tops, ("roof2", "roof"), ("f32 multiply-add", "int8 dot"), strict=True
-        ):
-            knee = min(max(top / memory, x.low), x.high)
-            start = max(x.low, y.low / memory)
-            line = [(knee, min(top, knee * memory)), (x.high, min(top, x.high * memory))]
-            plot.line([(start, start * memory), *line] if start < knee else line, kind)
-            plot.text((x.high, top), f"{name} {short(top)} Gop/s", "end", -4, -5)
+    names = ("f32 multiply-add", "int8 dot")
+    for top, knee, kind, name in zip(tops, knees, ("roof2", "roof"), names, strict=False):
+        slope = top / knee
+        start = max(x.low, y.low / slope)
+        plot.line([(start, start * slope), (knee, top), (x.high, top)], kind)
+        plot.text((x.high, top), f"{name} {short(top)} Gop/s", "end", -4, -5)
     ops = sorted({m[2].op for m in marks})
     for index, op in enumerate(ops):
         mine = [m for m in marks if m[2].op == op]
@@ -282,7 +290,7 @@ def _curves(subjects: Sequence[Subject]) -> str:
         plot = Plot(Axis(0, len(trials) * 1.03 + 1, title="candidates"), y, title="tuning curve")
         plot.points(shown[::step], "trial", 2.2)
         plot.steps(curve, "curve")
-        plot.text(curve[-1], f"{short(curve[-1][1])} us", "end", -2, 12)
+        plot.text(curve[-1], f"{short(curve[-1][1])} us", "end", 0, -5)
         cards.append(_small(subject, plot))
     text = "Each dot is a correct candidate in the order of measuring; the line is the best so far."
     return _section("Tuning curves", text, _gallery(cards))
@@ -317,7 +325,7 @@ def _fronts(subjects: Sequence[Subject]) -> str:
             plot.points(front, "front", 4, labels)
             cards.append(_small(subject, plot))
         kind = "measured" if measured else "modelled"
-        text = f"Latency and {kind} energy of each correct candidate; the line joins those that none beats in both."
+        text = f"Latency and {kind} energy of each correct candidate; the line joins those that none beats."
         if not measured:
             text += " Modelled energy follows latency closely, so fronts are short."
         out.append(_section(f"Pareto fronts, energy {kind}", text, _gallery(cards)))

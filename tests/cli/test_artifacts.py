@@ -1,0 +1,134 @@
+"""run, inspect and report on small artifacts; every damage is one line and the designed exit code."""
+
+import json
+import shutil
+import zipfile
+from pathlib import Path
+
+import msgspec
+import pytest
+import runtime_samples
+
+RUN = ["--prompt", "hello", "--max-new-tokens", "6"]
+RUN_KEYS = {
+    "text", "prompt_tokens", "new_tokens", "prefill_tokens_per_s", "decode_tokens_per_s", "joules_per_token",
+    "joules_source",
+}  # fmt: skip
+
+
+def test_run_streams_text_and_reports(cli, decoder_file) -> None:
+    plain = cli("run", decoder_file, *RUN)
+    assert plain.code == 0
+    assert "tokens/s" in plain.err and "joules not measured" in plain.err
+    done = cli("run", decoder_file, *RUN, "--json")
+    value = json.loads(done.out)
+    assert done.code == 0 and value["ok"] and set(value) >= RUN_KEYS
+    assert value["text"] == plain.out.removesuffix("\n")
+    assert (
+        value["prompt_tokens"] == 5 and value["joules_per_token"] is None and value["joules_reason"]
+    )
+    again = cli(
+        "run", decoder_file, "--prompt", "hello", "--temperature", "1.0", "--seed", "3", "--json"
+    )
+    other = cli(
+        "run", decoder_file, "--prompt", "hello", "--temperature", "1.0", "--seed", "3", "--json"
+    )
+    assert json.loads(again.out)["text"] == json.loads(other.out)["text"]
+
+
+def test_prompt_comes_from_a_file_too(cli, decoder_file, tmp_path) -> None:
+    (tmp_path / "p.txt").write_text("hello")
+    done = cli(
+        "run", decoder_file, "--prompt-file", tmp_path / "p.txt", "--max-new-tokens", "6", "--json"
+    )
+    assert json.loads(done.out)["prompt"] == "hello"
+    (tmp_path / "p.txt").write_bytes(b"\xff\xfe")
+    assert cli("run", decoder_file, "--prompt-file", tmp_path / "p.txt").code == 2
+    assert cli("run", decoder_file, "--prompt-file", tmp_path / "none").code == 1
+
+
+def damage(path: Path, target: Path, member: str) -> Path:
+    """Flip one byte in the middle of a member's data."""
+    shutil.copy(path, target)
+    with zipfile.ZipFile(path) as zip_:
+        info = zip_.getinfo(member)
+        start = info.header_offset
+    data = bytearray(target.read_bytes())
+    name, extra = (int.from_bytes(data[start + i : start + i + 2], "little") for i in (26, 28))
+    data[start + 30 + name + extra + info.file_size // 2] ^= 0x10
+    target.write_bytes(data)
+    return target
+
+
+@pytest.mark.parametrize(
+    "member", ["manifest.json", "programs.json", "weights.safetensors", "tokenizer.json", "code"]
+)
+def test_a_flipped_byte_in_any_member_is_refused(cli, decoder_file, tmp_path, member) -> None:
+    with zipfile.ZipFile(decoder_file) as zip_:
+        names = zip_.namelist()
+    name = (
+        member
+        if member in names
+        else next(n for n in names if n.startswith(member) or n.endswith(".o"))
+    )
+    bad = damage(decoder_file, tmp_path / "bad.mimo", name)
+    for verb in (["run", bad, *RUN], ["verify", bad]):
+        done = cli(*verb)
+        assert done.code == 3, (verb, done.err)
+        assert "damaged" in done.error or "differ" in done.error
+        assert "bad.mimo" in done.error
+        assert done.out.strip() == ""
+
+
+def test_other_artifacts_that_do_not_fit(cli, tmp_path, decoder_file, plain_file) -> None:
+    sample = runtime_samples.decoder()
+    target = sample.manifest.target
+    amx = msgspec.structs.replace(target, features=("amx-int8", "no-such-feature"))
+    sample.manifest = msgspec.structs.replace(sample.manifest, target=amx)
+    sample.save(tmp_path / "amx.mimo")
+    done = cli("run", tmp_path / "amx.mimo", *RUN)
+    assert done.code == 3 and "no-such-feature" in done.error
+
+    sample = runtime_samples.decoder()
+    sample.manifest = msgspec.structs.replace(sample.manifest, schema=99)
+    try:
+        sample.save(tmp_path / "new.mimo")
+    except Exception:
+        pytest.fail("a newer schema must be writable to be tested")
+    done = cli("run", tmp_path / "new.mimo", *RUN)
+    assert done.code == 3 and "99" in done.error and "1" in done.error
+
+    done = cli("run", plain_file, *RUN)
+    assert done.code == 2 and "not a decoder" in done.error
+    (tmp_path / "empty.mimo").write_bytes(b"")
+    assert cli("run", tmp_path / "empty.mimo", *RUN).code == 3
+    (tmp_path / "text.mimo").write_text("this is no artifact, whatever its name says" * 20)
+    assert cli("run", tmp_path / "text.mimo", *RUN).code == 3
+    cut = tmp_path / "cut.mimo"
+    cut.write_bytes(decoder_file.read_bytes()[:-100])
+    assert cli("run", cut, *RUN).code == 3
+    assert cli("run", tmp_path / "missing.mimo", *RUN).code == 1
+    long = cli("run", decoder_file, "--prompt", "x" * 500)
+    assert long.code == 2 and "context" in long.error
+
+
+def test_inspect_shows_an_artifact(cli, decoder_file) -> None:
+    done = cli("inspect", decoder_file)
+    assert done.code == 0
+    for text in ("step_1", "head_1", "weights.safetensors", "requires"):
+        assert text in done.out
+    value = json.loads(cli("inspect", decoder_file, "--json").out)
+    assert value["ok"] and set(value["programs"]) == set(value["entries"])
+    assert cli("inspect", decoder_file, "--kernel", "nothing").code == 2
+    dot = cli("inspect", decoder_file, "--dot", "--entry", "step_4")
+    assert dot.code == 0 and dot.out.startswith("digraph")
+    assert cli("inspect", decoder_file, "--dot", "--entry", "step_5").code == 2
+
+
+def test_report_of_an_artifact_without_records(cli, decoder_file, tmp_path) -> None:
+    done = cli("report", decoder_file, "-o", tmp_path / "r.html")
+    assert done.code == 0 and (tmp_path / "r.html").read_text().startswith("<!DOCTYPE html>")
+    assert cli("report", tmp_path / "none.db", "-o", tmp_path / "x.html").code == 1
+    (tmp_path / "odd").write_text("neither")
+    assert cli("report", tmp_path / "odd", "-o", tmp_path / "x.html").code == 1
+    assert not (tmp_path / "x.html").exists()
