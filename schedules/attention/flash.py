@@ -16,6 +16,7 @@ from mimo_compile.schedules.emit.build import (
     choose,
     load,
     loop,
+    prefetch,
     store,
     when,
     workspace,
@@ -32,6 +33,7 @@ class Tile:
     def __init__(self, s: Tiling, k: Any, v: Any, head: Any) -> None:
         self.s, self.k, self.v, self.head = s, k, v, head
         width = s.blocks * LANES
+        self.streams = s.ahead > 0 and s.height <= s.rows
         self.q = workspace((s.height, s.p["d"]), "float32")
         self.score = workspace((s.height, width), "float32")
         self.out = workspace((s.height, s.columns * LANES), "float32")
@@ -76,6 +78,9 @@ class Tile:
                     ]
                     with loop(s.p["d"]) as i:
                         keys = [bind(load(self.k, self.head, b, i, 0, lanes=LANES)) for b in blocks]
+                        if self.streams:
+                            for b in blocks:
+                                prefetch(self.k, self.head, b + s.ahead * s.blocks, i, 0)
                         for r in range(rows):
                             query = bind(splat(self.q[first + r, i]))
                             for u, key in enumerate(keys):
@@ -152,6 +157,14 @@ class Tile:
                 values = [
                     bind(load(self.v, self.head, slot, j * LANES, lanes=LANES)) for j in columns
                 ]
+                if self.streams:
+                    for j in columns:
+                        prefetch(
+                            self.v,
+                            self.head,
+                            slot + self.s.ahead * self.s.blocks * LANES,
+                            j * LANES,
+                        )
                 for r in range(rows):
                     weight = bind(splat(self.score[first + r, u * LANES + i]))
                     for j, value in enumerate(values):
@@ -185,7 +198,7 @@ class Tile:
 
 
 def factor(top: Any, total: Any, sink: Any | None) -> Any:
-    """Return what a row's sum of values is multiplied with; the sink, in base 2, joins the denominator here, once."""
+    """Return what a row's sum of values is multiplied with; here the sink (base 2) joins, once."""
     if sink is None:
         return bind(T.if_then_else(total > T.float32(0), T.float32(1) / total, T.float32(0)))
     high = bind(T.max(top, sink))

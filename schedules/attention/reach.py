@@ -1,7 +1,7 @@
 """Which slots of a KV cache a tile of queries sees, and in which order kernels visit them.
 
-A *step* is a run of blocks of 16 slots; a *tile* is ``tokens`` queries with all G heads of one KV head, whose rows
-``token * G + g`` share every load of keys and values.
+A *step* is a run of blocks of 16 slots; a *tile* is ``tokens`` queries with all G heads of one KV
+head, whose rows ``token * G + g`` share every load of keys and values.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ class Tiling:
     """Rows of a register tile."""
     registers: int
     """Accumulator vectors in flight."""
+    ahead: int
+    """Steps that keys and values are prefetched ahead, where a tile reads them once (0: none)."""
 
     @property
     def group(self) -> int:
@@ -139,3 +141,23 @@ class Reach:
         """Return how many slots of part ``u`` were ever written and belong to the step's run."""
         left = T.min(T.max(self.written - self.block(step, u) * LANES, T.int32(0)), T.int32(LANES))
         return fixed(T.if_then_else(step * self.sizes.blocks + u < self.total, left, T.int32(0)))
+
+
+def visited(s: Tiling, start: int, valid: int, first: int) -> tuple[int, int]:
+    """Return (steps, written slots whose values are read) of the tile from token ``first`` on."""
+    cap, window = int(s.p["cap"]), int(s.p["window"])
+    last = start + valid - 1
+    low = max(0, last - cap + 1, start + first - window + 1 if window else 0)
+    count = min(start + first + s.tokens - 1, last) - low + 1 if first < valid else 0
+    if count <= 0:
+        return 0, 0
+    block, end = low % cap // LANES, low % cap + count
+    if end <= cap:
+        total = -(-end // LANES) - block
+    else:
+        total = s.cache_blocks - block + min(-(-(end - cap) // LANES), block)
+    written = min(last + 1, cap)
+    live = sum(
+        min(max(written - (block + i) % s.cache_blocks * LANES, 0), LANES) for i in range(total)
+    )
+    return -(-total // s.blocks), live

@@ -1,7 +1,7 @@
-"""Attention over a KV cache on x86: one function for decode and prefill, dense, window, ring and sink.
+"""Attention over a KV cache on x86: one function for decode and prefill, dense, window, ring, sink.
 
-Tasks are (KV head, tile of queries, part of the keys); parts are merged in a second phase. Only blocks that some
-query of a tile can see are visited.
+Tasks are (KV head, tile of queries, part of the keys); parts are merged in a second phase. Only
+blocks that some query of a tile can see are visited.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.ops.base import Array
 from mimo_compile.ir.workload import Workload
-from mimo_compile.schedules.attention.flash import START, Tile, factor, write_row
 from mimo_compile.schedules.attention.layout import (
     LAYOUTS,
     kernel_args,
@@ -23,19 +22,11 @@ from mimo_compile.schedules.attention.layout import (
     round_up,
     unpack_caches,
 )
-from mimo_compile.schedules.attention.reach import Reach, Tiling, fixed
+from mimo_compile.schedules.attention.phases import emit
+from mimo_compile.schedules.attention.reach import Tiling, visited
 from mimo_compile.schedules.base import Kernel, Schedule, Space
-from mimo_compile.schedules.emit.build import (
-    Register,
-    T,
-    bind,
-    function,
-    load,
-    loop,
-    store,
-    workspace,
-)
-from mimo_compile.schedules.emit.vector import LANES, LOG2E, exp2, splat, symbol
+from mimo_compile.schedules.emit.build import function
+from mimo_compile.schedules.emit.vector import LANES, symbol
 
 PARALLEL_FMA = 200_000
 """Below this many multiply-adds a kernel takes less time than waking the threads does."""
@@ -56,6 +47,8 @@ class FlashConfig:
     rows: int = 4
     """Rows (token, head) of a register tile."""
     parallel: bool = True
+    ahead: int = 0
+    """Steps to prefetch ahead while one register tile streams over the cache."""
 
 
 class X86Flash(Schedule):
@@ -81,14 +74,23 @@ class X86Flash(Schedule):
         splits = tuple(
             n for n in (1, 2, 4, 8, 16, 32) if n == 1 or (reach >= n * 64 and p["t"] <= 16)
         )
-        rows = tuple(n for n in (1, 2, 3, 4, 6, 8) if n <= max(1, group * tiles[-1]))
+        rows = tuple(
+            sorted({n for n in (1, 2, 3, 4, 6, 8) if n <= group * tiles[-1]} | {min(group, 16)})
+        )
         default = self._default(p, hardware, tiles, blocks, splits, rows)
         threads = (False, True) if hardware.threads > 1 else (False,)
         return Space(
             FlashConfig,
-            {"tile": tiles, "block": blocks, "splits": splits, "rows": rows, "parallel": threads},
+            {
+                "tile": tiles,
+                "block": blocks,
+                "splits": splits,
+                "rows": rows,
+                "parallel": threads,
+                "ahead": (0, 1, 2),
+            },
             default,
-            lambda c: c.rows <= c.tile * group,
+            lambda c: c.rows <= c.tile * group and (c.ahead == 0 or c.tile * group <= c.rows),
         )
 
     def _default(
@@ -98,8 +100,10 @@ class X86Flash(Schedule):
         group = p["h"] // p["kv"]
         tile = max(n for n in tiles if n * group <= 64 or n == 1)
         height = tile * group
-        step = max(n for n in blocks if n <= 64)
-        row = max(n for n in rows if n <= 4 and n <= height and (height % n == 0 or n == 1))
+        # one query: all its rows in one register tile, which streams over the cache with prefetch
+        stream = height == group and height in rows
+        row = height if stream else max(n for n in rows if n <= 4 and (height % n == 0 or n == 1))
+        step = max(n for n in blocks if n <= (128 if stream else 64))
         tasks = p["kv"] * -(-p["t"] // tile)
         work = float(p["t"] * p["h"] * min(p["cap"], p["window"] or p["cap"]) * (p["d"] + p["dv"]))
         threads = hardware.threads if work >= PARALLEL_FMA else 1
@@ -109,14 +113,16 @@ class X86Flash(Schedule):
         )
         if p["cap"] < 2 * FEW_BLOCKS * LANES:
             part = 1
-        return FlashConfig(tile, step, part, row, threads > 1 and tasks * part > 1)
+        return FlashConfig(tile, step, part, row, threads > 1 and tasks * part > 1, int(stream))
 
     def tiling(self, p: Mapping[str, Any], c: FlashConfig, hardware: Hardware) -> Tiling:
         """Return the compile-time sizes of a config."""
         tokens = min(c.tile, p["t"])
         blocks = min(c.block // LANES, round_up(p["cap"]) // LANES)
         registers = 20 if hardware.has_avx512 else 6
-        return Tiling(p, tokens, blocks, min(c.rows, tokens * (p["h"] // p["kv"])), registers)
+        return Tiling(
+            p, tokens, blocks, min(c.rows, tokens * (p["h"] // p["kv"])), registers, c.ahead
+        )
 
     def lower(self, workload: Workload, config: FlashConfig, hardware: Hardware) -> Kernel:
         """Generate the kernel of one config."""
@@ -129,7 +135,7 @@ class X86Flash(Schedule):
 
         def body(q: Any, pos: Any, *rest: Any) -> None:
             sink, (k, v, out) = (rest[0] if p["sink"] else None), rest[-3:]
-            _emit(s, config, scale, q, pos, sink, k, v, out)
+            emit(s, config.splits, config.parallel, scale, q, pos, sink, k, v, out)
 
         workspace_bytes = 0
         if config.splits > 1:
@@ -179,115 +185,3 @@ class X86Flash(Schedule):
     ) -> dict[str, Array]:
         """Return canonical caches."""
         return unpack_caches(workload, arrays)
-
-
-def visited(s: Tiling, start: int, valid: int, first: int) -> tuple[int, int]:
-    """Return (steps, written slots whose values are read) of the tile from token ``first`` on."""
-    cap, window = int(s.p["cap"]), int(s.p["window"])
-    last = start + valid - 1
-    low = max(0, last - cap + 1, start + first - window + 1 if window else 0)
-    count = min(start + first + s.tokens - 1, last) - low + 1 if first < valid else 0
-    if count <= 0:
-        return 0, 0
-    block, end = low % cap // LANES, low % cap + count
-    if end <= cap:
-        total = -(-end // LANES) - block
-    else:
-        total = s.cache_blocks - block + min(-(-(end - cap) // LANES), block)
-    written = min(last + 1, cap)
-    live = sum(
-        min(max(written - (block + i) % s.cache_blocks * LANES, 0), LANES) for i in range(total)
-    )
-    return -(-total // s.blocks), live
-
-
-def _emit(
-    s: Tiling, c: FlashConfig, scale: float, q: Any, pos: Any, sink: Any, k: Any, v: Any, out: Any
-) -> None:
-    """Emit both phases."""
-    p, splits = s.p, c.splits
-    shape = (p["kv"] * s.tiles * splits, s.height)
-    if splits > 1:
-        part_out = workspace((*shape, s.columns * LANES), "float32")
-        part_top, part_sum = workspace(shape, "float32"), workspace(shape, "float32")
-
-    def sink_of(head: Any) -> Any:
-        return None if sink is None else bind(sink[head] * T.float32(LOG2E))
-
-    with loop(shape[0], parallel=c.parallel) as task:
-        head, tile = bind(task // (s.tiles * splits)), bind(task // splits % s.tiles)
-        # alternately from both ends, so that threads with a contiguous share get equal causal work
-        tile = bind(T.if_then_else(tile % 2 == 0, tile // 2, s.tiles - 1 - tile // 2))
-        first = fixed(tile * s.tokens)
-        reach = Reach(s, pos, first)
-        state = Tile(s, k, v, head)
-        state.begin(q, first, scale)
-        share = fixed(T.floordiv(reach.steps + (splits - 1), splits))
-        begin = fixed(T.min(task % splits * share, reach.steps))
-        state.run(reach, first, begin, fixed(T.min(begin + share, reach.steps)))
-        with loop(s.tokens) as token, loop(s.group) as g:
-            row, query_head = token * s.group + g, bind(head * s.group + g)
-            total = state.denominator(row)
-            if splits > 1:
-                store(part_top, state.top[row], task, row)
-                store(part_sum, total, task, row)
-                with loop(s.columns) as j:
-                    store(
-                        part_out,
-                        load(state.out, row, j * LANES, lanes=LANES),
-                        task,
-                        row,
-                        j * LANES,
-                        lanes=LANES,
-                    )
-            else:
-                by = factor(state.top[row], total, sink_of(query_head))
-                at = bind(first + token)
-                with T.If(at < p["t"]), T.Then():
-                    write_row(
-                        out, at, query_head, p["dv"], at < reach.valid,
-                        lambda j, n, row=row, by=by: load(state.out, row, j, lanes=n) * splat(by, n),
-                    )  # fmt: skip
-    if splits > 1:
-        _merge(s, splits, pos, sink_of, part_out, part_top, part_sum, out)
-
-
-def _merge(
-    s: Tiling,
-    splits: int,
-    pos: Any,
-    sink_of: Any,
-    part_out: Any,
-    part_top: Any,
-    part_sum: Any,
-    out: Any,
-) -> None:
-    """Add the parts of each row, weighted by their maxima."""
-    p = s.p
-    with loop(p["kv"] * s.tiles) as task, loop(s.tokens) as token, loop(s.group) as g:
-        tile = bind(task % s.tiles)
-        tile = bind(T.if_then_else(tile % 2 == 0, tile // 2, s.tiles - 1 - tile // 2))
-        row, at = bind(token * s.group + g), bind(tile * s.tokens + token)
-        top = Register("float32", 1, T.float32(START))
-        total = Register("float32", 1, T.float32(0))
-        weights = workspace((splits,), "float32")
-        with loop(splits) as i:
-            top.set(T.max(top.get(), part_top[task * splits + i, row]))
-        with loop(splits) as i:
-            weight = bind(exp2(part_top[task * splits + i, row] - top.get(), 1))
-            store(weights, weight, i)
-            total.set(total.get() + part_sum[task * splits + i, row] * weight)
-        head = bind(task // s.tiles * s.group + g)
-        by = factor(top.get(), total.get(), sink_of(head))
-
-        def value(j: Any, n: int) -> Any:
-            acc = Register("float32", n, splat(0.0, n))
-            with loop(splits) as i:
-                acc.set(
-                    acc.get()
-                    + load(part_out, task * splits + i, row, j, lanes=n) * splat(weights[i], n)
-                )
-            return acc.get() * splat(by, n)
-
-        with T.If(at < p["t"]), T.Then():
-            write_row(out, at, head, p["dv"], at < pos[1], value)
