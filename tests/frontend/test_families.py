@@ -132,6 +132,16 @@ def test_old_spelling_of_rotary_settings(saved, tools, tmp_path):
     assert relative(loaded.prefill(ids)[1], tools.logits_of(model, ids)) < 1e-4
 
 
+def test_old_spelling_of_sliding_windows(saved, tools, tmp_path):
+    _, folder = saved("qwen2-window")
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    tools.edit_json(tmp_path / "config.json", layer_types=None)
+    old, new = (load_checkpoint(f, NONE).decoder.config for f in (tmp_path, folder))
+    assert [layer.window for layer in new.layers] == [0, 8, 8] and old == new
+    tools.edit_json(tmp_path / "config.json", use_sliding_window=False)
+    assert not any(layer.window for layer in load_checkpoint(tmp_path, NONE).decoder.config.layers)
+
+
 def test_tied_copy_in_the_file_is_left_out(saved, tools, tmp_path):
     _, folder = saved("qwen2")
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
