@@ -52,7 +52,7 @@ def assembly(kernels: Sequence[Kernel], hardware: Hardware) -> str:
 
 def build_module(kernels: Sequence[Kernel], hardware: Hardware) -> Any:
     """Run TVM and LLVM on kernels; returns TVM's module, not yet written or linked."""
-    from mimo_compile._tvm import compiler
+    from mimo_compile._tvm import compiler, runtime
 
     tvm = compiler()
     targets = {_key(kernel_target(k, hardware)): kernel_target(k, hardware) for k in kernels}
@@ -60,7 +60,7 @@ def build_module(kernels: Sequence[Kernel], hardware: Hardware) -> Any:
         raise ValueError(f"one object, but {len(targets)} sets of target attributes: {targets}")
     functions = {kernel.name: kernel.func for kernel in kernels}
     for kernel in kernels:
-        if not functions[kernel.name].same_as(kernel.func) and not tvm.ir.structural_equal(
+        if not functions[kernel.name].same_as(kernel.func) and not runtime().structural_equal(
             functions[kernel.name], kernel.func
         ):
             raise ValueError(f"two different kernels are named {kernel.name}")

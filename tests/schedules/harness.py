@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from mimo_compile._tvm import as_aligned, empty_aligned, from_numpy, load_object, set_threads
 from mimo_compile.ir.hardware import Hardware, local_cpu
@@ -16,6 +17,8 @@ from mimo_compile.schedules.base import Kernel, Schedule
 from mimo_compile.schedules.compile import compile_kernel
 
 Arrays = dict[str, np.ndarray[Any, Any]]
+torch.set_num_threads(1)  # references are many small matmuls; kernels need the other cores
+_compiled: dict[tuple[str, ...], Any] = {}
 GUARD = 64
 """Bytes of canary behind each array that a kernel may write."""
 
@@ -99,7 +102,7 @@ def check(
         assert source.dtype == np_dtype(arg.dtype), f"{where}: {arg.name} is {source.dtype}"
         memory[arg.name], canaries[arg.name] = guarded(source)
     before = {a.name: memory[a.name].copy() for a in kernel.args}
-    code = load_object(compile_kernel(kernel, hardware))
+    code = compiled(kernel, hardware)
     tensors = [from_numpy(memory[a.name]) for a in kernel.args]
     set_threads(threads or hardware.threads)
 
@@ -128,6 +131,15 @@ def check(
     for name, again in results().items():
         assert np.array_equal(raw(again), raw(first[name])), f"{where}: {name} differs between runs"
     return Checked(kernel, arrays, memory, first, expected, call)
+
+
+def compiled(kernel: Kernel, hardware: Hardware) -> Any:
+    """Compile and link a kernel; the same function for the same hardware again comes for free."""
+    key = (kernel.name, str(kernel.func), str(hardware), str(kernel.target))
+    if key not in _compiled:
+        _compiled.clear()
+        _compiled[key] = load_object(compile_kernel(kernel, hardware))
+    return _compiled[key]
 
 
 def compare(where: str, name: str, got: Any, want: Any, bound: Any) -> None:
