@@ -69,14 +69,15 @@ def build_artifact(
     kernels = [low.kernel for low in lowered.values()]
     calls = model.workloads()
     plan = [
-        _final_choice(w, choices.get(w), lowered[w], calls[w])
-        for w in sorted(lowered, key=str)
+        _final_choice(w, choices.get(w), lowered[w], calls[w]) for w in sorted(lowered, key=str)
     ]
-    features = frozenset[str]().union(*(k.features for k in kernels))
     manifest = Manifest(
         schema=SCHEMA,
         name=model.name,
-        target=Target(hardware.kind, hardware.name, tuple(sorted(features)), hardware.threads),
+        # LLVM may use any feature it was told of, in every function.
+        target=Target(
+            hardware.kind, hardware.name, tuple(sorted(hardware.features)), hardware.threads
+        ),
         versions=_versions(),
         quant=extras.quant,
         objective=extras.objective,
