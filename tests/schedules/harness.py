@@ -29,7 +29,7 @@ class Checked:
 
     kernel: Kernel
     inputs: Arrays
-    packed: Arrays
+    memory: Arrays
     outputs: Arrays
     expected: Arrays
     call: Any

@@ -131,7 +131,6 @@ def test_activations_quantise_bit_for_bit():
     x[1, 8:] = 0
     x[2] = np.float32(1e-38)
 
-
     q, s = quantize_rows(torch.from_numpy(x))
     for schedule in schedules(text):
         done = check(

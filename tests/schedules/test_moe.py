@@ -1,0 +1,161 @@
+"""Expert kernels: every format and config against the op's reference, routing patterns, bad ids."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from harness import check, sample_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mimo_compile._tvm import empty_aligned, from_numpy, load_object
+from mimo_compile.ir.hardware import local_cpu
+from mimo_compile.ir.ops import get_op, parse_workload
+from mimo_compile.schedules import get_schedule, schedules_for
+from mimo_compile.schedules.compile import compile_kernel
+from mimo_compile.schedules.emit.layout import unpack_codes
+from mimo_compile.schedules.moe.experts import Problem
+
+CPU = local_cpu()
+vnni = pytest.mark.skipif(not CPU.has_vnni, reason="needs AVX-512 VNNI")
+
+
+@settings(max_examples=12, deadline=None)
+@given(data=st.data())
+def test_any_shape_format_and_config(data):
+    fmt = data.draw(st.sampled_from(("f32", "bf16", "w4g32", "w8", "w1.58", "w2zg32", "w3g64")))
+    act = "a16" if fmt in ("f32", "bf16") else data.draw(st.sampled_from(("a8", "a8", "a16")))
+    e = data.draw(st.integers(1, 6))
+    k = data.draw(st.integers(1, e))
+    t, d, f = (data.draw(st.integers(1, high)) for high in (11, 90, 90))
+    workload = parse_workload(f"moe:t={t},e={e},k={k},d={d},f={f},w={fmt},a={act}")
+    schedule = data.draw(st.sampled_from(schedules_for(workload, CPU)))
+    seed = data.draw(st.integers(0, 999))
+    check(schedule, workload, sample_config(schedule, workload, CPU, seed), seed)
+
+
+def prove(ids, text="moe:t=6,e=5,k=3,d=48,f=32,w=w4g32,a=a8", **inputs):
+    workload = parse_workload(text)
+    ids = np.asarray(ids, np.int32)
+    for schedule in schedules_for(workload, CPU):
+        for tokens in (1, 4):
+            space = schedule.space(workload, CPU)
+            config = dataclasses.replace(space.default, tokens=tokens, unroll=1)
+            yield check(schedule, workload, config, inputs={"ids": ids, **inputs})
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        [[0, 1, 2]] * 6,
+        [[4, 3, 2]] * 6,
+        [[2, 2, 2]] * 6,
+        [[0, 1, 2], [3, 4, 0], [1, 2, 3], [4, 0, 1], [2, 3, 4], [0, 0, 4]],
+    ],
+)
+def test_routing_patterns(ids):
+    assert len(list(prove(ids))) >= 2
+
+
+def test_ids_outside_are_skipped():
+    ids = np.array(
+        [[-1, 0, 5], [7, 7, 7], [0, 1, 2], [2**31 - 1, -(2**31), 4], [3, 3, -5], [1, 9, 1]],
+        np.int32,
+    )
+    inside = (ids >= 0) & (ids < 5)
+    weights = np.random.default_rng(0).random((6, 3)).astype(np.float32)
+    # proved with weight zero in the place of bad ids; then the same call with the bad ids
+    for done in prove(np.where(inside, ids, 0), weights=weights * inside):
+        memory = done.memory
+        memory["ids"][...] = ids
+        memory["weights"][...] = weights
+        memory["y"][...] = np.nan
+        done.call()
+        assert np.array_equal(memory["y"], done.outputs["y"])
+        assert not memory["y"][1].any()
+
+
+@vnni
+def test_tokens_can_be_permuted():
+    workload = parse_workload("moe:t=8,e=4,k=2,d=64,f=32,w=w4g32,a=a8")
+    schedule = get_schedule("moe.x86_vnni")
+    op = get_op("moe")
+    arrays = op.make_inputs(workload, np.random.default_rng(5))
+    order = np.random.default_rng(6).permutation(8)
+    one = check(schedule, workload, inputs=arrays)
+    moved = {n: arrays[n][order] for n in ("x", "ids", "weights")}
+    two = check(schedule, workload, inputs={**arrays, **moved})
+    assert np.array_equal(two.outputs["y"], one.outputs["y"][order])
+
+
+@vnni
+def test_configs_agree_to_the_bit():
+    # every tile sums the same numbers in the same order
+    workload = parse_workload("moe:t=5,e=4,k=2,d=64,f=64,w=w4g32,a=a8")
+    schedule = get_schedule("moe.x86_vnni")
+    space = schedule.space(workload, CPU)
+    configs = [space.default, *(sample_config(schedule, workload, CPU, i) for i in (1, 2))]
+    results = {
+        check(schedule, workload, config, seed=1).outputs["y"].tobytes() for config in configs
+    }
+    assert len(results) == 1
+
+
+def test_experts_are_packed_like_plain_matrices():
+    workload = parse_workload("moe:t=1,e=3,k=1,d=40,f=24,w=w4g32,a=a8")
+    op = get_op("moe")
+    arrays = op.make_inputs(workload, np.random.default_rng(0))
+    problem = Problem.of(workload)
+    schedule = get_schedule("moe.x86_float")
+    config = schedule.space(workload, CPU).default
+    weights = {n: a for n, a in arrays.items() if n[:2] in ("w1", "w2")}
+    packed = schedule.pack(workload, config, weights)
+    halves = unpack_codes(problem.layout13, packed["w13_codes"])
+    assert np.array_equal(halves.reshape(3, 48, 40), arrays["w13_codes"])
+    assert np.array_equal(unpack_codes(problem.layout2, packed["w2_codes"]), arrays["w2_codes"])
+    for name, array in weights.items():
+        (key,) = schedule.pack(workload, config, {name: array})
+        assert key == name
+
+
+@vnni
+def test_declared_dots_match_the_code():
+    # one token, all experts hit once: the declared work is the executed work
+    workload = parse_workload("moe:t=1,e=2,k=2,d=64,f=32,w=w4g32,a=a8")
+    schedule = get_schedule("moe.x86_vnni")
+    kernel = schedule.lower(workload, schedule.space(workload, CPU).default, CPU)
+    layout_work = 2 * (2 * 32 * 64 + 64 * 32)
+    assert kernel.counts.ops["dot_i8"] == layout_work
+    assert kernel.counts.ops["unpack_u8"] == layout_work
+    necessary = get_op("moe").counts(workload)
+    assert kernel.counts.ops["dot_i8"] >= necessary.ops["dot_i8"]
+    levels = kernel.counts.bytes
+    assert levels["l1"] >= levels["l2"] >= levels["dram"] >= necessary.bytes["dram"] - 1e-6
+
+
+@vnni
+def test_experts_beyond_2_gib_are_found():
+    # memory that is never touched costs nothing: only the last of 33 experts has weights
+    text = "moe:t=1,e={},k=1,d=4096,f=8192,w=w8,a=a8"
+    one, many = parse_workload(text.format(1)), parse_workload(text.format(33))
+    schedule = get_schedule("moe.x86_vnni")
+    config = schedule.space(one, CPU).default
+    arrays = get_op("moe").make_inputs(one, np.random.default_rng(0))
+    packed = schedule.pack(one, config, {n: a for n, a in arrays.items() if n[:2] in ("w1", "w2")})
+    results = []
+    for workload, index in ((one, 0), (many, 32)):
+        kernel = schedule.lower(workload, config, CPU)
+        memory = {a.name: empty_aligned(a.shape, a.dtype) for a in kernel.args}
+        for name, array in arrays.items():
+            if name in packed:
+                memory[name][index] = packed[name][0]
+            else:
+                memory[name][...] = array
+        memory["ids"][...] = index
+        module = load_object(compile_kernel(kernel, CPU))
+        module[kernel.name](*(from_numpy(memory[a.name]) for a in kernel.args))
+        results.append(memory["y"].copy())
+    assert memory["w13_codes"].size >= 2**31
+    assert results[0].any() and np.array_equal(*results)
