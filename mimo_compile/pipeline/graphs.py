@@ -167,7 +167,9 @@ def decoder_graphs(decoder: Decoder, steps: tuple[int, ...] = BUCKETS) -> ModelG
         name: str, parts: list[Stage], tokens: int, ins: tuple[str, ...], outs: dict[str, str]
     ) -> None:
         model.entries[name] = graphs.chain(parts, tokens, ins, tuple(outs.values()))
-        model.input_names[name] = tuple(v.name for v in model.entries[name].inputs)
+        model.input_names[name] = tuple(
+            {"normed": "hidden", "hidden": "prenorm"}.get(n, n) for n in ins
+        )
         model.output_names[name] = tuple(outs)
 
     outs = {"hidden": "normed"} | ({"prenorm": "hidden"} if drafts else {})

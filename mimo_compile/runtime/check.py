@@ -86,20 +86,26 @@ def _check_decoder(decoder: Decoder, entries: Mapping[str, Entry], where: str) -
             raise ArtifactError(f"{what} {list(counts)} do not ascend from 1", where=where)
     for count in decoder.steps:
         hidden = ("float32", (count, decoder.hidden))
+        outputs = {"hidden": hidden} | ({"prenorm": hidden} if decoder.mtp else {})
         _check_shapes(
-            entries, f"step_{count}", [("int32", (count,)), ("int32", (2,))], hidden, where
+            entries, f"step_{count}", [("int32", (count,)), ("int32", (2,))], outputs, where
         )
     for count in decoder.heads:
         hidden = ("float32", (count, decoder.hidden))
         logits = ("float32", (count, decoder.vocab))
-        _check_shapes(entries, f"head_{count}", [hidden], logits, where)
+        _check_shapes(entries, f"head_{count}", [hidden], {"logits": logits}, where)
+    for head in range(decoder.mtp):
+        for count in decoder.mtp_steps:
+            hidden = ("float32", (count, decoder.hidden))
+            inputs = [hidden, ("int32", (count,)), ("int32", (2,))]
+            _check_shapes(entries, f"mtp{head}_{count}", inputs, {"hidden": hidden}, where)
 
 
 def _check_shapes(
     entries: Mapping[str, Entry],
     name: str,
     inputs: list[tuple[str, tuple[int, ...]]],
-    output: tuple[str, tuple[int, ...]],
+    outputs: dict[str, tuple[str, tuple[int, ...]]],
     where: str,
 ) -> None:
     entry = entries.get(name)
@@ -109,11 +115,15 @@ def _check_shapes(
         [(entry.buffers[i].dtype, entry.buffers[i].shape) for i in side.values()]
         for side in (entry.inputs, entry.outputs)
     ]
-    if found != [inputs, [output]]:
+    if found != [inputs, list(outputs.values())]:
         raise ArtifactError(
             f"{name} maps {_spell(found[0])} to {_spell(found[1])} instead of {_spell(inputs)} to "
-            f"{_spell([output])}",
+            f"{_spell(list(outputs.values()))}",
             where=where,
+        )
+    if list(entry.outputs) != list(outputs):
+        raise ArtifactError(
+            f"{name} gives {', '.join(entry.outputs)} instead of {', '.join(outputs)}", where=where
         )
 
 
