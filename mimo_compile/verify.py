@@ -22,14 +22,12 @@ import numpy.typing as npt
 from mimo_compile import _tvm
 from mimo_compile.errors import InputError, UsageError, VerificationError
 from mimo_compile.ir.formats import parse_scheme
-from mimo_compile.ir.hardware import PRESETS, Hardware, local_cpu
 from mimo_compile.ir.ops import OPS, get_op
 from mimo_compile.ir.workload import Workload
 from mimo_compile.runtime.container import Parts, open_artifact
 from mimo_compile.runtime.module import Module
 from mimo_compile.runtime.program import Choice, Manifest
 from mimo_compile.schedules import get_schedule
-from mimo_compile.schedules.base import Kernel
 
 if TYPE_CHECKING:
     from mimo_compile.frontend.models.decoder import Decoder
@@ -211,7 +209,7 @@ def _ratio(value: float | None) -> str:
 
 def check_kernels(parts: Parts, threads: int, seed: int) -> Iterable[KernelCheck]:
     """Run each kernel of the plan on fresh inputs and compare with the op's float64 reference."""
-    from mimo_compile.bench.kernels import Runnable
+    from mimo_compile.bench.runnable import Runnable, hardware_of
 
     hardware = hardware_of(parts.manifest)
     code = _tvm.load_object(parts.code)
@@ -241,44 +239,6 @@ def check_kernels(parts: Parts, threads: int, seed: int) -> Iterable[KernelCheck
 
 def _unchecked(choice: Choice, why: str) -> KernelCheck:
     return KernelCheck(choice.workload, choice.schedule, choice.kernel, None, why, skipped=True)
-
-
-def hardware_of(manifest: Manifest) -> Hardware:
-    """Return the hardware description that an artifact's kernels were generated for."""
-    name = manifest.target.name
-    return (PRESETS[name] if name in PRESETS else local_cpu()).with_threads(
-        min(manifest.target.threads, local_cpu().cores)
-    )
-
-
-def kernel_of(choice: Choice, manifest: Manifest) -> Kernel | None:
-    """Generate the kernel of a choice again (None: generic, or this version has no such schedule)."""
-    workload = Workload.parse(choice.workload)
-    try:
-        schedule = get_schedule(choice.schedule)
-    except KeyError:
-        return None
-    if workload.op not in OPS:
-        return None
-    return schedule.lower(workload, schedule.config_from_json(choice.config), hardware_of(manifest))
-
-
-def written_arguments(parts: Parts) -> dict[str, set[int]]:
-    """Return, for each kernel of an artifact, the positions of the arguments that it writes.
-
-    Generic kernels have their outputs behind their inputs; how many is not recorded, so one is assumed.
-    """
-    counts = {c.kernel: len(c.args) for e in parts.programs.entries.values() for c in e.calls}
-    out: dict[str, set[int]] = {}
-    for choice in parts.manifest.plan:
-        kernel = kernel_of(choice, parts.manifest)
-        if kernel is None:
-            out[choice.kernel] = {counts.get(choice.kernel, 1) - 1}
-        else:
-            out[choice.kernel] = {
-                i for i, a in enumerate(kernel.args) if a.role == "output" or a.mutated
-            }
-    return out
 
 
 def builtin_source(parts: Parts) -> Path | None:

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from mimo_compile.bench.contest import Contestant
-from mimo_compile.bench.kernels import copies
+from mimo_compile.bench.runnable import copies
 from mimo_compile.errors import UsageError
 from mimo_compile.ir.formats import parse_weight_format
 from mimo_compile.ir.hardware import Hardware

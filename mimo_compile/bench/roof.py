@@ -15,7 +15,7 @@ import numpy as np
 
 from mimo_compile import _tvm
 from mimo_compile.bench.contest import Contestant
-from mimo_compile.bench.kernels import copies
+from mimo_compile.bench.runnable import copies
 from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.schedules.base import Kernel

@@ -164,8 +164,8 @@ def _kernel(args: argparse.Namespace, parts: Parts) -> int:
         console.result({"ok": True, **row})
         return 0
     need_extra("inspect --tir and --asm")
+    from mimo_compile.bench.runnable import hardware_of, kernel_of
     from mimo_compile.schedules.compile import assembly
-    from mimo_compile.verify import hardware_of, kernel_of
 
     choice = _one_of(parts, args.kernel)
     kernel, hardware = kernel_of(choice, parts.manifest), hardware_of(parts.manifest)
@@ -192,7 +192,7 @@ def _one_of(parts: Parts, name: str) -> Choice:
 
 def _dot(args: argparse.Namespace, parts: Parts) -> int:
     need_extra("inspect --dot")
-    from mimo_compile.verify import written_arguments
+    from mimo_compile.bench.runnable import written_arguments
 
     console: Console = args.console
     name = args.entry or parts.manifest.entries[0]

@@ -31,15 +31,18 @@ def run_op(args: argparse.Namespace) -> int:
     defaults = {(c.schedule, c.knobs) for c in space.defaults()}
     rows: list[dict[str, Any]] = []
     for rank, result in enumerate(results):
-        default = (result.record.schedule, tuple(sorted(result.record.config.items()))) in defaults
-        if rank < args.limit or default:
+        is_default = (
+            result.record.schedule,
+            tuple(sorted(result.record.config.items())),
+        ) in defaults
+        if rank < args.limit or is_default:
             rows.append(
                 {
                     "schedule": result.record.schedule, "config": result.record.config,
                     "predicted_us": _predicted(space, result.record, device),
                     "measured_us": result.latency_us, "measured_mj": result.measured_mj,
                     "modelled_mj": result.modelled_mj, "pareto": result.record.key in front,
-                    "default": default,
+                    "default": is_default,
                 }
             )  # fmt: skip
     known = {(r["schedule"], str(sorted(r["config"].items()))) for r in rows}

@@ -56,6 +56,18 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
     return call
 
 
+@pytest.fixture
+def shell_words() -> Callable[[str], list[str]]:
+    """Split a mimo-compile command line into arguments as sh does."""
+
+    def split(line: str) -> list[str]:
+        command = line.strip().replace("mimo-compile", "printf '%s\\n'", 1)
+        done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True)
+        return done.stdout.splitlines()
+
+    return split
+
+
 def process(*arguments: object, **options: object) -> subprocess.Popen[str]:
     """Start the command in a process of its own."""
     command = [sys.executable, "-m", "mimo_compile.cli", *(str(a) for a in arguments)]

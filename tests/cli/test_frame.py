@@ -58,14 +58,7 @@ def test_every_verb_takes_the_common_options(verb: str, cli) -> None:
     assert module.__doc__ and f"mimo-compile {verb}" in module.EXAMPLE
 
 
-def shell_words(line: str) -> list[str]:
-    """Return the arguments of a mimo-compile command line as sh passes them on."""
-    command = line.strip().replace("mimo-compile", "printf '%s\\n'", 1)
-    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True)
-    return done.stdout.splitlines()
-
-
-def test_examples_of_the_help_parse(monkeypatch) -> None:
+def test_examples_of_the_help_parse(monkeypatch, shell_words) -> None:
     """Each example line goes through the real parser; only the work itself is left out."""
     for verb in VERBS:
         module = import_module(f"mimo_compile.cli.{verb}")
