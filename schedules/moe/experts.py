@@ -7,6 +7,7 @@ the expert as leading index. Ids outside ``[0, E)`` add nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -237,7 +238,7 @@ class _Emitter:
     def __init__(self, problem: Problem, config: MoeConfig) -> None:
         self.problem, self.config = problem, config
         self.knobs = TileKnobs(config.prefetch, config.unroll)
-        self.wide = any(_elements(a) >= 2**31 for a in problem.args())
+        self.wide = any(math.prod(a.shape) >= 2**31 for a in problem.args())
 
     def body(self, x: Any, ids: Any, weights: Any, *rest: Any) -> None:
         """Emit everything, given the buffers of the parameters."""
@@ -432,10 +433,3 @@ def counts(problem: Problem, config: MoeConfig) -> Counts:
     dram = hit * per_expert + 8.0 * p.t * p.d + 8.0 * p.slots
     near = max(dram, per_expert * tiles + 8.0 * p.slots * (p.d + 2 * p.f))
     return Counts(ops, {"dram": dram, "l2": near, "l1": near})
-
-
-def _elements(arg: Arg) -> int:
-    size = 1
-    for extent in arg.shape:
-        size *= extent
-    return size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
@@ -17,7 +18,7 @@ from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.ops.base import Arg, Array
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.base import Kernel, KnobValue, Schedule, Space
-from mimo_compile.schedules.emit.build import choose, function, load, loop, when
+from mimo_compile.schedules.emit.build import T, choose, function, load, loop, when
 from mimo_compile.schedules.emit.layout import ROWS, CodeLayout, pack_quantised, pack_rows
 from mimo_compile.schedules.emit.tile import Out, store_rows
 
@@ -154,24 +155,27 @@ class X86Gemm(Schedule):
         dot = self.dots(problem, hardware)[0]
         work = problem.packed_bytes() * max(1.0, problem.m / 4)
         parallel = hardware.threads > 1 and problem.row_blocks > 1 and work >= PARALLEL_BYTES
-        for rows, tokens in self.tiles(problem):
-            for unroll in (2, 1):
-                config = GemmConfig(
-                    rows=rows,
-                    tokens=min(tokens, problem.m),
-                    unroll=unroll,
-                    parallel=parallel,
-                    dot=dot,
-                )
-                if legal(config):
-                    return config
+        ahead = 16 if problem.m == 1 and problem.packed_bytes() > hardware.l2_bytes else 0
+        for rows, tokens, unroll in self.tiles(problem):
+            config = GemmConfig(
+                rows, min(tokens, problem.m), 1, "rows", ahead, unroll, parallel, dot
+            )
+            if legal(config):
+                return config
         return GemmConfig(rows=1, tokens=1, parallel=parallel, dot=dot)
 
-    def tiles(self, problem: Problem) -> tuple[tuple[int, int], ...]:
-        """Return (rows, tokens) of register tiles, the best first."""
+    def tiles(self, problem: Problem) -> tuple[tuple[int, int, int], ...]:
+        """Return (rows, tokens, unroll) of register tiles, the best first.
+
+        Sums of groups and their running total share the registers, so formats with groups take
+        smaller tiles.
+        """
+        grouped = not problem.fmt.is_float and problem.layout.groups > 1
         if problem.m == 1:
-            return ((4, 1), (2, 1))
-        return ((4, 6), (4, 4), (3, 4), (2, 4), (1, 4))
+            unroll = 1 if problem.fmt.is_float or problem.layout.per_byte == 1 else 2
+            return ((4, 1, unroll), (2, 1, unroll), (1, 1, unroll), (4, 1, 1), (2, 1, 1))
+        best = (3, 4, 1) if grouped else (4, 4, 2)
+        return (best, (3, 4, 1), (2, 4, 1), (1, 4, 1), (2, 2, 1), (1, 2, 1))
 
     def lower(self, workload: Workload, config: GemmConfig, hardware: Hardware) -> Kernel:
         """Generate the kernel of one config."""
@@ -217,13 +221,15 @@ def tiles(
         config: Its tile, chunk, order and threads.
         tile: Emits one tile for row blocks and tokens.
     """
+    wide = any(math.prod(a.shape) >= 2**31 for a in problem.args())
     full, part = divmod(problem.row_blocks, config.rows)
     row_tiles = full + (part > 0)
     chunk = min(config.chunk, row_tiles)
 
     def at_rows(index: Any, first: Any, count: int) -> None:
         def emit(rows: int) -> None:
-            blocks: list[tuple[Any, ...]] = [(index * config.rows + r,) for r in range(rows)]
+            at = T.cast(index, "int64") if wide and not isinstance(index, int) else index
+            blocks: list[tuple[Any, ...]] = [(at * config.rows + r,) for r in range(rows)]
             tile(blocks, [first + t for t in range(count)])
 
         if not part:

@@ -30,11 +30,11 @@ class X86Float(X86Gemm):
         problem = Problem.of(workload)
         return hardware.kind == "cpu" and problem.fmt.name in ("f32", "bf16")
 
-    def tiles(self, problem: Problem) -> tuple[tuple[int, int], ...]:
-        """Two rows of blocks keep weights and sums in 32 registers."""
+    def tiles(self, problem: Problem) -> tuple[tuple[int, int, int], ...]:
+        """Enough sums in flight for two multiply-adds a cycle, all of them in 32 registers."""
         if problem.m == 1:
-            return ((4, 1), (2, 1), (1, 1))
-        return ((4, 6), (4, 4), (3, 4), (2, 4), (1, 4))
+            return ((4, 1, 1), (2, 1, 1), (1, 1, 1))
+        return ((3, 6, 1), (2, 6, 1), (1, 6, 1))
 
     def body(self, problem: Problem, config: GemmConfig, hardware: Hardware) -> Callable[..., None]:
         """Return the emitter."""
