@@ -1,12 +1,15 @@
-"""Any TIR function (what Relax's operators are legalised and fused to) through TVM's own schedule.
+"""A decent CPU schedule for any legalised PrimFunc, by rules over its blocks.
 
-There is no algorithm to choose here, only loops: each block is inlined, or split, vectorised along its
-contiguous axis and run in parallel. A rule that does not apply leaves the block as it was, so the result is
-always the function that came in.
+Producers that cost nothing to repeat are inlined; element-wise blocks are spread over threads and
+vectorised over their last axis; reductions are tiled in registers where a vector runs over an output axis
+(matmul, convolution) and split into lanes where it must run over the reduced axis (sums, maxima). Each rule
+works on a copy of the schedule and is dropped if TVM refuses any of its steps: what is left is serial, never
+wrong.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,221 +19,253 @@ from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.ops.base import Arg
 from mimo_compile.schedules.base import Kernel
+from mimo_compile.schedules.generic.blocks import BlockFacts, block_facts, extent, reads_per_element
+from mimo_compile.schedules.generic.intrinsics import expand
 
-_PARALLEL_WORK = 16384
-"""Loop iterations below which a block runs on one thread: waking another costs microseconds."""
+tvm = compiler()
+
+PARALLEL_WORK = 1 << 16
+"""Below this many innermost iterations a loop takes less time than waking the threads does."""
 
 
 @dataclass(frozen=True, slots=True)
 class TirConfig:
-    """How the loops of each block are arranged."""
+    """Knobs of the rules."""
 
     parallel: bool = True
+    """Spread the outer loops of blocks with enough work over threads."""
     vector: int = 16
-    """Lanes of the innermost loop; 1 leaves it scalar."""
+    """Lanes; 1 leaves vectorisation to LLVM."""
+    unroll: int = 4
+    """Vectors of a register tile along the output axis."""
     tile: int = 4
-    """Rows of a matmul or convolution that one innermost vector is reused for."""
+    """Rows of a register tile."""
 
 
 def default_config(func: Any) -> TirConfig:
-    """Return the config that is used without tuning (the same for every function)."""
-    del func
-    return TirConfig()
+    """Return the config that is used without tuning."""
+    work = sum(f.work for f in block_facts(tvm.s_tir.Schedule(func)))
+    return TirConfig(parallel=work >= PARALLEL_WORK)
 
 
 def lower_tir(func: Any, name: str, config: TirConfig, hardware: Hardware) -> Kernel:
-    """Schedule a PrimFunc with static shapes.
+    """Schedule a legalised PrimFunc.
 
     Args:
-        func: its parameters are the inputs, then the outputs, all buffers.
-        name: symbol of the kernel.
-        config: arrangement of loops.
-        hardware: parallel loops are made only for more than one thread.
+        func: Static shapes; written parameters become the outputs.
+        name: Symbol of the kernel.
+        config: Knobs.
+        hardware: Threads decide whether loops are parallel.
+
+    Raises:
+        ValueError: A shape is not static.
     """
-    tvm = compiler()
-    sch = tvm.s_tir.Schedule(tvm.IRModule({"main": func.with_attr("tirx.noalias", True)}))
-    _inline(sch)
-    for block_name in [sch.get(b).name_hint for b in _blocks(sch)]:
-        _arrange(sch, block_name, config, hardware)
-    scheduled = sch.mod["main"].with_attr("global_symbol", name)
-    return Kernel(name, scheduled, _args(func), _counts(func), features=frozenset(), target={})
+    name = "".join(c if c.isalnum() or c == "_" else "_" for c in name)
+    args, work, loaded = _describe(func)
+    vector = expand(func).with_attr("global_symbol", name).with_attr("tirx.noalias", True)
+    schedule = tvm.s_tir.Schedule(tvm.IRModule({"main": vector}))
+    threads = config.parallel and hardware.threads > 1
+    schedule = _inline(schedule)
+    for facts in block_facts(schedule):
+        wide = threads and facts.work >= PARALLEL_WORK
+        rules: list[Callable[..., Any]]
+        if facts.reduced:
+            rules = [_tiled, _lanes, _columns, _outer]
+        else:
+            rules = [_spatial, _outer]
+        for rule in rules:
+            done = _attempt(schedule, rule, facts, config, wide)
+            if done is not None:
+                schedule = done
+                break
+    scheduled = schedule.mod["main"].with_attr("global_symbol", name)
+    return Kernel(name, scheduled, args, Counts({"fma_f32": float(work)}, {"dram": float(loaded)}))
 
 
-def _blocks(sch: Any) -> list[Any]:
-    return list(sch.get_child_blocks(sch.get_sblock("root")))
+def _describe(func: Any) -> tuple[tuple[Arg, ...], int, int]:
+    """Return the arguments, the innermost iterations of all blocks, and the bytes of all arguments."""
+    facts = block_facts(tvm.s_tir.Schedule(func))
+    written = {b.name for f in facts for b in f.written}
+    args, size = [], 0
+    for buffer in func.params:
+        shape = tuple(extent(n) for n in buffer.shape)
+        role = "output" if buffer.name in written else "input"
+        args.append(Arg(buffer.name, role, shape, str(buffer.dtype)))  # type: ignore[arg-type]
+        size += math.prod(shape) * tvm.DataType(str(buffer.dtype)).itemsize
+    return tuple(args), sum(f.work for f in facts), size
 
 
-def _try(sch: Any, step: Callable[[Any], None]) -> Any:
-    """Apply a step to a copy; return the copy, or the schedule as it was when the step is illegal."""
-    trial = sch.copy()
+def _attempt(
+    schedule: Any, rule: Any, facts: BlockFacts, config: TirConfig, wide: bool
+) -> Any | None:
+    """Apply a rule to a copy; return it, or None if the rule does not fit."""
+    copy = schedule.copy()
     try:
-        step(trial)
-    except Exception:
+        return copy if rule(copy, facts, config, wide) else None
+    except (RuntimeError, ValueError, TypeError, tvm.TVMError):  # a refused primitive
         return None
-    return trial
 
 
-def _adopt(sch: Any, step: Callable[[Any], None]) -> bool:
-    """Apply a step if it is legal. Steps are tried on a copy, since a failing one may be half done."""
-    if _try(sch, step) is None:
-        return False
-    step(sch)
+def _inline(schedule: Any) -> Any:
+    """Inline producers into their only consumer, or into all of them when they are cheap."""
+    for facts in block_facts(schedule):
+        if facts.reduced or facts.output:
+            continue
+        block = schedule.get_sblock(facts.name)
+        consumers = [schedule.get(c).name_hint for c in schedule.get_consumers(block)]
+        users = [f for f in block_facts(schedule) if f.name in consumers]
+        # a reduction that reads an element many times would compute it many times
+        once = all(not u.reduced or reads_per_element(u, facts) <= 1 for u in users)
+        if once and (len(users) == 1 or facts.cheap):
+            copy = schedule.copy()
+            try:
+                copy.compute_inline(copy.get_sblock(facts.name))
+            except (RuntimeError, ValueError, tvm.TVMError):
+                continue
+            schedule = copy
+    return schedule
+
+
+def divisor(n: int, most: int) -> int:
+    """Return the largest divisor of ``n`` that is at most ``most``."""
+    return max(d for d in range(1, min(n, most) + 1) if n % d == 0)
+
+
+def power(n: int, most: int) -> int:
+    """Return the largest power of two that divides ``n`` and is at most ``most``."""
+    return min(n & -n, 1 << (most.bit_length() - 1))
+
+
+def _spread(schedule: Any, loops: list[Any], wide: bool) -> None:
+    """Fuse outer loops and run them on all threads."""
+    if wide and loops:
+        schedule.parallel(schedule.fuse(*loops) if len(loops) > 1 else loops[0])
+
+
+def _outer(schedule: Any, facts: BlockFacts, config: TirConfig, wide: bool) -> bool:
+    """Only threads: over the leading spatial loops."""
+    loops = schedule.get_loops(schedule.get_sblock(facts.name))
+    leading = []
+    for loop, kind in zip(loops, facts.kinds, strict=True):
+        if kind != "S":
+            break
+        leading.append(loop)
+    _spread(schedule, leading, wide)
     return True
 
 
-def _inline(sch: Any) -> None:
-    """Compute element-wise intermediates where they are used."""
-    for name in [sch.get(b).name_hint for b in _blocks(sch)]:
-
-        def inline(s: Any, name: str = name) -> None:
-            block = s.get_sblock(name)
-            if any(int(i.iter_type) != _SPATIAL for i in s.get(block).iter_vars):
-                raise ValueError("a reduction is not inlined")
-            if len(s.get_consumers(block)) == 0:
-                raise ValueError("an output is not inlined")
-            s.compute_inline(block)
-
-        _adopt(sch, inline)
-
-
-_SPATIAL = 0  # tirx.IterVar.DataPar
-
-
-def _kinds(sch: Any, block: Any) -> tuple[list[Any], list[Any]]:
-    """Return the spatial and the reduction loops of a block whose loops map one to one to its axes.
-
-    Raises:
-        ValueError: they do not, or an axis is of another kind.
-    """
-    loops = list(sch.get_loops(block))
-    axes = list(sch.get(block).iter_vars)
-    if len(loops) != len(axes):
-        raise ValueError("loops are not the block's axes")
-    spatial, reduce = [], []
-    for loop, axis in zip(loops, axes, strict=True):
-        kind = int(axis.iter_type)
-        if kind == _SPATIAL:
-            spatial.append(loop)
-        elif kind == 2:
-            reduce.append(loop)
-        else:
-            raise ValueError("an ordered axis")
-    return spatial, reduce
-
-
-def _extent(sch: Any, loop: Any) -> int:
-    return int(sch.get(loop).extent)
-
-
-def _lanes(extent: int, vector: int) -> int:
-    """Return the most lanes, a power of two, that divide an extent."""
-    while vector > 1 and extent % vector:
-        vector //= 2
-    return vector
-
-
-def _arrange(sch: Any, name: str, config: TirConfig, hardware: Hardware) -> None:
-    threads = hardware.threads if config.parallel else 1
-    try:
-        spatial, reduce = _kinds(sch, sch.get_sblock(name))
-    except ValueError:
-        return
-    if not spatial:
-        return
-    if reduce:
-        _adopt(sch, lambda s: _reduction(s, name, config, threads)) or _adopt(
-            sch, lambda s: _outer(s, name, threads)
-        )
+def _spatial(schedule: Any, facts: BlockFacts, config: TirConfig, wide: bool) -> bool:
+    """Vectorise the last axis of an element-wise block, or all axes together where that is one axis."""
+    block = schedule.get_sblock(facts.name)
+    loops = schedule.get_loops(block)
+    if not loops:
+        return True
+    total = math.prod(facts.extents)
+    if facts.linear and len(loops) > 1:
+        loops = [schedule.fuse(*loops)]
+        last = total
     else:
-        _adopt(sch, lambda s: _elementwise(s, name, config, threads)) or _adopt(
-            sch, lambda s: _outer(s, name, threads)
-        )
+        last = facts.extents[-1]
+    *outer, inner = loops
+    lanes = power(last, config.vector)
+    if lanes >= 4 and facts.vectorisable:
+        chunk, lane = schedule.split(inner, [None, lanes])
+        schedule.vectorize(lane)
+        outer = [*outer, chunk] if not outer or last // lanes > 1 else outer
+    elif not outer:  # threads need a loop; LLVM vectorises the rest
+        part = divisor(last, 64)
+        outer = [schedule.split(inner, [part, None])[0]]
+    _spread(schedule, outer, wide)
+    return True
 
 
-def _parallel(sch: Any, loop: Any, threads: int, work: int) -> None:
-    if threads > 1 and work >= _PARALLEL_WORK and _extent(sch, loop) > 1:
-        sch.parallel(loop)
-
-
-def _outer(sch: Any, name: str, threads: int) -> None:
-    """Only run the outermost spatial loop in parallel."""
-    block = sch.get_sblock(name)
-    spatial, reduce = _kinds(sch, block)
-    work = 1
-    for loop in (*spatial, *reduce):
-        work *= _extent(sch, loop)
-    _parallel(sch, spatial[0], threads, work)
-
-
-def _elementwise(sch: Any, name: str, config: TirConfig, threads: int) -> None:
-    """Fuse all axes but the last, vectorise the last, run the outer ones in parallel."""
-    block = sch.get_sblock(name)
-    spatial, _ = _kinds(sch, block)
-    last = spatial[-1]
-    work = 1
-    for loop in spatial:
-        work *= _extent(sch, loop)
-    lanes = _lanes(_extent(sch, last), config.vector)
-    outer = spatial[:-1]
-    if lanes > 1:
-        rest, vector = sch.split(last, [None, lanes])
-        sch.vectorize(vector)
-        outer = [*outer, rest]
-    if outer:
-        fused = sch.fuse(*outer)
-        if threads > 1 and work >= _PARALLEL_WORK:
-            task, _ = sch.split(fused, [min(4 * threads, _extent(sch, fused)), None])
-            sch.parallel(task)
-
-
-def _reduction(sch: Any, name: str, config: TirConfig, threads: int) -> None:
-    """Vectorise along the last spatial axis, with the reduction outside of it."""
-    block = sch.get_sblock(name)
-    spatial, reduce = _kinds(sch, block)
-    work = 1
-    for loop in (*spatial, *reduce):
-        work *= _extent(sch, loop)
-    lanes = _lanes(_extent(sch, spatial[-1]), config.vector)
+def _tiled(schedule: Any, facts: BlockFacts, config: TirConfig, wide: bool) -> bool:
+    """Register tile: vectors over an output axis that every operand reads along, rows over the axis before."""
+    axis = facts.vector_axis
+    if axis is None or config.vector == 1:
+        return False
+    lanes = power(facts.extents[axis], config.vector)
     if lanes < 4:
-        _outer(sch, name, threads)
-        return
-    rest, vector = sch.split(spatial[-1], [None, lanes])
-    outer = [*spatial[:-1], rest]
-    inner = [vector]
-    if len(spatial) > 1 and config.tile > 1:
-        rows = _lanes(_extent(sch, spatial[-2]), config.tile)
-        if rows > 1:
-            more, tile = sch.split(spatial[-2], [None, rows])
-            outer = [*spatial[:-2], more, rest]
-            inner = [tile, vector]
-    sch.reorder(*outer, *reduce, *inner)
-    fused = sch.fuse(*outer)
-    _parallel(sch, fused, threads, work)
-    init = sch.decompose_reduction(block, reduce[0])
-    for part in (init, sch.get_sblock(sch.get(block).name_hint)):
-        loops = sch.get_loops(part)
-        sch.vectorize(loops[-1])
-        if len(inner) == 2:
-            sch.unroll(loops[-2])
+        return False
+    vectors = divisor(facts.extents[axis] // lanes, config.unroll)
+    block = schedule.get_sblock(facts.name)
+    spatial = [i for i, k in enumerate(facts.kinds) if k == "S"]
+    row = next((i for i in reversed(spatial) if i < axis and facts.extents[i] > 1), None)
+    rows = divisor(facts.extents[row], config.tile) if row is not None else 1
+    cached = schedule.cache_write(block, 0, "global")
+    block = schedule.get_sblock(facts.name)
+    loops = schedule.get_loops(block)
+    column, column_in, lane = schedule.split(loops[axis], [None, vectors, lanes])
+    outer, inner = [], []
+    for i in spatial:
+        if i == axis:
+            outer.append(column)
+        elif i == row and rows > 1:
+            part, within = schedule.split(loops[i], [None, rows])
+            outer.append(part)
+            inner.append(within)
+        else:
+            outer.append(loops[i])
+    reduced = [loops[i] for i, k in enumerate(facts.kinds) if k == "R"]
+    schedule.reorder(*outer, *reduced, *inner, column_in, lane)
+    schedule.reverse_compute_at(cached, outer[-1])
+    for loop in (*inner, column_in):
+        schedule.unroll(loop)
+    schedule.vectorize(lane)
+    _spread(schedule, outer, wide)  # before the block stops to be a reduction as a whole
+    depth = 1 if wide else len(outer)
+    start = schedule.decompose_reduction(block, reduced[0])
+    for target in (start, cached):
+        own = schedule.get_loops(target)[depth:]
+        for loop in own[:-1]:
+            schedule.unroll(loop)
+        here = schedule.get(own[-1]).extent
+        if extent(here) == vectors * lanes and vectors > 1:
+            more, last = schedule.split(own[-1], [vectors, lanes])
+            schedule.unroll(more)
+            schedule.vectorize(last)
+        else:
+            schedule.vectorize(own[-1])
+    return True
 
 
-def _args(func: Any) -> tuple[Arg, ...]:
-    """Return the parameters; callers know which are outputs, the function does not say."""
-    out = []
-    for index, param in enumerate(func.params):
-        shape = tuple(int(d) for d in param.shape)
-        out.append(Arg(f"p{index}", "input", shape, str(param.dtype)))
-    return tuple(out)
+def _columns(schedule: Any, facts: BlockFacts, config: TirConfig, wide: bool) -> bool:
+    """The last output axis innermost, in memory, for LLVM to vectorise with whatever tail it has."""
+    axis = facts.vector_axis
+    if axis is None or facts.extents[axis] < 8:
+        return False
+    block = schedule.get_sblock(facts.name)
+    loops = schedule.get_loops(block)
+    outer = [loops[i] for i, k in enumerate(facts.kinds) if k == "S" and i != axis]
+    reduced = [loops[i] for i, k in enumerate(facts.kinds) if k == "R"]
+    schedule.reorder(*outer, *reduced, loops[axis])
+    _spread(schedule, outer, wide)  # before the block stops to be a reduction as a whole
+    schedule.decompose_reduction(block, reduced[0])
+    return True
 
 
-def _counts(func: Any) -> Counts:
-    """Count bytes of the parameters; arithmetic inside is unknown without analysing each block."""
-    from mimo_compile.ir.graph import dtype_bytes
-
-    total = 0.0
-    for arg in _args(func):
-        size = dtype_bytes(arg.dtype)
-        for d in arg.shape:
-            size *= d
-        total += size
-    return Counts({}, {"dram": total})
+def _lanes(schedule: Any, facts: BlockFacts, config: TirConfig, wide: bool) -> bool:
+    """Partial sums in lanes over the innermost reduced axis, then the sum of the lanes."""
+    if facts.kinds[-1] != "R" or config.vector == 1 or not facts.vectorisable:
+        return False
+    lanes = power(facts.extents[-1], config.vector)
+    if lanes < 4:
+        lanes = config.vector
+        if facts.extents[-1] < 2 * lanes:
+            return False
+    block = schedule.get_sblock(facts.name)
+    loops = schedule.get_loops(block)
+    count = sum(k == "S" for k in facts.kinds)
+    if any(k == "S" for k in facts.kinds[count:]):
+        return False
+    chunk, lane = schedule.split(loops[-1], [None, lanes])
+    if facts.extents[-1] % lanes:  # whole chunks without the test for the end, then the last one
+        schedule.annotate(chunk, "pragma_loop_partition_hint", 1)
+    partial = schedule.rfactor(lane, count)
+    own = schedule.get_loops(partial)
+    # rfactor leaves the factor last: spatial..., reduced..., lane
+    schedule.vectorize(own[-1])
+    _spread(schedule, own[:count], wide)
+    start = schedule.decompose_reduction(partial, own[count])
+    schedule.vectorize(schedule.get_loops(start)[-1])
+    return True
