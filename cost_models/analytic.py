@@ -10,7 +10,6 @@ where their energy goes, not for absolute joules. What they give is always marke
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -34,6 +33,7 @@ _PER_CYCLE = {
     "shuffle_u8": 64.0, "int_op": 32.0,
 }  # fmt: skip
 _GUESSED_HZ = 3.0e9
+_FLOOR_HZ = 4.5e9
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,20 +109,21 @@ class DeviceModel:
         return self.idle_w * latency_us * 1e-3 + (work + traffic) * 1e-9
 
     def floor_us(self, necessary: Counts, hardware: Hardware) -> float | None:
-        """Return the least microseconds the necessary work can take, None without calibrated rates.
+        """Return the least microseconds the necessary work can take, None before a calibration.
 
-        Only rates that were measured count; 8-bit dot products can be avoided by table look-up (one
-        look-up stands for several of them) and run faster in matrix tiles than the calibrated vector
-        loop, so they set no floor.
+        Rates count at the calibrated or at a nominal 4.5 GHz value, whichever
+        is faster, since a calibration beside other load comes out too slow. 8-bit dot products set no
+        floor: table look-up avoids them, and matrix tiles beat the calibrated vector loop.
         """
         if not self.measured:
             return None
         threads = hardware.threads
-        fastest = max(
-            (self.bandwidth(lv, threads) for lv in LEVELS if lv in self.measured), default=math.inf
-        )
+        wide = 1.0 if hardware.has_avx512 else 0.5
+        nominal = 128.0 * wide * _FLOOR_HZ * threads  # two vector loads in each cycle
+        fastest = max(nominal, *(self.bandwidth(lv, threads) for lv in LEVELS))
         times = [necessary.bytes.get("dram", 0.0) / fastest]
         tiles = any(f.startswith("amx") for f in hardware.features)
         if "fma_f32" in self.measured and not tiles:
-            times.append(necessary.ops.get("fma_f32", 0.0) / (self.ops_per_s["fma_f32"] * threads))
+            peak = max(self.ops_per_s["fma_f32"], _PER_CYCLE["fma_f32"] * wide * _FLOOR_HZ)
+            times.append(necessary.ops.get("fma_f32", 0.0) / (peak * threads))
         return 1e6 * max(times)

@@ -93,7 +93,7 @@ def calibrate(hardware: Hardware) -> Calibration:
     from mimo_compile.search import calibration_kernels as kernels
     from mimo_compile.search.measure import Measurer, Timing
 
-    timing = Timing(warm_up_s=0.05, batches=25, batch_s=0.004, budget_s=0.25, cache="hot")
+    timing = Timing(warm_up_s=0.05, batches=100, batch_s=0.002, budget_s=0.3, cache="hot")
     with Measurer(
         hardware, timing=timing, device=DeviceModel.guess(hardware), builders=1
     ) as measurer:

@@ -61,9 +61,9 @@ class ReadBandwidth(_Calibration):
         U = 8
 
         @T.prim_func(s_tir=True)
-        def read(
-            X: T.Buffer((tasks, chunk, 16), "float32"), Y: T.Buffer((tasks, 16), "float32")
-        ) -> None:  # type: ignore[valid-type]
+        def read(x: T.handle, y: T.handle) -> None:
+            X = T.match_buffer(x, (tasks, chunk, 16), "float32")
+            Y = T.match_buffer(y, (tasks, 16), "float32")
             T.func_attr({"tirx.noalias": True})
             for t in T.parallel(tasks):
                 with T.sblock("o"):
@@ -102,9 +102,9 @@ class FmaPeak(_Calibration):
         U = CHAINS
 
         @T.prim_func(s_tir=True)
-        def fma(
-            X: T.Buffer((tasks, chunk, 16), "float32"), Y: T.Buffer((tasks, 16), "float32")
-        ) -> None:  # type: ignore[valid-type]
+        def fma(x: T.handle, y: T.handle) -> None:
+            X = T.match_buffer(x, (tasks, chunk, 16), "float32")
+            Y = T.match_buffer(y, (tasks, 16), "float32")
             T.func_attr({"tirx.noalias": True})
             for t in T.parallel(tasks):
                 with T.sblock("o"):
@@ -148,9 +148,9 @@ class DotPeak(_Calibration):
         U = CHAINS
 
         @T.prim_func(s_tir=True)
-        def dot(
-            X: T.Buffer((tasks, chunk, 16), "float32"), Y: T.Buffer((tasks, 16), "float32")
-        ) -> None:  # type: ignore[valid-type]
+        def dot(x: T.handle, y: T.handle) -> None:
+            X = T.match_buffer(x, (tasks, chunk, 16), "float32")
+            Y = T.match_buffer(y, (tasks, 16), "float32")
             T.func_attr({"tirx.noalias": True})
             for t in T.parallel(tasks):
                 with T.sblock("o"):

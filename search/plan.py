@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -229,8 +229,19 @@ def _offer_layouts(
         for workload, name in group:
             use = uses[workload]
             have = {dict(o.layouts).get(name, "") for o in use.options}
+            measured = [o for o in use.options if o.source == "measured"]
             for candidate in _first_with(use.space, name, wanted - have):
-                use.options.append(_modelled(use.space, candidate, device, "modelled"))
+                option = _modelled(use.space, candidate, device, "modelled")
+                use.options.append(_behind(option, measured) if measured else option)
+
+
+def _behind(option: Option, measured: Sequence[Option]) -> Option:
+    """Cost an unmeasured option at least twice the best measured one: hopes must not beat measurements."""
+    return replace(
+        option,
+        latency_us=max(option.latency_us, 2 * min(o.latency_us for o in measured)),
+        energy_mj=max(option.energy_mj, 2 * min(o.energy_mj for o in measured)),
+    )
 
 
 def _first_with(space: JointSpace, name: str, layouts: set[str]) -> list[Candidate]:

@@ -12,7 +12,7 @@ from mimo_compile.search.space import Candidate, JointSpace
 
 
 def distance(a: Workload, b: Workload) -> float:
-    """Return how far apart two workloads of one op are: log-ratios of extents, 3 for each other difference."""
+    """Return how far apart workloads of one op are: log-ratios of extents, 3 for other differences."""
     left, right = dict(a.params), dict(b.params)
     total = 0.0
     for name in {*left, *right}:

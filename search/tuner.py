@@ -82,7 +82,7 @@ class Tuner:
         self.device = device
         self.strategy = strategy
         self.options = options or Options()
-        self.model = LatencyModel(seed=seed, threads=min(2, hardware.cores))
+        self.model = LatencyModel(seed=seed)
         self.versions = versions()
         self.tasks: list[_Task] = []
         self._progress = progress or (lambda event: None)
@@ -323,7 +323,7 @@ class Tuner:
                     (t.trials, t.new),
                     Counter(str(r.verdict) for r in newest),
                     t.share.history,
-                )  # fmt: skip
+                )
             )
         return TuningResult(tuple(workloads), self.objective, stopped, clock.seconds, clock.joules)
 

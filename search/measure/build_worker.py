@@ -69,6 +69,7 @@ def _warm_up() -> None:
     from mimo_compile import _tvm
 
     _tvm.compiler()
+    import torch  # noqa: F401  (the ops' definitions need it: better now than within a build's limit)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ def serve(handlers: Mapping[str, Handler], warm_up: Callable[[], None]) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     warm_up()
+    me = os.getpid()
     with (
         os.fdopen(fd_in, "r", encoding="utf-8") as requests,
         os.fdopen(fd_out, "w", encoding="utf-8") as replies,
@@ -51,5 +52,7 @@ def serve(handlers: Mapping[str, Handler], warm_up: Callable[[], None]) -> None:
                 reply = {"ok": False, "kind": "MemoryError", "message": str(error)}
             except Exception as error:  # the reply carries it
                 reply = {"ok": False, "kind": type(error).__name__, "message": str(error)[-1500:]}
+            if os.getpid() != me:  # a clone that some kernel made by fork
+                os._exit(1)
             replies.write(json.dumps(reply) + "\n")
             replies.flush()

@@ -308,6 +308,8 @@ class Measurer:
             message = f"memory beyond {', '.join(seen['overrun'])} was written"
         elif seen["modified"]:
             message = f"{', '.join(seen['modified'])} was changed, and must not be"
+        elif seen["forked"]:
+            message = "a process was started"
         elif not message and seen["differs"]:
             message = f"two runs on the same inputs differ in {', '.join(seen['differs'])}"
         verdict = Verdict.WRONG if message else Verdict.OK

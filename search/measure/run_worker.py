@@ -6,6 +6,7 @@ compares.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -85,7 +86,18 @@ def check(request: dict[str, Any]) -> dict[str, Any]:
     for b in slot.buffers:
         if b.mutated:
             b.restore()
-    return {"overrun": sorted(overrun), "modified": sorted(modified), "differs": sorted(differs)}
+    return {
+        "overrun": sorted(overrun), "modified": sorted(modified), "differs": sorted(differs),
+        "forked": _has_children(),
+    }  # fmt: skip
+
+
+def _has_children() -> bool:
+    try:
+        os.waitpid(-1, os.WNOHANG)
+    except ChildProcessError:
+        return False
+    return True
 
 
 def _batch(slot: Slot, number: int, start: int) -> float:

@@ -30,7 +30,6 @@ _OURS = (
     "OSError",
     "FileNotFoundError",
     "PermissionError",
-    "ProtocolError",
     "EnvironmentMismatch",
     "MissingExtra",
 )
@@ -152,7 +151,7 @@ class Worker:
             self._buffer += data
             if len(self._buffer) > _REPLY_BYTES:
                 self.kill()
-                return Reply("error", {}, "the reply is too long", "ProtocolError")
+                return Reply("crash", {}, "the reply is too long")
             if not self.ready and b"\n" in self._buffer:
                 self._buffer = self._buffer.partition(b"\n")[2]
                 self.ready, self.since = True, time.monotonic()
@@ -166,7 +165,7 @@ class Worker:
             return Reply("error", {}, str(reply["message"]), str(reply["kind"]))
         except (ValueError, KeyError, TypeError):
             self.kill()
-            return Reply("error", {}, "the reply is not understood", "ProtocolError")
+            return Reply("crash", {}, "the reply is not understood")
 
     def _drain_output(self) -> None:
         assert self._process is not None and self._process.stdout is not None

@@ -1,0 +1,352 @@
+"""Spaces, strategies, budget and the tuner on recorded spaces: no clock, no compiler."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from recordings import DEVICE, HW, LARGE, SMALL, recorded, schedules
+
+from mimo_compile.errors import UsageError
+from mimo_compile.ir.hardware import PRESETS
+from mimo_compile.ir.ops import parse_workload
+from mimo_compile.search.budget import Budget, Clock, Share, next_share
+from mimo_compile.search.database import Database
+from mimo_compile.search.measure.replay import ReplayMeasurer
+from mimo_compile.search.meters.replay import ReplayMeter
+from mimo_compile.search.objective import parse_objective
+from mimo_compile.search.progress import Event, PlainProgress
+from mimo_compile.search.records import Verdict
+from mimo_compile.search.result import TuningResult
+from mimo_compile.search.space import JointSpace
+from mimo_compile.search.strategies import STRATEGIES, Observation, Options, Setting, make_strategy
+from mimo_compile.search.transfer import distance
+from mimo_compile.search.tuner import Tuner, tune_workloads
+
+pytestmark = pytest.mark.compile
+
+
+def tune(db: Database, measurer: ReplayMeasurer, workloads=None, **more) -> TuningResult:
+    more.setdefault("trials", 96)
+    return tune_workloads(
+        workloads or {LARGE: 1.0},
+        HW,
+        db=db,
+        measurer=measurer,
+        schedules=schedules(),
+        device=DEVICE,
+        **more,
+    )
+
+
+# -- space -------------------------------------------------------------------------------------
+
+
+def test_joint_space() -> None:
+    space = JointSpace(LARGE, HW, schedules())
+    rng = np.random.default_rng(0)
+    everything = {c.key: c for c in space}
+    assert len(everything) == sum(1 for s in space.spaces.values() for _ in s)
+    assert [c.schedule for c in space.defaults()] == ["swiglu.tiled", "swiglu.other"]
+    seen = Counter()
+    for _ in range(300):
+        c = space.sample(rng)
+        seen[c.schedule] += 1
+        m = space.mutate(c, rng)
+        assert c.key in everything and (m is None or m.key in everything)
+        if m is not None:
+            assert sum(c.config[k] != m.config[k] for k in c.config) == 1
+        other = space.sample(rng)
+        x = space.crossover(c, other, rng)
+        if c.schedule != other.schedule:
+            assert x is None
+        elif x is not None:
+            assert x.key in everything
+            assert all(x.config[k] in (c.config[k], other.config[k]) for k in x.config)
+    assert min(seen.values()) > 30  # the small schedule is not drowned
+    assert space.enumerate(10) is None and len(space.enumerate(10**6)) == len(everything)
+    assert space.adopt("swiglu.tiled", {"rows": 3}) is None  # not a value of the knob
+    assert space.adopt("swiglu.tiled", {"rows": 32, "cols": 32}) is None  # not legal
+    assert (
+        space.adopt("no.such", {}) is None and space.adopt("swiglu.tiled", {"nonsense": 1}) is None
+    )
+    assert space.adopt("swiglu.tiled", {}) == space.defaults()[0]
+    with pytest.raises(UsageError, match="no schedule supports"):
+        JointSpace(parse_workload("rms_norm:t=1,d=8"), HW, schedules())
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_strategies_propose_each_candidate_once(name: str) -> None:
+    from toy_schedules import Other
+
+    space = JointSpace(SMALL, HW, [Other()])
+    strategy = make_strategy(name, Setting(space, np.random.default_rng(1), space.defaults()))
+    asked = []
+    while batch := strategy.ask(4):
+        assert len(batch) <= 4
+        asked += batch
+        strategy.tell([Observation(c, float(c.config["rows"])) for c in batch])
+    assert asked[0] == space.defaults()[0]
+    assert sorted(c.key for c in asked) == sorted(c.key for c in space)
+    with pytest.raises(UsageError, match="unknown strategy"):
+        make_strategy("annealing", Setting(space, np.random.default_rng(1)))
+
+
+def test_banned_schedules_are_left_alone() -> None:
+    space = JointSpace(LARGE, HW, schedules())
+    for name in STRATEGIES:
+        strategy = make_strategy(name, Setting(space, np.random.default_rng(1), space.defaults()))
+        strategy.ban("swiglu.tiled")
+        asked = [c for _ in range(4) for c in strategy.ask(8)]
+        assert {c.schedule for c in asked} == {"swiglu.other"} and len(asked) == 6
+
+
+# -- the tuner on recorded spaces --------------------------------------------------------------
+
+
+def test_replayed_search_finds_the_optimum_and_repeats_itself(tmp_path: Path) -> None:
+    rows = recorded(LARGE)
+    best = min(r.latency_us for r in rows if r.ok)
+    orders = []
+    for name in "ab":
+        measurer = ReplayMeasurer(rows)
+        with Database(tmp_path / f"{name}.db") as db:
+            result = tune(db, measurer, seed=7, trials=160)
+            stored = [r.key for r in db if r.phase == "search"]
+        (w,) = result.workloads
+        assert w.best is not None and w.best.latency_us <= 1.02 * best
+        assert w.default is not None and w.default.record.config["rows"] == 1
+        assert w.speedup == pytest.approx(w.default.latency_us / w.best.latency_us)
+        assert measurer.asked[0] == JointSpace(LARGE, HW, schedules()).defaults()[0]
+        assert len(stored) == len(set(stored)) == w.new_trials == len(measurer.asked)
+        orders.append(stored)
+    assert orders[0] == orders[1]
+
+
+def test_evolution_beats_random(tmp_path: Path) -> None:
+    rows = recorded(LARGE, bad=0.0)
+    found = {}
+    for name in ("evolutionary", "random"):
+        reached = []
+        for seed in range(3):
+            with Database(tmp_path / f"{name}{seed}.db") as db:
+                result = tune(db, ReplayMeasurer(rows), strategy=name, seed=seed, trials=64)
+            reached.append(result.best[str(LARGE)].latency_us)
+        found[name] = sorted(reached)[1]
+    assert found["evolutionary"] < found["random"]
+
+
+def test_resume_measures_nothing_twice(tmp_path: Path) -> None:
+    rows = recorded(LARGE)
+    with Database(tmp_path / "a.db") as db:
+        first = tune(db, ReplayMeasurer(rows), trials=30)
+        again = ReplayMeasurer(rows)
+        second = tune(db, again, trials=30)
+        assert not again.asked and second.new_trials == 0 and second.trials == first.trials == 30
+        assert second.best[str(LARGE)].latency_us == first.best[str(LARGE)].latency_us
+        more = ReplayMeasurer(rows)
+        third = tune(db, more, trials=50)
+        assert third.new_trials == 20 and third.trials == 50
+        keys = [r.key for r in db if r.phase == "search"]
+        assert len(keys) == len(set(keys)) == 50
+
+
+def test_budget_goes_where_the_gain_is(tmp_path: Path) -> None:
+    rows = recorded(LARGE, scale=10.0) + recorded(SMALL)
+    with Database(tmp_path / "a.db") as db:
+        result = tune(db, ReplayMeasurer(rows), {SMALL: 1.0, LARGE: 20.0}, trials=96)
+    trials = {str(w.workload): w.trials for w in result.workloads}
+    assert sum(trials.values()) == 96 and trials[str(LARGE)] > 2 * trials[str(SMALL)] > 0
+
+
+def test_search_ends_when_all_is_known(tmp_path: Path) -> None:
+    from toy_schedules import Other
+
+    with Database(tmp_path / "a.db") as db:
+        result = tune_workloads(
+            {SMALL: 1.0}, HW, trials=1000, db=db, measurer=ReplayMeasurer(recorded(SMALL, bad=0)),
+            schedules=[Other()], device=DEVICE,
+        )  # fmt: skip
+    assert result.stopped == "exhausted" and result.trials == 6
+
+
+def test_interruption_keeps_everything(tmp_path: Path) -> None:
+    class Interrupted(ReplayMeasurer):
+        def measure(self, space, candidates, seed):
+            for m in super().measure(space, candidates, seed):
+                if len(self.asked) == 20:
+                    raise KeyboardInterrupt
+                yield m
+
+    with Database(tmp_path / "a.db") as db:
+        result = tune(db, Interrupted(recorded(LARGE)))
+        assert result.interrupted and result.new_trials == 19 == len(db)
+        assert result.best[str(LARGE)].latency_us < math.inf
+
+
+def test_crashing_schedules_are_quarantined(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    class Crashing(ReplayMeasurer):
+        def measure(self, space, candidates, seed):
+            for m in super().measure(space, candidates, seed):
+                tiled = m.candidate.schedule == "swiglu.tiled"
+                yield replace(m, verdict=Verdict.CRASH, latency_us=None) if tiled else m
+
+    with Database(tmp_path / "a.db") as db:
+        result = tune(db, Crashing(recorded(LARGE)), trials=64)
+    (w,) = result.workloads
+    assert w.verdicts["crash"] <= 12  # the batch in which it happened
+    assert w.best is not None and w.best.record.schedule == "swiglu.other" and w.default is None
+
+
+def test_all_candidates_fail(tmp_path: Path) -> None:
+    with Database(tmp_path / "a.db") as db:
+        result = tune(db, ReplayMeasurer([]), trials=40)
+    (w,) = result.workloads
+    assert w.best is None and w.verdicts == {"build_failed": 40} and result.best == {}
+    assert result.to_json()["workloads"][0]["best"] is None
+
+
+def test_energy_objective_stays_within_the_latency_limit(tmp_path: Path) -> None:
+    with Database(tmp_path / "a.db") as db:
+        result = tune(
+            db, ReplayMeasurer(recorded(LARGE)), objective="energy@latency:1.05", trials=120
+        )
+        (w,) = result.workloads
+        fastest = min(r.latency_us for r in w.results)
+        assert w.best is not None and w.best.latency_us <= 1.05 * fastest
+        cheaper = [
+            r
+            for r in w.results
+            if r.latency_us <= 1.05 * fastest and r.modelled_mj < w.best.modelled_mj
+        ]
+        assert not cheaper and w.pareto[0].latency_us == fastest
+
+
+def test_similar_shapes_give_the_first_candidates(tmp_path: Path) -> None:
+    near = parse_workload("swiglu:t=64,f=2048")
+    with Database(tmp_path / "a.db") as db:
+        tune(db, ReplayMeasurer(recorded(LARGE)), trials=160)
+        measurer = ReplayMeasurer(recorded(near))
+        tune(db, measurer, {near: 1.0}, trials=8)
+        best = min(r.latency_us for r in db.records(LARGE) if r.ok)
+        assert min(r.latency_us for r in db.records(near) if r.ok) <= best * 1.001
+    assert distance(LARGE, near) == 1.0 and distance(LARGE, LARGE) == 0.0
+
+
+def test_bad_requests(tmp_path: Path) -> None:
+    with Database(tmp_path / "a.db") as db:
+        with pytest.raises(UsageError, match="nothing to tune"):
+            tune_workloads([], HW, db=db)
+        with pytest.raises(UsageError, match="not positive"):
+            tune(db, ReplayMeasurer([]), trials=0)
+        with pytest.raises(UsageError, match="needs a meter"):
+            tune(db, ReplayMeasurer([]), joules=5)
+        with pytest.raises(UsageError, match="cannot run here"):
+            tune_workloads({SMALL: 1.0}, PRESETS["sapphirerapids"], db=db, trials=4)
+        with pytest.raises(UsageError, match="unknown objective"):
+            tune(db, ReplayMeasurer([]), objective="speed")
+
+
+# -- budget, objective, progress ---------------------------------------------------------------
+
+
+def test_clock() -> None:
+    now = [100.0]
+    clock = Clock(Budget(trials=5, seconds=10), None, lambda: now[0])
+    assert clock.reached(4) == "" and clock.reached(5) == "trials" and clock.joules is None
+    now[0] = 108.0
+    assert clock.reached(0) == "" and clock.reached(0, reserve_s=100) == "seconds"
+    now[0] = 110.0
+    assert clock.reached(0) == "seconds"
+    counted = Clock(Budget(joules=2), ReplayMeter([1000.0, 2500.0, 3001.0]), lambda: 0.0)
+    assert counted.reached(0) == "" and counted.reached(0) == "joules"
+
+
+def test_shares() -> None:
+    shares = [Share(1.0, 5.0), Share(1.0, 1.0)]
+    assert next_share(shares) == 0  # before the first round: the larger roofline
+    shares[0].learn(4, 100.0)
+    assert next_share(shares) == 1
+    shares[1].learn(4, 10.0)
+    assert next_share(shares) == 0
+    for _ in range(3):
+        shares[0].learn(4, 100.0)
+    assert shares[0].stale == 3
+    shares[0].learn(4, 90.0)
+    assert shares[0].stale == 0 and shares[0].best_us == 90.0 and shares[0].trials == 20
+    shares[0].exhausted = shares[1].exhausted = True
+    assert next_share(shares) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "latency",
+        "energy",
+        "edp",
+        "ed2p",
+        "pareto",
+        "energy@latency:1.05",
+        "latency@energy:12J",
+        "latency@energy:3mJ",
+    ],
+)
+def test_objectives_round_trip(text: str) -> None:
+    goal = parse_objective(text)
+    assert parse_objective(str(goal)) == goal
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "speed",
+        "energy@latency:0.9",
+        "energy@latency:1.1J",
+        "latency@energy:5",
+        "energy@latency",
+    ],
+)
+def test_bad_objectives(text: str) -> None:
+    with pytest.raises(UsageError, match="unknown objective"):
+        parse_objective(text)
+
+
+def test_choice_by_objective() -> None:
+    points = [(10.0, 8.0), (10.4, 6.0), (20.0, 2.0), (11.0, 9.0)]
+    pick = {
+        t: parse_objective(t).choose(points, lambda p: p)
+        for t in ("latency", "energy", "edp", "ed2p", "energy@latency:1.05")
+    }
+    assert pick == {
+        "latency": points[0], "energy": points[2], "edp": points[2], "ed2p": points[1],
+        "energy@latency:1.05": points[1],
+    }  # fmt: skip
+    assert parse_objective("edp").choose([(3.0, None), (2.0, None)], lambda p: p) == (2.0, None)
+
+
+def test_plain_progress_writes_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    show = PlainProgress(every_s=0)
+    show(Event("start", total=8, text="1 workloads"))
+    show(Event("measured", "swiglu:t=1,f=2", 3, 8, 2.5, 5.0))
+    show(Event("measured", "swiglu:t=1,f=2", 4, 8))
+    show(Event("done", trials=8, total=8, text="stopped: trials"))
+    out = capsys.readouterr()
+    assert out.out == "" and "tune 3/8  swiglu:t=1,f=2  best 2.5 us, 2.00x default" in out.err
+    assert len(out.err.splitlines()) == 4
+
+
+def test_tuner_uses_the_learned_model(tmp_path: Path) -> None:
+    with Database(tmp_path / "a.db") as db:
+        tuner = Tuner(
+            HW, db, ReplayMeasurer(recorded(LARGE)), parse_objective("latency"), seed=0, device=DEVICE,
+            options=Options(epsilon=0.2),
+        )  # fmt: skip
+        tuner.add(LARGE, 1.0, schedules())
+        tuner.run(Clock(Budget(trials=64), None))
+        assert tuner.model.trained and tuner.model.samples >= 48
