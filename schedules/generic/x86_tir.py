@@ -27,6 +27,9 @@ tvm = compiler()
 PARALLEL_WORK = 1 << 16
 """Below this many innermost iterations a loop takes less time than waking the threads does."""
 
+ENOUGH_TASKS = 8
+"""Outer iterations that keep threads evenly busy."""
+
 
 @dataclass(frozen=True, slots=True)
 class TirConfig:
@@ -68,12 +71,8 @@ def lower_tir(func: Any, name: str, config: TirConfig, hardware: Hardware) -> Ke
     schedule = _inline(schedule)
     for facts in block_facts(schedule):
         wide = threads and facts.work >= PARALLEL_WORK
-        rules: list[Callable[..., Any]]
-        if facts.reduced:
-            rules = [_tiled, _lanes, _columns, _outer]
-        else:
-            rules = [_spatial, _outer]
-        for rule in rules:
+        reducing: list[Callable[..., Any]] = [_tiled, _lanes, _columns, _outer]
+        for rule in reducing if facts.reduced else [_spatial, _outer]:
             done = _attempt(schedule, rule, facts, config, wide)
             if done is not None:
                 schedule = done
@@ -180,52 +179,56 @@ def _spatial(schedule: Any, facts: BlockFacts, config: TirConfig, wide: bool) ->
 
 
 def _tiled(schedule: Any, facts: BlockFacts, config: TirConfig, wide: bool) -> bool:
-    """Register tile: vectors over an output axis that every operand reads along, rows over the axis before."""
+    """Register tile: vectors over an output axis that all operands follow, rows over the one before."""
     axis = facts.vector_axis
     if axis is None or config.vector == 1:
         return False
     lanes = power(facts.extents[axis], config.vector)
     if lanes < 4:
         return False
-    vectors = divisor(facts.extents[axis] // lanes, config.unroll)
-    block = schedule.get_sblock(facts.name)
+    chunks = facts.extents[axis] // lanes
+    vectors = divisor(chunks, config.unroll)
+    if 2 * vectors < config.unroll:
+        vectors = divisor(chunks, 2 * config.unroll)
     spatial = [i for i, k in enumerate(facts.kinds) if k == "S"]
     row = next((i for i in reversed(spatial) if i < axis and facts.extents[i] > 1), None)
-    rows = divisor(facts.extents[row], config.tile) if row is not None else 1
-    cached = schedule.cache_write(block, 0, "global")
+    rows = 1 if row is None else divisor(facts.extents[row], config.tile)
+    ragged = row is not None and 2 * rows <= config.tile and facts.extents[row] > 2 * config.tile
     block = schedule.get_sblock(facts.name)
+    cached = schedule.cache_write(block, 0, "global")
     loops = schedule.get_loops(block)
     column, column_in, lane = schedule.split(loops[axis], [None, vectors, lanes])
-    outer, inner = [], []
-    for i in spatial:
-        if i == axis:
+    outer = [loops[i] for i in spatial if i not in (axis, row)]
+    inner, last = [], []
+    if row is None:
+        outer.append(column)
+    else:
+        part, within = schedule.split(loops[row], [None, config.tile if ragged else rows])
+        inner.append(within)
+        # a panel of columns stays in cache while the rows pass, if the columns can feed the threads
+        if ragged or chunks // vectors >= ENOUGH_TASKS:
             outer.append(column)
-        elif i == row and rows > 1:
-            part, within = schedule.split(loops[i], [None, rows])
-            outer.append(part)
-            inner.append(within)
+            last.append(part)
         else:
-            outer.append(loops[i])
+            outer += [part, column]
+        if ragged:  # whole tiles without the test for the end, then the last one
+            schedule.annotate(part, "pragma_loop_partition_hint", 1)
     reduced = [loops[i] for i, k in enumerate(facts.kinds) if k == "R"]
-    schedule.reorder(*outer, *reduced, *inner, column_in, lane)
-    schedule.reverse_compute_at(cached, outer[-1])
+    schedule.reorder(*outer, *last, *reduced, *inner, column_in, lane)
+    schedule.reverse_compute_at(cached, (outer + last)[-1])
     for loop in (*inner, column_in):
         schedule.unroll(loop)
     schedule.vectorize(lane)
     _spread(schedule, outer, wide)  # before the block stops to be a reduction as a whole
-    depth = 1 if wide else len(outer)
+    depth = (1 if wide else len(outer)) + len(last)
     start = schedule.decompose_reduction(block, reduced[0])
     for target in (start, cached):
         own = schedule.get_loops(target)[depth:]
+        if extent(schedule.get(own[-1]).extent) == vectors * lanes and vectors > 1:
+            own = [*own[:-1], *schedule.split(own[-1], [vectors, lanes])]
         for loop in own[:-1]:
             schedule.unroll(loop)
-        here = schedule.get(own[-1]).extent
-        if extent(here) == vectors * lanes and vectors > 1:
-            more, last = schedule.split(own[-1], [vectors, lanes])
-            schedule.unroll(more)
-            schedule.vectorize(last)
-        else:
-            schedule.vectorize(own[-1])
+        schedule.vectorize(own[-1])
     return True
 
 
