@@ -170,15 +170,15 @@ class CachedAttention(OpDef):
     def bound(
         self, workload: Workload, inputs: Mapping[str, Array], expected: Mapping[str, Array]
     ) -> dict[str, Array]:
-        """Bound by logits' rounding: ``exp`` turns an absolute logit error e into a relative error e."""
-        p = self.full(workload)
-        q = np.abs(inputs["q"]).astype(np.float64)
-        k = np.nanmax(np.abs(inputs["k_cache"]), axis=(0, 1)).astype(np.float64)
-        logit = 4 * p["d"] ** 0.5 * U32 * (q @ k).max() * self.softmax_scale(p)
-        length = min(self.kv_length(p), p["cap"])
+        """Allow eight times the largest error of plain float32 attention, head by head.
+
+        Online softmax in blocks rounds differently from the plain form but not worse; a key that is
+        missed or seen too much changes the result by far more.
+        """
+        plain = self._attend(workload, inputs, torch.float32).double().numpy()
+        error = np.abs(plain - expected["out"]).max(axis=(0, 2), keepdims=True)
         vmax = np.nanmax(np.abs(inputs["v_cache"]))
-        relative = 2 * logit + (8 + 4 * length**0.5) * U32
-        return {"out": np.full(expected["out"].shape, 2 * relative * vmax + 1e-30)}
+        return {"out": np.broadcast_to(8 * error + 32 * U32 * vmax, expected["out"].shape).copy()}
 
     def counts(self, workload: Workload) -> Counts:
         """Visible keys and values once for each KV head; two multiply-adds per element and query head."""
