@@ -15,8 +15,10 @@ from mimo_compile._tvm import compiler
 from mimo_compile.ir.ops.base import Arg
 
 compiler()
-from tvm.script.ir_builder import IRBuilder
-from tvm.script.ir_builder import tirx as T
+from tvm.script.ir_builder import IRBuilder, tirx
+
+T: Any = tirx
+"""TVM's vocabulary of statements and expressions."""
 
 
 def function(name: str, args: Sequence[Arg], body: Callable[..., None]) -> Any:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.emit.dot import DOTS
-from mimo_compile.schedules.moe.experts import Experts, Problem
+from mimo_compile.schedules.moe.experts import Experts
+from mimo_compile.schedules.moe.problem import Problem
 
 
 class X86MoeFloat(Experts):

@@ -1,97 +1,23 @@
-"""What the x86 matmul schedules share: problem, config, the loops around a tile, result, counts."""
+"""Base of the x86 matmul schedules: space, default, packing; subclasses emit the body."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
-import re
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
 
 from mimo_compile.ir.counts import Counts
-from mimo_compile.ir.formats import WeightFormat, parse_weight_format
 from mimo_compile.ir.hardware import Hardware
-from mimo_compile.ir.ops import get_op
-from mimo_compile.ir.ops.base import Arg, Array
+from mimo_compile.ir.ops.base import Array
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.base import Kernel, KnobValue, Schedule, Space
-from mimo_compile.schedules.emit.build import T, choose, function, load, loop, when
-from mimo_compile.schedules.emit.layout import ROWS, CodeLayout, pack_quantised, pack_rows
-from mimo_compile.schedules.emit.tile import Out, store_rows
-
-PARALLEL_BYTES = 192 << 10
-"""Weights below this are read before a second thread has woken up."""
-
-
-@dataclass(frozen=True, slots=True)
-class GemmConfig:
-    """Knobs of a tiled matmul."""
-
-    rows: int = 4
-    """Blocks of 16 weight rows in a register tile."""
-    tokens: int = 1
-    """Tokens in a register tile."""
-    chunk: int = 1
-    """Row tiles that one task does."""
-    order: str = "rows"
-    """Outer loop of a task: ``rows`` (weights stay in cache) or ``tokens`` (activations do)."""
-    prefetch: int = 0
-    """Distance of prefetches in cache lines, 0 for none."""
-    unroll: int = 1
-    """Steps along K in the inner loop's body."""
-    parallel: bool = False
-    """Spread the tasks over threads."""
-    dot: str = ""
-    """Name of the way to multiply (`emit.dot.DOTS`); empty where there is only one."""
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """One matmul, its parameters resolved."""
-
-    m: int
-    n: int
-    k: int
-    fmt: WeightFormat
-    act: str
-    scale_dtype: str
-    bias: bool
-
-    @classmethod
-    def of(cls, workload: Workload) -> Problem:
-        """Read a workload of the op ``mpgemm``."""
-        p = get_op("mpgemm").full(workload)
-        fmt = parse_weight_format(p["w"])
-        return cls(p["m"], p["n"], p["k"], fmt, p["a"], p["s"], bool(p["bias"]))
-
-    @property
-    def layout(self) -> CodeLayout:
-        """Layout of integer codes."""
-        return CodeLayout(self.fmt, self.n, self.k)
-
-    @property
-    def row_blocks(self) -> int:
-        """Blocks of 16 weight rows."""
-        return -(-self.n // ROWS)
-
-    def args(self) -> tuple[Arg, ...]:
-        """Return the kernel's parameters: x, packed weights, bias, y."""
-        out = [Arg("x", "input", (self.m, self.k), "float32")]
-        if self.fmt.is_float:
-            dtype = "uint16" if self.fmt.bits == 16 else "float32"
-            out.append(Arg("w", "weight", (self.row_blocks, self.k, ROWS), dtype))
-        else:
-            out += self.layout.args("", (), self.scale_dtype)
-        if self.bias:
-            out.append(Arg("bias", "weight", (self.row_blocks, ROWS), "float32"))
-        return (*out, Arg("y", "output", (self.m, self.n), "float32"))
-
-    def packed_bytes(self) -> float:
-        """Bytes of all packed weights."""
-        return float(sum(arg_bytes(a) for a in self.args() if a.role == "weight"))
+from mimo_compile.schedules.emit.build import function
+from mimo_compile.schedules.emit.layout import ROWS, pack_quantised, pack_rows
+from mimo_compile.schedules.mpgemm.problem import (
+    PARALLEL_BYTES,
+    GemmConfig,
+    Problem,
+    kernel_name,
+)
 
 
 class X86Gemm(Schedule):
@@ -207,95 +133,3 @@ class X86Gemm(Schedule):
         if "bias" in arrays:
             out["bias"] = pack_rows(arrays["bias"].reshape(-1, 1)).reshape(-1, ROWS)
         return out
-
-
-def tiles(
-    problem: Problem,
-    config: GemmConfig,
-    tile: Callable[[list[tuple[Any, ...]], list[Any]], None],
-) -> None:
-    """Emit the loops around register tiles, with smaller tiles where rows or tokens run out.
-
-    Args:
-        problem: The matmul.
-        config: Its tile, chunk, order and threads.
-        tile: Emits one tile for row blocks and tokens.
-    """
-    wide = any(math.prod(a.shape) >= 2**31 for a in problem.args())
-    full, part = divmod(problem.row_blocks, config.rows)
-    row_tiles = full + (part > 0)
-    chunk = min(config.chunk, row_tiles)
-
-    def at_rows(index: Any, first: Any, count: int) -> None:
-        def emit(rows: int) -> None:
-            at = T.cast(index, "int64") if wide and not isinstance(index, int) else index
-            blocks: list[tuple[Any, ...]] = [(at * config.rows + r,) for r in range(rows)]
-            tile(blocks, [first + t for t in range(count)])
-
-        if not part:
-            emit(config.rows)
-        elif not full:
-            emit(part)
-        else:
-            choose(index < full, lambda: emit(config.rows), lambda: emit(part))
-
-    def over_tokens(emit: Callable[[Any, int], None]) -> None:
-        count, rest = divmod(problem.m, config.tokens)
-        if count:
-            with loop(count) as i:
-                emit(i * config.tokens, config.tokens)
-        if rest:
-            emit(count * config.tokens, rest)
-
-    def over_chunk(task: Any, emit: Callable[[Any], None]) -> None:
-        with loop(chunk) as c:
-            if row_tiles % chunk:
-                with when(task * chunk + c < row_tiles):
-                    emit(task * chunk + c)
-            else:
-                emit(task * chunk + c)
-
-    with loop(-(-row_tiles // chunk), parallel=config.parallel) as task:
-        if config.order == "rows":
-            over_chunk(task, lambda i: over_tokens(lambda first, n: at_rows(i, first, n)))
-        else:
-            over_tokens(lambda first, n: over_chunk(task, lambda i: at_rows(i, first, n)))
-
-
-def writer(
-    problem: Problem,
-    y: Any,
-    bias: Any,
-    blocks: list[tuple[Any, ...]],
-    tokens: list[Any],
-    lanes: int,
-) -> Out:
-    """Return the ``out`` of a tile: add the bias and store, cutting off rows behind N."""
-
-    def out(r: int, m: int, lane: int, value: Any) -> None:
-        (block,) = blocks[r]
-        if bias is not None:
-            value = value + load(bias, block, lane, lanes=lanes)
-        last = r + 1 == len(blocks)  # the last block of all is the last of its tile
-        store_rows(y, tokens[m], block, lane, lanes, value, problem.n, last=last)
-
-    return out
-
-
-def kernel_name(schedule: Schedule, workload: Workload, config: Any, hardware: Hardware) -> str:
-    """Return a C identifier: the workload in words, then a hash of all that shapes the code."""
-    words = re.sub(r"[^a-zA-Z0-9]+", "_", re.sub(r"[a-z]+=(?=[a-z])|=", "", str(workload)))
-    facts = [
-        schedule.name, schedule.version, str(workload), schedule.config_to_json(config),
-        sorted(hardware.features),
-    ]  # fmt: skip
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
-    return f"{words}__{digest}"
-
-
-def arg_bytes(arg: Arg) -> int:
-    """Return the size of an argument."""
-    size = {"int8": 1, "uint8": 1, "float16": 2, "uint16": 2, "bfloat16": 2}.get(arg.dtype, 4)
-    for extent in arg.shape:
-        size *= extent
-    return size

@@ -12,14 +12,9 @@ from mimo_compile.schedules.emit.dot import DOTS, Dot
 from mimo_compile.schedules.emit.layout import ROWS
 from mimo_compile.schedules.emit.quantize import alloc_activations, quantize_row, workspace_bytes
 from mimo_compile.schedules.emit.tile import TileKnobs, Weights, int_tile
-from mimo_compile.schedules.mpgemm.gemm import (
-    GemmConfig,
-    Problem,
-    X86Gemm,
-    arg_bytes,
-    tiles,
-    writer,
-)
+from mimo_compile.schedules.mpgemm.gemm import X86Gemm
+from mimo_compile.schedules.mpgemm.loops import tiles, writer
+from mimo_compile.schedules.mpgemm.problem import GemmConfig, Problem, arg_bytes
 
 QUANTIZE_ALONE = 64 << 10
 """Elements of x that one thread quantises before others would have woken up."""

@@ -10,14 +10,9 @@ from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.emit.layout import ROWS
 from mimo_compile.schedules.emit.tile import TileKnobs, Weights, float_tile
-from mimo_compile.schedules.mpgemm.gemm import (
-    GemmConfig,
-    Problem,
-    X86Gemm,
-    arg_bytes,
-    tiles,
-    writer,
-)
+from mimo_compile.schedules.mpgemm.gemm import X86Gemm
+from mimo_compile.schedules.mpgemm.loops import tiles, writer
+from mimo_compile.schedules.mpgemm.problem import GemmConfig, Problem, arg_bytes
 
 
 class X86Float(X86Gemm):

@@ -11,8 +11,9 @@ from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.emit.dot import DOTS, exact
 from mimo_compile.schedules.emit.layout import ROWS
 from mimo_compile.schedules.emit.tile import TileKnobs, Weights, float_tile
-from mimo_compile.schedules.mpgemm.gemm import GemmConfig, Problem, tiles, writer
 from mimo_compile.schedules.mpgemm.integer import IntegerGemm
+from mimo_compile.schedules.mpgemm.loops import tiles, writer
+from mimo_compile.schedules.mpgemm.problem import GemmConfig, Problem
 from mimo_compile.schedules.mpgemm.x86_float import float_bytes
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.emit.dot import exact
-from mimo_compile.schedules.mpgemm.gemm import Problem
 from mimo_compile.schedules.mpgemm.integer import IntegerGemm
+from mimo_compile.schedules.mpgemm.problem import Problem
 
 
 class X86Vnni(IntegerGemm):

@@ -16,7 +16,7 @@ from mimo_compile.ir.ops import get_op, parse_workload
 from mimo_compile.schedules import get_schedule, schedules_for
 from mimo_compile.schedules.compile import compile_kernel
 from mimo_compile.schedules.emit.layout import unpack_codes
-from mimo_compile.schedules.moe.experts import Problem
+from mimo_compile.schedules.moe.problem import Problem
 
 CPU = local_cpu()
 vnni = pytest.mark.skipif(not CPU.has_vnni, reason="needs AVX-512 VNNI")

@@ -1,0 +1,214 @@
+"""The phases of an expert kernel: sort slots, gate and up, silu, down, weighted sum.
+
+A slot is one (token, choice) pair. Slots are sorted by expert, stably, so that each weight is read
+once for all tokens of its expert; both matmuls use the tiles and packed layouts of plain matmuls with
+the expert as leading index. Ids outside ``[0, E)`` add nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from mimo_compile.schedules.emit.build import (
+    Register,
+    T,
+    bind,
+    load,
+    loop,
+    splat,
+    store,
+    when,
+    workspace,
+)
+from mimo_compile.schedules.emit.dot import DOTS, Dot
+from mimo_compile.schedules.emit.layout import ROWS, CodeLayout
+from mimo_compile.schedules.emit.quantize import Activations, alloc_activations, quantize_row
+from mimo_compile.schedules.emit.tile import (
+    Out,
+    TileKnobs,
+    Weights,
+    float_tile,
+    int_tile,
+    store_rows,
+)
+from mimo_compile.schedules.emit.vector import sigmoid
+from mimo_compile.schedules.moe.problem import MoeConfig, Problem
+
+
+@dataclass(frozen=True, slots=True)
+class _Slots:
+    """Slots sorted by expert, in the kernel's workspace."""
+
+    hits: Any
+    """``[1]``: number of experts that have slots."""
+    expert: Any
+    """``[E]``: the hit experts, ascending."""
+    start: Any
+    """``[E + 1]``: first sorted position of each hit expert, then the end."""
+    token: Any
+    """``[T * k]``: token of each sorted position."""
+    place: Any
+    """``[T * k]``: sorted position of each slot, -1 for an id that is no expert."""
+
+
+class ExpertKernel:
+    """Emits the phases of one kernel."""
+
+    def __init__(self, problem: Problem, config: MoeConfig) -> None:
+        self.problem, self.config = problem, config
+        self.knobs = TileKnobs(config.prefetch, config.unroll)
+        self.wide = any(math.prod(a.shape) >= 2**31 for a in problem.args())
+
+    def body(self, x: Any, ids: Any, weights: Any, *rest: Any) -> None:
+        """Emit everything, given the buffers of the parameters."""
+        p, config = self.problem, self.config
+        *packed, y = rest
+        half = len(packed) // 2
+        w13, w2 = Weights(*packed[:half]), Weights(*packed[half:])
+        slots = self.sort(ids)
+        width = p.layout13.row_blocks * ROWS
+        hidden = workspace((p.slots, width), "float32")
+        rows = self.quantised(p.layout13, x, p.t, p.t * p.d)
+        with loop(p.layout13.row_blocks // config.rows13, parallel=config.parallel) as task:
+            self.gate_up(w13, rows, slots, hidden, task)
+        inner = self.quantised(p.layout2, hidden, slots.start[slots.hits[0]], p.slots * p.f)
+        with loop(p.layout2.row_blocks // config.rows2, parallel=config.parallel) as task:
+            self.down(w2, inner, slots, weights, y, task)
+
+    def sort(self, ids: Any) -> _Slots:
+        """Count, then place slots: stable, serial, tiny."""
+        p = self.problem
+        slots = _Slots(*(workspace((n,), "int32") for n in (1, p.e, p.e + 1, p.slots, p.slots)))
+        count = workspace((p.e,), "int32")
+        with loop(p.e) as e:
+            store(count, T.int32(0), e)
+
+        def each(action: Callable[[Any, Any], None]) -> None:
+            with loop(p.t) as t, loop(p.k) as j:
+                e = bind(ids[t, j])
+                with when(T.And(e >= 0, e < p.e)):
+                    action(t * p.k + j, e)
+
+        with loop(p.slots) as s:
+            store(slots.place, T.int32(-1), s)
+        each(lambda s, e: store(count, count[e] + 1, e))
+        total, hits = Register("int32", 1, T.int32(0)), Register("int32", 1, T.int32(0))
+        with loop(p.e) as e, when(count[e] > 0):
+            number = bind(count[e])
+            store(
+                slots.expert,
+                T.cast(e, "int32") if not isinstance(e, int) else T.int32(e),
+                hits.get(),
+            )
+            store(slots.start, total.get(), hits.get())
+            store(count, total.get(), e)  # from here on: where its next slot goes
+            total.set(total.get() + number)
+            hits.set(hits.get() + 1)
+        store(slots.start, total.get(), hits.get())
+        store(slots.hits, hits.get(), 0)
+
+        def place(s: Any, e: Any) -> None:
+            at = bind(count[e])
+            store(slots.token, T.cast(T.floordiv(s, p.k), "int32"), at)
+            store(slots.place, at, s)
+            store(count, at + 1, e)
+
+        each(place)
+        return slots
+
+    def quantised(self, layout: CodeLayout, x: Any, rows: Any, size: int) -> Any:
+        """Quantise rows of ``x`` for integer dots; float kernels read them as they are."""
+        if not self.config.dot:
+            return x
+        out = alloc_activations(layout, x.shape[0], self.dot(layout).activation)
+        with loop(rows, parallel=self.config.parallel and size > 64 << 10) as row:
+            quantize_row(layout, x, (row,), out, row)
+        return out
+
+    def dot(self, layout: CodeLayout) -> Dot:
+        """Return the chosen way to multiply."""
+        return DOTS[self.config.dot](layout)
+
+    def lanes(self) -> int:
+        """Rows in a vector."""
+        return DOTS[self.config.dot].lanes if self.config.dot else ROWS
+
+    def tile(
+        self, layout: CodeLayout, weights: Weights, x: Any,
+        blocks: list[tuple[Any, ...]], tokens: list[Any], out: Out,
+    ) -> None:  # fmt: skip
+        """Emit one register tile."""
+        if isinstance(x, Activations):
+            int_tile(self.dot(layout), weights, x, blocks, tokens, out, self.knobs)
+        else:
+            codes = None if self.problem.fmt.is_float else layout
+            float_tile(codes, layout.k, weights, x, blocks, tokens, out, self.knobs)
+
+    def over_experts(self, slots: _Slots, emit: Callable[[Any, Any, int], None]) -> None:
+        """Visit the hit experts and their slots in tiles: ``emit(expert, position, count)``."""
+        with T.serial(0, slots.hits[0]) as h:
+            expert = slots.expert[h]
+            expert = bind(T.cast(expert, "int64") if self.wide else expert)
+            first, count = bind(slots.start[h]), bind(slots.start[h + 1] - slots.start[h])
+            size = self.config.tokens
+            with T.serial(0, T.floordiv(count, size)) as i:
+                emit(expert, bind(first + i * size), size)
+            while (size := size // 2) >= 1:
+                with when(T.bitwise_and(count, size) != 0):
+                    # what the larger tiles have done: the higher bits of the count
+                    done = T.bitwise_and(count, T.int32(-2 * size))
+                    emit(expert, bind(first + done), size)
+
+    def gate_up(self, w13: Weights, x: Any, slots: _Slots, hidden: Any, task: Any) -> None:
+        """Compute ``silu(gate) * up`` of some rows for all slots."""
+        rows, lanes = self.config.rows13, self.lanes()
+
+        def emit(expert: Any, first: Any, count: int) -> None:
+            blocks: list[tuple[Any, ...]] = [
+                (expert, half, task * rows + r) for half in (0, 1) for r in range(rows)
+            ]
+            gates: dict[tuple[int, int, int], Register] = {}
+
+            def out(r: int, m: int, lane: int, value: Any) -> None:
+                if r < rows:
+                    gates[r, m, lane] = Register("float32", lanes, value)
+                    return
+                gate = bind(gates[r - rows, m, lane].get())
+                result = gate * sigmoid(gate, lanes) * value
+                store(
+                    hidden, result, first + m, (task * rows + r - rows) * ROWS + lane, lanes=lanes
+                )
+
+            tokens = [bind(slots.token[first + m]) for m in range(count)]
+            self.tile(self.problem.layout13, w13, x, blocks, tokens, out)
+
+        self.over_experts(slots, emit)
+
+    def down(self, w2: Weights, x: Any, slots: _Slots, weights: Any, y: Any, task: Any) -> None:
+        """Project some rows of all slots down and add each token's up in the order of its choices."""
+        p, rows, lanes = self.problem, self.config.rows2, self.lanes()
+        parts = workspace((p.slots, rows * ROWS), "float32")
+
+        def emit(expert: Any, first: Any, count: int) -> None:
+            blocks: list[tuple[Any, ...]] = [(expert, task * rows + r) for r in range(rows)]
+
+            def out(r: int, m: int, lane: int, value: Any) -> None:
+                store(parts, value, first + m, r * ROWS + lane, lanes=lanes)
+
+            tokens = [first + m for m in range(count)]
+            self.tile(p.layout2, w2, x, blocks, tokens, out)
+
+        self.over_experts(slots, emit)
+        with loop(p.t) as t:
+            sums = [Register("float32", ROWS, splat(T.float32(0), ROWS)) for _ in range(rows)]
+            with loop(p.k) as j:
+                at = bind(slots.place[t * p.k + j])
+                with when(at >= 0):
+                    weight = splat(bind(weights[t, j]), ROWS)
+                    for r, total in enumerate(sums):
+                        total.set(total.get() + weight * load(parts, at, r * ROWS, lanes=ROWS))
+            for r, total in enumerate(sums):
+                store_rows(y, t, task * rows + r, 0, ROWS, total.get(), p.d, last=r + 1 == rows)
