@@ -106,6 +106,8 @@ class Share:
     rounds: int = 0
     recent: float = 0.0
     """Smoothed relative improvement of its last rounds."""
+    heavy: bool = False
+    """True when it matters enough to be looked at before any other gets a second round."""
     stale: int = 0
     """Rounds in a row that improved it by less than 1 %."""
     exhausted: bool = False
@@ -126,17 +128,30 @@ class Share:
         self.history.append((self.trials, self.best_us))
 
     def expected_gain_us(self) -> float:
-        """Return microseconds of one model run that the next round may save (infinite before the first).
+        """Return microseconds of one model run that the next round may save.
+
+        Before the first round it is infinite for a heavy workload; for others the default is taken to
+        be three times the roofline.
 
         Half from what its last rounds brought, half from its distance to the roofline, which each
         further round makes less believable (the idea of Ansor's gradient task scheduler).
         """
         if self.exhausted:
             return -1.0
-        if self.rounds == 0 or not math.isfinite(self.best_us):
-            return math.inf if self.rounds < 3 else 0.0
+        if not math.isfinite(self.best_us):
+            if self.heavy and self.rounds == 0:
+                return math.inf
+            guess = 3.0 * max(self.floor_us, 1.0)
+            return self.weight * guess * 0.9 / (1 + self.rounds) ** 2
         room = min(0.9, max(0.05, 1 - self.floor_us / self.best_us))
         return self.weight * self.best_us * (0.5 * self.recent + 0.5 * room / (1 + self.rounds))
+
+
+def mark_heavy(shares: Sequence[Share], part: float = 0.01) -> None:
+    """Mark the workloads that hold at least ``part`` of all roofline time."""
+    times = [s.weight * max(s.floor_us, 1.0) for s in shares]
+    for share, time_us in zip(shares, times, strict=True):
+        share.heavy = time_us >= part * sum(times)
 
 
 def next_share(shares: Sequence[Share]) -> int | None:

@@ -6,7 +6,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.base import Schedule
-from mimo_compile.search.budget import Budget, Clock, Share, next_share
+from mimo_compile.search.budget import Budget, Clock, Share, mark_heavy, next_share
 from mimo_compile.search.database import Database
 from mimo_compile.search.lookup import Result, summarise
 from mimo_compile.search.measure import Measurement, Measurer, Measures, Timing, runnable_here
@@ -34,6 +34,8 @@ from mimo_compile.search.strategies import Observation, Options, Setting, Strate
 from mimo_compile.search.transfer import similar_seeds
 
 BATCH = 8
+FIRST = 4
+"""Size of a workload's first round: defaults, and the best of similar shapes."""
 PATIENCE = 4
 """Rounds without an improvement of 1 % after which a workload counts as done."""
 CONFIRM_S = 2.0
@@ -104,7 +106,10 @@ class Tuner:
         floor = max(0.0, self.device.latency_us(need, self.hardware) - self.device.launch_us)
         seeds = space.defaults() + similar_seeds(self.db, space)
         rng = np.random.default_rng([self.seed, len(self.tasks)])
-        setting = Setting(space, rng, seeds, lambda cs: self._predict(space, cs), self.options)
+        options = self.options
+        if any(type(s).work is Schedule.work for s in space.schedules.values()):
+            options = replace(options, pool=options.costly_pool)
+        setting = Setting(space, rng, seeds, lambda cs: self._predict(space, cs), options)
         task = _Task(space, make_strategy(self.strategy, setting), Share(weight, floor))
         self.tasks.append(task)
         old = [r for r in self.db.records(workload, self.hardware) if self._usable(task, r)]
@@ -203,6 +208,7 @@ class Tuner:
         self._tell("start", None, text=f"{len(self.tasks)} workloads", total=limit)
         touched: set[int] = set()
         stopped = "exhausted"
+        mark_heavy([t.share for t in self.tasks])
         try:
             self._train()
             while (index := next_share([t.share for t in self.tasks])) is not None:
@@ -235,8 +241,7 @@ class Tuner:
 
     def _one_round(self, task: _Task, count: int, clock: Clock) -> bool:
         """Measure one batch of a workload; return whether anything was measured."""
-        first = task.share.rounds == 0
-        batch = task.strategy.ask(1 if first else count)
+        batch = task.strategy.ask(count if task.share.rounds else min(count, FIRST))
         if not batch:
             task.share.exhausted = True
             return False

@@ -28,6 +28,8 @@ class Options:
     """Best candidates that offspring come from."""
     pool: int = 32
     """Offspring ranked by the model for each ask."""
+    costly_pool: int = 16
+    """The same where a candidate's work is known only after generating its code."""
     epsilon: float = 0.1
     """Share of each ask that is drawn at random."""
     crossover: float = 0.3

@@ -37,7 +37,7 @@ class EvolutionarySearch(Known):
         options, rng = self.setting.options, self.setting.rng
         lucky = min(want, math.floor(options.epsilon * want + rng.random()))
         out += self.random(lucky)
-        for candidate in self._rank(self._pool(max(options.pool, 3 * want))):
+        for candidate in self._rank(self._pool(max(options.pool, 2 * want))):
             if len(out) < count and self.fresh(candidate):
                 out.append(candidate)
         if len(out) < count:
@@ -58,7 +58,9 @@ class EvolutionarySearch(Known):
             return c.key not in self.seen and c.schedule not in self.banned
 
         if self._all is not None:
-            return [c for c in self._all if is_open(c)]
+            rest = [c for c in self._all if is_open(c)]
+            order = self.setting.rng.permutation(len(rest))[:size]
+            return [rest[int(i)] for i in sorted(order)]
         parents, rng, space = self._parents(), self.setting.rng, self.setting.space
         found: dict[str, Candidate] = {}
         for _ in range(8 * size if parents else 0):

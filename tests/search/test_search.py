@@ -13,7 +13,7 @@ from recordings import DEVICE, HW, LARGE, SMALL, recorded, schedules
 from mimo_compile.errors import UsageError
 from mimo_compile.ir.hardware import PRESETS
 from mimo_compile.ir.ops import parse_workload
-from mimo_compile.search.budget import Budget, Clock, Share, next_share
+from mimo_compile.search.budget import Budget, Clock, Share, mark_heavy, next_share
 from mimo_compile.search.database import Database
 from mimo_compile.search.measure.replay import ReplayMeasurer
 from mimo_compile.search.meters.replay import ReplayMeter
@@ -269,16 +269,20 @@ def test_clock() -> None:
 
 def test_shares() -> None:
     shares = [Share(1.0, 5.0), Share(1.0, 1.0)]
+    mark_heavy(shares)
     assert next_share(shares) == 0  # before the first round: the larger roofline
-    shares[0].learn(4, 100.0)
+    shares[0].learn(4, 5.5)  # close to its roofline: little to gain
     assert next_share(shares) == 1
-    shares[1].learn(4, 10.0)
-    assert next_share(shares) == 0
+    shares[1].learn(4, 100.0)
+    shares[1].learn(4, 100.0)
+    assert next_share(shares) == 1
+    shares[0].learn(4, 100.0)
+    shares[0].best_us = 100.0
     for _ in range(3):
         shares[0].learn(4, 100.0)
-    assert shares[0].stale == 3
+    assert shares[0].stale == 4
     shares[0].learn(4, 90.0)
-    assert shares[0].stale == 0 and shares[0].best_us == 90.0 and shares[0].trials == 20
+    assert shares[0].stale == 0 and shares[0].best_us == 90.0 and shares[0].trials == 24
     shares[0].exhausted = shares[1].exhausted = True
     assert next_share(shares) is None
 
