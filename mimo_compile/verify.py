@@ -22,6 +22,7 @@ import numpy.typing as npt
 from mimo_compile import _tvm
 from mimo_compile.errors import InputError, UsageError, VerificationError
 from mimo_compile.ir.formats import parse_scheme
+from mimo_compile.ir.hardware import local_cpu
 from mimo_compile.ir.ops import OPS, get_op
 from mimo_compile.ir.workload import Workload
 from mimo_compile.runtime.container import Parts, open_artifact
@@ -190,6 +191,7 @@ def verify_artifact(
         found.notes.append("not compared with eager torch: give the checkpoint folder by --source")
         return found
     eager = eager_decoder(parts.manifest, origin)
+    reference_threads(2.0 * tokens * parts.manifest.decoder.hidden * parts.manifest.decoder.vocab)
     ids = np.random.default_rng(seed).integers(0, parts.manifest.decoder.vocab, tokens)
     if text is not None or "tokenizer.json" in parts.texts:
         ids = text_ids(module, text, tokens, seed)
@@ -226,7 +228,9 @@ def check_kernels(parts: Parts, threads: int, seed: int) -> Iterable[KernelCheck
             continue
         digest = hashlib.sha256(f"{workload}|{seed}".encode()).digest()
         rng = np.random.default_rng(np.frombuffer(digest, np.uint32))
-        inputs = get_op(workload.op).make_inputs(workload, rng)
+        op = get_op(workload.op)
+        inputs = op.make_inputs(workload, rng)
+        reference_threads(op.counts(workload).flops)
         try:
             runnable = Runnable(
                 workload, schedule, choice.config, hardware, inputs, code, choice.kernel
@@ -235,6 +239,13 @@ def check_kernels(parts: Parts, threads: int, seed: int) -> Iterable[KernelCheck
         except VerificationError as error:
             ratio, message = None, str(error)
         yield KernelCheck(choice.workload, choice.schedule, choice.kernel, ratio, message)
+
+
+def reference_threads(flops: float) -> None:
+    """Give torch one thread for small work: waking others takes longer, much longer on a busy machine."""
+    import torch
+
+    torch.set_num_threads(1 if flops < 1e9 else local_cpu().cores)
 
 
 def _unchecked(choice: Choice, why: str) -> KernelCheck:
