@@ -299,5 +299,6 @@ class _Reader:
         digest = hashlib.sha256(
             tvm.ir.save_json(func.without_attr("global_symbol")).encode()
         ).hexdigest()[:16]
-        workload = Workload.make("tir", {"hash": f"h{digest}", "name": var.name_hint})
-        return self._emit(Node(workload, given, outputs, func, var.name_hint))
+        name = str(var.name_hint)  # TVM's own string type cannot be written to an artifact
+        workload = Workload.make("tir", {"hash": f"h{digest}", "name": name})
+        return self._emit(Node(workload, given, outputs, func, name))
