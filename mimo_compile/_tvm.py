@@ -30,7 +30,7 @@ from contextlib import contextmanager
 from functools import cache
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -212,7 +212,7 @@ class _LeanInspect(ModuleType):
         """Return the callers' frames, innermost first, with one line of source each."""
         del context  # one line is what TVM asks for
         out = []
-        frame = sys._getframe(1)
+        frame: FrameType | None = sys._getframe(1)
         while frame is not None:
             name, line = frame.f_code.co_filename, frame.f_lineno
             text = linecache.getline(name, line)
@@ -221,7 +221,7 @@ class _LeanInspect(ModuleType):
                     frame, name, line, frame.f_code.co_name, [text] if text else None, 0
                 )
             )
-            frame = frame.f_back  # type: ignore[assignment]
+            frame = frame.f_back
         return out
 
 
@@ -238,11 +238,11 @@ def _quicken_parser() -> None:
     key = parser.ScriptMacro.parser_object_name
 
     def find(self: Any) -> Any:
-        frame = sys._getframe(1)
+        frame: FrameType | None = sys._getframe(1)
         while frame is not None:
             if (found := frame.f_globals.get(key)) is not None:
                 return found
-            frame = frame.f_back  # type: ignore[assignment]
+            frame = frame.f_back
         raise RuntimeError(f"{key} not available")
 
     parser.ScriptMacro._find_parser_def = find

@@ -136,7 +136,8 @@ def matmul_bound(x: Tensor, w: Tensor, fmt: WeightFormat, act: str) -> Tensor:
         for start in range(0, k, size):
             total += (x[..., start : start + size] @ w[..., start : start + size].mT).abs()
         return (fmt.groups(k) + 4) * U32 * total * 2 + 1e-30
-    return 4 * max(k, 16) ** 0.5 * U32 * (x.abs() @ w.abs().mT) + 1e-30
+    bound: Tensor = 4 * max(k, 16) ** 0.5 * U32 * (x.abs() @ w.abs().mT) + 1e-30
+    return bound
 
 
 class MpGemm(OpDef):

@@ -58,7 +58,7 @@ def mimo_backend(
                 if i in weights or not isinstance(a, torch.Tensor)
             }
             module = _Frozen(graph, held, len(args))
-            with torch._dynamo.disable():  # type: ignore[no-untyped-call]
+            with torch._dynamo.disable():
                 built[key] = compile_module(module, example_inputs=tuple(free)).module()
         out = built[key](*(a.detach().contiguous() for a in free))
         outputs = out if isinstance(out, tuple) else (out,)

@@ -68,7 +68,8 @@ def decompose(program: torch.export.ExportedProgram) -> torch.export.ExportedPro
     for op in list(table):
         if str(op).startswith("aten.") and str(op).split(".")[1] in _WHOLE:
             del table[op]
-    return program.run_decompositions(table)
+    whole: torch.export.ExportedProgram = program.run_decompositions(table)
+    return whole
 
 
 def tensors_of(program: torch.export.ExportedProgram) -> dict[str, torch.Tensor]:

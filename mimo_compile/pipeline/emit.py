@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -90,7 +91,7 @@ class Emitter:
                 name += "'"
             names[arg.name] = name
             self.weights[name] = Deferred(
-                arg.dtype, arg.shape, lambda a=arg: self._pack(key, node, low, weights, a)
+                arg.dtype, arg.shape, partial(self._pack, key, node, low, weights, arg)
             )
         self._packed[key] = names
         return names

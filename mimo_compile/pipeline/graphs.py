@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mimo_compile.ir.graph import KernelGraph, Value, build_graph, instantiate
@@ -52,6 +53,10 @@ class ModelGraphs:
         }
 
 
+def _same(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
 def export_graph(
     module: torch.nn.Module, example: tuple[Any, ...], states: Mapping[str, str]
 ) -> KernelGraph:
@@ -83,7 +88,7 @@ class _StageGraphs:
                 key = (tensor.data_ptr(), tuple(tensor.shape), tensor.dtype)
                 self.names[own] = first.setdefault(key, own) if tensor.numel() else own
                 if self.names[own] == own:
-                    self.tensors[own] = lambda t=tensor: t
+                    self.tensors[own] = partial(_same, tensor)
 
     def _example(self, stage: Stage, tokens: int) -> tuple[Any, ...]:
         import torch
@@ -101,6 +106,9 @@ class _StageGraphs:
             else:
                 out.append(torch.zeros(tokens, hidden))
         return tuple(out)
+
+    def _global(self, stage: str, name: str) -> str:
+        return self.names[f"{stage}.{name}"]
 
     def template(self, stage: Stage, tokens: int) -> KernelGraph:
         key = (stage.kind, tokens)
@@ -131,9 +139,7 @@ class _StageGraphs:
                     values[name] = Value(name, "input", slot.shape, slot.dtype)
                     graph_inputs.append(values[name])
                 given[slot.name] = values[name]
-            graph = instantiate(
-                template, stage.name, lambda s, st=stage: self.names[f"{st.name}.{s}"], given
-            )
+            graph = instantiate(template, stage.name, partial(self._global, stage.name), given)
             nodes += graph.nodes
             values.update(zip(stage.outputs, graph.outputs, strict=True))
         order = {name: i for i, name in enumerate(inputs)}
@@ -206,7 +212,7 @@ def program_graphs(program: torch.export.ExportedProgram, name: str) -> ModelGra
     imported = import_exported(program)
     graph = build_graph(imported, lower_generic(imported.module), {})
     tensors: dict[str, Callable[[], torch.Tensor]] = {
-        k: (lambda t=t: t) for k, t in tensors_of(program).items()
+        k: partial(_same, t) for k, t in tensors_of(program).items()
     }
     return ModelGraphs(
         name,

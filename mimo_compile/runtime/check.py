@@ -105,7 +105,7 @@ def _check_shapes(
     entries: Mapping[str, Entry],
     name: str,
     inputs: list[tuple[str, tuple[int, ...]]],
-    outputs: dict[str, tuple[str, tuple[int, ...]]],
+    outputs: Mapping[str, tuple[str, tuple[int, ...]]],
     where: str,
 ) -> None:
     entry = entries.get(name)
