@@ -106,18 +106,18 @@ class Register:
 
     def __init__(self, dtype: str, lanes: int, start: Any | None = None) -> None:
         self.lanes = lanes
-        self._buffer = T.alloc_buffer((lanes,), dtype)
+        self.buffer = T.alloc_buffer((lanes,), dtype)
         if start is not None:
             self.set(start)
 
     def get(self) -> Any:
         """Return the current value."""
-        return load(self._buffer, 0, lanes=self.lanes)
+        return load(self.buffer, 0, lanes=self.lanes)
 
     def set(self, value: Any) -> None:
         """Replace the value."""
-        store(self._buffer, value, 0, lanes=self.lanes)
+        store(self.buffer, value, 0, lanes=self.lanes)
 
     def lane(self, index: Any) -> Any:
         """Return one lane (index may be a loop variable)."""
-        return self._buffer[index]
+        return self.buffer[index]

@@ -12,9 +12,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from mimo_compile.ir.hardware import Hardware
-from mimo_compile.schedules.emit.build import T, bind, splat, vector_type
+from mimo_compile.schedules.emit.build import Register, T, bind, splat, store, vector_type
 from mimo_compile.schedules.emit.layout import CodeLayout
 
+PERMUTE = "llvm.x86.avx512.permvar.sf.512"
+"""Picks 16 floats by the low 4 bits of 16 indices."""
+LOOKUP = "lookup512"
+"""Name of the float kernel that turns codes into floats by `PERMUTE`."""
 MAX_ACTIVATION = 127
 """Largest magnitude of a quantised activation."""
 
@@ -223,17 +227,50 @@ class FloatDot(Dot):
         return {"int_op": 3.0 * self.lanes * self.codes.block}
 
 
-def float_columns(codes: CodeLayout, words: Any, lanes: int) -> list[Any]:
-    """Return a block's columns as float32 vectors, one for each, in order; each bound."""
+def code_table(codes: CodeLayout) -> Any:
+    """Return 16 floats by the low 4 bits of a lane: its code, less the zero point if that is fixed."""
+    table = Register("float32", 16)
+    zero = 0 if codes.fmt.has_zero else codes.fmt.fixed_zero
+    for i in range(16):
+        store(table.buffer, T.float32((i & ((1 << codes.lane_bits) - 1)) - zero), i)
+    return bind(table.get())
+
+
+def float_columns(codes: CodeLayout, words: Any, lanes: int, table: Any = None) -> list[Any]:
+    """Return a block's columns as float32 vectors, one for each, in order; each bound.
+
+    Args:
+        codes: The layout.
+        words: The block as 32-bit lanes.
+        lanes: Rows.
+        table: From `code_table` (16 lanes, codes of up to 4 bits); None: mask and convert.
+    """
     out = []
     mask = splat(T.int32((1 << codes.lane_bits) - 1), lanes)
-    for p in range(codes.per_byte):
-        for j in range(4):
-            shift = splat(T.int32(8 * j + p * codes.lane_bits), lanes)
-            code = T.bitwise_and(T.shift_right(words, shift), mask)
-            out.append(bind(T.cast(code, vector_type("float32", lanes))))
+    f32 = vector_type("float32", lanes)
+    for j, p in ((j, p) for p in range(codes.per_byte) for j in range(4)):
+        shift = 8 * j + p * codes.lane_bits
+        code = T.shift_right(words, splat(T.int32(shift), lanes)) if shift else words
+        if table is None:
+            out.append(bind(T.cast(T.bitwise_and(code, mask), f32)))
+        else:
+            out.append(bind(T.call_llvm_pure_intrin(f32, PERMUTE, table, code)))
     return out
 
 
 DOTS: dict[str, type[Dot]] = {d.name: d for d in (Vnni, Madd512, Vnni256, Madd, Madd128, FloatDot)}
 """All ways by name, the fastest first."""
+
+
+def float_ways(codes: CodeLayout, hardware: Hardware) -> tuple[str, ...]:
+    """Return the float kernels that can read the codes, the fastest first; ``""`` masks and converts."""
+    lookup = hardware.has_avx512 and codes.lane_bits <= 4
+    return (LOOKUP, "") if lookup else ("",)
+
+
+def float_work(codes: CodeLayout, way: str) -> dict[str, float]:
+    """Operations that turn one code into a float by a way of `float_ways`, by kind of `ir.counts`."""
+    if way == LOOKUP:
+        work = {"int_op": 1.0, "shuffle_u8": 4.0}
+        return {**work, "add_f32": 1.0} if codes.fmt.has_zero else work
+    return {"int_op": 3.0, "add_f32": 1.0}

@@ -22,7 +22,7 @@ from mimo_compile.schedules.emit.build import (
     store,
     vector_type,
 )
-from mimo_compile.schedules.emit.dot import Dot, float_columns
+from mimo_compile.schedules.emit.dot import Dot, code_table, float_columns
 from mimo_compile.schedules.emit.layout import ROWS, CodeLayout
 from mimo_compile.schedules.emit.quantize import Activations
 
@@ -47,6 +47,8 @@ class TileKnobs:
     """Blocks of 64 bytes to ask for ahead, in each row block; 0: leave it to the CPU."""
     unroll: int = 1
     """Blocks of columns in the loop's body."""
+    lookup: bool = False
+    """Float tiles: turn codes of up to 4 bits into floats by a permutation (AVX-512)."""
 
 
 def int_tile(
@@ -247,6 +249,7 @@ def _code_groups(
     knobs: TileKnobs,
 ) -> None:
     f32 = vector_type("float32", ROWS)
+    table = code_table(layout) if knobs.lookup else None
 
     def block_of(
         b: Any, acc: dict[tuple[int, int], Register], zero: list[Any], columns: int
@@ -257,8 +260,10 @@ def _code_groups(
                 prefetch(weights.codes, *block, b + knobs.prefetch, 0)
             raw = load(weights.codes, *block, b, 0, lanes=4 * ROWS)
             words = bind(T.reinterpret(vector_type("int32", ROWS), raw))
-            for c, code in enumerate(float_columns(layout, words, ROWS)[:columns]):
-                w = bind(code - zero[r])
+            codes = float_columns(layout, words, ROWS, table)
+            for c, code in enumerate(codes[:columns]):
+                subtract = layout.fmt.has_zero or not knobs.lookup
+                w = bind(code - zero[r]) if subtract else code
                 for m in range(len(tokens)):
                     register = acc[r, m]
                     register.set(register.get() + w * splat(values[m][c], ROWS))

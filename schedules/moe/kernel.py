@@ -23,7 +23,7 @@ from mimo_compile.schedules.emit.build import (
     when,
     workspace,
 )
-from mimo_compile.schedules.emit.dot import DOTS, Dot
+from mimo_compile.schedules.emit.dot import DOTS, LOOKUP, Dot
 from mimo_compile.schedules.emit.layout import ROWS, CodeLayout
 from mimo_compile.schedules.emit.quantize import Activations, alloc_activations, quantize_row
 from mimo_compile.schedules.emit.tile import (
@@ -59,7 +59,7 @@ class ExpertKernel:
 
     def __init__(self, problem: Problem, config: MoeConfig) -> None:
         self.problem, self.config = problem, config
-        self.knobs = TileKnobs(config.prefetch, config.unroll)
+        self.knobs = TileKnobs(config.prefetch, config.unroll, config.dot == LOOKUP)
         self.wide = any(math.prod(a.shape) >= 2**31 for a in problem.args())
 
     def body(self, x: Any, ids: Any, weights: Any, *rest: Any) -> None:
@@ -121,7 +121,7 @@ class ExpertKernel:
 
     def quantised(self, layout: CodeLayout, x: Any, rows: Any, size: int) -> Any:
         """Quantise rows of ``x`` for integer dots; float kernels read them as they are."""
-        if not self.config.dot:
+        if self.config.dot not in DOTS:
             return x
         out = alloc_activations(layout, x.shape[0], self.dot(layout).activation)
         with loop(rows, parallel=self.config.parallel and size > 64 << 10) as row:
@@ -134,7 +134,7 @@ class ExpertKernel:
 
     def lanes(self) -> int:
         """Rows in a vector."""
-        return DOTS[self.config.dot].lanes if self.config.dot else ROWS
+        return DOTS[self.config.dot].lanes if self.config.dot in DOTS else ROWS
 
     def tile(
         self, layout: CodeLayout, weights: Weights, x: Any,

@@ -9,7 +9,7 @@ from mimo_compile.ir.formats import WeightFormat, parse_weight_format
 from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.ops.base import Arg
 from mimo_compile.ir.workload import Workload
-from mimo_compile.schedules.emit.dot import DOTS, exact
+from mimo_compile.schedules.emit.dot import DOTS, exact, float_work
 from mimo_compile.schedules.emit.layout import ROWS, CodeLayout
 from mimo_compile.schedules.emit.quantize import workspace_bytes
 from mimo_compile.schedules.mpgemm.problem import arg_bytes
@@ -100,7 +100,7 @@ def scratch_bytes(problem: Problem, config: MoeConfig) -> int:
     p = problem
     size = 4 * (2 * p.slots + 3 * p.e + 2)
     size += 4 * p.slots * ROWS * (p.layout13.row_blocks + config.rows2)
-    if config.dot:
+    if config.dot in DOTS:
         dtype = DOTS[config.dot](p.layout13).activation
         size += workspace_bytes(p.layout13, p.t, dtype) + workspace_bytes(p.layout2, p.slots, dtype)
     return size
@@ -119,7 +119,7 @@ def counts(problem: Problem, config: MoeConfig) -> Counts:
 
     for layout, halves in ((p.layout13, 2), (p.layout2, 1)):
         weights = float(halves * layout.row_blocks * ROWS)
-        if config.dot:
+        if config.dot in DOTS:
             dot = DOTS[config.dot](layout)
             steps = weights / dot.lanes * layout.blocks
             for kind, amount in dot.work.items():
@@ -130,8 +130,8 @@ def counts(problem: Problem, config: MoeConfig) -> Counts:
         else:
             add("fma_f32", weights * layout.k * p.slots)
             if not p.fmt.is_float:
-                add("int_op", 3 * weights * layout.k * tiles)
-                add("add_f32", weights * layout.k * tiles)
+                for kind, amount in float_work(layout, config.dot).items():
+                    add(kind, amount * weights * layout.k * tiles)
     add("fma_f32", float(p.slots * p.d))
     dram = hit * per_expert + 8.0 * p.t * p.d + 8.0 * p.slots
     near = max(dram, per_expert * tiles + 8.0 * p.slots * (p.d + 2 * p.f))

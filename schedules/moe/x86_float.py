@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.workload import Workload
-from mimo_compile.schedules.emit.dot import DOTS
+from mimo_compile.schedules.emit.dot import DOTS, float_ways
 from mimo_compile.schedules.moe.experts import Experts
 from mimo_compile.schedules.moe.problem import Problem
 
@@ -21,7 +21,9 @@ class X86MoeFloat(Experts):
 
     def dots(self, problem: Problem, hardware: Hardware) -> tuple[str, ...]:
         """Integer ways without 512-bit VNNI, widest first; ``""`` is the float kernel."""
-        if problem.act == "a16":
+        if problem.fmt.is_float:
             return ("",)
+        if problem.act == "a16":
+            return float_ways(problem.layout13, hardware)
         usable = (n for n, d in DOTS.items() if d.fits(problem.layout13, hardware))
         return tuple(n for n in usable if n != "vnni512")

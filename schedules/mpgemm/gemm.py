@@ -46,6 +46,10 @@ class X86Gemm(Schedule):
         """Return the ways to multiply that may be chosen from."""
         return ("",)
 
+    def unrolls(self, problem: Problem) -> tuple[int, ...]:
+        """Return the steps along K that an inner loop may hold."""
+        return (1, 2, 4)
+
     def space(self, workload: Workload, hardware: Hardware) -> Space:
         """Tile, loop order, chunk, prefetch and threads."""
         problem = Problem.of(workload)
@@ -57,7 +61,7 @@ class X86Gemm(Schedule):
             "chunk": (1, 2, 4, 8),
             "order": ("rows",) if problem.m == 1 else ("rows", "tokens"),
             "prefetch": (0, 8, 16, 32),
-            "unroll": (1, 2, 4),
+            "unroll": self.unrolls(problem),
             "parallel": threads,
             "dot": self.dots(problem, hardware),
         }
@@ -72,20 +76,23 @@ class X86Gemm(Schedule):
                 and (config.parallel in threads)
             )
 
-        return Space(GemmConfig, knobs, self.default(problem, hardware, legal), legal)
+        return Space(GemmConfig, knobs, self.default(problem, tokens, hardware, legal), legal)
 
     def default(
-        self, problem: Problem, hardware: Hardware, legal: Callable[[GemmConfig], bool]
+        self,
+        problem: Problem,
+        sizes: tuple[int, ...],
+        hardware: Hardware,
+        legal: Callable[[GemmConfig], bool],
     ) -> GemmConfig:
         """Return a good config without a measurement (figures: `benchmarks/mpgemm_roof.py`)."""
         dot = self.dots(problem, hardware)[0]
         work = problem.packed_bytes() * max(1.0, problem.m / 4)
         parallel = hardware.threads > 1 and problem.row_blocks > 1 and work >= PARALLEL_BYTES
         ahead = 16 if problem.m == 1 and problem.packed_bytes() > hardware.l2_bytes else 0
-        for rows, tokens, unroll in self.tiles(problem):
-            config = GemmConfig(
-                rows, min(tokens, problem.m), 1, "rows", ahead, unroll, parallel, dot
-            )
+        for rows, most, unroll in self.tiles(problem):
+            tokens = max(t for t in sizes if t <= most)
+            config = GemmConfig(rows, tokens, 1, "rows", ahead, unroll, parallel, dot)
             if legal(config):
                 return config
         return GemmConfig(rows=1, tokens=1, parallel=parallel, dot=dot)
@@ -101,6 +108,8 @@ class X86Gemm(Schedule):
             unroll = 1 if problem.fmt.is_float or problem.layout.per_byte == 1 else 2
             return ((4, 1, unroll), (2, 1, unroll), (1, 1, unroll), (4, 1, 1), (2, 1, 1))
         best = (3, 4, 1) if grouped else (4, 4, 2)
+        if problem.fmt.is_float or problem.act == "a16":
+            best = (3, 4, 1)
         return (best, (3, 4, 1), (2, 4, 1), (1, 4, 1), (2, 2, 1), (1, 2, 1))
 
     def lower(self, workload: Workload, config: GemmConfig, hardware: Hardware) -> Kernel:

@@ -8,7 +8,7 @@ from typing import Any
 from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.workload import Workload
-from mimo_compile.schedules.emit.dot import DOTS, exact
+from mimo_compile.schedules.emit.dot import DOTS, LOOKUP, exact, float_ways, float_work
 from mimo_compile.schedules.emit.layout import ROWS
 from mimo_compile.schedules.emit.tile import TileKnobs, Weights, float_tile
 from mimo_compile.schedules.mpgemm.integer import IntegerGemm
@@ -28,27 +28,37 @@ class X86Portable(IntegerGemm):
         return hardware.kind == "cpu" and exact(problem.layout)
 
     def dots(self, problem: Problem, hardware: Hardware) -> tuple[str, ...]:
-        """Without 512-bit VNNI: what the CPU has, widest first. ``""`` is the float kernel of a16."""
+        """Without 512-bit VNNI: what the CPU has, widest first. a16: see `float_ways`."""
         if problem.act == "a16":
-            return ("",)
+            return float_ways(problem.layout, hardware)
         usable = (n for n, d in DOTS.items() if d.fits(problem.layout, hardware))
         return tuple(n for n in usable if n != "vnni512")
 
+    def unrolls(self, problem: Problem) -> tuple[int, ...]:
+        """A block of the float kernel is 4 to 32 columns already."""
+        return super().unrolls(problem) if problem.act == "a8" else (1,)
+
+    def tiles(self, problem: Problem) -> tuple[tuple[int, int, int], ...]:
+        """The float kernel needs more sums in flight."""
+        if problem.act == "a8" or problem.m > 1:
+            return super().tiles(problem)
+        return ((8, 1, 1), (4, 1, 1), (2, 1, 1), (1, 1, 1))
+
     def tile_cost(self, problem: Problem, config: GemmConfig) -> int:
         """Count multiply-adds in the body."""
-        if config.dot:
+        if config.dot in DOTS:
             return super().tile_cost(problem, config)
         return config.rows * config.tokens * problem.layout.block
 
     def scratch_bytes(self, problem: Problem, config: GemmConfig) -> int:
         """Workspace for quantised rows, none for a16."""
-        return super().scratch_bytes(problem, config) if config.dot else 0
+        return super().scratch_bytes(problem, config) if config.dot in DOTS else 0
 
     def body(self, problem: Problem, config: GemmConfig, hardware: Hardware) -> Callable[..., None]:
         """Return the emitter."""
-        if config.dot:
+        if config.dot in DOTS:
             return super().body(problem, config, hardware)
-        knobs = TileKnobs(config.prefetch, config.unroll)
+        knobs = TileKnobs(config.prefetch, config.unroll, config.dot == LOOKUP)
 
         def emit(x: Any, *rest: Any) -> None:
             *packed, y = rest
@@ -65,13 +75,11 @@ class X86Portable(IntegerGemm):
 
     def counts(self, problem: Problem, config: GemmConfig) -> Counts:
         """As the integer kernels; a16: FMAs, and dequantisation once for each tile of tokens."""
-        if config.dot:
+        if config.dot in DOTS:
             return super().counts(problem, config)
         rows, m = problem.row_blocks * ROWS, problem.m
         passes = -(-m // config.tokens)
-        ops = {
-            "fma_f32": float(m) * rows * (problem.k + problem.layout.groups),
-            "int_op": 3.0 * rows * problem.k * passes,
-            "add_f32": float(rows) * problem.k * passes,
-        }
+        ops = {"fma_f32": float(m) * rows * (problem.k + problem.layout.groups)}
+        for kind, amount in float_work(problem.layout, config.dot).items():
+            ops[kind] = amount * rows * problem.k * passes
         return Counts(ops, float_bytes(problem, config))

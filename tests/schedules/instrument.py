@@ -18,7 +18,8 @@ def executed(func: Any) -> Counter[str]:
     """Return how often things happen in one run of a function whose extents are constants.
 
     ``dot_i8`` counts 8-bit products of ``vpdpbusd``; ``fma_f32`` multiply-adds of float32 lanes
-    (``a + b * c``); ``and_u8`` bytes masked in unpacking; ``load:NAME`` bytes loaded from a
+    (``a + b * c``); ``permuted`` lanes picked from a table; ``and_u8`` bytes masked in
+    unpacking; ``load:NAME`` bytes loaded from a
     parameter; ``store:NAME`` bytes stored to one.
     """
     return _statement(func.body, {}, {p.name for p in func.params})
@@ -74,6 +75,8 @@ def _expression(e: Any, names: set[str]) -> Counter[str]:
     if kind == "Call":
         if "vpdpbusd" in str(e)[:200] and "call_llvm" in str(e.op):
             out["dot_i8"] += 4 * _lanes(e)
+        elif "permvar.sf" in str(e)[:200] and "call_llvm" in str(e.op):
+            out["permuted"] += _lanes(e)
         for arg in e.args:
             out += _expression(arg, names)
     for child in CHILDREN:

@@ -103,6 +103,18 @@ def test_configs_agree_to_the_bit():
     assert len(results) == 1
 
 
+@pytest.mark.parametrize("t", [1, 3, 64])
+@pytest.mark.parametrize("w", ["f32", "bf16", "w4g64,a=a8", "w1,a=a8", "w4", "w8"])
+def test_default_is_one_of_the_configs(t, w):
+    for d, f in ((40, 24), (5, 7), (2048, 768)):
+        workload = parse_workload(f"moe:t={t},e=8,k=2,d={d},f={f},w={w}")
+        for schedule in schedules_for(workload, CPU):
+            space = schedule.space(workload, CPU)
+            assert space.legal(space.default)
+            for knob, values in space.knobs.items():
+                assert getattr(space.default, knob) in values, (workload, knob)
+
+
 def test_experts_are_packed_like_plain_matrices():
     workload = parse_workload("moe:t=1,e=3,k=1,d=40,f=24,w=w4g32,a=a8")
     op = get_op("moe")

@@ -210,11 +210,14 @@ def test_declared_counts_of_float_kernels(fmt):
 
     workload = parse_workload(f"mpgemm:m=5,n=70,k=192,w={fmt}")
     (schedule,) = schedules(str(workload))
-    config = dataclasses.replace(schedule.space(workload, CPU).default, rows=2, tokens=2)
-    kernel = schedule.lower(workload, config, CPU)
-    seen = executed(kernel.func)
-    assert seen["fma_f32"] == kernel.counts.ops["fma_f32"]
-    assert seen["store:y"] == 4 * 5 * 70
+    space = schedule.space(workload, CPU)
+    for dot in space.knobs["dot"]:
+        config = dataclasses.replace(space.default, rows=2, tokens=2, dot=dot)
+        kernel = schedule.lower(workload, config, CPU)
+        seen = executed(kernel.func)
+        assert seen["fma_f32"] == kernel.counts.ops["fma_f32"]
+        assert 4 * seen["permuted"] == kernel.counts.ops.get("shuffle_u8", 0)
+        assert seen["store:y"] == 4 * 5 * 70
 
 
 def pack(schedule, workload, config):
@@ -292,6 +295,18 @@ def test_names_tell_configs_apart():
 def test_rows_too_long_for_32_bits_are_not_supported():
     assert schedules("mpgemm:m=1,n=16,k=60000,w=w8,a=a8")
     assert not schedules("mpgemm:m=1,n=16,k=70000,w=w8,a=a8")
+
+
+@pytest.mark.parametrize("m", [1, 3, 5, 64])
+@pytest.mark.parametrize("w", ["f32", "bf16", "w4g64,a=a8", "w8,a=a8", "w1,a=a8", "w4", "w1"])
+def test_default_is_one_of_the_configs(m, w):
+    for n in (5, 16, 40, 2048):
+        workload = parse_workload(f"mpgemm:m={m},n={n},k=200,w={w}")
+        for schedule in schedules_for(workload, CPU):
+            space = schedule.space(workload, CPU)
+            assert space.legal(space.default)
+            for knob, values in space.knobs.items():
+                assert getattr(space.default, knob) in values, (workload, knob)
 
 
 def test_default_runs_small_matmuls_on_one_thread():
