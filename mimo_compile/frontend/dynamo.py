@@ -11,21 +11,24 @@ import torch
 class _Frozen(torch.nn.Module):
     """A graph whose parameters and buffers, which Dynamo passes as inputs, are held as constants."""
 
-    def __init__(
-        self, graph: torch.fx.GraphModule, held: dict[int, torch.Tensor], count: int
-    ) -> None:
+    def __init__(self, graph: torch.fx.GraphModule, held: dict[int, Any], count: int) -> None:
         super().__init__()
         self.graph_module = graph
         self.count = count
-        self.slots = sorted(held)
-        for index, tensor in held.items():
-            self.register_buffer(f"held_{index}", tensor.detach())
+        self.numbers = {i: v for i, v in held.items() if not isinstance(v, torch.Tensor)}
+        self.slots = sorted(held.keys() - self.numbers.keys())
+        for index in self.slots:
+            self.register_buffer(f"held_{index}", held[index].detach())
 
     def forward(self, *inputs: torch.Tensor) -> Any:
         """Run the graph on the inputs that are not held."""
         free = iter(inputs)
-        held = set(self.slots)
-        args = [getattr(self, f"held_{i}") if i in held else next(free) for i in range(self.count)]
+        args: list[Any] = []
+        for i in range(self.count):
+            if i in self.numbers:
+                args.append(self.numbers[i])
+            else:
+                args.append(getattr(self, f"held_{i}") if i in self.slots else next(free))
         return self.graph_module(*args)
 
 
@@ -48,18 +51,15 @@ def mimo_backend(
 
     def run(*args: Any) -> tuple[torch.Tensor, ...]:
         free = [a for i, a in enumerate(args) if i not in weights and isinstance(a, torch.Tensor)]
-        key = tuple((tuple(a.shape), a.dtype) for a in free)
+        # Extents that Dynamo made symbolic come as numbers: each value gets code of its own.
+        numbers = {i: a for i, a in enumerate(args) if not isinstance(a, torch.Tensor)}
+        key = (*((tuple(a.shape), a.dtype) for a in free), *numbers.items())
         if key not in built:
             from mimo_compile.api import compile as compile_module
 
-            held = {
-                i: a if isinstance(a, torch.Tensor) else torch.tensor(a)
-                for i, a in enumerate(args)
-                if i in weights or not isinstance(a, torch.Tensor)
-            }
+            held = {**{i: args[i] for i in weights}, **numbers}
             module = _Frozen(graph, held, len(args))
-            with torch._dynamo.disable():
-                built[key] = compile_module(module, example_inputs=tuple(free)).module()
+            built[key] = compile_module(module, example_inputs=tuple(free)).module()
         out = built[key](*(a.detach().contiguous() for a in free))
         outputs = out if isinstance(out, tuple) else (out,)
         return tuple(torch.from_numpy(o) for o in outputs)
