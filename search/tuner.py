@@ -171,6 +171,9 @@ class Tuner:
     def _predict(self, space: JointSpace, candidates: Sequence[Candidate]) -> list[float] | None:
         """Predict scores of candidates that were not measured."""
         keys = [c.key for c in candidates]
+        costly = any(type(s).work is Schedule.work for s in space.schedules.values())
+        if costly and not self.model.trained:
+            return None  # the roofline alone tells too little to generate code for it
         new = [c for c in candidates if c.key not in self._features]
         for candidate, counts in zip(new, self.measurer.describe(space, new), strict=True):
             if counts is not None:
@@ -212,7 +215,8 @@ class Tuner:
         try:
             self._train()
             while (index := next_share([t.share for t in self.tasks])) is not None:
-                reserve = CONFIRM_S * len(touched | {index})
+                per_trial = clock.seconds / max(1, sum(t.new for t in self.tasks))
+                reserve = max(CONFIRM_S, 3 * per_trial) * len(touched | {index})
                 if stopped_by := clock.reached(sum(t.trials for t in self.tasks), reserve):
                     stopped = stopped_by
                     break

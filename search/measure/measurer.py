@@ -29,6 +29,9 @@ from mimo_compile.search.meters.base import Meter, measure_energy
 from mimo_compile.search.records import Verdict
 from mimo_compile.search.space import Candidate, JointSpace
 
+_KEPT = 1024
+"""Most object files kept at a time."""
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -140,6 +143,8 @@ class Measurer:
         self.cache = self.timing.cache
         self.device = device or DeviceModel.guess(hardware)
         self.meter = meter
+        self._built: dict[str, Reply] = {}
+        """Candidates whose object code is kept."""
         self._best_us: dict[str, float] = {}
         """Fastest so far by workload: what takes twice as long is timed only briefly."""
         self._scratch = Scratch(scratch)
@@ -165,9 +170,14 @@ class Measurer:
         }  # fmt: skip
 
     def build(self, space: JointSpace, candidates: Sequence[Candidate]) -> list[Reply]:
-        """Build candidates; the object code is in the file that `code_path` names."""
-        requests = [self._request(space, c, "build") for c in candidates]
-        return self._all(requests, self.limits.build_s)
+        """Build candidates not built before; the object code is in the file that `code_path` names."""
+        new = [c for c in candidates if c.key not in self._built]
+        requests = [self._request(space, c, "build") for c in new]
+        replies = {c.key: self._built[c.key] for c in candidates if c.key in self._built}
+        replies |= dict(
+            zip((c.key for c in new), self._all(requests, self.limits.build_s), strict=True)
+        )
+        return [replies[c.key] for c in candidates]
 
     def describe(self, space: JointSpace, candidates: Sequence[Candidate]) -> list[Counts | None]:
         """Return the work each candidate's kernel declares (None where lowering fails)."""
@@ -194,9 +204,16 @@ class Measurer:
         """Return where `build` puts a candidate's object code."""
         return self._scratch.path / f"{candidate.key}.o"
 
-    def _forget_code(self, candidates: Sequence[Candidate]) -> None:
-        for candidate in candidates:
-            self.code_path(candidate).unlink(missing_ok=True)
+    def _keep_code(self, candidate: Candidate, built: Reply) -> None:
+        """Keep the code of a good candidate for `confirm`, within a limit."""
+        self._built[candidate.key] = built
+        while len(self._built) > _KEPT:
+            self._forget_code(next(iter(self._built)))
+
+    def _forget_code(self, *keys: str) -> None:
+        for key in keys:
+            self._built.pop(key, None)
+            (self._scratch.path / f"{key}.o").unlink(missing_ok=True)
 
     # -- running -------------------------------------------------------------------------------
 
@@ -225,9 +242,12 @@ class Measurer:
         case = self.cases.case(space.workload, seed)
         try:
             for candidate, built in zip(candidates, self.build(space, candidates), strict=True):
-                yield self._measure_one(space, candidate, built, case)
+                result = self._measure_one(space, candidate, built, case)
+                if result.verdict is Verdict.OK:
+                    self._keep_code(candidate, built)
+                yield result
         finally:
-            self._forget_code(candidates)
+            self._forget_code(*(c.key for c in candidates if c.key not in self._built))
 
     def _measure_one(
         self, space: JointSpace, candidate: Candidate, built: Reply, case: Case
@@ -334,7 +354,7 @@ class Measurer:
             return None
         times = self._time([candidate.key])
         self._call({"do": "drop"}, self.limits.run_s)
-        self._forget_code([candidate])
+        self._forget_code(candidate.key)
         return min(times.value["seconds"][0]) if times.status == "ok" else None
 
     # -- time, energy, floor -------------------------------------------------------------------
@@ -434,7 +454,7 @@ class Measurer:
                 ):
                     out.append(self._energy(self._timed(m, seconds, calls)))
         self.runner.replace()
-        self._forget_code(candidates)
+        self._forget_code(*(c.key for c in candidates))
         yield from out
 
     # -- life ----------------------------------------------------------------------------------
