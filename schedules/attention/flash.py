@@ -60,45 +60,36 @@ class Tile:
                 store(self.out, splat(0.0), row, j * LANES, lanes=LANES)
 
     def scores(self, reach: Reach, step: Any) -> None:
-        """Multiply queries with the keys of a step: lanes are slots, so no sum over lanes is needed."""
+        """Multiply queries with the keys of a step: lanes are slots, so nothing is summed over lanes."""
         s = self.s
         for base, rows, count in self._row_tiles():
-            wide = max(
-                w
-                for w in range(1, s.blocks + 1)
-                if s.blocks % w == 0 and w * rows <= max(s.registers, rows)
-            )
-            for u0 in range(0, s.blocks, wide):
-                blocks = [reach.block(step, u0 + u) for u in range(wide)]
-                with loop(count) as tile:
-                    first = bind(tile * rows + base)
-                    acc = [
-                        [Register("float32", LANES, splat(0.0)) for _ in blocks]
-                        for _ in range(rows)
-                    ]
-                    with loop(s.p["d"]) as i:
-                        keys = [bind(load(self.k, self.head, b, i, 0, lanes=LANES)) for b in blocks]
-                        if self.streams:
-                            for b in blocks:
-                                prefetch(self.k, self.head, b + s.ahead * s.blocks, i, 0)
-                        for r in range(rows):
-                            query = bind(splat(self.q[first + r, i]))
-                            for u, key in enumerate(keys):
-                                acc[r][u].set(acc[r][u].get() + key * query)
-                    for r in range(rows):
-                        for u in range(wide):
-                            store(
-                                self.score,
-                                acc[r][u].get(),
-                                first + r,
-                                (u0 + u) * LANES,
-                                lanes=LANES,
-                            )
+            most = max(s.registers // rows, 1)
+            wide = max(w for w in range(1, s.blocks + 1) if s.blocks % w == 0 and w <= most)
+            with loop(s.blocks // wide) as group, loop(count) as tile:
+                first = bind(tile * rows + base)
+                self._scores(reach, step, group * wide, wide, first, rows)
+
+    def _scores(self, reach: Reach, step: Any, part: Any, wide: int, first: Any, rows: int) -> None:
+        s = self.s
+        blocks = [reach.block(step, part + u) for u in range(wide)]
+        acc = [[Register("float32", LANES, splat(0.0)) for _ in blocks] for _ in range(rows)]
+        with loop(s.p["d"]) as i:
+            keys = [bind(load(self.k, self.head, b, i, 0, lanes=LANES)) for b in blocks]
+            if self.streams:
+                for b in blocks:
+                    prefetch(self.k, self.head, b + s.ahead * s.blocks, i, 0)
+            for r in range(rows):
+                query = bind(splat(self.q[first + r, i]))
+                for u, key in enumerate(keys):
+                    acc[r][u].set(acc[r][u].get() + key * query)
+        for r in range(rows):
+            for u in range(wide):
+                store(self.score, acc[r][u].get(), first + r, (part + u) * LANES, lanes=LANES)
 
     def mask(self, reach: Reach, step: Any, first: Any) -> None:
         """Replace the scores of unseen slots (of whatever they hold, NaN too)."""
         s = self.s
-        for u in range(s.blocks):
+        with loop(s.blocks) as u:
             positions = reach.positions(step, u)
             with loop(s.tokens) as token:
                 query = bind(reach.start + first + token)
@@ -107,28 +98,23 @@ class Tile:
                     row = token * s.group + g
                     value = load(self.score, row, u * LANES, lanes=LANES)
                     seen = T.And(positions >= low, positions <= high)
-                    store(
-                        self.score,
-                        T.Select(seen, value, splat(MASKED)),
-                        row,
-                        u * LANES,
-                        lanes=LANES,
-                    )
+                    value = T.Select(seen, value, splat(MASKED))
+                    store(self.score, value, row, u * LANES, lanes=LANES)
 
     def weigh(self) -> None:
         """Turn the scores of a step into weights relative to the new maximum of each row."""
         s = self.s
         with loop(s.height) as row:
-            best = load(self.score, row, 0, lanes=LANES)
+            best = Register("float32", LANES, load(self.score, row, 0, lanes=LANES))
             for u in range(1, s.blocks):
-                best = bind(T.max(best, load(self.score, row, u * LANES, lanes=LANES)))
-            top = T.call_llvm_pure_intrin("float32", "llvm.vector.reduce.fmax", best)
+                best.set(T.max(best.get(), load(self.score, row, u * LANES, lanes=LANES)))
+            top = T.call_llvm_pure_intrin("float32", "llvm.vector.reduce.fmax", best.get())
             top = bind(T.max(top, self.top[row]))
             shrink = bind(exp2(self.top[row] - top, 1))
             store(self.shrink, shrink, row)
             store(self.top, top, row)
             total = Register("float32", LANES, load(self.sum, row, 0, lanes=LANES) * splat(shrink))
-            for u in range(s.blocks):
+            with loop(s.blocks) as u:
                 weight = bind(exp2(load(self.score, row, u * LANES, lanes=LANES) - splat(top)))
                 store(self.score, weight, row, u * LANES, lanes=LANES)
                 total.set(total.get() + weight)
@@ -137,41 +123,38 @@ class Tile:
     def values(self, reach: Reach, step: Any) -> None:
         """Add the weighted values of the step's slots that were ever written."""
         s = self.s
-        runs = [(reach.block(step, u), reach.live(step, u)) for u in range(s.blocks)]
         for base, rows, count in self._row_tiles():
             wide = max(1, min(s.columns, s.registers // rows))
-            for column in range(0, s.columns, wide):
-                columns = range(column, min(column + wide, s.columns))
-                with loop(count) as tile:
-                    self._values(bind(tile * rows + base), rows, columns, runs)
+            full, rest = divmod(s.columns, wide)
+            for column, width, groups in ((0, wide, full), (full * wide, rest, 1)):
+                if width:
+                    with loop(groups) as group, loop(count) as tile:
+                        first = bind(tile * rows + base)
+                        columns = [bind((group * width + column + j) * LANES) for j in range(width)]
+                        self._values(reach, step, first, rows, columns)
 
-    def _values(self, first: Any, rows: int, columns: range, runs: list[tuple[Any, Any]]) -> None:
+    def _values(self, reach: Reach, step: Any, first: Any, rows: int, columns: list[Any]) -> None:
         acc: list[list[Register]] = []
         for r in range(rows):
             shrink = bind(splat(self.shrink[first + r]))
-            row = [load(self.out, first + r, j * LANES, lanes=LANES) * shrink for j in columns]
+            row = [load(self.out, first + r, j, lanes=LANES) * shrink for j in columns]
             acc.append([Register("float32", LANES, start) for start in row])
-        for u, (block, live) in enumerate(runs):
+        with loop(self.s.blocks) as u:
+            block, live = reach.block(step, u), reach.live(step, u)
             with T.serial(0, live) as i:
                 slot = fixed(block * LANES + i)
-                values = [
-                    bind(load(self.v, self.head, slot, j * LANES, lanes=LANES)) for j in columns
-                ]
+                values = [bind(load(self.v, self.head, slot, j, lanes=LANES)) for j in columns]
                 if self.streams:
                     for j in columns:
-                        prefetch(
-                            self.v,
-                            self.head,
-                            slot + self.s.ahead * self.s.blocks * LANES,
-                            j * LANES,
-                        )
+                        ahead = self.s.ahead * self.s.blocks * LANES
+                        prefetch(self.v, self.head, slot + ahead, j)
                 for r in range(rows):
                     weight = bind(splat(self.score[first + r, u * LANES + i]))
                     for j, value in enumerate(values):
                         acc[r][j].set(acc[r][j].get() + value * weight)
         for r in range(rows):
-            for j, register in zip(columns, acc[r], strict=True):
-                store(self.out, register.get(), first + r, j * LANES, lanes=LANES)
+            for at, register in zip(columns, acc[r], strict=True):
+                store(self.out, register.get(), first + r, at, lanes=LANES)
 
     def run(self, reach: Reach, first: Any, begin: Any, end: Any) -> None:
         """Pass over the steps ``begin .. end-1``."""

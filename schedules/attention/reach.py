@@ -101,7 +101,7 @@ class Reach:
         """Blocks to visit, from ``first_block`` on, around the end of the cache if need be."""
         self.steps = fixed(T.floordiv(self.total + (s.blocks - 1), s.blocks))
 
-    def block(self, step: Any, u: int) -> Any:
+    def block(self, step: Any, u: Any) -> Any:
         """Return the cache block of part ``u`` of a step."""
         at = fixed(self.first_block + step * self.sizes.blocks + u)
         return fixed(T.if_then_else(at < self.sizes.cache_blocks, at, at - self.sizes.cache_blocks))
@@ -121,7 +121,7 @@ class Reach:
         seen = T.And(older + first >= self.lower(self.high_query), older + end <= self.low_query)
         return T.And(T.And(one_lap, inside), seen)
 
-    def positions(self, step: Any, u: int) -> Any:
+    def positions(self, step: Any, u: Any) -> Any:
         """Return the position in each slot of part ``u`` (16 lanes); -1 where nothing is to be seen."""
         block = self.block(step, u)
         slots = bind(T.ramp(block * LANES, 1, LANES))

@@ -7,6 +7,7 @@ vector body and the scalar tail of a loop. LLVM splits 16 lanes where the CPU ha
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ __all__ = [
 LANES = 16
 """Lanes of a vector: 64 bytes of f32."""
 LOG2E = 1.4426950408889634
+_EXP_MOST = 88.7228
 _LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4  # n * high is exact for |n| < 2**15
 # Minimax polynomials (weighted least squares, reweighted): 2**f on [-1/2, 1/2] to 1.9e-9 relative, e**r on
 # [-ln2/2, ln2/2] to 1.9e-9, sin(r)/r and cos(r) as polynomials of r*r on [0, pi/4] to 4.6e-12 and 5.6e-11.
@@ -77,7 +79,7 @@ def horner(x: Any, coefficients: Sequence[float], constant: Callable[[float], An
 
 
 def _scale(p: Any, n: Any, lanes: int) -> Any:
-    """Return ``p * 2**n`` for ``p`` near one and integral ``n`` in the range of normal exponents."""
+    """Return ``p * 2**n`` for ``p`` near one, integral ``n``, and a result that is a normal number."""
     bits = T.reinterpret(_type("int32", lanes), p)
     shift = T.cast(n, _type("int32", lanes)) * splat(T.int32(1 << 23), lanes)
     return T.reinterpret(_type("float32", lanes), bits + shift)
@@ -88,36 +90,37 @@ def _clamp(x: Any, low: float, high: float, lanes: int) -> Any:
     return let(T.max(splat(low, lanes), x), lambda v: T.min(splat(high, lanes), v))
 
 
-def rint(x: Any, dtype: str) -> Any:
-    """Round to the nearest integer, half to even."""
-    return T.call_llvm_pure_intrin(dtype, "llvm.rint", x)
+def rint(x: Any) -> Any:
+    """Round to the nearest integer, half to even (an operation that TVM's vectoriser knows)."""
+    return T.nearbyint(x)
 
 
 def exp2(x: Any, lanes: int = LANES) -> Any:
-    """Return ``2**x``: 2 units in the last place; exactly 0 below -126, the largest power above 127."""
+    """Return ``2**x`` to 2 units in the last place; 0 below -126, the largest number above 128."""
 
     def reduced(v: Any) -> Any:
         def scaled(n: Any) -> Any:
             p = let(v - n, lambda f: horner(f, _EXP2, lambda c: splat(c, lanes)))
             return T.Select(v < splat(-126.0, lanes), splat(0.0, lanes), _scale(p, n, lanes))
 
-        return let(rint(v, _type("float32", lanes)), scaled)
+        return let(rint(v), scaled)
 
-    return let(_clamp(x, -127.0, 127.0, lanes), reduced)
+    return let(_clamp(x, -127.0, 127.99999, lanes), reduced)
 
 
 def exp(x: Any, lanes: int = LANES) -> Any:
-    """Return ``e**x``: 2 units in the last place; 0 below -87.3, the largest power above 88."""
+    """Return ``e**x`` to 2 units in the last place; 0 below -87.3, infinity above 88.7228."""
 
     def reduced(v: Any) -> Any:
         def scaled(n: Any) -> Any:
             r = (v - n * splat(_LN2_HIGH, lanes)) - n * splat(_LN2_LOW, lanes)
             p = let(r, lambda f: horner(f, _EXP, lambda c: splat(c, lanes)))
-            return T.Select(v < splat(-87.3, lanes), splat(0.0, lanes), _scale(p, n, lanes))
+            value = T.Select(v < splat(-87.3, lanes), splat(0.0, lanes), _scale(p, n, lanes))
+            return T.Select(v > splat(_EXP_MOST, lanes), splat(math.inf, lanes), value)
 
-        return let(rint(v * splat(LOG2E, lanes), _type("float32", lanes)), scaled)
+        return let(rint(v * splat(LOG2E, lanes)), scaled)
 
-    return let(_clamp(x, -87.5, 88.0, lanes), reduced)
+    return let(_clamp(x, -87.5, 88.723, lanes), reduced)
 
 
 def sigmoid(x: Any, lanes: int = LANES) -> Any:
@@ -144,7 +147,7 @@ def _circular(angle: Any, lanes: int, turns: int) -> Any:
 
     def reduced(x: Any) -> Any:
         return let(
-            rint(x * _splat64(0.6366197723675814, lanes), f64),
+            rint(x * _splat64(0.6366197723675814, lanes)),
             lambda k: let(
                 (x - k * _splat64(half_pi_high, lanes)) - k * _splat64(half_pi_low, lanes),
                 lambda r: selected(k, r),

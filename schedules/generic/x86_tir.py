@@ -27,6 +27,8 @@ tvm = compiler()
 PARALLEL_WORK = 1 << 16
 """Below this many innermost iterations a loop takes less time than waking the threads does."""
 
+REFUSED = (RuntimeError, ValueError, TypeError)
+"""What a primitive raises that cannot be applied (TVM's own errors are RuntimeErrors)."""
 ENOUGH_TASKS = 8
 """Outer iterations that keep threads evenly busy."""
 
@@ -101,7 +103,7 @@ def _attempt(
     copy = schedule.copy()
     try:
         return copy if rule(copy, facts, config, wide) else None
-    except (RuntimeError, ValueError, TypeError, tvm.TVMError):  # a refused primitive
+    except REFUSED:  # a refused primitive
         return None
 
 
@@ -119,7 +121,7 @@ def _inline(schedule: Any) -> Any:
             copy = schedule.copy()
             try:
                 copy.compute_inline(copy.get_sblock(facts.name))
-            except (RuntimeError, ValueError, tvm.TVMError):
+            except REFUSED:
                 continue
             schedule = copy
     return schedule
