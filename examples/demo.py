@@ -89,12 +89,15 @@ def show_plan(artifact) -> None:
         if calls:
             rows.append((calls * (choice.latency_us or 0.0), calls, choice))
     rows.sort(key=lambda row: -row[0])
+    measured = sum(row[0] for row in rows if row[2].source == "measured")
     print("kernels of one decoding step (calls x time of one):")
     for total, calls, choice in rows[:14]:
         knobs = " ".join(f"{k}={v}" for k, v in choice.config.items())
         print(f"  {total:8.1f} us  {calls:2d} x {choice.workload}")
-        print(f"               {choice.schedule} {knobs} ({choice.source})")
-    print(f"  {sum(row[0] for row in rows):8.1f} us in all kernels together")
+        how = "measured" if choice.source == "measured" else "default, time predicted"
+        print(f"               {choice.schedule} {knobs} ({how})")
+    total = sum(row[0] for row in rows)
+    print(f"  {total:8.1f} us in all {len(rows)} kernels, {measured:.1f} us of it measured")
 
 
 def show_text(model, prompt: str, tokens: int) -> None:

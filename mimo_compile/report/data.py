@@ -54,9 +54,17 @@ class Subject:
 
     def energy_mj(self, measured: bool) -> float | None:
         """Millijoules of one call, measured or modelled, never one for the other."""
-        if self.best is None:
+        if self.best is not None:
+            return self.best.measured_mj if measured else self.best.modelled_mj
+        planned = self.choice
+        if planned is None or (planned.energy_source not in (None, "modelled")) != measured:
             return None
-        return self.best.measured_mj if measured else self.best.modelled_mj
+        return planned.energy_mj
+
+    @property
+    def timed(self) -> bool:
+        """True when the latency was measured, False when it is only predicted."""
+        return self.choice is None or self.choice.source == "measured"
 
     def curve(self) -> list[tuple[float, float]]:
         """Return (trial, best microseconds so far) in the order of measuring, without confirmations."""

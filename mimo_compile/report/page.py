@@ -87,7 +87,8 @@ def _tiles(machine: Machine, data: ReportData) -> str:
         if known:
             total = sum(_weight(s) for s in known)
             what = "one step of one token" if data.manifest.decoder else "one call"
-            note = "" if len(known) == len(step) else f", {len(step) - len(known)} kernels unknown"
+            guessed = sum(not s.timed for s in known) + len(step) - len(known)
+            note = f", {guessed} of {len(step)} kernels only predicted" if guessed else ""
             tiles.append((f"{short(total / 1e3)} ms", f"in kernels for {what}{note}"))
         chosen = Counter(c.source for c in data.manifest.plan)
         tiles.append(
@@ -130,7 +131,8 @@ def _by_kernel(subjects: Sequence[Subject]) -> str:
     out = [
         _section(
             "Time by kernel",
-            "Microseconds of one decoding step of one token, calls times the planned latency of one call.",
+            "Microseconds of one decoding step of one token: calls times the latency of one. Pale bars were "
+            "not measured but predicted.",
             _bars(used, _weight, "us", "bar"),
         )
     ]
@@ -165,7 +167,7 @@ def _bars(
     items = [
         Bar(
             f"{_step_calls(s)} × {s.workload}", v, f"{short(v)} {unit}  {100 * v / total:.0f} %",
-            f"{s.workload}: {v:.4g} {unit}", kind,
+            f"{s.workload}: {v:.4g} {unit}", kind if s.timed or unit != "us" else "pale",
         )
         for v, s in ranked[:_MOST_BARS] if v > 0
     ]  # fmt: skip

@@ -200,7 +200,7 @@ def bars(items: Sequence[Bar], *, title: str, width: int = 920, label_width: int
         f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}" '
         f'style="max-width:{width}px">'
     ]
-    fits = int(label_width / 6.6)
+    fits = int((label_width - 12) / 6.75)
     for index, item in enumerate(items):
         y = index * row + 4
         length = max(1.5, item.value / top * (width - label_width - room))
