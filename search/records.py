@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Mapping
 from enum import StrEnum
+from functools import cache
 from typing import Any
 
 import msgspec
@@ -96,6 +97,11 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
 
 def versions() -> dict[str, str]:
     """Return the versions that decide which code a candidate becomes."""
+    return dict(_versions())
+
+
+@cache
+def _versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     out = {}
