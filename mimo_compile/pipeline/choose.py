@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.ops import get_op
@@ -57,7 +56,7 @@ def shared_tensors(model: ModelGraphs) -> list[list[tuple[Workload, str]]]:
     Those who read or write one tensor (token counts of one matrix, append and attend of one cache) must
     agree on its layout.
     """
-    users: dict[str, dict[tuple[Workload, str], None]] = {}
+    users: dict[tuple[str, str], dict[tuple[Workload, str], None]] = {}
     for graph in model.entries.values():
         for node in graph.nodes:
             if node.func is not None:
@@ -66,7 +65,9 @@ def shared_tensors(model: ModelGraphs) -> list[list[tuple[Workload, str]]]:
             for arg, value in zip(args, node.args, strict=True):
                 if arg.role in ("weight", "state"):
                     name = arg.name if arg.role == "state" else "weight"
-                    users.setdefault(value.root.source, {})[node.workload, name] = None
+                    # ops pack weights apart from each other (a tied table is stored twice), states not
+                    key = (value.root.source, node.workload.op if arg.role == "weight" else "")
+                    users.setdefault(key, {})[node.workload, name] = None
     groups = {frozenset(group): list(group) for group in users.values() if len(group) > 1}
     return list(groups.values())
 
@@ -94,7 +95,7 @@ def choose(
         option = chosen.option
         choices[workload] = Choice(
             str(workload), option.candidate.schedule, option.candidate.config, "", option.source,
-            option.latency_us, option.energy_mj, _meter(option.energy_source),
+            option.latency_us, option.energy_mj, option.energy_source,
         )  # fmt: skip
         if option.source == "measured":
             for result in results_for(workload, hardware, db):
@@ -102,7 +103,3 @@ def choose(
                 if (r.schedule, r.config) == (option.candidate.schedule, option.candidate.config):
                     lines[encode(r)] = None
     return ModelPlan(choices, "".join(f"{line}\n" for line in lines).encode())
-
-
-def _meter(name: str) -> Any:
-    return name if name in ("nvml", "rapl") else "modelled"

@@ -103,7 +103,8 @@ class Choice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     source: Literal["measured", "modelled", "default"]
     latency_us: float | None = None
     energy_mj: float | None = None
-    energy_source: Literal["nvml", "rapl", "modelled"] | None = None
+    energy_source: str | None = None
+    """Name of the meter that measured the energy (``nvml``, ``rapl``, ...), or ``modelled``."""
     calls: dict[str, int] = {}
     """Entry name to number of calls."""
 
