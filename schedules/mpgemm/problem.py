@@ -19,7 +19,7 @@ from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.base import Schedule
 from mimo_compile.schedules.emit.layout import ROWS, CodeLayout
 
-PARALLEL_BYTES = 192 << 10
+PARALLEL_BYTES = 320 << 10
 """Weights below this are read before a second thread has woken up."""
 
 

@@ -264,6 +264,14 @@ def test_code_for_lesser_cpus_runs_here(preset):
             check(schedule, workload, hardware=hardware, threads=1)
 
 
+@pytest.mark.parametrize("features", [(), ("sse3", "ssse3")])
+def test_code_for_the_oldest_cpus_is_right(features):
+    hardware = dataclasses.replace(CPU, features=frozenset(features))
+    for text in ("mpgemm:m=3,n=20,k=100,w=w4g32,a=a8", "mpgemm:m=2,n=20,k=100,w=w2"):
+        (schedule,) = schedules_for(parse_workload(text), hardware)
+        check(schedule, text, hardware=hardware, threads=1)
+
+
 def test_several_kernels_share_one_object():
     from mimo_compile._tvm import load_object
 
