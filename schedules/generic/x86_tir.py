@@ -74,13 +74,31 @@ def lower_tir(func: Any, name: str, config: TirConfig, hardware: Hardware) -> Ke
     for facts in block_facts(schedule):
         wide = threads and facts.work >= PARALLEL_WORK
         reducing: list[Callable[..., Any]] = [_tiled, _lanes, _columns, _outer]
+        if (
+            len(facts.written) > 1
+        ):  # an argmax: TVM splits its pair of results only in index types alike
+            reducing = [_outer]
         for rule in reducing if facts.reduced else [_spatial, _outer]:
             done = _attempt(schedule, rule, facts, config, wide)
             if done is not None:
                 schedule = done
                 break
     scheduled = schedule.mod["main"].with_attr("global_symbol", name)
+    if not _compiles(scheduled, hardware):
+        scheduled = func.with_attr("global_symbol", name).with_attr("tirx.noalias", True)
     return Kernel(name, scheduled, args, Counts({"fma_f32": float(work)}, {"dram": float(loaded)}))
+
+
+def _compiles(func: Any, hardware: Hardware) -> bool:
+    """Say whether TVM's passes accept a scheduled function (some refuse what a primitive allowed)."""
+    target = tvm.target.Target(hardware.tvm_target())
+    pipeline = tvm.tirx.get_default_tir_pipeline(target)[0]
+    module = tvm.IRModule({"main": func})
+    try:
+        pipeline(tvm.tirx.transform.BindTarget(target.with_host(target))(module))
+    except REFUSED:
+        return False
+    return True
 
 
 def _describe(func: Any) -> tuple[tuple[Arg, ...], int, int]:

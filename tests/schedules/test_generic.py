@@ -223,6 +223,25 @@ def test_a_rule_that_is_refused_leaves_the_block_as_it_was(monkeypatch):
     assert np.allclose(got, a @ b, rtol=1e-5, atol=1e-5)
 
 
+def test_two_results_of_one_reduction(always_parallel):
+    CASES["argmax"] = (lambda a: R.argmax(a, -1), [(5, 33)], None)
+    try:
+        (func,) = legalised("argmax")
+    finally:
+        del CASES["argmax"]
+    x = np.random.default_rng(0).standard_normal((5, 33), dtype=np.float32)
+    (got,) = run(lower_tir(func, "argmax", TirConfig(), CPU), [x], poison=-1)
+    assert got.tolist() == x.argmax(-1).tolist()
+
+
+def test_what_the_passes_refuse_falls_back_to_the_plain_function(monkeypatch):
+    (func,) = legalised("gelu")
+    monkeypatch.setattr(x86_tir, "_compiles", lambda *_: False)
+    kernel = lower_tir(func, "plain", TirConfig(), CPU)
+    x = np.random.default_rng(0).standard_normal((5, 21), dtype=np.float32)
+    assert np.allclose(run(kernel, [x])[0], gelu(x.astype(np.float64)), atol=1e-6)
+
+
 def test_facts_of_a_matmul():
     (facts,) = block_facts(tvm.s_tir.Schedule(legalised("matmul")[0]))
     assert facts.kinds == ("S", "S", "S", "R")
