@@ -214,7 +214,7 @@ def test_a_rule_that_is_refused_leaves_the_block_as_it_was(monkeypatch):
     def refuse(*_):
         raise ValueError("no")
 
-    for rule in ("_tiled", "_lanes", "_columns", "_outer", "_spatial"):
+    for rule in ("tiled_rule", "lanes_rule", "columns_rule", "outer_rule", "spatial_rule"):
         monkeypatch.setattr(x86_tir, rule, refuse)
     (func,) = legalised("matmul")
     rng = np.random.default_rng(0)
