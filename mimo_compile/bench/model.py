@@ -107,12 +107,34 @@ def eager_peer(folder: Path, dtype: str) -> Any:
     transformers.logging.disable_progress_bar()
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, dtype), local_files_only=True
+            folder, config=_peer_config(folder), dtype=getattr(torch, dtype), local_files_only=True
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"transformers cannot load it: {first}", file=folder) from error
     return model.eval()
+
+
+def _peer_config(folder: Path) -> Any:
+    """Read ``config.json`` so that transformers takes it: no nulls, rotary bases in its newer spelling."""
+    import json
+
+    import transformers
+
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    values = {k: v for k, v in values.items() if v is not None}
+    if values.get("model_type") == "mimo_v2_flash" and "rope_scaling" not in values:
+        share = values.get("partial_rotary_factor", 1.0)
+        kinds = (("full_attention", "rope_theta"), ("sliding_attention", "swa_rope_theta"))
+        values["rope_parameters"] = {
+            kind: {
+                "rope_type": "default",
+                "rope_theta": values[key],
+                "partial_rotary_factor": share,
+            }
+            for kind, key in kinds
+        }
+    return transformers.AutoConfig.for_model(values.pop("model_type"), **values)
 
 
 def compare_models(
