@@ -96,8 +96,9 @@ class Schedule(ABC):
         """Generate the kernel of one config."""
 
     def work(self, workload: Workload, config: Any, hardware: Hardware) -> Counts:
-        """Return the counts that the kernel will declare. Override it where that needs no code generation: the search
-        ranks many candidates by it.
+        """Return the counts that the kernel will declare.
+
+        Override it where that needs no code generation: the search ranks many candidates by it.
         """
         return self.lower(workload, config, hardware).counts
 

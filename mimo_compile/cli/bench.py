@@ -115,7 +115,9 @@ def _kernels(args: argparse.Namespace) -> int:
             console.say(render(found))
     facts = machine_facts(hardware)
     if facts["load"] > hardware.cores:
-        console.log("warning: other programs keep this machine busy; ratios of threaded kernels mean little")
+        console.log(
+            "warning: other programs keep this machine busy; ratios of threaded kernels mean little"
+        )
     console.say(f"{facts['name']}, {hardware.threads} threads, load {facts['load']}")
     console.result({"ok": True, "machine": facts, "rows": [r.json() for r in rows]})
     return 0

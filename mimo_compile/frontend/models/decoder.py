@@ -63,10 +63,10 @@ class LayerSpec:
         return self.rope_theta, self.rotary_dim, scaling
 
     def capacity(self, max_context: int) -> int:
-        """Return the slots of the KV cache, a multiple of 16."""
+        """Return the slots of the KV cache, a multiple of 16: a ring holds the window and one step."""
         slots = max_context
         if self.window:
-            slots = min(slots, self.window + STEP_TOKENS)
+            slots = self.window + min(STEP_TOKENS, max_context)
         return -(-slots // 16) * 16
 
 
