@@ -1,0 +1,1 @@
+"""The built-in model `tiny` and the scripts that train and judge it."""

@@ -1,0 +1,111 @@
+"""Differentiable building blocks that make training on a CPU quick."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def route(x: Tensor, router: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Choose experts: x [tokens, hidden] f32, router [experts, hidden] f32, bias [experts] f32.
+
+    Returns (weights [tokens, top_k] f32, experts [tokens, top_k] int64). The bias takes part in
+    the choice only; the weights are the chosen scores divided by their sum.
+    """
+    scores = torch.sigmoid(F.linear(x, router))
+    chosen = torch.topk(scores + bias, top_k, dim=-1, sorted=False).indices
+    weights = scores.gather(-1, chosen)
+    return weights / (weights.sum(-1, keepdim=True) + 1e-20), chosen
+
+
+class _PermuteRows(torch.autograd.Function):
+    """Row permutation whose gradient is the inverse permutation (no scatter-add)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(back)
+        return x.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (back,) = ctx.saved_tensors
+        return grads[0].index_select(0, back), None, None
+
+
+def permute_rows(x: Tensor, order: Tensor, back: Tensor) -> Tensor:
+    """x[order], where `back` is the inverse permutation; x: [rows, columns]."""
+    apply: Callable[..., Tensor] = _PermuteRows.apply
+    return apply(x, order, back)
+
+
+def grouped_linear(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """Rows of x times the matrix of their group.
+
+    x: [rows, in], sorted by group; weights: [groups, out, in]; ends: [groups] int32, the row
+    after each group's last. Returns [rows, out].
+    """
+    if x.dtype == torch.bfloat16 and hasattr(F, "grouped_mm"):
+        return F.grouped_mm(x, weights.transpose(1, 2), offs=ends)
+    starts = [0, *ends.tolist()]
+    parts = [F.linear(x[a:b], w) for a, b, w in zip(starts, starts[1:], weights, strict=False)]
+    return torch.cat(parts)
+
+
+def _softmax_error(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """logits: [rows, vocab]; target: [rows] → (summed loss f32, gradient on the logits)."""
+    x = logits.float()
+    top = x.amax(-1, keepdim=True)
+    e = torch.exp(x - top)
+    total = e.sum(-1, keepdim=True)
+    hit = torch.arange(x.shape[1], device=x.device)[None, :] == target[:, None]
+    error = e / total - hit.float()
+    own = x.gather(1, target[:, None])
+    return (top + total.log() - own).sum(), error.to(logits.dtype)
+
+
+_softmax_error_compiled = torch.compile(_softmax_error)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of `x @ table.T`, computed chunk by chunk with its gradients at once."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, table: Tensor, targets: Tensor, chunk: int, compiled: bool
+    ) -> Tensor:
+        error_of = _softmax_error_compiled if compiled else _softmax_error
+        low = table.to(x.dtype)
+        grad_x = torch.empty_like(x)
+        grad_table = torch.zeros(table.shape, dtype=torch.float32)
+        total = torch.zeros((), dtype=torch.float32)
+        for start in range(0, x.shape[0], chunk):
+            part = x[start : start + chunk]
+            loss, error = error_of(F.linear(part, low), targets[start : start + chunk])
+            total += loss
+            grad_x[start : start + chunk] = error @ low
+            grad_table += error.T @ part
+        count = float(x.shape[0])
+        ctx.save_for_backward(grad_x, grad_table)
+        ctx.count = count
+        return total / count
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        grad_x, grad_table = ctx.saved_tensors
+        scale = grads[0] / ctx.count
+        return (grad_x * scale).to(grad_x.dtype), grad_table * scale, None, None, None
+
+
+def linear_cross_entropy(
+    x: Tensor, table: Tensor, targets: Tensor, chunk: int = 512, compiled: bool = False
+) -> Tensor:
+    """Mean cross-entropy (nats) of the logits x @ table.T against the targets.
+
+    x: [rows, hidden]; table: [vocab, hidden] f32; targets: [rows] int64. Returns a scalar f32.
+    """
+    apply: Callable[..., Tensor] = _LinearCrossEntropy.apply
+    return apply(x, table, targets, chunk, compiled)
