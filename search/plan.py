@@ -297,9 +297,11 @@ def _solve(
         return problem.choose(goal)
     except Infeasible as error:
         if error.layouts:
-            names = ", ".join(str(u.space.workload) for u in uses)
+            linked = sorted({i for group in links for i, _ in group})
+            names = [str(uses[i].space.workload) for i in linked]
+            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
             raise MimoError(
-                f"workloads that share a tensor have no layout in common, among {names}"
+                f"workloads that share a tensor have no layout in common, among {shown}"
             ) from error
         raise UsageError(f"no plan keeps {goal}: {error}", remedy="give a larger budget") from error
 

@@ -47,7 +47,7 @@ class ModelPlan:
 
     choices: dict[Workload, Choice]
     records: bytes
-    """JSON lines of the records behind measured choices."""
+    """JSON lines of the records behind measured choices, and of the defaults they were compared with."""
 
 
 def shared_tensors(model: ModelGraphs) -> list[list[tuple[Workload, str]]]:
@@ -98,8 +98,10 @@ def choose(
             option.latency_us, option.energy_mj, option.energy_source,
         )  # fmt: skip
         if option.source == "measured":
+            default = chosen.schedule.space(workload, hardware).default
+            kept = (option.candidate.config, chosen.schedule.config_to_json(default))
             for result in results_for(workload, hardware, db):
                 r = result.record
-                if (r.schedule, r.config) == (option.candidate.schedule, option.candidate.config):
+                if r.schedule == option.candidate.schedule and r.config in kept:
                     lines[encode(r)] = None
     return ModelPlan(choices, "".join(f"{line}\n" for line in lines).encode())

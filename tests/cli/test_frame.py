@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 import types
 from importlib import import_module
 from pathlib import Path
@@ -206,6 +207,7 @@ def test_signals_end_with_their_codes_and_without_noise(number, code, verb) -> N
     )
     assert child.stdout is not None
     assert child.stdout.readline() == "ready\n"
+    time.sleep(0.3)  # the verb is in its work by then, not inside print
     child.send_signal(number)
     _, err = child.communicate(timeout=20)
     assert child.returncode == code
