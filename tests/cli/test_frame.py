@@ -177,7 +177,8 @@ def test_stdout_holds_json_alone(cli, monkeypatch) -> None:
 
 
 SLOW_VERB = """
-import sys, time, types
+import signal, sys, time, types
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs start with it ignored
 import mimo_compile.cli as cli
 module = types.ModuleType("mimo_compile.cli.targets")
 module.DESCRIPTION, module.EXAMPLE = "", "x"

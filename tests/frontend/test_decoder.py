@@ -144,7 +144,7 @@ def test_a_window_ring_wraps(saved, tools, tmp_path):
 def test_cache_sizes():
     full, ring = LayerSpec(4, 2, 8, 8), LayerSpec(4, 2, 8, 8, window=128)
     assert [full.capacity(n) for n in (1, 16, 17, 4096)] == [16, 16, 32, 4096]
-    assert [ring.capacity(n) for n in (100, 384, 4096)] == [112, 384, 384]
+    assert [ring.capacity(n) for n in (100, 384, 4096)] == [240, 384, 384]
     assert LayerSpec(4, 2, 8, 8, window=8).capacity(4096) == 272
 
 
@@ -170,7 +170,7 @@ def test_stages_describe_themselves(flash):
     assert decoder.stage("layers.3").inputs[2] == "rope.0"
     assert decoder.stage("mtp.1").inputs == ("hidden", "ids", "rope.1", "pos")
     assert layer.module.k_cache.is_meta, "no memory for caches before the first step"
-    assert layer.module.k_cache.shape == (64, 2, 24) and layer.module.v_cache.shape == (64, 2, 16)
+    assert layer.module.k_cache.shape == (80, 2, 24) and layer.module.v_cache.shape == (80, 2, 16)
     assert layer.module.feed.router.weight.dtype == torch.float32
 
 

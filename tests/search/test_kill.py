@@ -20,7 +20,9 @@ from mimo_compile.search.measure.cases import sweep
 pytestmark = [pytest.mark.compile, pytest.mark.fault]
 
 TUNE = """
+import signal
 import sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs start with it ignored
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from zoo_schedules import Honest
