@@ -150,3 +150,20 @@ def test_bf16_bits_round_to_nearest_even_as_torch() -> None:
 def test_bad_parameters_are_refused(text: str) -> None:
     with pytest.raises(UsageError):
         parse_workload(text)
+
+
+@pytest.mark.parametrize("extra", ["", ",window=64,sink=1"])
+def test_attention_bound_refuses_a_missed_key(extra: str) -> None:
+    """Leaving out the oldest visible key, of many, must lie outside the bound."""
+    length = 100 if extra else 200
+    text = f"cached_attention:t=1,h=4,kv=2,d=32,dv=16,cap=256{extra},len={length}"
+    workload = parse_workload(text)
+    op = get_op(workload.op)
+    inputs = op.make_inputs(workload, np.random.default_rng(4))
+    expected = op.reference(workload, inputs)
+    bound = op.bound(workload, inputs, expected)["out"]
+    oldest = length - 64 if extra else 0
+    damaged = dict(inputs, v_cache=inputs["v_cache"].copy())
+    damaged["v_cache"][oldest] = 0
+    error = np.abs(op.reference(workload, damaged)["out"] - expected["out"])
+    assert (error > bound).any(axis=-1).all(), "some head would not notice"
