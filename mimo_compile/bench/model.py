@@ -17,9 +17,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mimo_compile.bench.roof import read_contestant
 from mimo_compile.errors import InputError, MissingExtra
+from mimo_compile.ir.hardware import Hardware
 from mimo_compile.runtime.generate import Stats
 from mimo_compile.runtime.module import Module
+
+ROOF_S = 0.2
+"""Seconds of one turn of the read roof."""
 
 
 @dataclass(slots=True)
@@ -34,16 +39,21 @@ class ModelRow:
     joules_source: str = ""
     weight_bytes: float = 0.0
     """Bytes of weights that one decoded token reads; 0 when unknown."""
+    roof_gb_per_s: list[float] = field(default_factory=list)
+    """What a kernel that only reads as many bytes reached in each round."""
 
     def json(self) -> dict[str, Any]:
         """Return the row as `bench model --json` prints it."""
         rate = statistics.median(self.decode)
+        moved = rate * self.weight_bytes / 1e9 if self.weight_bytes else None
+        roof = statistics.median(self.roof_gb_per_s) if self.roof_gb_per_s else None
         return {
             "op": "model", "impl": self.impl, "threads": self.threads,
             "prefill_tokens_per_s": statistics.median(self.prefill),
             "prefill_spread": [min(self.prefill), max(self.prefill)],
             "decode_tokens_per_s": rate, "decode_spread": [min(self.decode), max(self.decode)],
-            "decode_gb_per_s": rate * self.weight_bytes / 1e9 if self.weight_bytes else None,
+            "decode_gb_per_s": moved, "roof_gb_per_s": roof,
+            "decode_roof_share": moved / roof if moved and roof else None,
             "joules": statistics.median(self.joules) if self.joules else None,
             "joules_source": self.joules_source or None,
         }  # fmt: skip
@@ -138,15 +148,22 @@ def _peer_config(folder: Path) -> Any:
 
 
 def compare_models(
-    entries: Sequence[tuple[ModelRow, Run]], rounds: int, log: Callable[[str], None]
+    entries: Sequence[tuple[ModelRow, Run]],
+    rounds: int,
+    log: Callable[[str], None],
+    roofs: Sequence[tuple[ModelRow, Callable[[], float]]] = (),
 ) -> list[ModelRow]:
-    """Let implementations take turns; a first round of each warms up and does not count."""
+    """Let implementations, and the read roofs of rows, take turns; a first round of each only warms up."""
     for number in range(rounds + 1):
         for row, run in entries:
             prefill, decode = run()
             if number:
                 row.prefill.append(prefill)
                 row.decode.append(decode)
+        for row, read in roofs:
+            rate = read()
+            if number:
+                row.roof_gb_per_s.append(rate)
         log(f"round {number} of {rounds}")
     return [row for row, _ in entries]
 
@@ -167,6 +184,26 @@ def weight_bytes(module: Module) -> float:
         calls = choice.calls.get("step_1", 0) + choice.calls.get("head_1", 0)
         total += calls * get_op(workload.op).counts(workload).bytes.get("dram", 0.0)
     return total
+
+
+def read_roof(hardware: Hardware, nbytes: float) -> Callable[[], float]:
+    """Return a function that gives the GB/s of a kernel that only reads ``nbytes``, again and again.
+
+    It reads one buffer of that size, as decoding reads the weights: from a cache where they fit it.
+    """
+    contestant = read_contestant("model", hardware, nbytes, "hot", 0, int(nbytes))
+    (arguments,) = contestant.sets
+
+    def run() -> float:
+        contestant.prepare()
+        contestant.call(arguments)
+        number, begin = 0, time.perf_counter()
+        while (elapsed := time.perf_counter() - begin) < ROOF_S:
+            contestant.call(arguments)
+            number += 1
+        return number * contestant.bytes / elapsed / 1e9
+
+    return run
 
 
 def peer_name(dtype: str) -> str:

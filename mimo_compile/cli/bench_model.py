@@ -25,6 +25,7 @@ def run_model(args: argparse.Namespace) -> int:
         eager_run,
         peer_name,
         random_prompt,
+        read_roof,
         weight_bytes,
     )
     from mimo_compile.bench.peers import parse_peers
@@ -61,7 +62,10 @@ def run_model(args: argparse.Namespace) -> int:
                 break
             row = ModelRow(peer_name(dtype), hardware.threads)
             entries.append((row, eager_run(model, prompt, args.new_tokens, hardware.threads)))
-        rows = compare_models(entries, min(args.rounds, 5), lambda text: console.log(text, 1))
+        roofs = [(ours, read_roof(hardware, ours.weight_bytes))] if ours.weight_bytes else []
+        rows = compare_models(
+            entries, min(args.rounds, 5), lambda text: console.log(text, 1), roofs
+        )
     facts = machine_facts(hardware)
     _show(console, rows)
     console.say(f"{facts['name']}, {hardware.threads} threads, load {facts['load']}")
@@ -107,6 +111,8 @@ def _show(console: Console, rows: list[ModelRow]) -> None:
             cells += [number(rate), f"{number(low)}..{number(high)}"]
             cells.append(f"{base[f'{part}_tokens_per_s'] / rate:.2f}x")
         cells.append(number(figures["decode_gb_per_s"]))
+        share = figures["decode_roof_share"]
+        cells.append(None if share is None else f"{100 * share:.0f} %")
         lines.append(cells)
     header = (
         "impl",
@@ -117,5 +123,6 @@ def _show(console: Console, rows: list[ModelRow]) -> None:
         "spread",
         "ours/its",
         "GB/s",
+        "of read roof",
     )
-    console.say(table(lines, header, right="lrrrrrrr"))
+    console.say(table(lines, header, right="lrrrrrrrr"))
