@@ -102,6 +102,8 @@ def tune(
     trials: int | None = None,
     seconds: float | None = None,
     joules: float | None = None,
+    strategy: str = "evolutionary",
+    meter: str = "auto",
     db: str | os.PathLike[str] | Database | None = None,
     threads: int | None = None,
     seed: int = 0,
@@ -121,6 +123,9 @@ def tune(
         trials: candidates to measure over all workloads, those of earlier runs included.
         seconds: wall-clock budget.
         joules: budget of energy used while tuning (needs a meter).
+        strategy: how candidates are proposed: ``evolutionary``, ``random``, ``grid`` or a plug-in's.
+        meter: what reads joules: ``auto`` (the target's own where it works and joules decide), a name that
+            `mimo-compile targets` lists, or ``modelled`` to read none.
         db: where records are kept.
         threads: threads to tune for.
         seed: decides random choices.
@@ -136,13 +141,18 @@ def tune(
         UsageError: an option is wrong, or the target cannot run here.
         InputError: an input file is missing, damaged or not supported.
         MissingExtra: the ``[compile]`` packages are not installed.
+        EnvironmentMismatch: a plug-in that is used is broken.
     """
     from mimo_compile.ir.hardware import resolve_target
     from mimo_compile.ir.workload import Workload
     from mimo_compile.pipeline.choose import tunable
     from mimo_compile.pipeline.source import open_source, require_compile_extra
+    from mimo_compile.search.meters import AUTO, MODELLED, open_meter
+    from mimo_compile.search.strategies import get_strategy
 
     hardware = resolve_target(target, threads)
+    get_strategy(strategy)  # wrong names are refused before a model is loaded
+    counter = meter if meter in (AUTO, MODELLED) else open_meter(hardware, meter)
     workloads: dict[Workload, float]
     if is_op_spec(source):
         require_compile_extra()
@@ -157,8 +167,9 @@ def tune(
         workloads = tunable(opened.graphs)
     with _database(db) as database:
         return _tune(
-            workloads, hardware, trials, seconds, joules, objective, database, seed, progress
-        )
+            workloads, hardware, trials, seconds, joules, objective, database, seed, progress,
+            strategy=strategy, meter=counter,
+        )  # fmt: skip
 
 
 def is_op_spec(source: Any) -> bool:
@@ -187,11 +198,11 @@ def _database(db: str | os.PathLike[str] | Database | None) -> Any:
 
 def _tune(
     workloads: Any, hardware: Any, trials: int | None, seconds: float | None, joules: float | None,
-    objective: str, database: Any, seed: int, progress: Callable[[Any], None] | None,
+    objective: str, database: Any, seed: int, progress: Callable[[Any], None] | None, **how: Any,
 ) -> TuningResult:  # fmt: skip
     from mimo_compile.search.tuner import tune_workloads
 
     return tune_workloads(
         workloads, hardware, trials=trials, seconds=seconds, joules=joules, objective=objective,
-        db=database, seed=seed, progress=progress,
+        db=database, seed=seed, progress=progress, **how,
     )  # fmt: skip

@@ -5,10 +5,9 @@ from __future__ import annotations
 if __name__ != "mimo_compile.schedules":
     raise ImportError("import mimo_compile.schedules, not schedules")
 
-from importlib import import_module
-
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.workload import Workload
+from mimo_compile.plugins import Kind
 from mimo_compile.schedules.base import Kernel, Schedule, Space
 
 SCHEDULES: dict[str, dict[str, str]] = {
@@ -32,20 +31,46 @@ SCHEDULES: dict[str, dict[str, str]] = {
 """Op -> schedule name -> where its class lives; modules are imported on use."""
 
 
+_KIND = Kind("schedule", "mimo_compile.schedules", __name__)
+
+
 def get_schedule(name: str) -> Schedule:
-    """Return a schedule by name (KeyError if there is none)."""
-    for entries in SCHEDULES.values():
-        if name in entries:
-            module, _, cls = entries[name].partition(":")
-            schedule: Schedule = getattr(import_module(f"mimo_compile.schedules.{module}"), cls)()
-            return schedule
-    raise KeyError(name)
+    """Return a schedule by name.
+
+    Raises:
+        UsageError: there is none of this name.
+        EnvironmentMismatch: it is a plug-in's, which cannot be used.
+    """
+    own = {n: place for entries in SCHEDULES.values() for n, place in entries.items()}
+    cls = _KIND.get(name, own)
+    if not (isinstance(cls, type) and issubclass(cls, Schedule) and cls.name == name):
+        raise _KIND.broken(name, f"{cls!r} is no Schedule named {name!r}", own)
+    schedule: Schedule = cls()
+    return schedule
+
+
+def names_for(op: str) -> list[str]:
+    """Return the names of an op's schedules in order of preference: ours, then those of plug-ins.
+
+    A plug-in's name begins with its op: ``mpgemm.my_way``.
+    """
+    own = {n for entries in SCHEDULES.values() for n in entries}
+    added = [n for n in _KIND.names(own) if n not in own and n.partition(".")[0] == op]
+    return [*SCHEDULES.get(op, {}), *added]
 
 
 def schedules_for(workload: Workload, hardware: Hardware) -> list[Schedule]:
     """Return the schedules that can compute a workload on the hardware, in order of preference."""
-    found = (get_schedule(name) for name in SCHEDULES.get(workload.op, {}))
+    found = (get_schedule(name) for name in names_for(workload.op))
     return [s for s in found if s.supports(workload, hardware)]
 
 
-__all__ = ["SCHEDULES", "Kernel", "Schedule", "Space", "get_schedule", "schedules_for"]
+__all__ = [
+    "SCHEDULES",
+    "Kernel",
+    "Schedule",
+    "Space",
+    "get_schedule",
+    "names_for",
+    "schedules_for",
+]

@@ -23,14 +23,21 @@ from mimo_compile.search.budget import Budget, Clock, Share, mark_heavy, next_sh
 from mimo_compile.search.database import Database
 from mimo_compile.search.lookup import Result, summarise
 from mimo_compile.search.measure import Measurement, Measurer, Measures, Timing, runnable_here
-from mimo_compile.search.meters import open_meter
-from mimo_compile.search.meters.base import Meter
+from mimo_compile.search.meters import AUTO, MODELLED, Meter, open_meter
 from mimo_compile.search.objective import Objective, parse_objective
 from mimo_compile.search.progress import Event, Progress
 from mimo_compile.search.records import Record, Verdict, record_key, versions
 from mimo_compile.search.result import TuningResult, collect
 from mimo_compile.search.space import Candidate, JointSpace
-from mimo_compile.search.strategies import Observation, Options, Setting, Strategy, make_strategy
+from mimo_compile.search.strategies import (
+    DEFAULT,
+    Observation,
+    Options,
+    Setting,
+    Strategy,
+    get_strategy,
+    make_strategy,
+)
 from mimo_compile.search.transfer import similar_seeds
 
 BATCH = 8
@@ -58,6 +65,8 @@ class _Task:
     new: int = 0
     fatal: Counter[str] = field(default_factory=Counter)
     """Crashes and the like by schedule, while it has no correct candidate."""
+    measured: bool = False
+    """True once a record of the run's own meter has joules: from then on only such joules guide."""
 
     @property
     def trials(self) -> int:
@@ -72,10 +81,10 @@ class Tuner:
 
     def __init__(
         self, hardware: Hardware, db: Database, measurer: Measures, objective: Objective, *, seed: int,
-        device: DeviceModel, strategy: str = "evolutionary", progress: Progress | None = None,
-        options: Options | None = None,
+        device: DeviceModel, strategy: str = DEFAULT, progress: Progress | None = None,
+        options: Options | None = None, meter: str = MODELLED,
     ) -> None:  # fmt: skip
-        """Prepare; `run` does the work."""
+        """Prepare; `run` does the work. ``meter`` names what the measurer reads joules with."""
         self.hardware = hardware
         self.db = db
         self.measurer = measurer
@@ -83,6 +92,7 @@ class Tuner:
         self.seed = seed
         self.device = device
         self.strategy = strategy
+        self.meter = meter
         self.options = options or Options()
         self.model = LatencyModel(seed=seed)
         self.versions = versions()
@@ -144,6 +154,9 @@ class Tuner:
             return
         task.candidates[record.key] = candidate
         task.records.setdefault(record.key, []).append(record)
+        if not task.measured and self._joules(record) is not None and self.objective.needs_energy:
+            task.measured = True
+            self._tell_again(task)
         task.strategy.tell([Observation(candidate, self._score(task, record))])
         if record.ok:
             task.fatal[record.schedule] = -(10**6)
@@ -155,13 +168,31 @@ class Tuner:
             if task.fatal[record.schedule] >= 3:
                 task.strategy.ban(record.schedule)
 
+    def _joules(self, record: Record) -> float | None:
+        """Return a record's millijoules if the meter of this run measured them."""
+        ours = record.ok and self.meter != MODELLED and record.energy_source == self.meter
+        return record.energy_mj if ours else None
+
+    def _tell_again(self, task: _Task) -> None:
+        """Correct every score told so far: they stood on modelled joules, which no longer count."""
+        task.strategy.tell(
+            [
+                Observation(task.candidates[key], self._score(task, rows[-1]))
+                for key, rows in task.records.items()
+            ]
+        )
+
     def _score(self, task: _Task, record: Record) -> float:
+        """Score a record; a workload's scores rest on joules of one source, measured or modelled.
+
+        Where joules are measured, a candidate without them cannot be ranked by energy and scores as a
+        failure does.
+        """
         if not record.ok or record.latency_us is None:
             return math.inf
-        energy = record.energy_mj if record.energy_mj is not None else record.modelled_mj
+        energy = self._joules(record) if task.measured else record.modelled_mj
         best = min(task.share.best_us, record.latency_us)
-        score = self.objective.score((record.latency_us, energy), best)
-        return score if math.isfinite(score) else record.latency_us
+        return self.objective.score((record.latency_us, energy), best)
 
     def _extract(self, space: JointSpace, candidate: Candidate, counts: Counts) -> Features:
         return extract(
@@ -343,6 +374,13 @@ def _counts_of(row: Features) -> Counts:
     return Counts(ops, levels)
 
 
+def _counter(meter: Meter | str | None, hardware: Hardware, *, own: bool) -> Meter | None:
+    """Open the meter asked for; another measurer than this machine's brings its own readings."""
+    if meter is None and not own:
+        return None
+    return open_meter(hardware, meter) if meter is None or isinstance(meter, str) else meter
+
+
 def tune_workloads(
     workloads: Mapping[Workload, float] | Sequence[tuple[Workload, float]],
     hardware: Hardware,
@@ -353,11 +391,11 @@ def tune_workloads(
     objective: str | Objective = "latency",
     db: Database,
     seed: int = 0,
-    strategy: str = "evolutionary",
+    strategy: str = DEFAULT,
     progress: Progress | None = None,
     schedules: Sequence[Schedule] | None = None,
     measurer: Measures | None = None,
-    meter: Meter | None = None,
+    meter: Meter | str | None = None,
     device: DeviceModel | None = None,
     timing: Timing | None = None,
     options: Options | None = None,
@@ -373,11 +411,12 @@ def tune_workloads(
         objective: What is best, see `objective.parse_objective`.
         db: Where records go, and where an earlier search is taken up.
         seed: Decides inputs and random choices.
-        strategy: A name of `strategies.STRATEGIES`.
+        strategy: A name of `strategies.strategy_names`.
         progress: Called with each `progress.Event`.
         schedules: Algorithms to choose from (None: all that are registered).
         measurer: Measures candidates (None: on this machine, in child processes).
-        meter: Joules counter (None: the target's own where it works).
+        meter: Joules counter, or a name of `meters.meter_names` (None: ``auto``). One that is asked for
+            is read for every objective, ``auto`` only where joules decide.
         device: Rates of the machine (None: calibrated if that was done before, else guessed).
         timing: How time is taken.
         options: Settings of the strategy.
@@ -387,8 +426,10 @@ def tune_workloads(
 
     Raises:
         UsageError: no workloads, a bad budget, an unknown strategy or objective, an unsupported workload,
-            a target that cannot run here.
+            an unknown or unusable meter, a target that cannot run here.
+        EnvironmentMismatch: a plug-in that is used is broken.
     """
+    get_strategy(strategy)
     pairs = list(workloads.items()) if isinstance(workloads, Mapping) else list(workloads)
     if not pairs:
         raise UsageError("nothing to tune: no workloads were given")
@@ -403,15 +444,15 @@ def tune_workloads(
         from mimo_compile.search.calibrate import device_model
 
         device = device_model(hardware, measure=measurer is None)
-    if meter is None and measurer is None:
-        meter = open_meter(hardware)
-    clock = Clock(budget, meter)
-    used = meter if goal.needs_energy or joules is not None else None
+    asked = meter not in (None, AUTO)
+    counter = _counter(meter, hardware, own=measurer is None)
+    clock = Clock(budget, counter)
+    used = counter if asked or goal.needs_energy or joules is not None else None
     own = measurer or Measurer(hardware, device=device, meter=used, timing=timing)
     try:
         tuner = Tuner(
             hardware, db, own, goal, seed=seed, device=device, strategy=strategy, progress=progress,
-            options=options,
+            options=options, meter=MODELLED if used is None else used.name,
         )  # fmt: skip
         tuner._total = trials
         for workload, weight in pairs:

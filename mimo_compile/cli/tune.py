@@ -46,6 +46,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--joules", type=joules, metavar="J", help="at most this energy; needs a meter"
     )
+    parser.add_argument(
+        "--strategy",
+        default="evolutionary",
+        metavar="NAME",
+        help="how candidates are proposed: evolutionary (default), random, grid, or a plug-in's",
+    )
+    parser.add_argument(
+        "--meter",
+        default="auto",
+        metavar="NAME",
+        help="what reads joules: auto (default: where joules decide), nvml, rapl, a plug-in's "
+        "(see `targets`), or modelled to read none",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -73,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
             source, target=args.target, quant=args.quant, attention=args.attention,
             objective=args.objective, trials=args.trials, seconds=args.time, joules=args.joules,
             db=args.db, threads=args.threads, seed=args.seed, max_context=args.max_context,
-            progress=progress,
+            strategy=args.strategy, meter=args.meter, progress=progress,
         )  # fmt: skip
     path = args.db or default_path()
     show(console, result)

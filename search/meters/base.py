@@ -18,10 +18,15 @@ MIN_STEPS = 20
 
 
 class Meter(Protocol):
-    """A cumulative energy counter."""
+    """A cumulative energy counter.
+
+    A class that is found by its name, in `meters.METERS` or through an entry point, is made without
+    arguments (OSError says why it cannot be used here) and has two members more: ``measures``, a tuple of
+    hardware kinds (``cpu``, ``cuda``), and ``reads``, which says in words what it reads.
+    """
 
     name: str
-    """Stored with each reading: ``nvml``, ``rapl``, ``replay``."""
+    """Stored with each reading, and what ``--meter`` calls it: ``nvml``, ``rapl``, ``replay``."""
     step_s: float
     """Seconds between refreshes of the counter."""
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from mimo_compile.search.meters.base import Available
-
 
 class NvmlMeter:
     """The energy counter of one GPU."""
 
     name = "nvml"
+    measures = ("cuda",)
+    reads = "total energy counter of GPU 0"
     step_s = 0.1
     """The counter is refreshed about ten times a second."""
 
@@ -59,12 +59,3 @@ def _library() -> Any:
     except ModuleNotFoundError as error:
         raise OSError("nvidia-ml-py is not installed") from error
     return pynvml
-
-
-def probe() -> Available:
-    """Say whether the first GPU's counter can be read."""
-    try:
-        NvmlMeter()
-    except OSError as error:
-        return Available("nvml", False, str(error))
-    return Available("nvml", True, "total energy counter of GPU 0")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mimo_compile.search.meters.base import Available
-
 ROOT = Path("/sys/class/powercap")
 
 
@@ -13,6 +11,8 @@ class RaplMeter:
     """The sum of all CPU packages' energy counters."""
 
     name = "rapl"
+    measures = ("cpu",)
+    reads = "energy counters of the CPU packages"
     step_s = 0.001
 
     def __init__(self, root: Path = ROOT) -> None:
@@ -48,12 +48,3 @@ class RaplMeter:
             self._last[i] = value
             total += self._base[i] + value
         return total / 1000.0
-
-
-def probe(root: Path = ROOT) -> Available:
-    """Say whether the counters can be read."""
-    try:
-        RaplMeter(root)
-    except OSError as error:
-        return Available("rapl", False, str(error))
-    return Available("rapl", True, "energy counters of the CPU packages")

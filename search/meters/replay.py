@@ -6,16 +6,24 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from mimo_compile.errors import InputError
-from mimo_compile.search.meters.base import Available
 
 
 class ReplayMeter:
     """Returns one recorded counter value after the other, and OSError when they are used up."""
 
     name = "replay"
+    measures = ("cpu", "cuda")
+    reads = "a recorded counter"
+    step_s = 0.1
 
-    def __init__(self, readings_mj: Iterable[float], step_s: float = 0.1) -> None:
-        """Play back ``readings_mj`` (counter values, millijoules)."""
+    def __init__(self, readings_mj: Iterable[float] | None = None, step_s: float = 0.1) -> None:
+        """Play back ``readings_mj`` (counter values, millijoules).
+
+        Raises:
+            OSError: none were given.
+        """
+        if readings_mj is None:
+            raise OSError("plays back a recorded counter; needs a recording")
         self._readings = iter(readings_mj)
         self.step_s = step_s
 
@@ -36,8 +44,3 @@ class ReplayMeter:
         for value in self._readings:
             return value
         raise OSError("the recorded readings are used up")
-
-
-def probe() -> Available:
-    """A recording must be given."""
-    return Available("replay", False, "plays back a recorded counter; needs a recording")

@@ -6,14 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from mimo_compile.cost_models.analytic import DeviceModel
-from mimo_compile.errors import InputError, UsageError
-from mimo_compile.ir.counts import Counts
+from mimo_compile.errors import EnvironmentMismatch, InputError, UsageError
 from mimo_compile.ir.hardware import PRESETS
-from mimo_compile.search.meters import METERS, available, measure_energy, open_meter
-from mimo_compile.search.meters.modelled import ModelledEnergy
+from mimo_compile.search.meters import (
+    METERS,
+    available,
+    measure_energy,
+    meter_names,
+    open_meter,
+)
 from mimo_compile.search.meters.nvml import NvmlMeter
-from mimo_compile.search.meters.rapl import RaplMeter, probe
+from mimo_compile.search.meters.rapl import RaplMeter
 from mimo_compile.search.meters.replay import ReplayMeter
 
 HW = PRESETS["x86-64-v3"].with_threads(2)
@@ -45,15 +48,68 @@ def rapl_tree(root: Path, value: int = 1000, wrap: int = 10_000) -> Path:
 
 def test_every_meter_says_what_it_is_or_why_not() -> None:
     found = {a.name: a for a in available()}
-    assert list(found) == list(METERS)
+    assert [*found] == [*METERS, "modelled"] and meter_names() == ["auto", "modelled", *METERS]
     assert all(a.reason for a in found.values()) and found["modelled"].usable
+    assert "needs a recording" in found["replay"].reason
     for a in found.values():
-        if not a.usable and a.name in ("nvml", "rapl"):
-            with pytest.raises(UsageError, match="cannot be used"):
-                open_meter(HW, a.name)
+        target = PRESETS["x86-64-v3"] if a.name == "rapl" else HW
+        if not a.usable and a.name == "rapl":
+            with pytest.raises(UsageError, match="rapl meter cannot be used"):
+                open_meter(target, a.name)
     assert open_meter(HW, "modelled") is None
-    with pytest.raises(UsageError, match="unknown meter"):
+    with pytest.raises(
+        UsageError, match=r"unknown meter 'wattmeter'\. Use one of auto, modelled, nv"
+    ):
         open_meter(HW, "wattmeter")
+    with pytest.raises(UsageError, match="nvml meter reads cuda, the target is cpu"):
+        open_meter(HW, "nvml")
+
+
+class Gauge:
+    """A meter that always works."""
+
+    name = "gauge"
+    measures: tuple[str, ...] = ("cpu",)
+    reads = "a number"
+    step_s = 0.001
+
+    def read_mj(self) -> float:
+        return 1.0
+
+
+def test_auto_takes_the_first_meter_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(Gauge):
+        name = "broken"
+
+        def __init__(self) -> None:
+            raise OSError("no sensor")
+
+    class Gpu(Gauge):
+        name = "gpu"
+        measures = ("cuda",)
+
+    for table in list(METERS):
+        monkeypatch.delitem(METERS, table)
+    assert open_meter(HW) is None
+    for cls in (Broken, Gpu, Gauge):
+        monkeypatch.setitem(METERS, cls.name, cls)
+    assert isinstance(open_meter(HW), Gauge) and isinstance(open_meter(HW, "auto"), Gauge)
+    assert isinstance(open_meter(HW, "gauge"), Gauge)
+    with pytest.raises(UsageError, match="broken meter cannot be used: no sensor"):
+        open_meter(HW, "broken")
+    assert [(a.name, a.usable) for a in available()] == [
+        ("broken", False), ("gpu", True), ("gauge", True), ("modelled", True),
+    ]  # fmt: skip
+
+
+def test_a_class_that_is_no_meter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METERS, "half", dict)
+    monkeypatch.setitem(METERS, "other", Gauge)
+    with pytest.raises(EnvironmentMismatch, match=r"'half' cannot be used.* has no member name"):
+        open_meter(HW, "half")
+    with pytest.raises(EnvironmentMismatch, match=r"'other' cannot be used.* is named 'gauge'"):
+        open_meter(HW, "other")
+    assert not {a.name: a for a in available()}["half"].usable
 
 
 def test_rapl_sums_packages_and_survives_a_wrap(tmp_path: Path) -> None:
@@ -63,11 +119,11 @@ def test_rapl_sums_packages_and_survives_a_wrap(tmp_path: Path) -> None:
     assert meter.read_mj() == 10.0
     (tmp_path / "intel-rapl:0" / "energy_uj").write_text("500")  # started again
     assert meter.read_mj() == 11.5
-    assert probe(tmp_path).usable
 
 
 def test_rapl_absent_or_forbidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "no RAPL" in probe(tmp_path).reason
+    with pytest.raises(OSError, match="no RAPL"):
+        RaplMeter(tmp_path)
     rapl_tree(tmp_path)
     read = Path.read_text
 
@@ -77,8 +133,8 @@ def test_rapl_absent_or_forbidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         return read(self)
 
     monkeypatch.setattr(Path, "read_text", forbidden)
-    outcome = probe(tmp_path)
-    assert not outcome.usable and "sudo chmod a+r" in outcome.reason
+    with pytest.raises(OSError, match=r"sudo chmod a\+r"):
+        RaplMeter(tmp_path)
 
 
 class FakeNvml:  # names are those of pynvml
@@ -166,9 +222,3 @@ def test_replay_from_file(tmp_path: Path) -> None:
     assert [meter.read_mj(), meter.read_mj()] == [1.0, 2.5]
     with pytest.raises(InputError):
         ReplayMeter.from_file(tmp_path / "absent")
-
-
-def test_modelled_energy_is_the_documented_sum() -> None:
-    device = DeviceModel.guess(HW)
-    energy = ModelledEnergy(device).energy_mj(Counts({"fma_f32": 1e6}, {"dram": 1e6}), 100.0)
-    assert energy == pytest.approx(device.idle_w * 0.1 + 2.5e-3 + 0.12)

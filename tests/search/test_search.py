@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from recordings import DEVICE, HW, LARGE, SMALL, recorded, schedules
@@ -19,9 +22,9 @@ from mimo_compile.search.measure.replay import ReplayMeasurer
 from mimo_compile.search.meters.replay import ReplayMeter
 from mimo_compile.search.objective import parse_objective
 from mimo_compile.search.progress import Event, PlainProgress
-from mimo_compile.search.records import Verdict
+from mimo_compile.search.records import Record, Verdict
 from mimo_compile.search.result import TuningResult
-from mimo_compile.search.space import JointSpace
+from mimo_compile.search.space import Candidate, JointSpace
 from mimo_compile.search.strategies import STRATEGIES, Observation, Options, Setting, make_strategy
 from mimo_compile.search.transfer import distance
 from mimo_compile.search.tuner import Tuner, tune_workloads
@@ -225,6 +228,96 @@ def test_energy_objective_stays_within_the_latency_limit(tmp_path: Path) -> None
             if r.latency_us <= 1.05 * fastest and r.modelled_mj < w.best.modelled_mj
         ]
         assert not cheaper and w.pareto[0].latency_us == fastest
+
+
+class Listener:
+    """Proposes in the order of the space and keeps what it is told."""
+
+    said: list[dict[str, float]] = []  # noqa: RUF012  one for each strategy made, newest scores
+
+    def __init__(self, setting: Setting) -> None:
+        self.space = iter(setting.space)
+        self.scores: dict[str, float] = {}
+        Listener.said.append(self.scores)
+
+    def ask(self, count: int) -> list[Candidate]:
+        return list(itertools.islice(self.space, count))
+
+    def tell(self, observations: list[Observation]) -> None:
+        self.scores.update((o.candidate.key, o.score) for o in observations)
+
+    def ban(self, schedule: str) -> None:
+        raise AssertionError(schedule)
+
+
+def with_joules(rows: list[Record], meters: Sequence[str | None]) -> list[Record]:
+    """Give records joules by the meters in turn, ranked the other way round than modelled ones."""
+    return [
+        msgspec.structs.replace(r, energy_mj=1e6 / r.modelled_mj, energy_source=meter)
+        if r.ok and meter
+        else r
+        for r, meter in zip(rows, itertools.cycle(meters), strict=False)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("meters", "wanted"),
+    [
+        ((None,), None),  # nothing was measured: modelled joules guide
+        (("replay",), "replay"),
+        ((None, None, "replay"), "replay"),  # some readings failed, the first of all too
+        (("rapl", None, "replay"), "replay"),  # another meter's joules do not count either
+        (("rapl",), None),
+    ],
+)
+@pytest.mark.parametrize("objective", ["energy", "edp", "energy@latency:1.5"])
+def test_measured_and_modelled_joules_never_guide_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, meters, wanted: str | None, objective: str
+) -> None:
+    monkeypatch.setitem(STRATEGIES, "listener", Listener)
+    Listener.said.clear()
+    rows = with_joules(recorded(SMALL), meters)
+    goal = parse_objective(objective)
+    with Database(tmp_path / "a.db") as db:
+        db.add(*rows[:3])  # of an earlier run
+        meter = ReplayMeter([])
+        tune(
+            db, ReplayMeasurer(rows), {SMALL: 1.0}, objective=objective, meter=meter,
+            strategy="listener",
+        )  # fmt: skip
+        stored = {r.key: r for r in db.records(SMALL)}
+    (told,) = Listener.said
+    space = JointSpace(SMALL, HW, schedules())
+    fastest = min(r.latency_us for r in stored.values() if r.ok)
+    checked = 0
+    assert len(stored) > 6
+    for r in stored.values():
+        c = space.adopt(r.schedule, r.config)
+        assert c is not None
+        energy = r.energy_mj if r.energy_source == wanted else None
+        energy = r.modelled_mj if wanted is None else energy
+        right = {
+            goal.score((r.latency_us, energy), best) if r.ok else math.inf
+            for best in (fastest, *(q.latency_us for q in stored.values() if q.ok))
+        }
+        assert told[c.key] in right, (c, r)
+        checked += math.isfinite(told[c.key])
+    assert checked > 1
+
+
+def test_without_a_meter_recorded_joules_do_not_guide(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(STRATEGIES, "listener", Listener)
+    Listener.said.clear()
+    rows = with_joules(recorded(SMALL, bad=0.0), ("rapl",))
+    with Database(tmp_path / "a.db") as db:
+        tune(
+            db, ReplayMeasurer(rows), {SMALL: 1.0}, objective="energy", strategy="listener",
+            meter="modelled",
+        )  # fmt: skip
+    (told,) = Listener.said
+    assert len(told) > 6 and set(told.values()) <= {r.modelled_mj for r in rows}
 
 
 def test_similar_shapes_give_the_first_candidates(tmp_path: Path) -> None:
