@@ -1,16 +1,25 @@
 """Quantised tensor formats: their names, their canonical (unpacked) form, and the `--quant` grammar.
 
-Canonical form of a weight matrix ``[N, K]`` (N output features, K input features), for every
-integer format: ``codes uint8 [N, K]``, ``scale float32 [N, K/G]`` and, for asymmetric formats,
-``zero float32 [N, K/G]``; the real weight is ``scale * (code - zero)``. Symmetric formats have the
-fixed zero point ``2**(bits-1)`` (ternary: 1). Kernels are proved against this form; packed layouts
-belong to schedules.
+Canonical form of a weight matrix ``[N, K]`` (N output features, K input features): ``codes uint8
+[N, K]``, ``scale float32 [N, G]`` with one column for each group of input features, and for some formats
+``zero float32 [N, G]``. Kernels are proved against this form; packed layouts belong to schedules.
+
+* Integer (``w4g64``, ``w4zg64``) and ternary (``w1.58``): ``scale * (code - zero)``. Symmetric formats have
+  the fixed zero point ``2**(bits-1)`` (ternary: 1; one bit: 1/2, so that codes mean plus or minus half a
+  scale).
+* Codebooks (``nf4``, ``fp4``) and ``fp8b128``: ``scale * values[code]``. Two-sided ones (``anf4``, ``afp4``;
+  AFPQ) have the columns ``2 g`` and ``2 g + 1`` of ``scale [N, 2 G]`` for values above and below zero.
+* Complex (``complex2``, Fairy): codes ``[N/2, K/2]`` name 1, i, -1, -i; ``scale [N/2, 2]`` holds those of
+  the real and the imaginary axis. The real matrix acts on ``[Re x, Im x]`` and gives ``[Re y, Im y]`` of
+  ``y = W conj(x)``. The widely-linear ``complex2wl`` stacks U and W of ``y = U x + W conj(x)`` along N
+  (Fairy2i), ``complex2wl2`` a second pair that holds what the first left.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -26,10 +35,24 @@ GROUP_TENSOR = -1
 """``group`` value that means one scale for the whole tensor."""
 
 _FLOATS = {"f32": 32, "bf16": 16, "f16": 16}
+E4M3_NAN = (0x7F, 0xFF)
+"""The codes of ``fp8b128`` that are no number."""
+_NF = {
+    3: (-1.0, -0.5350227355957031, -0.2469314038753510, 0.0,
+        0.1833375245332718, 0.3819939494132996, 0.6229856610298157, 1.0),
+    4: (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+        0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+        0.7229568362236023, 1.0),
+}  # fmt: skip
+"""NormalFloat codebooks (QLoRA; the 3-bit one from AFPQ), in order of value."""
+_FP = {3: (0.0, 1.0, 2.0, 4.0), 4: (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)}
+"""Magnitudes of E2M0 and E2M1; the code's top bit is the sign."""
+
 _GROUP = r"(?:g(?P<group>32|64|128|row|tensor))?"
 _WEIGHT = re.compile(
-    r"(?:w(?P<ternary>1\.58)(?P<dense>d)?|w(?P<bits>[1-8])(?P<zero>z)?|(?P<book>anf3|anf4|afp3|afp4|nf3|nf4)"
-    r"|(?P<fp8>fp8b128)|(?P<complex>complex2))" + _GROUP
+    r"(?:w(?P<ternary>1\.58)(?P<dense>d)?|w(?P<bits>[1-8])(?P<zero>z)?|(?P<book>a?(?:nf|fp)[34])"
+    r"|(?P<fp8>fp8b128)|(?P<complex>complex2(?:wl2?)?))" + _GROUP
 )
 _SCHEME = re.compile(
     r"(?P<weight>" + _WEIGHT.pattern + r")(?:a(?P<act>8|16))?(?:kv(?P<kv>8|4|2|fp8))?\Z"
@@ -55,14 +78,61 @@ class WeightFormat:
         return self.family == "float"
 
     @property
-    def fixed_zero(self) -> int:
-        """The zero point that symmetric codes share (codes are stored unsigned)."""
-        return 1 if self.family == "ternary" else 1 << (self.bits - 1)
+    def is_integer(self) -> bool:
+        """True if a weight is ``scale * (code - zero)``."""
+        return self.family in ("int", "ternary")
+
+    @property
+    def fixed_zero(self) -> float:
+        """The zero point that symmetric integer codes share (codes are stored unsigned)."""
+        if self.family == "ternary":
+            return 1
+        return 0.5 if self.bits == 1 else 1 << (self.bits - 1)
 
     @property
     def max_code(self) -> int:
         """The largest code that occurs."""
         return 2 if self.family == "ternary" else (1 << self.bits) - 1
+
+    @property
+    def two_sided(self) -> bool:
+        """True if values above and below zero have scales of their own (AFPQ)."""
+        return self.family == "codebook" and self.name.startswith("a")
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """What each code of a codebook or fp8 format stands for, before its scale (NaN: no number)."""
+        if self.family == "fp8":
+            return _e4m3()
+        book = _NF if "nf" in self.name else _FP
+        values = book[self.bits]
+        return values if "nf" in self.name else (*values, *(-v for v in values))
+
+    @property
+    def scales_per_group(self) -> int:
+        """Columns of ``scale`` for one group: 2 for two-sided and complex formats."""
+        return 2 if self.two_sided or self.family == "complex" else 1
+
+    @property
+    def terms(self) -> int:
+        """Complex formats: matrices stacked along N (U and W, twice for two stages), else 1."""
+        return {"complex2wl": 2, "complex2wl2": 4}.get(self.name.split("g")[0], 1)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits that one real weight ``[n, k]`` needs without scales, densely packed."""
+        if self.family == "complex":
+            return self.bits * self.terms / 4
+        return 1.6 if self.name.startswith("w1.58d") else float(self.bits)
+
+    def code_shape(self, n: int, k: int) -> tuple[int, int]:
+        """Return the shape of the codes of a matrix ``[n, k]``."""
+        return (self.terms * n // 2, k // 2) if self.family == "complex" else (n, k)
+
+    def scale_shape(self, n: int, k: int) -> tuple[int, int]:
+        """Return the shape of the scales of a matrix ``[n, k]``."""
+        rows, columns = self.code_shape(n, k)
+        return rows, self.groups(columns) * self.scales_per_group
 
     def groups(self, k: int) -> int:
         """Return the number of scale groups in a row of ``k`` columns (at least 1)."""
@@ -106,8 +176,8 @@ def parse_weight_format(text: str) -> WeightFormat:
     if match is None:
         raise UsageError(
             f"unknown weight format {text!r}",
-            remedy="use one of f32 bf16 w1..w8[z] w1.58[d] nf3 nf4 afp3 afp4 anf3 anf4 fp8b128 "
-            "complex2, with an optional group g32 g64 g128 grow gtensor",
+            remedy="use one of f32 bf16 w1..w8[z] w1.58[d] nf3 nf4 fp3 fp4 anf3 anf4 afp3 afp4 fp8b128 "
+            "complex2[wl[2]], with an optional group g32 g64 g128 grow gtensor",
         )
     return _from_match(match)
 
@@ -156,7 +226,25 @@ def _from_match(match: re.Match[str]) -> WeightFormat:
         )
     if match["fp8"]:
         return WeightFormat("fp8b128", "fp8", 8, 128)
-    return WeightFormat("complex2" + suffix, "complex", 2, GROUP_ROW if group is None else group)
+    if group is not None and group > 0:
+        raise UsageError(
+            f"{match['complex']}{suffix}: complex codes have scales of rows or of the tensor",
+            remedy="use grow or gtensor, or leave the group out",
+        )
+    return WeightFormat(
+        match["complex"] + suffix, "complex", 2, GROUP_TENSOR if group is None else group
+    )
+
+
+@cache
+def _e4m3() -> tuple[float, ...]:
+    """Return the 256 values of float8 E4M3 without infinities (bias 7, largest 448)."""
+    out = []
+    for code in range(256):
+        exponent, mantissa = (code >> 3) & 15, code & 7
+        value = (8 + mantissa) * 2.0 ** (exponent - 10) if exponent else mantissa * 2.0**-9
+        out.append(float("nan") if code in E4M3_NAN else (-value if code & 128 else value))
+    return tuple(out)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -165,18 +253,19 @@ class QuantTensor:
 
     fmt: WeightFormat
     codes: npt.NDArray[np.uint8]
-    """``[..., N, K]``."""
+    """``[..., N, K]`` (complex: see there)."""
     scale: npt.NDArray[np.float32]
-    """``[..., N, K/G]``."""
+    """``[..., N, G]``, two columns a group where the format says so."""
     zero: npt.NDArray[np.float32] | None = None
-    """``[..., N, K/G]`` or None when symmetric."""
+    """``[..., N, G]``, or None for formats without zero points."""
 
     def dequantize(self) -> npt.NDArray[np.float32]:
         """Return the real weights ``[..., N, K]`` float32."""
-        k = self.codes.shape[-1]
-        size = self.fmt.group_size(k)
-        scale = np.repeat(self.scale, size, axis=-1)[..., :k]
-        zero: npt.NDArray[np.float32] | np.float32 = np.float32(self.fmt.fixed_zero)
-        if self.zero is not None:
-            zero = np.repeat(self.zero, size, axis=-1)[..., :k]
-        return (scale * (self.codes.astype(np.float32) - zero)).astype(np.float32)
+        import torch
+
+        from mimo_compile.ir.ops.numerics import real_matrix
+
+        zero = None if self.zero is None else torch.from_numpy(self.zero)
+        parts = torch.from_numpy(self.codes), torch.from_numpy(self.scale), zero
+        out: npt.NDArray[np.float32] = real_matrix(self.fmt, *parts, torch.float32).numpy()
+        return out

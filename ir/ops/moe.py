@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mimo_compile.errors import UsageError
 from mimo_compile.ir.counts import Counts
-from mimo_compile.ir.formats import parse_weight_format
+from mimo_compile.ir.formats import WeightFormat, parse_weight_format
 from mimo_compile.ir.ops.base import Arg, Array, OpDef, Param
 from mimo_compile.ir.ops.mpgemm import (
     matmul_bound,
@@ -26,16 +26,15 @@ from mimo_compile.ir.ops.mpgemm import (
     weight_args,
     weight_bytes,
 )
-from mimo_compile.ir.ops.numerics import U32, dequantize, quantize_rows
+from mimo_compile.ir.ops.numerics import U32, fake_quantize, real_matrix
 from mimo_compile.ir.workload import Workload
 
 
-def _experts(x: Tensor, ids: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, act: str) -> Tensor:
+def _experts(
+    x: Tensor, ids: Tensor, weights: Tensor, w13: Tensor, w2: Tensor, fmt: WeightFormat, act: str
+) -> Tensor:
     def quantised(rows: Tensor) -> Tensor:
-        if act != "a8":
-            return rows
-        q, s = quantize_rows(rows)
-        return (q.to(torch.float64) * s).to(rows.dtype)
+        return fake_quantize(rows, fmt, act)
 
     y = torch.zeros((x.shape[0], w2.shape[1]), dtype=x.dtype)
     xq = quantised(x)
@@ -63,10 +62,10 @@ def moe(
     def real(codes: Tensor, scale: Tensor | None, zero: Tensor | None) -> Tensor:
         if fmt.is_float or scale is None:
             return codes.to(x.dtype)
-        point = fmt.fixed_zero if zero is None else zero
-        return dequantize(codes, scale, point, x.dtype, fmt.group_size(codes.shape[-1]))
+        return real_matrix(fmt, codes, scale, zero, x.dtype)
 
-    return _experts(x, ids, weights, real(w13, w13_scale, w13_zero), real(w2, w2_scale, w2_zero), a)
+    first, second = real(w13, w13_scale, w13_zero), real(w2, w2_scale, w2_zero)
+    return _experts(x, ids, weights, first, second, fmt, a)
 
 
 @moe.register_fake
@@ -99,6 +98,8 @@ class Moe(OpDef):
             raise UsageError("moe: k is above e")
         if p["a"] not in ("a8", "a16") or (fmt.is_float and p["a"] == "a8"):
             raise UsageError("moe: a must be a16, or a8 with quantised weights")
+        if fmt.family == "complex":
+            raise UsageError(f"moe: experts cannot have {fmt} weights")
 
     def args(self, workload: Workload) -> tuple[Arg, ...]:
         """Return x, ids, weights, w13_*, w2_*, y."""
@@ -139,7 +140,7 @@ class Moe(OpDef):
         y = _experts(
             torch.from_numpy(inputs["x"]).double(), torch.from_numpy(inputs["ids"]),
             torch.from_numpy(inputs["weights"]).double(), real_weights(inputs, "w13_", fmt),
-            real_weights(inputs, "w2_", fmt), p["a"],
+            real_weights(inputs, "w2_", fmt), fmt, p["a"],
         )  # fmt: skip
         return {"y": y.numpy()}
 
@@ -150,7 +151,7 @@ class Moe(OpDef):
         p = self.full(workload)
         fmt = parse_weight_format(p["w"])
         w13, w2 = real_weights(inputs, "w13_", fmt), real_weights(inputs, "w2_", fmt)
-        x = real_activations(inputs["x"], p["a"])
+        x = real_activations(inputs["x"], fmt, p["a"])
         out = torch.zeros((p["t"], p["d"]), dtype=torch.float64)
         for t in range(p["t"]):
             for j in range(p["k"]):

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from mimo_compile.errors import UsageError
 from mimo_compile.ir.counts import Counts
-from mimo_compile.ir.formats import WeightFormat, parse_weight_format
+from mimo_compile.ir.formats import E4M3_NAN, WeightFormat, parse_weight_format
 from mimo_compile.ir.ops.base import Arg, Array, OpDef, Param
 from mimo_compile.ir.ops.numerics import (
     U32,
     bf16_to_f32,
-    dequantize,
     f32_to_bf16,
-    quantize_rows,
+    fake_quantize,
+    real_matrix,
     torch_f64,
 )
 from mimo_compile.ir.workload import Workload
@@ -38,19 +38,17 @@ def mpgemm(
     w: str,
     a: str,
 ) -> Tensor:
-    """Quantised linear layer: ``x [..., K]``, ``codes [N, K]`` uint8, ``scale [N, G]`` -> ``[..., N]``."""
+    """Quantised linear layer ``x [..., K] -> [..., N]``; codes, scale and zero as in `ir.formats`."""
     fmt = parse_weight_format(w)
-    point = fmt.fixed_zero if zero is None else zero
-    weight = dequantize(codes, scale, point, x.dtype, fmt.group_size(codes.shape[-1]))
-    if a == "a8":
-        q, sx = quantize_rows(x)
-        x = (q.to(torch.float32) * sx).to(x.dtype)
-    return torch.nn.functional.linear(x, weight, bias)
+    weight = real_matrix(fmt, codes, scale, zero, x.dtype)
+    return torch.nn.functional.linear(fake_quantize(x, fmt, a), weight, bias)
 
 
 @mpgemm.register_fake
 def _(x: Tensor, codes: Tensor, scale: Tensor, zero: Any, bias: Any, w: str, a: str) -> Tensor:
-    return x.new_empty((*x.shape[:-1], codes.shape[0]))
+    fmt = parse_weight_format(w)
+    rows = codes.shape[0] * 2 // fmt.terms if fmt.family == "complex" else codes.shape[0]
+    return x.new_empty((*x.shape[:-1], rows))
 
 
 @torch.library.custom_op("mimo::linear", mutates_args=())
@@ -69,13 +67,13 @@ def weight_args(prefix: str, fmt: WeightFormat, lead: tuple[int, ...], n: int, k
     if fmt.is_float:
         dtype = {"f32": "float32", "bf16": "uint16", "f16": "float16"}[fmt.name]
         return [Arg(f"{prefix}w", "weight", (*lead, n, k), dtype)]
-    groups = fmt.groups(k)
+    scales = (*lead, *fmt.scale_shape(n, k))
     out = [
-        Arg(f"{prefix}codes", "weight", (*lead, n, k), "uint8"),
-        Arg(f"{prefix}scale", "weight", (*lead, n, groups), "float32"),
+        Arg(f"{prefix}codes", "weight", (*lead, *fmt.code_shape(n, k)), "uint8"),
+        Arg(f"{prefix}scale", "weight", scales, "float32"),
     ]
     if fmt.has_zero:
-        out.append(Arg(f"{prefix}zero", "weight", (*lead, n, groups), "float32"))
+        out.append(Arg(f"{prefix}zero", "weight", scales, "float32"))
     return out
 
 
@@ -86,7 +84,10 @@ def random_weights(
     out: dict[str, Array] = {}
     for arg in args:
         if arg.name.endswith("codes"):
-            out[arg.name] = rng.integers(0, fmt.max_code + 1, arg.shape, dtype=np.uint8)
+            codes = rng.integers(0, fmt.max_code + 1, arg.shape, dtype=np.uint8)
+            if fmt.family == "fp8":
+                codes[np.isin(codes, E4M3_NAN)] = 0
+            out[arg.name] = codes
         elif arg.name.endswith("scale"):
             half = (rng.random(arg.shape) * 0.01 + 1e-3).astype(np.float16)
             out[arg.name] = half.astype(np.float32)
@@ -106,31 +107,24 @@ def real_weights(inputs: Mapping[str, Array], prefix: str, fmt: WeightFormat) ->
         w = inputs[f"{prefix}w"]
         return torch_f64(bf16_to_f32(w) if w.dtype == np.uint16 else w)
     zero = inputs.get(f"{prefix}zero")
-    return dequantize(
-        torch.from_numpy(np.ascontiguousarray(inputs[f"{prefix}codes"])),
-        torch_f64(inputs[f"{prefix}scale"]),
-        float(fmt.fixed_zero) if zero is None else torch_f64(zero),
-        torch.float64,
-        fmt.group_size(inputs[f"{prefix}codes"].shape[-1]),
-    )
+    codes = torch.from_numpy(np.ascontiguousarray(inputs[f"{prefix}codes"]))
+    scale = torch_f64(inputs[f"{prefix}scale"])
+    return real_matrix(fmt, codes, scale, None if zero is None else torch_f64(zero), torch.float64)
 
 
-def real_activations(x: Array, act: str) -> Tensor:
+def real_activations(x: Array, fmt: WeightFormat, act: str) -> Tensor:
     """Return activations as the op uses them, float64: quantised and scaled back for ``a8``."""
-    if act == "a8":
-        q, sx = quantize_rows(torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32)))
-        return q.to(torch.float64) * sx.to(torch.float64)
-    return torch_f64(x)
+    return fake_quantize(torch_f64(x), fmt, act)
 
 
 def matmul_bound(x: Tensor, w: Tensor, fmt: WeightFormat, act: str) -> Tensor:
     """Bound the float32 rounding of ``x @ w.T`` element by element.
 
-    Integer groups are exact, so only the sum over groups rounds: ``(G + 4) u * sum_g |group sum|``.
+    Groups of integer codes are exact, so only the sum over groups rounds: ``(G + 4) u * sum_g |group sum|``.
     Float kernels get the statistical bound ``4 sqrt(K) u * |x| |w|`` for sums of K rounded products.
     """
     k = x.shape[-1]
-    if act == "a8" and not fmt.is_float:
+    if act == "a8" and fmt.is_integer:
         size = fmt.group_size(k)
         total = torch.zeros((*x.shape[:-1], w.shape[-2]), dtype=torch.float64)
         for start in range(0, k, size):
@@ -161,6 +155,8 @@ class MpGemm(OpDef):
             raise UsageError("mpgemm: a must be a8 or a16 and s (scale storage) f16 or f32")
         if fmt.is_float and p["a"] == "a8":
             raise UsageError("mpgemm: a=a8 needs quantised weights (w=)")
+        if fmt.family == "complex" and (p["n"] % 2 or p["k"] % 2):
+            raise UsageError(f"mpgemm: {fmt} needs even n and k")
 
     def args(self, workload: Workload) -> tuple[Arg, ...]:
         """Return x [m, k]; w or codes/scale(/zero); bias [n]; y [m, n]."""
@@ -188,10 +184,8 @@ class MpGemm(OpDef):
     def reference(self, workload: Workload, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Compute in float64 (integer part exact)."""
         p = self.full(workload)
-        y = (
-            real_activations(inputs["x"], p["a"])
-            @ real_weights(inputs, "", parse_weight_format(p["w"])).mT
-        )
+        fmt = parse_weight_format(p["w"])
+        y = real_activations(inputs["x"], fmt, p["a"]) @ real_weights(inputs, "", fmt).mT
         if p["bias"]:
             y = y + torch_f64(inputs["bias"])
         return {"y": y.numpy()}
@@ -202,7 +196,7 @@ class MpGemm(OpDef):
         """See `matmul_bound`, plus one rounding of the result."""
         p = self.full(workload)
         fmt = parse_weight_format(p["w"])
-        x = real_activations(inputs["x"], p["a"])
+        x = real_activations(inputs["x"], fmt, p["a"])
         bound = matmul_bound(x, real_weights(inputs, "", fmt), fmt, p["a"]).numpy()
         extra = 4 * U32 * (np.abs(inputs["bias"]) if p["bias"] else 0.0)
         return {"y": bound + extra + 2 * U32 * np.abs(expected["y"])}
@@ -221,5 +215,6 @@ def weight_bytes(fmt: WeightFormat, n: int, k: int, scale_dtype: str = "f16") ->
     """Return the bytes of a packed weight matrix with its scales and zero points."""
     if fmt.is_float:
         return n * k * fmt.bits / 8
-    per_group = (2 if scale_dtype == "f16" else 4) * (2 if fmt.has_zero else 1)
-    return n * k * fmt.bits / 8 + n * fmt.groups(k) * per_group
+    rows, columns = fmt.scale_shape(n, k)
+    width = (2 if scale_dtype == "f16" else 4) * (2 if fmt.has_zero else 1)
+    return n * k * fmt.bits_per_weight / 8 + rows * columns * width

@@ -9,6 +9,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from mimo_compile.ir.formats import WeightFormat
+
 U32 = 2.0**-24
 """Unit round-off of float32."""
 
@@ -49,26 +51,68 @@ def torch_f64(array: npt.NDArray[Any]) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float64))
 
 
-def dequantize(
-    codes: Tensor, scale: Tensor, zero: Tensor | float, dtype: torch.dtype, group: int | None = None
+def real_matrix(
+    fmt: WeightFormat, codes: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """Return ``scale * (code - zero)`` with group scales spread over columns.
+    """Return the real weights of a canonical quantised matrix; see `ir.formats`.
 
     Args:
-        codes: ``[..., N, K]`` uint8.
-        scale: ``[..., N, G]``.
-        zero: ``[..., N, G]`` or one number.
-        dtype: result dtype.
-        group: columns per scale; needed when the last group is shorter than the others.
+        fmt: its format.
+        codes: ``[..., N, K]`` uint8 (complex: ``[..., terms * N/2, K/2]``).
+        scale: ``[..., N, G]``, or two columns a group.
+        zero: ``[..., N, G]``, or None: the format's own.
+        dtype: arithmetic and result.
 
     Returns:
         ``[..., N, K]``.
     """
-    k, groups = codes.shape[-1], scale.shape[-1]
-    size = group or -(-k // groups)
+    columns = codes.shape[-1]
+    size = fmt.group_size(columns)
 
-    def spread(t: Tensor) -> Tensor:
-        return t.to(dtype).repeat_interleave(size, dim=-1)[..., :k]
+    def spread(groups: Tensor) -> Tensor:
+        return groups.to(dtype).repeat_interleave(size, dim=-1)[..., :columns]
 
-    z = spread(zero) if isinstance(zero, Tensor) else zero
-    return spread(scale) * (codes.to(dtype) - z)
+    if fmt.is_integer:
+        point = fmt.fixed_zero if zero is None else spread(zero)
+        return spread(scale) * (codes.to(dtype) - point)
+    if fmt.family == "complex":
+        return _complex_matrix(fmt, codes, scale.to(dtype))
+    values = torch.tensor(fmt.values, dtype=dtype)[codes.to(torch.int64)]
+    if fmt.two_sided:
+        above, below = spread(scale[..., 0::2]), spread(scale[..., 1::2])
+        return torch.where(values >= 0, above, below) * values
+    return spread(scale) * values
+
+
+def _complex_matrix(fmt: WeightFormat, codes: Tensor, scale: Tensor) -> Tensor:
+    """Return the real matrix ``[..., N, K]`` of stacked complex ones; odd terms act on conj(x)."""
+    axis = torch.tensor([1, 0, -1, 0], dtype=scale.dtype)
+    index = codes.to(torch.int64)
+    re, im = axis[index] * scale[..., :1], axis[(index + 3) % 4] * scale[..., 1:]
+    total: Tensor | None = None
+    parts = zip(re.chunk(fmt.terms, -2), im.chunk(fmt.terms, -2), strict=True)
+    for term, (a, b) in enumerate(parts):
+        conjugate = fmt.terms == 1 or term % 2 == 1
+        top = torch.cat([a, b if conjugate else -b], -1)
+        bottom = torch.cat([b, -a if conjugate else a], -1)
+        matrix = torch.cat([top, bottom], -2)
+        total = matrix if total is None else total + matrix
+    assert total is not None
+    return total
+
+
+def fake_quantize(x: Tensor, fmt: WeightFormat, act: str) -> Tensor:
+    """Return activations ``[..., K]`` as the matmul of a format sees them, in their own dtype.
+
+    ``a8``: quantised by `quantize_rows` (complex formats: real and imaginary halves apart) and scaled back.
+    """
+    if act != "a8":
+        return x
+    if fmt.family == "complex":
+        return torch.cat([_requantised(half) for half in x.chunk(2, -1)], -1)
+    return _requantised(x)
+
+
+def _requantised(x: Tensor) -> Tensor:
+    codes, scale = quantize_rows(x)
+    return (codes.to(torch.promote_types(x.dtype, torch.float32)) * scale).to(x.dtype)

@@ -24,8 +24,8 @@ MAX_ACTIVATION = 127
 
 
 def exact(codes: CodeLayout) -> bool:
-    """Say whether the format has integer codes and a row's sum fits 32 bits."""
-    if codes.fmt.family not in ("int", "ternary"):
+    """Say whether the format has integer codes and zero points, and a row's sum fits 32 bits."""
+    if not codes.fmt.is_integer or codes.fmt.fixed_zero % 1:
         return False
     return codes.fmt.max_code * MAX_ACTIVATION * codes.k_padded < 2**31
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,7 +18,10 @@ GRAMMAR = {
     "w1.58dgrow": ("ternary", 2, 0, False, 16, "16"),
     "afp4g64": ("codebook", 4, 64, False, 16, "16"),
     "fp8b128kvfp8": ("fp8", 8, 128, False, 16, "fp8"),
-    "complex2": ("complex", 2, 0, False, 16, "16"),
+    "complex2": ("complex", 2, -1, False, 16, "16"),
+    "complex2wl2growa8": ("complex", 2, 0, False, 8, "16"),
+    "fp3g32": ("codebook", 3, 32, False, 16, "16"),
+    "anf4g128a8": ("codebook", 4, 128, False, 8, "16"),
     "w3gtensor": ("int", 3, -1, False, 16, "16"),
 }
 
@@ -63,6 +67,54 @@ def test_dequantize_is_scale_times_code_minus_zero(name: str, k: int) -> None:
             g = j // fmt.group_size(k)
             z = fmt.fixed_zero if zero is None else zero[n, g]
             assert got[n, j] == np.float32(scale[n, g] * (np.float32(codes[n, j]) - np.float32(z)))
+
+
+def test_codebooks_hold_the_published_values() -> None:
+    assert parse_weight_format("fp4").values[1:8] == (0.5, 1, 1.5, 2, 3, 4, 6)
+    assert parse_weight_format("afp3").values == (0, 1, 2, 4, 0, -1, -2, -4)
+    for name, zero in (("nf4", 7), ("nf3", 3)):
+        values = parse_weight_format(name).values
+        assert values[0] == -1 and values[-1] == 1 and values[zero] == 0
+        assert sorted(values) == list(values) and len(values) == 2 ** int(name[-1])
+
+
+def test_e4m3_is_torchs() -> None:
+    codes = torch.arange(256, dtype=torch.uint8)
+    values = codes.view(torch.float8_e4m3fn).to(torch.float64).numpy()
+    np.testing.assert_array_equal(parse_weight_format("fp8b128").values, values)
+
+
+def test_two_sided_scales() -> None:
+    fmt = parse_weight_format("afp4g32")
+    codes = np.array([[0, 7, 15, 9]], np.uint8)
+    got = QuantTensor(fmt, codes, np.array([[0.5, 2.0]], np.float32)).dequantize()
+    assert got.tolist() == [[0, 3, -12, -1]]
+
+
+@pytest.mark.parametrize("name", ["complex2", "complex2wl", "complex2wl2"])
+def test_complex_matrices_act_as_complex_numbers(name: str) -> None:
+    """``complex2`` on the conjugate; the others on x and on its conjugate, in turns."""
+    rng = np.random.default_rng(4)
+    fmt = parse_weight_format(name)
+    n, k = 6, 10
+    codes = rng.integers(0, 4, fmt.code_shape(n, k), dtype=np.uint8)
+    scale = rng.random(fmt.scale_shape(n, k), dtype=np.float32)
+    roots = np.array([1, 1j, -1, -1j])[codes]
+    w = roots.real * scale[:, :1] + 1j * roots.imag * scale[:, 1:]
+    x = rng.standard_normal(k // 2) + 1j * rng.standard_normal(k // 2)
+    terms = w.reshape(fmt.terms, n // 2, k // 2)
+    if fmt.terms == 1:
+        want = terms[0] @ x.conj()
+    else:
+        want = sum(m @ (x.conj() if i % 2 else x) for i, m in enumerate(terms))
+    real = QuantTensor(fmt, codes, scale).dequantize().astype(np.float64)
+    got = real @ np.concatenate([x.real, x.imag])
+    np.testing.assert_allclose(got[: n // 2] + 1j * got[n // 2 :], want, rtol=1e-5, atol=1e-5)
+
+
+def test_complex_codes_have_no_groups_of_columns() -> None:
+    with pytest.raises(UsageError, match="grow or gtensor"):
+        parse_weight_format("complex2g64")
 
 
 def test_workload_text_round_trips() -> None:
