@@ -223,7 +223,7 @@ def check_kernels(parts: Parts, threads: int, seed: int) -> Iterable[KernelCheck
             continue
         try:
             schedule = get_schedule(choice.schedule)
-        except KeyError:
+        except UsageError:
             yield _unchecked(choice, "this version has no such schedule")
             continue
         digest = hashlib.sha256(f"{workload}|{seed}".encode()).digest()

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mimo_compile import _tvm
-from mimo_compile.errors import VerificationError
+from mimo_compile.errors import UsageError, VerificationError
 from mimo_compile.ir.hardware import PRESETS, Hardware, local_cpu
 from mimo_compile.ir.ops import OPS, get_op
 from mimo_compile.ir.ops.base import Array
@@ -157,7 +157,7 @@ def kernel_of(choice: Choice, manifest: Manifest) -> Kernel | None:
     workload = Workload.parse(choice.workload)
     try:
         schedule = get_schedule(choice.schedule)
-    except KeyError:
+    except UsageError:
         return None
     if workload.op not in OPS:
         return None

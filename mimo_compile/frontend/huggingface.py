@@ -1,7 +1,8 @@
-"""Load a Hugging Face model folder (or the built-in model) as a decoder, quantised on the way."""
+"""Load a model (a Hugging Face folder, a file, the built-in one) as a decoder, quantised on the way."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -14,7 +15,8 @@ from mimo_compile.frontend.models import get_family
 from mimo_compile.frontend.models.build import EMBED, HEAD, Builder, expected_tensors
 from mimo_compile.frontend.models.decoder import Decoder, DecoderConfig
 from mimo_compile.frontend.models.family import Fields
-from mimo_compile.frontend.weights.checkpoint import Checkpoint, read_json
+from mimo_compile.frontend.weights import detect_format, open_checkpoint
+from mimo_compile.frontend.weights.checkpoint import Checkpoint
 from mimo_compile.ir.formats import QuantScheme
 from mimo_compile.quantize import check_scheme
 
@@ -45,24 +47,27 @@ class LoadedModel:
 
     decoder: Decoder
     scheme: QuantScheme
-    folder: Path
-    tokenizer: Path | None
-    """``tokenizer.json`` of the folder, if it has one."""
+    source: Path
+    """The folder or file."""
+    config: bytes
+    """``config.json``, or what a file of another kind says in that form."""
+    tokenizer: bytes | None
+    """``tokenizer.json``, if there is one."""
     generation: dict[str, Any]
     """Defaults of ``generation_config.json``: ``do_sample temperature top_k top_p``, those it names."""
     report: LoadReport
 
 
 def resolve_source(source: str | Path) -> Path:
-    """Return the folder of a source: a path, or ``tiny`` for the built-in model.
+    """Return where a model is: its folder or file, or that of the built-in model for ``tiny``.
 
     Raises:
-        InputError: there is no such folder.
+        InputError: there is no such folder, or a file that holds no whole model.
     """
     if str(source) == "tiny" and not Path(source).is_dir():
         return _builtin()
     folder = Path(source)
-    if folder.is_dir():
+    if folder.is_dir() or (folder.is_file() and detect_format(folder, {})):
         return folder
     what = "is a file, not a model folder" if folder.exists() else "does not exist"
     raise InputError(
@@ -87,9 +92,10 @@ def load_checkpoint(
     """Load a model folder and quantise its matrices.
 
     Args:
-        folder: folder with ``config.json``, ``model.safetensors`` or shards with their index, and optionally
-            ``tokenizer.json`` and ``generation_config.json``.
-        quant: what to store matrices as.
+        folder: folder with ``config.json``, weights in any format of `frontend.weights`, and optionally
+            ``tokenizer.json`` and ``generation_config.json``; or a file that holds all of them.
+        quant: what to store matrices as. Those that are quantised already stay as they are: it must then be
+            ``none`` or name their format.
         max_context: positions to provide for; None: the model's own maximum, at most `DEFAULT_MAX_CONTEXT`.
 
     Returns:
@@ -97,51 +103,51 @@ def load_checkpoint(
 
     Raises:
         InputError: something in the folder is missing, damaged or not supported; names the file.
-        UsageError: the scheme has no quantiser, or ``max_context`` does not fit the model.
+        UsageError: the scheme has no quantiser, does not fit the stored one, or ``max_context`` does not fit
+            the model.
+        EnvironmentMismatch: a plug-in that reads weights is broken.
     """
     check_scheme(quant)
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(f"{folder.name} is no model folder", file=folder)
-    fields = Fields(read_json(folder / "config.json"), folder / "config.json")
+    checkpoint = open_checkpoint(Path(folder))
+    fields = Fields(checkpoint.config, checkpoint.config_file)
     family = get_family(fields.get("model_type"), fields.file)
-    _refuse_quantised(fields)
-    checkpoint = Checkpoint(folder)
     config = _configure_context(family.configure(fields, checkpoint), max_context)
-    generation = _generation(folder)
+    generation = checkpoint.generation()
     if "eos_token_id" in generation:
-        config = replace(config, eos=Fields(generation, folder / "generation_config.json").eos())
+        file = checkpoint.source / "generation_config.json"
+        config = replace(config, eos=Fields(generation, file).eos())
     expected = expected_tensors(config, family, checkpoint)
     unused = _unused(checkpoint, expected, config)
     checkpoint.require(expected)
+    _check_stored_formats(checkpoint, expected, quant)
     if checkpoint.entries[EMBED].dtype == "BF16":
         config = replace(config, dtype="bf16")
     decoder = Builder(config, family, checkpoint, quant).build()
     dtypes: Counter[str] = Counter()
     for name, shape in expected.items():
-        size = 1
-        for extent in shape:
-            size *= extent
-        dtypes[checkpoint.entries[name].dtype] += size
-    tokenizer = folder / "tokenizer.json"
+        dtypes[checkpoint.entries[name].dtype] += math.prod(shape)
     kept = ("do_sample", "temperature", "top_k", "top_p")
     return LoadedModel(
         decoder,
         quant,
-        folder,
-        tokenizer if tokenizer.is_file() else None,
+        checkpoint.source,
+        checkpoint.config_json(),
+        checkpoint.tokenizer_json(),
         {name: generation[name] for name in kept if generation.get(name) is not None},
         LoadReport(len(expected), sum(dtypes.values()), dict(dtypes), unused),
     )
 
 
-def _refuse_quantised(fields: Fields) -> None:
-    quantisation = fields.get("quantization_config", fields.get("compression_config"))
-    if quantisation is not None:
-        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
-        raise fields.fail(
-            f"the checkpoint is already quantised (quantization_config, method {method!r})",
-            "Supported: weights stored as float32, bfloat16 or float16; they are quantised by --quant",
+def _check_stored_formats(
+    checkpoint: Checkpoint, expected: dict[str, tuple[int, ...]], quant: QuantScheme
+) -> None:
+    """Refuse to quantise matrices once more that are quantised already."""
+    stored = sorted({e.fmt.name for n in expected if (e := checkpoint.entries[n]).fmt is not None})
+    if stored and quant.weight is not None and stored != [quant.weight.name]:
+        also = f", or {stored[0]}a8 for 8-bit activations" if len(stored) == 1 else ""
+        raise UsageError(
+            f"--quant {quant}: the checkpoint's matrices are already quantised, as {', '.join(stored)}",
+            remedy=f"Use --quant none, which keeps them{also}",
         )
 
 
@@ -153,13 +159,6 @@ def _configure_context(config: DecoderConfig, max_context: int | None) -> Decode
             f"max_context={max_context} is not between 1 and the model's {config.max_context}"
         )
     return config.with_context(max_context)
-
-
-def _generation(folder: Path) -> dict[str, Any]:
-    path = folder / "generation_config.json"
-    if not path.exists():
-        return {}
-    return {k: v for k, v in read_json(path).items() if v is not None}
 
 
 def _unused(

@@ -100,13 +100,12 @@ def open_source(
 def _open_checkpoint(source: str | Path, scheme: QuantScheme, max_context: int | None) -> Source:
     from mimo_compile.frontend.huggingface import load_checkpoint, resolve_source
 
-    folder = resolve_source(source)
-    loaded = load_checkpoint(folder, scheme, max_context)
+    loaded = load_checkpoint(resolve_source(source), scheme, max_context)
     return Source(
         decoder_graphs(loaded.decoder),
         scheme,
-        config=(folder / "config.json").read_bytes(),
-        tokenizer=loaded.tokenizer.read_bytes() if loaded.tokenizer else None,
+        config=loaded.config,
+        tokenizer=loaded.tokenizer,
         loaded=loaded,
     )
 

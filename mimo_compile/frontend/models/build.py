@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mimo_compile.errors import InputError
 from mimo_compile.frontend.models.decoder import Decoder, DecoderConfig, LayerSpec, Stage
 from mimo_compile.frontend.models.family import Family, Names
 from mimo_compile.frontend.models.stages import (
@@ -131,11 +132,25 @@ class Builder:
         return tensor if tensor.dtype == torch.bfloat16 else tensor.to(torch.float32)
 
     def _matrix(self, names: list[str], fmt: WeightFormat | None) -> Tensor | QuantTensor:
-        """Return matrices stacked along their rows, each quantised by itself."""
+        """Return matrices stacked along their rows, each quantised by itself or as it is stored."""
+        if any(self.checkpoint.entries[name].fmt for name in names):
+            return self._as_stored(names)
         if fmt is None:
             parts = [self._stored(name) for name in names]
             return parts[0] if len(parts) == 1 else torch.cat(_same_type(parts))
         done = [quantize(self.checkpoint.tensor(name), fmt, what=name) for name in names]
+        return done[0] if len(done) == 1 else _stack(done)
+
+    def _as_stored(self, names: list[str]) -> QuantTensor:
+        """Return matrices that the checkpoint holds quantised, stacked along their rows."""
+        entries = [self.checkpoint.entries[name] for name in names]
+        if len({entry.fmt for entry in entries}) > 1:
+            what = ", ".join(f"{n} {e.dtype}" for n, e in zip(names, entries, strict=True))
+            raise InputError(
+                f"matrices that are multiplied as one are stored in different formats: {what}",
+                file=entries[0].file,
+            )
+        done = [self.checkpoint.quantised(name) for name in names]
         return done[0] if len(done) == 1 else _stack(done)
 
     def _linear(self, names: list[str], bias: Tensor | None = None) -> QuantLinear:
@@ -144,9 +159,9 @@ class Builder:
 
     def _head(self, table: nn.Parameter) -> Head:
         fmt = head_format(self.scheme)
-        if fmt is None:
-            return Head(QuantLinear(table if self.config.tied else self._stored(HEAD)))
         name = EMBED if self.config.tied else HEAD
+        if fmt is None and self.checkpoint.entries[name].fmt is None:
+            return Head(QuantLinear(table if self.config.tied else self._stored(HEAD)))
         return Head(QuantLinear(self._matrix([name], fmt), act=f"a{self.scheme.act}"))
 
     def _layer(
@@ -218,6 +233,8 @@ class Builder:
 
     def _fused_experts(self, name: str) -> Tensor | QuantTensor:
         """Return ``[E, N, K]`` from one tensor of all experts."""
+        if self.checkpoint.entries[name].fmt is not None:
+            return self.checkpoint.quantised(name)
         tensor = self._stored(name)
         if self.scheme.weight is None:
             return tensor

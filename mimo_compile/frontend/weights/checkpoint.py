@@ -1,23 +1,26 @@
-"""A folder of safetensors files as one map of tensors, checked before and read on demand."""
+"""What the tensors of a model are to those who build it, however they are stored.
+
+A storage format is one class in one file: it says by `Checkpoint.detect` whether a folder or file is its own
+and reads it. Plain ones hold one float tensor a name. Quantised ones give matrices in canonical form
+(`ir.formats.QuantTensor`); where several stored tensors make one matrix, `GroupedCheckpoint` finds them.
+"""
 
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mimo_compile.errors import InputError
+from mimo_compile.ir.formats import QuantTensor, WeightFormat
 
-_SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
 _FLOATS = {"F32", "BF16", "F16"}
-_HEADER_LIMIT = 100_000_000
-"""Bytes of the largest header that the format allows."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -37,106 +40,98 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def quantisation(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what ``config.json`` says about stored quantisation (empty: the weights are plain)."""
+    for name in ("quantization_config", "compression_config"):
+        if (found := config.get(name)) is not None:
+            return found if isinstance(found, dict) else {"quant_method": found}
+    return {}
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One tensor as its file's header describes it."""
 
     file: Path
     shape: tuple[int, ...]
+    """Of a matrix that is stored quantised: that of the real matrix, ``(N, K)``."""
     dtype: str
-    """The format's name: ``F32``, ``BF16``, ``F16``, ``F8_E4M3``, ``I32`` ..."""
+    """``F32``, ``BF16``, ``F16``, ``F8_E4M3``, ``I32`` ...; of a quantised matrix its format's name."""
+    fmt: WeightFormat | None = None
+    """Canonical format of a matrix that is stored quantised."""
 
 
-def read_header(path: Path) -> dict[str, Entry]:
-    """Read and check the header of one safetensors file without touching the data.
+class Checkpoint(ABC):
+    """The tensors of a model with its configuration and tokenizer; nothing is read before it is asked for.
 
-    Raises:
-        InputError: missing, too short, damaged, or the data is shorter than the header says.
+    A format sets `entries` in its constructor and implements `read`. One that is a single file of its own
+    overrides `detect`, and `config`, `tokenizer_json` and `generation` for what it holds itself.
     """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, _HEADER_LIMIT):
-                raise InputError(
-                    f"{path.name} is truncated or no safetensors file ({size} bytes)",
-                    file=path,
-                    remedy="Download it again",
-                )
-            header = json.loads(file.read(length))
-    except FileNotFoundError:
-        raise InputError(f"{path.name} is missing", file=path) from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"the header of {path.name} is damaged: {error}", file=path) from error
-    if not isinstance(header, dict):
-        raise InputError(f"the header of {path.name} is damaged: no object", file=path)
-    header.pop("__metadata__", None)
-    entries: dict[str, Entry] = {}
-    end = 0
-    try:
-        for name, info in header.items():
-            entries[name] = Entry(path, tuple(int(n) for n in info["shape"]), str(info["dtype"]))
-            end = max(end, int(info["data_offsets"][1]))
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise InputError(
-            f"the header of {path.name} is damaged at {name!r}: {error}", file=path
-        ) from error
-    if 8 + length + end != size:
-        raise InputError(
-            f"{path.name} has {size} bytes, its header describes {8 + length + end}: "
-            + ("truncated" if size < 8 + length + end else "bytes after the data"),
-            file=path,
-            remedy="Download it again",
-        )
-    return entries
 
+    name: ClassVar[str]
+    """What the format is called in messages, and in the table of formats."""
+    methods: ClassVar[tuple[str, ...]] = ()
+    """Values of ``quant_method`` in ``config.json`` that this format reads."""
+    entries: dict[str, Entry]
+    """Every tensor by the name that model families use, known before any data is read."""
 
-class Checkpoint:
-    """The tensors of a model folder; data is mapped, and read when a tensor is asked for."""
+    def __init__(self, source: Path, config: Mapping[str, Any]) -> None:
+        """Describe a model.
 
-    def __init__(self, folder: Path) -> None:
-        """Read the headers of ``model.safetensors``, or of all shards of its index.
+        Args:
+            source: Folder or file.
+            config: ``config.json`` of a folder, empty where there is none.
 
         Raises:
-            InputError: no weights, a missing or damaged file, an index that does not fit its shards.
+            InputError: Subclasses check headers here: missing, damaged or inconsistent files.
         """
-        self.folder = folder
-        self.entries: dict[str, Entry] = {}
-        self.used: set[str] = set()
-        self._open: dict[Path, Any] = {}
-        if (folder / _SINGLE).exists():
-            self.entries = read_header(folder / _SINGLE)
-        elif (folder / _INDEX).exists():
-            self._read_shards(folder / _INDEX)
-        else:
-            others = sorted(p.name for p in folder.glob("*.bin")) + sorted(
-                p.name for p in folder.glob("*.gguf")
-            )
-            found = f"; found {', '.join(others[:3])}" if others else ""
-            raise InputError(
-                f"no weights: neither {_SINGLE} nor {_INDEX}{found}",
-                file=folder,
-                remedy="Save the model as safetensors",
-            )
+        self.source = source
+        self.config = dict(config)
+        """In the form of Hugging Face's ``config.json``, whatever the file's own is."""
+        self.entries = {}
 
-    def _read_shards(self, index: Path) -> None:
-        listed = read_json(index).get("weight_map")
-        if not isinstance(listed, dict) or not all(isinstance(v, str) for v in listed.values()):
-            raise InputError("the index has no weight_map of names to files", file=index)
-        for shard in sorted(set(listed.values())):
-            if Path(shard).name != shard:
-                raise InputError(f"the index names {shard!r}, outside the folder", file=index)
-            if not (self.folder / shard).exists():
-                raise InputError(
-                    f"shard {shard} is missing, which the index names",
-                    file=self.folder / shard,
-                    remedy="Download the whole folder",
-                )
-            self.entries |= read_header(self.folder / shard)
-        for name, shard in listed.items():
-            entry = self.entries.get(name)
-            if entry is None or entry.file.name != shard:
-                raise InputError(f"tensor {name} is not in {shard}, as the index says", file=index)
+    @classmethod
+    def detect(cls, source: Path, config: Mapping[str, Any]) -> bool:
+        """Say whether a folder or file is of this format; arguments as for the constructor.
+
+        Looks at names and a few bytes at most, and never raises for a file of another format.
+        """
+        return quantisation(config).get("quant_method") in cls.methods
+
+    @abstractmethod
+    def read(self, name: str) -> Tensor | QuantTensor:
+        """Return one of `entries`: canonical if it has a ``fmt``, else as it is stored.
+
+        Raises:
+            InputError: it cannot be read, or its values are impossible.
+        """
+
+    # -- what stands beside the weights --------------------------------------------------------
+
+    @property
+    def config_file(self) -> Path:
+        """Where the configuration comes from, for messages."""
+        return self.source / "config.json" if self.source.is_dir() else self.source
+
+    def config_json(self) -> bytes:
+        """Return the configuration as text, which an artifact keeps."""
+        if self.config_file.name == "config.json":
+            return self.config_file.read_bytes()
+        return json.dumps(self.config, indent=1, sort_keys=True).encode()
+
+    def tokenizer_json(self) -> bytes | None:
+        """Return the tokenizer in the form of ``tokenizer.json`` (None: there is none)."""
+        path = self.source / "tokenizer.json"
+        return path.read_bytes() if path.is_file() else None
+
+    def generation(self) -> dict[str, Any]:
+        """Return defaults of generation, in the form of ``generation_config.json``."""
+        path = self.source / "generation_config.json"
+        if not path.is_file():
+            return {}
+        return {k: v for k, v in read_json(path).items() if v is not None}
+
+    # -- for families and builders -------------------------------------------------------------
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """Return the shape of a tensor, None if there is no such tensor."""
@@ -144,14 +139,14 @@ class Checkpoint:
         return None if entry is None else entry.shape
 
     def require(self, expected: dict[str, tuple[int, ...]]) -> None:
-        """Check that all expected tensors are there, in the right shape and a float type.
+        """Check that all expected tensors are there, in the right shape, as floats or quantised.
 
         Raises:
             InputError: names the first offenders and how many there are.
         """
         missing = [name for name in expected if name not in self.entries]
         if missing:
-            raise InputError(_several("tensor", missing, "missing"), file=self.folder)
+            raise InputError(_several("tensor", missing, "missing"), file=self.source)
         for name, shape in expected.items():
             entry = self.entries[name]
             if entry.shape != shape:
@@ -159,7 +154,7 @@ class Checkpoint:
                     f"{name} has shape {list(entry.shape)}, config.json says {list(shape)}",
                     file=entry.file,
                 )
-            if entry.dtype not in _FLOATS:
+            if entry.dtype not in _FLOATS and entry.fmt is None:
                 raise InputError(
                     f"{name} is stored as {entry.dtype}",
                     file=entry.file,
@@ -167,24 +162,32 @@ class Checkpoint:
                 )
 
     def tensor(self, name: str) -> Tensor:
-        """Return a tensor as it is stored (mapped from its file)."""
-        entry = self.entries[name]
-        self.used.add(name)
-        try:
-            if entry.file not in self._open:
-                self._open[entry.file] = safe_open(entry.file, framework="pt")
-            tensor: Tensor = self._open[entry.file].get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{name} cannot be read: {error}", file=entry.file) from error
-        return tensor
+        """Return a tensor as floats: as it is stored, or the real values of a quantised matrix."""
+        found = self.read(name)
+        return torch.from_numpy(found.dequantize()) if isinstance(found, QuantTensor) else found
 
     def real(self, name: str) -> Tensor:
         """Return a tensor in float32."""
         return self.tensor(name).to(torch.float32)
 
-    def unused(self) -> list[str]:
-        """Return the names that were never read, sorted."""
-        return sorted(set(self.entries) - self.used)
+    def quantised(self, name: str) -> QuantTensor:
+        """Return a matrix that is stored quantised (whose entry has a ``fmt``), canonical.
+
+        Raises:
+            InputError: what is read does not fit what the headers promised.
+        """
+        entry, found = self.entries[name], self.read(name)
+        if not isinstance(found, QuantTensor) or found.fmt != entry.fmt:
+            raise InputError(f"{name} is not stored as {entry.fmt}", file=entry.file)
+        lead, matrix = entry.shape[:-2], entry.shape[-2:]
+        want = (*lead, *found.fmt.code_shape(*matrix)), (*lead, *found.fmt.scale_shape(*matrix))
+        if (found.codes.shape, found.scale.shape) != want:
+            raise InputError(
+                f"{name}: codes {list(found.codes.shape)} and scales {list(found.scale.shape)} "
+                f"do not fit {found.fmt} of {list(entry.shape)}",
+                file=entry.file,
+            )
+        return found
 
 
 def _several(noun: str, names: list[str], what: str) -> str:

@@ -1,0 +1,118 @@
+"""Plain weights in safetensors files, one or several with an index; mapped, and read on demand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mimo_compile.errors import InputError
+from mimo_compile.frontend.weights.checkpoint import Checkpoint, Entry, quantisation, read_json
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_HEADER_LIMIT = 100_000_000
+"""Bytes of the largest header that the format allows."""
+
+
+class Safetensors(Checkpoint):
+    """The tensors of a folder with ``model.safetensors``, or with shards and their index."""
+
+    name = "safetensors"
+
+    @classmethod
+    def detect(cls, source: Path, config: Mapping[str, Any]) -> bool:
+        """A folder with such a file, whose configuration does not speak of quantisation."""
+        found = (source / SINGLE).exists() or (source / INDEX).exists()
+        return found and not quantisation(config)
+
+    def __init__(self, source: Path, config: Mapping[str, Any]) -> None:
+        """Read the headers of all files.
+
+        Raises:
+            InputError: no weights, a missing or damaged file, an index that does not fit its shards.
+        """
+        super().__init__(source, config)
+        self._open: dict[Path, Any] = {}
+        if (source / SINGLE).exists():
+            self.entries = read_header(source / SINGLE)
+        else:
+            self._read_shards(source / INDEX)
+
+    def _read_shards(self, index: Path) -> None:
+        listed = read_json(index).get("weight_map")
+        if not isinstance(listed, dict) or not all(isinstance(v, str) for v in listed.values()):
+            raise InputError("the index has no weight_map of names to files", file=index)
+        for shard in sorted(set(listed.values())):
+            if Path(shard).name != shard:
+                raise InputError(f"the index names {shard!r}, outside the folder", file=index)
+            if not (self.source / shard).exists():
+                raise InputError(
+                    f"shard {shard} is missing, which the index names",
+                    file=self.source / shard,
+                    remedy="Download the whole folder",
+                )
+            self.entries |= read_header(self.source / shard)
+        for name, shard in listed.items():
+            entry = self.entries.get(name)
+            if entry is None or entry.file.name != shard:
+                raise InputError(f"tensor {name} is not in {shard}, as the index says", file=index)
+
+    def read(self, name: str) -> Tensor:
+        """Return a tensor as it is stored (mapped from its file)."""
+        entry = self.entries[name]
+        try:
+            if entry.file not in self._open:
+                self._open[entry.file] = safe_open(entry.file, framework="pt")
+            tensor: Tensor = self._open[entry.file].get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{name} cannot be read: {error}", file=entry.file) from error
+        return tensor
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """Read and check the header of one safetensors file without touching the data.
+
+    Raises:
+        InputError: missing, too short, damaged, or the data is shorter than the header says.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, _HEADER_LIMIT):
+                raise InputError(
+                    f"{path.name} is truncated or no safetensors file ({size} bytes)",
+                    file=path,
+                    remedy="Download it again",
+                )
+            header = json.loads(file.read(length))
+    except FileNotFoundError:
+        raise InputError(f"{path.name} is missing", file=path) from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"the header of {path.name} is damaged: {error}", file=path) from error
+    if not isinstance(header, dict):
+        raise InputError(f"the header of {path.name} is damaged: no object", file=path)
+    header.pop("__metadata__", None)
+    entries: dict[str, Entry] = {}
+    end = 0
+    try:
+        for name, info in header.items():
+            entries[name] = Entry(path, tuple(int(n) for n in info["shape"]), str(info["dtype"]))
+            end = max(end, int(info["data_offsets"][1]))
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise InputError(
+            f"the header of {path.name} is damaged at {name!r}: {error}", file=path
+        ) from error
+    if 8 + length + end != size:
+        raise InputError(
+            f"{path.name} has {size} bytes, its header describes {8 + length + end}: "
+            + ("truncated" if size < 8 + length + end else "bytes after the data"),
+            file=path,
+            remedy="Download it again",
+        )
+    return entries
