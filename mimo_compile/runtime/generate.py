@@ -81,6 +81,7 @@ class Session:
         self._module = module
         self._number = number
         self._decoder = decoder_of(module)
+        self.lock = module.lock
         self.position = 0
         """Tokens in the states so far; the next one goes here."""
 
@@ -92,16 +93,18 @@ class Session:
                 vocabulary, or the session has ended.
         """
         last: Array | None = None
-        for hidden in self.chunks(ids):
-            last = hidden[-1:]
-        if last is None:
-            raise UsageError("no tokens to append")
-        return last.copy()
+        with self.lock:  # until the copy is made
+            for hidden in self.chunks(ids):
+                last = hidden[-1:]
+            if last is None:
+                raise UsageError("no tokens to append")
+            return last.copy()
 
     def chunks(self, ids: Sequence[int] | Array) -> Iterator[Array]:
         """Append tokens step by step; gives the hidden states `[n, D]` of each step's tokens.
 
-        They are overwritten by whatever the module runs next.
+        They are overwritten by whatever the module runs next: where other threads use it too,
+        hold the module's ``lock`` until you are done with them.
         """
         decoder = self._decoder
         tokens = check_ids(ids, decoder)
@@ -115,13 +118,14 @@ class Session:
         done = 0
         for count in plan_steps(len(tokens), decoder.steps, decoder.max_context - end):
             valid = min(count, len(tokens) - done)
-            bound = self._entry(f"step_{count}")
-            into, position = bound.inputs.values()
-            into[:valid] = tokens[done : done + valid]
-            into[valid:] = 0
-            position[...] = self.position, valid
-            bound.run()
-            self.position += valid
+            with self.lock:
+                bound = self._entry(f"step_{count}")
+                into, position = bound.inputs.values()
+                into[:valid] = tokens[done : done + valid]
+                into[valid:] = 0
+                position[...] = self.position, valid
+                bound.run()
+                self.position += valid
             done += valid
             hidden = bound.outputs["hidden"]
             yield hidden[:valid]
@@ -129,16 +133,18 @@ class Session:
     def logits(self, hidden: Array) -> Iterator[Array]:
         """Give the logits `[n, V]` float32 of hidden states `[m, D]`, some rows at a time.
 
-        They are overwritten by whatever the module runs next; `hidden` must not be memory of it.
+        They are overwritten by whatever the module runs next (see `chunks`); `hidden` must not be
+        memory of it.
         """
         done = 0
         for count in plan_steps(len(hidden), self._decoder.heads, self._decoder.heads[-1]):
             valid = min(count, len(hidden) - done)
-            bound = self._entry(f"head_{count}")
-            (into,) = bound.inputs.values()
-            into[:valid] = hidden[done : done + valid]
-            into[valid:] = 0
-            bound.run()
+            with self.lock:
+                bound = self._entry(f"head_{count}")
+                (into,) = bound.inputs.values()
+                into[:valid] = hidden[done : done + valid]
+                into[valid:] = 0
+                bound.run()
             done += valid
             (logits,) = bound.outputs.values()
             yield logits[:valid]
@@ -326,6 +332,6 @@ def _generate(
 
 
 def _next(session: Session, ids: Sequence[int] | Array, sampling: Sampling) -> int:
-    hidden = session.append(ids)
-    (logits,) = session.logits(hidden)
-    return sample(logits[0], sampling, session.position)
+    with session.lock:  # the logits are memory of the module
+        (logits,) = session.logits(session.append(ids))
+        return sample(logits[0], sampling, session.position)

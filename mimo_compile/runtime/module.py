@@ -6,13 +6,13 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
 from mimo_compile import _tvm
-from mimo_compile.errors import UsageError
+from mimo_compile.errors import MimoError, UsageError
 from mimo_compile.runtime import cpu, dtypes, generate, scores
 from mimo_compile.runtime.container import Parts, Verify, open_artifact
 from mimo_compile.runtime.entry import Array, BoundEntry, Memory, accept, state_offsets
@@ -91,7 +91,8 @@ class Module:
         }
         self._memory = Memory(arena.bytes, states, parts.weights, code, parts.where)
         self._bound: dict[str, BoundEntry] = {}
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
+        """Held while an entry point runs and until its outputs are copied; one thread at a time."""
         self._tokenizer: Any = None
         self._session = 0  # of the states: one sequence at a time
 
@@ -110,6 +111,12 @@ class Module:
     def __repr__(self) -> str:
         """Name the artifact and what it can do."""
         return f"<Module {self.manifest.name}: {', '.join(self._programs)}>"
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be pickled or copied: two modules on the same states would disturb each other."""
+        raise TypeError(
+            f"a Module cannot be pickled or copied: load {self._where} once more, in each process"
+        )
 
     @property
     def entries(self) -> Mapping[str, Signature]:
@@ -134,7 +141,7 @@ class Module:
             MimoError: A kernel failed; the message names the call.
         """
         arrays = self._accept(entry, inputs)
-        with self._lock:
+        with self.lock:
             bound = self.bind(entry)
             bound.fill(arrays)
             bound.run()
@@ -176,7 +183,7 @@ class Module:
         _use_threads(self.threads)
         bound = self._bound.get(entry)
         if bound is None:
-            with self._lock:
+            with self.lock:
                 bound = BoundEntry(entry, self._program(entry), self._memory, self._where)
                 self._bound[entry] = bound
         return bound
@@ -191,7 +198,7 @@ class Module:
 
     def reset(self) -> None:
         """Make all states zero, as they were after loading, and end sequences in progress."""
-        with self._lock:
+        with self.lock:
             self._session += 1
             self._states.clear()
 
@@ -201,7 +208,7 @@ class Module:
         States change as in any call. Units: seconds.
         """
         arrays = self._accept(entry, inputs)
-        with self._lock:
+        with self.lock:
             bound = self.bind(entry)
             times = np.empty((repeat, len(bound.calls)))
             for row in times:
@@ -239,7 +246,7 @@ class Module:
 
     def session(self) -> generate.Session:
         """Begin a sequence of tokens; it ends the one before it. See `generate.Session`."""
-        with self._lock:
+        with self.lock:
             self._session += 1
             return generate.Session(self, self._session)
 
@@ -310,10 +317,33 @@ class Module:
 
 
 _PER_THREAD = threading.local()
+_pool = False  # threads of kernels were started
+_pool_lost = False  # in a parent of this process: they did not come along
+
+
+def _note_fork() -> None:
+    global _pool_lost
+    _pool_lost = _pool
+
+
+os.register_at_fork(after_in_child=_note_fork)
 
 
 def _use_threads(count: int) -> None:
-    """Set the number of kernel threads of the calling thread, unless it is set so already."""
+    """Set the number of kernel threads of the calling thread, unless it is set so already.
+
+    Raises:
+        MimoError: This process was forked from one that had such threads; a kernel would wait for
+            them for ever.
+    """
+    global _pool
+    if count > 1:
+        if _pool_lost:
+            raise MimoError(
+                "this process was forked after kernels had run, whose threads did not come along",
+                remedy="Start processes by spawn, or fork before the first call.",
+            )
+        _pool = True
     if getattr(_PER_THREAD, "count", None) != count:
         _tvm.set_threads(count)
         _PER_THREAD.count = count

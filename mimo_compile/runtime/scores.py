@@ -22,15 +22,16 @@ def token_logprobs(
     tokens = check_ids(ids, decoder_of(module))
     if len(tokens) < 2:
         raise UsageError(f"{len(tokens)} tokens are too few to score: the first has no score")
-    session = module.session()
     found: list[npt.NDArray[np.float64]] = []
     at = 1
-    # nothing is asked of the last token's logits, but its step belongs to the sequence
-    for hidden in session.chunks(tokens):
-        for logits in session.logits(hidden.copy()):
-            targets = tokens[at : at + len(logits)]
-            found.append(log_softmax_at(logits[: len(targets)], targets))
-            at += len(logits)
+    with module.lock:
+        session = module.session()
+        # nothing is asked of the last token's logits, but its step belongs to the sequence
+        for hidden in session.chunks(tokens):
+            for logits in session.logits(hidden.copy()):
+                targets = tokens[at : at + len(logits)]
+                found.append(log_softmax_at(logits[: len(targets)], targets))
+                at += len(logits)
     return np.concatenate(found)
 
 

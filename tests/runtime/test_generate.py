@@ -1,5 +1,11 @@
 """Generation with a decoder in miniature whose logits numpy computes exactly."""
 
+import copy
+import os
+import pickle
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import msgspec
@@ -189,3 +195,71 @@ def test_padding_is_chosen_where_it_is_cheaper(
     count: int, slack: int, plan: tuple[int, ...]
 ) -> None:
     assert plan_steps(count, (1, 4, 16), slack) == plan
+
+
+def test_threads_that_share_a_module_end_or_are_right(module: Module) -> None:
+    prompts = [[(7 * i + n) % 256 for i in range(17)] for n in range(4)]
+    wanted = [greedy(prompt, 12) for prompt in prompts]
+    wrong: list[list[int]] = []
+    done = threading.Event()
+
+    def work(n: int) -> None:
+        while not done.is_set():
+            try:
+                found = list(module.generate_ids(prompts[n], 12, stop_at_eos=False))
+            except UsageError as error:
+                assert "another one began" in str(error)
+                continue
+            if found != wanted[n]:
+                wrong.append(found)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for thread in threads:
+            thread.start()
+        done.wait(0.5)
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
+        sys.setswitchinterval(interval)
+    assert not wrong
+
+
+@pytest.mark.parametrize("take", [pickle.dumps, copy.copy, copy.deepcopy])
+def test_a_module_is_neither_pickled_nor_copied(module: Module, take) -> None:
+    with pytest.raises(TypeError, match=r"load .*decoder\.mimo once more"):
+        take(module)
+
+
+FORK = """
+import os, sys
+from mimo_compile.errors import MimoError
+from mimo_compile.runtime import load
+
+module = load(sys.argv[1], threads=2)
+before = sys.argv[2] == "before"
+if not before:
+    list(module.generate_ids([1], 2))
+child = os.fork()
+if not child:
+    try:
+        list(module.generate_ids([1], 2))
+        os._exit(0)
+    except MimoError as error:
+        os._exit(7 if "was forked after" in str(error) else 8)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.parametrize(("when", "code"), [("before", 0), ("after", 7)])
+def test_a_fork_that_lost_the_kernels_threads_says_so(
+    decoder_file: Path, when: str, code: int
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FORK, str(decoder_file), when],
+        capture_output=True, text=True, timeout=60, env={**os.environ, "TVM_NUM_THREADS": "2"},
+    )  # fmt: skip
+    assert done.stdout.split() == [str(code)], done.stderr
