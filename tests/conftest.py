@@ -1,5 +1,7 @@
 """What tests of every room share: object code to run, and skipping what needs a GPU."""
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -40,3 +42,31 @@ def scale_object(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("objects") / "scale.o"
     tvm.compile(scale, target=target).mod.write_to_file(str(path))
     return path
+
+
+class Site:
+    """A folder on the path into which distributions can be installed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def install(self, entries: str, *, name: str = "addition", **modules: str) -> None:
+        """Lay out what pip writes for a distribution with these entry points and modules."""
+        for module, text in modules.items():
+            (self.path / f"{module}.py").write_text(text)
+        facts = self.path / f"{name}-1.0.dist-info"
+        facts.mkdir()
+        (facts / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        (facts / "entry_points.txt").write_text(entries)
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+    """A new folder on the path; modules that are imported from it are forgotten afterwards."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(folder)
+    yield Site(folder)
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", None) or "").startswith(str(folder)):
+            del sys.modules[name]
