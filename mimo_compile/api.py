@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -78,8 +79,9 @@ def compile(
         source, quant=quant, attention=attention, max_context=max_context,
         example_inputs=example_inputs,
     )  # fmt: skip
-    with _database(db) as database:
-        if trials is not None or seconds is not None:
+    tuning = trials is not None or seconds is not None
+    with _database(db, write=tuning) as database:
+        if tuning:
             _tune(
                 tunable(opened.graphs), hardware, trials, seconds, None, objective, database, seed,
                 progress,
@@ -190,10 +192,17 @@ class _Borrowed:
         pass
 
 
-def _database(db: str | os.PathLike[str] | Database | None) -> Any:
-    from mimo_compile.search.database import Database
+def _database(db: str | os.PathLike[str] | Database | None, *, write: bool = True) -> Any:
+    """Open the records. To read them only, there need not be any, nor a place to keep them."""
+    from mimo_compile.search.database import Database, open_records
 
-    return _Borrowed(db) if isinstance(db, Database) else Database(db)
+    if isinstance(db, Database):
+        return _Borrowed(db)
+    if write:
+        return Database(db)
+    if db is not None and not Path(db).exists():
+        return contextlib.nullcontext()
+    return open_records(db)
 
 
 def _tune(

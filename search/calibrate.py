@@ -6,6 +6,7 @@ folder. The best of many short batches counts, since other load can only slow a 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -56,8 +57,8 @@ def load(hardware: Hardware) -> Calibration | None:
             return None
         ops = {str(k): float(v) for k, v in values["ops_per_s"].items()}
         levels = {str(k): tuple(float(x) for x in v) for k, v in values["bytes_per_s"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError):
+        return None  # RuntimeError: the user has no home folder, or the file is nested too deep
     rates = [*ops.values(), *(x for v in levels.values() for x in v)]
     if not rates or not all(0 < r < 1e16 for r in rates):
         return None
@@ -65,14 +66,16 @@ def load(hardware: Hardware) -> Calibration | None:
 
 
 def _store(hardware: Hardware, calibration: Calibration) -> None:
-    path = cache_path(hardware)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps(calibration.to_json()))
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Keep a calibration where that is possible; elsewhere each search makes its own."""
+    with contextlib.suppress(OSError, RuntimeError):
+        path = cache_path(hardware)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            temporary.write_text(json.dumps(calibration.to_json()))
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def device_model(hardware: Hardware, *, measure: bool = False) -> DeviceModel:

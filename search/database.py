@@ -17,7 +17,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from types import TracebackType
 
-from mimo_compile.errors import InputError, MimoError
+from mimo_compile.errors import InputError, MimoError, UsageError
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.workload import Workload
 from mimo_compile.search.records import Record, checksum, decode, encode
@@ -43,9 +43,36 @@ _SALVAGE = "Run: mimo-compile db salvage {0} -o recovered.db"
 
 
 def default_path() -> Path:
-    """Return where records live unless told otherwise: the user's data folder (XDG)."""
-    base = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    """Return where records live unless told otherwise: the user's data folder (XDG).
+
+    Raises:
+        UsageError: the user has no home folder.
+    """
+    try:
+        base = os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share"
+    except RuntimeError as error:
+        raise UsageError(
+            "there is no home folder to keep records in",
+            remedy="Set XDG_DATA_HOME or give --db FILE",
+        ) from error
     return Path(base) / "mimo_compile" / "records.db"
+
+
+def open_records(
+    path: str | os.PathLike[str] | None = None,
+) -> contextlib.AbstractContextManager[Database | None]:
+    """Open records for reading; None where the user has no database yet, or no place for one.
+
+    Raises:
+        InputError: the path that is given does not exist, or the file is damaged.
+    """
+    try:
+        file = Path(path) if path is not None else default_path()
+    except UsageError:
+        return contextlib.nullcontext()
+    if path is None and not file.exists():
+        return contextlib.nullcontext()
+    return Database(file, read_only=True)
 
 
 def _row(record: Record) -> tuple[object, ...]:
@@ -76,7 +103,14 @@ class Database:
         self._writer: threading.Thread | None = None
         self._closed = False
         if not read_only:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise InputError(
+                    f"the database's folder cannot be made: {error.strerror}",
+                    file=self.path,
+                    remedy="Give a --db FILE that can be written",
+                ) from error
         elif not self.path.exists():
             raise InputError("there is no such database", file=self.path)
         self._read = self._connect()
@@ -91,7 +125,7 @@ class Database:
                 uri, uri=True, timeout=30.0, check_same_thread=False, isolation_level=None
             )
         except sqlite3.Error as error:
-            raise self._damaged(error) from error
+            raise self.unusable(error) from error
         try:
             db.execute("PRAGMA busy_timeout=30000")
             self._check_header(db)
@@ -100,7 +134,7 @@ class Database:
                 db.execute("PRAGMA synchronous=FULL")
         except sqlite3.Error as error:
             db.close()
-            raise self._damaged(error) from error
+            raise self.unusable(error) from error
         except MimoError:
             db.close()
             raise
@@ -118,8 +152,11 @@ class Database:
                         db.execute(statement)
                     db.execute(f"PRAGMA application_id={APPLICATION_ID}")
                     db.execute(f"PRAGMA user_version={SCHEMA}")
-            finally:
-                db.execute("COMMIT")
+            except BaseException:
+                with contextlib.suppress(sqlite3.Error):
+                    db.execute("ROLLBACK")
+                raise
+            db.execute("COMMIT")
         if db.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
             raise InputError(
                 "this SQLite file does not hold tuning records",
@@ -138,10 +175,17 @@ class Database:
         ours = db.execute("PRAGMA application_id").fetchone()[0] == 0
         return bool(ours and db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] == 0)
 
-    def _damaged(self, error: Exception) -> InputError:
+    def unusable(self, error: Exception) -> InputError:
+        """Return what SQLite says as an error with a remedy."""
         text = str(error)
         remedy = _SALVAGE.format(self.path)
-        if "unable to open" in text or "readonly" in text or "folder" in text:
+        if "is full" in text:
+            remedy = "Free some space; what was stored is safe"
+        elif "I/O" in text:
+            remedy = f"Check the space and the disk; if it stays: {_SALVAGE.format(self.path)}"
+        elif "locked" in text:
+            remedy = "Another program holds it; try again when that has ended"
+        elif "unable to open" in text or "readonly" in text or "folder" in text:
             remedy = "Give a --db FILE that can be written"
         return InputError(f"the database cannot be used: {text}", file=self.path, remedy=remedy)
 
@@ -187,7 +231,7 @@ class Database:
                 db = db or self._connect()
                 self._commit(db, [r for rows, _ in batch for r in rows])
             except Exception as error:  # reported to each waiting caller
-                failure = self._damaged(error) if isinstance(error, sqlite3.Error) else error
+                failure = self.unusable(error) if isinstance(error, sqlite3.Error) else error
                 for _, future in batch:
                     future.set_exception(failure)
             else:
@@ -222,7 +266,7 @@ class Database:
                         joint.replace("line,", "id, line,", 1), (*values, last)
                     ).fetchall()
                 except sqlite3.Error as error:
-                    raise self._damaged(error) from error
+                    raise self.unusable(error) from error
             for row in rows:
                 last = row[0]
                 if (record := self._checked(*row[1:])) is not None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mimo_compile.cli.options import add_model_options, need_extra, positive
 from mimo_compile.errors import UsageError
@@ -81,6 +80,7 @@ def _kernels(args: argparse.Namespace) -> int:
     from mimo_compile.bench.suites import KINDS, suite
     from mimo_compile.ir.hardware import resolve_target
     from mimo_compile.ir.ops import parse_workload
+    from mimo_compile.search.database import open_records
     from mimo_compile.search.meters import open_meter
 
     console: Console = args.console
@@ -121,18 +121,6 @@ def _kernels(args: argparse.Namespace) -> int:
     console.say(f"{facts['name']}, {hardware.threads} threads, load {facts['load']}")
     console.result({"ok": True, "machine": facts, "rows": [r.json() for r in rows]})
     return 0
-
-
-def open_records(path: Path | None) -> Any:
-    """Return the records database for reading as a context, or a context of None where there is none."""
-    import contextlib
-
-    from mimo_compile.search.database import Database, default_path
-
-    file = path or default_path()
-    if path is None and not file.exists():
-        return contextlib.nullcontext()
-    return Database(file, read_only=True)
 
 
 def render(rows: list[Row]) -> str:

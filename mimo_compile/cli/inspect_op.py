@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from mimo_compile.cli.bench import open_records
-
 if TYPE_CHECKING:
     from mimo_compile.cli.console import Console
 
@@ -16,6 +14,7 @@ def run_op(args: argparse.Namespace) -> int:
     from mimo_compile.ir.hardware import resolve_target
     from mimo_compile.ir.ops import get_op, parse_workload
     from mimo_compile.search.calibrate import device_model
+    from mimo_compile.search.database import open_records
     from mimo_compile.search.lookup import pareto, results_for
     from mimo_compile.search.space import JointSpace
 
