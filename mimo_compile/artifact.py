@@ -376,6 +376,8 @@ def _published(target: Path) -> Iterator[_File]:
     try:
         if target.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if target.exists() and not target.is_file():  # a device would be replaced, not written to
+            raise OSError(errno.EINVAL, "it is not a regular file")
         _sweep(target)
         descriptor, beside = _create_beside(target)
         try:

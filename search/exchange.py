@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sqlite3
@@ -28,8 +29,17 @@ def export_records(
         db: Where they come from.
         path: The file to write.
         best_only: Keep only this many fastest candidates of each workload and target.
+
+    Raises:
+        InputError: the file is the database itself.
     """
     target = Path(path)
+    if target.exists() and target.samefile(db.path):
+        raise InputError(
+            "the records would replace their own database",
+            file=target,
+            remedy="Give another FILE to write to",
+        )
     records: Iterable[Record] = db if best_only is None else _fastest(db, best_only)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     count = 0
@@ -133,6 +143,9 @@ def prune(
         keep: Keep this many fastest candidates of each workload and target (failures stay).
         older_than_days: Delete what is older.
         failures: Delete records whose verdict is not ok.
+
+    Raises:
+        InputError: the database cannot be written.
     """
     drop: set[str] = set()
     best = {r.key for r in _fastest(db, keep)} if keep is not None else set()
@@ -144,14 +157,15 @@ def prune(
             or (failures and not r.ok)
         ):
             drop.add(checksum(encode(r)))
-    raw = sqlite3.connect(db.path, timeout=30.0, isolation_level=None)
-    try:
-        raw.execute("BEGIN IMMEDIATE")
-        raw.executemany("DELETE FROM records WHERE sum = ?", ((s,) for s in sorted(drop)))
-        raw.execute("COMMIT")
-        raw.execute("VACUUM")
-    finally:
-        raw.close()
+    with contextlib.closing(sqlite3.connect(db.path, timeout=30.0, isolation_level=None)) as raw:
+        try:
+            raw.execute("BEGIN IMMEDIATE")
+            raw.executemany("DELETE FROM records WHERE sum = ?", ((s,) for s in sorted(drop)))
+            raw.execute("COMMIT")
+        except sqlite3.Error as error:
+            raise db.unusable(error) from error
+        with contextlib.suppress(sqlite3.Error):  # needs space, and nobody else at the file
+            raw.execute("VACUUM")
     return len(drop)
 
 

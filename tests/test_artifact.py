@@ -275,6 +275,13 @@ def test_folders_and_missing_folders_are_named(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
+def test_a_device_is_not_replaced_by_a_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.mimo")
+    with pytest.raises(MimoError, match="not a regular file"):
+        small().save(tmp_path / "pipe.mimo")
+    assert (tmp_path / "pipe.mimo").is_fifo()
+
+
 def test_permissions_follow_the_umask(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:

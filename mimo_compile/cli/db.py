@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mimo_compile.cli.options import check_output, positive
+from mimo_compile.cli.options import check_output, days, positive
 from mimo_compile.errors import InputError, UsageError
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--keep", type=positive, metavar="N", help="prune: keep the fastest N per workload"
     )
     parser.add_argument(
-        "--older-than", type=float, metavar="DAYS", help="prune: delete what is older than this"
+        "--older-than", type=days, metavar="DAYS", help="prune: delete what is older than this"
     )
     parser.add_argument("--failures", action="store_true", help="prune: delete failed candidates")
 

@@ -54,6 +54,18 @@ def joules(text: str) -> float:
 
 
 @_number
+def days(text: str) -> float:
+    """Parse a positive number of days."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise UsageError(f"{text!r} is not a positive number of days")
+    return value
+
+
+@_number
 def positive(text: str) -> int:
     """Parse a positive whole number."""
     if not text.isdecimal() or int(text) < 1:
@@ -111,12 +123,14 @@ def check_output(path: Path, suffix: str = "") -> Path:
     """Refuse an output path that cannot be written, before any work is done.
 
     Raises:
-        UsageError: its folder is missing, it is a folder, or it has another suffix.
+        UsageError: its folder is missing, it is a folder or a device, or it has another suffix.
     """
-    if suffix and path.suffix != suffix:
+    if suffix and path.suffix != suffix:  # mostly a slip; the file there would be replaced
         raise UsageError(f"the output {path} should end in {suffix}")
     if path.is_dir():
         raise UsageError(f"the output {path} is a folder")
+    if path.exists() and not path.is_file():  # it would be replaced by a file, not written to
+        raise UsageError(f"the output {path} is not a regular file")
     if not path.absolute().parent.is_dir():
         raise UsageError(
             f"the folder of the output {path} does not exist", remedy="create it first"

@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write the page; return 0."""
     console: Console = args.console
-    output = check_output(args.output)
+    output = check_output(args.output, ".html")
     from mimo_compile.report import write_report
 
     write_report(args.source, output)

@@ -1,11 +1,15 @@
 """db on real databases: every action, its JSON, and what damage does."""
 
+import contextlib
 import json
+import os
+import sqlite3
 import time
 from pathlib import Path
 
 import pytest
 
+from mimo_compile.errors import InputError
 from mimo_compile.ir.hardware import local_cpu
 from mimo_compile.search.database import Database
 from mimo_compile.search.records import Record, Verdict, record_key, versions
@@ -109,3 +113,69 @@ def test_formats_lists_kernels_and_their_absence(cli) -> None:
     assert by["mpgemm", "w4", "a8"]["cpu"] and by["mpgemm", "f32", "a16"]["x86-64-v3"]
     assert ("mpgemm", "f32", "a8") not in by
     assert by["mpgemm", "complex2", "a16"]["cpu"] == []
+
+
+def test_outputs_that_would_replace_something_else(cli, database, decoder_file, tmp_path) -> None:
+    before = database.read_bytes()
+    done = cli("db", "export", database, "--best", "1", "--db", database)
+    assert done.code == 1 and "replace their own database" in done.error
+    assert database.read_bytes() == before
+    artifact = decoder_file.read_bytes()
+    done = cli("report", decoder_file, "-o", decoder_file)
+    assert done.code == 2 and "should end in .html" in done.error
+    assert decoder_file.read_bytes() == artifact
+    os.mkfifo(tmp_path / "pipe.html")
+    os.mkfifo(tmp_path / "pipe")
+    for arguments in (
+        ("report", database, "-o", tmp_path / "pipe.html"),
+        ("db", "export", tmp_path / "pipe", "--db", database),
+    ):
+        done = cli(*arguments)
+        assert done.code == 2 and "is not a regular file" in done.error
+    assert (tmp_path / "pipe.html").is_fifo() and (tmp_path / "pipe").is_fifo()
+
+
+@pytest.mark.parametrize("days", ["0", "-1", "nan", "inf", "soon"])
+def test_prune_wants_a_positive_number_of_days(cli, database, days) -> None:
+    done = cli("db", "prune", f"--older-than={days}", "--db", database)
+    assert done.code == 2 and "positive number of days" in done.error
+
+
+def test_prune_of_a_database_that_another_program_holds(cli, database, monkeypatch) -> None:
+    connect = sqlite3.connect
+    monkeypatch.setattr("sqlite3.connect", lambda *a, **k: connect(*a, **{**k, "timeout": 0.01}))
+    with contextlib.closing(connect(database, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        done = cli("db", "prune", "--failures", "--db", database)
+    assert done.code == 1 and "locked" in done.error and "try again" in done.error
+
+
+def test_without_a_home_folder(cli, monkeypatch, tmp_path) -> None:
+    for name in ("HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def nobody(number: int) -> None:
+        raise KeyError(number)
+
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    done = cli("db", "check")
+    assert done.code == 2 and "XDG_DATA_HOME or give --db FILE" in done.error
+    assert cli("inspect", "--op", "swiglu:t=1,f=64").code == 0
+    assert cli("targets").code == 0
+
+
+@pytest.mark.compile
+def test_compiling_needs_no_place_for_records(monkeypatch, tmp_path) -> None:
+    import torch
+
+    import mimo_compile as mc
+
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "file"))
+    relu = torch.nn.ReLU().eval()
+    artifact = mc.compile(relu, example_inputs=(torch.zeros(2, 3),))
+    assert artifact.manifest.entries == ("main",)
+    mc.compile(relu, example_inputs=(torch.zeros(2, 3),), db=tmp_path / "new.db")
+    assert not (tmp_path / "new.db").exists()
+    with pytest.raises(InputError, match="--db FILE that can be written"):
+        mc.tune("swiglu:t=1,f=64", trials=1)
