@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -11,9 +12,9 @@ from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.workload import Workload
 from mimo_compile.pipeline.emit import Emitter, Lowered
 from mimo_compile.pipeline.graphs import DRAFT_STEPS, HEADS, ModelGraphs
+from mimo_compile.pipeline.isolate import Origin, compile_isolated
 from mimo_compile.runtime.program import SCHEMA, Choice, Decoder, Manifest, Programs, Target
 from mimo_compile.schedules import get_schedule
-from mimo_compile.schedules.compile import compile_kernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,9 @@ def build_artifact(
         choices: Schedule and config for each dialect workload.
         hardware: What to compile for.
         extras: Other members and the texts that the manifest repeats.
+
+    Raises:
+        MimoError: a kernel cannot be compiled; names workload, schedule and config.
     """
     lowered = lower_model(model, choices, hardware)
     emitter = Emitter(lowered, model.tensors)
@@ -67,6 +71,7 @@ def build_artifact(
         for name, graph in model.entries.items()
     }
     kernels = [low.kernel for low in lowered.values()]
+    origins = [_origin(w, low) for w, low in lowered.items()]
     calls = model.workloads()
     plan = [
         _final_choice(w, choices.get(w), lowered[w], calls[w]) for w in sorted(lowered, key=str)
@@ -91,11 +96,19 @@ def build_artifact(
     return Artifact(
         manifest,
         Programs(entries),
-        compile_kernels(kernels, hardware),
+        compile_isolated(kernels, origins, hardware),
         dict(emitter.weights),
         extras.config,
         extras.tokenizer,
         extras.records,
+    )
+
+
+def _origin(workload: Workload, low: Lowered) -> Origin:
+    if low.schedule is None:
+        return Origin(str(workload), "generic.x86_tir", "default")
+    return Origin(
+        str(workload), low.schedule.name, json.dumps(low.schedule.config_to_json(low.config))
     )
 
 
