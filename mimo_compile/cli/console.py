@@ -64,12 +64,26 @@ class Console:
             with contextlib.suppress(ReaderGone, OSError):
                 self.result({"ok": False, "error": text, "exit_code": code})
 
+    def interrupted(self, code: int) -> None:
+        """Say with --json that a signal ended the verb, unless its result is out already."""
+        if self.json and not self._wrote_json:
+            with contextlib.suppress(ReaderGone, OSError):
+                self.result({"ok": False, "error": "interrupted", "exit_code": code})
+
     def flush(self) -> None:
         """Flush stdout."""
         self._guarded(self._out.flush)
 
     def _write(self, text: str) -> None:
-        self._guarded(lambda: self._out.write(text))
+        def write() -> None:
+            try:
+                self._out.write(text)
+            except UnicodeEncodeError as error:  # a terminal that is not in UTF-8
+                self._out.write(
+                    text.encode(error.encoding, "backslashreplace").decode(error.encoding)
+                )
+
+        self._guarded(write)
 
     def _guarded(self, action: Any) -> None:
         try:

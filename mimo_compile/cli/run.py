@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT")
     prompt.add_argument(
-        "--prompt-file", type=Path, metavar="FILE", help="take the prompt from a file"
+        "--prompt-file",
+        type=Path,
+        metavar="FILE",
+        help="take the prompt from a file; -: standard input",
     )
     parser.add_argument(
         "--max-new-tokens",
@@ -90,12 +95,28 @@ def run(args: argparse.Namespace) -> int:
 
 def _prompt(args: argparse.Namespace) -> str:
     if args.prompt is not None:
-        return str(args.prompt)
+        return _argument_text(args.prompt)
+    if str(args.prompt_file) == "-":
+        data, name = sys.stdin.buffer.read(), "on standard input"
+    else:
+        data, name = args.prompt_file.read_bytes(), f"file {args.prompt_file}"
     try:
-        text: str = args.prompt_file.read_text(encoding="utf-8")
+        return str(data.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise UsageError(f"the prompt file {args.prompt_file} is not UTF-8 text") from error
-    return text
+        raise UsageError(f"the prompt {name} is not UTF-8 text") from error
+
+
+def _argument_text(text: str) -> str:
+    """Return an argument as text; what the locale could not decode is read as UTF-8."""
+    try:
+        text.encode("utf-8")
+        return text
+    except UnicodeEncodeError:
+        pass
+    try:
+        return os.fsencode(text).decode("utf-8")
+    except UnicodeError as error:
+        raise UsageError("the prompt is not UTF-8 text (--prompt)") from error
 
 
 def _figures(stats: Any) -> str:

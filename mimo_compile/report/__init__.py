@@ -26,7 +26,7 @@ def write_report(source: str | os.PathLike[str], output: str | os.PathLike[str])
     Raises:
         InputError: the source is missing or is neither.
     """
-    text = page(gather(source)).encode()
+    text = page(gather(source)).encode(errors="backslashreplace")  # a path may be no text
     if len(text) > MOST_BYTES:
         raise MimoError(f"the report would take {len(text)} bytes, more than {MOST_BYTES}")
     target = Path(output)

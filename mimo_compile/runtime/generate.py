@@ -275,10 +275,14 @@ def encode(module: Module, prompt: Prompt) -> npt.NDArray[np.int32]:
     own; empty text becomes the decoder's first token if it has one.
 
     Raises:
-        UsageError: It is empty, or holds ids outside of the vocabulary.
+        UsageError: It is empty, no text, or holds ids outside of the vocabulary.
     """
     decoder = decoder_of(module)
     if isinstance(prompt, str):
+        try:
+            prompt.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise UsageError("the prompt is no text: it holds halves of characters") from error
         found: list[int] = module.tokenizer.encode(prompt).ids
         if not found and decoder.bos is not None:
             found = [decoder.bos]

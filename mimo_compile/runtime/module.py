@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mimo_compile import _tvm
-from mimo_compile.errors import MimoError, UsageError
+from mimo_compile.errors import ArtifactError, MimoError, UsageError
 from mimo_compile.runtime import cpu, dtypes, generate, scores
 from mimo_compile.runtime.container import Parts, Verify, open_artifact
 from mimo_compile.runtime.entry import Array, BoundEntry, Memory, accept, state_offsets
@@ -228,6 +228,7 @@ class Module:
 
         Raises:
             UsageError: The artifact has none.
+            ArtifactError: The one it has cannot be read.
         """
         if self._tokenizer is None:
             if "tokenizer.json" not in self._texts:
@@ -237,7 +238,14 @@ class Module:
                 )
             from tokenizers import Tokenizer
 
-            self._tokenizer = Tokenizer.from_str(self._texts["tokenizer.json"].decode("utf-8"))
+            try:
+                self._tokenizer = Tokenizer.from_str(self._texts["tokenizer.json"].decode("utf-8"))
+            except Exception as error:  # the package raises nothing more special
+                raise ArtifactError(
+                    f"tokenizer.json cannot be read: {error}",
+                    where=self._where,
+                    remedy="Compile the model again with the right tokenizer.json.",
+                ) from error
         return self._tokenizer
 
     def text(self, member: str) -> bytes | None:

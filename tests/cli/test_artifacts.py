@@ -1,7 +1,10 @@
 """run, inspect and report on small artifacts; every damage is one line and the designed exit code."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -9,6 +12,9 @@ import msgspec
 import pytest
 import runtime_samples
 
+from mimo_compile.artifact import Artifact
+
+Done = subprocess.CompletedProcess[bytes]
 RUN = ["--prompt", "hello", "--max-new-tokens", "6"]
 RUN_KEYS = {
     "text", "prompt_tokens", "new_tokens", "prefill_tokens_per_s", "decode_tokens_per_s", "joules_per_token",
@@ -45,6 +51,53 @@ def test_prompt_comes_from_a_file_too(cli, decoder_file, tmp_path) -> None:
     (tmp_path / "p.txt").write_bytes(b"\xff\xfe")
     assert cli("run", decoder_file, "--prompt-file", tmp_path / "p.txt").code == 2
     assert cli("run", decoder_file, "--prompt-file", tmp_path / "none").code == 1
+
+
+def process(*arguments: object, stdin: bytes = b"", env: dict[str, str]) -> Done:
+    """Run the command in a process of its own."""
+    words = [a if isinstance(a, bytes) else str(a) for a in arguments]
+    return subprocess.run(
+        [sys.executable, "-m", "mimo_compile.cli", *words],
+        input=stdin, capture_output=True, timeout=60, env={**os.environ, **env}, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("given", "code"), [("hällo".encode(), 0), (b"h\xff", 2)])
+def test_prompts_are_utf_8_whatever_the_locale(decoder_file, given, code) -> None:
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    run = ["run", decoder_file, "--max-new-tokens", "3", "--json"]
+    for prompt in (["--prompt", given], ["--prompt-file", "-"]):
+        done = process(*run, *prompt, stdin=given, env=plain)
+        assert done.returncode == code, done.stderr
+        value = json.loads(done.stdout)
+        if code:
+            assert "is not UTF-8 text" in value["error"]
+        else:
+            assert value["prompt"] == "hällo"
+
+
+def test_text_goes_to_a_terminal_that_cannot_show_it(decoder_file) -> None:
+    done = process(
+        "run", decoder_file, "--prompt", "hello", "--temperature", "60", "--max-new-tokens", "40",
+        env={"PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert b"\\u" in done.stdout or b"\\x" in done.stdout
+
+
+def test_a_tokenizer_that_cannot_be_read_is_named(cli, decoder_file, tmp_path) -> None:
+    found = Artifact.load(decoder_file)
+    found.tokenizer = b"{}"
+    path = found.save(tmp_path / "t.mimo")
+    done = cli("run", path, *RUN)
+    assert done.code == 3 and "tokenizer.json cannot be read" in done.error
+
+
+def test_paths_that_are_no_text(cli, decoder_file, tmp_path) -> None:
+    odd = tmp_path / os.fsdecode(b"a\xff.mimo")
+    odd.write_bytes(decoder_file.read_bytes())
+    assert cli("inspect", odd).code == 0
+    assert cli("report", odd, "-o", tmp_path / "r.html").code == 0
 
 
 def damage(path: Path, target: Path, member: str) -> Path:
