@@ -64,9 +64,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             code = 130
         except (Exception, SystemExit) as error:
-            code = _report(error, console)
+            # what an interrupted native call raises is no failure of its own
+            code = 1 if interruption.signal is not None else _report(error, console)
         if interruption.signal is not None:
             code = 128 + interruption.signal
+        if code > 128:
+            console.interrupted(code)
     return code
 
 
@@ -79,6 +82,8 @@ def _verbosity(arguments: Sequence[str]) -> int:
 
 
 def _dispatch(arguments: list[str], console: Console) -> int:
+    if arguments[:1] == ["help"] and arguments[1:2]:  # help VERB
+        arguments = [arguments[1], "--help"]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         width = max(map(len, VERBS))
         lines = [f"  {verb:<{width}}  {text}" for verb, text in VERBS.items()]
@@ -89,6 +94,7 @@ def _dispatch(arguments: list[str], console: Console) -> int:
         from mimo_compile import __version__
 
         console.say(f"mimo-compile {__version__}")
+        console.result({"ok": True, "version": __version__})
         return 0
     verb, rest = arguments[0], arguments[1:]
     if verb not in VERBS:

@@ -24,6 +24,8 @@ mimo-compile inspect t.mimo --kernel mpgemm --asm
 mimo-compile inspect --op mpgemm:m=1,n=4096,k=4096,w=w4g64,a=a8
 """
 
+_LIMIT = 20  # candidates of --op
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
@@ -47,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--target", default="cpu", metavar="T", help="of --op (default: cpu)")
     parser.add_argument(
-        "--limit", type=positive, default=20, metavar="N", help="candidates of --op"
+        "--limit", type=positive, default=_LIMIT, metavar="N", help="candidates of --op"
     )
     parser.add_argument("--db", type=Path, metavar="FILE", help="tuning records of --op")
 
@@ -57,12 +59,20 @@ def run(args: argparse.Namespace) -> int:
     if (args.artifact is None) == (args.op is None):
         raise UsageError("inspect needs either OUT.mimo or --op SPEC")
     if args.op is not None:
-        if args.kernel or args.tir or args.asm or args.dot:
-            raise UsageError("--kernel, --tir, --asm and --dot go with OUT.mimo, not with --op")
+        if args.kernel or args.tir or args.asm or args.dot or args.entry:
+            raise UsageError(
+                "--kernel, --tir, --asm, --dot and --entry go with OUT.mimo, not with --op"
+            )
         need_extra("inspect --op")
         from mimo_compile.cli.inspect_op import run_op
 
         return run_op(args)
+    if args.db is not None or args.target != "cpu" or args.limit != _LIMIT:
+        raise UsageError("--target, --limit and --db go with --op, not with OUT.mimo")
+    if args.dot and args.kernel:
+        raise UsageError("--dot draws an entry: it does not go with --kernel")
+    if args.entry is not None and not args.dot:
+        raise UsageError("--entry goes with --dot")
     if (args.tir or args.asm) and not args.kernel:
         raise UsageError("--tir and --asm need --kernel NAME")
     from mimo_compile.runtime.container import open_artifact

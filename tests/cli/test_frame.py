@@ -75,6 +75,8 @@ def test_no_arguments_show_the_help_and_are_wrong_usage(cli) -> None:
     done = cli()
     assert done.code == 2 and "usage: mimo-compile VERB" in done.out
     assert cli("--version").out.startswith("mimo-compile 0.")
+    assert json.loads(cli("--version", "--json").out)["version"].startswith("0.")
+    assert cli("help", "run").out == cli("run", "--help").out
 
 
 @pytest.mark.parametrize(
@@ -101,6 +103,9 @@ def test_no_arguments_show_the_help_and_are_wrong_usage(cli) -> None:
         (["bench", "model", "tiny", "--op", "mpgemm:m=1,n=64,k=64"], "takes no --op"),
         (["inspect"], "either OUT.mimo or --op"),
         (["inspect", "x.mimo", "--asm"], "need --kernel"),
+        (["inspect", "x.mimo", "--entry", "main"], "goes with --dot"),
+        (["inspect", "x.mimo", "--dot", "--kernel", "k"], "does not go with --kernel"),
+        (["inspect", "x.mimo", "--limit", "3"], "go with --op"),
         (["inspect", "--op", "mpgemm:m=1,n=64", "--limit", "3"], "needs k="),
         (["inspect", "--op", "mpgemm;m=1"], "malformed workload"),
         (["inspect", "--op", "frob:m=1"], "unknown op 'frob'"),
@@ -133,10 +138,10 @@ def test_failures_leave_with_their_own_codes(cli, monkeypatch) -> None:
         monkeypatch.setattr(module, "run", fail)
         done = cli("targets", "--json")
         assert done.code == code
+        assert json.loads(done.out)["ok"] is False
+        assert json.loads(done.out)["exit_code"] == code
         if code != 130:
             assert done.error
-            assert json.loads(done.out)["ok"] is False
-            assert json.loads(done.out)["exit_code"] == code
 
 
 def test_bugs_name_themselves_and_show_their_traceback_only_on_request(cli, monkeypatch) -> None:
@@ -190,6 +195,8 @@ def run(args):
     except KeyboardInterrupt:
         if "swallow" in sys.argv:
             return 0  # a verb that keeps what it has and returns
+        if "native" in sys.argv:
+            raise RuntimeError  # what is left of it after a call of native code
         raise
 module.run = run
 sys.modules["mimo_compile.cli.targets"] = module
@@ -197,7 +204,7 @@ sys.exit(cli.main(["targets"]))
 """
 
 
-@pytest.mark.parametrize("verb", ["raise", "swallow"])
+@pytest.mark.parametrize("verb", ["raise", "swallow", "native"])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_end_with_their_codes_and_without_noise(number, code, verb) -> None:
     child = subprocess.Popen(
