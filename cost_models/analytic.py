@@ -22,7 +22,7 @@ ENERGY_OP_PJ = {
     "shuffle_u8": 0.2, "int_op": 0.3,
 }  # fmt: skip
 """Picojoules of one scalar operation, instruction overhead of a wide vector shared by its lanes."""
-ENERGY_BYTE_PJ = {"dram": 120.0, "l2": 8.0, "l1": 1.5}
+ENERGY_BYTE_PJ = {"dram": 120.0, "l3": 15.0, "l2": 8.0, "l1": 1.5}
 """Picojoules of one byte brought from a level."""
 IDLE_W_PER_CORE = 4.0
 """Watts of a core and its share of the uncore while it runs, apart from the work itself."""
@@ -32,6 +32,10 @@ _PER_CYCLE = {
     "fma_f32": 32.0, "add_f32": 32.0, "exp_f32": 2.0, "dot_i8": 128.0, "unpack_u8": 64.0,
     "shuffle_u8": 64.0, "int_op": 32.0,
 }  # fmt: skip
+_IN_FLIGHT = 4.0
+"""Accumulators below which kernels wait for their own sums: the latency of a multiply-add in cycles."""
+_CALL_US = 0.5
+"""Cost of one call on one thread."""
 _GUESSED_HZ = 3.0e9
 _FLOOR_HZ = 4.5e9
 
@@ -65,6 +69,7 @@ class DeviceModel:
         levels = {
             "l1": tuple(150e9 * n for n in counts),
             "l2": tuple(60e9 * n for n in counts),
+            "l3": tuple(30e9 * n for n in counts),
             "dram": tuple(min(socket, 15e9 * n) for n in counts),
         }
         return cls(ops, levels, idle_w=IDLE_W_PER_CORE * hardware.threads)
@@ -77,13 +82,17 @@ class DeviceModel:
             for k, v in rates.get("bytes_per_s", {}).items()
             if k in LEVELS and v
         }
+        measured = frozenset({*ops, *levels})
+        if {"l2", "dram"} <= set(levels) and "l3" not in levels:  # between its neighbours
+            pairs = zip(levels["l2"], levels["dram"], strict=False)
+            levels["l3"] = tuple((near * far) ** 0.5 for near, far in pairs)
         scale = ops.get("fma_f32", 0.0) / self.ops_per_s["fma_f32"] if "fma_f32" in ops else 1.0
         scaled = {k: v * scale for k, v in self.ops_per_s.items()}
         return replace(
             self,
             ops_per_s={**scaled, **ops},
             bytes_per_s={**self.bytes_per_s, **levels},
-            measured=frozenset({*ops, *levels}),
+            measured=measured,
         )
 
     def bandwidth(self, level: str, threads: int) -> float:
@@ -92,15 +101,25 @@ class DeviceModel:
         return steps[min(max(threads, 1), len(steps)) - 1]
 
     def latency_us(self, counts: Counts, hardware: Hardware) -> float:
-        """Predict microseconds of one call with data in memory."""
-        threads = hardware.threads
-        times = [n / (self.ops_per_s[k] * threads) for k, n in counts.ops.items()]
+        """Predict microseconds of one call with data in memory.
+
+        Counts without traits are taken as spread evenly over all threads, by vectors that keep the
+        units busy; traits say by how much a kernel falls short of that.
+        """
+        threads, traits = hardware.threads, counts.traits
+        active = min(threads, int(traits.get("tasks", threads)))
+        share = max(traits.get("share", 1 / threads), 1 / threads)
+        native = 16.0 if hardware.has_avx512 else 8.0
+        narrow = max(1.0, native / traits.get("lanes", native))
+        waiting = max(1.0, _IN_FLIGHT / traits.get("sums", _IN_FLIGHT))
+        slow = {"fma_f32": waiting * narrow, "dot_i8": waiting * narrow}
+        times = [n / self.ops_per_s[k] * slow.get(k, narrow) * share for k, n in counts.ops.items()]
         # Operations of different kinds compete for the same vector ports: half of the rest adds up.
         compute = max(times, default=0.0) * 0.5 + sum(times) * 0.5
-        memory = max(
-            (b / self.bandwidth(lv, threads) for lv, b in counts.bytes.items()), default=0.0
-        )
-        return self.launch_us + 1e6 * max(compute, memory)
+        rates = {level: self.bandwidth(level, active) for level in counts.bytes}
+        memory = max((b / rates[lv] for lv, b in counts.bytes.items()), default=0.0)
+        launch = self.launch_us if active > 1 or not traits else _CALL_US
+        return launch + 1e6 * max(compute, memory * share * active)
 
     def energy_mj(self, counts: Counts, latency_us: float) -> float:
         """Model millijoules of one call that takes ``latency_us``."""

@@ -42,6 +42,8 @@ def extract(
         out[f"ops.{kind}"] = math.log1p(counts.ops.get(kind, 0.0))
     for level in LEVELS:
         out[f"bytes.{level}"] = math.log1p(counts.bytes.get(level, 0.0))
+    for trait, amount in counts.traits.items():  # absent where a kernel states none
+        out[f"trait.{trait}"] = math.log2(amount) if amount > 0 else 0.0
     moved = max(counts.bytes.get("dram", 0.0), 1.0)
     out["intensity"] = math.log1p(counts.flops / moved)
     out["reuse"] = math.log1p(max(counts.bytes.values(), default=0.0) / moved)
@@ -54,6 +56,8 @@ def extract(
     for size in ("l1d_bytes", "l2_bytes", "l3_bytes"):
         out[size] = math.log2(getattr(hardware, size))
         out[f"fit.{size}"] = math.log(moved / getattr(hardware, size))
+        if tile := counts.traits.get("tile_bytes"):
+            out[f"tile.{size}"] = math.log(tile / getattr(hardware, size))
     out.update({f"isa={f}": 1.0 for f in _ISA if f in hardware.features})
     if any(not math.isfinite(v) for v in out.values()):
         bad = sorted(k for k, v in out.items() if not math.isfinite(v))

@@ -13,25 +13,35 @@ OP_KINDS = ("fma_f32", "dot_i8", "add_f32", "exp_f32", "unpack_u8", "shuffle_u8"
 """Units: fma_f32, add_f32, exp_f32, int_op, shuffle_u8, unpack_u8 count scalar operations (lanes);
 dot_i8 counts 8-bit multiply-adds."""
 
-LEVELS = ("dram", "l2", "l1")
+LEVELS = ("dram", "l3", "l2", "l1")
 """Bytes that cross into the core from each level, in one run with nothing resident beforehand."""
+
+TRAITS = ("tasks", "share", "useful", "lanes", "sums", "loads", "tile_bytes")
+"""How a kernel goes about its work, for cost models; a kernel states all of them or none.
+
+tasks: independent tasks of its widest loop, 1 when it runs on one thread. share: part of the work that
+the busiest thread does. useful: part of the arithmetic that is not padding. lanes: elements of a
+vector. sums: accumulators in flight in the inner loop. loads: vectors and scalars it loads for each
+vector multiply-add. tile_bytes: bytes that one run of the inner loop touches."""
 
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """Operations by kind (see `OP_KINDS`) and bytes by memory level (see `LEVELS`)."""
+    """Operations by kind (`OP_KINDS`), bytes by memory level (`LEVELS`), and `TRAITS` of a kernel."""
 
     ops: Mapping[str, float] = field(default_factory=dict)
     bytes: Mapping[str, float] = field(default_factory=dict)
+    traits: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuse unknown kinds, so that a misspelt count cannot pass as zero."""
         unknown = (set(self.ops) - set(OP_KINDS)) | (set(self.bytes) - set(LEVELS))
+        unknown |= set(self.traits) - set(TRAITS)
         if unknown:
             raise ValueError(f"unknown counts {sorted(unknown)}")
 
     def __add__(self, other: Counts) -> Counts:
-        """Return the sum of two counts."""
+        """Return the sum of two counts; traits are of one kernel, so the sum has none."""
         return Counts(
             {k: self.ops.get(k, 0.0) + other.ops.get(k, 0.0) for k in {*self.ops, *other.ops}},
             {

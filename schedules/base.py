@@ -7,8 +7,11 @@ reads them. Algorithms compete with each other in one search because each is jus
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -133,3 +136,14 @@ class Schedule(ABC):
     def config_to_json(config: Any) -> dict[str, Any]:
         """Return a config's knobs as plain values."""
         return asdict(config)
+
+
+def kernel_name(schedule: Schedule, workload: Workload, config: Any, hardware: Hardware) -> str:
+    """Return a C identifier: the workload in words, then a hash of all that shapes the code."""
+    words = re.sub(r"[^a-zA-Z0-9]+", "_", re.sub(r"[a-z]+=(?=[a-z])|=", "", str(workload)))
+    facts = [
+        schedule.name, schedule.version, str(workload), schedule.config_to_json(config),
+        sorted(hardware.features),
+    ]  # fmt: skip
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
+    return f"{words}__{digest}"

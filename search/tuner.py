@@ -49,6 +49,8 @@ CONFIRM_S = 2.0
 """Seconds of a time budget kept for the comparison at the end, for each workload; at most a quarter of it."""
 CONFIRM = 4
 """Candidates of each workload compared against each other at the end, the default among them."""
+RANKED = 4096
+"""Features of ranked candidates that are kept for the next time (some kilobytes each)."""
 _FATAL = (Verdict.CRASH, Verdict.TIMEOUT, Verdict.OOM)
 
 
@@ -99,6 +101,9 @@ class Tuner:
         self.tasks: list[_Task] = []
         self._progress = progress or (lambda event: None)
         self._features: dict[str, Features] = {}
+        """Of measured candidates, by their records' keys."""
+        self._ranked: dict[str, Features] = {}
+        """Of candidates that were ranked lately, by their keys."""
         self._round = 0
 
     # -- setting up ----------------------------------------------------------------------------
@@ -160,9 +165,8 @@ class Tuner:
         task.strategy.tell([Observation(candidate, self._score(task, record))])
         if record.ok:
             task.fatal[record.schedule] = -(10**6)
-            self._features[record.key] = self._extract(
-                task.space, candidate, Counts(record.ops, record.bytes)
-            )
+            counts = self._work(task.space, candidate, record)
+            self._features[record.key] = self._extract(task.space, candidate, counts)
         elif record.verdict in _FATAL:
             task.fatal[record.schedule] += 1
             if task.fatal[record.schedule] >= 3:
@@ -194,6 +198,13 @@ class Tuner:
         best = min(task.share.best_us, record.latency_us)
         return self.objective.score((record.latency_us, energy), best)
 
+    def _work(self, space: JointSpace, candidate: Candidate, record: Record) -> Counts:
+        """Return the work of a measured candidate as ranking sees it: records keep no traits."""
+        schedule = space.schedules[candidate.schedule]
+        if type(schedule).work is Schedule.work:
+            return Counts(record.ops, record.bytes)
+        return schedule.work(space.workload, space.config(candidate), self.hardware)
+
     def _extract(self, space: JointSpace, candidate: Candidate, counts: Counts) -> Features:
         return extract(
             space.workload, self.hardware, counts, candidate.schedule, candidate.config, self.device
@@ -205,22 +216,22 @@ class Tuner:
         costly = any(type(s).work is Schedule.work for s in space.schedules.values())
         if costly and not self.model.trained:
             return None  # the roofline alone tells too little to generate code for it
-        new = [c for c in candidates if c.key not in self._features]
+        rows = self._ranked
+        if len(rows) > RANKED:
+            rows.clear()
+        new = [c for c in candidates if c.key not in rows]
         for candidate, counts in zip(new, self.measurer.describe(space, new), strict=True):
             if counts is not None:
-                self._features[candidate.key] = self._extract(space, candidate, counts)
-        known = [k for k in keys if k in self._features]
-        times = dict(
-            zip(known, self.model.predict_us([self._features[k] for k in known]), strict=True)
-        )
+                rows[candidate.key] = self._extract(space, candidate, counts)
+        known = [k for k in keys if k in rows]
+        times = dict(zip(known, self.model.predict_us([rows[k] for k in known]), strict=True))
         best = min(times.values(), default=1.0)
         out = []
         for key in keys:
             if key not in times:
                 out.append(1e30)  # what cannot be lowered comes last
                 continue
-            row = self._features[key]
-            energy = self.device.energy_mj(_counts_of(row), float(times[key]))
+            energy = self.device.energy_mj(_counts_of(rows[key]), float(times[key]))
             out.append(self.objective.score((float(times[key]), energy), float(best)))
         return out
 

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from mimo_compile.schedules.attention.layout import round_up
 from mimo_compile.schedules.emit.build import Register, T, bind
 from mimo_compile.schedules.emit.vector import LANES
@@ -143,21 +145,22 @@ class Reach:
         return fixed(T.if_then_else(step * self.sizes.blocks + u < self.total, left, T.int32(0)))
 
 
-def visited(s: Tiling, start: int, valid: int, first: int) -> tuple[int, int]:
-    """Return (steps, written slots whose values are read) of the tile from token ``first`` on."""
+def visited(s: Tiling, start: int, valid: int, first: Any) -> tuple[Any, Any]:
+    """Return (steps, written slots whose values are read) of the tile from token ``first`` on.
+
+    ``first`` may be an array of tokens, then so are the results.
+    """
     cap, window = int(s.p["cap"]), int(s.p["window"])
-    last = start + valid - 1
-    low = max(0, last - cap + 1, start + first - window + 1 if window else 0)
-    count = min(start + first + s.tokens - 1, last) - low + 1 if first < valid else 0
-    if count <= 0:
-        return 0, 0
+    last, written = start + valid - 1, min(start + valid, cap)
+    oldest = start + first - window + 1 if window else 0
+    low = np.maximum(max(0, last - cap + 1), oldest)
+    count = np.minimum(start + first + s.tokens - 1, last) - low + 1
+    count = np.where(first < valid, np.maximum(count, 0), 0)
     block, end = low % cap // LANES, low % cap + count
-    if end <= cap:
-        total = -(-end // LANES) - block
-    else:
-        total = s.cache_blocks - block + min(-(-(end - cap) // LANES), block)
-    written = min(last + 1, cap)
-    live = sum(
-        min(max(written - (block + i) % s.cache_blocks * LANES, 0), LANES) for i in range(total)
-    )
-    return -(-total // s.blocks), live
+    around = np.minimum(-(-(end - cap) // LANES), block)  # blocks from the cache's begin on
+    turned = end > cap
+    total = np.where(turned, s.cache_blocks - block + around, -(-end // LANES) - block)
+    total = np.where(count > 0, total, 0)
+    live = np.minimum(np.where(turned, written, (block + total) * LANES), written) - block * LANES
+    live = np.maximum(live, 0) + np.where(turned, np.minimum(around * LANES, written), 0)
+    return -(-total // s.blocks), np.where(count > 0, live, 0)

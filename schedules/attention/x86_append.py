@@ -27,26 +27,22 @@ from mimo_compile.schedules.elementwise.rows import PARALLEL_BYTES, RowConfig, R
 from mimo_compile.schedules.emit.vector import LANES, T, ramp, splat
 
 
-def _make(p: dict[str, Any], rows: Any) -> Any:
-    t, heads, kv, d, dv = p["t"], p["h"], p["kv"], p["d"], p["dv"]
-    cap, half, group = p["cap"], p["rot"] // 2, p["h"] // p["kv"]
-    width, k_at, v_at = (heads + kv) * d + kv * dv, heads * d, (heads + kv) * d
-    norm, eps, v_scale, wide = bool(p["norm"]), p["eps"], p["vscale"], round_up(d)
-    k_shape, v_shape = cache_shapes(p).values()
-    # an empty table is not a tensor that a kernel can check: it is passed and not looked at
-    angles = T.Buffer((t, 2, half), "float32") if half else T.handle
+@T.inline
+def _over(count, step):
+    # whole vectors, then the rest one by one
+    for j in range(count // LANES):
+        step(j * LANES, LANES)
+    for j in range(count % LANES):
+        step(count // LANES * LANES + j, 1)
 
-    @T.inline
-    def over(count, step):
-        # whole vectors, then the rest one by one
-        for j in range(count // LANES):
-            step(j * LANES, LANES)
-        for j in range(count % LANES):
-            step(count // LANES * LANES + j, 1)
+
+def _head(p: dict[str, Any]) -> Any:
+    """Return the step that leaves a head of row ``i`` in ``row``, normalised and rotated."""
+    d, half, norm, eps = p["d"], p["rot"] // 2, bool(p["norm"]), p["eps"]
+    over = _over
 
     @T.inline
     def head(qkv, table, weight, row, acc, one, i, at):
-        # the normalised, rotated head in `row`
         one[0] = T.float32(1)
         if norm:
             acc[ramp(0)] = splat(0.0)
@@ -83,6 +79,15 @@ def _make(p: dict[str, Any], rows: Any) -> Any:
         if half > 0:
             over(half, turned)
 
+    return head
+
+
+def _writing(p: dict[str, Any]) -> tuple[Any, Any]:
+    """Return the steps that write a query head, and a value head into its slot."""
+    d, dv, v_scale = p["d"], p["dv"], p["vscale"]
+    v_at = (p["h"] + p["kv"]) * d
+    over = _over
+
     @T.inline
     def write_q(q, row, i, n):
         @T.inline
@@ -100,6 +105,15 @@ def _make(p: dict[str, Any], rows: Any) -> Any:
 
         over(dv, step)
 
+    return write_q, write_v
+
+
+def _kv_head(p: dict[str, Any]) -> Any:
+    """Return all that is done for one KV head and its query heads."""
+    t, d, cap, group = p["t"], p["d"], p["cap"], p["h"] // p["kv"]
+    wide, k_at = round_up(d), p["h"] * d
+    head, (write_q, write_v) = _head(p), _writing(p)
+
     @T.inline
     def task(qkv, table, pos, q_norm, k_norm, k_cache, v_cache, q, h):
         row = T.sblock_alloc_buffer((wide,), "float32")
@@ -116,7 +130,17 @@ def _make(p: dict[str, Any], rows: Any) -> Any:
                     k_cache[h, slot // LANES, j, slot % LANES] = row[j]
                 write_v(qkv, v_cache, i, h, slot)
 
-    if norm:
+    return task
+
+
+def _make(p: dict[str, Any], rows: Any) -> Any:
+    t, heads, kv, d, half = p["t"], p["h"], p["kv"], p["d"], p["rot"] // 2
+    width = (heads + kv) * d + kv * p["dv"]
+    k_shape, v_shape = cache_shapes(p).values()
+    # an empty table is not a tensor that a kernel can check: it is passed and not looked at
+    angles = T.Buffer((t, 2, half), "float32") if half else T.handle
+    task = _kv_head(p)
+    if p["norm"]:
 
         @T.prim_func(s_tir=True)
         def normed(
@@ -155,6 +179,7 @@ class X86Append(RowSchedule):
 
     name = "kv_append.x86"
     op = "kv_append"
+    rows_param = "kv"
 
     def space(self, workload: Workload, hardware: Hardware) -> Space:
         """KV heads over threads, or not."""

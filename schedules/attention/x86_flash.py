@@ -23,7 +23,8 @@ from mimo_compile.schedules.attention.layout import (
     unpack_caches,
 )
 from mimo_compile.schedules.attention.phases import emit
-from mimo_compile.schedules.attention.reach import Tiling, visited
+from mimo_compile.schedules.attention.reach import Tiling
+from mimo_compile.schedules.attention.work import flash_work
 from mimo_compile.schedules.base import Kernel, Schedule, Space
 from mimo_compile.schedules.emit.build import function
 from mimo_compile.schedules.emit.vector import LANES, symbol
@@ -145,30 +146,17 @@ class X86Flash(Schedule):
             name,
             function(name, args, body),
             args,
-            self.counts(workload, config, hardware),
+            self.work(workload, config, hardware),
             workspace_bytes,
         )
 
-    def counts(self, workload: Workload, config: FlashConfig, hardware: Hardware) -> Counts:
-        """Return the work on whole steps: scores of every visited slot, values of the written ones."""
+    def work(self, workload: Workload, config: FlashConfig, hardware: Hardware) -> Counts:
+        """Return the kernel's work without generating it."""
         op: Any = get_op(self.op)
         p = op.full(workload)
         s = self.tiling(p, config, hardware)
         length = op.kv_length(p)
-        scored = valued = 0
-        for first in range(0, p["t"], s.tokens):
-            steps, live = visited(s, length - p["t"], p["t"], first)
-            scored, valued = scored + steps * s.blocks * LANES, valued + live
-        rows = float(s.group * s.tokens * p["kv"])
-        read = 4.0 * p["kv"] * (scored * p["d"] + valued * s.columns * LANES)
-        once = op.counts(workload).bytes["dram"]
-        return Counts(
-            {
-                "fma_f32": rows * (scored * p["d"] + valued * s.columns * LANES),
-                "exp_f32": rows * scored,
-            },
-            {"dram": once, "l2": max(read, once)},
-        )
+        return flash_work(s, length, config.splits, hardware, parallel=config.parallel)
 
     def layouts(self, workload: Workload, config: FlashConfig) -> dict[str, str]:
         """Return the names of the cache layouts."""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
+from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.ops.base import Arg
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.base import Kernel, Schedule, Space
 from mimo_compile.schedules.emit.vector import T, symbol
+from mimo_compile.schedules.work import Stream, Tile, busiest, work
 
 PARALLEL_BYTES = 256 << 10
 """Below this traffic a kernel takes less time than waking the threads does (some microseconds)."""
@@ -31,6 +34,7 @@ class RowSchedule(Schedule):
 
     config = RowConfig
     rows_param = "t"
+    """Extent that is spread over threads."""
 
     def supports(self, workload: Workload, hardware: Hardware) -> bool:
         """Every workload of the op, on any x86-64."""
@@ -54,12 +58,29 @@ class RowSchedule(Schedule):
         name = symbol(self.op, self.name, self.version, workload, config, sorted(hardware.features))
         rows = T.parallel if config.parallel else T.serial
         func = self.make(op.full(workload), rows, config.unroll).with_attr("global_symbol", name)
-        return Kernel(name, func, self.kernel_args(workload), op.counts(workload))
+        return Kernel(name, func, self.kernel_args(workload), self.work(workload, config, hardware))
+
+    def work(self, workload: Workload, config: RowConfig, hardware: Hardware) -> Counts:
+        """Return what the op cannot avoid, since no byte is read twice, and how it is spread."""
+        op = get_op(self.op)
+        p, need = op.full(workload), op.counts(workload)
+        rows = p[self.rows_param]
+        threads = hardware.threads if config.parallel else 1
+        row_bytes = need.bytes.get("dram", 0.0) / rows
+        return work(
+            dict(need.ops),
+            [Stream(need.bytes.get("dram", 0.0))],
+            hardware,
+            tasks=rows if threads > 1 else 1,
+            share=busiest(rows, threads),
+            useful=1.0,
+            tile=Tile(config.unroll, 1, row_bytes),
+        )
 
     def kernel_args(self, workload: Workload) -> tuple[Arg, ...]:
         """Return the kernel's arguments: the op's, unless the schedule packs some."""
         return get_op(self.op).args(workload)
 
+    @abstractmethod
     def make(self, p: dict[str, Any], rows: Any, unroll: int) -> Any:
         """Return the PrimFunc for the op's parameters ``p``; ``rows`` makes the loop over rows."""
-        raise NotImplementedError

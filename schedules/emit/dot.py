@@ -24,8 +24,8 @@ MAX_ACTIVATION = 127
 
 
 def exact(codes: CodeLayout) -> bool:
-    """Say whether the format has integer codes and zero points, and a row's sum fits 32 bits."""
-    if not codes.fmt.is_integer or codes.fmt.fixed_zero % 1:
+    """Say whether the format has integer codes and a row's sum fits 32 bits."""
+    if not codes.fmt.is_integer:
         return False
     return codes.fmt.max_code * MAX_ACTIVATION * codes.k_padded < 2**31
 
@@ -152,6 +152,19 @@ class Madd(Dot):
         ones = T.broadcast(T.int16(weight), 2 * self.lanes)
         return T.call_llvm_pure_intrin(f"int32x{self.lanes}", self.fours, pairs, ones)
 
+    @property
+    def pairs_fit(self) -> int:
+        """Products of two that 16 bits sum exactly."""
+        return int((2**15 - 1) // (2 * self.codes.fmt.max_code * MAX_ACTIVATION))
+
+    @property
+    def work(self) -> dict[str, float]:
+        """Products, and what widening them to 32 bits takes."""
+        parts = self.codes.per_byte
+        # 8 bits: mask, shift and mask, then twice the products, their widening and its sum
+        extra = 8 if self.codes.fmt.bits == 8 else parts + -(-parts // self.pairs_fit)
+        return {"dot_i8": float(self.lanes * self.codes.block), "int_op": float(self.lanes * extra)}
+
     def block(self, acc: Any, words: list[Any], x: list[Any]) -> Any:
         """See `Dot.block`."""
         bits = self.codes.fmt.bits
@@ -160,11 +173,10 @@ class Madd(Dot):
             low, high = field(codes, 0, 4, self.lanes), field(codes, 4, 4, self.lanes)
             acc = acc + self._widen(self._pairs(low, four), 1)
             return acc + self._widen(self._pairs(high, four), 16)
-        fit = (2**15 - 1) // (2 * self.codes.fmt.max_code * MAX_ACTIVATION)
         sums: list[Any] = []
         for i, (codes, four) in enumerate(zip(words, x, strict=True)):
             product = self._pairs(codes, four)
-            if i % fit == 0:
+            if i % self.pairs_fit == 0:
                 sums.append(product)
             else:
                 sums[-1] = sums[-1] + product

@@ -66,6 +66,11 @@ class CodeLayout:
         return -(-self.fmt.group_size(self.k) // self.block)
 
     @property
+    def late_zero(self) -> bool:
+        """True if the zero point leaves the sums in float32: it differs by group, or is no integer."""
+        return self.fmt.has_zero or self.fmt.fixed_zero % 1 != 0
+
+    @property
     def blocks(self) -> int:
         """Blocks of a row."""
         return self.groups * self.group_blocks

@@ -29,7 +29,7 @@ class Activations:
     codes: Any
     """``[M, k_padded]`` int8 (or whole numbers in float32); zeros behind column K."""
     sums: Any
-    """``[M, G]`` int32: sum of a group's codes, times minus the zero point if that is fixed."""
+    """``[M, G]`` int32: sum of a group's codes, times minus the zero point unless that is late."""
     scale: Any
     """``[M]`` float32."""
 
@@ -58,7 +58,7 @@ def quantize_row(
     amax = _largest(x, index, vectors, tail)
     store(out.scale, amax / T.float32(127.0), row)
     inverse = bind(T.if_then_else(amax > T.float32(0.0), T.float32(127.0) / amax, T.float32(0.0)))
-    factor = 1 if layout.fmt.has_zero else -layout.fmt.fixed_zero
+    factor = 1 if layout.late_zero else -int(layout.fmt.fixed_zero)
 
     def quantised(column: Any, lanes: int) -> Any:
         scaled = load(x, *index, column, lanes=lanes) * splat(inverse, lanes)

@@ -82,8 +82,10 @@ def int_tile(
             r, h, m = key
             at = (*blocks[r], g, h * dot.lanes)
             scale = T.cast(load(weights.scale, *at, lanes=dot.lanes), f32)
-            if layout.fmt.has_zero:
-                zero = T.cast(load(weights.zero, *at, lanes=dot.lanes), f32)
+            if layout.late_zero:
+                zero = splat(T.float32(layout.fmt.fixed_zero), dot.lanes)
+                if layout.fmt.has_zero:
+                    zero = T.cast(load(weights.zero, *at, lanes=dot.lanes), f32)
                 corrected = _minus_zero(dot, value, zero, load(x.sums, tokens[m], g), layout)
             else:
                 corrected = T.cast(value, f32)
@@ -118,7 +120,7 @@ def _group_sums(
     split = runs is not None and runs < layout.group_blocks
 
     def start(m: int, dtype: str) -> Any:
-        if layout.fmt.has_zero:
+        if layout.late_zero:
             return T.cast(splat(T.int32(0), lanes), vector_type(dtype, lanes))
         return splat(T.cast(load(x.sums, tokens[m], g), dtype), lanes)
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.ops.base import Array
 from mimo_compile.ir.workload import Workload
-from mimo_compile.schedules.base import Kernel, KnobValue, Schedule, Space
+from mimo_compile.schedules.base import Kernel, KnobValue, Schedule, Space, kernel_name
 from mimo_compile.schedules.emit.build import function
 from mimo_compile.schedules.emit.dot import DOTS
-from mimo_compile.schedules.emit.layout import ROWS, pack_quantised, pack_rows
+from mimo_compile.schedules.emit.layout import ROWS
+from mimo_compile.schedules.emit.matrix import PARALLEL_BYTES
 from mimo_compile.schedules.moe.kernel import ExpertKernel
-from mimo_compile.schedules.moe.problem import MoeConfig, Problem, counts, scratch_bytes
-from mimo_compile.schedules.mpgemm.problem import PARALLEL_BYTES, arg_bytes, kernel_name
+from mimo_compile.schedules.moe.problem import MoeConfig, Problem, scratch_bytes
+from mimo_compile.schedules.moe.work import expert_work
 
 
 class Experts(Schedule):
@@ -52,8 +54,11 @@ class Experts(Schedule):
             size = most * config.tokens * steps * config.unroll
             return most * config.tokens <= 28 and (size <= 256 or most * config.tokens == 2)
 
-        per_expert = sum(arg_bytes(a) for a in problem.args() if a.role == "weight") / problem.e
-        work = per_expert * min(problem.slots, problem.e) * max(1.0, problem.slots / problem.e / 4)
+        work = (
+            problem.expert_bytes
+            * min(problem.slots, problem.e)
+            * max(1.0, problem.slots / problem.e / 4)
+        )
         parallel = hardware.threads > 1 and work >= PARALLEL_BYTES
         space = Space(MoeConfig, knobs, None, legal)
         return replace(space, default=self.default(space, problem, hardware, work, parallel))
@@ -85,14 +90,18 @@ class Experts(Schedule):
             name,
             function(name, args, ExpertKernel(problem, config).body),
             args,
-            counts(problem, config),
+            self.work(workload, config, hardware),
             scratch_bytes(problem, config),
             hardware.features,  # LLVM may have used any of them
         )
 
+    def work(self, workload: Workload, config: MoeConfig, hardware: Hardware) -> Counts:
+        """Return the kernel's work without generating it."""
+        return expert_work(Problem.of(workload), config, hardware)
+
     def layouts(self, workload: Workload, config: MoeConfig) -> dict[str, str]:
         """The layouts of plain matmuls, gate and up padded each by itself."""
-        return {"weight": "rows16.k1" if Problem.of(workload).fmt.is_float else "rows16.k4"}
+        return {"weight": Problem.of(workload).w13.layout}
 
     def pack(
         self, workload: Workload, config: MoeConfig, arrays: Mapping[str, Array]
@@ -103,9 +112,4 @@ class Experts(Schedule):
             name: a.reshape(problem.e, 2, problem.f, a.shape[-1]) if name.startswith("w13_") else a
             for name, a in arrays.items()
         }
-        if problem.fmt.is_float:
-            return {name: pack_rows(a) for name, a in halves.items()}
-        out: dict[str, Array] = {}
-        for prefix, layout in (("w13_", problem.layout13), ("w2_", problem.layout2)):
-            out |= pack_quantised(layout, prefix, halves, problem.scale_dtype)
-        return out
+        return problem.w13.pack(halves) | problem.w2.pack(halves)

@@ -1,18 +1,18 @@
-"""One expert layer and how a kernel runs it: extents, config, packed arguments, declared work."""
+"""One expert layer and how a kernel runs it: extents, config, packed arguments."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
-from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.formats import WeightFormat, parse_weight_format
 from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.ops.base import Arg
 from mimo_compile.ir.workload import Workload
-from mimo_compile.schedules.emit.dot import DOTS, exact, float_work
+from mimo_compile.schedules.emit.dot import DOTS, exact
 from mimo_compile.schedules.emit.layout import ROWS, CodeLayout
+from mimo_compile.schedules.emit.matrix import Matrix
 from mimo_compile.schedules.emit.quantize import workspace_bytes
-from mimo_compile.schedules.mpgemm.problem import arg_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,18 +42,35 @@ class Problem:
     t: int
     e: int
     k: int
-    d: int
-    f: int
-    fmt: WeightFormat
+    w13: Matrix
+    """Gate and up of all experts, ``[E, 2, F, D]``."""
+    w2: Matrix
+    """Down of all experts, ``[E, D, F]``."""
     act: str
-    scale_dtype: str
 
-    @classmethod
-    def of(cls, workload: Workload) -> Problem:
+    @staticmethod
+    @lru_cache(maxsize=256)
+    def of(workload: Workload) -> Problem:
         """Read a workload of the op ``moe``."""
         p = get_op("moe").full(workload)
-        fmt = parse_weight_format(p["w"])
-        return cls(p["t"], p["e"], p["k"], p["d"], p["f"], fmt, p["a"], p["s"])
+        fmt, e, d, f = parse_weight_format(p["w"]), p["e"], p["d"], p["f"]
+        w13 = Matrix(fmt, f, d, p["s"], "w13_", (e, 2))
+        return Problem(p["t"], e, p["k"], w13, Matrix(fmt, d, f, p["s"], "w2_", (e,)), p["a"])
+
+    @property
+    def d(self) -> int:
+        """Width of a token."""
+        return self.w13.k
+
+    @property
+    def f(self) -> int:
+        """Width between the matmuls."""
+        return self.w13.n
+
+    @property
+    def fmt(self) -> WeightFormat:
+        """Format of the weights."""
+        return self.w13.fmt
 
     @property
     def slots(self) -> int:
@@ -63,36 +80,33 @@ class Problem:
     @property
     def layout13(self) -> CodeLayout:
         """Layout of the gate, and of the up matrix, of one expert."""
-        return CodeLayout(self.fmt, self.f, self.d)
+        return self.w13.codes
 
     @property
     def layout2(self) -> CodeLayout:
         """Layout of the down matrix of one expert."""
-        return CodeLayout(self.fmt, self.d, self.f)
+        return self.w2.codes
 
     @property
     def exact(self) -> bool:
         """True for integer codes whose sums fit 32 bits in both matmuls."""
         return exact(self.layout13) and exact(self.layout2)
 
+    @property
+    def expert_bytes(self) -> float:
+        """Packed bytes of one expert."""
+        return (self.w13.bytes + self.w2.bytes) / self.e
+
     def args(self) -> tuple[Arg, ...]:
         """Return the kernel's parameters: x, ids, weights, packed w13 and w2, y."""
-        out = [
+        return (
             Arg("x", "input", (self.t, self.d), "float32"),
             Arg("ids", "input", (self.t, self.k), "int32"),
             Arg("weights", "input", (self.t, self.k), "float32"),
-        ]
-        for prefix, lead, layout in (
-            ("w13_", (self.e, 2), self.layout13),
-            ("w2_", (self.e,), self.layout2),
-        ):
-            if self.fmt.is_float:
-                dtype = "uint16" if self.fmt.bits == 16 else "float32"
-                shape = (*lead, layout.row_blocks, layout.k, ROWS)
-                out.append(Arg(f"{prefix}w", "weight", shape, dtype))
-            else:
-                out += layout.args(prefix, lead, self.scale_dtype)
-        return (*out, Arg("y", "output", (self.t, self.d), "float32"))
+            *self.w13.args(),
+            *self.w2.args(),
+            Arg("y", "output", (self.t, self.d), "float32"),
+        )
 
 
 def scratch_bytes(problem: Problem, config: MoeConfig) -> int:
@@ -104,35 +118,3 @@ def scratch_bytes(problem: Problem, config: MoeConfig) -> int:
         dtype = DOTS[config.dot](p.layout13).activation
         size += workspace_bytes(p.layout13, p.t, dtype) + workspace_bytes(p.layout2, p.slots, dtype)
     return size
-
-
-def counts(problem: Problem, config: MoeConfig) -> Counts:
-    """Work under uniform routing (expected number of hit experts), over padded extents."""
-    p = problem
-    per_expert = sum(arg_bytes(a) for a in p.args() if a.role == "weight") / p.e
-    hit = p.e * (1 - (1 - p.k / p.e) ** p.t)
-    tiles = max(hit, p.slots / config.tokens)
-    ops: dict[str, float] = {"exp_f32": float(p.slots * p.layout13.row_blocks * ROWS)}
-
-    def add(kind: str, amount: float) -> None:
-        ops[kind] = ops.get(kind, 0.0) + amount
-
-    for layout, halves in ((p.layout13, 2), (p.layout2, 1)):
-        weights = float(halves * layout.row_blocks * ROWS)
-        if config.dot in DOTS:
-            dot = DOTS[config.dot](layout)
-            steps = weights / dot.lanes * layout.blocks
-            for kind, amount in dot.work.items():
-                add(kind, amount * steps * p.slots)
-            for kind, amount in dot.unpack_work.items():
-                add(kind, amount * steps * tiles)
-            add("fma_f32", weights * layout.groups * p.slots * (2 if p.fmt.has_zero else 1))
-        else:
-            add("fma_f32", weights * layout.k * p.slots)
-            if not p.fmt.is_float:
-                for kind, amount in float_work(layout, config.dot).items():
-                    add(kind, amount * weights * layout.k * tiles)
-    add("fma_f32", float(p.slots * p.d))
-    dram = hit * per_expert + 8.0 * p.t * p.d + 8.0 * p.slots
-    near = max(dram, per_expert * tiles + 8.0 * p.slots * (p.d + 2 * p.f))
-    return Counts(ops, {"dram": dram, "l2": near, "l1": near})

@@ -17,13 +17,15 @@ from mimo_compile.schedules.emit.vector import LANES, T, exp, ramp, sigmoid, spl
 _LOWEST, _TAKEN = -3e38, float("-inf")
 
 
-def _make(p: dict[str, Any], rows: Any) -> Any:
-    t, e, k, groups = p["t"], p["e"], p["k"], p["groups"]
+def _vectors(experts: int) -> int:
+    """Return the vectors that cover the experts."""
+    return -(-experts // LANES)
+
+
+def _scoring(p: dict[str, Any]) -> Any:
+    """Return the step that writes the scores of row ``i`` to ``s``."""
+    e, softmax = p["e"], p["scoring"] == "softmax"
     vectors, tail = divmod(e, LANES)
-    full = vectors + (tail > 0)
-    size, softmax = e // groups, p["scoring"] == "softmax"
-    biased_choice, norm, factor = bool(p["bias"]), bool(p["norm"]), p["factor"]
-    padded = full * LANES
 
     def score(x: Any, top: Any, lanes: int) -> Any:
         return exp(x - splat(top, lanes), lanes) if softmax else sigmoid(x, lanes)
@@ -44,6 +46,14 @@ def _make(p: dict[str, Any], rows: Any) -> Any:
                 one[0] = one[0] + s[j]
             for j in range(e):
                 s[j] = s[j] / one[0]
+
+    return scores
+
+
+def _grouping(p: dict[str, Any]) -> Any:
+    """Return the step that takes the experts of all but the best groups out of the choice ``c``."""
+    e, groups = p["e"], p["groups"]
+    size = e // groups
 
     @T.inline
     def drop_groups(c, rank, kept, index):
@@ -66,6 +76,13 @@ def _make(p: dict[str, Any], rows: Any) -> Any:
             if kept[j // size] == 0:
                 c[j] = T.float32(_TAKEN)
 
+    return drop_groups
+
+
+def _taking(p: dict[str, Any]) -> Any:
+    """Return the step that moves the best expert left in ``c`` to ``ids[i, j]`` with its score."""
+    e, full = p["e"], _vectors(p["e"])
+
     @T.inline
     def take(c, s, best, where, index, ids, weights, i, j):
         best[ramp(0)] = c[ramp(0)]
@@ -84,6 +101,16 @@ def _make(p: dict[str, Any], rows: Any) -> Any:
         c[index[0]] = T.float32(_TAKEN)
         ids[i, j] = index[0]
         weights[i, j] = s[index[0]]
+
+    return take
+
+
+def _routing(p: dict[str, Any]) -> Any:
+    """Return the steps of one row, in order."""
+    e, k, groups = p["e"], p["k"], p["groups"]
+    padded = _vectors(e) * LANES
+    biased_choice, norm, factor = bool(p["bias"]), bool(p["norm"]), p["factor"]
+    scores, drop_groups, take = _scoring(p), _grouping(p), _taking(p)
 
     @T.inline
     def row(logits, bias, ids, weights, i):
@@ -116,7 +143,13 @@ def _make(p: dict[str, Any], rows: Any) -> Any:
             else:
                 weights[i, j] = weights[i, j] * T.float32(factor)
 
-    if biased_choice:
+    return row
+
+
+def _make(p: dict[str, Any], rows: Any) -> Any:
+    t, e, k = p["t"], p["e"], p["k"]
+    row = _routing(p)
+    if p["bias"]:
 
         @T.prim_func(s_tir=True)
         def biased(

@@ -9,15 +9,12 @@ from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.ops.base import Array
 from mimo_compile.ir.workload import Workload
-from mimo_compile.schedules.base import Kernel, KnobValue, Schedule, Space
+from mimo_compile.schedules.base import Kernel, KnobValue, Schedule, Space, kernel_name
 from mimo_compile.schedules.emit.build import function
-from mimo_compile.schedules.emit.layout import ROWS, pack_quantised, pack_rows
-from mimo_compile.schedules.mpgemm.problem import (
-    PARALLEL_BYTES,
-    GemmConfig,
-    Problem,
-    kernel_name,
-)
+from mimo_compile.schedules.emit.layout import ROWS, pack_rows
+from mimo_compile.schedules.emit.matrix import PARALLEL_BYTES
+from mimo_compile.schedules.mpgemm.problem import GemmConfig, Problem
+from mimo_compile.schedules.mpgemm.work import gemm_work
 
 
 class X86Gemm(Schedule):
@@ -31,8 +28,33 @@ class X86Gemm(Schedule):
         """Return the function that emits the statements, given the parameters' buffers."""
 
     @abstractmethod
-    def counts(self, problem: Problem, config: GemmConfig) -> Counts:
-        """Return the work of one run."""
+    def arithmetic(self, problem: Problem, config: GemmConfig) -> dict[str, float]:
+        """Return the operations of one run by kind of `ir.counts`, over padded extents."""
+
+    def row_bytes(self, problem: Problem, config: GemmConfig) -> float:
+        """Return the bytes that a tile reads for one token: x itself unless `prepares` says otherwise."""
+        return 4.0 * problem.k
+
+    def prepares(self, problem: Problem, config: GemmConfig) -> bool:
+        """Say whether the kernel turns x into something else (codes, tables) before the tiles."""
+        return False
+
+    def lanes(self, config: GemmConfig) -> int:
+        """Return the rows in a vector."""
+        return ROWS
+
+    def work(self, workload: Workload, config: GemmConfig, hardware: Hardware) -> Counts:
+        """Return the kernel's work without generating it."""
+        problem = Problem.of(workload)
+        return gemm_work(
+            problem,
+            config,
+            hardware,
+            self.arithmetic(problem, config),
+            row_bytes=self.row_bytes(problem, config),
+            prepared=self.prepares(problem, config),
+            lanes=self.lanes(config),
+        )
 
     def tile_cost(self, problem: Problem, config: GemmConfig) -> int:
         """Return the vector operations in the inner loop's body, to keep code small."""
@@ -121,24 +143,21 @@ class X86Gemm(Schedule):
             name,
             function(name, args, self.body(problem, config, hardware)),
             args,
-            self.counts(problem, config),
+            self.work(workload, config, hardware),
             self.scratch_bytes(problem, config),
             hardware.features,  # LLVM may have used any of them
         )
 
     def layouts(self, workload: Workload, config: GemmConfig) -> dict[str, str]:
         """All x86 kernels of a format read the same packed weights."""
-        return {"weight": "rows16.k1" if Problem.of(workload).fmt.is_float else "rows16.k4"}
+        return {"weight": Problem.of(workload).weight.layout}
 
     def pack(
         self, workload: Workload, config: GemmConfig, arrays: Mapping[str, Array]
     ) -> dict[str, Array]:
         """Pack codes, scale, zero or w, and bias (those given)."""
         problem = Problem.of(workload)
-        if problem.fmt.is_float:
-            out = {"w": pack_rows(arrays["w"])} if "w" in arrays else {}
-        else:
-            out = pack_quantised(problem.layout, "", arrays, problem.scale_dtype)
+        out = problem.weight.pack(arrays)
         if "bias" in arrays:
             out["bias"] = pack_rows(arrays["bias"].reshape(-1, 1)).reshape(-1, ROWS)
         return out

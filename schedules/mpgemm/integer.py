@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.schedules.emit.build import loop
 from mimo_compile.schedules.emit.dot import DOTS, Dot
@@ -14,7 +13,7 @@ from mimo_compile.schedules.emit.quantize import alloc_activations, quantize_row
 from mimo_compile.schedules.emit.tile import TileKnobs, Weights, int_tile
 from mimo_compile.schedules.mpgemm.gemm import X86Gemm
 from mimo_compile.schedules.mpgemm.loops import tiles, writer
-from mimo_compile.schedules.mpgemm.problem import GemmConfig, Problem, arg_bytes
+from mimo_compile.schedules.mpgemm.problem import GemmConfig, Problem
 
 QUANTIZE_ALONE = 64 << 10
 """Elements of x that one thread quantises before others would have woken up."""
@@ -60,23 +59,28 @@ class IntegerGemm(X86Gemm):
 
         return emit
 
-    def counts(self, problem: Problem, config: GemmConfig) -> Counts:
-        """Dots over padded extents; unpacking once for each tile of tokens; each byte once."""
+    def arithmetic(self, problem: Problem, config: GemmConfig) -> dict[str, float]:
+        """Return dots over padded extents; unpacking once for each tile of tokens; quantising x."""
         dot, layout, m = self.dot(problem, config), problem.layout, problem.m
-        vectors = layout.row_blocks * ROWS // dot.lanes
         passes = -(-m // config.tokens)
-        steps = float(vectors * layout.blocks)
+        steps = float(layout.row_blocks * ROWS // dot.lanes * layout.blocks)
         ops = {kind: count * steps * m for kind, count in dot.work.items()}
         for kind, count in dot.unpack_work.items():
             ops[kind] = ops.get(kind, 0.0) + count * steps * passes
         scaled = float(layout.row_blocks * ROWS * layout.groups * m)
         ops["fma_f32"] = ops.get("fma_f32", 0.0) + scaled * (2 if layout.fmt.has_zero else 1)
         ops["int_op"] = ops.get("int_op", 0.0) + 3.0 * m * problem.k  # quantise: scale, round, add
-        weights = problem.packed_bytes()
-        rows = m * (layout.k_padded * (1.0 if dot.activation == "int8" else 4.0))
-        dram = weights + sum(arg_bytes(a) for a in problem.args() if a.role in ("input", "output"))
-        # a tile reads its weights and its tokens' activations from the first level
-        row_tiles = -(-layout.row_blocks // config.rows)
-        l1 = weights * passes + rows * row_tiles + 4.0 * m * (problem.n + 2 * problem.k) + rows
-        l2 = weights * (1 if config.order == "rows" and passes == 1 else passes) + rows * row_tiles
-        return Counts(ops, {"dram": dram, "l2": max(l2, dram), "l1": max(l1, dram)})
+        return ops
+
+    def row_bytes(self, problem: Problem, config: GemmConfig) -> float:
+        """Return the bytes of a quantised row."""
+        width = 1.0 if self.dot(problem, config).activation == "int8" else 4.0
+        return problem.layout.k_padded * width
+
+    def prepares(self, problem: Problem, config: GemmConfig) -> bool:
+        """Say that rows are quantised first."""
+        return True
+
+    def lanes(self, config: GemmConfig) -> int:
+        """Return the rows of one dot."""
+        return DOTS[config.dot].lanes

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.emit.layout import ROWS
 from mimo_compile.schedules.emit.tile import TileKnobs, Weights, float_tile
 from mimo_compile.schedules.mpgemm.gemm import X86Gemm
 from mimo_compile.schedules.mpgemm.loops import tiles, writer
-from mimo_compile.schedules.mpgemm.problem import GemmConfig, Problem, arg_bytes
+from mimo_compile.schedules.mpgemm.problem import GemmConfig, Problem
 
 
 class X86Float(X86Gemm):
@@ -46,21 +45,10 @@ class X86Float(X86Gemm):
 
         return emit
 
-    def counts(self, problem: Problem, config: GemmConfig) -> Counts:
-        """One multiply-add for each padded weight and token; bfloat16 widens once a tile."""
+    def arithmetic(self, problem: Problem, config: GemmConfig) -> dict[str, float]:
+        """Return one multiply-add for each padded weight and token; bfloat16 widens once a tile."""
         m, rows = problem.m, problem.row_blocks * ROWS
-        passes = -(-m // config.tokens)
         ops = {"fma_f32": float(m) * rows * problem.k}
         if problem.fmt.bits == 16:
-            ops["int_op"] = 2.0 * rows * problem.k * passes
-        return Counts(ops, float_bytes(problem, config))
-
-
-def float_bytes(problem: Problem, config: GemmConfig) -> dict[str, float]:
-    """Bytes by level of a tiled matmul that reads x as it is."""
-    passes = -(-problem.m // config.tokens)
-    row_tiles = -(-problem.row_blocks // config.rows)
-    weights, x = problem.packed_bytes(), 4.0 * problem.m * problem.k
-    dram = weights + sum(arg_bytes(a) for a in problem.args() if a.role in ("input", "output"))
-    level = weights * passes + x * row_tiles + 4.0 * problem.m * problem.n
-    return {"dram": dram, "l2": max(dram, level), "l1": max(dram, level)}
+            ops["int_op"] = 2.0 * rows * problem.k * -(-m // config.tokens)
+        return ops

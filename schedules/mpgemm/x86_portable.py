@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.emit.dot import DOTS, LOOKUP, exact, float_ways, float_work
@@ -14,7 +13,6 @@ from mimo_compile.schedules.emit.tile import TileKnobs, Weights, float_tile
 from mimo_compile.schedules.mpgemm.integer import IntegerGemm
 from mimo_compile.schedules.mpgemm.loops import tiles, writer
 from mimo_compile.schedules.mpgemm.problem import GemmConfig, Problem
-from mimo_compile.schedules.mpgemm.x86_float import float_bytes
 
 
 class X86Portable(IntegerGemm):
@@ -73,13 +71,25 @@ class X86Portable(IntegerGemm):
 
         return emit
 
-    def counts(self, problem: Problem, config: GemmConfig) -> Counts:
-        """As the integer kernels; a16: FMAs, and dequantisation once for each tile of tokens."""
+    def arithmetic(self, problem: Problem, config: GemmConfig) -> dict[str, float]:
+        """Return those of the integer kernels; a16: FMAs, dequantisation once a tile of tokens."""
         if config.dot in DOTS:
-            return super().counts(problem, config)
+            return super().arithmetic(problem, config)
         rows, m = problem.row_blocks * ROWS, problem.m
         passes = -(-m // config.tokens)
         ops = {"fma_f32": float(m) * rows * (problem.k + problem.layout.groups)}
         for kind, amount in float_work(problem.layout, config.dot).items():
             ops[kind] = amount * rows * problem.k * passes
-        return Counts(ops, float_bytes(problem, config))
+        return ops
+
+    def row_bytes(self, problem: Problem, config: GemmConfig) -> float:
+        """Return the bytes of a row, quantised or as it is."""
+        return super().row_bytes(problem, config) if config.dot in DOTS else 4.0 * problem.k
+
+    def prepares(self, problem: Problem, config: GemmConfig) -> bool:
+        """Say whether rows are quantised first."""
+        return config.dot in DOTS
+
+    def lanes(self, config: GemmConfig) -> int:
+        """Return the rows in a vector."""
+        return super().lanes(config) if config.dot in DOTS else ROWS

@@ -44,6 +44,37 @@ def test_roofline() -> None:
     assert DEVICE.bandwidth("dram", 999) == DEVICE.bytes_per_s["dram"][-1]
 
 
+def test_traits_say_how_far_a_kernel_falls_short() -> None:
+    full = {
+        "tasks": 2.0, "share": 0.5, "useful": 1.0, "lanes": 16.0, "sums": 12.0, "loads": 0.5,
+        "tile_bytes": 1e4,
+    }  # fmt: skip
+    for work in (({"fma_f32": 1e9}, {}), ({}, {"dram": 1e8})):
+        best = DEVICE.latency_us(Counts(*work, full), HW)
+        assert best == pytest.approx(DEVICE.latency_us(Counts(*work), HW))
+        uneven = DEVICE.latency_us(Counts(*work, {**full, "share": 0.75}), HW)
+        assert uneven - DEVICE.launch_us == pytest.approx(1.5 * (best - DEVICE.launch_us))
+        serial = DEVICE.latency_us(Counts(*work, {**full, "tasks": 1.0, "share": 1.0}), HW)
+        assert serial > 1.5 * best
+    work = ({"dot_i8": 1e9}, {})
+    best = DEVICE.latency_us(Counts(*work, full), HW)
+    assert DEVICE.latency_us(Counts(*work, {**full, "lanes": 4.0}), HW) > 3 * best
+    assert DEVICE.latency_us(Counts(*work, {**full, "sums": 1.0}), HW) > 3 * best
+    tiny = Counts({"fma_f32": 1.0}, {}, {**full, "tasks": 1.0, "share": 1.0})
+    assert DEVICE.latency_us(tiny, HW) < DEVICE.launch_us  # no threads to wake
+    near = DEVICE.calibrated({"bytes_per_s": {"l2": [9e10], "dram": [1e10]}})
+    assert near.bandwidth("l3", 1) == pytest.approx(3e10) and "l3" not in near.measured
+
+
+def test_traits_are_features() -> None:
+    traits = {"share": 0.5, "sums": 8.0, "tile_bytes": float(HW.l1d_bytes)}
+    row = extract(W, HW, Counts({}, {}, traits), "s", {}, DEVICE)
+    assert row["trait.share"] == -1 and row["trait.sums"] == 3 and row["tile.l1d_bytes"] == 0
+    assert not any(k.startswith("trait.") for k in extract(W, HW, Counts(), "s", {}, DEVICE))
+    with pytest.raises(ValueError, match="unknown counts"):
+        Counts({}, {}, {"speed": 1.0})
+
+
 def test_calibration_replaces_guesses_and_gives_a_floor() -> None:
     need = Counts({"fma_f32": 1e9}, {"dram": 1e6})
     assert DEVICE.floor_us(need, HW) is None

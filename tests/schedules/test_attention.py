@@ -250,7 +250,7 @@ def test_visited_blocks_hold_all_that_is_seen_and_little_more(data):
 def test_counts_of_an_aligned_dense_case_are_the_formula():
     w = parse_workload("cached_attention:t=1,h=8,kv=2,d=32,dv=16,cap=256")
     config = FlashConfig(1, 64, 1, 4, False)
-    counts = FLASH.counts(w, config, CPU)
+    counts = FLASH.work(w, config, CPU)
     assert counts.ops["fma_f32"] == 8 * 256 * (32 + 16)
     assert counts.ops["exp_f32"] == 8 * 256
     assert counts.bytes["dram"] == get_op(w.op).counts(w).bytes["dram"]
@@ -265,11 +265,11 @@ def test_counts_cover_what_is_necessary_and_follow_the_window(length):
     )
     for workload in (w, ring):
         space = FLASH.space(workload, CPU)
-        counts = FLASH.counts(workload, space.default, CPU)
+        counts = FLASH.work(workload, space.default, CPU)
         need = get_op(w.op).counts(workload)
         assert all(counts.ops[k] >= v for k, v in need.ops.items())
     if length == 600:  # work follows what is visible, not the capacity
-        dense, windowed = (FLASH.counts(x, FlashConfig(8, 16, 1, 4), CPU) for x in (w, ring))
+        dense, windowed = (FLASH.work(x, FlashConfig(8, 16, 1, 4), CPU) for x in (w, ring))
         assert windowed.ops["fma_f32"] < dense.ops["fma_f32"] / 8
 
 

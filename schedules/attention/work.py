@@ -1,0 +1,91 @@
+"""The work of a flash attention kernel, from its extents and config, at the op's nominal KV length."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from mimo_compile.ir.counts import Counts
+from mimo_compile.ir.hardware import Hardware
+from mimo_compile.schedules.attention.reach import Tiling, visited
+from mimo_compile.schedules.emit.vector import LANES
+from mimo_compile.schedules.work import Stream, Tile, work
+
+
+def flash_work(
+    s: Tiling, length: int, splits: int, hardware: Hardware, *, parallel: bool
+) -> Counts:
+    """Return the counts on whole steps: scores of every visited slot, values of the written ones.
+
+    Args:
+        s: Sizes of the kernel.
+        length: Positions in the cache, those of this step's tokens among them.
+        splits: Parts of the keys.
+        hardware: Whose caches and threads count.
+        parallel: Tasks are spread over threads.
+    """
+    p, height, width = s.p, float(s.height), float(s.columns * LANES)
+    steps, live = visited(s, length - p["t"], p["t"], np.arange(0, p["t"], s.tokens))
+    scored, valued = steps * s.blocks * LANES, live
+    slots, values, turns = (float(n.sum()) for n in (scored, valued, steps))
+    heads = float(p["kv"])
+    ops = {
+        "fma_f32": heads * height * (slots * p["d"] + values * width),
+        "exp_f32": heads * height * slots,
+        # maximum and difference of each score; the output is scaled in each step
+        "add_f32": heads * height * (2.0 * slots + turns * width),
+    }
+    if splits > 1:
+        ops["fma_f32"] += heads * s.tiles * height * splits * width
+    tasks, share = _spread(s, steps + 1.0, splits, hardware.threads if parallel else 1)
+    row_tiles = sum(count for _, count in s.row_tiles())
+    rows = min(s.rows, s.height)
+    step = 4.0 * s.blocks * LANES
+    useful = float(p["t"]) / (s.tiles * s.tokens) * (p["dv"] + p["d"]) / (p["d"] + width)
+    return work(
+        ops,
+        _streams(s, length, slots, values, splits, row_tiles),
+        hardware,
+        tasks=tasks,
+        share=share,
+        useful=useful,
+        tile=Tile(max(1, s.registers // rows), rows, step * p["d"] + 4.0 * height * p["d"]),
+    )
+
+
+def _spread(s: Tiling, cost: Any, splits: int, threads: int) -> tuple[int, float]:
+    """Return the tasks, and the part of their cost that falls to the busiest of the threads."""
+    heads = int(s.p["kv"])
+    tasks = heads * s.tiles * splits
+    if threads == 1 or tasks == 1:
+        return 1, 1.0
+    tile = np.arange(s.tiles)  # tiles come alternately from both ends
+    order = np.where(tile % 2 == 0, tile // 2, s.tiles - 1 - tile // 2)
+    each = np.tile(np.repeat(cost[order], splits), heads)
+    run = -(-tasks // min(tasks, threads))
+    return tasks, float(np.add.reduceat(each, np.arange(0, tasks, run)).max() / each.sum())
+
+
+def _streams(
+    s: Tiling, length: int, slots: float, values: float, splits: int, row_tiles: int
+) -> list[Stream]:
+    """Return what tiles of queries pass over: caches once a tile, steps once a register tile."""
+    p = s.p
+    width = s.columns * LANES
+    read = min(length, p["window"] + p["t"] - 1) if p["window"] else length
+    once = 4.0 * p["kv"] * read
+    keys, held = slots / read, values / read  # passes over the caches by all tiles together
+    between = 4.0 * (slots * p["d"] + values * width) / s.tiles / splits
+    state = 4.0 * s.height * (p["d"] + width + s.blocks * LANES)
+    step = 4.0 * s.blocks * LANES
+    out = [
+        Stream(once * p["d"], ((keys, between + state), (row_tiles, step * p["d"] + state))),
+        Stream(once * p["dv"], ((held, between + state), (row_tiles, step * width + state))),
+        Stream(4.0 * p["t"] * p["h"] * p["d"]),
+        Stream(4.0 * p["t"] * p["h"] * p["dv"]),
+    ]
+    if splits > 1:
+        parts = 4.0 * p["kv"] * s.tiles * splits * s.height * (width + 2)
+        out.append(Stream(parts, ((2, 0.0),), made=True))
+    return out

@@ -1,0 +1,96 @@
+"""The work of an expert kernel, from its extents and config, for tokens that choose experts evenly."""
+
+from __future__ import annotations
+
+from mimo_compile.ir.counts import Counts
+from mimo_compile.ir.hardware import Hardware
+from mimo_compile.schedules.emit.dot import DOTS, float_work
+from mimo_compile.schedules.emit.layout import ROWS
+from mimo_compile.schedules.emit.matrix import Matrix
+from mimo_compile.schedules.moe.problem import MoeConfig, Problem
+from mimo_compile.schedules.work import Stream, Tile, busiest, work
+
+
+def expert_work(problem: Problem, config: MoeConfig, hardware: Hardware) -> Counts:
+    """Return the counts under uniform routing, over padded extents."""
+    p = problem
+    hit = p.e * (1 - (1 - p.k / p.e) ** p.t)
+    visits = hit * _tiles(p.slots / hit, config.tokens)
+    threads = hardware.threads if config.parallel else 1
+    tokens = min(config.tokens, max(1.0, p.slots / hit))
+    lanes = DOTS[config.dot].lanes if config.dot in DOTS else ROWS
+    tasks13, tasks2 = p.w13.row_blocks // config.rows13, p.w2.row_blocks // config.rows2
+    cost13 = 2.0 * p.w13.row_blocks * p.d
+    cost2 = 1.0 * p.w2.row_blocks * p.f
+    share = cost13 * busiest(tasks13, threads) + cost2 * busiest(tasks2, threads)
+    panel = 2 * config.rows13 * p.w13.block_bytes
+    row = _row_bytes(p.w13, config)
+    return work(
+        _arithmetic(p, config, visits),
+        _streams(p, config, hit, visits),
+        hardware,
+        tasks=max(tasks13, tasks2) if threads > 1 else 1,
+        share=share / (cost13 + cost2),
+        useful=(2 * p.w13.useful + p.w2.useful) / 3,
+        tile=Tile(2 * config.rows13 * ROWS / lanes, tokens, panel + tokens * row, lanes),
+    )
+
+
+def _tiles(slots: float, size: int) -> float:
+    """Return the register tiles that an expert's slots take: whole ones, then halves of halves."""
+    whole, rest = divmod(max(1, round(slots)), size)
+    return whole + rest.bit_count()
+
+
+def _row_bytes(matrix: Matrix, config: MoeConfig) -> float:
+    """Return the bytes that a tile reads of one slot."""
+    if config.dot not in DOTS:
+        return 4.0 * matrix.k
+    width = 1.0 if DOTS[config.dot].activation == "int8" else 4.0
+    return matrix.codes.k_padded * width
+
+
+def _arithmetic(p: Problem, config: MoeConfig, visits: float) -> dict[str, float]:
+    """Return dots or multiply-adds for each slot, unpacking for each visit of a register tile."""
+    ops: dict[str, float] = {"exp_f32": float(p.slots * p.w13.row_blocks * ROWS)}
+
+    def add(kind: str, amount: float) -> None:
+        ops[kind] = ops.get(kind, 0.0) + amount
+
+    for matrix, halves in ((p.w13, 2), (p.w2, 1)):
+        rows = float(halves * matrix.row_blocks * ROWS)
+        layout = matrix.codes
+        if config.dot in DOTS:
+            dot = DOTS[config.dot](layout)
+            steps = rows / dot.lanes * layout.blocks
+            for kind, amount in dot.work.items():
+                add(kind, amount * steps * p.slots)
+            for kind, amount in dot.unpack_work.items():
+                add(kind, amount * steps * visits)
+            add("fma_f32", rows * layout.groups * p.slots * (2 if p.fmt.has_zero else 1))
+        else:
+            add("fma_f32", rows * matrix.k * p.slots)
+            if not p.fmt.is_float:
+                for kind, amount in float_work(layout, config.dot).items():
+                    add(kind, amount * rows * matrix.k * visits)
+    add("fma_f32", float(p.slots * p.d))
+    return ops
+
+
+def _streams(p: Problem, config: MoeConfig, hit: float, visits: float) -> list[Stream]:
+    """Return what both matmuls pass over: in each task all hit experts, one tile of slots at a time."""
+    out = [Stream(8.0 * p.t * p.d + 8.0 * p.slots)]
+    for matrix, halves, rows, source in (
+        (p.w13, 2, config.rows13, p.t),
+        (p.w2, 1, config.rows2, p.slots),
+    ):
+        row = _row_bytes(matrix, config)
+        panel = halves * rows * matrix.block_bytes
+        tasks = matrix.row_blocks / rows
+        weights = hit * halves * matrix.row_blocks * matrix.block_bytes
+        out.append(Stream(weights, ((visits / hit, panel + config.tokens * row),)))
+        # a task reads each slot's row once; the next task comes after all panels and rows
+        activations = ((p.slots / source, hit * panel), (tasks, hit * panel + source * row))
+        out.append(Stream(source * row, activations, made=True))
+    hidden = 4.0 * p.slots * p.w13.row_blocks * ROWS
+    return [*out, Stream(hidden, made=True), Stream(4.0 * p.slots * p.d, ((2, 0.0),), made=True)]

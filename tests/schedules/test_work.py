@@ -1,0 +1,146 @@
+"""Work without code: what every schedule says of a config, the levels that passes read from, shares."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from harness import sample_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mimo_compile.ir.counts import LEVELS, TRAITS
+from mimo_compile.ir.hardware import PRESETS
+from mimo_compile.ir.ops import get_op, parse_workload
+from mimo_compile.schedules import SCHEDULES, get_schedule
+from mimo_compile.schedules.base import Schedule
+from mimo_compile.schedules.emit import build
+from mimo_compile.schedules.mpgemm.problem import GemmConfig
+from mimo_compile.schedules.work import Stream, busiest, moved
+
+V3, V4 = (PRESETS[n].with_threads(2) for n in ("x86-64-v3", "sapphirerapids"))
+WORKLOADS = {
+    "mpgemm.x86_vnni": ["mpgemm:m=1,n=70,k=192,w=w4g64,a=a8", "mpgemm:m=9,n=200,k=100,w=w8,a=a8"],
+    "mpgemm.x86_portable": ["mpgemm:m=5,n=70,k=192,w=w2zg32,a=a8", "mpgemm:m=4,n=70,k=64,w=w4g64"],
+    "mpgemm.x86_float": ["mpgemm:m=1,n=70,k=192,w=bf16", "mpgemm:m=33,n=70,k=50,bias=1"],
+    "moe.x86_vnni": ["moe:t=5,e=8,k=2,d=64,f=48,w=w4g32,a=a8"],
+    "moe.x86_float": ["moe:t=1,e=8,k=2,d=64,f=48,w=bf16", "moe:t=9,e=4,k=2,d=64,f=48,w=w4g32"],
+    "cached_attention.x86_flash": [
+        "cached_attention:t=1,h=8,kv=2,d=32,dv=16,cap=300",
+        "cached_attention:t=40,h=4,kv=2,d=24,dv=20,cap=200,window=33,sink=1",
+    ],
+    "kv_append.x86": ["kv_append:t=3,h=4,kv=2,d=24,dv=20,cap=40,rot=8"],
+    "route.x86": ["route:t=3,e=20,k=2,scoring=softmax"],
+    "rms_norm.x86": ["rms_norm:t=3,d=70,residual=1"],
+    "rope_table.x86": ["rope_table:t=3,rot=16"],
+    "swiglu.x86": ["swiglu:t=3,f=70"],
+    "embed.x86": ["embed:t=3,v=50,d=70"],
+}
+CASES = [(name, text) for name, texts in WORKLOADS.items() for text in texts]
+
+
+def test_every_schedule_is_here():
+    assert set(WORKLOADS) == {name for entries in SCHEDULES.values() for name in entries}
+
+
+@pytest.mark.parametrize("hardware", [V3, V4], ids=lambda h: h.name)
+@pytest.mark.parametrize(("name", "text"), CASES)
+def test_work_is_what_the_kernel_declares_and_takes_no_code(name, text, hardware, monkeypatch):
+    schedule, workload = get_schedule(name), parse_workload(text)
+    assert type(schedule).work is not Schedule.work
+    if not schedule.supports(workload, hardware):
+        return
+    need = get_op(workload.op).counts(workload)
+    config = sample_config(schedule, workload, hardware, seed=1)
+    declared = schedule.lower(workload, config, hardware).counts
+    monkeypatch.setattr(type(schedule), "lower", None)
+    monkeypatch.setattr(build, "function", None)
+    for seed in range(1, 30):
+        config = sample_config(schedule, workload, hardware, seed)
+        seen = schedule.work(workload, config, hardware)
+        if seed == 1:
+            assert seen == declared
+        far = [seen.bytes[level] for level in LEVELS]
+        assert far == sorted(far) and far[0] > 0  # no level gives more than the one in front of it
+        assert far[0] >= need.bytes["dram"] * (1 - 1e-9)
+        assert set(seen.traits) == set(TRAITS)
+        parallel = config.parallel and seen.traits["tasks"] > 1
+        assert (1 / 2 if parallel else 1) - 1e-9 <= seen.traits["share"] <= 1 + 1e-9
+        assert seen.traits["tasks"] == 1 or config.parallel
+        assert 0 < seen.traits["useful"] <= 1 + 1e-9
+        assert seen.traits["tile_bytes"] > 0
+
+
+def test_a_pass_reads_from_the_nearest_cache_that_holds_what_came_between():
+    sizes = [1 << 10, V4.l1d_bytes + 1, V4.l2_bytes + 1, V4.l3_bytes + 1]
+    for i, between in enumerate(sizes):
+        got = moved([Stream(100.0, ((7, between),))], V4)
+        # the first pass comes from memory through all levels, the other six from level i on
+        assert [got[level] for level in reversed(LEVELS)] == [700.0] * (i + 1) + [100.0] * (3 - i)
+    inner = moved([Stream(100.0, ((2, 10.0), (5, V4.l1d_bytes + 1)))], V4)
+    assert (inner["l1"], inner["l2"], inner["l3"]) == (1000.0, 500.0, 100.0)
+    made = moved([Stream(100.0, made=True), Stream(2.0 * V4.l1d_bytes, made=True)], V4)
+    assert made["l1"] == 100 + 2 * V4.l1d_bytes
+    assert made["l2"] == 2 * V4.l1d_bytes and made["l3"] == made["dram"] == 0
+
+
+@given(tasks=st.integers(1, 300), threads=st.integers(1, 64))
+def test_the_busiest_thread(tasks, threads):
+    run = -(-tasks // min(tasks, threads))  # how TVM cuts a parallel loop
+    shares = [len(range(tasks)[i * run : (i + 1) * run]) for i in range(threads)]
+    assert sum(shares) == tasks
+    assert busiest(tasks, threads) == max(shares) / tasks
+
+
+def test_tiles_save_traffic_and_orders_differ():
+    text = "mpgemm:m=64,n=4096,k=4096,w=w8,a=a8"
+    schedule, workload = get_schedule("mpgemm.x86_vnni"), parse_workload(text)
+
+    def seen(**knobs):
+        return schedule.work(workload, GemmConfig(dot="vnni512", **knobs), V4)
+
+    small, large = seen(rows=1, tokens=1), seen(rows=4, tokens=4)
+    assert large.bytes["l1"] < small.bytes["l1"] / 3
+    assert large.traits["loads"] < small.traits["loads"]
+    # weights of a chunk that overflow the cache are read again for each tile of tokens
+    by_rows, by_tokens = (
+        seen(rows=4, tokens=4, chunk=8, order=order) for order in ("rows", "tokens")
+    )
+    assert by_tokens.bytes["l2"] >= by_rows.bytes["l2"]
+    assert seen(rows=8, chunk=8, parallel=True).traits["share"] == 0.5
+    assert seen(rows=4, chunk=1).traits["share"] == 1
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_share_of_a_parallel_matmul_counts_row_blocks(data):
+    n, rows, chunk = (data.draw(st.integers(1, most)) for most in (900, 8, 8))
+    threads = data.draw(st.integers(2, 8))
+    hardware = PRESETS["sapphirerapids"].with_threads(threads)
+    workload = parse_workload(f"mpgemm:m=1,n={n},k=64,w=w8,a=a8")
+    config = GemmConfig(rows=rows, chunk=chunk, parallel=True, dot="vnni512")
+    got = get_schedule("mpgemm.x86_vnni").work(workload, config, hardware).traits
+    blocks = -(-n // 16)
+    tiles = [min(rows, blocks - i) for i in range(0, blocks, rows)]
+    tasks = [sum(tiles[i : i + chunk]) for i in range(0, len(tiles), chunk)]
+    run = -(-len(tasks) // min(len(tasks), threads))
+    assert got["share"] == max(sum(tasks[i : i + run]) for i in range(0, len(tasks), run)) / blocks
+
+
+def test_padding_is_not_useful():
+    schedule = get_schedule("mpgemm.x86_float")
+    config = GemmConfig()
+    exact, padded = (
+        schedule.work(parse_workload(f"mpgemm:m=1,n={n},k=64"), config, V4) for n in (64, 49)
+    )
+    assert exact.traits["useful"] == 1 and padded.traits["useful"] == 49 / 64
+
+
+def test_causal_prefill_shares_fall_on_both_threads():
+    schedule = get_schedule("cached_attention.x86_flash")
+    workload = parse_workload("cached_attention:t=256,h=4,kv=1,d=64,dv=64,cap=256")
+    make = schedule.config
+    even = schedule.work(workload, make(8, 64, 1, 4, True), V4).traits["share"]
+    assert 0.5 <= even < 0.55  # tiles come alternately from both ends
+    assert schedule.work(workload, make(64, 64, 1, 4, True), V4).traits["tasks"] == 4
+    alone = schedule.work(workload, make(8, 64, 1, 4, False), V4)
+    assert alone.traits["share"] == 1 and np.isclose(alone.bytes["dram"], 4 * 256 * 128 * 5)
