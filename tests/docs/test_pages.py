@@ -133,7 +133,7 @@ def test_every_page_is_in_the_index() -> None:
 def test_files_that_pages_name_exist(topic: str) -> None:
     """Those of the tables; what the example adds is not there yet."""
     text = (DOCS / f"add-{topic}.md").read_text()
-    new = {Path(n).stem for n in EXAMPLES} | {"hwmon", "npz", "test_npz"}
+    new = {Path(n).stem for n in EXAMPLES} | {"hwmon", "nibbles"}
     for name in re.findall(r"`((?:ir|schedules|search|tests|mimo_compile)/[\w/]+\.py)`", text):
         assert (ROOT / name).exists() or Path(name).stem in new, name
 
@@ -218,6 +218,17 @@ def test_tuning_page_has_every_field_verdict_and_name() -> None:
     assert {str(v) for v in Verdict} <= text
     assert set(STRATEGIES) <= text
     assert set(METERS) - {"modelled", "replay"} <= text
+
+
+def test_plug_in_page_has_every_group() -> None:
+    from mimo_compile import schedules
+    from mimo_compile.frontend import weights
+    from mimo_compile.search import meters, strategies
+
+    text = (DOCS / "plug-ins.md").read_text()
+    for room in (schedules, strategies, meters, weights):
+        group = room._KIND.group
+        assert f'[project.entry-points."{group}"]' in text and f"| `{group}` |" in text
 
 
 def test_limits_that_pages_state() -> None:
