@@ -1,6 +1,7 @@
 """Damaged, incomplete and unsupported model folders: one clear line that names file, cause and remedy."""
 
 import json
+import os
 import shutil
 import struct
 
@@ -97,6 +98,41 @@ def test_damaged_headers(folder, shards):
     refused(shards, "tensor lm_head.weight is not in")
     index.write_text(json.dumps({"weight_map": [1]}))
     refused(shards, "no weight_map")
+
+
+def test_hostile_json_is_refused(folder):
+    path, config = folder / "model.safetensors", folder / "config.json"
+    data, text = path.read_bytes(), config.read_text()
+    length = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + length].decode()
+    first = next(name for name in json.loads(header) if name != "__metadata__")
+    shape = f'"shape":{json.dumps(json.loads(header)[first]["shape"], separators=(",", ":"))}'
+    assert shape in header
+    deep = '{"a":' * 100_000 + "1" + "}" * 100_000
+    for bad in (
+        deep,
+        header.rstrip()[:-1] + f',"{first}":{json.dumps(json.loads(header)[first])}}}',
+        header.replace(shape, '"shape":[1e400,4]'),
+        header.replace(shape, f'"shape":[{"9" * 5000},4]'),
+    ):
+        path.write_bytes(struct.pack("<Q", len(bad)) + bad.encode() + data[8 + length :])
+        refused(folder, "header of model.safetensors is damaged")
+    path.write_bytes(data)
+    for bad in (deep, text.replace("{", f'{{"a": {"9" * 5000}, ', 1)):
+        config.write_text(bad)
+        refused(folder, "not readable JSON")
+    for name in ("num_hidden_layers", "vocab_size"):
+        config.write_text(json.dumps({**json.loads(text), name: 10**12}))
+        refused(folder, name if name == "num_hidden_layers" else "config.json says")
+    config.write_text(json.dumps({**json.loads(text), "rope_scaling": {"rope_type": "odd"}}))
+    refused(folder, "rope type 'odd' is not supported")  # though rope_parameters is good
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_pipes_are_not_waited_for(folder, name):
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    refused(folder, "not a regular file")
 
 
 @pytest.mark.fuzz

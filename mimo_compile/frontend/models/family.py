@@ -18,6 +18,9 @@ from mimo_compile.frontend.weights.checkpoint import Checkpoint
 Names = dict[str, str]
 """Weight of a layer (``q``, ``gate``, ``experts.gate`` ...) -> tensor name; ``{e}`` stands for the expert."""
 
+MOST = 10_000
+"""Layers of a model, and experts of a layer: far beyond any, and soon listed."""
+
 
 class Family(Protocol):
     """The two functions of a family's module."""
@@ -47,13 +50,17 @@ class Fields:
         value = self.raw.get(name)
         return default if value is None else value
 
-    def integer(self, name: str, default: int | None = None, low: int = 1) -> int:
-        """Return an integer of at least ``low``; required without a default."""
+    def integer(
+        self, name: str, default: int | None = None, low: int = 1, high: int | None = None
+    ) -> int:
+        """Return an integer from ``low`` to ``high``; required without a default."""
         value = self.get(name, default)
         if value is None:
             raise self.fail(f"{name} is missing")
         if isinstance(value, bool) or not isinstance(value, int) or value < low:
             raise self.fail(f"{name} must be an integer of at least {low}, found {value!r}")
+        if high is not None and value > high:
+            raise self.fail(f"{name}={value} is beyond the {high} that are supported")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
@@ -122,11 +129,12 @@ def read_rope(
     Returns:
         ``rope_theta``, ``rotary_dim`` and ``rope_scaling`` of a `LayerSpec`.
     """
-    given = fields.get("rope_parameters", fields.get("rope_scaling", {}))
+    # transformers too prefers the older field where both are given
+    given = fields.get("rope_scaling") or fields.get("rope_parameters", {})
     if isinstance(given, dict) and layer_type is not None:
         given = given.get(layer_type, given)
     if not isinstance(given, dict):
-        raise fields.fail(f"rope_parameters must be an object, found {given!r}")
+        raise fields.fail(f"rope_scaling or rope_parameters must be an object, found {given!r}")
     top = {name: fields.get(name) for name in ("rope_theta", "partial_rotary_factor")}
     rope = Fields({**{k: v for k, v in top.items() if v is not None}, **given}, fields.file)
     dim = int(d * rope.number("partial_rotary_factor", 1.0))
@@ -194,7 +202,7 @@ def dense_decoder(
     """Configure an ordinary dense decoder (Llama, Qwen2, Qwen3)."""
     fields.require("hidden_act", ("silu",))
     heads, kv_heads, d = head_dims(fields)
-    count = fields.integer("num_hidden_layers")
+    count = fields.integer("num_hidden_layers", high=MOST)
     rope = read_rope(fields, d, theta=10000.0)
     ffn = fields.integer("intermediate_size")
     layers = tuple(

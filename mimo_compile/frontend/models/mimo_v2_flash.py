@@ -13,7 +13,13 @@ import re
 from typing import Any
 
 from mimo_compile.frontend.models.decoder import DecoderConfig, LayerSpec
-from mimo_compile.frontend.models.family import Fields, Names, read_rope, standard_names
+from mimo_compile.frontend.models.family import (
+    MOST,
+    Fields,
+    Names,
+    read_rope,
+    standard_names,
+)
 from mimo_compile.frontend.weights.checkpoint import Checkpoint
 
 __all__ = ["configure", "layer_names"]
@@ -28,7 +34,7 @@ def configure(fields: Fields, checkpoint: Checkpoint) -> DecoderConfig:
     fields.require("topk_method", ("noaux_tc",))
     fields.require("scoring_func", ("sigmoid", "softmax"))
     fields.require("attention_projection_layout", ("split", "separate"))
-    count = fields.integer("num_hidden_layers")
+    count = fields.integer("num_hidden_layers", high=MOST)
     published = fields.get("hybrid_layer_pattern") is not None
     if published:
         sliding = fields.per_layer("hybrid_layer_pattern", count, (0, 1)) or []
@@ -128,7 +134,7 @@ def _heads(fields: Fields, heads: int, kv_heads: int) -> dict[str, Any]:
 
 
 def _experts(fields: Fields) -> dict[str, Any]:
-    experts = fields.integer("n_routed_experts")
+    experts = fields.integer("n_routed_experts", high=MOST)
     top_k, groups = fields.integer("num_experts_per_tok"), fields.integer("n_group", 1)
     top_groups = fields.integer("topk_group", 1)
     if experts % groups or top_groups > groups or top_k > experts // groups * top_groups:

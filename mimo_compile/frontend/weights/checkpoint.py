@@ -29,11 +29,13 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         InputError: the file is missing, unreadable or holds something else.
     """
+    if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+        raise InputError(f"{path.name} is not a regular file", file=path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path.name} is missing", file=path) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # nesting, or endless numbers
         raise InputError(f"{path.name} is not readable JSON: {error}", file=path) from error
     if not isinstance(content, dict):
         raise InputError(f"{path.name} must hold a JSON object", file=path)

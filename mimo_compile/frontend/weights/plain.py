@@ -80,6 +80,8 @@ def read_header(path: Path) -> dict[str, Entry]:
     Raises:
         InputError: missing, too short, damaged, or the data is shorter than the header says.
     """
+    if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+        raise InputError(f"{path.name} is not a regular file", file=path)
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -90,10 +92,10 @@ def read_header(path: Path) -> dict[str, Entry]:
                     file=path,
                     remedy="Download it again",
                 )
-            header = json.loads(file.read(length))
+            header = json.loads(file.read(length), object_pairs_hook=_unique)
     except FileNotFoundError:
         raise InputError(f"{path.name} is missing", file=path) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"the header of {path.name} is damaged: {error}", file=path) from error
     if not isinstance(header, dict):
         raise InputError(f"the header of {path.name} is damaged: no object", file=path)
@@ -104,7 +106,7 @@ def read_header(path: Path) -> dict[str, Entry]:
         for name, info in header.items():
             entries[name] = Entry(path, tuple(int(n) for n in info["shape"]), str(info["dtype"]))
             end = max(end, int(info["data_offsets"][1]))
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
         raise InputError(
             f"the header of {path.name} is damaged at {name!r}: {error}", file=path
         ) from error
@@ -116,3 +118,10 @@ def read_header(path: Path) -> dict[str, Entry]:
             remedy="Download it again",
         )
     return entries
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return found
