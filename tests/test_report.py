@@ -154,3 +154,10 @@ def test_gather_refuses_what_it_does_not_know(tmp_path) -> None:
 def _empty(path: Path) -> Path:
     Database(path).close()
     return path
+
+
+def test_records_of_workloads_that_no_op_takes(tmp_path: Path) -> None:
+    with Database(tmp_path / "odd.db") as db:
+        db.add(make_record("mpgemm:m=x,n=1", 0), make_record("frob:m=1", 1))
+    write_report(tmp_path / "odd.db", tmp_path / "r.html")
+    assert "mpgemm:m=x" in (tmp_path / "r.html").read_text()

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from mimo_compile.errors import InputError
 from mimo_compile.ir.hardware import Hardware, local_cpu
-from mimo_compile.ir.workload import Workload
 from mimo_compile.runtime.program import Choice, Manifest
 from mimo_compile.search.lookup import Result, pareto, summarise, use_measured
 from mimo_compile.search.records import Record, decode
@@ -204,10 +203,11 @@ def _default(workload: str, results: Sequence[Result], local: Hardware | None) -
     if local is None or not results:
         return None
     from mimo_compile.errors import MimoError
+    from mimo_compile.ir.ops import parse_workload
     from mimo_compile.search.space import JointSpace
 
     try:
-        default = JointSpace(Workload.parse(workload), local).defaults()[0]
+        default = JointSpace(parse_workload(workload), local).defaults()[0]
     except (MimoError, ImportError):
         return None
     return next(

@@ -128,6 +128,12 @@ def test_hostile_json_is_refused(folder):
     refused(folder, "rope type 'odd' is not supported")  # though rope_parameters is good
 
 
+@pytest.mark.parametrize("data", [b"{}", b"\xff\xfe", b"", b"[" * 100_000])
+def test_damaged_tokenizers(folder, data):
+    (folder / "tokenizer.json").write_bytes(data)
+    refused(folder, r"tokenizer\.json cannot be read")
+
+
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_pipes_are_not_waited_for(folder, name):
     (folder / name).unlink()
@@ -291,7 +297,9 @@ def test_generation_settings_and_tokenizer(folder, tools):
     (folder / "generation_config.json").write_text(
         json.dumps({"eos_token_id": [2, 5], "temperature": 0.6, "top_k": None, "do_sample": True})
     )
-    (folder / "tokenizer.json").write_text("{}")
+    from tokenizers import Tokenizer, models
+
+    Tokenizer(models.BPE()).save(str(folder / "tokenizer.json"))
     loaded = load_checkpoint(folder, NONE)
     assert loaded.decoder.config.eos == (2, 5)
     assert loaded.generation == {"do_sample": True, "temperature": 0.6}

@@ -122,9 +122,24 @@ class Checkpoint(ABC):
         return json.dumps(self.config, indent=1, sort_keys=True).encode()
 
     def tokenizer_json(self) -> bytes | None:
-        """Return the tokenizer in the form of ``tokenizer.json`` (None: there is none)."""
+        """Return the tokenizer in the form of ``tokenizer.json`` (None: there is none).
+
+        Raises:
+            InputError: the file cannot be read, or is no tokenizer.
+        """
         path = self.source / "tokenizer.json"
-        return path.read_bytes() if path.is_file() else None
+        if not path.is_file():
+            return None
+        from tokenizers import Tokenizer
+
+        try:
+            data = path.read_bytes()
+            Tokenizer.from_str(data.decode("utf-8"))
+        except Exception as error:  # the package raises nothing more special
+            raise InputError(
+                f"tokenizer.json cannot be read: {error}", file=path, remedy="Download it again"
+            ) from error
+        return data
 
     def generation(self) -> dict[str, Any]:
         """Return defaults of generation, in the form of ``generation_config.json``."""
