@@ -116,6 +116,8 @@ def _dispatch(arguments: list[str], console: Console) -> int:
     args = parser.parse_args(rest)
     if args.threads is not None and args.threads < 1:
         raise UsageError(f"--threads {args.threads} is not a positive number")
+    if args.seed < 0:
+        raise UsageError(f"--seed {args.seed} is negative")
     args.console = console
     with console.guard_stdout():
         return int(module.run(args))

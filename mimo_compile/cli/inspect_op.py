@@ -84,11 +84,11 @@ def _show(console: Console, value: dict[str, Any]) -> None:
     console.say(f"{value['workload']} on {value['target']}, {value['threads']} threads")
     moved = value["necessary"]["bytes"].get("dram", 0.0)
     work = ", ".join(f"{number(n)} {k}" for k, n in value["necessary"]["ops"].items())
-    rates = (
-        "calibrated" if value["calibrated"] else "guessed, see `mimo-compile targets --calibrate`"
-    )
+    rates = "calibrated rates"
+    if not value["calibrated"]:
+        rates = "guessed rates: `mimo-compile targets --calibrate` measures them"
     console.say(
-        f"necessary: {size(moved)}, {work}; roofline {number(value['roofline_us'])} us ({rates} rates)"
+        f"necessary: {size(moved)}, {work}; roofline {number(value['roofline_us'])} us ({rates})"
     )
     console.say("configs: " + ", ".join(f"{n} {s}" for n, s in value["spaces"].items()))
     console.say(f"{value['measured']} candidates measured on this target\n")

@@ -87,6 +87,7 @@ def test_no_arguments_show_the_help_and_are_wrong_usage(cli) -> None:
         (["run"], "OUT.mimo"),
         (["run", "x.mimo", "--prompt", "a", "--frobnicate"], "--frobnicate"),
         (["run", "x.mimo", "--prompt", "a", "--threads", "0"], "--threads 0"),
+        (["verify", "x.mimo", "--seed", "-1"], "--seed -1 is negative"),
         (["compile", "tiny"], "-o/--output"),
         (["compile", "tiny", "-o", "x.bin"], "should end in .mimo"),
         (["compile", "tiny", "-o", "no/such/folder/x.mimo"], "does not exist"),
