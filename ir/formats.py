@@ -119,11 +119,16 @@ class WeightFormat:
         return {"complex2wl": 2, "complex2wl2": 4}.get(self.name.split("g")[0], 1)
 
     @property
+    def dense(self) -> bool:
+        """True if the name asks for codes that are packed across bits: five ternary ones a byte."""
+        return self.name.startswith("w1.58d")
+
+    @property
     def bits_per_weight(self) -> float:
         """Bits that one real weight ``[n, k]`` needs without scales, densely packed."""
         if self.family == "complex":
             return self.bits * self.terms / 4
-        return 1.6 if self.name.startswith("w1.58d") else float(self.bits)
+        return 1.6 if self.dense else float(self.bits)
 
     def code_shape(self, n: int, k: int) -> tuple[int, int]:
         """Return the shape of the codes of a matrix ``[n, k]``."""

@@ -12,7 +12,10 @@ from mimo_compile.schedules.base import Kernel, Schedule, Space
 
 SCHEDULES: dict[str, dict[str, str]] = {
     "mpgemm": {
+        "mpgemm.x86_planes": "mpgemm.x86_dense:X86Planes",
         "mpgemm.x86_vnni": "mpgemm.x86_vnni:X86Vnni",
+        "mpgemm.x86_strits": "mpgemm.x86_dense:X86SignedTrits",
+        "mpgemm.x86_trits": "mpgemm.x86_dense:X86Trits",
         "mpgemm.x86_portable": "mpgemm.x86_portable:X86Portable",
         "mpgemm.x86_float": "mpgemm.x86_float:X86Float",
     },

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.schedules.emit.build import Register, T, bind, splat, store, vector_type
 from mimo_compile.schedules.emit.layout import CodeLayout
+from mimo_compile.schedules.emit.unpack import field, unpack
 
 PERMUTE = "llvm.x86.avx512.permvar.sf.512"
 """Picks 16 floats by the low 4 bits of 16 indices."""
@@ -24,20 +25,10 @@ MAX_ACTIVATION = 127
 
 
 def exact(codes: CodeLayout) -> bool:
-    """Say whether the format has integer codes and a row's sum fits 32 bits."""
-    if not codes.fmt.is_integer:
+    """Say whether the layout holds the format's integer codes and a row's sum fits 32 bits."""
+    if not codes.fmt.is_integer or (codes.fmt.dense and not codes.dense):
         return False
-    return codes.fmt.max_code * MAX_ACTIVATION * codes.k_padded < 2**31
-
-
-def field(words: Any, shift: int, bits: int, lanes: int) -> Any:
-    """Return ``(words >> shift) & (2**bits - 1)`` in each byte's place: ``bits`` bits a byte."""
-    mask = ((1 << bits) - 1) * 0x01010101
-    if shift:
-        words = T.shift_right(words, splat(T.int32(shift), lanes))
-    if bits == 8:
-        return words
-    return T.bitwise_and(words, splat(T.int32(mask), lanes))
+    return codes.max_value * MAX_ACTIVATION * codes.k_padded < 2**31
 
 
 def as_bytes(words: Any, lanes: int, dtype: str) -> Any:
@@ -84,7 +75,7 @@ class Dot(ABC):
     def columns(self, activations: Any, row: Any, column: Any) -> list[Any]:
         """Load the activations of one block from column ``column`` on, each in all lanes."""
         out = []
-        for p in range(self.codes.per_byte):
+        for p in range(self.codes.quads):
             four = activations[row, T.ramp(column + 4 * p, 1, 4)]
             out.append(bind(splat(T.reinterpret("int32", four), self.lanes)))
         return out
@@ -97,16 +88,12 @@ class Dot(ABC):
     @property
     def unpack_work(self) -> dict[str, float]:
         """Operations that unpack one block of ``lanes`` rows once, shared by all tokens."""
-        if self.codes.per_byte == 1:
-            return {}
-        return {"unpack_u8": float(self.lanes * self.codes.block)}
+        ops = self.codes.unpack_ops
+        return {"unpack_u8": 2.0 * self.lanes * ops} if ops else {}
 
-    def unpacked(self, words: Any) -> list[Any]:
-        """Return the block's codes as P vectors of bytes (in 32-bit lanes), each bound."""
-        bits = self.codes.lane_bits
-        if bits == 8:
-            return [words]
-        return [bind(field(words, p * bits, bits, self.lanes)) for p in range(self.codes.per_byte)]
+    def unpacked(self, lines: list[Any], constants: list[Any]) -> list[Any]:
+        """Return the operands of a block, each bound; see `unpack.unpack`."""
+        return unpack(self.codes, lines, self.lanes, constants)
 
 
 class Vnni(Dot):
@@ -155,12 +142,12 @@ class Madd(Dot):
     @property
     def pairs_fit(self) -> int:
         """Products of two that 16 bits sum exactly."""
-        return int((2**15 - 1) // (2 * self.codes.fmt.max_code * MAX_ACTIVATION))
+        return int((2**15 - 1) // (2 * self.codes.max_value * MAX_ACTIVATION))
 
     @property
     def work(self) -> dict[str, float]:
         """Products, and what widening them to 32 bits takes."""
-        parts = self.codes.per_byte
+        parts = self.codes.quads
         # 8 bits: mask, shift and mask, then twice the products, their widening and its sum
         extra = 8 if self.codes.fmt.bits == 8 else parts + -(-parts // self.pairs_fit)
         return {"dot_i8": float(self.lanes * self.codes.block), "int_op": float(self.lanes * extra)}
@@ -211,16 +198,16 @@ class FloatDot(Dot):
     @property
     def exact_blocks(self) -> int | None:
         """Blocks whose sum, started at their zero-point correction, stays below 2**24."""
-        term = 2 * self.codes.fmt.max_code * MAX_ACTIVATION
+        term = 2 * self.codes.max_value * MAX_ACTIVATION
         return max(1, (2**24 - 1) // (term * self.codes.block))
 
     def columns(self, activations: Any, row: Any, column: Any) -> list[Any]:
         """Each column in all lanes, as it is stored."""
         return [splat(activations[row, column + i], self.lanes) for i in range(self.codes.block)]
 
-    def unpacked(self, words: Any) -> list[Any]:
+    def unpacked(self, lines: list[Any], constants: list[Any]) -> list[Any]:
         """One vector of whole numbers for each column."""
-        return float_columns(self.codes, words, self.lanes)
+        return float_columns(self.codes, lines[0], self.lanes)
 
     def block(self, acc: Any, words: list[Any], x: list[Any]) -> Any:
         """See `Dot.block`."""

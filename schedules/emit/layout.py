@@ -5,6 +5,7 @@ Rows go into vector lanes: a block of 16 rows is read together, so no kernel nee
 * Integer codes ``[N, K]`` -> ``[N/16, B, 64]`` bytes, ``P = 8 / lane bits`` codes a byte. Byte
   ``4 * n + j`` of block ``b`` holds, from bit ``p * lane_bits`` on, the code of row ``n`` and column
   ``b * 4P + p * 4 + j``: one shift and one mask give the "16 rows x 4 columns" operand of a dot.
+  `dense` has layouts with more columns in a byte.
 * Scales and zero points ``[N, G]`` -> ``[N/16, G, 16]``.
 * Floats ``[N, K]`` -> ``[N/16, K, 16]``.
 
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +41,13 @@ class CodeLayout:
     n: int
     k: int
 
+    name: ClassVar[str] = LAYOUT_CODES
+    """For `Schedule.layouts`."""
+    dense: ClassVar[bool] = False
+    """True for layouts of `dense`."""
+    unit: ClassVar[int] = 1
+    """What a code is multiplied by when it is unpacked."""
+
     @property
     def lane_bits(self) -> int:
         """Bits that a code occupies: the next of 1, 2, 4, 8."""
@@ -51,9 +59,29 @@ class CodeLayout:
         return 8 // self.lane_bits
 
     @property
+    def quads(self) -> int:
+        """Operands of a dot in a block: vectors of 4 columns."""
+        return self.per_byte
+
+    @property
     def block(self) -> int:
-        """Columns in a block of 64 bytes."""
-        return 4 * self.per_byte
+        """Columns in a block."""
+        return 4 * self.quads
+
+    @property
+    def lines(self) -> int:
+        """Runs of 64 bytes in a block."""
+        return 1
+
+    @property
+    def unpack_ops(self) -> int:
+        """Vector operations that unpack a block."""
+        return 2 * self.quads if self.lane_bits < 8 else 0
+
+    @property
+    def max_value(self) -> int:
+        """The largest unpacked code."""
+        return self.fmt.max_code * self.unit
 
     @property
     def groups(self) -> int:
@@ -87,42 +115,53 @@ class CodeLayout:
 
     def args(self, prefix: str, lead: tuple[int, ...], scale_dtype: str) -> list[Arg]:
         """Return the packed arguments: codes, scale and, where the format has one, zero."""
+        lines = self.blocks * self.lines
         shape = (*lead, self.row_blocks, self.groups, ROWS)
         dtype = "float16" if scale_dtype == "f16" else "float32"
         out = [
-            Arg(f"{prefix}codes", "weight", (*lead, self.row_blocks, self.blocks, 64), "uint8"),
+            Arg(f"{prefix}codes", "weight", (*lead, self.row_blocks, lines, 64), "uint8"),
             Arg(f"{prefix}scale", "weight", shape, dtype),
         ]
         if self.fmt.has_zero:
             out.append(Arg(f"{prefix}zero", "weight", shape, dtype))
         return out
 
+    def pack(self, codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """Pack codes ``[..., N, K]`` to ``[..., N/16, lines, 64]``."""
+        lead = codes.shape[:-2]
+        lines = self.blocks * self.lines
+        out = np.empty((*lead, self.row_blocks, lines, 64), np.uint8)
+        for index in np.ndindex(lead):
+            for rows, chunk in _row_chunks(codes[index], self.k_padded):
+                # [row blocks, 16 rows, blocks, quads] words of four neighbouring codes
+                words = chunk.view("<u4").reshape(-1, ROWS, self.blocks, self.quads)
+                packed = self._pack_words(words)  # [row blocks, 16 rows, blocks, lines]
+                out[index][rows] = (
+                    packed.transpose(0, 2, 3, 1).copy().view(np.uint8).reshape(-1, lines, 64)
+                )
+        return out
 
-def pack_codes(layout: CodeLayout, codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """Pack codes ``[..., N, K]`` to ``[..., N/16, B, 64]``."""
-    lead = codes.shape[:-2]
-    out = np.empty((*lead, layout.row_blocks, layout.blocks, ROWS), np.uint32)
-    for index in np.ndindex(lead):
-        for rows, chunk in _row_chunks(codes[index], layout.k_padded):
-            # four neighbouring codes of a row are one little-endian word; a code shifted by
-            # p * lane_bits stays inside its byte
-            words = chunk.view("<u4").reshape(-1, ROWS, layout.blocks, layout.per_byte)
-            packed = words[..., 0].copy()
-            for p in range(1, layout.per_byte):
-                packed |= words[..., p] << np.uint32(p * layout.lane_bits)
-            out[index][rows] = packed.transpose(0, 2, 1)
-    return out.view(np.uint8).reshape(*lead, layout.row_blocks, layout.blocks, 64)
+    def unpack(self, packed: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """Return codes ``[..., N, K]`` from `pack`."""
+        lead = packed.shape[:-3]
+        words = packed.view("<u4").reshape(-1, self.blocks, self.lines, ROWS)
+        quads = self._unpack_words(np.ascontiguousarray(words.transpose(0, 3, 1, 2)))
+        codes = np.ascontiguousarray(quads, dtype="<u4").view(np.uint8)
+        flat = codes.reshape(*lead, self.row_blocks * ROWS, self.k_padded)
+        return np.ascontiguousarray(flat[..., : self.n, : self.k])
 
+    def _pack_words(self, words: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
+        """Return ``[..., lines]`` of ``[..., quads]``; every code is a byte of its word."""
+        packed = words[..., :1].copy()
+        for p in range(1, self.per_byte):  # a shifted code stays inside its byte
+            packed |= words[..., p : p + 1] << np.uint32(p * self.lane_bits)
+        return packed
 
-def unpack_codes(layout: CodeLayout, packed: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """Return codes ``[..., N, K]`` from `pack_codes`."""
-    lead = packed.shape[:-3]
-    x = packed.reshape(*lead, layout.row_blocks, layout.blocks, ROWS, 4)
-    mask = np.uint8((1 << layout.lane_bits) - 1)
-    parts = [(x >> np.uint8(p * layout.lane_bits)) & mask for p in range(layout.per_byte)]
-    wide = np.moveaxis(np.stack(parts, axis=-2), -3, -4)  # [..., NB, 16, B, P, 4]
-    flat = wide.reshape(*lead, layout.row_blocks * ROWS, layout.k_padded)
-    return np.ascontiguousarray(flat[..., : layout.n, : layout.k])
+    def _unpack_words(self, words: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
+        """Undo `_pack_words`."""
+        mask = np.uint32(((1 << self.lane_bits) - 1) * 0x01010101)
+        parts = [(words >> np.uint32(p * self.lane_bits)) & mask for p in range(self.per_byte)]
+        return np.concatenate(parts, axis=-1)
 
 
 def pack_rows(values: Array, dtype: Any = None) -> Array:
@@ -168,7 +207,7 @@ def pack_quantised(
     """Pack those of codes, scale and zero (under ``prefix``) that are given."""
     out: dict[str, Array] = {}
     if (name := f"{prefix}codes") in arrays:
-        out[name] = pack_codes(layout, np.ascontiguousarray(arrays[name]))
+        out[name] = layout.pack(np.ascontiguousarray(arrays[name]))
     for name in (f"{prefix}scale", f"{prefix}zero"):
         if name in arrays:
             out[name] = pack_scales(arrays[name], scale_dtype, name)

@@ -14,8 +14,8 @@ import numpy as np
 
 from mimo_compile.ir.formats import WeightFormat
 from mimo_compile.ir.ops.base import Arg, Array
+from mimo_compile.schedules.emit.dense import PACKINGS
 from mimo_compile.schedules.emit.layout import (
-    LAYOUT_CODES,
     LAYOUT_FLOAT,
     ROWS,
     CodeLayout,
@@ -39,16 +39,18 @@ class Matrix:
     prefix: str = ""
     """Of its arguments' names."""
     lead: tuple[int, ...] = ()
+    packing: str = ""
+    """Layout of integer codes (`dense.PACKINGS`)."""
 
     @property
     def codes(self) -> CodeLayout:
         """Layout of integer codes."""
-        return CodeLayout(self.fmt, self.n, self.k)
+        return PACKINGS[self.packing](self.fmt, self.n, self.k)
 
     @property
     def layout(self) -> str:
         """Name of the layout, for `Schedule.layouts`."""
-        return LAYOUT_FLOAT if self.fmt.is_float else LAYOUT_CODES
+        return LAYOUT_FLOAT if self.fmt.is_float else self.codes.name
 
     @property
     def row_blocks(self) -> int:

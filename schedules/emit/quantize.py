@@ -56,9 +56,12 @@ def quantize_row(
     k, group = layout.k, layout.fmt.group_size(layout.k)
     vectors, tail = divmod(k, LANES)
     amax = _largest(x, index, vectors, tail)
-    store(out.scale, amax / T.float32(127.0), row)
+    scale = amax / T.float32(127.0)
+    if layout.unit > 1:  # a power of two
+        scale = scale * T.float32(1 / layout.unit)
+    store(out.scale, scale, row)
     inverse = bind(T.if_then_else(amax > T.float32(0.0), T.float32(127.0) / amax, T.float32(0.0)))
-    factor = 1 if layout.late_zero else -int(layout.fmt.fixed_zero)
+    factor = 1 if layout.late_zero else -int(layout.fmt.fixed_zero) * layout.unit
 
     def quantised(column: Any, lanes: int) -> Any:
         scaled = load(x, *index, column, lanes=lanes) * splat(inverse, lanes)

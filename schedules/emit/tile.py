@@ -25,6 +25,7 @@ from mimo_compile.schedules.emit.build import (
 from mimo_compile.schedules.emit.dot import Dot, code_table, float_columns
 from mimo_compile.schedules.emit.layout import ROWS, CodeLayout
 from mimo_compile.schedules.emit.quantize import Activations
+from mimo_compile.schedules.emit.unpack import tables
 
 Out = Callable[[int, int, int, Any], None]
 """``out(r, m, lane, value)``: sums of rows ``16 * block[r] + lane`` and following, for token m."""
@@ -118,6 +119,7 @@ def _group_sums(
     grid = _grid(lanes, len(blocks), len(tokens))
     runs = dot.exact_blocks
     split = runs is not None and runs < layout.group_blocks
+    constants = tables(layout)
 
     def start(m: int, dtype: str) -> Any:
         if layout.late_zero:
@@ -132,11 +134,24 @@ def _group_sums(
                 values = [dot.columns(x.codes, t, b * layout.block) for t in tokens]
                 for r, block in enumerate(blocks):
                     if knobs.prefetch:
-                        prefetch(weights.codes, *block, b + knobs.prefetch, 0)
+                        for i in range(layout.lines):
+                            line = b * layout.lines + i + knobs.prefetch
+                            prefetch(weights.codes, *block, line, 0)
                     for h in range(ROWS // lanes):
-                        at = (*block, b, h * 4 * lanes)
-                        raw = load(weights.codes, *at, lanes=4 * lanes)
-                        words = dot.unpacked(bind(T.reinterpret(vector_type("int32", lanes), raw)))
+                        lines = [
+                            load(
+                                weights.codes,
+                                *block,
+                                b * layout.lines + i,
+                                h * 4 * lanes,
+                                lanes=4 * lanes,
+                            )
+                            for i in range(layout.lines)
+                        ]
+                        words = dot.unpacked(
+                            [bind(T.reinterpret(vector_type("int32", lanes), i)) for i in lines],
+                            constants,
+                        )
                         for m in range(len(tokens)):
                             register = acc[r, h, m]
                             register.set(dot.block(register.get(), words, values[m]))
@@ -168,7 +183,7 @@ def _group_sums(
 def _minus_zero(dot: Dot, value: Any, zero: Any, x_sum: Any, layout: CodeLayout) -> Any:
     """Return ``value - zero * x_sum`` in float32, exact for whole zero points."""
     lanes, f32 = dot.lanes, vector_type("float32", dot.lanes)
-    if layout.fmt.max_code * 127 * layout.fmt.group_size(layout.k) < 2**24:
+    if layout.max_value * 127 * layout.fmt.group_size(layout.k) < 2**24:
         return T.cast(value, f32) - zero * splat(T.cast(x_sum, "float32"), lanes)
     i32 = vector_type("int32", lanes)
     whole = bind(T.cast(zero, i32))

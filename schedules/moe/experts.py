@@ -49,7 +49,7 @@ class Experts(Schedule):
             if not problem.fmt.is_float:
                 layout = problem.layout13
                 is_int = config.dot in DOTS and config.dot != "float"
-                steps = layout.per_byte if is_int else layout.block
+                steps = layout.quads if is_int else layout.block
                 steps *= ROWS // DOTS[config.dot].lanes if config.dot in DOTS else 1
             size = most * config.tokens * steps * config.unroll
             return most * config.tokens <= 28 and (size <= 256 or most * config.tokens == 2)

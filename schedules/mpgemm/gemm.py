@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from typing import ClassVar
 
 from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.hardware import Hardware
@@ -22,6 +23,12 @@ class X86Gemm(Schedule):
 
     op = "mpgemm"
     config = GemmConfig
+    packing: ClassVar[str] = ""
+    """Layout of integer codes (`emit.dense.PACKINGS`)."""
+
+    def problem(self, workload: Workload) -> Problem:
+        """Return the workload as this schedule runs it."""
+        return Problem.of(workload, self.packing)
 
     @abstractmethod
     def body(self, problem: Problem, config: GemmConfig, hardware: Hardware) -> Callable[..., None]:
@@ -45,7 +52,7 @@ class X86Gemm(Schedule):
 
     def work(self, workload: Workload, config: GemmConfig, hardware: Hardware) -> Counts:
         """Return the kernel's work without generating it."""
-        problem = Problem.of(workload)
+        problem = self.problem(workload)
         return gemm_work(
             problem,
             config,
@@ -74,7 +81,7 @@ class X86Gemm(Schedule):
 
     def space(self, workload: Workload, hardware: Hardware) -> Space:
         """Tile, loop order, chunk, prefetch and threads."""
-        problem = Problem.of(workload)
+        problem = self.problem(workload)
         tokens = tuple(t for t in (1, 2, 4, 6, 8) if t <= problem.m)
         threads = (False, True) if hardware.threads > 1 and problem.row_blocks > 1 else (False,)
         knobs: dict[str, tuple[KnobValue, ...]] = {
@@ -127,7 +134,7 @@ class X86Gemm(Schedule):
         """
         grouped = not problem.fmt.is_float and problem.layout.groups > 1
         if problem.m == 1:
-            unroll = 1 if problem.fmt.is_float or problem.layout.per_byte == 1 else 2
+            unroll = 1 if problem.fmt.is_float or problem.layout.quads == 1 else 2
             return ((4, 1, unroll), (2, 1, unroll), (1, 1, unroll), (4, 1, 1), (2, 1, 1))
         best = (3, 4, 1) if grouped else (4, 4, 2)
         if problem.fmt.is_float or problem.act == "a16":
@@ -136,7 +143,7 @@ class X86Gemm(Schedule):
 
     def lower(self, workload: Workload, config: GemmConfig, hardware: Hardware) -> Kernel:
         """Generate the kernel of one config."""
-        problem = Problem.of(workload)
+        problem = self.problem(workload)
         name = kernel_name(self, workload, config, hardware)
         args = problem.args()
         return Kernel(
@@ -150,13 +157,13 @@ class X86Gemm(Schedule):
 
     def layouts(self, workload: Workload, config: GemmConfig) -> dict[str, str]:
         """All x86 kernels of a format read the same packed weights."""
-        return {"weight": Problem.of(workload).weight.layout}
+        return {"weight": self.problem(workload).weight.layout}
 
     def pack(
         self, workload: Workload, config: GemmConfig, arrays: Mapping[str, Array]
     ) -> dict[str, Array]:
         """Pack codes, scale, zero or w, and bias (those given)."""
-        problem = Problem.of(workload)
+        problem = self.problem(workload)
         out = problem.weight.pack(arrays)
         if "bias" in arrays:
             out["bias"] = pack_rows(arrays["bias"].reshape(-1, 1)).reshape(-1, ROWS)

@@ -29,7 +29,7 @@ class IntegerGemm(X86Gemm):
     def tile_cost(self, problem: Problem, config: GemmConfig) -> int:
         """Count dots (and multiply-adds of the float way) in the body."""
         dot = self.dot(problem, config)
-        steps = problem.layout.block if dot.activation == "float32" else problem.layout.per_byte
+        steps = problem.layout.block if dot.activation == "float32" else problem.layout.quads
         return config.rows * (ROWS // dot.lanes) * config.tokens * config.unroll * steps
 
     def scratch_bytes(self, problem: Problem, config: GemmConfig) -> int:

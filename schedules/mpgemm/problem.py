@@ -46,10 +46,10 @@ class Problem:
 
     @staticmethod
     @lru_cache(maxsize=256)
-    def of(workload: Workload) -> Problem:
-        """Read a workload of the op ``mpgemm``."""
+    def of(workload: Workload, packing: str = "") -> Problem:
+        """Read a workload of the op ``mpgemm``; ``packing``: layout of integer codes."""
         p = get_op("mpgemm").full(workload)
-        weight = Matrix(parse_weight_format(p["w"]), p["n"], p["k"], p["s"])
+        weight = Matrix(parse_weight_format(p["w"]), p["n"], p["k"], p["s"], packing=packing)
         return Problem(p["m"], weight, p["a"], bool(p["bias"]))
 
     @property

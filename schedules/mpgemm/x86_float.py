@@ -21,7 +21,7 @@ class X86Float(X86Gemm):
 
     def supports(self, workload: Workload, hardware: Hardware) -> bool:
         """f32 and bf16 weights with float activations."""
-        problem = Problem.of(workload)
+        problem = self.problem(workload)
         return hardware.kind == "cpu" and problem.fmt.name in ("f32", "bf16")
 
     def tiles(self, problem: Problem) -> tuple[tuple[int, int, int], ...]:

@@ -22,7 +22,7 @@ class X86Portable(IntegerGemm):
 
     def supports(self, workload: Workload, hardware: Hardware) -> bool:
         """Integer or ternary weights, any activations."""
-        problem = Problem.of(workload)
+        problem = self.problem(workload)
         return hardware.kind == "cpu" and exact(problem.layout)
 
     def dots(self, problem: Problem, hardware: Hardware) -> tuple[str, ...]:

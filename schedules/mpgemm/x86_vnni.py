@@ -16,7 +16,7 @@ class X86Vnni(IntegerGemm):
 
     def supports(self, workload: Workload, hardware: Hardware) -> bool:
         """Integer or ternary weights with int8 activations, sums within 32 bits."""
-        problem = Problem.of(workload)
+        problem = self.problem(workload)
         return hardware.has_vnni and problem.act == "a8" and exact(problem.layout)
 
     def dots(self, problem: Problem, hardware: Hardware) -> tuple[str, ...]:

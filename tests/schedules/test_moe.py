@@ -15,7 +15,6 @@ from mimo_compile.ir.hardware import local_cpu
 from mimo_compile.ir.ops import get_op, parse_workload
 from mimo_compile.schedules import get_schedule, schedules_for
 from mimo_compile.schedules.compile import compile_kernel
-from mimo_compile.schedules.emit.layout import unpack_codes
 from mimo_compile.schedules.moe.problem import Problem
 
 CPU = local_cpu()
@@ -124,9 +123,9 @@ def test_experts_are_packed_like_plain_matrices():
     config = schedule.space(workload, CPU).default
     weights = {n: a for n, a in arrays.items() if n[:2] in ("w1", "w2")}
     packed = schedule.pack(workload, config, weights)
-    halves = unpack_codes(problem.layout13, packed["w13_codes"])
+    halves = problem.layout13.unpack(packed["w13_codes"])
     assert np.array_equal(halves.reshape(3, 48, 40), arrays["w13_codes"])
-    assert np.array_equal(unpack_codes(problem.layout2, packed["w2_codes"]), arrays["w2_codes"])
+    assert np.array_equal(problem.layout2.unpack(packed["w2_codes"]), arrays["w2_codes"])
     for name, array in weights.items():
         (key,) = schedule.pack(workload, config, {name: array})
         assert key == name

@@ -18,20 +18,41 @@ from mimo_compile.ir.ops import get_op, parse_workload
 from mimo_compile.ir.ops.numerics import quantize_rows
 from mimo_compile.schedules import get_schedule, schedules_for
 from mimo_compile.schedules.compile import assembly, compile_kernels
+from mimo_compile.schedules.emit.dense import PACKINGS
 from mimo_compile.schedules.emit.layout import (
     CodeLayout,
-    pack_codes,
     pack_rows,
     pack_scales,
-    unpack_codes,
     unpack_rows,
 )
 
 CPU = local_cpu()
 FORMATS = (
-    "w1", "w2", "w3g32", "w4g64", "w4g128", "w5", "w8", "w8g32", "w2zg32", "w4z", "w4zgrow",
-    "w8zgrow", "w8zg128", "w4gtensor", "w1.58", "w1.58g64", "w1.58grow",
-)  # fmt: skip
+    "w1",
+    "w2",
+    "w3g32",
+    "w4g64",
+    "w4g128",
+    "w5",
+    "w8",
+    "w8g32",
+    "w2zg32",
+    "w4z",
+    "w4zgrow",
+    "w8zgrow",
+    "w8zg128",
+    "w4gtensor",
+    "w1.58",
+    "w1.58g64",
+    "w1.58grow",
+    "w3zg64",
+    "w6g32",
+    "w7",
+)
+DENSE = {
+    "planes": ("w3", "w3g32", "w3zg64", "w5g128", "w6z", "w7grow"),
+    "trits": ("w1.58d", "w1.58grow", "w1.58g64"), "strits": ("w1.58d", "w1.58grow", "w1.58g64"),
+}  # fmt: skip
 vnni = pytest.mark.skipif(not CPU.has_vnni, reason="needs AVX-512 VNNI")
 
 
@@ -147,17 +168,86 @@ def test_packing_is_undone(fmt, n, k, experts, seed):
     rng = np.random.default_rng(abs(seed))
     lead = (3,) if experts else ()
     codes = rng.integers(0, layout.fmt.max_code + 1, (*lead, n, k), dtype=np.uint8)
-    packed = pack_codes(layout, codes)
+    packed = layout.pack(codes)
     assert packed.shape == (*lead, layout.row_blocks, layout.blocks, 64)
-    assert np.array_equal(unpack_codes(layout, packed), codes)
+    assert np.array_equal(layout.unpack(packed), codes)
     values = rng.random((*lead, n, k)).astype(np.float32)
     assert np.array_equal(unpack_rows(pack_rows(values), n), values)
+
+
+@given(
+    st.sampled_from([(p, f) for p, formats in DENSE.items() for f in formats]),
+    st.integers(1, 70), st.integers(1, 300), st.booleans(), st.integers(0, 999),
+)  # fmt: skip
+def test_dense_packing_is_undone(which, n, k, experts, seed):
+    packing, name = which
+    fmt = parse_weight_format(name)
+    layout = PACKINGS[packing](fmt, n, k)
+    rng = np.random.default_rng(seed)
+    lead = (2,) if experts else ()
+    codes = rng.integers(0, fmt.max_code + 1, (*lead, n, k), dtype=np.uint8)
+    packed = layout.pack(codes)
+    assert packed.shape == (*lead, layout.row_blocks, layout.blocks * layout.lines, 64)
+    assert np.array_equal(layout.unpack(packed), codes)
+    # no bit is wasted but for padding: a fifth of a byte for a ternary code
+    bits = 1.6 if fmt.family == "ternary" else fmt.bits
+    assert packed[..., 0, 0, :].size * layout.lines * 8 * layout.blocks == pytest.approx(
+        bits * np.prod(lead, dtype=int) * 16 * layout.k_padded
+    )
+
+
+def test_all_ternary_bytes():
+    """Each of the 243 bytes gives the digits that went in, by either encoding, and no byte twice."""
+    codes = np.array([[v // 3**i % 3 for i in range(5)] for v in range(243)], np.uint8)
+    for packing in ("trits", "strits"):
+        layout = PACKINGS[packing](parse_weight_format("w1.58d"), 243 * 16, 20)
+        wide = np.repeat(codes, 4, axis=1).repeat(16, axis=0)
+        packed = layout.pack(wide)
+        assert np.array_equal(layout.unpack(packed), wide)
+        assert len(np.unique(packed)) == 243
+
+
+def test_dense_names_want_dense_layouts():
+    assert [s.name for s in schedules("mpgemm:m=1,n=64,k=80,w=w1.58d,a=a8")][:2] in (
+        ["mpgemm.x86_strits", "mpgemm.x86_trits"], ["mpgemm.x86_trits"],
+    )  # fmt: skip
+    names = {s.name for s in schedules("mpgemm:m=1,n=64,k=640,w=w1.58,a=a8")}
+    assert {"mpgemm.x86_trits", "mpgemm.x86_portable"} <= names
+    # blocks of 20 columns would pad each group of 64 to 80
+    names = {s.name for s in schedules("mpgemm:m=1,n=64,k=640,w=w1.58g64,a=a8")}
+    assert "mpgemm.x86_trits" not in names
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["mpgemm:m=1,n=70,k=4096,w=w1.58d,a=a8", "mpgemm:m=3,n=33,k=257,w=w3g32,a=a8,bias=1",
+     "mpgemm:m=2,n=16,k=513,w=w6zg64,a=a8", "mpgemm:m=7,n=20,k=260,w=w1.58grow,a=a8"],
+)  # fmt: skip
+def test_dense_schedules_with_every_dot(text):
+    workload = parse_workload(text)
+    m, n, k = (workload.integer(name) for name in "mnk")
+    fmt = parse_weight_format(dict(workload.params)["w"])
+    seen = 0
+    for schedule in schedules(text):
+        if schedule.name not in ("mpgemm.x86_planes", "mpgemm.x86_trits", "mpgemm.x86_strits"):
+            continue
+        space = schedule.space(workload, CPU)
+        for dot in space.knobs["dot"]:
+            config = dataclasses.replace(space.default, dot=dot)
+            if not space.legal(config):
+                config = dataclasses.replace(config, rows=1, tokens=1, unroll=1)
+            check(schedule, workload, config)
+            seen += 1
+        for name, inputs in adversarial(fmt, n, k, m):
+            inputs = {key: value for key, value in inputs.items() if not fmt.has_zero or key == "x"}
+            assert name, check(schedule, workload, inputs=inputs)
+    assert seen
 
 
 def test_packed_bytes_as_documented():
     layout = CodeLayout(parse_weight_format("w4g64"), 16, 64)
     codes = np.arange(16 * 64, dtype=np.uint8).reshape(16, 64) % 16
-    packed = pack_codes(layout, codes)
+    packed = layout.pack(codes)
     assert layout.block == 8 and packed.shape == (1, 8, 64)
     for n, column in ((0, 0), (3, 13), (15, 63)):
         b, p, j = column // 8, column % 8 // 4, column % 4
