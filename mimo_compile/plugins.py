@@ -7,7 +7,7 @@ the room. Another distribution adds names through an entry point of the room's g
     hwmon = "hwmon_meter:HwmonMeter"
 
 Nothing is imported before a name is used. Groups: ``mimo_compile.schedules``, ``mimo_compile.strategies``,
-``mimo_compile.meters``, ``mimo_compile.weight_formats``.
+``mimo_compile.meters``, ``mimo_compile.weight_formats``, ``mimo_compile.peers``.
 """
 
 from __future__ import annotations

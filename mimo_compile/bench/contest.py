@@ -18,6 +18,11 @@ WARM_UP_S = 0.004
 """Seconds of warm-up before each batch."""
 BATCH_S = 0.02
 """Seconds that a batch should take at least."""
+SLOW_S = 1.0
+"""A batch of more seconds is timed in `SLOW_ROUNDS` rounds alone."""
+SLOW_ROUNDS = 3
+SETTLE_S = 0.01
+"""Seconds of sleep before each turn with threads: those of other libraries spin a while for more work."""
 
 
 @dataclass(slots=True)
@@ -42,6 +47,10 @@ class Contestant:
     config: dict[str, Any] = field(default_factory=dict)
     prepare: Callable[[], None] = lambda: None
     """Called before each turn: sets the number of threads, say."""
+    peer: str = ""
+    """Name of the peer it belongs to; nothing for ours and for the roof."""
+    bits_per_weight: float | None = None
+    """Stored bits of one weight, scales and zero points included; None where that means nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +66,10 @@ class Row:
     joules_source: str = ""
     roof_us: float | None = None
     """What the roof kernels needed in the same run: the longer of moving bytes and doing operations."""
+    batches: tuple[float, ...] = ()
+    """Seconds of one call in each round, in order: rounds of contestants of one run belong together."""
+    ratio: tuple[float, float, float] | None = None
+    """Its time over that of our fastest in the same run: median, p10 and p90 over rounds."""
 
     def json(self) -> dict[str, Any]:
         """Return the row as `bench --json` prints it."""
@@ -68,6 +81,8 @@ class Row:
             "roof_share": None if self.roof_us is None else self.roof_us / us,
             "joules": self.joules, "joules_source": self.joules_source or None,
             "schedule": c.schedule or None, "config": c.config or None,
+            "peer": c.peer or None, "bits_per_weight": c.bits_per_weight,
+            **dict(zip(("ratio", "ratio_p10", "ratio_p90"), self.ratio or (None,) * 3, strict=True)),
         }  # fmt: skip
 
 
@@ -90,7 +105,8 @@ def compete(
     for number in range(rounds):
         at = number % len(turns)
         for turn in turns[at:] + turns[:at]:
-            turn.batch()
+            if number < SLOW_ROUNDS or turn.seconds[-1] * turn.number < SLOW_S:
+                turn.batch()
     rows = []
     for turn in turns:
         times = sorted(turn.seconds)
@@ -100,9 +116,20 @@ def compete(
             Row(
                 turn.contestant, statistics.median(times) * 1e6, p10 * 1e6, p90 * 1e6, joules,
                 meter.name if meter is not None and joules is not None else "",
+                batches=tuple(turn.seconds),
             )
         )  # fmt: skip
     return rows
+
+
+def ratio_of(row: Row, base: Row) -> tuple[float, float, float]:
+    """Return the time of a row over that of another of its run: of the medians, p10 and p90 over rounds."""
+    # a slow one has its first rounds alone
+    each = sorted(a / b for a, b in zip(row.batches, base.batches, strict=False))
+    middle = row.median_us / base.median_us
+    if not each:
+        return middle, middle, middle
+    return middle, quantile(each, 0.1), quantile(each, 0.9)
 
 
 def quantile(ordered: Sequence[float], share: float) -> float:
@@ -125,8 +152,12 @@ class _Turn:
         once = min(self._run(1) for _ in range(2))
         self.number = max(1, min(10_000, round(batch_s / max(once, 1e-7))))
         self.warm = max(1, round(min(WARM_UP_S, batch_s / 4) / max(once, 1e-7)))
+        if once > 10 * WARM_UP_S:  # what waking up costs is lost in so long a call
+            self.warm = 0
 
     def batch(self) -> None:
+        if self.contestant.threads > 1:
+            time.sleep(SETTLE_S)
         self.contestant.prepare()
         self._run(min(self.warm, self.number))
         self.seconds.append(self._run(self.number))
@@ -141,6 +172,8 @@ class _Turn:
 
     def _run(self, number: int) -> float:
         """Return seconds per call of ``number`` calls over the next argument sets."""
+        if not number:
+            return 0.0
         call, sets = self.contestant.call, self.contestant.sets
         order = [sets[(self.at + i) % len(sets)] for i in range(number)]
         self.at += number

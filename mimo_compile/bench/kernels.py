@@ -83,6 +83,27 @@ def contestants(
                 schedule=pick.schedule,
                 config=pick.config,
                 prepare=use_threads,
+                bits_per_weight=bits_per_weight(workload, runnable),
             )
             out.append(contestant)
     return out
+
+
+def bits_per_weight(workload: Workload, runnable: Runnable) -> float | None:
+    """Return the bits that a candidate stores for one weight, as packed, scales included.
+
+    None for ops without weights.
+    """
+    p = get_op(workload.op).full(workload)
+    if workload.op == "mpgemm":
+        count = p["n"] * p["k"]
+    elif workload.op == "moe":
+        count = 3 * p["e"] * p["d"] * p["f"]
+    else:
+        return None
+    stored = sum(
+        runnable.arrays[a.name].nbytes
+        for a in runnable.kernel.args
+        if a.role == "weight" and a.name != "bias"
+    )
+    return float(8 * stored / count)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mimo_compile.errors import UsageError
+from mimo_compile.ir.ops import get_op, parse_workload
 
 KINDS: dict[str, str] = {
     "mpgemm": "mpgemm",
@@ -20,11 +21,25 @@ def _mpgemm(m: int, formats: tuple[str, ...], shapes: tuple[tuple[int, int], ...
 
 
 _ALL = ("w=f32", "w=bf16", "w=w8,a=a8", "w=w4g64,a=a8", "w=w2g64,a=a8", "w=w1.58,a=a8")
+_LLM = (
+    "w=w8,a=a8",
+    "w=w4g64,a=a8",
+    "w=w2g64,a=a8",
+    "w=w1.58,a=a8",
+    "w=w1.58d,a=a8",
+    "w=w1g64,a=a8",
+)
 _SUITES: dict[str, dict[str, list[str]]] = {
     "mpgemm": {
         "quick": _mpgemm(1, ("w=w8,a=a8", "w=w4g64,a=a8", "w=w2g64,a=a8"), _SHAPES[:1]),
         "gemv": _mpgemm(1, _ALL, _SHAPES[:1]),
         "shapes": _mpgemm(1, ("w=w4g64,a=a8",), _SHAPES),
+        "llm": [
+            s
+            for shape in _SHAPES  # one shape at a time: peers quantise its weights once
+            for m in (1, 4, 16, 128, 512)
+            for s in _mpgemm(m, _LLM, (shape,))
+        ],
         "gemm": [s for m in (16, 256) for s in _mpgemm(m, ("w=w4g64,a=a8", "w=f32"), _SHAPES[:1])],
     },
     "attention": {
@@ -43,19 +58,43 @@ _SUITES: dict[str, dict[str, list[str]]] = {
 }
 
 
-def suite(kind: str, name: str) -> list[str]:
-    """Return the workloads of a named suite.
+def suite(kind: str, text: str) -> list[str]:
+    """Return the workloads of a named suite, or some of them.
+
+    Args:
+        kind: One of `KINDS`.
+        text: ``NAME``, or ``NAME:KEY=VALUE[+VALUE...][,KEY=...]``, which keeps the workloads whose
+            parameters have one of the values: ``llm:m=1+16,w=w4g64``.
 
     Raises:
-        UsageError: there is no such suite; the remedy lists those there are.
+        UsageError: there is no such suite or parameter, or no workload is kept; the remedy lists what
+            there is.
     """
+    name, _, filters = text.partition(":")
     found = _SUITES[kind].get(name)
     if found is None:
         raise UsageError(
             f"there is no suite {name!r} of {kind} (--suite)",
             remedy=f"use one of {', '.join(_SUITES[kind])}",
         )
-    return list(found)
+    kept = list(found)
+    for condition in filter(None, filters.split(",")):
+        key, _, values = condition.partition("=")
+        have = {entry: _parameter(entry, key) for entry in kept}
+        kept = [entry for entry in kept if have[entry] in values.split("+")]
+        if not kept:
+            there = list(dict.fromkeys(v for v in have.values() if v is not None))
+            raise UsageError(
+                f"suite {name} has no workload with {condition} (--suite)",
+                remedy=f"use {key}={'+'.join(there)}" if there else "use a parameter of the op",
+            )
+    return kept
+
+
+def _parameter(entry: str, key: str) -> str | None:
+    workload = parse_workload(entry)
+    value = get_op(workload.op).full(workload).get(key)
+    return None if value is None else str(value)
 
 
 def suite_names(kind: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from mimo_compile.cli.options import add_model_options, need_extra, positive
@@ -15,11 +16,13 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Time kernels, or a whole model, side by side with peers. Candidates, peers and a roof kernel
 (reads the same bytes, or does nothing but arithmetic) take turns in one run; every candidate is
-checked against the reference first. Figures: median of one call, p10 and p90 over batches.
+checked against the reference first, every peer against float64 over its own weights. Figures:
+median of one call, p10 and p90 over batches; ratio: its time over that of our fastest.
 `hot`: operands stay in the caches; `cold`: weights and caches come from memory."""
 EXAMPLE = """
 mimo-compile bench mpgemm --suite gemv --peers torch
 mimo-compile bench mpgemm --op mpgemm:m=1,n=4096,k=4096,w=w4g64,a=a8 --json
+mimo-compile bench mpgemm --suite llm:m=1+16,w=w4g64 --peers all --threads 1
 mimo-compile bench model tiny --quant w4g64a8
 """
 _KINDS = ("mpgemm", "attention", "moe", "model")
@@ -35,12 +38,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="model: checkpoint folder, OUT.mimo or tiny (default)",
     )
     parser.add_argument(
-        "--suite", metavar="NAME", help="a named list of workloads (default: quick)"
+        "--suite",
+        metavar="NAME[:KEY=V+V,...]",
+        help="a named list of workloads (default: quick), or those with these parameters",
     )
     parser.add_argument(
         "--op", action="append", default=[], metavar="SPEC", help="a workload; may be given again"
     )
-    parser.add_argument("--peers", default="torch", metavar="LIST", help="torch (default), or none")
+    parser.add_argument(
+        "--peers",
+        default="torch",
+        metavar="LIST",
+        help="torch (default), onnxruntime, openvino, llama.cpp; all, or none",
+    )
     parser.add_argument(
         "--cache", default="hot,cold", metavar="LIST", help="hot, cold or both (default)"
     )
@@ -76,8 +86,10 @@ def run(args: argparse.Namespace) -> int:
 def _kernels(args: argparse.Namespace) -> int:
     from mimo_compile.bench.machine import machine_facts
     from mimo_compile.bench.peers import parse_peers
-    from mimo_compile.bench.runner import Settings, bench_workload
+    from mimo_compile.bench.runner import Settings, bench_workload, missing_peers
     from mimo_compile.bench.suites import KINDS, suite
+    from mimo_compile.bench.summary import cells
+    from mimo_compile.cli.bench_table import reason, render, render_summary
     from mimo_compile.ir.hardware import resolve_target
     from mimo_compile.ir.ops import parse_workload
     from mimo_compile.search.database import open_records
@@ -106,53 +118,40 @@ def _kernels(args: argparse.Namespace) -> int:
         every_schedule=args.all,
         meter=open_meter(hardware),
     )
+    missing = missing_peers(peers)
+    for absent in missing:
+        console.say(f"missing: {reason(absent)}")
     rows: list[Row] = []
+    left_out: list[dict[str, str]] = []
     with open_records(args.db) as db:
         for workload in workloads:
             console.log(f"{workload} ...")
-            found = bench_workload(workload, hardware, db, settings)
-            rows += found
-            console.say(render(found))
+            found = bench_workload(
+                workload, hardware, db, settings, lambda text: console.log(text, 1)
+            )
+            rows += found.rows
+            left_out += [{"op": str(workload), **asdict(o)} for o in found.left_out]
+            console.say(render(found.rows))
+            for entry in found.left_out:
+                console.say(f"left out: {reason(entry)}")
+    summary = cells(rows)
+    if peers and summary:
+        console.say(render_summary(summary))
     facts = machine_facts(hardware)
     if facts["load"] > hardware.cores:
         console.log(
             "warning: other programs keep this machine busy; ratios of threaded kernels mean little"
         )
     console.say(f"{facts['name']}, {hardware.threads} threads, load {facts['load']}")
-    console.result({"ok": True, "machine": facts, "rows": [r.json() for r in rows]})
+    console.result(
+        {
+            "ok": True,
+            "machine": facts,
+            "rows": [r.json() for r in rows],
+            "missing": [asdict(m) for m in missing],
+            "left_out": left_out,
+            "summary": [c.json() for c in summary],
+            "slower": [c.json() for c in summary if c.slower],
+        }
+    )
     return 0
-
-
-def render(rows: list[Row]) -> str:
-    """Lay out the rows of one workload as a table with ratios to the first (ours)."""
-    from mimo_compile.cli.console import number, table
-
-    out = [f"\n{rows[0].contestant.op}  ({rows[0].contestant.threads} threads)"]
-    for cache in dict.fromkeys(r.contestant.cache for r in rows):
-        lines: list[tuple[object, ...]] = []
-        group = [r for r in rows if r.contestant.cache == cache]
-        base = group[0].median_us
-        for r in group:
-            figures = r.json()
-            roof = r.contestant.impl.startswith("roof")
-            lines.append(
-                (
-                    cache, r.contestant.impl, r.contestant.schedule, number(r.median_us),
-                    f"{number(r.p10_us)}..{number(r.p90_us)}", None if roof else f"{r.median_us / base:.2f}x",
-                    number(figures["gb_per_s"]), number(figures["gop_per_s"]),
-                    None if r.roof_us is None else f"{100 * r.roof_us / r.median_us:.0f} %",
-                )
-            )  # fmt: skip
-        header = (
-            "cache",
-            "impl",
-            "schedule",
-            "us",
-            "p10..p90",
-            "ratio",
-            "GB/s",
-            "Gop/s",
-            "of roof",
-        )
-        out.append(table(lines, header, right="lllrrrrrr"))
-    return "\n".join(out)

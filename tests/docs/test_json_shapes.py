@@ -16,6 +16,7 @@ import runtime_samples
 
 from mimo_compile.bench.contest import Contestant, Row
 from mimo_compile.bench.model import ModelRow
+from mimo_compile.bench.summary import Cell
 from mimo_compile.cli import main
 from mimo_compile.cli.compile import summary
 from mimo_compile.ir.workload import Workload
@@ -147,3 +148,4 @@ def test_verify_and_bench() -> None:
     contestant = Contestant("op", "mimo", 1, "hot", print, [()], 1.0, 1.0)
     rows = {*Row(contestant, 1.0, 1.0, 1.0).json(), *ModelRow("mimo", 1, [1.0], [1.0]).json()}
     assert rows | {"ok", "machine", "rows", "prompt_tokens", "new_tokens"} <= documented("bench")
+    assert set(Cell(Row(contestant, 1.0, 1.0, 1.0), None).json()) <= documented("bench")

@@ -1,0 +1,71 @@
+"""Tables of ``mimo-compile bench``: the rows of a workload, and ours beside the fastest peer."""
+
+from __future__ import annotations
+
+from mimo_compile.bench.contest import Row
+from mimo_compile.bench.peers import LeftOut
+from mimo_compile.bench.summary import Cell
+from mimo_compile.cli.console import number, table
+
+_ROW_HEADER = (
+    "cache", "impl", "schedule", "bits/w", "us", "p10..p90", "ratio", "GB/s", "Gop/s", "of roof",
+)  # fmt: skip
+_CELL_HEADER = (
+    "workload", "cache", "ours us", "bits/w", "of roof", "fastest peer", "bits/w", "ratio", "p10..p90",
+)  # fmt: skip
+
+
+def render(rows: list[Row]) -> str:
+    """Lay out the rows of one workload as tables; ratios are to our fastest."""
+    if not rows:
+        return ""
+    out = [f"\n{rows[0].contestant.op}  ({rows[0].contestant.threads} threads)"]
+    for cache in dict.fromkeys(r.contestant.cache for r in rows):
+        lines: list[tuple[object, ...]] = []
+        for r in (r for r in rows if r.contestant.cache == cache):
+            c, figures = r.contestant, r.json()
+            lines.append(
+                (
+                    cache, c.impl, c.schedule, number(c.bits_per_weight), number(r.median_us),
+                    f"{number(r.p10_us)}..{number(r.p90_us)}",
+                    None if r.ratio is None else f"{r.ratio[0]:.2f}x",
+                    number(figures["gb_per_s"]), number(figures["gop_per_s"]), _share(r),
+                )
+            )  # fmt: skip
+        out.append(table(lines, _ROW_HEADER, right="lllrrrrrrr"))
+    return "\n".join(out)
+
+
+def render_summary(summary: list[Cell]) -> str:
+    """Lay out our fastest beside the fastest peer in each cell, then name the cells where ours is slower."""
+    lines: list[tuple[object, ...]] = []
+    for cell in summary:
+        ours, peer = cell.ours.contestant, cell.peer
+        ratio = None if peer is None else peer.ratio
+        lines.append(
+            (
+                ours.op, ours.cache, number(cell.ours.median_us), number(ours.bits_per_weight),
+                _share(cell.ours), None if peer is None else peer.contestant.impl,
+                None if peer is None else number(peer.contestant.bits_per_weight),
+                None if ratio is None else f"{ratio[0]:.2f}x",
+                None if ratio is None else f"{ratio[1]:.2f}..{ratio[2]:.2f}",
+            )
+        )  # fmt: skip
+    slower = [f"  {c.ours.contestant.op} {c.ours.contestant.cache}" for c in summary if c.slower]
+    return "\n".join(
+        [
+            "\nOurs beside the fastest peer",
+            table(lines, _CELL_HEADER, right="llrrrlrrr"),
+            f"slower than a peer in {len(slower)} of {len(summary)} cells",
+            *slower,
+        ]
+    )
+
+
+def reason(entry: LeftOut) -> str:
+    """Say in one line what cannot take part, and why."""
+    return f"{entry.impl}: {entry.reason}" + (f" ({entry.remedy})" if entry.remedy else "")
+
+
+def _share(row: Row) -> str | None:
+    return None if row.roof_us is None else f"{100 * row.roof_us / row.median_us:.0f} %"
