@@ -37,7 +37,8 @@ class Hardware:
     name: str
     """Preset name, or the CPU's model name for the local machine."""
     kind: str
-    """``cpu`` (x86-64); ``cuda`` targets come with their schedules."""
+    """``cpu`` (x86-64); ``sim``: a machine that exists on paper, whose times are modelled; ``cuda`` targets
+    come with their schedules."""
     features: frozenset[str]
     """ISA features in LLVM's spelling (``avx512vnni``, ``amx-int8`` ...)."""
     cores: int
@@ -133,18 +134,52 @@ PRESETS: dict[str, Hardware] = {
 """Targets that can be compiled for without being there."""
 
 
+def _lut_tensor_core(name: str, *variants: str) -> Hardware:
+    features = frozenset({"simulated", "lmma", *variants})
+    return Hardware(name, "sim", features, 108, 108, 256 << 10, 40 << 20, 40 << 20)
+
+
+_ARRAYS = ("array-1x", "array-2x", "array-4x", "array-8x")
+SIMULATED: dict[str, Hardware] = {
+    "sim:lut-tensor-core": _lut_tensor_core(
+        "sim:lut-tensor-core", *_ARRAYS, "registers-1x", "registers-2x", "table-f16"
+    ),
+    "sim:lut-tensor-core-4x": _lut_tensor_core(
+        "sim:lut-tensor-core-4x", "array-4x", "registers-2x", "table-f16", "table-i8"
+    ),
+    "sim:lut-tensor-core-8x": _lut_tensor_core(
+        "sim:lut-tensor-core-8x", "array-8x", "registers-2x", "table-f16", "table-i8"
+    ),
+    "sim:roma": Hardware(
+        "sim:roma", "sim", frozenset({"simulated", "rom"}), 256, 256, 64 << 10, 288 << 20, 288 << 20
+    ),
+}
+"""Targets that schedules can be ranked for and nothing can be run on; see docs/simulated-targets.md.
+
+An A100 with LUT tensor cores (its SMs count as cores): one whose array and registers are part of the
+search, with exact tables, and the two of the published evaluation, which may quantise tables. ROMA: its
+matrix units count as cores, the level behind them is its SRAM.
+"""
+
+
 def resolve_target(text: str, threads: int | None = None) -> Hardware:
-    """Return the hardware that ``--target`` names: ``cpu`` (this machine) or a preset.
+    """Return the hardware that ``--target`` names: ``cpu`` (this machine), a preset, or a simulated machine.
 
     Raises:
-        UsageError: unknown target, or a target that has no kernels yet.
+        UsageError: unknown target, a target that has no kernels yet, or threads of a simulated one.
     """
     if text == "cpu":
         return local_cpu().with_threads(threads)
     if text in PRESETS:
         return PRESETS[text].with_threads(threads)
-    known = ", ".join(["cpu", *PRESETS])
-    if text == "cuda" or text.startswith(("cuda:", "sim:")):
+    if text in SIMULATED:
+        if threads is not None:
+            raise UsageError(
+                f"--threads means nothing to {text}", remedy="a simulated machine is used whole"
+            )
+        return SIMULATED[text]
+    known = ", ".join(["cpu", *PRESETS, *SIMULATED])
+    if text == "cuda" or text.startswith("cuda:"):
         raise UsageError(
             f"--target {text} has no kernels in this version", remedy=f"use one of {known}"
         )

@@ -18,6 +18,8 @@ SCHEDULES: dict[str, dict[str, str]] = {
         "mpgemm.x86_trits": "mpgemm.x86_dense:X86Trits",
         "mpgemm.x86_portable": "mpgemm.x86_portable:X86Portable",
         "mpgemm.x86_float": "mpgemm.x86_float:X86Float",
+        "mpgemm.sim_lut_tensor_core": "simulated.lut_tensor_core:LutTensorCore",
+        "mpgemm.sim_roma": "simulated.roma:Roma",
     },
     "cached_attention": {"cached_attention.x86_flash": "attention.x86_flash:X86Flash"},
     "kv_append": {"kv_append.x86": "attention.x86_append:X86Append"},

@@ -39,7 +39,8 @@ CASES = [(name, text) for name, texts in WORKLOADS.items() for text in texts]
 
 
 def test_every_schedule_is_here():
-    assert set(WORKLOADS) == {name for entries in SCHEDULES.values() for name in entries}
+    names = {name for entries in SCHEDULES.values() for name in entries}
+    assert set(WORKLOADS) == {n for n in names if ".sim_" not in n}  # those have no code
 
 
 @pytest.mark.parametrize("hardware", [V3, V4], ids=lambda h: h.name)
