@@ -21,8 +21,9 @@ BATCH_S = 0.02
 SLOW_S = 1.0
 """A batch of more seconds is timed in `SLOW_ROUNDS` rounds alone."""
 SLOW_ROUNDS = 3
-SETTLE_S = 0.01
-"""Seconds of sleep before each turn with threads: those of other libraries spin a while for more work."""
+SETTLE_S = 0.3
+"""Seconds that a turn with threads waits at most for those of the turn before: TVM's and ONNX Runtime's look
+for more work for about 0.1 s before they sleep, and would take the cores of whoever comes next."""
 
 
 @dataclass(slots=True)
@@ -122,6 +123,17 @@ def compete(
     return rows
 
 
+def settle(limit_s: float = SETTLE_S) -> float:
+    """Wait until the threads of this process sleep, and return the seconds that took; give up at a limit."""
+    begin = time.perf_counter()
+    while time.perf_counter() - begin < limit_s:
+        used = time.process_time()
+        time.sleep(0.004)
+        if time.process_time() - used < 0.0005:
+            break
+    return time.perf_counter() - begin
+
+
 def ratio_of(row: Row, base: Row) -> tuple[float, float, float]:
     """Return the time of a row over that of another of its run: of the medians, p10 and p90 over rounds."""
     # a slow one has its first rounds alone
@@ -157,7 +169,7 @@ class _Turn:
 
     def batch(self) -> None:
         if self.contestant.threads > 1:
-            time.sleep(SETTLE_S)
+            settle()
         self.contestant.prepare()
         self._run(min(self.warm, self.number))
         self.seconds.append(self._run(self.number))

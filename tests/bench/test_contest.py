@@ -63,3 +63,28 @@ def test_a_contestant_whose_batches_are_long_is_timed_in_few_rounds(monkeypatch)
     rows = compete([entry("mimo"), slow], rounds=6, batch_s=1e-4)
     assert [len(r.batches) for r in rows] == [6, contest.SLOW_ROUNDS]
     assert rows[1].median_us >= 50_000
+
+
+class Clock:
+    """Time that passes in sleep alone; threads burn all of it until ``busy_s``."""
+
+    def __init__(self, busy_s: float) -> None:
+        self.now, self.busy_s = 0.0, busy_s
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def process_time(self) -> float:
+        return min(self.now, self.busy_s)
+
+
+def test_settling_waits_for_threads_that_still_work_but_not_for_ever(monkeypatch) -> None:
+    monkeypatch.setattr(contest, "time", Clock(0.1))
+    assert 0.1 <= contest.settle() < 0.12
+    monkeypatch.setattr(contest, "time", Clock(9))
+    assert contest.SETTLE_S <= contest.settle() < contest.SETTLE_S + 0.01
+    monkeypatch.setattr(contest, "time", Clock(0))
+    assert contest.settle() < 0.01

@@ -12,7 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mimo_compile.bench import peers
-from mimo_compile.bench.peers import Ask, LeftOut, Peer, Variant, get_peer, parse_peers, peer_names
+from mimo_compile.bench.peers import (
+    Ask,
+    LeftOut,
+    Peer,
+    Variant,
+    get_peer,
+    ggml,
+    parse_peers,
+    peer_names,
+)
 from mimo_compile.bench.peers.base import (
     check,
     dequantise,
@@ -26,7 +35,7 @@ from mimo_compile.bench.peers.base import (
 from mimo_compile.bench.peers.onnx_runtime import pack_bits
 from mimo_compile.bench.runner import Settings, bench_workload, missing_peers
 from mimo_compile.cli import main
-from mimo_compile.errors import UsageError
+from mimo_compile.errors import EnvironmentMismatch, UsageError
 from mimo_compile.ir.formats import parse_weight_format
 from mimo_compile.ir.hardware import local_cpu
 from mimo_compile.ir.ops import get_op, parse_workload
@@ -59,6 +68,8 @@ class Fake(Peer):
                 y[-1, -1] = np.nan
             elif self.fault == "shape":
                 y = y.T
+            elif self.fault == "raise":
+                raise ZeroDivisionError("none of\nyour business")
             return y
 
         yield Variant("numpy", w.copy, result, w.nbytes, 32.0, result, lambda rows: w[rows])
@@ -155,7 +166,13 @@ def test_a_peer_takes_part_with_its_bits_and_its_ratio(fakes: None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "text"), [("half", "from float64"), ("nan", "not finite"), ("shape", "instead of")]
+    ("fault", "text"),
+    [
+        ("half", "from float64"),
+        ("nan", "not finite"),
+        ("shape", "instead of"),
+        ("raise", "fails with ZeroDivisionError: none of"),
+    ],
 )
 def test_a_peer_that_is_wrong_does_not_take_part(fault: str, text: str) -> None:
     peer = Fake()
@@ -307,3 +324,22 @@ def test_other_ops_are_left_out_by_peers_without_a_kernel_for_them() -> None:
     if get_peer("onnxruntime").missing() is None:
         field, out = get_peer("onnxruntime").enter(asked)
         assert (field, [o.reason for o in out]) == ([], ["has no kernel for cached_attention"])
+
+
+def test_a_crash_of_the_library_is_found_in_a_process_of_its_own(monkeypatch) -> None:
+    if absent := get_peer("llama.cpp").missing():
+        pytest.skip(absent.reason)
+    assert ggml.survives("repack")
+    assert not ggml.survives("no such memory")
+    loaded = ggml.load()
+    monkeypatch.setitem(loaded.memories, "amx", loaded.memories["repack"])
+    monkeypatch.setattr(ggml, "survives", lambda memory: False)
+    field, out = get_peer("llama.cpp").enter(ask())
+    assert {o.reason for o in out} == {"crashes on this processor"}
+    assert all("clang" in o.remedy for o in out)
+    assert not any("amx" in c.impl for c in field)
+
+
+def test_a_library_that_is_not_there_is_one_clear_error(tmp_path) -> None:
+    with pytest.raises(EnvironmentMismatch, match="ggml library cannot be used"):
+        ggml.Ggml(tmp_path)

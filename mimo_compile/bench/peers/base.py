@@ -121,12 +121,15 @@ class Peer:
         prepare = self.prepare(ask)
         prepare()
         for variant in self._offered(ask, out):
-            impl = f"{self.name} {variant.label}"
-            first = variant.make()
-            if wrong := check(variant, ask, first):
-                out.append(LeftOut(impl, wrong))
-                continue
-            field.append(self._contestant(variant, ask, first, prepare))
+            try:
+                first = variant.make()
+                wrong = check(variant, ask, first)
+                if not wrong:
+                    field.append(self._contestant(variant, ask, first, prepare))
+            except Exception as error:  # whatever another library does on this processor
+                wrong = f"fails with {type(error).__name__}: {_first_line(error)}"
+            if wrong:
+                out.append(LeftOut(f"{self.name} {variant.label}", wrong))
         if not field and not out:
             out.append(LeftOut(self.name, f"has no kernel for {ask.workload.op}"))
         return field, out
@@ -162,6 +165,11 @@ class Peer:
             peer=self.name,
             bits_per_weight=variant.bits,
         )
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else "no message"
 
 
 def check(variant: Variant, ask: Ask, arguments: Any) -> str:

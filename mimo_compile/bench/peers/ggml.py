@@ -6,7 +6,10 @@ pool's settings is filled by the library itself. Written against the headers of 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable
 from functools import cache
@@ -249,6 +252,40 @@ def load() -> Ggml:
     Raises:
         EnvironmentMismatch: it cannot be used.
     """
+    return Ggml(library_folder())
+
+
+def library_folder() -> Path:
+    """Return where the installed llama-cpp-python has its libraries."""
     spec = find_spec("llama_cpp")  # not imported: that loads models' code too
     places = list(spec.submodule_search_locations or ()) if spec is not None else []
-    return Ggml(Path(places[0] if places else ".") / "lib")
+    return Path(places[0] if places else ".") / "lib"
+
+
+@cache
+def survives(memory: str) -> bool:
+    """Return whether multiplications of one and many rows in a kind of memory end without a crash.
+
+    They run in a process of their own: the tile kernels of a library that gcc 12 built die of an illegal
+    instruction, and would take all measurements with them.
+    """
+    command = [sys.executable, "-m", __name__, memory]
+    done = subprocess.run(command, capture_output=True, timeout=120, check=False)
+    return done.returncode == 0
+
+
+def _try(memory: str) -> None:
+    ggml = load()
+    ggml.use_threads(1)
+    w = np.ones((64, 256), np.float32)
+    for name in TYPES:
+        if not ggml.has(name):
+            continue
+        for tokens in (1, 32):
+            buffers = Buffers(ggml, np.ones((tokens, 256), np.float32), 64)
+            with contextlib.suppress(ValueError):  # no kernel for this type
+                Multiplication(buffers, name, ggml.quantise(name, w), 256, memory)()
+
+
+if __name__ == "__main__":
+    _try(sys.argv[1])

@@ -37,6 +37,7 @@ _FLOATS = ("F16",)
 _FALL_BACK = "Q4_0"
 """What llama.cpp itself stores a matrix in whose rows do not fit the wanted type."""
 _SUPERBLOCK = 256
+_REBUILD = "build llama-cpp-python with CC=clang CXX=clang++: gcc 12 removes the tile configuration"
 
 
 class LlamaCppPeer(Peer):
@@ -94,6 +95,9 @@ def _in_memories(
         try:
             library.Multiplication(buffers, name, rows, k, memory)
         except ValueError:  # most types have few kinds of memory: no news
+            continue
+        if memory == "amx" and not library.survives(memory):
+            yield LeftOut(f"{name}-amx", "crashes on this processor", _REBUILD)
             continue
 
         def make(memory: str = memory) -> library.Multiplication:

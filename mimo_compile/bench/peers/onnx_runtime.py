@@ -50,7 +50,7 @@ class OnnxRuntimePeer(Peer):
         if not _share_threads(ask.hardware.threads):
             yield LeftOut(
                 "MatMulNBits",
-                f"this process has a pool of {_threads} threads already",
+                "this process has its pool of threads already, of another size",
                 "start another process for another number of threads",
             )
             return
@@ -59,12 +59,15 @@ class OnnxRuntimePeer(Peer):
 
 
 def _share_threads(threads: int) -> bool:
-    """Make the pool that all sessions share; False if there is one of another size."""
+    """Make the pool that all sessions share; False if there is one already, of another size."""
     import onnxruntime
 
     global _threads
     if not _threads:
-        onnxruntime.set_global_thread_pool_sizes(threads, 1)
+        try:
+            onnxruntime.set_global_thread_pool_sizes(threads, 1)
+        except RuntimeError:  # somebody else made a session before
+            return False
         _threads = threads
     return _threads == threads
 
