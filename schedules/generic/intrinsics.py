@@ -65,3 +65,29 @@ def expand(func: Any) -> Any:
         return replace(call.args[0])
 
     return func.with_body(structural_map(func.body, (tvm.ir.Call, visit)))
+
+
+def widen_inside(func: Any) -> Any:
+    """Return the PrimFunc with widening of bfloat16 within expressions as integer arithmetic.
+
+    TVM's lowering of bfloat16 does not look into bindings (`Let`), and leaves a rounding whose result is
+    widened at once, which LLVM's code generator fails on.
+    """
+    from tvm_ffi import structural_map
+
+    def rounded(x: Any) -> Any:
+        bits = T.reinterpret("uint32", x)
+        odd = (bits >> T.uint32(16)) & T.uint32(1)
+        even = (bits + odd + T.uint32(0x7FFF)) & T.uint32(0xFFFF0000)
+        return T.Select(x == x, T.reinterpret("float32", even), x)  # noqa: PLR0124 - not for NaN
+
+    def visit(cast: Any) -> Any:
+        inner = cast.value
+        if str(cast.ty) != "float32" or str(inner.ty) != "bfloat16":
+            return cast
+        if isinstance(inner, tvm.tirx.Cast) and str(inner.value.ty) == "float32":
+            return let(inner.value, rounded)
+        bits = T.Cast("uint32", T.reinterpret("uint16", inner))
+        return T.reinterpret("float32", bits << T.uint32(16))
+
+    return func.with_body(structural_map(func.body, (tvm.tirx.Cast, visit)))

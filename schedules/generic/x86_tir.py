@@ -4,7 +4,7 @@ Producers that cost nothing to repeat are inlined; element-wise blocks are sprea
 vectorised over their last axis; reductions are tiled in registers where a vector runs over an output axis
 (matmul, convolution) and split into lanes where it must run over the reduced axis (sums, maxima). Each rule
 works on a copy of the schedule and is dropped if TVM refuses any of its steps: what is left is serial, never
-wrong.
+wrong, and the kernel's notes say what was refused. A chain over rows, as a softmax is, runs row by row.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from mimo_compile._tvm import compiler
@@ -19,8 +20,14 @@ from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.ops.base import Arg
 from mimo_compile.schedules.base import Kernel
-from mimo_compile.schedules.generic.blocks import BlockFacts, block_facts, extent, reads_per_element
-from mimo_compile.schedules.generic.intrinsics import expand
+from mimo_compile.schedules.generic.blocks import (
+    block_facts,
+    extent,
+    holds,
+    reads_per_element,
+)
+from mimo_compile.schedules.generic.intrinsics import expand, widen_inside
+from mimo_compile.schedules.generic.row_chain import row_chain
 from mimo_compile.schedules.generic.rules import (
     columns_rule,
     lanes_rule,
@@ -30,12 +37,15 @@ from mimo_compile.schedules.generic.rules import (
 )
 
 tvm = compiler()
+from tvm.error import InternalError
 
 PARALLEL_WORK = 1 << 16
 """Below this many innermost iterations a loop takes less time than waking the threads does."""
 
-REFUSED = (RuntimeError, ValueError, TypeError)
-"""What a primitive raises that cannot be applied (TVM's own errors are RuntimeErrors)."""
+REFUSED = (tvm.s_tir.schedule.ScheduleError, InternalError)
+"""What a primitive raises that cannot be applied: its own refusal, or a check inside TVM that failed."""
+_PASSES_RAISE = (RuntimeError, ValueError, TypeError)
+"""What a pass raises: checks inside TVM arrive as any of the standard errors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,68 +85,93 @@ def lower_tir(func: Any, name: str, config: TirConfig, hardware: Hardware) -> Ke
     vector = expand(func).with_attr("global_symbol", name).with_attr("tirx.noalias", True)
     schedule = tvm.s_tir.Schedule(tvm.IRModule({"main": vector}))
     threads = config.parallel and hardware.threads > 1
-    schedule = _inline(schedule)
+    notes: list[str] = []
+    schedule = _inline(schedule, notes)
+    blocks = block_facts(schedule)
+    wide = threads and sum(f.work for f in blocks) >= PARALLEL_WORK
+    chained = _attempt(
+        schedule, "row_chain", notes, lambda s: row_chain(s, blocks, config.vector, wide)
+    )
+    schedule = chained or _block_by_block(schedule, config, threads, notes)
+    scheduled = widen_inside(schedule.mod["main"]).with_attr("global_symbol", name)
+    if refused := _pass_error(scheduled, hardware):
+        notes.append(f"{name}: passes refused the schedule, so it runs as it came: {refused}")
+        scheduled = func.with_attr("global_symbol", name).with_attr("tirx.noalias", True)
+    counts = Counts({"fma_f32": float(work)}, {"dram": float(loaded)})
+    return Kernel(name, scheduled, args, counts, notes=tuple(notes))
+
+
+def _block_by_block(schedule: Any, config: TirConfig, threads: bool, notes: list[str]) -> Any:
+    """Apply to each block the first rule that fits it."""
     for facts in block_facts(schedule):
         wide = threads and facts.work >= PARALLEL_WORK
         reducing: list[Callable[..., Any]] = [tiled_rule, lanes_rule, columns_rule, outer_rule]
-        if (
-            len(facts.written) > 1
-        ):  # an argmax: TVM splits its pair of results only in index types alike
+        if len(facts.written) > 1:
+            # an argmax: TVM splits its pair of results only in index types alike
             reducing = [outer_rule]
         for rule in reducing if facts.reduced else [spatial_rule, outer_rule]:
-            done = _attempt(schedule, rule, facts, config, wide)
+            label = f"{facts.name}: {getattr(rule, '__name__', 'rule')}"
+            done = _attempt(
+                schedule, label, notes, partial(rule, facts=facts, config=config, wide=wide)
+            )
             if done is not None:
                 schedule = done
                 break
-    scheduled = schedule.mod["main"].with_attr("global_symbol", name)
-    if not _compiles(scheduled, hardware):
-        scheduled = func.with_attr("global_symbol", name).with_attr("tirx.noalias", True)
-    return Kernel(name, scheduled, args, Counts({"fma_f32": float(work)}, {"dram": float(loaded)}))
+    return schedule
 
 
-def _compiles(func: Any, hardware: Hardware) -> bool:
-    """Say whether TVM's passes accept a scheduled function (some refuse what a primitive allowed)."""
+def _pass_error(func: Any, hardware: Hardware) -> str:
+    """Return why TVM's passes refuse what its primitives allowed; empty if they do not."""
     target = tvm.target.Target(hardware.tvm_target())
     pipeline = tvm.tirx.get_default_tir_pipeline(target)[0]
     module = tvm.IRModule({"main": func})
     try:
         pipeline(tvm.tirx.transform.BindTarget(target.with_host(target))(module))
-    except REFUSED:
-        return False
-    return True
+    except _PASSES_RAISE as error:
+        return _reason(error)
+    return ""
+
+
+def _reason(error: Exception) -> str:
+    """Return the line of an error that says why."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = next((x for x in lines if x.startswith("Error message:")), lines[-1] if lines else "")
+    return said.removeprefix("Error message:").strip()[:200] or type(error).__name__
 
 
 def _describe(func: Any) -> tuple[tuple[Arg, ...], int, int]:
     """Return the arguments, the innermost iterations of all blocks, and the bytes of all arguments."""
     facts = block_facts(tvm.s_tir.Schedule(func))
-    written = {b.name for f in facts for b in f.written}
+    written = [b for f in facts for b in f.written]
     args, size = [], 0
     for buffer in func.params:
         shape = tuple(extent(n) for n in buffer.shape)
-        role = "output" if buffer.name in written else "input"
+        role = "output" if holds(written, buffer) else "input"
         args.append(Arg(buffer.name, role, shape, str(buffer.dtype)))  # type: ignore[arg-type]
         size += math.prod(shape) * tvm.DataType(str(buffer.dtype)).itemsize
     return tuple(args), sum(f.work for f in facts), size
 
 
-def _attempt(
-    schedule: Any, rule: Any, facts: BlockFacts, config: TirConfig, wide: bool
-) -> Any | None:
-    """Apply a rule to a copy; return it, or None if the rule does not fit."""
+def _attempt(schedule: Any, what: str, notes: list[str], rule: Callable[[Any], bool]) -> Any | None:
+    """Apply a rule to a copy; return it, or None if the rule does not fit or a primitive is refused."""
     copy = schedule.copy()
     try:
-        return copy if rule(copy, facts, config, wide) else None
-    except REFUSED:  # a refused primitive
+        return copy if rule(copy) else None
+    except REFUSED as error:
+        notes.append(f"{what}: {_reason(error)}")
         return None
 
 
-def _inline(schedule: Any) -> Any:
+def _inline(schedule: Any, notes: list[str]) -> Any:
     """Inline producers into their only consumer, or into all of them when they are cheap."""
     for facts in block_facts(schedule):
         if facts.reduced or facts.output:
             continue
         block = schedule.get_sblock(facts.name)
-        consumers = [schedule.get(c).name_hint for c in schedule.get_consumers(block)]
+        try:
+            consumers = [schedule.get(c).name_hint for c in schedule.get_consumers(block)]
+        except REFUSED:  # blocks that write where the data says (a scatter)
+            continue
         users = [f for f in block_facts(schedule) if f.name in consumers]
         # a reduction that reads an element many times would compute it many times
         once = all(not u.reduced or reads_per_element(u, facts) <= 1 for u in users)
@@ -144,7 +179,8 @@ def _inline(schedule: Any) -> Any:
             copy = schedule.copy()
             try:
                 copy.compute_inline(copy.get_sblock(facts.name))
-            except REFUSED:
+            except REFUSED as error:
+                notes.append(f"{facts.name}: inline: {_reason(error)}")
                 continue
             schedule = copy
     return schedule
