@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from mimo_compile import _tvm
 from mimo_compile.errors import InputError
+from mimo_compile.ir.generic_ops import TABLE, generic_linear
+from mimo_compile.ir.generic_ops import rms_norm as generic_rms_norm
+from mimo_compile.ir.guard import Wide, check_operators, guarded
 from mimo_compile.ir.ops import get_op, load_all
 from mimo_compile.ir.workload import Value
 
@@ -23,6 +26,10 @@ PREFIX = "mimo:"
 """Marks a `call_dps_packed` target that is a workload's text."""
 MEASURED_KV = 1024
 """KV length that full-attention decode kernels of a model are measured at (or the cache, if shorter)."""
+
+
+_PLAIN = ("slice.Tensor", "scaled_dot_product_attention.default")
+"""Converters here that make generic operators, not workloads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +50,9 @@ def _shape(var: Any) -> list[int]:
 class _Converters:
     """Converters for TVM's importer; each takes an fx node and the importer, returns Relax values."""
 
-    def __init__(self, weights: set[str]) -> None:
+    def __init__(self, weights: set[str], wide: Wide) -> None:
         self.weights = weights
+        self.wide = wide
         self.table: dict[str, Callable[[Any, Any], Any]] = {
             "linear.default": self.linear,
             "mpgemm.default": self.mpgemm,
@@ -101,20 +109,22 @@ class _Converters:
         own = node.args[1].name in self.weights and (
             bias is None or node.args[2].name in self.weights
         )
-        try:
-            shape = _shape(weight)
-            _shape(x)
-        except (TypeError, AttributeError):  # dynamic extents take the generic path
-            own = False
-        if not own or str(x.ty.dtype) != "float32":
-            return imp._linear(node)
+        kind = str(x.ty.dtype)
         fmt = {"float32": "f32", "bfloat16": "bf16"}.get(str(weight.ty.dtype))
-        if fmt is None:
-            return imp._linear(node)
-        return self._matmul(imp, x, [weight, bias], shape[0], w=fmt, bias=int(bias is not None))
+        if not own or fmt is None or kind not in ("float32", "bfloat16"):
+            return generic_linear(imp, x, weight, bias)
+        # sums are float32, whatever the ends are; a bias in 16 bits is no kernel's argument
+        inside = bias is None or str(bias.ty.dtype) == "float32"
+        y = self._matmul(
+            imp, self.wide.widen(x), [weight, bias if inside else None], _shape(weight)[0],
+            w=fmt, bias=int(bias is not None and inside),
+        )  # fmt: skip
+        if not inside:
+            y = imp.block_builder.emit(_tvm.compiler().relax.op.add(y, self.wide.widen(bias)))
+        return self.wide.round(y, node.meta["val"])
 
     def mpgemm(self, node: Any, imp: Any) -> Any:
-        x, codes, scale, zero, bias, w, a = imp.retrieve_args(node)
+        x, codes, scale, zero, bias, w, a, *s = imp.retrieve_args(node)
         return self._matmul(
             imp,
             x,
@@ -122,12 +132,16 @@ class _Converters:
             _shape(codes)[0],
             w=w,
             a=a,
+            s=s[0] if s else "f16",
             bias=int(bias is not None),
         )
 
     def rms_norm(self, node: Any, imp: Any) -> Any:
         args = imp.retrieve_args(node)
-        x, weight = args[0], args[2]
+        x, weight = args[0], args[2] if len(args) > 2 else None
+        plain = weight is not None and str(x.ty.dtype) == str(weight.ty.dtype) == "float32"
+        if not plain or len(args[1]) > 1 or node.args[2].name not in self.weights:
+            return generic_rms_norm(node, imp)
         eps = args[3] if len(args) > 3 and args[3] is not None else 1.1920928955078125e-07
         shape = _shape(x)
         rows = 1
@@ -178,12 +192,12 @@ class _Converters:
         )  # fmt: skip
 
     def moe(self, node: Any, imp: Any) -> Any:
-        x, ids, weights, w13, s13, z13, w2, s2, z2, w, a = imp.retrieve_args(node)
+        x, ids, weights, w13, s13, z13, w2, s2, z2, w, a, *s = imp.retrieve_args(node)
         t, d = _shape(x)
         e, _, f = _shape(w2)
         return self.call(
             imp, "moe", [x, ids, weights, w13, s13, z13, w2, s2, z2], [([t, d], "float32")],
-            t=t, e=e, k=_shape(ids)[1], d=d, f=f, w=w, a=a,
+            t=t, e=e, k=_shape(ids)[1], d=d, f=f, w=w, a=a, s=s[0] if s else "f16",
         )  # fmt: skip
 
     def rope_table(self, node: Any, imp: Any) -> Any:
@@ -225,7 +239,8 @@ class _Converters:
         minus = relax.const(float("-inf"), str(q.ty.dtype))
         if given.get("is_causal"):
             rows, columns = _shape(q)[-2], _shape(k)[-2]
-            mask = op.tril(op.full([rows, columns], relax.const(True, "bool"), "bool"))
+            ones = op.full([rows, columns], relax.const(1, "int32"), "int32")
+            mask = imp.block_builder.emit(op.astype(op.tril(ones), "bool"))
         if mask is not None and str(mask.ty.dtype) == "bool":
             scores = op.where(mask, scores, minus)
         elif mask is not None:
@@ -260,36 +275,58 @@ def import_exported(program: torch.export.ExportedProgram) -> Imported:
     specs = program.graph_signature.input_specs
     tensors = {s.arg.name: str(s.target) for s in specs if s.kind != InputKind.USER_INPUT}
     importer = ExportedProgramImporter()
-    converters = _Converters(set(tensors)).table
-    importer.update_convert_map(converters)
-    unknown = sorted(
-        {
-            str(node.target)
-            for node in program.graph.nodes
-            if node.op == "call_function" and node.target.__name__ not in importer.convert_map
-        }
-    )
-    if unknown:
-        raise InputError(
-            f"the module uses operators that cannot be imported: {', '.join(unknown)}",
-            file="exported graph",
-            remedy="rewrite the module without them",
-        )
-    constants, users, _ = importer.create_input_vars(program)
-    variables = {**users, **constants}
+    wide = Wide(importer)
+    dialect = _Converters(set(tensors), wide).table
+    own = {**TABLE, **dialect}
+    importer.update_convert_map(own)
+    check_operators(program.graph.nodes, importer.convert_map)
+    importer.convert_map = {
+        name: guarded(c, wide, widen=name not in dialect or name in _PLAIN, own=name in own)
+        for name, c in importer.convert_map.items()
+    }
+    variables = _variables(program, importer)
+    users = [s.arg.name for s in specs if s.arg.name in variables and s.arg.name not in tensors]
+    constants = [name for name in tensors if name in variables]
     importer.block_builder = relax.BlockBuilder()
     builder = importer.block_builder
-    with builder.function(name="main", params=list(variables.values())):
+    with builder.function(name="main", params=[variables[n] for n in (*users, *constants)]):
         with builder.dataflow():
+            importer._flatten_output_args = tuple  # the output node's values, in its own order
             values = importer._translate_fx_graph(
-                program.graph_module, program.graph.nodes, dict(variables), set(converters)
+                program.graph_module, program.graph.nodes, dict(variables)
             )
             outputs = program.graph_signature.output_specs
             kept = [
                 v
-                for v, s in zip(importer._flatten_output_args(values), outputs, strict=True)
-                if s.kind == OutputKind.USER_OUTPUT
+                for v, s in zip(values, outputs, strict=True)
+                if s.kind == OutputKind.USER_OUTPUT and isinstance(v, relax.Expr)
             ]
+            if not kept:
+                raise InputError("no tensor comes out of it", file="exported graph")
             result = builder.emit_output(relax.Tuple(kept))
         builder.emit_func_output(result)
     return Imported(builder.get(), tuple(users), {n: tensors[n] for n in constants})
+
+
+def _variables(program: torch.export.ExportedProgram, importer: Any) -> dict[str, Any]:
+    """Return a Relax variable for each tensor that the graph takes; numbers and None are part of it.
+
+    Raises:
+        InputError: an extent is not fixed.
+    """
+    import torch
+
+    relax = _tvm.compiler().relax
+    out = {}
+    for node in program.graph.find_nodes(op="placeholder"):
+        value = node.meta.get("val")
+        if not isinstance(value, torch.Tensor):
+            continue
+        if not all(isinstance(d, int) for d in value.shape):
+            raise InputError(
+                f"input {node.name} has dynamic extents {list(value.shape)}", file="exported graph",
+                remedy="export with static shapes, once for each shape",
+            )  # fmt: skip
+        dtype = importer._convert_data_type(value.dtype)
+        out[node.name] = relax.Var(node.name, relax.TensorType(list(value.shape), dtype))
+    return out

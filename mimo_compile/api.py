@@ -31,7 +31,7 @@ def compile(
     threads: int | None = None,
     seed: int = 0,
     max_context: int | None = None,
-    example_inputs: tuple[Any, ...] | None = None,
+    example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
     dynamic_shapes: Mapping[str, Any] | None = None,
     progress: Callable[[Any], None] | None = None,
 ) -> Artifact:
@@ -52,7 +52,8 @@ def compile(
         threads: threads to choose kernels for; None: all cores of the target.
         seed: decides random choices of tuning.
         max_context: positions that KV caches provide for; None: the model's own, at most 4096.
-        example_inputs: tensors that fix a module's input shapes.
+        example_inputs: a module's arguments, in their order or (a dict) by name: they fix shapes,
+            and whatever is no tensor is fixed itself.
         dynamic_shapes: not supported yet: must be None.
         progress: called with each `search.progress.Event` while tuning.
 
@@ -110,7 +111,7 @@ def tune(
     threads: int | None = None,
     seed: int = 0,
     max_context: int | None = None,
-    example_inputs: tuple[Any, ...] | None = None,
+    example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
     progress: Callable[[Any], None] | None = None,
 ) -> TuningResult:
     """Search the best kernels of a model, or of one op, and keep every measurement in the database.

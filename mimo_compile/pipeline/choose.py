@@ -12,6 +12,7 @@ from mimo_compile.pipeline.graphs import ModelGraphs
 from mimo_compile.runtime.program import Choice
 from mimo_compile.search.database import Database
 from mimo_compile.search.lookup import results_for
+from mimo_compile.search.objective import parse_objective
 from mimo_compile.search.plan import make_plan
 from mimo_compile.search.records import encode
 
@@ -86,9 +87,11 @@ def choose(
     Raises:
         UsageError: an op has no kernel for the hardware, or the objective's budget cannot be kept.
     """
-    plan = make_plan(
-        tunable(model), hardware, objective=objective, db=db, shared=shared_tensors(model)
-    )
+    workloads = tunable(model)
+    if not workloads:  # generic kernels only: nothing to choose among
+        parse_objective(objective)
+        return ModelPlan({}, b"")
+    plan = make_plan(workloads, hardware, objective=objective, db=db, shared=shared_tensors(model))
     choices: dict[Workload, Choice] = {}
     lines: dict[str, None] = {}
     for workload, chosen in plan.choices.items():

@@ -197,7 +197,9 @@ def decoder_graphs(decoder: Decoder, steps: tuple[int, ...] = BUCKETS) -> ModelG
 
 
 def module_graphs(
-    module: torch.nn.Module, example_inputs: tuple[Any, ...], name: str = "module"
+    module: torch.nn.Module,
+    example_inputs: tuple[Any, ...] | Mapping[str, Any],
+    name: str = "module",
 ) -> ModelGraphs:
     """Return a module's single entry point ``main`` (static shapes of the example inputs)."""
     from mimo_compile.frontend.exported import export_program
@@ -207,10 +209,12 @@ def module_graphs(
 
 def program_graphs(program: torch.export.ExportedProgram, name: str) -> ModelGraphs:
     """Return the single entry point ``main`` of an exported program."""
-    from mimo_compile.frontend.exported import tensors_of
+    from mimo_compile.frontend.exported import NothingToCompile, output_names, tensors_of
 
     imported = import_exported(program)
     graph = build_graph(imported, lower_generic(imported.module), {})
+    if not graph.nodes:
+        raise NothingToCompile("every output is an input or a constant", file=name)
     tensors: dict[str, Callable[[], torch.Tensor]] = {
         k: partial(_same, t) for k, t in tensors_of(program).items()
     }
@@ -218,6 +222,6 @@ def program_graphs(program: torch.export.ExportedProgram, name: str) -> ModelGra
         name,
         {"main": graph},
         {"main": tuple(v.name for v in graph.inputs)},
-        {"main": tuple(f"output_{i}" for i in range(len(graph.outputs)))},
+        {"main": output_names(program)},
         tensors,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,7 +50,7 @@ def open_source(
     quant: str = "none",
     attention: str = "model",
     max_context: int | None = None,
-    example_inputs: tuple[Any, ...] | None = None,
+    example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
 ) -> Source:
     """Load, quantise, export and lower a model.
 
@@ -81,7 +82,9 @@ def open_source(
         )
     if isinstance(source, torch.nn.Module):
         _plain_only(scheme, quant)
-        graphs = module_graphs(source, example_inputs or (), type(source).__name__)
+        graphs = module_graphs(
+            source, () if example_inputs is None else example_inputs, type(source).__name__
+        )
         return Source(graphs, scheme, module=source)
     if not isinstance(source, (str, Path)):
         raise UsageError(
@@ -103,7 +106,7 @@ def _open_checkpoint(source: str | Path, scheme: QuantScheme, max_context: int |
     loaded = load_checkpoint(resolve_source(source), scheme, max_context)
     return Source(
         decoder_graphs(loaded.decoder),
-        scheme,
+        loaded.scheme,
         config=loaded.config,
         tokenizer=loaded.tokenizer,
         loaded=loaded,
@@ -111,7 +114,7 @@ def _open_checkpoint(source: str | Path, scheme: QuantScheme, max_context: int |
 
 
 def _plain_only(scheme: QuantScheme, text: str) -> None:
-    if scheme.weight is not None:
+    if scheme != QuantScheme(None):
         raise UsageError(
             f"--quant {text} is for model folders; a module or .pt2 file keeps its weights",
             remedy="leave out --quant",
