@@ -6,9 +6,9 @@ import pytest
 import mimo_compile as mc
 
 pytestmark = pytest.mark.compile
-FAST = ("llama-tied-llama3", "llama-linear-mha")
+FAST = ("llama-linear-mha",)
 SLOW = (
-    "llama", "qwen2", "qwen2-window", "qwen3", "mimo_v2_flash", "mimo_v2_flash-groups",
+    "llama", "llama-tied-llama3", "qwen2", "qwen2-window", "qwen3", "mimo_v2_flash", "mimo_v2_flash-groups",
 )  # fmt: skip
 SHARDED = ("llama-tied-llama3", "qwen2-window", "qwen3", "mimo_v2_flash")
 CONTEXT = 96
