@@ -49,7 +49,7 @@ _NF = {
 _FP = {3: (0.0, 1.0, 2.0, 4.0), 4: (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)}
 """Magnitudes of E2M0 and E2M1; the code's top bit is the sign."""
 
-_GROUP = r"(?:g(?P<group>32|64|128|row|tensor))?"
+_GROUP = r"(?:g(?P<group>16|32|64|128|256|row|tensor))?"
 _WEIGHT = re.compile(
     r"(?:w(?P<ternary>1\.58)(?P<dense>d)?|w(?P<bits>[1-8])(?P<zero>z)?|(?P<book>a?(?:nf|fp)[34])"
     r"|(?P<fp8>fp8b128)|(?P<complex>complex2(?:wl2?)?))" + _GROUP
@@ -159,13 +159,14 @@ class QuantScheme:
     """What ``--quant`` says: weight format, activation bits (16 = float), KV-cache format."""
 
     weight: WeightFormat | None
+    """None: as the checkpoint stores them."""
     act: int = 16
     kv: str = "16"
 
     def __str__(self) -> str:
         """Return the canonical text of the scheme."""
         if self.weight is None:
-            return "none"
+            return "none" if self.act == 16 else f"a{self.act}"
         return f"{self.weight.name}a{self.act}" + ("" if self.kv == "16" else f"kv{self.kv}")
 
 
@@ -182,7 +183,7 @@ def parse_weight_format(text: str) -> WeightFormat:
         raise UsageError(
             f"unknown weight format {text!r}",
             remedy="use one of f32 bf16 w1..w8[z] w1.58[d] nf3 nf4 fp3 fp4 anf3 anf4 afp3 afp4 fp8b128 "
-            "complex2[wl[2]], with an optional group g32 g64 g128 grow gtensor",
+            "complex2[wl[2]], with an optional group g16 g32 g64 g128 g256 grow gtensor",
         )
     return _from_match(match)
 
@@ -190,16 +191,20 @@ def parse_weight_format(text: str) -> WeightFormat:
 def parse_scheme(text: str) -> QuantScheme:
     """Parse a ``--quant`` value: ``none`` or ``WEIGHT[aACT][kvKV]``, e.g. ``w4g64a8``.
 
+    ``a8`` alone: weights as they are stored (quantised ones), with 8-bit activations.
+
     Raises:
         UsageError: the text is not in the grammar.
     """
     if text == "none":
         return QuantScheme(None)
+    if text == "a8":
+        return QuantScheme(None, 8)
     match = _SCHEME.fullmatch(text)
     if match is None:
         raise UsageError(
             f"unknown quantisation {text!r} (--quant)",
-            remedy="use none or WEIGHT[aACT][kvKV], for example w8a8, w4g64a8, w2g64a8, w1.58a8, "
+            remedy="use none, a8 or WEIGHT[aACT][kvKV], for example w8a8, w4g64a8, w2g64a8, w1.58a8, "
             "w4zg128a16; `mimo-compile targets --formats` lists what has kernels",
         )
     return QuantScheme(_from_match(match), int(match["act"] or 16), match["kv"] or "16")
@@ -220,6 +225,8 @@ def _from_match(match: re.Match[str]) -> WeightFormat:
     if match["bits"]:
         bits = int(match["bits"])
         default = GROUP_ROW if bits == 8 else 64
+        if bits == 1 and group == 16:
+            raise UsageError(f"w1{suffix}: a group of 1-bit codes has at least 32 columns")
         zero = "z" if match["zero"] else ""
         return WeightFormat(
             f"w{bits}{zero}{suffix}", "int", bits, default if group is None else group, bool(zero)
@@ -263,9 +270,11 @@ class QuantTensor:
     """``[..., N, G]``, two columns a group where the format says so."""
     zero: npt.NDArray[np.float32] | None = None
     """``[..., N, G]``, or None for formats without zero points."""
+    perm: npt.NDArray[np.int32] | None = None
+    """``[K]``: column j of the codes multiplies input feature ``perm[j]``; None: feature j."""
 
     def dequantize(self) -> npt.NDArray[np.float32]:
-        """Return the real weights ``[..., N, K]`` float32."""
+        """Return the real weights ``[..., N, K]`` float32, columns in the order of input features."""
         import torch
 
         from mimo_compile.ir.ops.numerics import real_matrix
@@ -273,4 +282,4 @@ class QuantTensor:
         zero = None if self.zero is None else torch.from_numpy(self.zero)
         parts = torch.from_numpy(self.codes), torch.from_numpy(self.scale), zero
         out: npt.NDArray[np.float32] = real_matrix(self.fmt, *parts, torch.float32).numpy()
-        return out
+        return out if self.perm is None else np.ascontiguousarray(out[..., np.argsort(self.perm)])

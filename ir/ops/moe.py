@@ -51,11 +51,12 @@ def _experts(
 @torch.library.custom_op("mimo::moe", mutates_args=())
 def moe(
     x: Tensor, ids: Tensor, weights: Tensor, w13: Tensor, w13_scale: Tensor | None, w13_zero: Tensor | None,
-    w2: Tensor, w2_scale: Tensor | None, w2_zero: Tensor | None, w: str, a: str,
+    w2: Tensor, w2_scale: Tensor | None, w2_zero: Tensor | None, w: str, a: str, s: str = "f16",
 ) -> Tensor:  # fmt: skip
     """Run experts: ``x [T, D]``, ``ids/weights [T, k]``, ``w13 [E, 2F, D]``, ``w2 [E, D, F]`` -> ``[T, D]``.
 
-    ``w13``/``w2`` are codes with scales (and zeros), or real weights when ``w`` is a float format.
+    ``w13``/``w2`` are codes with scales (and zeros), or real weights when ``w`` is a float format. ``s``: as
+    for `mpgemm`.
     """
     fmt = parse_weight_format(w)
 
@@ -71,7 +72,7 @@ def moe(
 @moe.register_fake
 def _(
     x: Tensor, ids: Tensor, weights: Tensor, w13: Tensor, w13_scale: Any, w13_zero: Any,
-    w2: Tensor, w2_scale: Any, w2_zero: Any, w: str, a: str,
+    w2: Tensor, w2_scale: Any, w2_zero: Any, w: str, a: str, s: str = "f16",
 ) -> Tensor:  # fmt: skip
     return x.new_empty((x.shape[0], w2.shape[1]))
 

@@ -37,15 +37,21 @@ def mpgemm(
     bias: Tensor | None,
     w: str,
     a: str,
+    s: str = "f16",
 ) -> Tensor:
-    """Quantised linear layer ``x [..., K] -> [..., N]``; codes, scale and zero as in `ir.formats`."""
+    """Quantised linear layer ``x [..., K] -> [..., N]``; codes, scale and zero as in `ir.formats`.
+
+    ``s`` says in what kernels keep scales and zero points: float16 only where that loses nothing.
+    """
     fmt = parse_weight_format(w)
     weight = real_matrix(fmt, codes, scale, zero, x.dtype)
     return torch.nn.functional.linear(fake_quantize(x, fmt, a), weight, bias)
 
 
 @mpgemm.register_fake
-def _(x: Tensor, codes: Tensor, scale: Tensor, zero: Any, bias: Any, w: str, a: str) -> Tensor:
+def _(
+    x: Tensor, codes: Tensor, scale: Tensor, zero: Any, bias: Any, w: str, a: str, s: str = "f16"
+) -> Tensor:
     fmt = parse_weight_format(w)
     rows = codes.shape[0] * 2 // fmt.terms if fmt.family == "complex" else codes.shape[0]
     return x.new_empty((*x.shape[:-1], rows))

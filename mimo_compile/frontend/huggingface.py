@@ -39,6 +39,8 @@ class LoadReport:
     """Stored type -> numbers."""
     unused: tuple[str, ...]
     """Tensors that are not needed (derived from the configuration, or a tied copy)."""
+    notes: tuple[str, ...] = ()
+    """What is odd about the values, one sentence each."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def resolve_source(source: str | Path) -> Path:
     raise InputError(
         f"{source} {what}",
         file=folder,
-        remedy="Give a folder with config.json and safetensors, or: tiny",
+        remedy="Give a folder with config.json and safetensors, a .gguf file, or: tiny",
     )
 
 
@@ -95,7 +97,7 @@ def load_checkpoint(
         folder: folder with ``config.json``, weights in any format of `frontend.weights`, and optionally
             ``tokenizer.json`` and ``generation_config.json``; or a file that holds all of them.
         quant: what to store matrices as. Those that are quantised already stay as they are: it must then be
-            ``none`` or name their format.
+            ``none``, ``a8`` (8-bit activations) or name their format.
         max_context: positions to provide for; None: the model's own maximum, at most `DEFAULT_MAX_CONTEXT`.
 
     Returns:
@@ -119,7 +121,7 @@ def load_checkpoint(
     expected = expected_tensors(config, family, checkpoint)
     unused = _unused(checkpoint, expected, config)
     checkpoint.require(expected)
-    _check_stored_formats(checkpoint, expected, quant)
+    quant = _check_stored_formats(checkpoint, expected, quant)
     if checkpoint.entries[EMBED].dtype == "BF16":
         config = replace(config, dtype="bf16")
     decoder = Builder(config, family, checkpoint, quant).build()
@@ -134,21 +136,34 @@ def load_checkpoint(
         checkpoint.config_json(),
         checkpoint.tokenizer_json(),
         {name: generation[name] for name in kept if generation.get(name) is not None},
-        LoadReport(len(expected), sum(dtypes.values()), dict(dtypes), unused),
+        LoadReport(
+            len(expected), sum(dtypes.values()), dict(dtypes), unused, tuple(checkpoint.notes)
+        ),
     )
 
 
 def _check_stored_formats(
     checkpoint: Checkpoint, expected: dict[str, tuple[int, ...]], quant: QuantScheme
-) -> None:
-    """Refuse to quantise matrices once more that are quantised already."""
+) -> QuantScheme:
+    """Refuse to quantise matrices once more that are quantised already; returns the scheme to use.
+
+    A checkpoint whose model was trained with 8-bit activations gets them unless the scheme names a format.
+    """
     stored = sorted({e.fmt.name for n in expected if (e := checkpoint.entries[n]).fmt is not None})
+    if quant.weight is None and quant.act == 8 and not stored:
+        raise UsageError(
+            f"--quant {quant} keeps weights as they are, and those of this checkpoint are floats",
+            remedy="Name a weight format, for example w8a8",
+        )
     if stored and quant.weight is not None and stored != [quant.weight.name]:
-        also = f", or {stored[0]}a8 for 8-bit activations" if len(stored) == 1 else ""
+        also = f"{stored[0]}a8" if len(stored) == 1 else "a8"
         raise UsageError(
             f"--quant {quant}: the checkpoint's matrices are already quantised, as {', '.join(stored)}",
-            remedy=f"Use --quant none, which keeps them{also}",
+            remedy=f"Use --quant none, which keeps them, or {also} for 8-bit activations",
         )
+    if stored and quant.weight is None and checkpoint.activations == 8:
+        return replace(quant, act=8)
+    return quant
 
 
 def _configure_context(config: DecoderConfig, max_context: int | None) -> DecoderConfig:
@@ -169,7 +184,9 @@ def _unused(
     strange = [
         name
         for name in extra
-        if not _DERIVED.fullmatch(name) and not (config.tied and name == HEAD)
+        if not _DERIVED.fullmatch(name)
+        and not (config.tied and name == HEAD)
+        and not checkpoint.ignorable(name)
     ]
     if strange and not set(expected) - set(checkpoint.entries):
         shown = ", ".join(strange[:3]) + (

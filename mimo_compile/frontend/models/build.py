@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -31,6 +32,7 @@ from mimo_compile.frontend.models.stages import (
     Rope,
     frozen,
 )
+from mimo_compile.frontend.weights.canonical import common_format, widen
 from mimo_compile.frontend.weights.checkpoint import Checkpoint
 from mimo_compile.ir.formats import QuantScheme, QuantTensor, WeightFormat
 from mimo_compile.quantize import head_format, quantize
@@ -141,17 +143,31 @@ class Builder:
         done = [quantize(self.checkpoint.tensor(name), fmt, what=name) for name in names]
         return done[0] if len(done) == 1 else _stack(done)
 
-    def _as_stored(self, names: list[str]) -> QuantTensor:
-        """Return matrices that the checkpoint holds quantised, stacked along their rows."""
+    def _as_stored(self, names: list[str]) -> QuantTensor | Tensor:
+        """Return matrices that the checkpoint holds quantised, stacked along their rows.
+
+        Those in different integer formats take one that holds all of them; where columns stand in
+        different orders, only real values can be stacked.
+        """
+        fmt = self._common(names)
+        done = [widen(self.checkpoint.quantised(name), fmt) for name in names]
+        if len(done) == 1:
+            return done[0]
+        if all(_same_order(part, done[0]) for part in done):
+            return _stack(done)
+        return torch.cat([torch.from_numpy(part.dequantize()) for part in done])
+
+    def _common(self, names: list[str]) -> WeightFormat:
         entries = [self.checkpoint.entries[name] for name in names]
-        if len({entry.fmt for entry in entries}) > 1:
+        formats = [entry.fmt for entry in entries if entry.fmt is not None]
+        fmt = common_format(formats, entries[0].shape[-1]) if len(formats) == len(names) else None
+        if fmt is None:
             what = ", ".join(f"{n} {e.dtype}" for n, e in zip(names, entries, strict=True))
             raise InputError(
                 f"matrices that are multiplied as one are stored in different formats: {what}",
                 file=entries[0].file,
             )
-        done = [self.checkpoint.quantised(name) for name in names]
-        return done[0] if len(done) == 1 else _stack(done)
+        return fmt
 
     def _linear(self, names: list[str], bias: Tensor | None = None) -> QuantLinear:
         weight = self._matrix(names, self.scheme.weight)
@@ -216,6 +232,7 @@ class Builder:
         else:
             pair = [names["experts.gate"], names["experts.up"]]
             w13, w2 = self._experts(spec, pair), self._experts(spec, [names["experts.down"]])
+        w13, w2 = self._same_format(names, w13, w2)
         parts: dict[str, QuantLinear | Experts] = {
             "router": QuantLinear(self.checkpoint.real(names["router"])),
             "experts": Experts(w13, w2, act),
@@ -230,6 +247,24 @@ class Builder:
             for e in range(spec.experts)
         ]
         return _pile(each)
+
+    def _same_format(
+        self, names: Names, w13: Tensor | QuantTensor, w2: Tensor | QuantTensor
+    ) -> tuple[Tensor | QuantTensor, Tensor | QuantTensor]:
+        """Check, and where it is possible see to it, that both matrices of experts have one format."""
+        first, second = (w.fmt if isinstance(w, QuantTensor) else None for w in (w13, w2))
+        if first == second:
+            return w13, w2
+        if isinstance(w13, QuantTensor) and isinstance(w2, QuantTensor):
+            fmt = common_format([w13.fmt, w2.fmt], min(w13.codes.shape[-1], w2.codes.shape[-1]))
+            if fmt is not None:
+                return widen(w13, fmt), widen(w2, fmt)
+        name = names.get("experts.down", names.get("experts.all_down", "")).replace("{e}", "*")
+        raise InputError(
+            f"{name} is stored as {second or 'float'}, the other matrices of the experts as "
+            f"{first or 'float'}: experts need one format",
+            file=self.checkpoint.source,
+        )
 
     def _fused_experts(self, name: str) -> Tensor | QuantTensor:
         """Return ``[E, N, K]`` from one tensor of all experts."""
@@ -265,10 +300,12 @@ def _stack(parts: list[QuantTensor]) -> QuantTensor:
 
 
 def _pile(parts: list[Tensor | QuantTensor]) -> Tensor | QuantTensor:
-    """Put matrices of equal shape on top of each other: ``[E, N, K]``."""
+    """Put matrices of equal shape on top of each other: ``[E, N, K]``; orders of columns are undone."""
     quantised = [part for part in parts if isinstance(part, QuantTensor)]
-    if quantised:
+    plain = len({part.fmt for part in quantised}) == 1 and len(quantised) == len(parts)
+    if plain and all(part.perm is None for part in quantised):
         return _join(quantised, torch.stack)
+    parts = [torch.from_numpy(p.dequantize()) if isinstance(p, QuantTensor) else p for p in parts]
     return torch.stack(_same_type([part for part in parts if isinstance(part, Tensor)]))
 
 
@@ -277,6 +314,11 @@ def _join(parts: list[QuantTensor], how: Callable[[list[Tensor]], Tensor]) -> Qu
         return how([torch.from_numpy(array) for array in arrays]).numpy()
 
     zero = None if parts[0].zero is None else each([part.zero for part in parts])
-    return QuantTensor(
-        parts[0].fmt, each([p.codes for p in parts]), each([p.scale for p in parts]), zero
-    )
+    codes, scale = each([p.codes for p in parts]), each([p.scale for p in parts])
+    return QuantTensor(parts[0].fmt, codes, scale, zero, parts[0].perm)
+
+
+def _same_order(a: QuantTensor, b: QuantTensor) -> bool:
+    if a.perm is None or b.perm is None:
+        return a.perm is b.perm
+    return np.array_equal(a.perm, b.perm)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +25,13 @@ def float_name(tensor: Tensor) -> str:
     return "bf16" if tensor.dtype == torch.bfloat16 else "f32"
 
 
+def scale_name(*weights: QuantTensor) -> str:
+    """Return ``f16`` if float16 holds all scales and zero points exactly, else ``f32``."""
+    arrays = [a for weight in weights for a in (weight.scale, weight.zero) if a is not None]
+    with np.errstate(over="ignore"):
+        return "f16" if all(np.array_equal(a.astype(np.float16), a) for a in arrays) else "f32"
+
+
 class QuantLinear(nn.Module):
     """``x [T, K] -> [T, N]`` with quantised codes or a float weight."""
 
@@ -31,6 +39,8 @@ class QuantLinear(nn.Module):
     scale: Tensor
     zero: Tensor | None
     bias: Tensor | None
+    perm: Tensor | None
+    """int64 ``[K]``: the input feature of each column of codes, where these are in another order."""
 
     def __init__(
         self, weight: Tensor | QuantTensor, bias: Tensor | None = None, act: str = "a16"
@@ -39,19 +49,22 @@ class QuantLinear(nn.Module):
         super().__init__()
         self.register_buffer("bias", bias)
         if isinstance(weight, QuantTensor):
-            self.w, self.a = weight.fmt.name, act
+            self.w, self.a, self.s = weight.fmt.name, act, scale_name(weight)
+            order = None if weight.perm is None else torch.from_numpy(weight.perm.astype(np.int64))
+            self.register_buffer("perm", order)
             self.register_buffer("codes", torch.from_numpy(weight.codes))
             self.register_buffer("scale", torch.from_numpy(weight.scale))
             zero = None if weight.zero is None else torch.from_numpy(weight.zero)
             self.register_buffer("zero", zero)
         else:
-            self.w, self.a = float_name(weight), "a16"
+            self.w, self.a, self.s, self.perm = float_name(weight), "a16", "", None
             self.weight = weight if isinstance(weight, nn.Parameter) else frozen(weight)
 
     @property
     def kind(self) -> str:
         """What the graph of this layer depends on beside shapes."""
-        return f"{self.w}{self.a}" + ("" if self.bias is None else "b")
+        order = "" if self.perm is None else "p"
+        return f"{self.w}{self.a}{self.s}{order}" + ("" if self.bias is None else "b")
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x @ weight.T + bias``."""
@@ -59,8 +72,10 @@ class QuantLinear(nn.Module):
         if "weight" in self._parameters:
             y = torch.ops.mimo.linear(x, self.weight, self.bias)
         else:
+            if self.perm is not None:
+                x = x.index_select(-1, self.perm)
             y = torch.ops.mimo.mpgemm(
-                x, self.codes, self.scale, self.zero, self.bias, self.w, self.a
+                x, self.codes, self.scale, self.zero, self.bias, self.w, self.a, self.s
             )
         return y
 
@@ -74,6 +89,8 @@ class Experts(nn.Module):
         """Hold ``w13 [E, 2F, D]`` and ``w2 [E, D, F]``."""
         super().__init__()
         self.a = "a16"
+        both = [weight for weight in (w13, w2) if isinstance(weight, QuantTensor)]
+        self.s = scale_name(*both)
         for name, weight in (("w13", w13), ("w2", w2)):
             if isinstance(weight, QuantTensor):
                 self.w, self.a = weight.fmt.name, act
@@ -90,13 +107,13 @@ class Experts(nn.Module):
     @property
     def kind(self) -> str:
         """What the graph depends on beside shapes."""
-        return self.w + self.a
+        return self.w + self.a + self.s
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """Return the weighted sum of the chosen experts: ``x [T, D]``, ``ids/weights [T, k]``."""
         y: Tensor = torch.ops.mimo.moe(
             x, ids, weights, self.w13, self.w13_scale, self.w13_zero,
-            self.w2, self.w2_scale, self.w2_zero, self.w, self.a,
+            self.w2, self.w2_scale, self.w2_zero, self.w, self.a, self.s,
         )  # fmt: skip
         return y
 

@@ -18,6 +18,13 @@ if TYPE_CHECKING:
 
 WEIGHT_FORMATS: dict[str, Any] = {
     "safetensors": "plain:Safetensors",
+    "gguf": "gguf.checkpoint:Gguf",
+    "i2_s": "gguf.i2s:I2s",
+    "gptq": "gptq:Gptq",
+    "awq": "awq:Awq",
+    "bitnet": "bitnet:Bitnet",
+    "fp8": "fp8:BlockFp8",
+    "bitsandbytes": "nf4:Nf4",
 }
 """Name -> where its class lives; the first that detects a source reads it. Modules are imported on use."""
 
@@ -109,7 +116,8 @@ def _no_weights(source: Path) -> InputError:
     return InputError(
         f"no weights: neither {SINGLE} nor {INDEX}{found}",
         file=source,
-        remedy="Save the model as safetensors",
+        remedy="Save the model as safetensors"
+        + (", or give the .gguf file itself" if any(n.endswith(".gguf") for n in others) else ""),
     )
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -74,6 +75,8 @@ class Checkpoint(ABC):
     """What the format is called in messages, and in the table of formats."""
     methods: ClassVar[tuple[str, ...]] = ()
     """Values of ``quant_method`` in ``config.json`` that this format reads."""
+    activations: ClassVar[int] = 16
+    """Bits of activations that the models of this format were trained with (8: int8, row by row)."""
     entries: dict[str, Entry]
     """Every tensor by the name that model families use, known before any data is read."""
 
@@ -91,6 +94,8 @@ class Checkpoint(ABC):
         self.config = dict(config)
         """In the form of Hugging Face's ``config.json``, whatever the file's own is."""
         self.entries = {}
+        self.notes: list[str] = []
+        """What a user should know about values that were read, one sentence each."""
 
     @classmethod
     def detect(cls, source: Path, config: Mapping[str, Any]) -> bool:
@@ -178,6 +183,10 @@ class Checkpoint(ABC):
                     remedy="Only F32, BF16 and F16 weights are read; convert the checkpoint",
                 )
 
+    def ignorable(self, name: str) -> bool:
+        """Say whether a tensor that no family reads may be left out."""
+        return False
+
     def tensor(self, name: str) -> Tensor:
         """Return a tensor as floats: as it is stored, or the real values of a quantised matrix."""
         found = self.read(name)
@@ -204,6 +213,10 @@ class Checkpoint(ABC):
                 f"do not fit {found.fmt} of {list(entry.shape)}",
                 file=entry.file,
             )
+        if found.perm is not None and not np.array_equal(
+            np.sort(found.perm), np.arange(entry.shape[-1])
+        ):
+            raise InputError(f"{name}: the order of its columns is no permutation", file=entry.file)
         return found
 
 

@@ -58,8 +58,8 @@ class GroupedCheckpoint(Checkpoint):
     ) -> tuple[tuple[int, ...], WeightFormat | None]:
         """Return shape ``(N, K)`` and canonical format of a matrix from its parts' headers.
 
-        A matrix that no canonical format holds (columns in another order, say) has the format None:
-        `decode` then returns its real values.
+        A matrix that no canonical format holds (groups of unequal size, say) has the format None: `decode`
+        then returns its real values. Columns in another order have one: see `QuantTensor.perm`.
 
         Raises:
             InputError: shapes or types of the parts do not fit each other; use `fail`.
@@ -73,10 +73,10 @@ class GroupedCheckpoint(Checkpoint):
             InputError: values that cannot be, such as an index beyond the groups; use `fail`.
         """
 
-    def fail(self, name: str, what: str) -> InputError:
+    def fail(self, name: str, what: str, remedy: str = "") -> InputError:
         """Build the error for a group that is wrong."""
         first = next(iter(self._groups[name].values()))
-        return InputError(f"{name}: {what}", file=self.stored.entries[first].file)
+        return InputError(f"{name}: {what}", file=self.stored.entries[first].file, remedy=remedy)
 
     def _collect(self, stem: str) -> None:
         found = {p: stem + p for p in self.parts if stem + p in self.stored.entries}

@@ -1,0 +1,1 @@
+"""GGUF files: `reader` (the container), `blocks` (quantised types), `model` and `tokenizer` (metadata)."""
