@@ -73,6 +73,8 @@ class Kernel:
     """ISA features the code needs (LLVM spelling), which the artifact records."""
     target: Mapping[str, Any] = field(default_factory=dict)
     """Extra TVM target attributes, e.g. ``{"fast-math-reassoc": True}``."""
+    notes: tuple[str, ...] = ()
+    """What the generator tried and TVM refused, one line each: it explains a slow kernel."""
 
 
 class Schedule(ABC):

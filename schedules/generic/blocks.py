@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +23,8 @@ class BlockFacts:
     """For each loop: S (spatial) or R (reduced)."""
     extents: tuple[int, ...]
     written: tuple[Any, ...]
-    reads: tuple[tuple[str, int], ...]
-    """Buffers read and their numbers of elements."""
+    reads: tuple[tuple[Any, int], ...]
+    """Buffers read and their numbers of elements. Names of buffers need not differ: compare with `holds`."""
     output: bool
     """It writes a parameter of the function."""
     cheap: bool
@@ -58,10 +59,14 @@ def extent(value: Any) -> int:
         raise ValueError(f"extent {value} is not static") from error
 
 
+def holds(buffers: Iterable[Any], buffer: Any) -> bool:
+    """Say whether a buffer is among others, by identity: different buffers may have one name."""
+    return any(b.same_as(buffer) for b in buffers)
+
+
 def reads_per_element(user: BlockFacts, producer: BlockFacts) -> float:
     """Return how often ``user`` reads each element that ``producer`` writes, on average."""
-    names = {b.name for b in producer.written}
-    sizes = [size for name, size in user.reads if name in names]
+    sizes = [size for buffer, size in user.reads if holds(producer.written, buffer)]
     return user.work / max(1, min(sizes)) if sizes else math.inf
 
 
@@ -97,7 +102,6 @@ def _facts(schedule: Any, function: Any, name: str) -> BlockFacts | None:
     if not stores:
         return None
     written = tuple(r.source for r in block.writes)
-    outputs = {b.name for b in function.params}
     last = stores[0][1][-1] if stores[0][1] else None
     axis = next((i for i, v in enumerate(variables) if last is not None and last.same_as(v)), None)
     return BlockFacts(
@@ -105,10 +109,8 @@ def _facts(schedule: Any, function: Any, name: str) -> BlockFacts | None:
         kinds=kinds,
         extents=tuple(extent(loop.extent) for loop in loops),
         written=written,
-        reads=tuple(
-            (r.source.name, math.prod(extent(n) for n in r.source.shape)) for r in block.reads
-        ),
-        output=any(b.name in outputs for b in written),
+        reads=tuple((r.source, math.prod(extent(n) for n in r.source.shape)) for r in block.reads),
+        output=any(holds(function.params, b) for b in written),
         cheap=_cheap(block),
         linear=_linear(accesses, variables),
         vectorisable=bool(variables) and all(_along(a, variables[-1]) for a in accesses),

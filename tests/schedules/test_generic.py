@@ -17,6 +17,7 @@ from mimo_compile.schedules.generic.x86_tir import TirConfig, default_config, lo
 tvm = compiler()
 from tvm import relax
 from tvm.relax import op as R
+from tvm.s_tir.schedule import ScheduleError
 from tvm.script import relax as script
 
 CPU = local_cpu()
@@ -211,16 +212,90 @@ def test_counts_and_arguments_of_a_matmul():
 
 
 def test_a_rule_that_is_refused_leaves_the_block_as_it_was(monkeypatch):
-    def refuse(*_):
-        raise ValueError("no")
+    def refuse(*_, **__):
+        raise ScheduleError("a diagnosis\n\nError message: no such loop\n")
 
     for rule in ("tiled_rule", "lanes_rule", "columns_rule", "outer_rule", "spatial_rule"):
         monkeypatch.setattr(x86_tir, rule, refuse)
     (func,) = legalised("matmul")
     rng = np.random.default_rng(0)
     a, b = (rng.standard_normal(s, dtype=np.float32) for s in CASES["matmul"][1])
-    (got,) = run(lower_tir(func, "serial", TirConfig(), CPU), [a, b])
+    kernel = lower_tir(func, "serial", TirConfig(), CPU)
+    (got,) = run(kernel, [a, b])
     assert np.allclose(got, a @ b, rtol=1e-5, atol=1e-5)
+    assert len(kernel.notes) == 4
+    assert all(note.startswith("matmul: ") and "no such loop" in note for note in kernel.notes)
+
+
+def test_what_is_no_refusal_is_not_swallowed(monkeypatch):
+    def broken(*_, **__):
+        raise TypeError("a mistake in a rule")
+
+    monkeypatch.setattr(x86_tir, "tiled_rule", broken)
+    with pytest.raises(TypeError, match="a mistake"):
+        lower_tir(legalised("matmul")[0], "broken", TirConfig(), CPU)
+
+
+def test_real_refusals_are_noted_and_good_schedules_have_none():
+    assert lower_tir(legalised("matmul")[0], "good", TirConfig(), CPU).notes == ()
+    schedule = tvm.s_tir.Schedule(legalised("gelu")[0])
+    notes = []
+
+    def twice(copy):
+        (block, *_) = block_facts(copy)
+        loop = copy.get_loops(copy.get_sblock(block.name))[0]
+        copy.vectorize(loop)
+        copy.vectorize(loop)
+        copy.parallel(loop)
+        copy.compute_inline(copy.get_sblock("there_is_none"))
+        return True
+
+    assert x86_tir._attempt(schedule, "twice", notes, twice) is None
+    assert len(notes) == 1 and notes[0].startswith("twice: ")
+
+
+def test_buffers_of_one_name_are_told_apart():
+    # TVM names a product inside a fused gelu like its result: both would pass for outputs
+    kernel = lower_tir(legalised("gelu")[0], "one_pass", TirConfig(), CPU)
+    assert [f.output for f in block_facts(tvm.s_tir.Schedule(legalised("gelu")[0]))].count(
+        True
+    ) == 1
+    passes = [x for x in str(kernel.func).splitlines() if x.strip().startswith("with T.sblock(")]
+    assert len(passes) == 1  # over memory
+
+
+@pytest.mark.parametrize("axis,rows", [(-1, True), (-2, False)])
+def test_a_softmax_runs_row_by_row(axis, rows, always_parallel):
+    case = (lambda x: R.nn.softmax(x, axis), [(6, 32, 32)], None)
+    CASES["probe"] = case
+    try:
+        (func,) = legalised("probe")
+    finally:
+        del CASES["probe"]
+    kernel = lower_tir(func, f"rows_{rows}", TirConfig(), CPU)
+    text = str(kernel.func)
+    if rows:  # a single loop over rows, and the row's intermediate results inside of it
+        assert sum(line.startswith("    for ") for line in text.splitlines()) == 1
+        assert text.count("T.parallel(") == 1
+    x = np.random.default_rng(0).standard_normal((6, 32, 32), dtype=np.float32) * 5
+    (got,) = run(kernel, [x])
+    wide = np.exp(x - x.max(axis, keepdims=True).astype(np.float64))
+    assert np.allclose(got, wide / wide.sum(axis, keepdims=True), rtol=2e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("n", [8, 12, 31, 40, 100])
+@pytest.mark.parametrize("vector", [1, 8, 16])
+def test_rows_of_any_length(n, vector):
+    CASES["probe"] = (lambda x: R.nn.log_softmax(x, -1), [(5, n)], None)
+    try:
+        (func,) = legalised("probe")
+    finally:
+        del CASES["probe"]
+    x = np.random.default_rng(n).standard_normal((5, n), dtype=np.float32) * 3
+    (got,) = run(lower_tir(func, f"log_{n}_{vector}", TirConfig(False, vector), CPU), [x])
+    wide = x.astype(np.float64) - x.max(-1, keepdims=True)
+    expected = wide - np.log(np.exp(wide).sum(-1, keepdims=True))
+    assert np.allclose(got, expected, rtol=2e-5, atol=2e-6)
 
 
 def test_two_results_of_one_reduction(always_parallel):
@@ -236,8 +311,9 @@ def test_two_results_of_one_reduction(always_parallel):
 
 def test_what_the_passes_refuse_falls_back_to_the_plain_function(monkeypatch):
     (func,) = legalised("gelu")
-    monkeypatch.setattr(x86_tir, "_compiles", lambda *_: False)
+    monkeypatch.setattr(x86_tir, "_pass_error", lambda *_: "because")
     kernel = lower_tir(func, "plain", TirConfig(), CPU)
+    assert kernel.notes[-1].startswith("plain: ") and kernel.notes[-1].endswith("because")
     x = np.random.default_rng(0).standard_normal((5, 21), dtype=np.float32)
     assert np.allclose(run(kernel, [x])[0], gelu(x.astype(np.float64)), atol=1e-6)
 
