@@ -26,7 +26,7 @@ from mimo_compile.schedules.generic.blocks import (
     holds,
     reads_per_element,
 )
-from mimo_compile.schedules.generic.intrinsics import expand
+from mimo_compile.schedules.generic.intrinsics import expand, widen_inside
 from mimo_compile.schedules.generic.row_chain import row_chain
 from mimo_compile.schedules.generic.rules import (
     columns_rule,
@@ -93,7 +93,7 @@ def lower_tir(func: Any, name: str, config: TirConfig, hardware: Hardware) -> Ke
         schedule, "row_chain", notes, lambda s: row_chain(s, blocks, config.vector, wide)
     )
     schedule = chained or _block_by_block(schedule, config, threads, notes)
-    scheduled = schedule.mod["main"].with_attr("global_symbol", name)
+    scheduled = widen_inside(schedule.mod["main"]).with_attr("global_symbol", name)
     if refused := _pass_error(scheduled, hardware):
         notes.append(f"{name}: passes refused the schedule, so it runs as it came: {refused}")
         scheduled = func.with_attr("global_symbol", name).with_attr("tirx.noalias", True)
@@ -168,7 +168,10 @@ def _inline(schedule: Any, notes: list[str]) -> Any:
         if facts.reduced or facts.output:
             continue
         block = schedule.get_sblock(facts.name)
-        consumers = [schedule.get(c).name_hint for c in schedule.get_consumers(block)]
+        try:
+            consumers = [schedule.get(c).name_hint for c in schedule.get_consumers(block)]
+        except REFUSED:  # blocks that write where the data says (a scatter)
+            continue
         users = [f for f in block_facts(schedule) if f.name in consumers]
         # a reduction that reads an element many times would compute it many times
         once = all(not u.reduced or reads_per_element(u, facts) <= 1 for u in users)
