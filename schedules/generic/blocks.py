@@ -35,6 +35,9 @@ class BlockFacts:
     """Along the last axis every access is contiguous or constant."""
     vector_axis: int | None
     """Loop of the last output axis if every access is contiguous or constant along it."""
+    reuse_axis: int | None
+    """Spatial loop that what is read along ``vector_axis`` does not depend on: its iterations share loads
+    (rows of a matmul, output channels of a convolution)."""
 
     @property
     def reduced(self) -> bool:
@@ -104,6 +107,10 @@ def _facts(schedule: Any, function: Any, name: str) -> BlockFacts | None:
     written = tuple(r.source for r in block.writes)
     last = stores[0][1][-1] if stores[0][1] else None
     axis = next((i for i, v in enumerate(variables) if last is not None and last.same_as(v)), None)
+    if axis is not None and (
+        kinds[axis] != "S" or not all(_along(a, variables[axis]) for a in accesses)
+    ):
+        axis = None
     return BlockFacts(
         name=name,
         kinds=kinds,
@@ -114,12 +121,29 @@ def _facts(schedule: Any, function: Any, name: str) -> BlockFacts | None:
         cheap=_cheap(block),
         linear=_linear(accesses, variables),
         vectorisable=bool(variables) and all(_along(a, variables[-1]) for a in accesses),
-        vector_axis=axis
-        if axis is not None
-        and kinds[axis] == "S"
-        and all(_along(a, variables[axis]) for a in accesses)
-        else None,
+        vector_axis=axis,
+        reuse_axis=None if axis is None else _reuse_axis(loops, kinds, variables, accesses, axis),
     )
+
+
+def _reuse_axis(
+    loops: list[Any], kinds: tuple[str, ...], variables: list[Any], accesses: list[Any], axis: int
+) -> int | None:
+    vectors = [
+        indices
+        for _, indices, stored in accesses
+        if not stored
+        and any(_uses(i, variables[axis]) for i in indices)
+        and any(
+            _uses(i, v) for i in indices for v, k in zip(variables, kinds, strict=True) if k == "R"
+        )
+    ]
+    for at in reversed(range(len(variables))):
+        if at == axis or kinds[at] != "S" or extent(loops[at].extent) == 1:
+            continue
+        if vectors and not any(_uses(i, variables[at]) for v in vectors for i in v):
+            return at
+    return None
 
 
 def _realize(function: Any, block: Any) -> Any:

@@ -83,7 +83,9 @@ def tiled_rule(schedule: Any, facts: BlockFacts, config: TirConfig, wide: bool) 
     if 2 * vectors < config.unroll:
         vectors = divisor(chunks, 2 * config.unroll)
     spatial = [i for i, k in enumerate(facts.kinds) if k == "S"]
-    row = next((i for i in reversed(spatial) if i < axis and facts.extents[i] > 1), None)
+    row = facts.reuse_axis
+    if row is None:
+        row = next((i for i in reversed(spatial) if i < axis and facts.extents[i] > 1), None)
     rows = 1 if row is None else divisor(facts.extents[row], config.tile)
     ragged = row is not None and 2 * rows <= config.tile and facts.extents[row] > 2 * config.tile
     block = schedule.get_sblock(facts.name)

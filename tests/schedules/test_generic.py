@@ -318,6 +318,17 @@ def test_what_the_passes_refuse_falls_back_to_the_plain_function(monkeypatch):
     assert np.allclose(run(kernel, [x])[0], gelu(x.astype(np.float64)), atol=1e-6)
 
 
+def test_rows_of_a_register_tile_share_what_they_load():
+    # output channels of a convolution read the same pixels, rows of a matmul the same columns
+    (conv,) = [f for f in block_facts(tvm.s_tir.Schedule(legalised("conv")[0])) if f.reduced]
+    assert (conv.reuse_axis, conv.vector_axis) == (1, 3)
+    (matmul,) = block_facts(tvm.s_tir.Schedule(legalised("matmul")[0]))
+    assert (matmul.reuse_axis, matmul.vector_axis) == (1, 2)
+    v3 = PRESETS["x86-64-v3"]
+    code = assembly([lower_tir(legalised("conv")[0], "tile", TirConfig(False), v3)], v3)
+    assert "vfmadd" in code and "ymm" in code
+
+
 def test_facts_of_a_matmul():
     (facts,) = block_facts(tvm.s_tir.Schedule(legalised("matmul")[0]))
     assert facts.kinds == ("S", "S", "S", "R")
