@@ -18,7 +18,7 @@ from mimo_compile.ir.counts import LEVELS, OP_KINDS, Counts
 from mimo_compile.ir.hardware import Hardware
 
 ENERGY_OP_PJ = {
-    "fma_f32": 2.5, "add_f32": 1.0, "exp_f32": 25.0, "dot_i8": 0.4, "unpack_u8": 0.15,
+    "fma_f32": 2.5, "add_f32": 1.0, "exp_f32": 25.0, "dot_i8": 0.4, "tile_i8": 0.2, "unpack_u8": 0.15,
     "shuffle_u8": 0.2, "int_op": 0.3,
 }  # fmt: skip
 """Picojoules of one scalar operation, instruction overhead of a wide vector shared by its lanes."""
@@ -29,7 +29,7 @@ IDLE_W_PER_CORE = 4.0
 
 # Scalar operations per cycle and core for 512-bit vectors; halved for 256-bit ones.
 _PER_CYCLE = {
-    "fma_f32": 32.0, "add_f32": 32.0, "exp_f32": 2.0, "dot_i8": 128.0, "unpack_u8": 64.0,
+    "fma_f32": 32.0, "add_f32": 32.0, "exp_f32": 2.0, "dot_i8": 128.0, "tile_i8": 1024.0, "unpack_u8": 64.0,
     "shuffle_u8": 64.0, "int_op": 32.0,
 }  # fmt: skip
 _IN_FLIGHT = 4.0
@@ -62,8 +62,6 @@ class DeviceModel:
         ops = {k: v * wide * _GUESSED_HZ for k, v in _PER_CYCLE.items()}
         if not hardware.has_vnni and "avxvnni" not in hardware.features:
             ops["dot_i8"] /= 3
-        if "amx-int8" in hardware.features:
-            ops["dot_i8"] *= 8
         counts = range(1, hardware.cores + 1)
         socket = min(300e9, 20e9 * max(1, hardware.cores))
         levels = {

@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-OP_KINDS = ("fma_f32", "dot_i8", "add_f32", "exp_f32", "unpack_u8", "shuffle_u8", "int_op")
+OP_KINDS = (
+    "fma_f32", "dot_i8", "tile_i8", "add_f32", "exp_f32", "unpack_u8", "shuffle_u8", "int_op",
+)  # fmt: skip
 """Units: fma_f32, add_f32, exp_f32, int_op, shuffle_u8, unpack_u8 count scalar operations (lanes);
-dot_i8 counts 8-bit multiply-adds."""
+dot_i8 counts 8-bit multiply-adds of vectors, tile_i8 those of matrix tiles."""
 
 LEVELS = ("dram", "l3", "l2", "l1")
 """Bytes that cross into the core from each level, in one run with nothing resident beforehand."""
@@ -54,6 +56,5 @@ class Counts:
     def flops(self) -> float:
         """Arithmetic operations, a multiply-add counted as two."""
         o = self.ops
-        return 2.0 * (o.get("fma_f32", 0.0) + o.get("dot_i8", 0.0)) + sum(
-            o.get(k, 0.0) for k in ("add_f32", "exp_f32")
-        )
+        multiplied = sum(o.get(k, 0.0) for k in ("fma_f32", "dot_i8", "tile_i8"))
+        return 2.0 * multiplied + sum(o.get(k, 0.0) for k in ("add_f32", "exp_f32"))

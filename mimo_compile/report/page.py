@@ -55,7 +55,10 @@ def _head(data: ReportData) -> str:
 
 def _machine(machine: Machine, data: ReportData) -> str:
     subjects = sorted(machine.subjects, key=lambda s: -_weight(s))
-    out = [f"<h2>{escape(machine.hardware)}, {machine.threads} threads</h2>", _tiles(machine, data)]
+    used = f"{machine.threads} threads"
+    if machine.simulated:
+        used = "simulated: all times are modelled, none was measured"
+    out = [f"<h2>{escape(machine.hardware)}, {used}</h2>", _tiles(machine, data)]
     if data.manifest is not None:
         out.append(_by_kernel(subjects))
     out += [_speedups(subjects), _roofline(subjects, machine), _curves(subjects), _fronts(subjects)]
@@ -114,6 +117,8 @@ def _tiles(machine: Machine, data: ReportData) -> str:
             ", ".join(sorted(sources)) or "none",
             "energy meter" if sources else "energy meter: joules are modelled",
         )
+        if not machine.simulated
+        else ("simulated", "times: cycles of a model, of a machine that does not exist")
     )
     cells = "".join(
         f'<div class="card tile"><b>{escape(b)}</b><span>{escape(t)}</span></div>' for b, t in tiles
@@ -200,7 +205,7 @@ def _roofline(subjects: Sequence[Subject], machine: Machine) -> str:
     for subject in shown:
         assert subject.best is not None
         record = subject.best.record
-        work = 2 * (record.ops.get("fma_f32", 0.0) + record.ops.get("dot_i8", 0.0))
+        work = 2 * sum(record.ops.get(k, 0.0) for k in ("fma_f32", "dot_i8", "tile_i8"))
         if work:
             rate = work / subject.best.latency_us / 1e3
             marks.append((work / record.bytes["dram"], rate, subject))
@@ -338,6 +343,10 @@ def _name(schedule: str, config: dict[str, int | float | str | bool]) -> str:
     return f"{schedule}({', '.join(f'{k}={v}' for k, v in config.items())})"
 
 
+def _how_timed(subject: Subject) -> str:
+    return "simulated" if any(r.simulated for r in subject.records) else "measured"
+
+
 def _table(subjects: Sequence[Subject]) -> str:
     rows = []
     for s in subjects[:400]:
@@ -348,7 +357,7 @@ def _table(subjects: Sequence[Subject]) -> str:
         cells = [
             f"<code>{escape(s.workload)}</code>",
             f"<code>{escape(_name(schedule, dict(config)))}</code>",
-            choice.source if choice else "measured",
+            choice.source if choice else _how_timed(s),
             str(len(s.records)),
             "–" if s.default is None else short(s.default.latency_us),
             "–" if s.latency_us is None else short(s.latency_us),

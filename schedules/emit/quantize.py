@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,9 +29,13 @@ class Activations:
     codes: Any
     """``[M, k_padded]`` int8 (or whole numbers in float32); zeros behind column K."""
     sums: Any
-    """``[M, G]`` int32: sum of a group's codes, times minus the zero point unless that is late."""
+    """``[M, G]`` int32: sum of a group's codes, times minus the zero point (in units) if that is fixed."""
     scale: Any
-    """``[M]`` float32."""
+    """``[M]`` float32, over the layout's unit."""
+    place: Callable[[Any, Any], tuple[Any, ...]] = lambda row, column: (row, column)
+    """Index of a row's column in ``codes``; 16 columns from a multiple of 16 on are neighbours."""
+    columns: int | None = None
+    """Columns of ``codes``; None: the layout's."""
 
 
 def workspace_bytes(layout: CodeLayout, m: int, dtype: str) -> int:
@@ -50,9 +54,18 @@ def alloc_activations(layout: CodeLayout, m: int, dtype: str) -> Activations:
 
 
 def quantize_row(
-    layout: CodeLayout, x: Any, index: Sequence[Any], out: Activations, row: Any
+    layout: CodeLayout,
+    x: Any,
+    index: Sequence[Any],
+    out: Activations,
+    row: Any,
+    *,
+    offset: int | None = None,
 ) -> None:
-    """Quantise the row ``x[*index, :K]`` (float32) into row ``row`` of ``out``."""
+    """Quantise the row ``x[*index, :K]`` (float32) into row ``row`` of ``out``.
+
+    ``offset``: what weights lie above their values, instead of the format's zero point.
+    """
     k, group = layout.k, layout.fmt.group_size(layout.k)
     vectors, tail = divmod(k, LANES)
     amax = _largest(x, index, vectors, tail)
@@ -62,6 +75,8 @@ def quantize_row(
     store(out.scale, scale, row)
     inverse = bind(T.if_then_else(amax > T.float32(0.0), T.float32(127.0) / amax, T.float32(0.0)))
     factor = 1 if layout.late_zero else -int(layout.fmt.fixed_zero) * layout.unit
+    if offset is not None:
+        factor = -offset
 
     def quantised(column: Any, lanes: int) -> Any:
         scaled = load(x, *index, column, lanes=lanes) * splat(inverse, lanes)
@@ -70,9 +85,8 @@ def quantize_row(
         return bind(T.cast(limit, vector_type("int32", lanes)))
 
     def write(column: Any, value: Any, lanes: int) -> None:
-        store(
-            out.codes, T.cast(value, vector_type(out.codes.dtype, lanes)), row, column, lanes=lanes
-        )
+        value = T.cast(value, vector_type(out.codes.dtype, lanes))
+        store(out.codes, value, *out.place(row, column), lanes=lanes)
 
     def span(group_index: Any, start: Any, columns: int) -> None:
         """Quantise ``columns`` columns from ``start`` on: one group or the part of it that exists."""
@@ -99,9 +113,10 @@ def quantize_row(
             span(g, g * group, group)
     if part:
         span(whole, whole * group, part)
-    if layout.k_padded > k:
-        with loop(layout.k_padded - k) as i:
-            store(out.codes, T.cast(T.int32(0), out.codes.dtype), row, k + i)
+    columns = out.columns or layout.k_padded
+    if columns > k:
+        with loop(columns - k) as i:
+            store(out.codes, T.cast(T.int32(0), out.codes.dtype), *out.place(row, k + i))
 
 
 def _largest(x: Any, index: Sequence[Any], vectors: int, tail: int) -> Any:

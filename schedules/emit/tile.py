@@ -87,7 +87,7 @@ def int_tile(
                 zero = splat(T.float32(layout.fmt.fixed_zero), dot.lanes)
                 if layout.fmt.has_zero:
                     zero = T.cast(load(weights.zero, *at, lanes=dot.lanes), f32)
-                corrected = _minus_zero(dot, value, zero, load(x.sums, tokens[m], g), layout)
+                corrected = minus_zero(value, zero, load(x.sums, tokens[m], g), layout, dot.lanes)
             else:
                 corrected = T.cast(value, f32)
             if single:
@@ -180,9 +180,9 @@ def _group_sums(
     return {v: sums[v].get() for v in grid}
 
 
-def _minus_zero(dot: Dot, value: Any, zero: Any, x_sum: Any, layout: CodeLayout) -> Any:
+def minus_zero(value: Any, zero: Any, x_sum: Any, layout: CodeLayout, lanes: int) -> Any:
     """Return ``value - zero * x_sum`` in float32, exact for whole zero points."""
-    lanes, f32 = dot.lanes, vector_type("float32", dot.lanes)
+    f32 = vector_type("float32", lanes)
     if layout.max_value * 127 * layout.fmt.group_size(layout.k) < 2**24:
         return T.cast(value, f32) - zero * splat(T.cast(x_sum, "float32"), lanes)
     i32 = vector_type("int32", lanes)

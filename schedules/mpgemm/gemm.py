@@ -22,7 +22,7 @@ class X86Gemm(Schedule):
     """Base: subclasses emit the kernel's body and say which tiles fit."""
 
     op = "mpgemm"
-    config = GemmConfig
+    config: ClassVar[type] = GemmConfig
     packing: ClassVar[str] = ""
     """Layout of integer codes (`emit.dense.PACKINGS`)."""
 
