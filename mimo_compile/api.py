@@ -12,6 +12,8 @@ from mimo_compile.errors import UsageError
 
 if TYPE_CHECKING:
     from mimo_compile.artifact import Artifact
+    from mimo_compile.ir.hardware import Hardware
+    from mimo_compile.ir.workload import Workload
     from mimo_compile.search import TuningResult
     from mimo_compile.search.database import Database
 
@@ -76,6 +78,11 @@ def compile(
             remedy="compile once for each shape",
         )
     hardware = resolve_target(target, threads)
+    if hardware.kind == "sim":
+        raise UsageError(
+            f"{target} is simulated: nothing can be compiled for it or run on it",
+            remedy=f"`mimo-compile tune --target {target}` ranks schedules for it",
+        )
     opened = open_source(
         source, quant=quant, attention=attention, max_context=max_context,
         example_inputs=example_inputs,
@@ -147,7 +154,6 @@ def tune(
         EnvironmentMismatch: a plug-in that is used is broken.
     """
     from mimo_compile.ir.hardware import resolve_target
-    from mimo_compile.ir.workload import Workload
     from mimo_compile.pipeline.choose import tunable
     from mimo_compile.pipeline.source import open_source, require_compile_extra
     from mimo_compile.search.meters import AUTO, MODELLED, open_meter
@@ -168,11 +174,26 @@ def tune(
             example_inputs=example_inputs,
         )  # fmt: skip
         workloads = tunable(opened.graphs)
+        if hardware.kind == "sim":
+            workloads = _supported(workloads, hardware)
     with _database(db) as database:
         return _tune(
             workloads, hardware, trials, seconds, joules, objective, database, seed, progress,
             strategy=strategy, meter=counter,
         )  # fmt: skip
+
+
+def _supported(workloads: dict[Workload, float], hardware: Hardware) -> dict[Workload, float]:
+    """Return the kernels that a simulated machine has units for; it stands for no whole computer."""
+    from mimo_compile.schedules import schedules_for
+
+    found = {w: calls for w, calls in workloads.items() if schedules_for(w, hardware)}
+    if not found:
+        raise UsageError(
+            f"{hardware.name} has no schedule for any kernel of this model",
+            remedy="it does matmuls of 1 to 4 bit weights with int8 activations, e.g. --quant w2g64a8",
+        )
+    return found
 
 
 def is_op_spec(source: Any) -> bool:

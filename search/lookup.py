@@ -92,13 +92,16 @@ def results_for(
     """Return the results known for a workload on a target: own records first, else packaged ones.
 
     Only records made with the installed compiler count, and only of one cache state (cold before hot: times
-    in different states cannot be compared).
+    in different states cannot be compared). Simulated times count for simulated targets only, and nothing
+    else counts there.
 
     With ``near``, when nothing was measured on this very target, results of other machines whose code
     this one can run (same thread count preferred) stand in for them.
     """
     own = db.records(workload, hardware) if db is not None else []
     now = versions()
+    if hardware.kind == "sim":
+        return summarise(r for r in own if r.versions == now and r.simulated)
     if found := _one_state(r for r in own if r.versions == now):
         return found
     features = tuple(sorted(hardware.features))

@@ -27,6 +27,8 @@ class Event:
     record: Record | None = None
     """The record just stored (durably) for ``measured`` and ``confirm``."""
     text: str = ""
+    simulated: bool = False
+    """True when the times are a model's."""
 
 
 Progress = Callable[[Event], None]
@@ -36,7 +38,7 @@ def _speed(event: Event) -> str:
     if event.best_us is None:
         return "no correct kernel yet"
     gain = f", {event.default_us / event.best_us:.2f}x default" if event.default_us else ""
-    return f"best {event.best_us:.4g} us{gain}"
+    return f"best {event.best_us:.4g} us{' simulated' if event.simulated else ''}{gain}"
 
 
 class PlainProgress:

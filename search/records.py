@@ -17,6 +17,7 @@ import msgspec
 
 from mimo_compile.errors import InputError
 from mimo_compile.ir.hardware import Hardware
+from mimo_compile.ir.simulated import SIMULATED
 
 SCHEMA = 1
 """Version of the record; a reader refuses newer ones."""
@@ -56,7 +57,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     """ISA features of the target, sorted."""
     threads: int
     cache: str
-    """``cold`` (weights and states come from memory) or ``hot``."""
+    """``cold`` (weights and states come from memory), ``hot``, or ``simulated``: no clock was read, the time
+    is that of a cycle model (and the target does not exist)."""
     versions: dict[str, str]
     verdict: Verdict
     phase: str = "search"
@@ -93,6 +95,11 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     def ok(self) -> bool:
         """True when the candidate may be used."""
         return self.verdict is Verdict.OK
+
+    @property
+    def simulated(self) -> bool:
+        """True when the time is a model's, not a clock's."""
+        return self.cache == SIMULATED
 
 
 def versions() -> dict[str, str]:

@@ -51,6 +51,7 @@ class WorkloadResult:
             return {
                 "schedule": r.record.schedule, "config": r.record.config, "latency_us": latency,
                 "energy_mj": energy, "energy_source": r.energy_source if measured else "modelled",
+                "time_source": "simulated" if r.record.simulated else "measured",
             }  # fmt: skip
 
         return {
@@ -72,6 +73,11 @@ class TuningResult:
     """Why it ended: ``trials``, ``seconds``, ``joules``, ``exhausted`` or ``interrupted``."""
     seconds: float
     joules: float | None
+
+    @property
+    def simulated(self) -> bool:
+        """True when the target does not exist and all times are a model's."""
+        return any(r.record.simulated for w in self.workloads for r in w.results)
 
     @property
     def interrupted(self) -> bool:

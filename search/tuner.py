@@ -17,12 +17,14 @@ from mimo_compile.errors import UsageError
 from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.ops import get_op
+from mimo_compile.ir.simulated import SIMULATED
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.base import Schedule
 from mimo_compile.search.budget import Budget, Clock, Share, mark_heavy, next_share
 from mimo_compile.search.database import Database
 from mimo_compile.search.lookup import Result, summarise
 from mimo_compile.search.measure import Measurement, Measurer, Measures, Timing, runnable_here
+from mimo_compile.search.measure.measurer import Predicts
 from mimo_compile.search.meters import AUTO, MODELLED, Meter, open_meter
 from mimo_compile.search.objective import Objective, parse_objective
 from mimo_compile.search.progress import Event, Progress
@@ -212,6 +214,8 @@ class Tuner:
 
     def _predict(self, space: JointSpace, candidates: Sequence[Candidate]) -> list[float] | None:
         """Predict scores of candidates that were not measured."""
+        if isinstance(self.measurer, Predicts):
+            return self.measurer.predict_us(space, candidates)
         keys = [c.key for c in candidates]
         costly = any(type(s).work is Schedule.work for s in space.schedules.values())
         if costly and not self.model.trained:
@@ -355,7 +359,10 @@ class Tuner:
             default = next((r.latency_us for r in results if r.record.key == key), None)
         name = str(task.space.workload) if task is not None else ""
         trials = sum(t.trials for t in self.tasks)
-        self._progress(Event(kind, name, trials, total or self._total, best, default, record, text))  # type: ignore[arg-type]
+        simulated = self.measurer.cache == SIMULATED
+        self._progress(
+            Event(kind, name, trials, total or self._total, best, default, record, text, simulated)  # type: ignore[arg-type]
+        )
 
     _total: int | None = None
 
@@ -425,7 +432,8 @@ def tune_workloads(
         strategy: A name of `strategies.strategy_names`.
         progress: Called with each `progress.Event`.
         schedules: Algorithms to choose from (None: all that are registered).
-        measurer: Measures candidates (None: on this machine, in child processes).
+        measurer: Measures candidates (None: on this machine, in child processes; for simulated targets
+            their models).
         meter: Joules counter, or a name of `meters.meter_names` (None: ``auto``). One that is asked for
             is read for every objective, ``auto`` only where joules decide.
         device: Rates of the machine (None: calibrated if that was done before, else guessed).
@@ -445,12 +453,20 @@ def tune_workloads(
     if not pairs:
         raise UsageError("nothing to tune: no workloads were given")
     budget = Budget(trials, seconds, joules)
-    if measurer is None and not runnable_here(hardware):
+    goal = parse_objective(objective) if isinstance(objective, str) else objective
+    if measurer is None and hardware.kind == "sim":
+        if goal.needs_energy or joules is not None:
+            raise UsageError(
+                f"the energy of {hardware.name} is not modelled", remedy="use --objective latency"
+            )
+        from mimo_compile.search.measure.simulated import SimulatedMeasurer
+
+        measurer = SimulatedMeasurer(hardware)
+    elif measurer is None and not runnable_here(hardware):
         raise UsageError(
             f"kernels for {hardware.name} cannot run here, so they cannot be tuned",
             remedy="tune on such a machine and share the records (`mimo-compile db export`)",
         )
-    goal = parse_objective(objective) if isinstance(objective, str) else objective
     if device is None:
         from mimo_compile.search.calibrate import device_model
 

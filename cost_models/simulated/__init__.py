@@ -7,7 +7,7 @@ from typing import Any
 
 from mimo_compile.cost_models.analytic import DeviceModel
 from mimo_compile.ir.hardware import Hardware
-from mimo_compile.ir.simulated import LmmaConfig, Matmul, RomaConfig
+from mimo_compile.ir.simulated import LmmaConfig, Matmul, RomaConfig, offered
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,11 @@ def device_model(hardware: Hardware) -> DeviceModel:
     """Return a simulated target's peaks, for rooflines and for ranking before a program is modelled."""
     from mimo_compile.cost_models.simulated import lut_tensor_core, roma
 
-    ops, levels = lut_tensor_core.peaks() if "lmma" in hardware.features else roma.peaks()
+    if "lmma" in hardware.features:
+        largest = max(int(v[:-1]) for v in offered(hardware, "array"))
+        ops, levels = lut_tensor_core.peaks(largest)
+    else:
+        ops, levels = roma.peaks()
     return DeviceModel(
         {k: v / hardware.threads for k, v in ops.items()},
         {k: (v,) * hardware.threads for k, v in levels.items()},

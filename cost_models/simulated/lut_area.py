@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 XOR, MUX2, FULL_ADDER, FLIP_FLOP, AND = 2.5, 2.25, 6.5, 5.5, 1.5
 FP16_ADDER = 560.0
@@ -79,6 +80,13 @@ def shapes(macs: int = 512, deepest: int = 8) -> list[tuple[int, int, int]]:
         if macs % k == 0
         for m in (1 << e for e in range(int(math.log2(macs // k)) + 1))
     ]
+
+
+@cache
+def relative_density(m: int, n: int, k: int, table_bits: int) -> float:
+    """Return the density of an array over that of the published shape M2 N64 K4 with such entries."""
+    published = LookupArray(table_bits=table_bits)
+    return LookupArray(m, n, k, table_bits).density / published.density
 
 
 def dot_product_ratio() -> float:

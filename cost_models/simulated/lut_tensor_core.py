@@ -5,7 +5,8 @@ units is an A100 by its data sheet. The equations are ours:
 
     lookups    one LMMA of shape m x n x k does m * n lookups for each bit plane of the weights; m * n * k
                is 512, so a tensor core of scale s does 512 s one-bit multiply-adds a cycle, 512 s / b of
-               b bits. At two bits and s = 1 that is an FP16 tensor core's 256.
+               b bits. At two bits and s = 1 that is an FP16 tensor core's 256. Other shapes than 2 x 64 x 4
+               get the same area, and do as much less as `lut_area` finds them less dense.
     a step     along K for one thread block (tile_m x tile_n; one block on an SM) takes the longest of
                  compute  tile_m tile_n / (4 macs issue)
                  smem     (tile_m a warps_n + tile_n w warps_m) / 128
@@ -26,6 +27,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from mimo_compile.cost_models.simulated.lut_area import relative_density
 from mimo_compile.ir.simulated import REGISTER_BYTES, SMEM_BYTES, LmmaConfig, Matmul
 
 LANES = 512
@@ -85,10 +87,15 @@ INT8 = Unit(512, 1, 1)
 
 
 def lut(config: LmmaConfig, bits: int, out_bytes: float = 4.0, group: float = float("inf")) -> Unit:
-    """Return LUT tensor cores as a unit, for weights of ``bits`` planes and ``group`` columns a scale."""
+    """Return LUT tensor cores as a unit, for weights of ``bits`` planes and ``group`` columns a scale.
+
+    Arrays of another shape than M2 N64 K4 take as much area, so they are as much slower as they are less
+    dense.
+    """
     columns = min(group, config.tile_k) if config.table == "i8" else group
+    density = relative_density(config.m, config.n, config.k, 8 if config.table == "i8" else 16)
     return Unit(
-        LANES * config.scale / bits, config.table_bytes, bits / 8, out_bytes, config.registers,
+        LANES * density * config.scale / bits, config.table_bytes, bits / 8, out_bytes, config.registers,
         config.m, config.n, columns,
     )  # fmt: skip
 
@@ -173,9 +180,9 @@ def kernel(matmul: Matmul, config: LmmaConfig, gpu: Gpu = A100) -> tuple[float, 
     return gpu.launch_us + busy + tables, {**parts, "tables": tables, "launch": gpu.launch_us}
 
 
-def peaks(gpu: Gpu = A100) -> tuple[dict[str, float], dict[str, float]]:
-    """Return operations/s and bytes/s of the machine, for rooflines; lookups at scale 1."""
-    lookups = gpu.sms * gpu.tensor_cores * gpu.hz * LANES
+def peaks(scale: int = 1, gpu: Gpu = A100) -> tuple[dict[str, float], dict[str, float]]:
+    """Return operations/s and bytes/s of the machine, for rooflines; multiply-adds are those of one bit."""
+    lookups = gpu.sms * gpu.tensor_cores * gpu.hz * LANES * scale
     alu = gpu.sms * gpu.alu_lanes * gpu.hz
     ops = {
         "fma_f32": alu, "dot_i8": lookups, "add_f32": alu, "exp_f32": alu / 4, "unpack_u8": alu,

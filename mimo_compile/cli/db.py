@@ -142,7 +142,8 @@ def _check(args: argparse.Namespace) -> int:
         for record in db:
             verdicts[str(record.verdict)] += 1
             workloads[record.workload] += 1
-            machines.add(f"{record.hardware}, {record.threads} threads")
+            label = "simulated" if record.simulated else f"{record.threads} threads"
+            machines.add(f"{record.hardware}, {label}")
     console.say(f"{path}: {outcome.sound} of {outcome.rows} records are sound")
     if workloads:
         counts = ", ".join(f"{n} {v}" for v, n in verdicts.most_common())

@@ -22,7 +22,7 @@ def run_op(args: argparse.Namespace) -> int:
     workload = parse_workload(args.op)
     hardware = resolve_target(args.target, args.threads)
     space = JointSpace(workload, hardware)
-    device = device_model(hardware)
+    device, simulated = device_model(hardware), hardware.kind == "sim"
     counts = get_op(workload.op).counts(workload)
     with open_records(args.db) as db:
         results = sorted(results_for(workload, hardware, db), key=lambda r: r.latency_us)
@@ -39,7 +39,9 @@ def run_op(args: argparse.Namespace) -> int:
                 {
                     "schedule": result.record.schedule, "config": result.record.config,
                     "predicted_us": _predicted(space, result.record, device),
-                    "measured_us": result.latency_us, "measured_mj": result.measured_mj,
+                    "measured_us": None if simulated else result.latency_us,
+                    "simulated_us": result.latency_us if simulated else None,
+                    "measured_mj": result.measured_mj,
                     "modelled_mj": result.modelled_mj, "pareto": result.record.key in front,
                     "default": is_default,
                 }
@@ -48,12 +50,13 @@ def run_op(args: argparse.Namespace) -> int:
     for default in space.defaults():
         if (default.schedule, str(sorted(default.config.items()))) not in known:
             work = space.schedules[default.schedule].work(workload, space.config(default), hardware)
-            latency = device.latency_us(work, hardware)
+            latency = _latency_us(space, default, device)
             rows.append(
                 {
                     "schedule": default.schedule, "config": default.config, "predicted_us": latency,
-                    "measured_us": None, "measured_mj": None,
-                    "modelled_mj": device.energy_mj(work, latency), "pareto": False, "default": True,
+                    "measured_us": None, "simulated_us": None, "measured_mj": None,
+                    "modelled_mj": None if simulated else device.energy_mj(work, latency),
+                    "pareto": False, "default": True,
                 }
             )  # fmt: skip
     value = {
@@ -61,7 +64,7 @@ def run_op(args: argparse.Namespace) -> int:
         "necessary": {"ops": dict(counts.ops), "bytes": dict(counts.bytes)},
         "roofline_us": device.latency_us(counts, hardware), "calibrated": bool(device.measured),
         "spaces": {n: s.size for n, s in space.spaces.items()}, "candidates": rows,
-        "measured": len(results),
+        "measured": 0 if simulated else len(results), "simulated": len(results) if simulated else 0,
     }  # fmt: skip
     _show(console, value)
     console.result(value)
@@ -72,8 +75,18 @@ def _predicted(space: Any, record: Any, device: Any) -> float | None:
     candidate = space.adopt(record.schedule, record.config)
     if candidate is None:
         return None
-    schedule = space.schedules[candidate.schedule]
-    work = schedule.work(space.workload, space.config(candidate), space.hardware)
+    return _latency_us(space, candidate, device)
+
+
+def _latency_us(space: Any, candidate: Any, device: Any) -> float:
+    """Predict one candidate: by the cycle model of a simulated target, else by the roofline."""
+    config = space.config(candidate)
+    if space.hardware.kind == "sim":
+        from mimo_compile.cost_models.simulated import estimate
+        from mimo_compile.ir.simulated import Matmul
+
+        return estimate(Matmul.of(space.workload), config).latency_us
+    work = space.schedules[candidate.schedule].work(space.workload, config, space.hardware)
     latency: float = device.latency_us(work, space.hardware)
     return latency
 
@@ -81,21 +94,25 @@ def _predicted(space: Any, record: Any, device: Any) -> float | None:
 def _show(console: Console, value: dict[str, Any]) -> None:
     from mimo_compile.cli.console import number, size, table
 
-    console.say(f"{value['workload']} on {value['target']}, {value['threads']} threads")
+    how = "simulated" if value["target"].startswith("sim-") else "measured"
+    used = how if how == "simulated" else f"{value['threads']} threads"
+    console.say(f"{value['workload']} on {value['target']}, {used}")
     moved = value["necessary"]["bytes"].get("dram", 0.0)
     work = ", ".join(f"{number(n)} {k}" for k, n in value["necessary"]["ops"].items())
     rates = "calibrated rates"
-    if not value["calibrated"]:
+    if how == "simulated":
+        rates = "the model's rates"
+    elif not value["calibrated"]:
         rates = "guessed rates: `mimo-compile targets --calibrate` measures them"
     console.say(
         f"necessary: {size(moved)}, {work}; roofline {number(value['roofline_us'])} us ({rates})"
     )
     console.say("configs: " + ", ".join(f"{n} {s}" for n, s in value["spaces"].items()))
-    console.say(f"{value['measured']} candidates measured on this target\n")
+    console.say(f"{value[how]} candidates {how} on this target\n")
     lines = [
         (
             row["schedule"], " ".join(f"{k}={v}" for k, v in row["config"].items()),
-            number(row["predicted_us"]), number(row["measured_us"]), number(row["measured_mj"]),
+            number(row["predicted_us"]), number(row[f"{how}_us"]), number(row["measured_mj"]),
             number(row["modelled_mj"]), " ".join(n for n in ("pareto", "default") if row[n]),
         )
         for row in value["candidates"]
@@ -104,7 +121,7 @@ def _show(console: Console, value: dict[str, Any]) -> None:
         "schedule",
         "config",
         "predicted us",
-        "measured us",
+        f"{how} us",
         "measured mJ",
         "modelled mJ",
         "front",

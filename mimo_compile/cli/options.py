@@ -79,7 +79,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--target",
         default="cpu",
         metavar="T",
-        help="cpu (this machine, default), or x86-64-v3, x86-64-v4, sapphirerapids",
+        help="cpu (this machine, default), or x86-64-v3, x86-64-v4, sapphirerapids; to tune only: "
+        "sim:lut-tensor-core, sim:roma (simulated)",
     )
     parser.add_argument(
         "--quant",

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the description; return 0."""
     console: Console = args.console
     from mimo_compile.bench.machine import machine_facts
-    from mimo_compile.ir.hardware import PRESETS, resolve_target
+    from mimo_compile.ir.hardware import PRESETS, SIMULATED, resolve_target
 
     hardware = resolve_target("cpu", args.threads)
     facts = machine_facts(hardware)
@@ -52,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
     value: dict[str, Any] = {
         "ok": True, "machine": facts, "meters": meters,
         "presets": {n: sorted(h.features) for n, h in PRESETS.items()},
+        "simulated": [{"name": n, "features": sorted(h.features)} for n, h in SIMULATED.items()],
     }  # fmt: skip
     from mimo_compile.search.calibrate import calibrate, load
 
@@ -59,7 +60,8 @@ def run(args: argparse.Namespace) -> int:
     value["calibration"] = None if rates is None else rates.to_json()
     if args.formats:
         need_extra("targets --formats")
-        value["formats"] = formats({"cpu": hardware, **PRESETS})
+        paper = {n: h for n, h in SIMULATED.items() if n in ("sim:lut-tensor-core", "sim:roma")}
+        value["formats"] = formats({"cpu": hardware, **PRESETS, **paper})
     _show(console, value)
     console.result(value)
     return 0
@@ -125,6 +127,8 @@ def _show(console: Console, value: dict[str, Any]) -> None:
         console.say(f"rates     of one thread: {ops}")
         console.say(f"          {levels}")
     console.say("targets   cpu (this machine), " + ", ".join(value["presets"]))
+    console.say("simulated " + ", ".join(s["name"] for s in value["simulated"]))
+    console.say("          (machines on paper: `tune` ranks schedules by modelled time)")
     if "formats" not in value:
         return
     rows = []

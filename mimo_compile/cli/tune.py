@@ -25,6 +25,7 @@ run the same command again to go on where it stopped."""
 EXAMPLE = """
 mimo-compile tune tiny --quant w4g64a8 --time 1m
 mimo-compile tune --op mpgemm:m=1,n=4096,k=4096,w=w4g64,a=a8 --trials 64 --json
+mimo-compile tune --op mpgemm:m=16,n=3200,k=3200,w=w1.58,a=a8 --target sim:roma --trials 16
 """
 _DEFAULT_SECONDS = 60.0
 
@@ -90,6 +91,8 @@ def run(args: argparse.Namespace) -> int:
         )  # fmt: skip
     path = args.db or default_path()
     show(console, result)
+    if result.simulated and args.op is None:
+        console.say(f"kernels that {args.target} has no units for are left out")
     console.say(f"records in {path}")
     console.result({"ok": True, "db": path, **result.to_json()})
     return 0
@@ -117,7 +120,8 @@ def show(console: Console, result: Any) -> None:
                 w.best.record.schedule if w.best else None,
             )
         )  # fmt: skip
-    header = ("workload", "new/all", "default us", "best us", "speed-up", "mJ", "schedule")
+    us = "sim us" if result.simulated else "us"
+    header = ("workload", "new/all", f"default {us}", f"best {us}", "speed-up", "mJ", "schedule")
     console.say(table(lines, header, right="lrrrrrl"))
     failed: dict[str, int] = {}
     for w in result.workloads:
@@ -126,8 +130,11 @@ def show(console: Console, result: Any) -> None:
                 failed[str(verdict)] = failed.get(str(verdict), 0) + count
     text = ", ".join(f"{n} {v}" for v, n in sorted(failed.items()))
     console.say(
-        f"{result.new_trials} candidates measured in {result.seconds:.0f} s, stopped by {result.stopped}"
+        f"{result.new_trials} candidates {'simulated' if result.simulated else 'measured'} in "
+        f"{result.seconds:.0f} s, stopped by {result.stopped}"
         + (f"; rejected: {text}" if text else "")
     )
     if any("mod" in str(line[5]) for line in lines):
         console.say("mJ marked mod are modelled, not measured (`mimo-compile targets` says why)")
+    if result.simulated:
+        console.say("all times are simulated: a model's cycles of a machine that does not exist")

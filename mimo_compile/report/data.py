@@ -92,6 +92,11 @@ class Machine:
     """This machine, if it is the one."""
 
     @property
+    def simulated(self) -> bool:
+        """True for a machine that does not exist: its times are a model's."""
+        return any(r.simulated for s in self.subjects for r in s.records)
+
+    @property
     def verdicts(self) -> Counter[str]:
         """Trials by verdict."""
         return Counter(str(r.verdict) for s in self.subjects for r in s.records)

@@ -13,7 +13,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -109,6 +109,15 @@ class Measures(Protocol):
 
     def close(self) -> None:
         """Release everything."""
+        ...
+
+
+@runtime_checkable
+class Predicts(Protocol):
+    """What a measurer has besides when it knows times without measuring: the search ranks by them."""
+
+    def predict_us(self, space: JointSpace, candidates: Sequence[Candidate]) -> list[float]:
+        """Return microseconds of each candidate of one workload."""
         ...
 
 
