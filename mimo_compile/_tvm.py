@@ -261,6 +261,18 @@ def _defer_tensor_intrinsics() -> None:
     sys.modules.setdefault(name, stand_in)
 
 
+@cache
+def request_tiles() -> int:
+    """Ask Linux for the AMX tile registers, which it grants to no process unasked.
+
+    Returns:
+        0 if they are granted (once for the process and its threads), or the error number.
+    """
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    refused = ctypes.CDLL(None, use_errno=True).syscall(arch_prctl, request_permission, tile_data)
+    return ctypes.get_errno() if refused else 0
+
+
 def load_object(data: bytes | bytearray | memoryview) -> Any:
     """Link object code in memory, from exactly these bytes, into a module.
 
@@ -277,6 +289,7 @@ def load_object(data: bytes | bytearray | memoryview) -> Any:
         ArtifactError: The bytes are not object code that can be linked here.
     """
     runtime()
+    request_tiles()  # refused where there are none; whoever needs them checks
     with _without_torch():
         from tvm_ffi_orcjit import default_session
     if bytes(data[:4]) != b"\x7fELF":

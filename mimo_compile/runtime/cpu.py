@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import platform
 import re
 from functools import cache
 from pathlib import Path
 
+from mimo_compile import _tvm
 from mimo_compile.errors import EnvironmentMismatch
 
 # /proc/cpuinfo spells some features differently from LLVM, whose spelling artifacts use.
@@ -51,16 +51,14 @@ def check_object(code: bytes, where: str) -> None:
         )
 
 
-@cache
 def permit_amx() -> None:
-    """Ask the kernel once for the tile registers, which it grants to no process unasked.
+    """Make sure that the process may use tile registers.
 
     Raises:
-        EnvironmentMismatch: The kernel refuses.
+        EnvironmentMismatch: The operating system refuses.
     """
-    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
-    if ctypes.CDLL(None, use_errno=True).syscall(arch_prctl, request_permission, tile_data):
+    if number := _tvm.request_tiles():
         raise EnvironmentMismatch(
-            f"the kernel refuses the AMX tile registers (errno {ctypes.get_errno()})",
+            f"the kernel refuses the AMX tile registers (errno {number})",
             remedy="Compile the model on this machine: mimo-compile compile SRC --target cpu",
         )

@@ -425,8 +425,8 @@ def test_tile_registers_are_asked_for(answer: int, monkeypatch: pytest.MonkeyPat
         return answer
 
     libc = SimpleNamespace(syscall=syscall)
-    monkeypatch.setattr(cpu.ctypes, "CDLL", lambda *_, **__: libc)
-    cpu.permit_amx.cache_clear()
+    monkeypatch.setattr(_tvm.ctypes, "CDLL", lambda *_, **__: libc)
+    _tvm.request_tiles.cache_clear()
     try:
         if answer:
             with pytest.raises(EnvironmentMismatch, match="refuses the AMX tile registers"):
@@ -434,7 +434,7 @@ def test_tile_registers_are_asked_for(answer: int, monkeypatch: pytest.MonkeyPat
         else:
             cpu.permit_amx()
     finally:
-        cpu.permit_amx.cache_clear()
+        _tvm.request_tiles.cache_clear()
     assert asked == [(158, 0x1023, 18)]
 
 
