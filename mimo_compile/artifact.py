@@ -33,7 +33,7 @@ from mimo_compile.runtime.container import MAX_MANIFEST, Parts, open_artifact
 from mimo_compile.runtime.memory import Bytes
 from mimo_compile.runtime.module import Module
 from mimo_compile.runtime.program import Manifest, Member, Programs
-from mimo_compile.runtime.weights import ALIGNMENT, CHUNK, PADDING, Spot
+from mimo_compile.runtime.weights import ALIGNMENT, PADDING, Spot, chunk_bytes
 
 Array = npt.NDArray[Any]
 
@@ -101,8 +101,9 @@ class Artifact:
             name: Member(len(data), hashlib.sha256(data).hexdigest())
             for name, data in members.items()
         }
-        chunks = -(-weights_bytes // CHUNK)
-        facts[zipform.WEIGHTS] = Member(weights_bytes, _UNKNOWN, (_UNKNOWN,) * chunks)
+        size = chunk_bytes(weights_bytes)
+        hashes = (_UNKNOWN,) * -(-weights_bytes // size)
+        facts[zipform.WEIGHTS] = Member(weights_bytes, _UNKNOWN, hashes, size)
         # All hashes are equally long, so the manifest's length is known before they are.
         draft = _encode_manifest(self.manifest, facts)
         members[zipform.MANIFEST] = draft
@@ -242,7 +243,7 @@ def _encode_manifest(manifest: Manifest, members: dict[str, Member]) -> bytes:
     if len(text) > MAX_MANIFEST:
         raise ArtifactError(
             f"the manifest would take {len(text)} bytes, at most {MAX_MANIFEST} are allowed",
-            remedy="The chunk hashes take 67 bytes for each MiB of weights; store fewer weights.",
+            remedy="It lists every kernel and its alternatives: compile fewer entry points.",
         )
     return text
 
@@ -301,6 +302,7 @@ class _Sums:
 
     def __init__(self, size: int) -> None:
         self._size = size
+        self._each = chunk_bytes(size)
         self._seen = 0
         self._whole = hashlib.sha256()
         self._chunk = hashlib.sha256()
@@ -327,11 +329,11 @@ class _Sums:
         view = memoryview(piece)
         self._crc = zlib.crc32(view, self._crc)
         while view:
-            part = view[: CHUNK - self._seen % CHUNK]
+            part = view[: self._each - self._seen % self._each]
             self._chunk.update(part)
             self._seen += len(part)
             view = view[len(part) :]
-            if self._seen % CHUNK == 0 or self._seen == self._size:
+            if self._seen % self._each == 0 or self._seen == self._size:
                 self._chunks.append(self._chunk.hexdigest())
                 self._chunk = hashlib.sha256()
 
@@ -339,7 +341,8 @@ class _Sums:
         """Return size and hashes, and the CRC, of all that was added."""
         while self._waiting:
             self._waiting.popleft().result()
-        return Member(self._size, self._whole.hexdigest(), tuple(self._chunks)), self._crc
+        facts = Member(self._size, self._whole.hexdigest(), tuple(self._chunks), self._each)
+        return facts, self._crc
 
 
 class _File:

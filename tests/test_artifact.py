@@ -24,6 +24,7 @@ from mimo_compile import artifact as artifact_module
 from mimo_compile.artifact import Artifact, Deferred
 from mimo_compile.errors import ArtifactError, MimoError
 from mimo_compile.runtime import load
+from mimo_compile.runtime import weights as weights_module
 from mimo_compile.runtime.container import open_artifact
 from mimo_compile.runtime.program import Manifest
 
@@ -102,10 +103,28 @@ def test_chunks_and_pieces_meet_at_every_boundary(tmp_path: Path, monkeypatch: A
         with zipfile.ZipFile(path) as zip_:
             data = zip_.read("weights.safetensors")
         facts = open_artifact(path, verify="full").manifest.members["weights.safetensors"]
+        assert facts.chunk_bytes == 1 << 20
         assert facts.chunks == tuple(
             hashlib.sha256(data[i : i + (1 << 20)]).hexdigest()
             for i in range(0, len(data), 1 << 20)
         )
+
+
+def test_large_weights_have_larger_chunks(tmp_path: Path, monkeypatch: Any) -> None:
+    """So that the hashes of a model of any size fit the manifest."""
+    assert [weights_module.chunk_bytes(n << 30) >> 20 for n in (0, 4, 5, 100)] == [1, 1, 2, 32]
+    monkeypatch.setattr(weights_module, "MOST_CHUNKS", 2)
+    artifact = small()
+    data = np.random.default_rng(0).integers(0, 256, 5 << 20, dtype=np.uint8)
+    artifact.weights = {"bias": np.zeros(64, np.float32), "w": data}
+    path = artifact.save(tmp_path / "a.mimo")
+    facts = open_artifact(path, verify="full").manifest.members["weights.safetensors"]
+    assert facts.chunk_bytes == 4 << 20 and len(facts.chunks) == 2
+    bytes_ = bytearray(path.read_bytes())
+    bytes_[-500_000] ^= 1
+    path.write_bytes(bytes_)
+    with pytest.raises(ArtifactError, match="what follows byte 4194304 differs"):
+        open_artifact(path, verify="full")
 
 
 def test_deferred_weights_are_made_one_after_the_other(tmp_path: Path) -> None:

@@ -90,7 +90,8 @@ class Member(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     bytes: int
     sha256: str
     chunks: tuple[str, ...] = ()
-    """SHA-256 of each MiB (weights only), so that a chunk is checked before its first use."""
+    """SHA-256 of each run of ``chunk_bytes`` (weights only), checked before its first use."""
+    chunk_bytes: int = 1 << 20
 
 
 class Choice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

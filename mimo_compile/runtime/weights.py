@@ -14,6 +14,8 @@ from mimo_compile.runtime import dtypes, strict_json
 from mimo_compile.runtime.memory import Bytes
 from mimo_compile.runtime.program import Member
 
+MOST_CHUNKS = 4096
+"""Hashes that a manifest has room for."""
 CHUNK = 1 << 20
 """Bytes that one hash of the manifest covers."""
 
@@ -64,13 +66,17 @@ class MappedWeights:
         """
         self._where = f"weights.safetensors of {where}"
         self._member = member
-        self._hashes = facts.chunks
+        self._hashes, self._size = facts.chunks, facts.chunk_bytes
         self._good = bytearray(len(facts.chunks))
         self._lock = threading.Lock()
-        if member.size != facts.bytes or len(facts.chunks) != -(-facts.bytes // CHUNK):
+        wanted = chunk_bytes(facts.bytes)
+        if member.size != facts.bytes or (facts.chunk_bytes, len(facts.chunks)) != (
+            wanted,
+            -(-facts.bytes // wanted),
+        ):
             raise ArtifactError(
-                f"the manifest has {len(facts.chunks)} chunk hashes and {facts.bytes} bytes for "
-                f"a member of {member.size} bytes",
+                f"the manifest has {len(facts.chunks)} hashes of chunks of {facts.chunk_bytes} bytes, "
+                f"and {facts.bytes} bytes, for a member of {member.size} bytes",
                 where=self._where,
             )
         if member.size < 8:
@@ -120,7 +126,7 @@ class MappedWeights:
             wanted = {
                 chunk
                 for begin, end in ranges
-                for chunk in range(begin // CHUNK, -(-end // CHUNK))
+                for chunk in range(begin // self._size, -(-end // self._size))
                 if not self._good[chunk]
             }
             if len(wanted) <= 1:
@@ -134,14 +140,22 @@ class MappedWeights:
     def _check_run(self, chunks: list[int]) -> None:
         for chunk in chunks:
             # hashlib lets other threads run meanwhile
-            found = hashlib.sha256(self._member[chunk * CHUNK : (chunk + 1) * CHUNK].data)
+            found = hashlib.sha256(self._member[chunk * self._size : (chunk + 1) * self._size].data)
             if found.hexdigest() != self._hashes[chunk]:
                 raise ArtifactError(
-                    f"the weights are damaged: MiB {chunk} differs from its hash",
+                    f"the weights are damaged: what follows byte {chunk * self._size} differs from its hash",
                     where=self._where,
                     remedy="Copy the file again or compile it again.",
                 )
             self._good[chunk] = 1
+
+
+def chunk_bytes(total: int) -> int:
+    """Return the bytes of a chunk of a member: the least doubling of `CHUNK` that needs few hashes."""
+    size = CHUNK
+    while size * MOST_CHUNKS < total:
+        size *= 2
+    return size
 
 
 def _runs(chunks: list[int], threads: int) -> Iterator[list[int]]:
