@@ -19,6 +19,8 @@ SCHEDULES: dict[str, dict[str, str]] = {
         "mpgemm.x86_trits": "mpgemm.x86_dense:X86Trits",
         "mpgemm.x86_portable": "mpgemm.x86_portable:X86Portable",
         "mpgemm.x86_float": "mpgemm.x86_float:X86Float",
+        "mpgemm.x86_codebook": "mpgemm.x86_codebook:X86Codebook",
+        "mpgemm.x86_codebook_planes": "mpgemm.x86_codebook:X86CodebookPlanes",
         "mpgemm.sim_lut_tensor_core": "simulated.lut_tensor_core:LutTensorCore",
         "mpgemm.sim_roma": "simulated.roma:Roma",
     },

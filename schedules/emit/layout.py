@@ -116,7 +116,8 @@ class CodeLayout:
     def args(self, prefix: str, lead: tuple[int, ...], scale_dtype: str) -> list[Arg]:
         """Return the packed arguments: codes, scale and, where the format has one, zero."""
         lines = self.blocks * self.lines
-        shape = (*lead, self.row_blocks, self.groups, ROWS)
+        columns = self.groups * self.fmt.scales_per_group
+        shape = (*lead, self.row_blocks, columns, ROWS)
         dtype = "float16" if scale_dtype == "f16" else "float32"
         out = [
             Arg(f"{prefix}codes", "weight", (*lead, self.row_blocks, lines, 64), "uint8"),

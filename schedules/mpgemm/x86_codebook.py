@@ -1,0 +1,133 @@
+"""Codebook (NF, FP, two-sided AFPQ) and fp8 weights: looked up, then multiplied as integers or floats."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from mimo_compile.ir.hardware import Hardware
+from mimo_compile.ir.workload import Workload
+from mimo_compile.schedules.emit.book import Way, way, ways
+from mimo_compile.schedules.emit.build import loop
+from mimo_compile.schedules.emit.layout import ROWS
+from mimo_compile.schedules.emit.lookup import LOOKUPS
+from mimo_compile.schedules.emit.quantize import alloc_activations, quantize_row, workspace_bytes
+from mimo_compile.schedules.emit.tile import TileKnobs, Weights
+from mimo_compile.schedules.mpgemm.gemm import X86Gemm
+from mimo_compile.schedules.mpgemm.integer import QUANTIZE_ALONE
+from mimo_compile.schedules.mpgemm.loops import tiles, writer
+from mimo_compile.schedules.mpgemm.problem import GemmConfig, Problem
+
+
+class X86Codebook(X86Gemm):
+    """FP3 and FP4 with int8 activations are exact integers; all else is float32."""
+
+    name = "mpgemm.x86_codebook"
+
+    def supports(self, workload: Workload, hardware: Hardware) -> bool:
+        """Codebook and fp8 weights, any activations."""
+        problem = self.problem(workload)
+        return hardware.kind == "cpu" and problem.fmt.family in ("codebook", "fp8")
+
+    def way(self, problem: Problem, config: GemmConfig) -> Way:
+        """Return the chosen way to look up and multiply."""
+        return way(config.dot, problem.layout, problem.act)
+
+    def dots(self, problem: Problem, hardware: Hardware) -> tuple[str, ...]:
+        """Return the ways that the CPU has, the fastest first."""
+        return ways(problem.layout, problem.act, hardware)
+
+    def unrolls(self, problem: Problem) -> tuple[int, ...]:
+        """A block of the float ways is 4 or 8 columns already."""
+        return super().unrolls(problem) if problem.act == "a8" else (1,)
+
+    def tiles(self, problem: Problem) -> tuple[tuple[int, int, int], ...]:
+        """Enough sums in flight; two-sided formats have two of them for each row and token."""
+        if problem.m > 1:
+            return ((2, 4, 1), (1, 4, 1), (2, 2, 1), (1, 2, 1))
+        most = 4 if problem.fmt.two_sided or problem.fmt.family == "fp8" else 8
+        unroll = ((4, 1, 2),) if problem.act == "a8" else ()
+        return (*unroll, (most, 1, 1), (4, 1, 1), (2, 1, 1), (1, 1, 1))
+
+    def tile_cost(self, problem: Problem, config: GemmConfig) -> int:
+        """Count multiply-adds in the body; float ways unroll nothing."""
+        if config.dot not in LOOKUPS and config.unroll > 1:
+            return 1 << 20
+        cost = self.way(problem, config).cost
+        return config.rows * config.tokens * config.unroll * cost
+
+    def scratch_bytes(self, problem: Problem, config: GemmConfig) -> int:
+        """Quantised rows, their group sums and scales."""
+        chosen = self.way(problem, config)
+        if not chosen.quantised:
+            return 0
+        return workspace_bytes(problem.layout, problem.m, chosen.activation)
+
+    def body(self, problem: Problem, config: GemmConfig, hardware: Hardware) -> Callable[..., None]:
+        """Return the emitter."""
+        chosen, layout = self.way(problem, config), problem.layout
+        knobs = TileKnobs(config.prefetch, config.unroll)
+
+        def emit(x: Any, *rest: Any) -> None:
+            *packed, y = rest
+            bias = packed.pop() if problem.bias else None
+            weights, rows = Weights(*packed), x
+            if chosen.quantised:
+                rows = alloc_activations(layout, problem.m, chosen.activation)
+                shared = config.parallel and problem.m * problem.k > QUANTIZE_ALONE
+                with loop(problem.m, parallel=shared) as m:
+                    quantize_row(layout, x, (m,), rows, m, offset=chosen.offset)
+
+            def tile(blocks: list[tuple[Any, ...]], tokens: list[Any]) -> None:
+                out = writer(problem, y, bias, blocks, tokens, chosen.lanes)
+                chosen.tile(weights, rows, blocks, tokens, out, knobs)
+
+            tiles(problem, config, tile)
+
+        return emit
+
+    def arithmetic(self, problem: Problem, config: GemmConfig) -> dict[str, float]:
+        """Return products and scaling over padded extents; lookups once for each tile of tokens."""
+        chosen, layout, m = self.way(problem, config), problem.layout, problem.m
+        blocks = float(layout.row_blocks) * self.blocks(problem, config)
+        ops = {kind: n * blocks * m for kind, n in chosen.work.items()}
+        for kind, n in chosen.unpack_work.items():
+            ops[kind] = ops.get(kind, 0.0) + n * blocks * -(-m // config.tokens)
+        scaled = chosen.scale_work * layout.row_blocks * layout.groups * m
+        ops["fma_f32"] = ops.get("fma_f32", 0.0) + scaled
+        if chosen.quantised:
+            ops["int_op"] = ops.get("int_op", 0.0) + 3.0 * m * problem.k
+        return ops
+
+    def blocks(self, problem: Problem, config: GemmConfig) -> float:
+        """Return the blocks of columns of a row: float ways leave out columns behind K."""
+        layout = problem.layout
+        return layout.blocks if config.dot in LOOKUPS else problem.k / layout.block
+
+    def row_bytes(self, problem: Problem, config: GemmConfig) -> float:
+        """Return the bytes of a row as tiles read it."""
+        chosen = self.way(problem, config)
+        if not chosen.quantised:
+            return 4.0 * problem.k
+        return problem.layout.k_padded * (1.0 if chosen.activation == "int8" else 4.0)
+
+    def prepares(self, problem: Problem, config: GemmConfig) -> bool:
+        """Say whether rows are quantised first."""
+        return problem.act == "a8"
+
+    def lanes(self, config: GemmConfig) -> int:
+        """Return the rows in a vector."""
+        if "256" in config.dot:
+            return ROWS // 2
+        return ROWS // 4 if "128" in config.dot else ROWS
+
+
+class X86CodebookPlanes(X86Codebook):
+    """Three bits packed as three bits."""
+
+    name = "mpgemm.x86_codebook_planes"
+    packing = "planes"
+
+    def supports(self, workload: Workload, hardware: Hardware) -> bool:
+        """NF3, FP3 and their two-sided forms."""
+        return super().supports(workload, hardware) and self.problem(workload).fmt.bits == 3
