@@ -90,10 +90,12 @@ def compile(
     tuning = trials is not None or seconds is not None
     with _database(db, write=tuning) as database:
         if tuning:
-            _tune(
+            found = _tune(
                 tunable(opened.graphs), hardware, trials, seconds, None, objective, database, seed,
                 progress,
             )  # fmt: skip
+            if found.failure is not None:
+                raise found.failure
         plan = choose(opened.graphs, hardware, objective, database)
     extras = Extras(
         quant=str(opened.scheme), objective=objective, config=opened.config,

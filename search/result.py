@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+from mimo_compile.errors import MimoError
 from mimo_compile.ir.workload import Workload
 from mimo_compile.search.lookup import Result, best, pareto, use_measured
 from mimo_compile.search.objective import Objective
@@ -70,9 +71,11 @@ class TuningResult:
     workloads: tuple[WorkloadResult, ...]
     objective: Objective
     stopped: str
-    """Why it ended: ``trials``, ``seconds``, ``joules``, ``exhausted`` or ``interrupted``."""
+    """Why it ended: ``trials``, ``seconds``, ``joules``, ``exhausted``, ``interrupted`` or ``database``."""
     seconds: float
     joules: float | None
+    failure: MimoError | None = None
+    """Why the database took no more records; what is here was found before."""
 
     @property
     def simulated(self) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 from mimo_compile.cost_models.analytic import DeviceModel
 from mimo_compile.cost_models.features import Features, extract
 from mimo_compile.cost_models.learned import LatencyModel, Sample
-from mimo_compile.errors import UsageError
+from mimo_compile.errors import InputError, MimoError, UsageError
 from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.ops import get_op
@@ -275,6 +275,8 @@ class Tuner:
                     self._confirm(self.tasks[index])
         except KeyboardInterrupt:
             stopped = "interrupted"
+        except InputError as error:  # the database takes no more: what was found is still worth telling
+            stopped, self._failure = "database", error
         self._tell("done", None, text=f"stopped: {stopped}", total=limit)
         return self._result(stopped, clock)
 
@@ -365,6 +367,7 @@ class Tuner:
         )
 
     _total: int | None = None
+    _failure: MimoError | None = None
 
     def _result(self, stopped: str, clock: Clock) -> TuningResult:
         workloads = []
@@ -383,7 +386,9 @@ class Tuner:
                     t.share.history,
                 )
             )
-        return TuningResult(tuple(workloads), self.objective, stopped, clock.seconds, clock.joules)
+        return TuningResult(
+            tuple(workloads), self.objective, stopped, clock.seconds, clock.joules, self._failure
+        )
 
 
 def _counts_of(row: Features) -> Counts:

@@ -91,6 +91,8 @@ def run(args: argparse.Namespace) -> int:
         )  # fmt: skip
     path = args.db or default_path()
     show(console, result)
+    if result.failure is not None:
+        raise result.failure
     if result.simulated and args.op is None:
         console.say(f"kernels that {args.target} has no units for are left out")
     console.say(f"records in {path}")

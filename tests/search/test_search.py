@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from recordings import DEVICE, HW, LARGE, SMALL, recorded, schedules
 
-from mimo_compile.errors import UsageError
+from mimo_compile.errors import InputError, UsageError
 from mimo_compile.ir.hardware import PRESETS
 from mimo_compile.ir.ops import parse_workload
 from mimo_compile.search.budget import Budget, Clock, Share, mark_heavy, next_share
@@ -187,6 +187,22 @@ def test_interruption_keeps_everything(tmp_path: Path) -> None:
     with Database(tmp_path / "a.db") as db:
         result = tune(db, Interrupted(recorded(LARGE)))
         assert result.interrupted and result.new_trials == 19 == len(db)
+        assert result.best[str(LARGE)].latency_us < math.inf
+
+
+def test_a_database_that_takes_no_more_ends_the_search_with_what_was_found(tmp_path: Path) -> None:
+    with Database(tmp_path / "a.db") as db:
+        add, left = db.add, iter(range(19))
+
+        def until_full(*records: object) -> None:
+            if next(left, None) is None:
+                raise InputError("the disk is full", file=db.path)
+            add(*records)
+
+        db.add = until_full
+        result = tune(db, ReplayMeasurer(recorded(LARGE)))
+        assert result.stopped == "database" and "the disk is full" in str(result.failure)
+        assert result.new_trials == 19 == len(db)
         assert result.best[str(LARGE)].latency_us < math.inf
 
 
