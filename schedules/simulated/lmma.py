@@ -59,12 +59,30 @@ def full_tables(a: Array, k: int) -> Array:
     return out
 
 
-def half_tables(a: Array, k: int, sign: int) -> Array:
-    """Return the entries whose sign bit is set, by address: ``[M, K]`` -> ``[M, K / k, 2**(k - 1)]``."""
+def kept(k: int, sign: int) -> Array:
+    """Return the indices whose sign bit is set, by address ``[2**(k - 1)]``."""
     address = np.arange(1 << (k - 1))
     low = address & ((1 << sign) - 1)
-    index = low | (1 << sign) | ((address >> sign) << (sign + 1))
-    return full_tables(a, k)[..., index]
+    return low | (1 << sign) | ((address >> sign) << (sign + 1))
+
+
+def half_tables(a: Array, k: int, sign: int) -> Array:
+    """Return the entries that are kept, as a kernel of its own makes them: ``[M, K / k, 2**(k - 1)]``.
+
+    Every entry is the sum of its k signed activations ``[M, K]``.
+    """
+    return full_tables(a, k)[..., kept(k, sign)]
+
+
+def grown_tables(a: Array, k: int, sign: int) -> Array:
+    """Return the same entries as the producer of the activations makes them: sums of pairs, then of those."""
+    groups = a.reshape(a.shape[0], -1, k)
+    parts = [np.stack([-groups[..., j], groups[..., j]], -1) for j in range(k)]
+    while len(parts) > 1:  # the later activation's bit is the higher one
+        pairs = zip(parts[::2], parts[1::2], strict=True)
+        joined = [high[..., :, None] + low[..., None, :] for low, high in pairs]
+        parts = [p.reshape(*p.shape[:-2], -1) for p in joined]
+    return parts[0][..., kept(k, sign)]
 
 
 def quantize_tables(tables: Array, per_scale: int) -> tuple[Array, Array]:

@@ -127,11 +127,17 @@ def _legal(problem: Matmul, config: LmmaConfig) -> bool:
 
 
 def _tables(a: Array, config: LmmaConfig) -> tuple[Array, Array | None]:
-    """Return the tables of padded codes ``[M, K]`` in the config's type, and the scales of int8 ones."""
-    exact = lmma.half_tables(a, config.k, config.sign_bit)
+    """Return the tables of padded codes ``[M, K]`` in the config's type, and the scales of int8 ones.
+
+    Split, fp16 tables pass through memory before they become int8.
+    """
+    if config.precompute == "split":
+        tables = lmma.half_tables(a, config.k, config.sign_bit).astype(np.float16)
+    else:
+        tables = lmma.grown_tables(a, config.k, config.sign_bit)
     if config.table == "f16":
-        return exact.astype(np.float16), None
-    return lmma.quantize_tables(exact, config.tile_k // config.k)
+        return tables.astype(np.float16), None
+    return lmma.quantize_tables(tables, config.tile_k // config.k)
 
 
 def _segments(problem: Matmul, config: LmmaConfig) -> Iterator[tuple[int, int]]:
