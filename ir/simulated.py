@@ -115,6 +115,23 @@ class LmmaConfig:
         return whole and sums and held <= SMEM_BYTES
 
 
+@dataclass(frozen=True, slots=True)
+class MmaConfig:
+    """The same matmul on the int8 tensor cores that an A100 has: weights are unpacked first."""
+
+    tile_m: int = 64
+    tile_n: int = 128
+    tile_k: int = 64
+    """Tile of one thread block: rows, weight rows, activations per step."""
+    registers: int = 1
+
+    def fits(self, bits: int) -> bool:
+        """Say whether accumulators fit the registers, and two steps of operands shared memory."""
+        held = 2 * self.tile_k * (self.tile_m + self.tile_n * bits / 8)
+        sums = 4 * self.tile_m * self.tile_n
+        return sums <= REGISTER_BYTES * self.registers // 2 and held <= SMEM_BYTES
+
+
 RANK = 16
 """Rank of the LoRA adapters that ROMA is built for."""
 

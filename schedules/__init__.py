@@ -22,6 +22,7 @@ SCHEDULES: dict[str, dict[str, str]] = {
         "mpgemm.x86_codebook": "mpgemm.x86_codebook:X86Codebook",
         "mpgemm.x86_codebook_planes": "mpgemm.x86_codebook:X86CodebookPlanes",
         "mpgemm.sim_lut_tensor_core": "simulated.lut_tensor_core:LutTensorCore",
+        "mpgemm.sim_tensor_core": "simulated.tensor_core:TensorCore",
         "mpgemm.sim_roma": "simulated.roma:Roma",
     },
     "cached_attention": {"cached_attention.x86_flash": "attention.x86_flash:X86Flash"},

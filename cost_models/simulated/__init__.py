@@ -7,7 +7,7 @@ from typing import Any
 
 from mimo_compile.cost_models.analytic import DeviceModel
 from mimo_compile.ir.hardware import Hardware
-from mimo_compile.ir.simulated import LmmaConfig, Matmul, RomaConfig, offered
+from mimo_compile.ir.simulated import LmmaConfig, Matmul, MmaConfig, RomaConfig, offered
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +25,8 @@ def estimate(matmul: Matmul, config: Any) -> Estimate:
 
     if isinstance(config, LmmaConfig):
         return Estimate(*lut_tensor_core.kernel(matmul, config))
+    if isinstance(config, MmaConfig):
+        return Estimate(*lut_tensor_core.mma_kernel(matmul, config))
     if isinstance(config, RomaConfig):
         return Estimate(*roma.kernel(matmul, config))
     raise TypeError(f"{type(config).__name__} is no program of a simulated machine")

@@ -18,6 +18,10 @@ units is an A100 by its data sheet. The equations are ours:
     tables     fused into the producer: 10 ALU operations an activation and what is written beyond fp16;
                split: kernels of their own, which pass over memory
 
+    int8       the rival on the same GPU: A100's own int8 tensor cores (512 multiply-adds), one more limit
+                 unpack   tile_n UNPACK_OPS / 64
+               and 2 ALU operations an activation to quantise it
+
 One constant is fitted: ``issue``, the share of cycles in which the units start work. Its anchor is one
 published time (FP16, 1024 sequences of one token); all the others are predictions, see `published`.
 """
@@ -25,10 +29,10 @@ published time (FP16, 1024 sequences of one token); all the others are predictio
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mimo_compile.cost_models.simulated.lut_area import relative_density
-from mimo_compile.ir.simulated import REGISTER_BYTES, SMEM_BYTES, LmmaConfig, Matmul
+from mimo_compile.ir.simulated import REGISTER_BYTES, SMEM_BYTES, LmmaConfig, Matmul, MmaConfig
 
 LANES = 512
 """One-bit multiply-adds of one tensor core and cycle at scale 1 (M2 N64 K4)."""
@@ -66,6 +70,13 @@ BUILD_OPS = 10.0
 8 entries, 8 scale-and-round, 12 for packing, 8 for the group's largest sum. Counted by hand."""
 
 
+UNPACK_OPS = 1.0
+"""ALU operations that bring one packed weight to int8: shift, mask and permute of four at a time, and the
+moves around them. Counted by hand."""
+QUANTIZE_OPS = 2.0
+"""ALU operations that bring one activation to int8 in its producer."""
+
+
 @dataclass(frozen=True, slots=True)
 class Unit:
     """A way to multiply: multiply-adds of one tensor core and cycle, bytes of its operands."""
@@ -80,6 +91,8 @@ class Unit:
     """Tiles are multiples of these."""
     scale_columns: float = float("inf")
     """Columns after which accumulators are multiplied by a scale."""
+    unpack_ops: float = 0.0
+    """ALU operations for each weight of a tile."""
 
 
 FP16 = Unit(256, 2, 2)
@@ -111,6 +124,7 @@ def step_cycles(gpu: Gpu, unit: Unit, tile: tuple[int, int], active: int) -> dic
         "smem": fragments / gpu.smem_bytes_per_cycle,
         "l2": (a + w) / share,
         "rescale": rows * columns / unit.scale_columns / gpu.alu_lanes,
+        "unpack": columns * unit.unpack_ops / gpu.alu_lanes,
     }
 
 
@@ -178,6 +192,22 @@ def kernel(matmul: Matmul, config: LmmaConfig, gpu: Gpu = A100) -> tuple[float, 
     busy, parts = gemm_us(gpu, unit, shape, (config.tile_m, config.tile_n))
     tables = tables_us(gpu, config, float(matmul.m) * shape[2])
     return gpu.launch_us + busy + tables, {**parts, "tables": tables, "launch": gpu.launch_us}
+
+
+def mma_kernel(
+    matmul: Matmul, config: MmaConfig, gpu: Gpu = A100
+) -> tuple[float, dict[str, float]]:
+    """Return modelled microseconds of a matmul on int8 tensor cores, and what they are made of."""
+    unit = replace(
+        INT8, w_bytes=matmul.bits / 8, out_bytes=4.0, registers=config.registers,
+        scale_columns=float(matmul.group), unpack_ops=UNPACK_OPS,
+    )  # fmt: skip
+    shape = (matmul.m, matmul.n, matmul.k)
+    busy, parts = gemm_us(gpu, unit, shape, (config.tile_m, config.tile_n))
+    rate = gpu.alu_lanes * gpu.sms * gpu.hz * 1e-6
+    quantize = QUANTIZE_OPS * matmul.m * matmul.k / rate
+    times = {**parts, "quantize": quantize, "launch": gpu.launch_us}
+    return gpu.launch_us + busy + quantize, times
 
 
 def peaks(scale: int = 1, gpu: Gpu = A100) -> tuple[dict[str, float], dict[str, float]]:

@@ -64,6 +64,28 @@ def quantize_rows(x: Array) -> tuple[Array, Array]:
     return codes, (largest / np.float32(127)).astype(np.float32)
 
 
+def scaled_sum(
+    problem: Matmul, x: Array, sums: Array, arrays: Mapping[str, Array], row_scale: Array
+) -> Array:
+    """Return ``row_scale * sum_g s_g (sums_g - z_g sum of x_g)`` float32 ``[m, n]``.
+
+    Args:
+        problem: The matmul.
+        x: int8 rows ``[m, k]``.
+        sums: Exact sums of each weight group ``[groups, m, n]``.
+        arrays: ``scale`` and maybe ``zero`` ``[n, groups]``.
+        row_scale: Scales of the rows ``[m, 1]``.
+    """
+    scale, zero = np.asarray(arrays["scale"], np.float32), zero_points(problem, arrays)
+    y = np.zeros((problem.m, problem.n), np.float32)
+    for group, total in enumerate(sums):
+        columns = slice(group * problem.group, (group + 1) * problem.group)
+        offset = x[:, columns].sum(axis=1).astype(np.float32)[:, None]
+        at = min(group, scale.shape[1] - 1)
+        y += scale[:, at] * (total.astype(np.float32) - zero[:, at] * offset)
+    return y * row_scale
+
+
 def zero_points(problem: Matmul, arrays: Mapping[str, Array]) -> Array:
     """Return the zero points ``[n, groups]`` float32, the format's own where none are stored."""
     if "zero" in arrays:

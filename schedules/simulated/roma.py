@@ -12,7 +12,7 @@ from mimo_compile.ir.ops.base import Array
 from mimo_compile.ir.simulated import RANK, RomaConfig
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.base import Space
-from mimo_compile.schedules.simulated.base import SimulatedSchedule, quantize_rows, zero_points
+from mimo_compile.schedules.simulated.base import SimulatedSchedule, quantize_rows, scaled_sum
 from mimo_compile.schedules.simulated.roma_units import (
     Adapter,
     base_product,
@@ -80,14 +80,7 @@ class Roma(SimulatedSchedule):
         rom.setflags(write=False)
         x, row_scale = quantize_rows(arrays["x"])
         sums = base_product(x, rom, p.group, config.mapping)
-        scale, zero = np.asarray(arrays["scale"], np.float32), zero_points(p, arrays)
-        y = np.zeros((p.m, p.n), np.float32)
-        for group, total in enumerate(sums):
-            columns = slice(group * p.group, (group + 1) * p.group)
-            offset = x[:, columns].sum(axis=1).astype(np.float32)[:, None]
-            at = min(group, scale.shape[1] - 1)
-            y += scale[:, at] * (total.astype(np.float32) - zero[:, at] * offset)
-        y *= row_scale
+        y = scaled_sum(p, x, sums, arrays, row_scale)
         if adapter is not None:
             y += low_rank(arrays["x"], adapter, config.fusion, config.r_tile)
         if "bias" in arrays:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from mimo_compile.cost_models.simulated.published import (
 )
 from mimo_compile.ir.formats import parse_weight_format
 from mimo_compile.ir.hardware import SIMULATED
-from mimo_compile.ir.simulated import LmmaConfig, Matmul, RomaConfig
+from mimo_compile.ir.simulated import LmmaConfig, Matmul, MmaConfig, RomaConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 FIGURES = figures()
@@ -179,6 +180,24 @@ def test_adapters_hide_beside_the_base_or_do_not() -> None:
     assert times[3] < 1.25 * (base["rom"] + base["fill"])
     padded = estimate(problem, RomaConfig(fusion=3, r_tile=32)).latency_us
     assert padded >= times[3]
+
+
+def test_lookups_against_unpacking_by_bits_and_array() -> None:
+    """At four bits a 4x array does as many multiply-adds as int8 units, at one bit four times as many."""
+    tiles = list(itertools.product((16, 32, 128), (128, 256, 512), (64, 256)))
+
+    def best(w: str, scale: int) -> float:
+        problem = matmul(1024, 4096, 4096, w)
+        lut = [
+            LmmaConfig(table="i8", scale=scale, registers=2, tile_m=a, tile_n=b, tile_k=c)
+            for a, b, c in tiles
+        ]
+        configs = lut if scale else [MmaConfig(*t) for t in tiles]
+        return min(estimate(problem, c).latency_us for c in configs if c.fits(4))
+
+    assert best("w4grow", 1) > 2 * best("w4grow", 0)
+    assert best("w4grow", 4) == pytest.approx(best("w4grow", 0), rel=0.15)
+    assert best("w1grow", 4) < best("w1grow", 0) / 2
 
 
 def test_a_device_model_for_each_target() -> None:

@@ -21,7 +21,7 @@ from mimo_compile.schedules.simulated.base import quantize_rows
 pytestmark = pytest.mark.compile
 
 KS = [(k, sign) for k in (2, 4, 8) for sign in (0, k - 1)]
-LUT, ROMA = "mpgemm.sim_lut_tensor_core", "mpgemm.sim_roma"
+LUT, MMA, ROMA = "mpgemm.sim_lut_tensor_core", "mpgemm.sim_tensor_core", "mpgemm.sim_roma"
 
 
 def case(text: str, seed: int = 0):
@@ -118,20 +118,22 @@ def test_accumulators_have_their_width() -> None:
 
 # -- programs ----------------------------------------------------------------------------------
 
-FORMATS = ("w1", "w2", "w3g32", "w4g128", "w2z", "w4zgrow", "w1.58", "w1.58d", "w4gtensor")
+FORMATS = ("w1", "w2", "w3g32", "w2g16", "w4g128", "w2z", "w4zgrow", "w1.58", "w1.58d", "w4gtensor")
 
 
-def configs(schedule, workload, hardware, count: int, seed: int):
-    space = schedule.space(workload, hardware)
+def programs(workload, hardware, count: int, seed: int):
+    """Yield the default and random configs, ``count`` in all, of each schedule there is."""
     rng = np.random.default_rng(seed)
-    assert space.legal(space.default)
-    found = [space.default]
-    while len(found) < count:
-        knobs = {k: v[rng.integers(len(v))] for k, v in space.knobs.items()}
-        config = space.make(**knobs)
-        if space.legal(config):
-            found.append(config)
-    return found
+    for schedule in schedules_for(workload, hardware):
+        space = schedule.space(workload, hardware)
+        assert space.legal(space.default)
+        found = [space.default]
+        while len(found) < count:
+            knobs = {k: v[rng.integers(len(v))] for k, v in space.knobs.items()}
+            config = space.make(**knobs)
+            if space.legal(config):
+                found.append(config)
+        yield from ((schedule, config) for config in found)
 
 
 @pytest.mark.parametrize("w", FORMATS)
@@ -140,8 +142,7 @@ def configs(schedule, workload, hardware, count: int, seed: int):
 def test_every_program_computes_the_op(w: str, target: str, m: int, n: int, k: int) -> None:
     hardware = resolve_target(target)
     workload, inputs, expected, bound = case(f"mpgemm:m={m},n={n},k={k},w={w},a=a8,bias=1")
-    (schedule,) = schedules_for(workload, hardware)
-    for config in configs(schedule, workload, hardware, 6, seed=m):
+    for schedule, config in programs(workload, hardware, 6, seed=m):
         assert schedule.config_from_json(schedule.config_to_json(config)) == config
         got = schedule.simulate(workload, config, inputs)["y"]
         slack = schedule.slack(workload, config, inputs)
@@ -168,8 +169,7 @@ def test_adversarial_inputs(name: str, target: str) -> None:
     inputs |= {"x": x.astype(np.float32), "codes": codes}
     expected = op.reference(workload, inputs)
     bound = op.bound(workload, inputs, expected)["y"]
-    (schedule,) = schedules_for(workload, hardware)
-    for config in configs(schedule, workload, hardware, 8, seed=1):
+    for schedule, config in programs(workload, hardware, 8, seed=1):
         got = schedule.simulate(workload, config, inputs)["y"]
         slack = schedule.slack(workload, config, inputs).get("y", 0.0)
         assert np.all(np.abs(got - expected["y"]) <= bound + slack), config
@@ -178,13 +178,11 @@ def test_adversarial_inputs(name: str, target: str) -> None:
 def test_wide_sums_stay_exact() -> None:
     workload, inputs, expected, bound = case("mpgemm:m=2,n=16,k=14336,w=w4g128,a=a8")
     for target in ("sim:lut-tensor-core", "sim:roma"):
-        (schedule,) = schedules_for(workload, SIMULATED[target])
-        space = schedule.space(workload, SIMULATED[target])
-        got = schedule.simulate(workload, space.default, inputs)["y"]
-        assert np.all(np.abs(got - expected) <= bound)
+        for schedule, config in programs(workload, SIMULATED[target], 1, seed=0):
+            got = schedule.simulate(workload, config, inputs)["y"]
+            assert np.all(np.abs(got - expected) <= bound)
     rows = parse_workload("mpgemm:m=2,n=16,k=14336,w=w4grow,a=a8")
-    (schedule,) = schedules_for(rows, SIMULATED["sim:lut-tensor-core-8x"])
-    legal = schedule.space(rows, SIMULATED["sim:lut-tensor-core-8x"]).legal
+    legal = get_schedule(LUT).space(rows, SIMULATED["sim:lut-tensor-core-8x"]).legal
     # 127 * 14336 * 15 does not fit float32's exact integers, int32 it does
     assert not legal(LmmaConfig(scale=8)) and legal(LmmaConfig(scale=8, table="i8"))
 
@@ -223,16 +221,15 @@ def test_only_simulated_targets_have_these_schedules() -> None:
     for hardware in (local_cpu(), *PRESETS.values()):
         assert not any(".sim_" in s.name for s in schedules_for(workload, hardware))
     for hardware in SIMULATED.values():
-        assert [s.name for s in schedules_for(workload, hardware)] in ([LUT], [ROMA])
+        assert [s.name for s in schedules_for(workload, hardware)] in ([LUT, MMA], [ROMA])
         for text in ("w=w8,a=a8", "w=w2g64,a=a16", "w=bf16", "w=nf4,a=a8"):
             other = parse_workload(f"mpgemm:m=1,n=64,k=64,{text}")
             assert not schedules_for(other, hardware), text
-        (schedule,) = schedules_for(workload, hardware)
-        config = schedule.space(workload, hardware).default
-        with pytest.raises(UsageError, match="is simulated"):
-            schedule.lower(workload, config, hardware)
-        work = schedule.work(workload, config, hardware)
-        assert work.bytes["dram"] > 0 and sum(work.ops.values()) > 0
+        for schedule, config in programs(workload, hardware, 3, seed=0):
+            with pytest.raises(UsageError, match="is simulated"):
+                schedule.lower(workload, config, hardware)
+            work = schedule.work(workload, config, hardware)
+            assert work.bytes["dram"] > 0 and sum(work.ops.values()) > 0
 
 
 def test_a_target_offers_its_own_knobs() -> None:
