@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mimo_compile.schedules.emit.layout import CodeLayout
+from mimo_compile.schedules.emit.nibbles import BitPlanes, BitPlanesApart, Pairs, Triples
 
 Words = npt.NDArray[np.uint32]
 
@@ -140,5 +141,9 @@ PACKINGS: dict[str, type[CodeLayout]] = {
     "planes": Planes,
     "trits": Trits,
     "strits": SignedTrits,
+    "bits4": BitPlanes,
+    "bits4.apart": BitPlanesApart,
+    "pairs": Pairs,
+    "triples": Triples,
 }
 """Layouts of integer codes by the name that schedules choose them with."""

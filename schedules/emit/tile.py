@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from mimo_compile.schedules.emit.build import (
     Register,
@@ -31,6 +31,24 @@ Out = Callable[[int, int, int, Any], None]
 """``out(r, m, lane, value)``: sums of rows ``16 * block[r] + lane`` and following, for token m."""
 
 
+Sums = dict[tuple[int, int, int], list[Register]]
+"""By row block, part of it, and token: registers that share a sum."""
+GroupSums = Callable[[Any], dict[tuple[int, int, int], Any]]
+"""``sums(g)``: by row block, part of it, and token, the int32 sums of group g less a fixed zero point."""
+
+
+class Way(Protocol):
+    """What `int_tile` asks of the way that ``sums`` are made."""
+
+    @property
+    def codes(self) -> CodeLayout:
+        """Layout of the matrix."""
+
+    @property
+    def lanes(self) -> int:
+        """Rows in a vector."""
+
+
 @dataclass(frozen=True, slots=True)
 class Weights:
     """Buffers of one packed matrix (or of a stack of them: leading axes are part of an index)."""
@@ -50,27 +68,32 @@ class TileKnobs:
     """Blocks of columns in the loop's body."""
     lookup: bool = False
     """Float tiles: turn codes of up to 4 bits into floats by a permutation (AVX-512)."""
+    next_tile: int = 0
+    """Row blocks from this tile to the one that the thread reads next, which prefetches behind the end
+    of a row go to; 0: unknown."""
 
 
 def int_tile(
-    dot: Dot,
+    dot: Dot | Way,
     weights: Weights,
     x: Activations,
     blocks: Sequence[tuple[Any, ...]],
     tokens: Sequence[Any],
     out: Out,
     knobs: TileKnobs,
+    sums: GroupSums | None = None,
 ) -> None:
     """Sum ``codes * x`` exactly in each group, scale, add the groups up in float32 in their order.
 
     Args:
-        dot: How to multiply and add; it knows the layout.
+        dot: How to multiply and add, or to look up; it knows the layout.
         weights: Packed codes, scales and zero points.
         x: Quantised rows.
         blocks: For each row block its index into the weights' leading axes.
         tokens: For each token its row in ``x``.
         out: Takes each vector of sums.
         knobs: See there.
+        sums: Emits the sums of one group instead of dots.
     """
     layout = dot.codes
     grid = _grid(dot.lanes, len(blocks), len(tokens))
@@ -79,7 +102,12 @@ def int_tile(
     total = {} if single else {v: Register("float32", dot.lanes, _zero(dot.lanes)) for v in grid}
 
     def group(g: Any) -> None:
-        for key, value in _group_sums(dot, weights, x, blocks, tokens, g, knobs).items():
+        if sums is None:
+            assert isinstance(dot, Dot)
+            found = _group_sums(dot, weights, x, blocks, tokens, g, knobs)
+        else:
+            found = sums(g)
+        for key, value in found.items():
             r, h, m = key
             at = (*blocks[r], g, h * dot.lanes)
             scale = T.cast(load(weights.scale, *at, lanes=dot.lanes), f32)
@@ -121,22 +149,24 @@ def _group_sums(
     split = runs is not None and runs < layout.group_blocks
     constants = tables(layout)
 
+    def nothing(dtype: str) -> Any:
+        return T.cast(splat(T.int32(0), lanes), vector_type(dtype, lanes))
+
     def start(m: int, dtype: str) -> Any:
         if layout.late_zero:
-            return T.cast(splat(T.int32(0), lanes), vector_type(dtype, lanes))
+            return nothing(dtype)
         return splat(T.cast(load(x.sums, tokens[m], g), dtype), lanes)
 
-    def run(acc: dict[tuple[int, int, int], Register], first: Any, count: int) -> None:
-        unroll = knobs.unroll if count % knobs.unroll == 0 else 1
-        with loop(count // unroll) as s:
+    def run(acc: Sums, first: Any, total: int) -> None:
+        unroll = knobs.unroll if total % knobs.unroll == 0 else 1
+        with loop(total // unroll) as s:
             for u in range(unroll):
                 b = bind(first + s * unroll + u) if not _is_number(first + s) else first + s + u
                 values = [dot.columns(x.codes, t, b * layout.block) for t in tokens]
+                ahead = lines_ahead(layout, b, knobs)
                 for r, block in enumerate(blocks):
-                    if knobs.prefetch:
-                        for i in range(layout.lines):
-                            line = b * layout.lines + i + knobs.prefetch
-                            prefetch(weights.codes, *block, line, 0)
+                    for line in ahead:
+                        prefetch(weights.codes, *block, line, 0)
                     for h in range(ROWS // lanes):
                         lines = [
                             load(
@@ -153,24 +183,39 @@ def _group_sums(
                             constants,
                         )
                         for m in range(len(tokens)):
-                            register = acc[r, h, m]
-                            register.set(dot.block(register.get(), words, values[m]))
+                            chains = acc[r, h, m]
+                            count = len(chains)
+                            if len(words) < count:
+                                chains, count = [chains[u % count]], 1
+                            for c, register in enumerate(chains):
+                                mine = words[c::count], values[m][c::count]
+                                register.set(dot.block(register.get(), *mine))
 
     base = g * layout.group_blocks
     if not split:
-        acc = {v: Register(dot.accumulator, lanes, start(v[2], dot.accumulator)) for v in grid}
+        # additions to one register wait for each other: long groups of few rows get several
+        most = max(knobs.unroll, layout.quads) if layout.group_blocks > 4 else 1
+        chains = min(max(1, 4 // len(grid)), most)
+        acc: Sums = {}
+        for v in grid:
+            acc[v] = [Register(dot.accumulator, lanes, start(v[2], dot.accumulator))]
+            others = range(1, chains)
+            acc[v] += [Register(dot.accumulator, lanes, nothing(dot.accumulator)) for _ in others]
         run(acc, base, layout.group_blocks)
-        return {v: acc[v].get() for v in grid}
+        for total, *rest_of in acc.values():
+            for register in rest_of:
+                total.set(total.get() + register.get())
+        return {v: acc[v][0].get() for v in grid}
     # float32 holds only so many terms exactly: move each run's sum into integers
     assert runs is not None
     sums = {v: Register("int32", lanes, start(v[2], "int32")) for v in grid}
     whole, rest = divmod(layout.group_blocks, runs)
 
     def part(first: Any, count: int) -> None:
-        acc = {v: Register(dot.accumulator, lanes, _zero(lanes)) for v in grid}
+        acc: Sums = {v: [Register(dot.accumulator, lanes, _zero(lanes))] for v in grid}
         run(acc, first, count)
         for v in grid:
-            whole_number = T.cast(acc[v].get(), vector_type("int32", lanes))
+            whole_number = T.cast(acc[v][0].get(), vector_type("int32", lanes))
             sums[v].set(sums[v].get() + whole_number)
 
     with loop(whole) as i:
@@ -190,6 +235,22 @@ def minus_zero(value: Any, zero: Any, x_sum: Any, layout: CodeLayout, lanes: int
     difference = T.cast(value, i32) - whole * splat(x_sum, lanes)
     fraction = zero - T.cast(whole, f32)
     return T.cast(difference, f32) - fraction * splat(T.cast(x_sum, "float32"), lanes)
+
+
+def lines_ahead(layout: CodeLayout, b: Any, knobs: TileKnobs) -> list[Any]:
+    """Return the lines to prefetch in each row block while block of columns ``b`` is worked on.
+
+    They count from the row block's start and go on in the next tile's rows, which lie
+    ``next_tile - 1`` row blocks behind the end: without that, each tile would begin in memory.
+    """
+    if not knobs.prefetch:
+        return []
+    lines = [b * layout.lines + i + knobs.prefetch for i in range(layout.lines)]
+    end = layout.blocks * layout.lines
+    if knobs.next_tile < 2:
+        return lines
+    jump = (knobs.next_tile - 1) * end
+    return [bind(line + T.Select(line >= end, T.int32(jump), T.int32(0))) for line in lines]
 
 
 def float_tile(

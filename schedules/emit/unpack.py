@@ -17,7 +17,8 @@ def tables(codes: CodeLayout) -> list[Any]:
     """Return the constant vectors that `unpack` needs, each bound here."""
     if not isinstance(codes, SignedTrits):
         return []
-    return [_constant(half) for table in codes.tables() for half in (table[:64], table[64:])]
+    halves = (half for table in codes.tables() for half in (table[:64], table[64:]))
+    return [bind(T.reinterpret("int8x64", constant_words(half))) for half in halves]
 
 
 def unpack(codes: CodeLayout, lines: list[Any], lanes: int, constants: list[Any]) -> list[Any]:
@@ -110,9 +111,10 @@ def _bytes(mask: int) -> Any:
     return T.int32(word - (1 << 32) if word >= 1 << 31 else word)
 
 
-def _constant(values: np.ndarray[Any, Any]) -> Any:
-    """Return 64 constant bytes as a vector."""
-    register = Register("int32", 16)
-    for i, word in enumerate(values.astype(np.uint8).view("<i4")):
+def constant_words(values: np.ndarray[Any, Any]) -> Any:
+    """Return constant bytes as a vector of 32-bit lanes, bound."""
+    words = np.ascontiguousarray(values, np.uint8).reshape(-1).view("<i4")
+    register = Register("int32", len(words))
+    for i, word in enumerate(words):
         store(register.buffer, T.int32(int(word)), i)
-    return bind(T.reinterpret("int8x64", register.get()))
+    return bind(register.get())

@@ -89,7 +89,7 @@ class X86Gemm(Schedule):
             "tokens": tokens,
             "chunk": (1, 2, 4, 8),
             "order": ("rows",) if problem.m == 1 else ("rows", "tokens"),
-            "prefetch": (0, 8, 16, 32),
+            "prefetch": (0, 16, 32, 64, 128) if problem.m == 1 else (0, 8, 16, 32),
             "unroll": self.unrolls(problem),
             "parallel": threads,
             "dot": self.dots(problem, hardware),
@@ -118,8 +118,13 @@ class X86Gemm(Schedule):
         dot = self.dots(problem, hardware)[0]
         work = problem.packed_bytes() * max(1.0, problem.m / 4)
         parallel = hardware.threads > 1 and problem.row_blocks > 1 and work >= PARALLEL_BYTES
-        ahead = 16 if problem.m == 1 and problem.packed_bytes() > hardware.l2_bytes else 0
-        for rows, most, unroll in self.tiles(problem):
+        far = problem.m == 1 and problem.packed_bytes() > hardware.l2_bytes
+        ahead, tiles = 16 if far else 0, self.tiles(problem)
+        if far and problem.act == "a8":
+            # one row block at a time is one stream, which memory serves best when asked 8 KiB ahead
+            ahead, steps = 128, sorted(self.unrolls(problem), reverse=True)
+            tiles = (*((1, 1, u) for u in steps if problem.layout.group_blocks % u == 0), *tiles)
+        for rows, most, unroll in tiles:
             tokens = max(t for t in sizes if t <= most)
             config = GemmConfig(rows, tokens, 1, "rows", ahead, unroll, parallel, dot)
             if legal(config):

@@ -12,7 +12,7 @@ from mimo_compile.schedules.emit.layout import ROWS
 from mimo_compile.schedules.emit.quantize import alloc_activations, quantize_row, workspace_bytes
 from mimo_compile.schedules.emit.tile import TileKnobs, Weights, int_tile
 from mimo_compile.schedules.mpgemm.gemm import X86Gemm
-from mimo_compile.schedules.mpgemm.loops import tiles, writer
+from mimo_compile.schedules.mpgemm.loops import next_tile, tiles, writer
 from mimo_compile.schedules.mpgemm.problem import GemmConfig, Problem
 
 QUANTIZE_ALONE = 64 << 10
@@ -40,7 +40,7 @@ class IntegerGemm(X86Gemm):
         """Return the emitter."""
         dot = self.dot(problem, config)
         layout = problem.layout
-        knobs = TileKnobs(config.prefetch, config.unroll)
+        knobs = TileKnobs(config.prefetch, config.unroll, next_tile=next_tile(problem, config))
 
         def emit(x: Any, *rest: Any) -> None:
             *packed, y = rest

@@ -64,6 +64,12 @@ def tiles(
             over_tokens(lambda first, n: over_chunk(task, lambda i: at_rows(i, first, n)))
 
 
+def next_tile(problem: Problem, config: GemmConfig) -> int:
+    """Return the row blocks between a tile and the next one's weights, 0 if these are the same."""
+    once = config.order == "rows" and problem.m <= config.tokens
+    return config.rows if once or config.order == "tokens" else 0
+
+
 def writer(
     problem: Problem,
     y: Any,

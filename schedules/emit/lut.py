@@ -1,0 +1,361 @@
+"""Table lookup: sums of neighbouring activations, looked up by indices made of weights, exactly.
+
+A table has the 16 sums that `nibbles` tells of a run of columns. Sums of four int8 numbers have more than
+8 bits, but activations that quantise well are small but for a few, so tables hold bytes, and what such a
+byte is too small for goes into a second table. A span of columns that needs it is looked up twice;
+all other spans, usually all, once.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from mimo_compile.ir.hardware import Hardware
+from mimo_compile.schedules.emit.build import (
+    Register,
+    T,
+    bind,
+    load,
+    loop,
+    prefetch,
+    splat,
+    store,
+    vector_type,
+    when,
+    workspace,
+)
+from mimo_compile.schedules.emit.layout import ROWS
+from mimo_compile.schedules.emit.nibbles import NibbleLayout
+from mimo_compile.schedules.emit.quantize import Activations
+from mimo_compile.schedules.emit.tile import TileKnobs, Weights, lines_ahead
+from mimo_compile.schedules.emit.unpack import constant_words
+
+SPAN = 8
+"""Blocks of columns that are looked up twice together, at most."""
+_LOW = 0x0F
+_NUMBERS = 0x30201000
+"""Which of four tables the bytes of a word look up in."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tables:
+    """Tables of rows in the kernel's workspace."""
+
+    low: Any
+    """``[M, 16 runs]`` bytes: sums as far as a byte goes."""
+    rest: Any
+    """Likewise: what is missing there, over `Lookup.rest_weight`; defined in spans with a flag."""
+    flags: Any
+    """``[M, spans]`` int32: not 0 where `rest` counts."""
+    starts: Any
+    """``[M, G]`` int32: what the sums of a group begin with."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lookup:
+    """A way to look up and add; ``codes`` is the layout of the matrix."""
+
+    codes: NibbleLayout
+    name: ClassVar[str]
+    lanes: ClassVar[int]
+    """Rows in a vector of sums."""
+    table_lanes: ClassVar[int]
+    """Entries that are made at once."""
+    needs: ClassVar[frozenset[str]]
+    apart: ClassVar[bool]
+    """Layouts that it reads."""
+
+    @classmethod
+    def fits(cls, codes: NibbleLayout, hardware: Hardware) -> bool:
+        """Say whether the hardware has it, for this layout."""
+        return cls.needs <= hardware.features and codes.apart == cls.apart
+
+    @property
+    def signed(self) -> bool:
+        """True if tables hold int8 sums whose signs are stored apart, not unsigned bytes."""
+        return self.codes.bias > 0
+
+    @property
+    def rest_weight(self) -> int:
+        """What entries of the second table count."""
+        return 2 if self.signed else 1
+
+    @property
+    def span(self) -> int:
+        """Blocks with a common flag: they divide a group."""
+        most = min(SPAN, self.most_blocks)
+        return next(s for s in range(most, 0, -1) if self.codes.group_blocks % s == 0)
+
+    @property
+    def most_blocks(self) -> int:
+        """Blocks that can be looked up, twice, before sums have to be widened."""
+        return SPAN
+
+    @property
+    def runs(self) -> int:
+        """Runs of columns in a row."""
+        return self.codes.k_padded // self.codes.run
+
+    @property
+    def vector_ops(self) -> float:
+        """Vector operations that add up one vector of lookups, indices and lookup not counted."""
+        return 1.0
+
+    @abstractmethod
+    def products(self, acc: Any, codes: Any, x: Any) -> Any:
+        """Return 32-bit sums of four products of unsigned and signed bytes, for `table_lanes`."""
+
+    @abstractmethod
+    def span_sums(
+        self,
+        lines: Any,
+        tables: Any,
+        tokens: Sequence[Any],
+        rows: int,
+        first: Any,
+        acc: dict[tuple[int, int, int], list[Register]],
+        *,
+        weight: int = 1,
+        ask: Callable[[Any], None] | None = None,
+    ) -> None:
+        """Emit lookups of the blocks of a span and add them to ``acc``.
+
+        Args:
+            lines: ``lines(b, r, i)``: line i of block b in row block r, as bytes.
+            tables: ``[M, 16 runs]``.
+            tokens: Rows of ``tables``.
+            rows: Row blocks.
+            first: First block of the span.
+            acc: By row block, part of it, and token: registers to share the sum.
+            weight: Of every entry.
+            ask: Prefetches what lies ahead of a block.
+        """
+
+    def alloc(self, m: int) -> Tables:
+        """Allocate the tables of ``m`` rows."""
+        shape, dtype = (m, 16 * self.runs), "int8" if self.signed else "uint8"
+        spans = self.codes.blocks // self.span
+        return Tables(
+            workspace(shape, dtype),
+            workspace(shape, dtype),
+            workspace((m, spans), "int32"),
+            workspace((m, self.codes.groups), "int32"),
+        )
+
+    def bytes(self, m: int) -> int:
+        """Return the bytes of `alloc`."""
+        return m * (32 * self.runs + 4 * self.codes.blocks // self.span + 4 * self.codes.groups)
+
+    def build(self, x: Activations, out: Tables, m: Any) -> None:
+        """Fill the tables of row ``m`` from its quantised activations."""
+        codes, lanes = self.codes, self.table_lanes
+        runs = self.span * codes.block // codes.run
+        digits = [constant_words(codes.digits[i : i + lanes]) for i in range(0, 16, lanes)]
+        zero = splat(T.int32(0), lanes)
+        with loop(codes.groups) as g:
+            bases = Register("int32", lanes, zero)
+            with loop(codes.group_blocks // self.span) as s:
+                span = bind(g * (codes.group_blocks // self.span) + s)
+                top = Register("int32", lanes, zero)
+                with loop(runs) as i:
+                    run = bind(span * runs + i)
+                    base, sums = self._sums(x, m, run, digits)
+                    bases.set(bases.get() + base)
+                    for part, value in enumerate(sums):
+                        above, below = self._excess(value)
+                        top.set(T.max(top.get(), T.max(above, below) if self.signed else above))
+                        low = T.min(value, splat(T.int32(127 if self.signed else 255), lanes))
+                        if self.signed:
+                            low = T.max(low, splat(T.int32(-127), lanes))
+                        self._store(out.low, low, m, run, part)
+                most = T.call_llvm_pure_intrin("int32", "llvm.vector.reduce.smax", top.get())
+                flag = bind(most)
+                store(out.flags, flag, m, span)
+                with when(flag > 0), loop(runs) as i:
+                    run = bind(span * runs + i)
+                    _, sums = self._sums(x, m, run, digits)
+                    for part, value in enumerate(sums):
+                        self._store_both(out, value, m, run, part)
+            start = T.int32(0) if codes.late_zero or self.signed else load(x.sums, m, g)
+            if not self.signed:
+                start = start - bases.lane(0) * T.int32(self._weights)
+            store(out.starts, start, m, g)
+
+    @property
+    def _weights(self) -> int:
+        """Return the sum of the weights that a run is looked up with."""
+        return (1 << self.codes.fmt.bits) - 1 if self.codes.run == 4 else 1
+
+    def _sums(self, x: Activations, m: Any, run: Any, digits: list[Any]) -> tuple[Any, list[Any]]:
+        """Return what unsigned sums are too large by, and the sums, each bound."""
+        codes, lanes, count = self.codes, self.table_lanes, 4 * self.table_lanes
+        i32, i8 = vector_type("int32", lanes), vector_type("int8", count)
+        four = load(x.codes, m, run * codes.run, lanes=4)
+        words = bind(splat(T.reinterpret("int32", four), lanes))
+        negative = splat(T.int8(0), count) - T.reinterpret(i8, words)
+        by = codes.bias
+        if not self.signed:  # of a run's own columns, those below zero make its least sum
+            negative = T.max(negative, splat(T.int8(0), count))
+            by = int(codes.digits.max())
+        negative = T.reinterpret(i32, negative)
+        if codes.run == 2:
+            negative = T.bitwise_and(negative, splat(T.int32(0xFFFF), lanes))
+        zero, ones = splat(T.int32(0), lanes), splat(T.int32(by * 0x01010101), lanes)
+        base = bind(self.products(zero, ones, negative))
+        return base, [bind(self.products(base, d, words)) for d in digits]
+
+    def _excess(self, value: Any) -> tuple[Any, Any]:
+        """Return how far sums lie above and below what a byte holds, at least 0."""
+        lanes = self.table_lanes
+        zero = splat(T.int32(0), lanes)
+        if not self.signed:
+            return bind(T.max(value - splat(T.int32(255), lanes), zero)), zero
+        limit = splat(T.int32(127), lanes)
+        return bind(T.max(value - limit, zero)), bind(T.max(zero - limit - value, zero))
+
+    def _store_both(self, out: Tables, value: Any, m: Any, run: Any, part: int) -> None:
+        above, below = self._excess(value)
+        if not self.signed:
+            self._store(out.rest, above, m, run, part)
+            return
+        one = splat(T.int32(1), self.table_lanes)
+        rest = bind(T.shift_right(above + one, one) - T.shift_right(below + one, one))
+        self._store(out.rest, rest, m, run, part)
+        self._store(out.low, value - rest - rest, m, run, part)
+
+    def _store(self, buffer: Any, value: Any, m: Any, run: Any, part: int) -> None:
+        lanes = self.table_lanes
+        narrow = T.cast(value, vector_type(buffer.dtype, lanes))
+        store(buffer, narrow, m, run * 16 + part * lanes, lanes=lanes)
+
+
+class Permute(Lookup):
+    """``vpermb`` looks up in four tables at once, ``vpdpbusd`` adds up and weighs bits."""
+
+    name, lanes, table_lanes, apart = "vpermb512", 16, 16, False
+    needs = frozenset({"avx512f", "avx512bw", "avx512vnni", "avx512vbmi"})
+
+    def products(self, acc: Any, codes: Any, x: Any) -> Any:
+        """See `Lookup.products`."""
+        return T.call_llvm_pure_intrin(
+            "int32x16", "llvm.x86.avx512.vpdpbusd.512",
+            acc, T.reinterpret("uint8x64", codes), T.reinterpret("int8x64", x),
+        )  # fmt: skip
+
+    def span_sums(
+        self,
+        lines: Any,
+        tables: Any,
+        tokens: Sequence[Any],
+        rows: int,
+        first: Any,
+        acc: dict[tuple[int, int, int], list[Register]],
+        *,
+        weight: int = 1,
+        ask: Callable[[Any], None] | None = None,
+    ) -> None:
+        """See `Lookup.span_sums`."""
+        codes = self.codes
+        with loop(self.span) as s:
+            b = bind(first + s)
+            if ask:
+                ask(b)
+            vectors = {}
+            for m, token in enumerate(tokens):
+                for v in range(codes.vectors):
+                    raw = load(tables, token, (b * codes.vectors + v) * 64, lanes=64)
+                    vectors[m, v] = bind(T.reinterpret("int8x64", raw))
+            for r in range(rows):
+                signs = lines(b, r, codes.lines - 1) if self.signed else None
+                for line in range(codes.index_lines):
+                    words = bind(T.reinterpret("int32x16", lines(b, r, line)))
+                    for half in range(2):
+                        v = 2 * line + half if codes.run < 4 else half
+                        by = weight << line if codes.run == 4 else weight
+                        index = _index(words, half)
+                        for m in range(len(tokens)):
+                            value = T.call_llvm_pure_intrin(
+                                "int8x64", "llvm.x86.avx512.permvar.qi.512", vectors[m, v], index
+                            )
+                            chain = acc[r, 0, m]
+                            register = chain[(2 * line + half) % len(chain)]
+                            register.set(self._added(register.get(), value, by, signs, v))
+
+    def _added(self, acc: Any, value: Any, weight: int, signs: Any, v: int) -> Any:
+        by = splat(T.int32(weight * 0x01010101), 16)
+        if signs is None:
+            return self.products(acc, value, by)
+        value = bind(value)
+        bit = T.bitwise_and(signs, splat(T.uint8(1 << v), 64))
+        turned = T.Select(bit != splat(T.uint8(0), 64), splat(T.int8(0), 64) - value, value)
+        return self.products(acc, by, turned)
+
+
+def lut_sums(
+    lookup: Lookup,
+    tables: Tables,
+    weights: Weights,
+    blocks: Sequence[tuple[Any, ...]],
+    tokens: Sequence[Any],
+    g: Any,
+    knobs: TileKnobs,
+) -> dict[tuple[int, int, int], Any]:
+    """Emit the sums of one group (less a fixed zero point) and return them, int32; see `int_tile`."""
+    codes, lanes = lookup.codes, lookup.lanes
+
+    def start(m: int) -> Any:
+        return splat(load(tables.starts, tokens[m], g), lanes)
+
+    grid = [
+        (r, h, m)
+        for r in range(len(blocks)) for h in range(ROWS // lanes) for m in range(len(tokens))
+    ]  # fmt: skip
+    zero = splat(T.int32(0), lanes)
+    # additions to one register wait for each other: long groups of few rows get several
+    chains = max(1, 4 // len(grid)) if codes.group_blocks > 4 else 1
+    acc = {
+        v: [Register("int32", lanes, zero if c else start(v[2])) for c in range(chains)]
+        for v in grid
+    }
+
+    def lines(b: Any, r: int, i: int) -> Any:
+        return load(weights.codes, *blocks[r], b * codes.lines + i, 0, lanes=64)
+
+    def ask(b: Any) -> None:
+        for line in lines_ahead(codes, b, knobs):
+            for block in blocks:
+                prefetch(weights.codes, *block, line, 0)
+
+    spans = codes.group_blocks // lookup.span
+    with loop(spans) as s:
+        span = bind(g * spans + s)
+        first = bind(span * lookup.span)
+        lookup.span_sums(lines, tables.low, tokens, len(blocks), first, acc, ask=ask)
+        for m, token in enumerate(tokens):
+            mine = {(r, h, 0): a for (r, h, t), a in acc.items() if t == m}
+            with when(load(tables.flags, token, span) > 0):
+                lookup.span_sums(
+                    lines, tables.rest, [token], len(blocks), first, mine,
+                    weight=lookup.rest_weight,
+                )  # fmt: skip
+    out = {}
+    for v, (total, *others) in acc.items():
+        for register in others:
+            total.set(total.get() + register.get())
+        out[v] = total.get()
+    return out
+
+
+LOOKUPS: dict[str, type[Lookup]] = {c.name: c for c in (Permute,)}
+"""All ways by name, the fastest first."""
+
+
+def _index(words: Any, half: int) -> Any:
+    """Return the indices of four runs, each with its table's number, as bytes."""
+    if half:
+        words = T.shift_right(words, splat(T.int32(4), 16))
+    nibbles = T.bitwise_and(words, splat(T.int32(_LOW * 0x01010101), 16))
+    return bind(T.reinterpret("int8x64", T.bitwise_or(nibbles, splat(T.int32(_NUMBERS), 16))))

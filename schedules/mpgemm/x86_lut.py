@@ -1,0 +1,143 @@
+"""Integer codes times int8 activations by table lookup: T-MAC's bit planes, exact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from mimo_compile.ir.hardware import Hardware
+from mimo_compile.ir.workload import Workload
+from mimo_compile.schedules.emit.build import loop, workspace
+from mimo_compile.schedules.emit.dot import exact
+from mimo_compile.schedules.emit.layout import ROWS
+from mimo_compile.schedules.emit.lut import LOOKUPS, Lookup, lut_sums
+from mimo_compile.schedules.emit.nibbles import NibbleLayout
+from mimo_compile.schedules.emit.quantize import Activations, quantize_row
+from mimo_compile.schedules.emit.tile import TileKnobs, Weights, int_tile
+from mimo_compile.schedules.mpgemm.gemm import X86Gemm
+from mimo_compile.schedules.mpgemm.loops import next_tile, tiles, writer
+from mimo_compile.schedules.mpgemm.problem import GemmConfig, Problem
+
+MOST_TOKENS = 16
+"""Each token has tables of its own: with more tokens, unpacking once for all of them is cheaper."""
+_PAD = 16
+"""Columns behind a row that a run's load may touch."""
+
+
+class LookupGemm(X86Gemm):
+    """Base of the schedules that look sums up; subclasses choose the layout."""
+
+    formats: ClassVar[tuple[str, ...]] = ()
+
+    def fits(self, problem: Problem) -> bool:
+        """Say whether the format has this layout."""
+        raise NotImplementedError
+
+    def supports(self, workload: Workload, hardware: Hardware) -> bool:
+        """int8 activations of a few tokens, sums within 32 bits, and a permutation of bytes."""
+        problem = self.problem(workload)
+        if problem.act != "a8" or hardware.kind != "cpu" or problem.m > MOST_TOKENS:
+            return False
+        if not problem.fmt.is_integer or not self.fits(problem):
+            return False
+        return exact(problem.layout) and bool(self.dots(problem, hardware))
+
+    def codes(self, problem: Problem) -> NibbleLayout:
+        """Return the layout of indices."""
+        assert isinstance(problem.layout, NibbleLayout)
+        return problem.layout
+
+    def lookup(self, problem: Problem, config: GemmConfig) -> Lookup:
+        """Return the chosen way to look up."""
+        return LOOKUPS[config.dot](self.codes(problem))
+
+    def dots(self, problem: Problem, hardware: Hardware) -> tuple[str, ...]:
+        """Return the ways that the CPU has."""
+        codes = self.codes(problem)
+        return tuple(name for name, way in LOOKUPS.items() if way.fits(codes, hardware))
+
+    def unrolls(self, problem: Problem) -> tuple[int, ...]:
+        """LLVM unrolls spans itself."""
+        return (1,)
+
+    def tile_cost(self, problem: Problem, config: GemmConfig) -> int:
+        """Count lookups of a block."""
+        codes = self.codes(problem)
+        return config.rows * config.tokens * codes.index_lines * 2
+
+    def scratch_bytes(self, problem: Problem, config: GemmConfig) -> int:
+        """Quantised rows, group sums, scales, tables."""
+        layout, m = problem.layout, problem.m
+        rows = m * (layout.k_padded + _PAD + 4 * layout.groups + 4)
+        return rows + self.lookup(problem, config).bytes(m)
+
+    def body(self, problem: Problem, config: GemmConfig, hardware: Hardware) -> Callable[..., None]:
+        """Return the emitter."""
+        lookup, layout = self.lookup(problem, config), problem.layout
+        knobs = TileKnobs(config.prefetch, next_tile=next_tile(problem, config))
+
+        def emit(x: Any, *rest: Any) -> None:
+            *packed, y = rest
+            bias = packed.pop() if problem.bias else None
+            weights = Weights(*packed)
+            columns = layout.k_padded + _PAD
+            rows = Activations(
+                workspace((problem.m, columns), "int8"),
+                workspace((problem.m, layout.groups), "int32"),
+                workspace((problem.m,), "float32"),
+                columns=columns,
+            )
+            tables = lookup.alloc(problem.m)
+            with loop(problem.m, parallel=config.parallel and problem.m > 1) as m:
+                quantize_row(layout, x, (m,), rows, m)
+                lookup.build(rows, tables, m)
+
+            def tile(blocks: list[tuple[Any, ...]], tokens: list[Any]) -> None:
+                def sums(g: Any) -> dict[tuple[int, int, int], Any]:
+                    return lut_sums(lookup, tables, weights, blocks, tokens, g, knobs)
+
+                out = writer(problem, y, bias, blocks, tokens, lookup.lanes)
+                int_tile(lookup, weights, rows, blocks, tokens, out, knobs, sums)
+
+            tiles(problem, config, tile)
+
+        return emit
+
+    def arithmetic(self, problem: Problem, config: GemmConfig) -> dict[str, float]:
+        """Return lookups and their additions of spans that need one table; making the tables."""
+        lookup, codes, m = self.lookup(problem, config), self.codes(problem), problem.m
+        passes = -(-m // config.tokens)
+        blocks = float(codes.row_blocks * codes.blocks)
+        lookups = blocks * 128 * codes.index_lines
+        scaled = float(codes.row_blocks * ROWS * codes.groups * m)
+        entries = 16.0 * lookup.runs * m
+        return {
+            "shuffle_u8": lookups * m,
+            "dot_i8": lookups * m * lookup.vector_ops + 8 * entries,
+            "unpack_u8": 32.0 * blocks * codes.unpack_ops * passes,
+            "fma_f32": scaled * (2 if codes.fmt.has_zero else 1),
+            "int_op": 3.0 * m * problem.k + 4 * entries,
+        }
+
+    def row_bytes(self, problem: Problem, config: GemmConfig) -> float:
+        """Return the bytes of a row's tables."""
+        return 16.0 * self.lookup(problem, config).runs
+
+    def prepares(self, problem: Problem, config: GemmConfig) -> bool:
+        """Say that tables are made first."""
+        return True
+
+    def lanes(self, config: GemmConfig) -> int:
+        """Return the rows of one vector of sums."""
+        return LOOKUPS[config.dot].lanes
+
+
+class X86Lut(LookupGemm):
+    """1 to 4 bits, one lookup for each bit of four columns."""
+
+    name = "mpgemm.x86_lut"
+    packing = "bits4"
+
+    def fits(self, problem: Problem) -> bool:
+        """Codes of up to 4 bits."""
+        return problem.fmt.bits <= 4

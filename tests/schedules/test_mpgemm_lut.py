@@ -1,0 +1,109 @@
+"""Matmuls by table lookup: exactness where tables overflow a byte, layouts, AVX2, code."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from harness import check, sample_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mimo_compile.ir.formats import parse_weight_format
+from mimo_compile.ir.hardware import PRESETS, local_cpu
+from mimo_compile.ir.ops import parse_workload
+from mimo_compile.schedules import get_schedule
+from mimo_compile.schedules.compile import assembly
+from mimo_compile.schedules.emit.dense import PACKINGS
+from mimo_compile.schedules.emit.lut import LOOKUPS
+from mimo_compile.schedules.emit.nibbles import NibbleLayout
+
+CPU = local_cpu()
+FORMATS = {
+    "mpgemm.x86_lut": (
+        "w1", "w1g32", "w1zg64", "w1grow", "w2", "w2zg32", "w3g32", "w3zg64", "w4g64", "w4zgrow", "w1.58",
+    ),
+}  # fmt: skip
+CASES = [(name, fmt) for name, formats in FORMATS.items() for fmt in formats]
+
+
+def supported(name, text, hardware=CPU):
+    schedule, workload = get_schedule(name), parse_workload(text)
+    if not schedule.supports(workload, hardware):
+        pytest.skip(f"{name} does not run here")
+    return schedule, workload
+
+
+@settings(max_examples=16, deadline=None)
+@given(
+    st.sampled_from(CASES), st.integers(1, 16), st.integers(1, 100), st.integers(1, 700),
+    st.sampled_from(["normal", "sign", "heavy"]), st.integers(0, 999),
+)  # fmt: skip
+def test_any_shape_and_config_is_exact(case, m, n, k, kind, seed):
+    name, fmt = case
+    schedule, workload = supported(name, f"mpgemm:m={m},n={n},k={k},w={fmt},a=a8")
+    rng = np.random.default_rng(seed)
+    # rows of equal magnitudes quantise to 127 throughout: every table overflows a byte
+    x = rng.standard_normal((m, k), dtype=np.float32)
+    x = {"normal": x, "sign": np.sign(x), "heavy": x**5}[kind]
+    config = sample_config(schedule, workload, CPU, seed)
+    check(schedule, workload, config, seed, inputs={"x": x})
+
+
+@pytest.mark.parametrize(("name", "fmt"), CASES)
+def test_integer_part_is_exact_to_the_bit(name, fmt):
+    m, n, k = 2, 33, 1120
+    text = f"mpgemm:m={m},n={n},k={k},w={fmt},a=a8"
+    schedule, workload = supported(name, text)
+    parsed = parse_weight_format(fmt)
+    rng = np.random.default_rng(5)
+    # part of the columns small, part large: spans with one and with two tables in one row
+    size = np.where(np.arange(k) < k // 2, 20, 127)
+    x = rng.integers(-size, size + 1, (m, k)).astype(np.float32)
+    x[:, -1] = 127
+    ones = np.ones(parsed.scale_shape(n, k), np.float32)
+    for dot in schedule.space(workload, CPU).knobs["dot"]:
+        config = dataclasses.replace(schedule.space(workload, CPU).default, dot=dot)
+        done = check(schedule, workload, config, inputs={"x": x, "scale": ones})
+        zero = done.inputs.get("zero", np.full((n, parsed.groups(k)), parsed.fixed_zero))
+        twice = 2 * done.inputs["codes"].astype(np.int64)
+        point = np.repeat((2 * zero).astype(np.int64), parsed.group_size(k), 1)[:, :k]
+        want = x.astype(np.int64) @ (twice - point).T
+        assert np.array_equal(2.0 * done.outputs["y"], want.astype(np.float32))
+
+
+@given(
+    st.sampled_from([(n, f) for n, fs in FORMATS.items() for f in fs]),
+    st.booleans(), st.integers(1, 70), st.integers(1, 300), st.integers(0, 999),
+)  # fmt: skip
+def test_packing_is_undone(case, apart, n, k, seed):
+    name, fmt = case
+    packing = get_schedule(name).packing
+    packing += ".apart" if apart and f"{packing}.apart" in PACKINGS else ""
+    layout = PACKINGS[packing](parse_weight_format(fmt), n, k)
+    assert isinstance(layout, NibbleLayout)
+    codes = np.random.default_rng(seed).integers(0, layout.fmt.max_code + 1, (2, n, k), np.uint8)
+    packed = layout.pack(codes)
+    assert packed.shape == (2, layout.row_blocks, layout.blocks * layout.lines, 64)
+    assert np.array_equal(layout.unpack(packed), codes)
+
+
+def test_one_instruction_looks_up_four_tables():
+    schedule = get_schedule("mpgemm.x86_lut")
+    hardware = PRESETS["sapphirerapids"].with_threads(1)
+    workload = parse_workload("mpgemm:m=1,n=64,k=512,w=w1,a=a8")
+    kernel = schedule.lower(workload, schedule.space(workload, hardware).default, hardware)
+    text = assembly([kernel], hardware)
+    assert "vpermb" in text and "vpdpbusd" in text
+    spans = [kernel.counts.ops[k] for k in ("shuffle_u8", "dot_i8")]
+    assert spans[0] == 64 * 512 / 4 and spans[1] > spans[0]
+
+
+def test_ways_divide_groups_into_spans():
+    for packing, fmt in (("bits4", "w1"), ("bits4", "w2grow"), ("bits4", "w4g128")):
+        layout = PACKINGS[packing](parse_weight_format(fmt), 16, 4096)
+        for way in LOOKUPS.values():
+            lookup = way(layout)
+            assert layout.group_blocks % lookup.span == 0
+            assert 1 <= lookup.span <= lookup.most_blocks
