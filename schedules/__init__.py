@@ -17,6 +17,7 @@ SCHEDULES: dict[str, dict[str, str]] = {
         "mpgemm.x86_vnni": "mpgemm.x86_vnni:X86Vnni",
         "mpgemm.x86_strits": "mpgemm.x86_dense:X86SignedTrits",
         "mpgemm.x86_trits": "mpgemm.x86_dense:X86Trits",
+        "mpgemm.x86_lut": "mpgemm.x86_lut:X86Lut",
         "mpgemm.x86_portable": "mpgemm.x86_portable:X86Portable",
         "mpgemm.x86_float": "mpgemm.x86_float:X86Float",
         "mpgemm.x86_codebook": "mpgemm.x86_codebook:X86Codebook",
