@@ -1,8 +1,8 @@
 """Matrix tiles of 16 x 16 sums: AMX instructions on eight tile registers.
 
 A tile register holds up to 16 rows of 64 bytes. ``dot`` adds, for tokens i and weight rows n, the products
-of ``a[i, 4 q + b]`` (int8) and ``b[q, 4 n + b]`` (unsigned codes): a line of unpacked codes ("16 rows x 4
-columns", see `layout`) is a row of such a tile.
+of ``a[i, 4 q + b]`` (int8) and ``b[q, 4 n + b]`` (weights of either sign): a line of unpacked codes ("16 rows x
+4 columns", see `layout`) is a row of such a tile.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Tiles(Protocol):
     def store(self, tile: int, row: Row, stride: int) -> None:
         """Write a tile of int32 sums to rows ``stride`` bytes apart."""
 
-    def dot(self, sums: int, a: int, b: int) -> None:
-        """Add the products of int8 ``a`` and unsigned ``b`` to ``sums``."""
+    def dot(self, sums: int, a: int, b: int, *, signed: bool) -> None:
+        """Add the products of int8 ``a`` and ``b``, int8 if ``signed`` and uint8 if not, to ``sums``."""
 
     def end(self) -> None:
         """Give the registers back."""
@@ -77,11 +77,10 @@ class AmxTiles:
         address = T.address_of(buffer[index])
         T.evaluate(T.call_llvm_intrin("void", name, T.int8(tile), address, T.int64(stride)))
 
-    def dot(self, sums: int, a: int, b: int) -> None:
+    def dot(self, sums: int, a: int, b: int, *, signed: bool) -> None:
         """See `Tiles`."""
-        T.evaluate(
-            T.call_llvm_intrin("void", "llvm.x86.tdpbsud", T.int8(sums), T.int8(a), T.int8(b))
-        )
+        name = "llvm.x86.tdpbssd" if signed else "llvm.x86.tdpbsud"
+        T.evaluate(T.call_llvm_intrin("void", name, T.int8(sums), T.int8(a), T.int8(b)))
 
     def end(self) -> None:
         """See `Tiles`."""

@@ -57,6 +57,11 @@ class Panel:
     depth: int
 
     @property
+    def signed(self) -> bool:
+        """True if the zero point leaves the codes as they are unpacked, and not the sums."""
+        return not self.problem.layout.late_zero
+
+    @property
     def single(self) -> bool:
         """True if a row is one group, whose integer sums pass through memory between runs of columns."""
         return self.problem.layout.groups == 1
@@ -67,7 +72,7 @@ class Panel:
         blocks = -(-self.problem.m // SIDE)
         padded = -(-layout.k_padded // self.depth) * self.depth
         columns = min(self.columns, padded)
-        panel = workspace((self.rows, columns // 4, 64), "uint8")
+        panel = workspace((self.rows, columns // 4, 64), "int8" if self.signed else "uint8")
         kind = "int32" if self.single else "float32"
         sums = workspace((blocks * SIDE, self.rows * SIDE), kind)
         scratch = workspace((self.tokens * self.rows, SIDE, SIDE), "int32")
@@ -104,6 +109,8 @@ class Panel:
     def _unpack(self, panel: Any, start: Any, columns: int) -> None:
         """Unpack ``columns`` columns of each block of rows; those behind the last stay as they are."""
         layout, constants = self.problem.layout, tables(self.problem.layout)
+        point = int(layout.fmt.fixed_zero)
+        zero = T.int8(point - 256 if point > 127 else point)  # subtraction wraps around
         for r in range(self.rows):
 
             def one(b: Any, r: int = r) -> None:
@@ -124,7 +131,9 @@ class Panel:
                     for i in range(layout.lines)
                 ]
                 for q, words in enumerate(unpack(layout, lines, SIDE, constants)):
-                    value = T.reinterpret(vector_type("uint8", 64), words)
+                    value = T.reinterpret(vector_type(panel.dtype, 64), words)
+                    if self.signed:
+                        value = value - T.broadcast(zero, 64)
                     store(panel, value, r, b * layout.quads + q, 0, lanes=64)
 
             with loop(columns // layout.block) as b:
@@ -174,7 +183,7 @@ class Panel:
             self.tiles.load(b + r, rows_of(panel, r, s * quads, 0), 64)
         for t in range(tokens):
             for r in range(self.rows):
-                self.tiles.dot(t * self.rows + r, a + t, b + r)
+                self.tiles.dot(t * self.rows + r, a + t, b + r, signed=self.signed)
 
     def _scale_group(
         self, sums: Any, scratch: Any, tile: int, block: Any, r: int, g: Any, start: Any, size: int,
@@ -198,10 +207,9 @@ class Panel:
 
     def _corrected(self, value: Any, zero: Any, token: Any, group: Any) -> Any:
         """Return a row's sums less their zero point as float32."""
-        x_sum = load(self.x.sums, token, group)
-        if zero is not None:
-            return minus_zero(value, zero, x_sum, self.problem.layout, SIDE)
-        return T.cast(value + splat(x_sum, SIDE), F32)
+        if zero is None:
+            return T.cast(value, F32)
+        return minus_zero(value, zero, load(self.x.sums, token, group), self.problem.layout, SIDE)
 
     def _write(self, sums: Any, m: Any) -> None:
         """Scale the sums of a token, add the bias and store."""

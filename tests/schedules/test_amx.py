@@ -72,7 +72,7 @@ class PlainTiles:
             buffer, (*outer, first) = row(i)
             store(buffer, load(register, tile, i, j), *outer, first + j)
 
-    def dot(self, sums, a, b):
+    def dot(self, sums, a, b, *, signed):
         rows, depth = self.shapes[a]
         assert self.shapes[b] == (depth // 4, 64) and self.shapes[sums] == (rows, 64)
         total = Register("int32", 1)
@@ -80,7 +80,8 @@ class PlainTiles:
             total.set(load(self.kinds["int32"], sums, i, n))
             with loop(depth // 4) as q, loop(4) as k:
                 left = T.cast(load(self.kinds["int8"], a, i, q * 4 + k), "int32")
-                right = T.cast(load(self.kinds["uint8"], b, q, n * 4 + k), "int32")
+                weights = self.kinds["int8" if signed else "uint8"]
+                right = T.cast(load(weights, b, q, n * 4 + k), "int32")
                 total.set(total.get() + left * right)
             store(self.kinds["int32"], total.get(), sums, i, n)
 
@@ -147,7 +148,7 @@ def test_what_it_does_not_take():
     assert not X86Amx().supports(parse_workload("mpgemm:m=64,n=64,k=256,w=w4g64,a=a8"), spr)
 
 
-@pytest.mark.parametrize("fmt", ["w4g64", "w2g32", "w8"])
+@pytest.mark.parametrize("fmt", ["w4g64", "w2g32", "w8", "w4zg64"])
 def test_the_instructions(fmt):
     """2 x 2 tiles: four products for two loads of each side, and each tile's shape in the configuration."""
     schedule = get_schedule("mpgemm.x86_amx")
@@ -155,7 +156,8 @@ def test_the_instructions(fmt):
     space = schedule.space(workload, SPR)
     kernel = schedule.lower(workload, space.default, SPR)
     text = assembly([kernel], SPR)
-    for instruction in ("ldtilecfg", "tilerelease", "tdpbsud", "tileloadd", "tilestored"):
+    product = "tdpbsud" if "z" in fmt else "tdpbssd"
+    for instruction in ("ldtilecfg", "tilerelease", product, "tileloadd", "tilestored"):
         assert re.search(rf"\b{instruction}\b", text), instruction
-    assert len(re.findall(r"\btdpbsud\b", text)) % 4 == 0
+    assert len(re.findall(rf"\b{product}\b", text)) % 4 == 0
     assert "amx-int8" in kernel.features
