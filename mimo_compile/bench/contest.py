@@ -6,10 +6,12 @@ one's must wake), then times a batch of calls. A row is the median of its batche
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from mimo_compile.search.meters import Meter, measure_energy
@@ -69,6 +71,8 @@ class Row:
     """What the roof kernels needed in the same run: the longer of moving bytes and doing operations."""
     batches: tuple[float, ...] = ()
     """Seconds of one call in each round, in order: rounds of contestants of one run belong together."""
+    foreign_cores: float | None = None
+    """Cores that other programs used on average during the run of all contestants; None: not known."""
     ratio: tuple[float, float, float] | None = None
     """Its time over that of our fastest in the same run: median, p10 and p90 over rounds."""
 
@@ -82,7 +86,7 @@ class Row:
             "roof_share": None if self.roof_us is None else self.roof_us / us,
             "joules": self.joules, "joules_source": self.joules_source or None,
             "schedule": c.schedule or None, "config": c.config or None,
-            "peer": c.peer or None, "bits_per_weight": c.bits_per_weight,
+            "foreign_cores": self.foreign_cores, "peer": c.peer or None, "bits_per_weight": c.bits_per_weight,
             **dict(zip(("ratio", "ratio_p10", "ratio_p90"), self.ratio or (None,) * 3, strict=True)),
         }  # fmt: skip
 
@@ -103,11 +107,13 @@ def compete(
         meter: Measures joules in windows of its own after the timing.
     """
     turns = [_Turn(c, batch_s) for c in contestants]
+    begin = _foreign_seconds(), time.perf_counter()
     for number in range(rounds):
         at = number % len(turns)
         for turn in turns[at:] + turns[:at]:
             if number < SLOW_ROUNDS or turn.seconds[-1] * turn.number < SLOW_S:
                 turn.batch()
+    foreign = _foreign_cores(*begin)
     rows = []
     for turn in turns:
         times = sorted(turn.seconds)
@@ -117,10 +123,28 @@ def compete(
             Row(
                 turn.contestant, statistics.median(times) * 1e6, p10 * 1e6, p90 * 1e6, joules,
                 meter.name if meter is not None and joules is not None else "",
-                batches=tuple(turn.seconds),
+                batches=tuple(turn.seconds), foreign_cores=foreign,
             )
         )  # fmt: skip
     return rows
+
+
+def _foreign_seconds(table: Path = Path("/proc/stat")) -> float | None:
+    """Return the CPU seconds that all others have used since the machine started, steal included."""
+    try:
+        ticks = [int(t) for t in table.read_text().splitlines()[0].split()[1:9]]
+    except (OSError, ValueError, IndexError):
+        return None
+    user, nice, system, _idle, _wait, irq, soft, steal = (*ticks, *[0] * (8 - len(ticks)))
+    busy = (user + nice + system + irq + soft + steal) / os.sysconf("SC_CLK_TCK")
+    return busy - time.process_time()
+
+
+def _foreign_cores(seconds: float | None, begin: float) -> float | None:
+    now, elapsed = _foreign_seconds(), time.perf_counter() - begin
+    if seconds is None or now is None or elapsed <= 0:
+        return None
+    return round(max(0.0, (now - seconds) / elapsed), 2)
 
 
 def settle(limit_s: float = SETTLE_S) -> float:

@@ -22,6 +22,12 @@ class Cell:
         """True where a peer was faster than ours, by the medians."""
         return self.peer is not None and self.peer.median_us < self.ours.median_us
 
+    @property
+    def sure(self) -> bool:
+        """True where nine of ten rounds have the same sign as the medians."""
+        ratio = self.peer.ratio if self.peer is not None else None
+        return ratio is not None and (ratio[2] < 1 if self.slower else ratio[1] > 1)
+
     def json(self) -> dict[str, Any]:
         """Return the cell as `bench --json` prints it."""
         c, out = self.ours.contestant, self.ours.json()
@@ -29,7 +35,8 @@ class Cell:
         return {
             "op": c.op, "threads": c.threads, "cache": c.cache, "schedule": c.schedule,
             "median_us": out["median_us"], "bits_per_weight": out["bits_per_weight"],
-            "roof_share": out["roof_share"], "best_peer": best.get("impl"),
+            "roof_share": out["roof_share"], "foreign_cores": out["foreign_cores"],
+            "sure": self.sure, "best_peer": best.get("impl"),
             "peer_us": best.get("median_us"), "peer_bits_per_weight": best.get("bits_per_weight"),
             **{key: best.get(key) for key in ("ratio", "ratio_p10", "ratio_p90")},
         }  # fmt: skip

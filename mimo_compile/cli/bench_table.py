@@ -13,6 +13,7 @@ _ROW_HEADER = (
 _CELL_HEADER = (
     "workload", "cache", "ours us", "bits/w", "of roof", "fastest peer", "bits/w", "ratio", "p10..p90",
 )  # fmt: skip
+_NOTABLE_CORES = 0.1
 
 
 def render(rows: list[Row]) -> str:
@@ -33,6 +34,9 @@ def render(rows: list[Row]) -> str:
                 )
             )  # fmt: skip
         out.append(table(lines, _ROW_HEADER, right="lllrrrrrrr"))
+        others = next(r.foreign_cores for r in rows if r.contestant.cache == cache)
+        if others is not None and others >= _NOTABLE_CORES:
+            out.append(f"other programs used {others:.1f} cores meanwhile")
     return "\n".join(out)
 
 
@@ -51,7 +55,12 @@ def render_summary(summary: list[Cell]) -> str:
                 None if ratio is None else f"{ratio[1]:.2f}..{ratio[2]:.2f}",
             )
         )  # fmt: skip
-    slower = [f"  {c.ours.contestant.op} {c.ours.contestant.cache}" for c in summary if c.slower]
+    slower = [
+        f"  {c.ours.contestant.op} {c.ours.contestant.cache}"
+        + ("" if c.sure else " (not in all rounds)")
+        for c in summary
+        if c.slower
+    ]
     return "\n".join(
         [
             "\nOurs beside the fastest peer",

@@ -10,7 +10,7 @@ import pytest
 from mimo_compile.bench import contest
 from mimo_compile.bench.contest import Contestant, Row, compete, ratio_of
 from mimo_compile.bench.runner import with_ratio
-from mimo_compile.bench.summary import cells
+from mimo_compile.bench.summary import Cell, cells
 
 
 def entry(impl: str, peer: str = "", op: str = "op", cache: str = "hot") -> Contestant:
@@ -52,6 +52,9 @@ def test_cells_have_our_fastest_beside_the_fastest_peer() -> None:
     assert (first.ours.median_us, first.slower) == (10, True)
     assert first.json()["best_peer"] == "b"
     assert first.json()["ratio"] == pytest.approx(0.9)
+    assert (first.sure, second.sure, third.sure) == (True, True, False)
+    doubtful = replace(first.peer, ratio=(0.9, 0.7, 1.2))
+    assert not Cell(first.ours, doubtful).sure
     assert (second.json()["cache"], second.slower) == ("cold", False)
     assert second.json()["roof_share"] == pytest.approx(0.05)
     assert (third.peer, third.slower, third.json()["best_peer"]) == (None, False, None)
@@ -88,3 +91,16 @@ def test_settling_waits_for_threads_that_still_work_but_not_for_ever(monkeypatch
     assert contest.SETTLE_S <= contest.settle() < contest.SETTLE_S + 0.01
     monkeypatch.setattr(contest, "time", Clock(0))
     assert contest.settle() < 0.01
+
+
+def test_what_other_programs_use_is_told(tmp_path, monkeypatch) -> None:
+    table = tmp_path / "stat"
+    tick = contest.os.sysconf("SC_CLK_TCK")
+    table.write_text(f"cpu  {tick} 0 {tick} 500 70 0 0 {tick} 0 0\ncpu0 1\n")
+    monkeypatch.setattr(contest, "time", Clock(0.5))
+    contest.time.sleep(1)
+    assert contest._foreign_seconds(table) == 2.5
+    assert contest._foreign_seconds(tmp_path / "none") is None
+    monkeypatch.setattr(contest, "_foreign_seconds", lambda: 4.0)
+    assert contest._foreign_cores(3.0, 0.5) == 2.0
+    assert contest._foreign_cores(None, 0.5) is None
