@@ -61,6 +61,10 @@ class InputError(MimoError):
         super().__init__(what, where=file, remedy=remedy)
 
 
+class CheckpointWarning(UserWarning):
+    """A checkpoint is usable, but something about it should be known; one sentence."""
+
+
 class MissingExtra(MimoError):
     """A feature needs packages of an optional extra that is not installed."""
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import time
+import warnings
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from mimo_compile.cli.options import (
     add_model_options,
@@ -16,6 +19,7 @@ from mimo_compile.cli.options import (
     seconds,
     show_progress,
 )
+from mimo_compile.errors import CheckpointWarning
 
 if TYPE_CHECKING:
     from mimo_compile.cli.console import Console
@@ -34,7 +38,9 @@ mimo-compile compile path/to/checkpoint --quant w8a8 --time 10m -o model.mimo
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     parser.add_argument(
-        "source", metavar="SRC", help="checkpoint folder, exported program (.pt2), or tiny"
+        "source",
+        metavar="SRC",
+        help="checkpoint folder, .gguf file, exported program (.pt2), or tiny",
     )
     parser.add_argument(
         "-o", "--output", type=Path, required=True, metavar="OUT.mimo", help="the artifact to write"
@@ -57,9 +63,10 @@ def run(args: argparse.Namespace) -> int:
     begin = time.perf_counter()
     from mimo_compile.api import compile as compile_model
 
-    with show_progress(
-        console, tuning=args.trials is not None or args.time is not None
-    ) as progress:
+    with (
+        show_progress(console, tuning=args.trials is not None or args.time is not None) as progress,
+        _notes_shown(console),
+    ):
         artifact = compile_model(
             args.source, target=args.target, quant=args.quant, attention=args.attention,
             objective=args.objective, trials=args.trials, seconds=args.time, db=args.db,
@@ -74,6 +81,30 @@ def run(args: argparse.Namespace) -> int:
     _show(console, facts)
     console.result(facts)
     return 0
+
+
+@contextmanager
+def _notes_shown(console: Console) -> Iterator[None]:
+    """Print what is odd about a checkpoint as plain lines."""
+    with warnings.catch_warnings():
+        usual = warnings.showwarning
+
+        def show(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
+            if issubclass(category, CheckpointWarning):
+                console.log(f"note: {message}")
+            else:
+                usual(message, category, filename, lineno, file, line)
+
+        warnings.simplefilter("always", CheckpointWarning)
+        warnings.showwarning = show
+        yield
 
 
 def summary(manifest: Manifest) -> dict[str, Any]:

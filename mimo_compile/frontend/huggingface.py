@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections import Counter
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from mimo_compile.errors import InputError, UsageError
+from mimo_compile.errors import CheckpointWarning, InputError, UsageError
 from mimo_compile.frontend.models import get_family
 from mimo_compile.frontend.models.build import EMBED, HEAD, Builder, expected_tensors
 from mimo_compile.frontend.models.decoder import Decoder, DecoderConfig
@@ -108,6 +109,9 @@ def load_checkpoint(
         UsageError: the scheme has no quantiser, does not fit the stored one, or ``max_context`` does not fit
             the model.
         EnvironmentMismatch: a plug-in that reads weights is broken.
+
+    Warns:
+        CheckpointWarning: values that are odd, a tokenizer that cannot be used.
     """
     check_scheme(quant)
     checkpoint = open_checkpoint(Path(folder))
@@ -129,12 +133,15 @@ def load_checkpoint(
     for name, shape in expected.items():
         dtypes[checkpoint.entries[name].dtype] += math.prod(shape)
     kept = ("do_sample", "temperature", "top_k", "top_p")
+    tokenizer = checkpoint.tokenizer_json()
+    for note in checkpoint.notes:
+        warnings.warn(note, CheckpointWarning, stacklevel=2)
     return LoadedModel(
         decoder,
         quant,
         checkpoint.source,
         checkpoint.config_json(),
-        checkpoint.tokenizer_json(),
+        tokenizer,
         {name: generation[name] for name in kept if generation.get(name) is not None},
         LoadReport(
             len(expected), sum(dtypes.values()), dict(dtypes), unused, tuple(checkpoint.notes)

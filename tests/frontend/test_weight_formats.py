@@ -309,7 +309,7 @@ def test_refusals_name_place_and_remedy(folder, tools):
         save_file(tensors, folder / "model.safetensors")
 
     set_method(folder, tools, quant_method="squeeze")
-    refused(r"'squeeze'.*config\.json.*bfloat16.*quantised by blocks, nibbles")
+    refused(r"'squeeze'.*config\.json.*bfloat16.*quantised by awq, .*blocks, .*nibbles")
     tools.edit_json(folder / "config.json", quantization_config=["odd"])
     refused(r"\['odd'\]")
     pack_nibbles(folder, tools)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from mimo_compile.frontend.weights.gguf.checkpoint import Gguf
 from mimo_compile.frontend.weights.gguf.reader import GgufFile
 from mimo_compile.frontend.weights.gguf.tokenizer import tokenizer_json
 
@@ -33,7 +34,9 @@ SPLIT = (
 def through_a_file(kit, tmp_path, **fields):
     path = tmp_path / "m.gguf"
     metadata = {f"tokenizer.ggml.{name}": value for name, value in fields.items()}
-    kit.write_gguf(path, kit.gguf_metadata(**metadata), {"x": kit.floats_of(torch.ones(8))})
+    metadata["llama.block_count"] = 1
+    table = {"token_embd.weight": kit.floats_of(torch.ones(8, kit.HIDDEN))}
+    kit.write_gguf(path, kit.gguf_metadata(**metadata), table)
     return GgufFile(path)
 
 
@@ -139,5 +142,9 @@ def test_pieces(kit, tmp_path):
 )
 def test_what_cannot_be_used_leaves_the_ids(kit, tmp_path, changes, words):
     fields = {**fields_of(byte_level(None), "gpt-2"), **changes}
+    file = through_a_file(kit, tmp_path, **fields)
     with pytest.raises(ValueError, match=words):
-        tokenizer_json(through_a_file(kit, tmp_path, **fields))
+        tokenizer_json(file)
+    checkpoint = Gguf(file.path, {})
+    assert checkpoint.tokenizer_json() is None
+    assert "only ids" in checkpoint.notes[0] and words.split()[-1] in checkpoint.notes[0]

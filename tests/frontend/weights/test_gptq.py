@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from mimo_compile.errors import InputError
+from mimo_compile.errors import CheckpointWarning, InputError
 from mimo_compile.frontend.huggingface import load_checkpoint
 from mimo_compile.frontend.weights import open_checkpoint
 from mimo_compile.frontend.weights.gptq import unpack
@@ -193,6 +193,9 @@ def test_first_version_wraps_zero_points(kit, tmp_path):
     checkpoint = open_checkpoint(tmp_path / "m")
     assert checkpoint.quantised(f"{Q}.weight").zero[0, 0] == 16
     assert "1 zero points are 16" in checkpoint.notes[0] and Q in checkpoint.notes[0]
+    with pytest.warns(CheckpointWarning, match="1 zero points are 16"):
+        report = load_checkpoint(tmp_path / "m", parse_scheme("none")).report
+    assert report.notes == tuple(checkpoint.notes)
 
 
 def test_refusals(kit, tmp_path):

@@ -83,7 +83,9 @@ class Gguf(Checkpoint):
         return QuantTensor(found.fmt, found.codes[order], found.scale[order], zero)
 
     def tokenizer_json(self) -> bytes | None:
-        """Return the tokenizer; without one that can be used, a note says why."""
+        """Return the tokenizer; where it cannot be used, a note says why."""
+        if "tokenizer.ggml.model" not in self.file.metadata:
+            return None
         try:
             return tokenizer_json(self.file)
         except ValueError as error:

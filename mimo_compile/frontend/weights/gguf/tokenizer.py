@@ -30,13 +30,13 @@ def tokenizer_json(file: GgufFile) -> bytes:
     """Return the tokenizer.
 
     Raises:
-        ValueError: there is none, it is of a kind that is not known, or it is damaged; says which.
+        ValueError: it is of a kind that is not known, or damaged; says which.
     """
     from tokenizers import Tokenizer
 
     kind = file.metadata.get("tokenizer.ggml.model")
     if kind not in ("gpt2", "llama"):
-        raise ValueError("there is no tokenizer" if kind is None else f"its kind is {kind!r}")
+        raise ValueError(f"its kind is {kind!r}")
     tokens = file.metadata.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list) or not all(isinstance(t, str) for t in tokens):
         raise ValueError("its tokens are no texts")
