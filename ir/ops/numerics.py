@@ -28,7 +28,8 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     x = x.to(torch.float32)
     amax = x.abs().amax(dim=-1, keepdim=True)
-    inverse = torch.where(amax > 0, 127.0 / amax, torch.zeros_like(amax))
+    # two tensors, since torch turns a number over a tensor into a reciprocal with its own rounding
+    inverse = torch.where(amax > 0, torch.full_like(amax, 127.0) / amax, torch.zeros_like(amax))
     q = torch.round(x * inverse).clamp(-127, 127).to(torch.int8)
     return q, amax / 127.0
 

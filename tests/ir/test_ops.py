@@ -167,3 +167,15 @@ def test_attention_bound_refuses_a_missed_key(extra: str) -> None:
     damaged["v_cache"][oldest] = 0
     error = np.abs(op.reference(workload, damaged)["out"] - expected["out"])
     assert (error > bound).any(axis=-1).all(), "some head would not notice"
+
+
+def test_rows_are_quantised_in_plain_float32_arithmetic() -> None:
+    """One correctly rounded division for a row's factor: kernels must find the same codes near ties."""
+    x = np.random.default_rng(0).standard_normal((20_000, 3)).astype(np.float32)
+    factor = np.float32(127) / np.abs(x).max(-1, keepdims=True)
+    q, scale = quantize_rows(torch.from_numpy(x))
+    np.testing.assert_array_equal(q.numpy(), np.rint(x * factor).astype(np.int8))
+    np.testing.assert_array_equal(scale.numpy(), np.abs(x).max(-1, keepdims=True) / np.float32(127))
+    x = np.full((1, 4), 1.0, np.float32)
+    x[0, 1:] = np.float32(7.6391253), np.float32(2.3759484), 0
+    assert quantize_rows(torch.from_numpy(x))[0][0, 2] == 40
