@@ -1,8 +1,8 @@
 """Matrix tiles of 16 x 16 sums: AMX instructions on eight tile registers.
 
 A tile register holds up to 16 rows of 64 bytes. ``dot`` adds, for tokens i and weight rows n, the products
-of ``a[i, 4 q + b]`` (int8) and ``b[q, 4 n + b]`` (weights of either sign): a line of unpacked codes ("16 rows x
-4 columns", see `layout`) is a row of such a tile.
+of ``a[i, 4 q + b]`` (int8) and ``b[q, 4 n + b]`` (signed or not): a line of unpacked codes ("16 rows x 4
+columns", see `layout`) is a row of such a tile.
 """
 
 from __future__ import annotations
