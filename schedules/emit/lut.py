@@ -18,6 +18,7 @@ from mimo_compile.schedules.emit.build import (
     Register,
     T,
     bind,
+    choose,
     load,
     loop,
     prefetch,
@@ -30,7 +31,7 @@ from mimo_compile.schedules.emit.build import (
 from mimo_compile.schedules.emit.layout import ROWS
 from mimo_compile.schedules.emit.nibbles import NibbleLayout
 from mimo_compile.schedules.emit.quantize import Activations
-from mimo_compile.schedules.emit.tile import TileKnobs, Weights, lines_ahead
+from mimo_compile.schedules.emit.tile import Sums, TileKnobs, Weights, lines_ahead
 from mimo_compile.schedules.emit.unpack import constant_words
 
 SPAN = 8
@@ -38,6 +39,9 @@ SPAN = 8
 _LOW = 0x0F
 _NUMBERS = 0x30201000
 """Which of four tables the bytes of a word look up in."""
+
+
+Vectors = dict[tuple[int, int], list[tuple[Any, int]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,25 +116,23 @@ class Lookup:
     def span_sums(
         self,
         lines: Any,
-        tables: Any,
+        tables: Sequence[tuple[Any, int]],
         tokens: Sequence[Any],
         rows: int,
         first: Any,
-        acc: dict[tuple[int, int, int], list[Register]],
+        acc: Sums,
         *,
-        weight: int = 1,
         ask: Callable[[Any], None] | None = None,
     ) -> None:
         """Emit lookups of the blocks of a span and add them to ``acc``.
 
         Args:
             lines: ``lines(b, r, i)``: line i of block b in row block r, as bytes.
-            tables: ``[M, 16 runs]``.
+            tables: ``[M, 16 runs]`` to look up in, and what their entries count.
             tokens: Rows of ``tables``.
             rows: Row blocks.
             first: First block of the span.
             acc: By row block, part of it, and token: registers to share the sum.
-            weight: Of every entry.
             ask: Prefetches what lies ahead of a block.
         """
 
@@ -181,13 +183,8 @@ class Lookup:
                         self._store_both(out, value, m, run, part)
             start = T.int32(0) if codes.late_zero or self.signed else load(x.sums, m, g)
             if not self.signed:
-                start = start - bases.lane(0) * T.int32(self._weights)
+                start = start - bases.lane(0) * T.int32((1 << codes.planes) - 1)
             store(out.starts, start, m, g)
-
-    @property
-    def _weights(self) -> int:
-        """Return the sum of the weights that a run is looked up with."""
-        return (1 << self.codes.fmt.bits) - 1 if self.codes.run == 4 else 1
 
     def _sums(self, x: Activations, m: Any, run: Any, digits: list[Any]) -> tuple[Any, list[Any]]:
         """Return what unsigned sums are too large by, and the sums, each bound."""
@@ -248,13 +245,12 @@ class Permute(Lookup):
     def span_sums(
         self,
         lines: Any,
-        tables: Any,
+        tables: Sequence[tuple[Any, int]],
         tokens: Sequence[Any],
         rows: int,
         first: Any,
-        acc: dict[tuple[int, int, int], list[Register]],
+        acc: Sums,
         *,
-        weight: int = 1,
         ask: Callable[[Any], None] | None = None,
     ) -> None:
         """See `Lookup.span_sums`."""
@@ -263,26 +259,43 @@ class Permute(Lookup):
             b = bind(first + s)
             if ask:
                 ask(b)
-            vectors = {}
-            for m, token in enumerate(tokens):
-                for v in range(codes.vectors):
-                    raw = load(tables, token, (b * codes.vectors + v) * 64, lanes=64)
-                    vectors[m, v] = bind(T.reinterpret("int8x64", raw))
-            for r in range(rows):
-                signs = lines(b, r, codes.lines - 1) if self.signed else None
-                for line in range(codes.index_lines):
-                    words = bind(T.reinterpret("int32x16", lines(b, r, line)))
+            for pair in range(codes.vectors // 2):
+                vectors: Vectors = {}
+                for m, token in enumerate(tokens):
                     for half in range(2):
-                        v = 2 * line + half if codes.run < 4 else half
-                        by = weight << line if codes.run == 4 else weight
-                        index = _index(words, half)
-                        for m in range(len(tokens)):
-                            value = T.call_llvm_pure_intrin(
-                                "int8x64", "llvm.x86.avx512.permvar.qi.512", vectors[m, v], index
-                            )
-                            chain = acc[r, 0, m]
-                            register = chain[(2 * line + half) % len(chain)]
-                            register.set(self._added(register.get(), value, by, signs, v))
+                        at = (b * codes.vectors + 2 * pair + half) * 64
+                        for table, weight in tables:
+                            raw = load(table, token, at, lanes=64)
+                            vector = bind(T.reinterpret("int8x64", raw))
+                            vectors.setdefault((half, m), []).append((vector, weight))
+                for r in range(rows):
+                    self._look_up(lines, vectors, b, pair, r, acc)
+
+    def _look_up(
+        self,
+        lines: Any,
+        vectors: Vectors,
+        b: Any,
+        pair: int,
+        r: int,
+        acc: Sums,
+    ) -> None:
+        """Look up eight runs in vectors by their half and the token."""
+        codes = self.codes
+        signs = bind(lines(b, r, codes.lines - 1)) if self.signed else None
+        for bit in range(codes.planes):
+            words = bind(T.reinterpret("int32x16", lines(b, r, pair + bit)))
+            for half in range(2):
+                index = _index(words, half)
+                for m in range(len(vectors) // 2):
+                    chain = acc[r, 0, m]
+                    register = chain[(2 * (pair + bit) + half) % len(chain)]
+                    for vector, weight in vectors[half, m]:
+                        value = T.call_llvm_pure_intrin(
+                            "int8x64", "llvm.x86.avx512.permvar.qi.512", vector, index
+                        )
+                        by = weight << bit
+                        register.set(self._added(register.get(), value, by, signs, 2 * pair + half))
 
     def _added(self, acc: Any, value: Any, weight: int, signs: Any, v: int) -> Any:
         by = splat(T.int32(weight * 0x01010101), 16)
@@ -333,14 +346,23 @@ def lut_sums(
     with loop(spans) as s:
         span = bind(g * spans + s)
         first = bind(span * lookup.span)
-        lookup.span_sums(lines, tables.low, tokens, len(blocks), first, acc, ask=ask)
-        for m, token in enumerate(tokens):
-            mine = {(r, h, 0): a for (r, h, t), a in acc.items() if t == m}
-            with when(load(tables.flags, token, span) > 0):
-                lookup.span_sums(
-                    lines, tables.rest, [token], len(blocks), first, mine,
-                    weight=lookup.rest_weight,
-                )  # fmt: skip
+        rows, low, rest = len(blocks), (tables.low, 1), (tables.rest, lookup.rest_weight)
+        flags = [load(tables.flags, token, span) > 0 for token in tokens]
+
+        def once() -> None:
+            lookup.span_sums(lines, [low], tokens, rows, first, acc, ask=ask)
+
+        def both() -> None:
+            lookup.span_sums(lines, [low, rest], tokens, rows, first, acc, ask=ask)
+
+        if len(tokens) == 1:
+            choose(flags[0], both, once)
+        else:
+            once()
+            for m, token in enumerate(tokens):
+                mine = {(r, h, 0): a for (r, h, t), a in acc.items() if t == m}
+                with when(flags[m]):
+                    lookup.span_sums(lines, [rest], [token], rows, first, mine)
     out = {}
     for v, (total, *others) in acc.items():
         for register in others:

@@ -38,6 +38,11 @@ class NibbleLayout(CodeLayout):
         return self.lines
 
     @property
+    def planes(self) -> int:
+        """Indices of a run, each with twice the weight of the one before."""
+        return 1
+
+    @property
     def vectors(self) -> int:
         """Vectors of tables that a block looks up in: four runs in each."""
         return self.block // (4 * self.run)
@@ -81,6 +86,11 @@ class BitPlanes(NibbleLayout):
     @property
     def lines(self) -> int:
         """One for each bit."""
+        return self.fmt.bits
+
+    @property
+    def planes(self) -> int:
+        """The bits."""
         return self.fmt.bits
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.workload import Workload
@@ -18,8 +18,8 @@ from mimo_compile.schedules.mpgemm.gemm import X86Gemm
 from mimo_compile.schedules.mpgemm.loops import next_tile, tiles, writer
 from mimo_compile.schedules.mpgemm.problem import GemmConfig, Problem
 
-MOST_TOKENS = 16
-"""Each token has tables of its own: with more tokens, unpacking once for all of them is cheaper."""
+_LOSS = 0.15
+"""Padding of groups above which a layout is refused."""
 _PAD = 16
 """Columns behind a row that a run's load may touch."""
 
@@ -27,18 +27,20 @@ _PAD = 16
 class LookupGemm(X86Gemm):
     """Base of the schedules that look sums up; subclasses choose the layout."""
 
-    formats: ClassVar[tuple[str, ...]] = ()
-
     def fits(self, problem: Problem) -> bool:
         """Say whether the format has this layout."""
         raise NotImplementedError
 
     def supports(self, workload: Workload, hardware: Hardware) -> bool:
-        """int8 activations of a few tokens, sums within 32 bits, and a permutation of bytes."""
+        """int8 activations, groups that fill blocks, sums within 32 bits, a permutation of bytes."""
         problem = self.problem(workload)
-        if problem.act != "a8" or hardware.kind != "cpu" or problem.m > MOST_TOKENS:
+        if problem.act != "a8" or hardware.kind != "cpu" or not problem.fmt.is_integer:
             return False
-        if not problem.fmt.is_integer or not self.fits(problem):
+        if not self.fits(problem):
+            return False
+        layout = problem.layout
+        size = layout.fmt.group_size(layout.k)
+        if layout.groups > 1 and layout.group_blocks * layout.block > size * (1 + _LOSS):
             return False
         return exact(problem.layout) and bool(self.dots(problem, hardware))
 
@@ -59,6 +61,12 @@ class LookupGemm(X86Gemm):
     def unrolls(self, problem: Problem) -> tuple[int, ...]:
         """LLVM unrolls spans itself."""
         return (1,)
+
+    def tiles(self, problem: Problem) -> tuple[tuple[int, int, int], ...]:
+        """Tables share the registers with sums."""
+        if problem.m == 1:
+            return ((1, 1, 1),)
+        return ((2, 4, 1), (1, 4, 1), (2, 2, 1), (1, 2, 1), (1, 1, 1))
 
     def tile_cost(self, problem: Problem, config: GemmConfig) -> int:
         """Count lookups of a block."""

@@ -24,6 +24,8 @@ FORMATS = {
     "mpgemm.x86_lut": (
         "w1", "w1g32", "w1zg64", "w1grow", "w2", "w2zg32", "w3g32", "w3zg64", "w4g64", "w4zgrow", "w1.58",
     ),
+    "mpgemm.x86_tl1": ("w1.58", "w1.58grow", "w1.58g64"),
+    "mpgemm.x86_tl2": ("w1.58", "w1.58d", "w1.58grow"),
 }  # fmt: skip
 CASES = [(name, fmt) for name, formats in FORMATS.items() for fmt in formats]
 
@@ -98,6 +100,25 @@ def test_one_instruction_looks_up_four_tables():
     assert "vpermb" in text and "vpdpbusd" in text
     spans = [kernel.counts.ops[k] for k in ("shuffle_u8", "dot_i8")]
     assert spans[0] == 64 * 512 / 4 and spans[1] > spans[0]
+
+
+def test_every_ternary_triple():
+    """Each of the 27 triples gives the digits that went in, and all share 14 magnitudes."""
+    codes = np.array([[v // 9, v // 3 % 3, v % 3] for v in range(27)], np.uint8)
+    layout = PACKINGS["triples"](parse_weight_format("w1.58d"), 27, 96)
+    wide = np.tile(codes, (1, 32))
+    packed = layout.pack(wide)
+    assert np.array_equal(layout.unpack(packed), wide)
+    assert (packed[:, :4] & 15).max() == 13
+    assert packed[0, 4].reshape(16, 4)[:13].min() == 255  # those below zero, in all 32 runs
+    assert not packed[0, 4].reshape(16, 4)[13:].any()
+    assert layout.lines * 64 * 8 / (16 * layout.block) == pytest.approx(5 / 3)
+
+
+def test_groups_that_blocks_do_not_fill_are_left_to_others():
+    for name, text in (("x86_tl2", "w1.58g64"), ("x86_lut", "w2g16")):
+        workload = parse_workload(f"mpgemm:m=1,n=64,k=640,w={text},a=a8")
+        assert not get_schedule(f"mpgemm.{name}").supports(workload, CPU)
 
 
 def test_ways_divide_groups_into_spans():
