@@ -18,6 +18,8 @@ SCHEDULES: dict[str, dict[str, str]] = {
         "mpgemm.x86_strits": "mpgemm.x86_dense:X86SignedTrits",
         "mpgemm.x86_trits": "mpgemm.x86_dense:X86Trits",
         "mpgemm.x86_lut": "mpgemm.x86_lut:X86Lut",
+        "mpgemm.x86_tl1": "mpgemm.x86_tl:X86Pairs",
+        "mpgemm.x86_tl2": "mpgemm.x86_tl:X86Triples",
         "mpgemm.x86_portable": "mpgemm.x86_portable:X86Portable",
         "mpgemm.x86_float": "mpgemm.x86_float:X86Float",
         "mpgemm.x86_codebook": "mpgemm.x86_codebook:X86Codebook",
