@@ -128,7 +128,8 @@ def tune(
     Args:
         source: as for `compile`, or the text of one workload such as
             ``"mpgemm:m=1,n=4096,k=4096,w=w4g64,a=a8"``.
-        target: as for `compile`, as are the other options that are not described here.
+        target: as for `compile`, as are the other options that are not described here; or a simulated
+            machine, ``"sim:lut-tensor-core"`` or ``"sim:roma"``, whose times are modelled.
         quant: scheme of the weights.
         attention: ``"model"``.
         objective: as for `compile`, or ``"pareto"``.
