@@ -140,8 +140,14 @@ class Builder:
         if fmt is None:
             parts = [self._stored(name) for name in names]
             return parts[0] if len(parts) == 1 else torch.cat(_same_type(parts))
-        done = [quantize(self.checkpoint.tensor(name), fmt, what=name) for name in names]
+        done = [self._quantise(name, self.checkpoint.tensor(name), fmt) for name in names]
         return done[0] if len(done) == 1 else _stack(done)
+
+    def _quantise(
+        self, name: str, weight: Tensor, fmt: WeightFormat, expert: int | None = None
+    ) -> QuantTensor:
+        """Return a matrix in a quantised format; ``expert``: which, where a tensor holds those of all."""
+        return quantize(weight, fmt, what=name)
 
     def _as_stored(self, names: list[str]) -> QuantTensor | Tensor:
         """Return matrices that the checkpoint holds quantised, stacked along their rows.
@@ -269,15 +275,16 @@ class Builder:
     def _fused_experts(self, name: str) -> Tensor | QuantTensor:
         """Return ``[E, N, K]`` from one tensor of all experts."""
         if self.checkpoint.entries[name].fmt is not None:
-            return self.checkpoint.quantised(name)
+            found = self.checkpoint.quantised(name)
+            return found if found.perm is None else torch.from_numpy(found.dequantize())
         tensor = self._stored(name)
         if self.scheme.weight is None:
             return tensor
         fmt, halves = self.scheme.weight, 2 if name.endswith("gate_up_proj") else 1
         return _pile(
             [
-                _stack([quantize(part, fmt, what=name) for part in expert.chunk(halves)])
-                for expert in tensor
+                _stack([self._quantise(name, part, fmt, e) for part in expert.chunk(halves)])
+                for e, expert in enumerate(tensor)
             ]
         )
 

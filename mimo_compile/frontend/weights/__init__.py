@@ -25,6 +25,7 @@ WEIGHT_FORMATS: dict[str, Any] = {
     "bitnet": "bitnet:Bitnet",
     "fp8": "fp8:BlockFp8",
     "bitsandbytes": "nf4:Nf4",
+    "compressed-tensors": "compressed:CompressedTensors",
 }
 """Name -> where its class lives; the first that detects a source reads it. Modules are imported on use."""
 

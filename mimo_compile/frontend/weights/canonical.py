@@ -69,6 +69,26 @@ def _spread(values: Array, size: int, fmt: WeightFormat, k: int) -> Array:
     return np.ascontiguousarray(out.reshape(*lead, -1))
 
 
+def column_order(
+    index: npt.NDArray[np.int64], group: int
+) -> tuple[npt.NDArray[np.int32] | None, bool]:
+    """Return the order that sorts columns by their group, and whether groups are then regular.
+
+    Args:
+        index: group of each column.
+        group: columns that a group should have; the last may be short.
+
+    Returns:
+        None where columns stand in order already, else the columns, stably sorted; False where groups have
+        other sizes.
+    """
+    regular = np.arange(len(index)) // group
+    if np.array_equal(index, regular):
+        return None, True
+    order = np.argsort(index, kind="stable").astype(np.int32)
+    return order, bool(np.array_equal(index[order], regular))
+
+
 def affine(scale: Array, offset: Array) -> tuple[Array, Array]:
     """Return scale and zero of weights ``scale * code + offset``.
 

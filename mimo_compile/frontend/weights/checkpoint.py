@@ -75,7 +75,7 @@ class Checkpoint(ABC):
     """What the format is called in messages, and in the table of formats."""
     methods: ClassVar[tuple[str, ...]] = ()
     """Values of ``quant_method`` in ``config.json`` that this format reads."""
-    activations: ClassVar[int] = 16
+    activations: int = 16
     """Bits of activations that the models of this format were trained with (8: int8, row by row)."""
     entries: dict[str, Entry]
     """Every tensor by the name that model families use, known before any data is read."""

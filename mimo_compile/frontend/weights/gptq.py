@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mimo_compile.errors import InputError
-from mimo_compile.frontend.weights.canonical import grouped_format, regroup
+from mimo_compile.frontend.weights.canonical import column_order, grouped_format, regroup
 from mimo_compile.frontend.weights.checkpoint import Entry
 from mimo_compile.frontend.weights.grouped import GroupedCheckpoint
 from mimo_compile.ir.formats import QuantTensor, WeightFormat
@@ -69,12 +69,7 @@ class Gptq(GroupedCheckpoint):
         # ``sym`` is believed only when it is said, and proved when the zero points are read
         fmt = grouped_format(bits, self.settings.get("sym") is not True, size, k)
         index = self._index(name, parts, k, groups)
-        if index is None or np.array_equal(index, np.arange(k) // size):
-            self._orders[name] = None
-            return (n, k), fmt
-        order = np.argsort(index, kind="stable").astype(np.int32)
-        self._orders[name] = order
-        regular = np.array_equal(index[order], np.arange(k) // size)
+        self._orders[name], regular = (None, True) if index is None else column_order(index, size)
         return (n, k), fmt if regular else None
 
     def decode(self, name: str, parts: Mapping[str, Tensor]) -> QuantTensor | Tensor:
