@@ -20,6 +20,7 @@ from mimo_compile.ir.ops.base import Arg, Array, OpDef, Param
 from mimo_compile.ir.ops.numerics import (
     U32,
     bf16_to_f32,
+    complex_magnitudes,
     f32_to_bf16,
     fake_quantize,
     real_matrix,
@@ -203,7 +204,11 @@ class MpGemm(OpDef):
         p = self.full(workload)
         fmt = parse_weight_format(p["w"])
         x = real_activations(inputs["x"], fmt, p["a"])
-        bound = matmul_bound(x, real_weights(inputs, "", fmt), fmt, p["a"]).numpy()
+        w = real_weights(inputs, "", fmt)
+        if fmt.family == "complex":  # kernels add up products with each matrix, which may cancel
+            codes, scale = torch.from_numpy(inputs["codes"]), torch_f64(inputs["scale"])
+            w = complex_magnitudes(fmt, codes, scale)
+        bound = matmul_bound(x, w, fmt, p["a"]).numpy()
         extra = 4 * U32 * (np.abs(inputs["bias"]) if p["bias"] else 0.0)
         return {"y": bound + extra + 2 * U32 * np.abs(expected["y"])}
 

@@ -85,7 +85,14 @@ def real_matrix(
     return spread(scale) * values
 
 
-def _complex_matrix(fmt: WeightFormat, codes: Tensor, scale: Tensor) -> Tensor:
+def complex_magnitudes(fmt: WeightFormat, codes: Tensor, scale: Tensor) -> Tensor:
+    """Return ``[..., N, K]``: magnitudes of the stacked matrices added up, which cannot cancel."""
+    return _complex_matrix(fmt, codes, scale, magnitudes=True)
+
+
+def _complex_matrix(
+    fmt: WeightFormat, codes: Tensor, scale: Tensor, *, magnitudes: bool = False
+) -> Tensor:
     """Return the real matrix ``[..., N, K]`` of stacked complex ones; odd terms act on conj(x)."""
     axis = torch.tensor([1, 0, -1, 0], dtype=scale.dtype)
     index = codes.to(torch.int64)
@@ -97,6 +104,7 @@ def _complex_matrix(fmt: WeightFormat, codes: Tensor, scale: Tensor) -> Tensor:
         top = torch.cat([a, b if conjugate else -b], -1)
         bottom = torch.cat([b, -a if conjugate else a], -1)
         matrix = torch.cat([top, bottom], -2)
+        matrix = matrix.abs() if magnitudes else matrix
         total = matrix if total is None else total + matrix
     assert total is not None
     return total

@@ -53,7 +53,7 @@ class Decoder(ABC):
     @classmethod
     def fits(cls, fmt: WeightFormat, hardware: Hardware) -> bool:
         """Say whether the hardware has it for a format's codes."""
-        return fmt.family == "codebook" and cls.needs <= hardware.features
+        return fmt.family in ("codebook", "complex") and cls.needs <= hardware.features
 
     @abstractmethod
     def prepare(self, table: Sequence[float]) -> Any:
@@ -109,7 +109,7 @@ class Permute256(Decoder):
 
     def prepare(self, table: Sequence[float]) -> Any:
         """See `Decoder.prepare`; a half of zeros is None."""
-        halves = (table[:8], table[8:])
+        halves = ([table[i % len(table)] for i in range(8)], table[8:])
         return [_floats(half) if any(half) else None for half in halves if half]
 
     def value(self, table: Any, word: Word) -> Any:
