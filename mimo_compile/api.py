@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mimo_compile.artifact import Artifact
     from mimo_compile.ir.hardware import Hardware
     from mimo_compile.ir.workload import Workload
+    from mimo_compile.quantize.calibration import Calibration
     from mimo_compile.search import TuningResult
     from mimo_compile.search.database import Database
 
@@ -36,6 +37,7 @@ def compile(
     example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
     dynamic_shapes: Mapping[str, Any] | None = None,
     progress: Callable[[Any], None] | None = None,
+    calibrate: str | Calibration = "rtn",
 ) -> Artifact:
     """Compile a model to an artifact.
 
@@ -58,6 +60,9 @@ def compile(
             and whatever is no tensor is fixed itself.
         dynamic_shapes: not supported yet: must be None.
         progress: called with each `search.progress.Event` while tuning.
+        calibrate: how codes of quantised weights are chosen: ``"rtn"`` (to the nearest), ``"gptq"`` or
+            ``"awq"``, calibrated on text; ``"gptq:book.txt"`` on the text of that file, else on
+            standard-library sources. A `Calibration` says how much of it, too.
 
     Returns:
         The artifact: ``.save(path)``, or ``.module()`` to run it in this process.
@@ -70,7 +75,10 @@ def compile(
     from mimo_compile.ir.hardware import resolve_target
     from mimo_compile.pipeline.build import Extras, build_artifact
     from mimo_compile.pipeline.choose import choose, tunable
-    from mimo_compile.pipeline.source import open_source
+    from mimo_compile.pipeline.source import open_source, require_compile_extra
+
+    require_compile_extra()
+    from mimo_compile.quantize.calibration import parse_calibration
 
     if dynamic_shapes is not None:
         raise UsageError(
@@ -83,9 +91,11 @@ def compile(
             f"{target} is simulated: nothing can be compiled for it or run on it",
             remedy=f"`mimo-compile tune --target {target}` ranks schedules for it",
         )
+    if isinstance(calibrate, str):
+        calibrate = parse_calibration(calibrate, seed=seed)
     opened = open_source(
         source, quant=quant, attention=attention, max_context=max_context,
-        example_inputs=example_inputs,
+        example_inputs=example_inputs, calibration=calibrate,
     )  # fmt: skip
     tuning = trials is not None or seconds is not None
     with _database(db, write=tuning) as database:
@@ -100,6 +110,7 @@ def compile(
     extras = Extras(
         quant=str(opened.scheme), objective=objective, config=opened.config,
         tokenizer=opened.tokenizer, records=plan.records,
+        calibrated=None if opened.loaded is None else opened.loaded.calibrated,
     )  # fmt: skip
     return build_artifact(opened.graphs, plan.choices, hardware, extras)
 

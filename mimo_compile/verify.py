@@ -32,6 +32,7 @@ from mimo_compile.schedules import get_schedule
 
 if TYPE_CHECKING:
     from mimo_compile.frontend.models.decoder import Decoder
+    from mimo_compile.quantize.calibration import Calibration
 
 PERPLEXITY_BOUND = 1e-3
 """Largest relative difference between compiled and eager perplexity."""
@@ -148,6 +149,7 @@ def verify_artifact(
     tokens: int = 96,
     text: str | None = None,
     perplexity_tokens: int = 0,
+    calibration: Calibration | None = None,
     log: Callable[[str], None] = lambda text: None,
 ) -> Verification:
     """Check an artifact in every way that is possible here.
@@ -162,9 +164,12 @@ def verify_artifact(
         text: Text that perplexity is taken on; None: modules of the standard library that the built-in model
             was not trained on.
         perplexity_tokens: How many tokens of it; 0 leaves perplexity out.
+        calibration: How the codes of the eager model are chosen; None: as the artifact's were, which finds
+            the calibration text by itself unless that was a file.
         log: Told what goes on.
 
     Raises:
+        UsageError: the artifact's codes were chosen in another way than ``calibration`` says.
         ArtifactError: it is damaged or does not fit this machine.
         InputError: the source cannot be read, or is another model.
     """
@@ -190,7 +195,7 @@ def verify_artifact(
     if origin is None:
         found.notes.append("not compared with eager torch: give the checkpoint folder by --source")
         return found
-    eager = eager_decoder(parts.manifest, origin)
+    eager = eager_decoder(parts.manifest, origin, calibration, log)
     reference_threads(2.0 * tokens * parts.manifest.decoder.hidden * parts.manifest.decoder.vocab)
     ids = np.random.default_rng(seed).integers(0, parts.manifest.decoder.vocab, tokens)
     if text is not None or "tokenizer.json" in parts.texts:
@@ -264,18 +269,40 @@ def builtin_source(parts: Parts) -> Path | None:
     return folder if same else None
 
 
-def eager_decoder(manifest: Manifest, source: str | Path) -> Decoder:
+def eager_decoder(
+    manifest: Manifest,
+    source: str | Path,
+    calibration: Calibration | None = None,
+    log: Callable[[str], None] = lambda text: None,
+) -> Decoder:
     """Load the model that an artifact was compiled from, quantised in the same way.
 
+    Args:
+        manifest: The artifact's.
+        source: Where the model is.
+        calibration: As for `verify_artifact`.
+        log: Told what the calibration does.
+
     Raises:
-        InputError: the source has another shape than the artifact.
+        UsageError: ``calibration`` is not the artifact's, or is missing for one that used a file.
+        InputError: the source has another shape than the artifact, or the calibration text is another.
     """
     from mimo_compile.frontend.huggingface import load_checkpoint, resolve_source
+    from mimo_compile.quantize.calibration import repeat_calibration
 
     decoder = manifest.decoder
     assert decoder is not None
     folder = resolve_source(source)
-    eager = load_checkpoint(folder, parse_scheme(manifest.quant), decoder.max_context).decoder
+    again = repeat_calibration(manifest.calibrated, calibration, log)
+    loaded = load_checkpoint(folder, parse_scheme(manifest.quant), decoder.max_context, again)
+    eager, found = loaded.decoder, loaded.calibrated
+    record = manifest.calibrated
+    if found is not None and record is not None and found.sha256 != record.sha256:
+        raise InputError(
+            "the calibration text differs from the one that the artifact was compiled with",
+            file=(calibration.text if calibration else None) or "the standard library",
+            remedy="Verify with the same file and the same version of Python",
+        )
     if (eager.config.vocab, eager.config.hidden) != (decoder.vocab, decoder.hidden):
         raise InputError("this is not the model that the artifact was compiled from", file=folder)
     return eager

@@ -6,7 +6,7 @@ import argparse
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from mimo_compile.cli.options import add_model_options, need_extra, positive
+from mimo_compile.cli.options import add_calibration, add_model_options, need_extra, positive
 from mimo_compile.errors import UsageError
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--new-tokens", type=positive, default=32, metavar="N", help="model: decode"
     )
     add_model_options(parser)
+    add_calibration(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -96,6 +97,10 @@ def _kernels(args: argparse.Namespace) -> int:
     from mimo_compile.search.meters import open_meter
 
     console: Console = args.console
+    if args.calibrate is not None:
+        raise UsageError(
+            f"bench {args.kind} takes no --calibrate", remedy="Did you mean bench model?"
+        )
     if args.source is not None:
         raise UsageError(f"bench {args.kind} takes no SRC", remedy="Did you mean bench model?")
     if args.target != "cpu":

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mimo_compile.cli.options import calibration
 from mimo_compile.errors import MissingExtra, UsageError
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ def _artifact(args: argparse.Namespace, scratch: Path) -> tuple[Path, Path | Non
     artifact = compile_model(
         folder, quant=args.quant, objective=args.objective, db=args.db, threads=args.threads,
         seed=args.seed, max_context=args.max_context or args.prompt_tokens + args.new_tokens,
+        calibrate=calibration(args) or "rtn",
     )  # fmt: skip
     return artifact.save(scratch / "bench.mimo"), folder
 

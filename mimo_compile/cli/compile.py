@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from mimo_compile.cli.options import (
+    add_calibration,
     add_model_options,
+    calibration,
     check_output,
     need_extra,
     positive,
@@ -31,6 +33,7 @@ Turn a model into an artifact. Without a tuning budget it uses tuning records wh
 once. With --trials or --time it tunes first; what was measured is kept in the database."""
 EXAMPLE = """
 mimo-compile compile tiny --quant w4g64a8 -o t.mimo
+mimo-compile compile tiny --quant w3g64a8 --calibrate gptq -o t3.mimo
 mimo-compile compile path/to/checkpoint --quant w8a8 --time 10m -o model.mimo
 """
 
@@ -46,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-o", "--output", type=Path, required=True, metavar="OUT.mimo", help="the artifact to write"
     )
     add_model_options(parser)
+    add_calibration(parser)
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument(
         "--trials", type=positive, metavar="N", help="tune first: at most N candidates"
@@ -71,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
             args.source, target=args.target, quant=args.quant, attention=args.attention,
             objective=args.objective, trials=args.trials, seconds=args.time, db=args.db,
             threads=args.threads, seed=args.seed, max_context=args.max_context, progress=progress,
+            calibrate=calibration(args) or "rtn",
         )  # fmt: skip
         artifact.save(output)
     taken = time.perf_counter() - begin
@@ -112,6 +117,7 @@ def summary(manifest: Manifest) -> dict[str, Any]:
     return {
         "name": manifest.name,
         "quant": manifest.quant,
+        "calibrated": _plain(manifest.calibrated),
         "objective": manifest.objective,
         "target": {
             "name": manifest.target.name, "features": manifest.target.features,
@@ -123,6 +129,11 @@ def summary(manifest: Manifest) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _plain(record: Any) -> dict[str, Any] | None:
+    """Return a record's fields by name."""
+    return None if record is None else {f: getattr(record, f) for f in record.__struct_fields__}
+
+
 def plan_row(choice: Any) -> dict[str, Any]:
     """Return one choice of a plan as plain values."""
     return {
@@ -132,11 +143,17 @@ def plan_row(choice: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _quant(facts: dict[str, Any]) -> str:
+    """Return the formats, and how codes were chosen if not by rounding to the nearest."""
+    record = facts["calibrated"]
+    return str(facts["quant"]) + (f" by {record['method']}" if record else "")
+
+
 def _show(console: Console, facts: dict[str, Any]) -> None:
     from mimo_compile.cli.console import size
 
     chosen = ", ".join(f"{n} {source}" for source, n in sorted(facts["choices"].items()))
-    console.say(f"{facts['path']}: {facts['name']}, {facts['quant']}, {size(facts['bytes'])}")
+    console.say(f"{facts['path']}: {facts['name']}, {_quant(facts)}, {size(facts['bytes'])}")
     console.say(f"  entries  {', '.join(facts['entries'])}")
     console.say(f"  kernels  {len(facts['plan'])} ({chosen})")
     console.say(f"  target   {facts['target']['name']}, {facts['target']['threads']} threads")

@@ -109,6 +109,27 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_calibration(parser: argparse.ArgumentParser) -> None:
+    """Add how codes of quantised weights are chosen."""
+    parser.add_argument(
+        "--calibrate",
+        default=None,
+        metavar="METHOD[:FILE]",
+        help="rtn (default), or gptq or awq, calibrated on the text of FILE (default: sources of the "
+        "standard library, without those held out for judging)",
+    )
+
+
+def calibration(args: argparse.Namespace) -> Any:
+    """Return the `Calibration` that was asked for (None: nothing was); what it does is logged."""
+    from mimo_compile.quantize.calibration import parse_calibration
+
+    if args.calibrate is None:
+        return None
+    console: Console = args.console
+    return parse_calibration(args.calibrate, seed=args.seed, log=console.log)
+
+
 def need_extra(feature: str) -> None:
     """Refuse a feature when the [compile] extra is not installed, without importing any of it.
 

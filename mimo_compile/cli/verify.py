@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mimo_compile.cli.options import need_extra, positive
+from mimo_compile.cli.options import add_calibration, calibration, need_extra, positive
 from mimo_compile.errors import UsageError, VerificationError
 
 if TYPE_CHECKING:
@@ -52,6 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="take tokens from this file (default: standard-library modules that tiny never saw)",
     )  # fmt: skip
 
+    add_calibration(parser)
+
 
 def run(args: argparse.Namespace) -> int:
     """Verify and report; return 0, or 4 when something is wrong."""
@@ -68,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     found = verify_artifact(
         args.artifact, source=args.source, threads=args.threads, seed=args.seed, tokens=args.tokens,
         text=text, perplexity_tokens=args.perplexity_tokens if args.perplexity else 0,
-        log=lambda line: console.log(line, 1),
+        log=lambda line: console.log(line, 1), calibration=calibration(args),
     )  # fmt: skip
     _show(console, found)
     console.result({**found.to_json(), "exit_code": 0 if found.ok else VerificationError.exit_code})

@@ -20,6 +20,8 @@ from mimo_compile.frontend.weights import detect_format, open_checkpoint
 from mimo_compile.frontend.weights.checkpoint import Checkpoint
 from mimo_compile.ir.formats import QuantScheme
 from mimo_compile.quantize import check_scheme
+from mimo_compile.quantize.calibration import Calibration, fingerprint, token_sequences
+from mimo_compile.runtime.program import Calibrated
 
 DEFAULT_MAX_CONTEXT = 4096
 """Positions that are provided for unless asked otherwise; a model's own maximum may be less."""
@@ -59,6 +61,8 @@ class LoadedModel:
     generation: dict[str, Any]
     """Defaults of ``generation_config.json``: ``do_sample temperature top_k top_p``, those it names."""
     report: LoadReport
+    calibrated: Calibrated | None = None
+    """How codes were chosen, unless by rounding to the nearest."""
 
 
 def resolve_source(source: str | Path) -> Path:
@@ -90,7 +94,10 @@ def _builtin() -> Path:
 
 
 def load_checkpoint(
-    folder: str | Path, quant: QuantScheme, max_context: int | None = None
+    folder: str | Path,
+    quant: QuantScheme,
+    max_context: int | None = None,
+    calibration: Calibration | None = None,
 ) -> LoadedModel:
     """Load a model folder and quantise its matrices.
 
@@ -100,14 +107,15 @@ def load_checkpoint(
         quant: what to store matrices as. Those that are quantised already stay as they are: it must then be
             ``none``, ``a8`` (8-bit activations) or name their format.
         max_context: positions to provide for; None: the model's own maximum, at most `DEFAULT_MAX_CONTEXT`.
+        calibration: how codes are chosen; None: by rounding to the nearest.
 
     Returns:
         The decoder and what generation needs.
 
     Raises:
         InputError: something in the folder is missing, damaged or not supported; names the file.
-        UsageError: the scheme has no quantiser, does not fit the stored one, or ``max_context`` does not fit
-            the model.
+        UsageError: the scheme has no quantiser, does not fit the stored one or the calibration, or
+            ``max_context`` does not fit the model.
         EnvironmentMismatch: a plug-in that reads weights is broken.
 
     Warns:
@@ -128,7 +136,10 @@ def load_checkpoint(
     quant = _check_stored_formats(checkpoint, expected, quant)
     if checkpoint.entries[EMBED].dtype == "BF16":
         config = replace(config, dtype="bf16")
-    decoder = Builder(config, family, checkpoint, quant).build()
+    builder, calibrated = Builder(config, family, checkpoint, quant), None
+    if calibration is not None and calibration.method != "rtn":
+        builder, calibrated = _calibrated(builder, calibration, expected)
+    decoder = builder.build()
     dtypes: Counter[str] = Counter()
     for name, shape in expected.items():
         dtypes[checkpoint.entries[name].dtype] += math.prod(shape)
@@ -146,7 +157,31 @@ def load_checkpoint(
         LoadReport(
             len(expected), sum(dtypes.values()), dict(dtypes), unused, tuple(checkpoint.notes)
         ),
+        calibrated,
     )
+
+
+def _calibrated(
+    plain: Builder, calibration: Calibration, expected: dict[str, tuple[int, ...]]
+) -> tuple[Builder, Calibrated]:
+    """Return the builder that calibrates, and the record of what it does."""
+    from mimo_compile.frontend.models.calibrated import CalibratedBuilder
+
+    checkpoint, config = plain.checkpoint, plain.config
+    if any(checkpoint.entries[name].fmt is not None for name in expected):
+        raise UsageError(
+            f"--calibrate {calibration.method}: the checkpoint's matrices are already quantised",
+            remedy="Leave --calibrate out",
+        )
+    ids = token_sequences(
+        calibration, checkpoint.tokenizer_json(), config.vocab, config.max_context
+    )
+    builder = CalibratedBuilder(config, plain.family, checkpoint, plain.scheme, calibration, ids)
+    record = Calibrated(
+        calibration.method, "" if calibration.text is None else calibration.text.name,
+        len(ids), ids.shape[1], calibration.seed, fingerprint(ids),
+    )  # fmt: skip
+    return builder, record
 
 
 def _check_stored_formats(

@@ -13,7 +13,15 @@ from mimo_compile.ir.workload import Workload
 from mimo_compile.pipeline.emit import Emitter, Lowered
 from mimo_compile.pipeline.graphs import DRAFT_STEPS, HEADS, ModelGraphs
 from mimo_compile.pipeline.isolate import Origin, compile_isolated
-from mimo_compile.runtime.program import SCHEMA, Choice, Decoder, Manifest, Programs, Target
+from mimo_compile.runtime.program import (
+    SCHEMA,
+    Calibrated,
+    Choice,
+    Decoder,
+    Manifest,
+    Programs,
+    Target,
+)
 from mimo_compile.schedules import get_schedule
 
 
@@ -26,6 +34,7 @@ class Extras:
     config: bytes | None = None
     tokenizer: bytes | None = None
     records: bytes | None = None
+    calibrated: Calibrated | None = None
 
 
 def lower_model(
@@ -92,6 +101,7 @@ def build_artifact(
         plan=tuple(plan),
         decoder=_decoder(model),
         modelled=any(c.source == "modelled" for c in plan),
+        calibrated=extras.calibrated,
     )
     return Artifact(
         manifest,

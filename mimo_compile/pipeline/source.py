@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from mimo_compile.frontend.huggingface import LoadedModel
+    from mimo_compile.quantize.calibration import Calibration
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,7 @@ def open_source(
     attention: str = "model",
     max_context: int | None = None,
     example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
+    calibration: Calibration | None = None,
 ) -> Source:
     """Load, quantise, export and lower a model.
 
@@ -60,6 +62,7 @@ def open_source(
         attention: ``model``: as the checkpoint says.
         max_context: positions that the KV caches provide for.
         example_inputs: tensors that fix a module's input shapes.
+        calibration: how codes are chosen (model folders); None: by rounding to the nearest.
 
     Raises:
         UsageError: options that do not fit the source or have no kernels yet.
@@ -81,7 +84,7 @@ def open_source(
             remedy="leave out the kv part",
         )
     if isinstance(source, torch.nn.Module):
-        _plain_only(scheme, quant)
+        _plain_only(scheme, quant, calibration)
         graphs = module_graphs(
             source, () if example_inputs is None else example_inputs, type(source).__name__
         )
@@ -94,16 +97,21 @@ def open_source(
     if Path(source).suffix == ".pt2":
         from mimo_compile.frontend.exported import load_program
 
-        _plain_only(scheme, quant)
+        _plain_only(scheme, quant, calibration)
         program = load_program(Path(source))
         return Source(program_graphs(program, Path(source).stem), scheme)
-    return _open_checkpoint(source, scheme, max_context)
+    return _open_checkpoint(source, scheme, max_context, calibration)
 
 
-def _open_checkpoint(source: str | Path, scheme: QuantScheme, max_context: int | None) -> Source:
+def _open_checkpoint(
+    source: str | Path,
+    scheme: QuantScheme,
+    max_context: int | None,
+    calibration: Calibration | None,
+) -> Source:
     from mimo_compile.frontend.huggingface import load_checkpoint, resolve_source
 
-    loaded = load_checkpoint(resolve_source(source), scheme, max_context)
+    loaded = load_checkpoint(resolve_source(source), scheme, max_context, calibration)
     return Source(
         decoder_graphs(loaded.decoder),
         loaded.scheme,
@@ -113,7 +121,12 @@ def _open_checkpoint(source: str | Path, scheme: QuantScheme, max_context: int |
     )
 
 
-def _plain_only(scheme: QuantScheme, text: str) -> None:
+def _plain_only(scheme: QuantScheme, text: str, calibration: Calibration | None) -> None:
+    if calibration is not None and calibration.method != "rtn":
+        raise UsageError(
+            f"--calibrate {calibration.method} is for model folders",
+            remedy="leave out --calibrate",
+        )
     if scheme != QuantScheme(None):
         raise UsageError(
             f"--quant {text} is for model folders; a module or .pt2 file keeps its weights",

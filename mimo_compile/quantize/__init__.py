@@ -35,7 +35,7 @@ from mimo_compile.ir.formats import (
 from mimo_compile.quantize import codebook, integer
 from mimo_compile.quantize.complex import quantize_real
 
-__all__ = ["check_scheme", "head_format", "quantize"]
+__all__ = ["check_scheme", "each_block", "head_format", "own_threads", "quantize"]
 
 _CHUNK = 1 << 18
 """Elements handled at once, so that temporaries stay in the second-level cache."""
@@ -117,7 +117,7 @@ def quantize(
         if groups * size != k:
             part = torch.nn.functional.pad(part, (0, groups * size - k))
         part = part.reshape(-1, groups, size)
-        stats = _group_stats(part, k) if whole is None else whole
+        stats = integer.group_stats(part, k) if whole is None else whole
         if not bool(torch.isfinite(stats).all()):
             raise MimoError(f"{what} holds NaN or infinity, which cannot be quantised")
         if fmt.is_integer:
@@ -130,15 +130,15 @@ def quantize(
         if zero is not None and z is not None:
             zero[row : row + step] = z
 
-    with _own_threads() as threads:
+    with own_threads() as threads:
         if fmt.group == GROUP_TENSOR:
             whole = _tensor_stats(x, step)
-        _each(block, range(0, n, step), threads)
+        each_block(block, range(0, n, step), threads)
     return QuantTensor(fmt, codes.numpy(), scale.numpy(), None if zero is None else zero.numpy())
 
 
 @contextmanager
-def _own_threads() -> Iterator[int]:
+def own_threads() -> Iterator[int]:
     """Keep every torch operation on its calling thread; yields how many threads torch had.
 
     Splitting blocks of rows between threads, and not each operation, spares a barrier per operation,
@@ -152,7 +152,7 @@ def _own_threads() -> Iterator[int]:
         torch.set_num_threads(threads)
 
 
-def _each(work: Callable[[int], None], rows: range, threads: int) -> None:
+def each_block(work: Callable[[int], None], rows: range, threads: int) -> None:
     """Call ``work`` for every block of rows; the first failure is raised."""
     if len(rows) < 4 or threads == 1:
         for row in rows:
@@ -161,18 +161,6 @@ def _each(work: Callable[[int], None], rows: range, threads: int) -> None:
     with ThreadPoolExecutor(threads) as pool:
         for _ in pool.map(work, rows):
             pass
-
-
-def _group_stats(x: Tensor, k: int) -> Tensor:
-    """Return min and max (of values and 0) and mean magnitude of each group: ``[3, R, G]``.
-
-    The last group of ``x [R, G, S]`` may be filled up with zeros; its mean is that of the real columns.
-    """
-    groups, size = x.shape[1:]
-    count = torch.full((groups,), float(size))
-    count[-1] = k - (groups - 1) * size
-    mean = x.abs().sum(-1) / count
-    return torch.stack([x.amin(-1).clamp_max_(0), x.amax(-1).clamp_min_(0), mean])
 
 
 def _tensor_stats(x: Tensor, step: int) -> Tensor:

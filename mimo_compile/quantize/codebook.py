@@ -29,7 +29,7 @@ def quantize_rows(
         Codes ``[R, G, S]`` int64 and scale ``[R, G]`` (two-sided: ``[R, 2 G]``).
     """
     low, high, _ = stats
-    book = _Book(fmt)
+    book = Book(fmt)
     if fmt.family == "fp8":
         amax = torch.maximum(-low, high)
         scale = torch.cat([_shared(part) for part in amax.split(fp8_rows)]) / book.most
@@ -52,7 +52,7 @@ def quantize_rows(
     return codes, torch.stack(torch.broadcast_tensors(above, below), -1).flatten(-2)
 
 
-class _Book:
+class Book:
     """A codebook's values in order, and how to find the nearest."""
 
     def __init__(self, fmt: WeightFormat) -> None:
@@ -67,12 +67,15 @@ class _Book:
         self.least, self.most = float(self.values[0]), float(self.values[-1])
 
     def place(self, x: Tensor) -> Tensor:
+        """Return the index of the nearest of `values`."""
         return torch.bucketize(x, self.middles)
 
     def nearest(self, x: Tensor) -> Tensor:
+        """Return the code of the nearest value."""
         return self.codes[self.place(x)]
 
     def normalised(self, x: Tensor, above: Tensor, below: Tensor) -> Tensor:
+        """Divide ``x [R, G, S]`` by the scales ``[R, G]`` of its sides."""
         return x * torch.where(x >= 0, _inverse(above)[..., None], _inverse(below)[..., None])
 
     def errors(self, x: Tensor, above: Tensor, below: Tensor, *, both: bool) -> tuple[Tensor, ...]:

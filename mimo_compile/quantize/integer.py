@@ -104,6 +104,18 @@ def _asymmetric(
     return kept
 
 
+def group_stats(x: Tensor, k: int) -> Tensor:
+    """Return min and max (of values and 0) and mean magnitude of each group: ``[3, R, G]``.
+
+    The last group of ``x [R, G, S]`` may be filled up with zeros; its mean is that of the real columns.
+    """
+    groups, size = x.shape[1:]
+    count = torch.full((groups,), float(size))
+    count[-1] = k - (groups - 1) * size
+    mean = x.abs().sum(-1) / count
+    return torch.stack([x.amin(-1).clamp_max_(0), x.amax(-1).clamp_min_(0), mean])
+
+
 def _round(x: Tensor, scale: Tensor) -> Tensor:
     """Return ``round(x / scale)``, 0 where the scale is 0, half to even."""
     inverse = torch.where(scale != 0, 1.0 / scale, 0.0)

@@ -119,6 +119,21 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     threads: int
 
 
+class Calibrated(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How the codes of quantised weights were chosen, enough to choose them again."""
+
+    method: str
+    """``gptq`` or ``awq``."""
+    text: str
+    """Name of the file of calibration text; empty: standard-library sources that are not held out."""
+    sequences: int
+    length: int
+    """Tokens of a sequence."""
+    seed: int
+    sha256: str
+    """Of the calibration tokens, int32 little-endian."""
+
+
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The first member of an artifact (``manifest.json``), read and checked before any other byte."""
 
@@ -137,6 +152,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     decoder: Decoder | None = None
     modelled: bool = False
     """True if any choice rests on a modelled rather than a measured number."""
+    calibrated: Calibrated | None = None
+    """None: weights are stored as they were, or rounded to the nearest."""
 
 
 class Programs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
