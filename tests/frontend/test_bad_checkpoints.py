@@ -202,7 +202,8 @@ LLAMA_FIELDS = [
     ({"rope_parameters": 3}, "must be an object"),
     ({"rope_parameters": {"partial_rotary_factor": 0.35, "rope_theta": 1e4}}, "rotates"),
     ({"eos_token_id": "end"}, "eos_token_id must be"),
-    ({"quantization_config": {"quant_method": "gptq"}}, r"already quantised.*gptq.*bfloat16"),
+    ({"quantization_config": {"quant_method": "gptq"}}, r"quantised \(gptq\), but no.*\.qweight"),
+    ({"quantization_config": {"quant_method": "hqq"}}, r"already quantised.*hqq.*bfloat16"),
 ]
 
 
@@ -213,7 +214,7 @@ def test_configurations_that_are_wrong_or_not_supported(folder, tools, change, m
 
 
 FLASH_FIELDS = [
-    ({"quantization_config": {"quant_method": "fp8", "fmt": "e4m3"}}, r"already quantised.*fp8"),
+    ({"quantization_config": {"quant_method": "fp8", "fmt": "e4m3"}}, r"\(fp8\), but no"),
     ({"layer_types": ["full_attention"] * 3}, "layer_types must list one entry for each of 4"),
     ({"layer_types": ["linear"] * 4}, r"layer_types holds 'linear'"),
     ({"layer_types": None}, "neither hybrid_layer_pattern nor layer_types"),

@@ -32,7 +32,7 @@ class GroupedCheckpoint(Checkpoint):
         """Read headers and collect the groups.
 
         Raises:
-            InputError: a part is missing, or `describe` refuses a group.
+            InputError: no group at all, a part is missing, or `describe` refuses a group.
         """
         super().__init__(source, config)
         self.settings = quantisation(config)
@@ -43,6 +43,13 @@ class GroupedCheckpoint(Checkpoint):
         for name in self.stored.entries:
             if name.endswith(self.parts[0]):
                 self._collect(name.removesuffix(self.parts[0]))
+        if not self._groups:
+            raise InputError(
+                f"the matrices should be stored quantised ({self.settings.get('quant_method')}), but no "
+                f"tensor ends in {self.parts[0]}",
+                file=self.config_file,
+                remedy="If they are ordinary floats, remove quantization_config",
+            )
         taken = {name for group in self._groups.values() for name in group.values()}
         described = {m: self._described(m, group) for m, group in self._groups.items()}
         rest = {name: e for name, e in self.stored.entries.items() if name not in taken}

@@ -96,7 +96,7 @@ def test_refusals(kit, tmp_path):
     good = load_file(folder / "model.safetensors")
 
     def refused(match, change=None, **settings):
-        tensors = {**good, **(change or {})}
+        tensors = {n: t for n, t in {**good, **(change or {})}.items() if t is not None}
         kit.write_folder(folder, tensors, quant_method="bitnet", **settings)
         with pytest.raises(InputError, match=match):
             load_checkpoint(folder, parse_scheme("none"))
@@ -108,6 +108,11 @@ def test_refusals(kit, tmp_path):
     refused("weight_scale is nan", {f"{K}.weight_scale": torch.tensor([float("nan")])}, **auto)
     refused("do not fit", {f"{K}.weight_scale": torch.ones(3)}, **auto)
     refused("packed BitNet weights are bytes", {f"{K}.weight": torch.ones(128, 256)}, **auto)
+    floats = {
+        n: torch.ones(t.shape[0] * 4, t.shape[1]) for n, t in good.items() if t.dtype == torch.uint8
+    }
+    bare = {n: None for n in good if n.endswith("weight_scale")}
+    refused("no tensor ends in .weight_scale", {**floats, **bare}, quantization_mode="online")
     refused("use_rms_norm", use_rms_norm=True, **auto)
     refused("class 'odd' are not known", linear_class="odd")
     refused("has shape", {f"{K}.weight": torch.zeros(33, 256, dtype=torch.uint8)}, **auto)
