@@ -27,15 +27,25 @@ class Matmul:
     fmt: WeightFormat
     act: str
     """``a8``: int8 rows, ``a16``: floats."""
+    rank: int = 0
+    """Of LoRA adapters, 0 without."""
+    adapters: int = 1
+    """How many there are to choose from, row by row."""
+    parts: tuple[int, ...] = ()
+    """Rows of each matrix that w is made of; each has an adapter's ranks of its own."""
 
     @staticmethod
     @lru_cache(maxsize=256)
     def of(workload: Workload) -> Matmul:
-        """Read a workload of the op ``mpgemm``."""
+        """Read a workload of the op ``mpgemm`` or ``lora_mpgemm``."""
         from mimo_compile.ir.ops import get_op
 
-        p = get_op("mpgemm").full(workload)
-        return Matmul(p["m"], p["n"], p["k"], parse_weight_format(p["w"]), p["a"])
+        p = get_op(workload.op).full(workload)
+        rows = [int(t) for t in p["parts"].split("+")] if p.get("parts") else [p["n"]]
+        return Matmul(
+            p["m"], p["n"], p["k"], parse_weight_format(p["w"]), p["a"], p.get("r", 0),
+            p.get("l", 1), tuple(rows),
+        )  # fmt: skip
 
     @property
     def bits(self) -> int:
@@ -138,7 +148,7 @@ RANK = 16
 
 @dataclass(frozen=True, slots=True)
 class RomaConfig:
-    """One QLoRA matmul on ROMA: where the adapter runs, and which unit does what."""
+    """One matmul on ROMA: which unit does what, and where an adapter runs if there is one."""
 
     fusion: int = 3
     """The adapter's first product: 1 appended to the base's rows, 2 recomputed by every unit, 3 done

@@ -147,7 +147,7 @@ def most_tokens(model: Llama, chip: Chip = ROMA) -> int:
 
 
 def kernel(matmul: Matmul, config: RomaConfig, chip: Chip = ROMA) -> tuple[float, dict[str, float]]:
-    """Return modelled microseconds of one matmul with its adapter, and what they are made of."""
+    """Return modelled microseconds of one matmul, with its adapters if any, and what they are made of."""
     n, k, m = matmul.n, matmul.k, matmul.m
     reads = -(-m // config.tokens)
     if config.mapping == "rows":  # unit u has rows u, u + 256, ...
@@ -164,7 +164,9 @@ def kernel(matmul: Matmul, config: RomaConfig, chip: Chip = ROMA) -> tuple[float
         "adapter": first + second + extra,
         "fill": fill,
     }
-    if config.fusion == 1:  # A beside the base, then B by itself
+    if not matmul.rank:
+        cycles = fill + low
+    elif config.fusion == 1:  # A beside the base, then B by itself
         cycles = fill + max(low, first) + chip.fill_cycles + second + extra
     elif config.fusion == 2:  # all of it beside the base
         cycles = fill + max(low, first + second + extra)
@@ -173,23 +175,26 @@ def kernel(matmul: Matmul, config: RomaConfig, chip: Chip = ROMA) -> tuple[float
     return 1e6 * cycles / chip.hz, {name: 1e6 * c / chip.hz for name, c in parts.items()}
 
 
-def adapter(
-    matmul: Matmul, config: RomaConfig, chip: Chip = ROMA, rank: int = RANK
-) -> tuple[float, float, float]:
+def adapter(matmul: Matmul, config: RomaConfig, chip: Chip = ROMA) -> tuple[float, float, float]:
     """Return the cycles of ``t = A x``, of ``B t``, and of the turns that ranks take in ``r_tile``s.
 
-    With fusion 2 each unit makes the whole of t for itself.
+    With fusion 2 each unit makes the whole of t for itself. Rows that are done together may want as many
+    adapters.
     """
-    turns = -(-rank // config.r_tile)
+    if not matmul.rank:
+        return 0.0, 0.0, 0.0
+    turns = -(-matmul.rank // config.r_tile)
     done = turns * config.r_tile  # ranks with padding
-    reads = -(-matmul.m // config.tokens)
+    together = min(matmul.m, config.tokens)
+    reads = -(-matmul.m // config.tokens) * min(together, matmul.adapters)
     sharing = 1 if config.fusion == 2 else chip.units
 
     def cycles(width: float, units: int) -> float:
         work = done * width * matmul.m / chip.h_macs
         return max(work, done * width * reads / chip.sram_bytes) / units
 
-    return cycles(matmul.k, sharing), cycles(matmul.n, chip.units), (turns - 1) * chip.fill_cycles
+    inner = cycles(float(matmul.k * len(matmul.parts)), sharing)
+    return inner, cycles(matmul.n, chip.units), (turns - 1) * chip.fill_cycles
 
 
 def peaks(chip: Chip = ROMA) -> tuple[dict[str, float], dict[str, float]]:

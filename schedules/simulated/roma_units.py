@@ -7,7 +7,6 @@ never merged into the base, whose codes cannot change: ``y = W_q x + B ((alpha /
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -17,23 +16,6 @@ from mimo_compile.ir.ops.base import Array
 
 UNITS, ROWS, COLUMNS = 256, 16, 16
 FP8_MAX = 448.0
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Adapter:
-    """A LoRA adapter in FP8 E4M3: ``a [r, K]`` and ``b [N, r]`` codes uint8, with one scale each."""
-
-    a: Array
-    a_scale: float
-    b: Array
-    b_scale: float
-    gain: float
-    """alpha / r, applied to ``A x``."""
-
-    @property
-    def rank(self) -> int:
-        """Number of rows of ``a``."""
-        return len(self.a)
 
 
 def fp8_decode(codes: Array) -> Array:
@@ -50,16 +32,6 @@ def fp8_encode(values: Array) -> tuple[Array, float]:
     nearer = size - positive[above - 1] <= positive[above] - size
     codes = np.where(nearer, above - 1, above).astype(np.uint8)
     return codes | (np.signbit(values).astype(np.uint8) << 7), scale or 1.0
-
-
-def adapter(a: Array, b: Array, gain: float) -> Adapter:
-    """Return a float adapter in FP8."""
-    return Adapter(*fp8_encode(a), *fp8_encode(b), gain)
-
-
-def idle_adapter(n: int, k: int, rank: int, rng: np.random.Generator) -> Adapter:
-    """Return an adapter as training starts: random A, B of zeros."""
-    return adapter(rng.standard_normal((rank, k)), np.zeros((n, rank)), 2.0)
 
 
 def base_product(x: Array, codes: Array, group: int, mapping: str) -> Array:
@@ -84,22 +56,28 @@ def base_product(x: Array, codes: Array, group: int, mapping: str) -> Array:
     return sums.astype(np.int32)
 
 
-def low_rank(x: Array, adapter: Adapter, fusion: int, r_tile: int) -> Array:
-    """Return ``B ((alpha / r) A x)`` float32 ``[M, N]`` as the H-Units add it up, ``r_tile`` ranks a turn.
+def low_rank(x: Array, a: Array, b: Array, gain: float, fusion: int, r_tile: int) -> Array:
+    """Return ``B (gain A x)`` float32 ``[M, N]`` as the H-Units add it up, ``r_tile`` ranks a turn.
 
     With fusion 1 and 3 t is made once, with fusion 2 by each unit for its own rows: the same numbers.
+
+    Args:
+        x: Activations ``[M, K]``, not quantised.
+        a: Values ``[r, K]`` float32.
+        b: Values ``[N, r]`` float32.
+        gain: alpha / r, and the scales of both matrices.
+        fusion: See `RomaConfig`.
+        r_tile: See `RomaConfig`.
     """
-    a = fp8_decode(adapter.a) * np.float32(adapter.a_scale)
-    b = fp8_decode(adapter.b) * np.float32(adapter.b_scale)
     x = np.asarray(x, np.float32)
     y = np.zeros((len(x), len(b)), np.float32)
-    for start in range(0, adapter.rank, r_tile):
+    for start in range(0, len(a), r_tile):
         ranks = slice(start, start + r_tile)
         if fusion == 2:
             for unit in range(min(UNITS, len(b))):
-                t = np.float32(adapter.gain) * (x @ a[ranks].T)
+                t = np.float32(gain) * (x @ a[ranks].T)
                 y[:, unit::UNITS] += t @ b[unit::UNITS, ranks].T
         else:
-            t = np.float32(adapter.gain) * (x @ a[ranks].T)
+            t = np.float32(gain) * (x @ a[ranks].T)
             y += t @ b[:, ranks].T
     return y

@@ -28,6 +28,10 @@ ROWS, OUTPUTS = 8, 200
 def witness(workload: Workload) -> Workload:
     """Return the part of a matmul that is executed: few rows and outputs, the whole depth."""
     m, n = workload.integer("m"), workload.integer("n")
+    if parts := dict(workload.params).get("parts"):  # matrices on top of each other: some of each
+        rows = f"{parts}".split("+")
+        rows = [str(min(int(r), OUTPUTS // len(rows))) for r in rows]
+        return workload.replace(m=min(m, ROWS), n=sum(map(int, rows)), parts="+".join(rows))
     return workload.replace(m=min(m, ROWS), n=min(n, OUTPUTS))
 
 

@@ -163,7 +163,8 @@ def test_roma_in_the_limits() -> None:
 def test_roma_is_monotone(
     name: str, factor: float, m: int, n: int, fusion: int, mapping: str
 ) -> None:
-    config, problem = RomaConfig(fusion=fusion, mapping=mapping), matmul(m, n, 4096)
+    config = RomaConfig(fusion=fusion, mapping=mapping)
+    problem = replace(matmul(m, n, 4096), rank=16, adapters=3, parts=(n,))
     faster = replace(roma.ROMA, **{name: getattr(roma.ROMA, name) * factor})
     assert roma.kernel(problem, config, faster)[0] <= roma.kernel(problem, config)[0] * (1 + 1e-12)
     model = roma.LLAMA3_8B
@@ -173,13 +174,17 @@ def test_roma_is_monotone(
 
 
 def test_adapters_hide_beside_the_base_or_do_not() -> None:
-    problem = matmul(1, 4096, 4096)
-    times = {f: estimate(problem, RomaConfig(fusion=f)).latency_us for f in (1, 2, 3)}
-    base = estimate(problem, RomaConfig(fusion=3)).parts
-    assert times[2] > times[1]  # each unit making all of t costs more than a second turn
-    assert times[3] < 1.25 * (base["rom"] + base["fill"])
-    padded = estimate(problem, RomaConfig(fusion=3, r_tile=32)).latency_us
+    alone = matmul(1, 4096, 4096)
+    with_adapter = replace(alone, rank=16, parts=(4096,))
+    times = {f: estimate(with_adapter, RomaConfig(f)).latency_us for f in (1, 2, 3)}
+    base = estimate(alone, RomaConfig()).latency_us
+    assert {estimate(alone, RomaConfig(f)).latency_us for f in (1, 2, 3)} == {base}
+    assert base < times[3] < times[1] < times[2]  # each unit making all of t costs most
+    assert times[3] < 1.10 * base
+    padded = estimate(with_adapter, RomaConfig(3, r_tile=32)).latency_us
     assert padded >= times[3]
+    stacked = replace(with_adapter, parts=(2048, 2048))  # two adapters' ranks above each other
+    assert estimate(stacked, RomaConfig(3)).latency_us > times[3]
 
 
 def test_lookups_against_unpacking_by_bits_and_array() -> None:
