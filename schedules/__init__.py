@@ -35,6 +35,7 @@ SCHEDULES: dict[str, dict[str, str]] = {
     "moe": {
         "moe.x86_vnni": "moe.x86_vnni:X86MoeVnni",
         "moe.x86_float": "moe.x86_float:X86MoeFloat",
+        "moe.x86_codebook": "moe.x86_codebook:X86MoeCodebook",
     },
     "route": {"route.x86": "moe.x86_route:X86Route"},
     "rms_norm": {"rms_norm.x86": "elementwise.x86_rms_norm:X86RmsNorm"},

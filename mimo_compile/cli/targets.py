@@ -20,7 +20,8 @@ mimo-compile targets --formats
 """
 _WEIGHTS = (
     "f32", "bf16", "f16", "w8", "w7", "w6", "w5", "w4", "w3", "w2", "w1", "w4z", "w3z", "w2z", "w1z",
-    "w1.58", "w1.58d", "nf4", "nf3", "afp4", "afp3", "anf4", "anf3", "fp8b128", "complex2",
+    "w1.58", "w1.58d", "nf4", "nf3", "fp4", "fp3", "anf4", "anf3", "afp4", "afp3", "fp8b128", "complex2",
+    "complex2wl", "complex2wl2",
 )  # fmt: skip
 _OPS = {
     "mpgemm": "mpgemm:m={t},n=512,k=512,w={w},a={a}",

@@ -13,6 +13,7 @@ from mimo_compile.schedules.base import Kernel, KnobValue, Schedule, Space, kern
 from mimo_compile.schedules.emit.build import function
 from mimo_compile.schedules.emit.dot import DOTS
 from mimo_compile.schedules.emit.layout import ROWS
+from mimo_compile.schedules.emit.lookup import LOOKUPS
 from mimo_compile.schedules.emit.matrix import PARALLEL_BYTES
 from mimo_compile.schedules.moe.kernel import ExpertKernel
 from mimo_compile.schedules.moe.problem import MoeConfig, Problem, scratch_bytes
@@ -46,8 +47,12 @@ class Experts(Schedule):
         def legal(config: MoeConfig) -> bool:
             most = max(2 * config.rows13, config.rows2)
             steps = 1
-            if not problem.fmt.is_float:
-                layout = problem.layout13
+            layout = problem.layout13
+            if problem.has_values:
+                steps = problem.way(config, layout).cost
+                if config.dot not in LOOKUPS and config.unroll > 1:
+                    return False  # float ways unroll nothing
+            elif not problem.fmt.is_float:
                 is_int = config.dot in DOTS and config.dot != "float"
                 steps = layout.quads if is_int else layout.block
                 steps *= ROWS // DOTS[config.dot].lanes if config.dot in DOTS else 1

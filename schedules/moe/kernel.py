@@ -35,7 +35,7 @@ from mimo_compile.schedules.emit.tile import (
     store_rows,
 )
 from mimo_compile.schedules.emit.vector import sigmoid
-from mimo_compile.schedules.moe.problem import MoeConfig, Problem
+from mimo_compile.schedules.moe.problem import MoeConfig, Problem, activation, lanes
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,11 +121,14 @@ class ExpertKernel:
 
     def quantised(self, layout: CodeLayout, x: Any, rows: Any, size: int) -> Any:
         """Quantise rows of ``x`` for integer dots; float kernels read them as they are."""
-        if self.config.dot not in DOTS:
+        p, offset = self.problem, None
+        if p.act != "a8":
             return x
-        out = alloc_activations(layout, x.shape[0], self.dot(layout).activation)
+        if p.has_values:
+            offset = p.way(self.config, layout).offset
+        out = alloc_activations(layout, x.shape[0], activation(p, self.config))
         with loop(rows, parallel=self.config.parallel and size > 64 << 10) as row:
-            quantize_row(layout, x, (row,), out, row)
+            quantize_row(layout, x, (row,), out, row, offset=offset)
         return out
 
     def dot(self, layout: CodeLayout) -> Dot:
@@ -134,14 +137,17 @@ class ExpertKernel:
 
     def lanes(self) -> int:
         """Rows in a vector."""
-        return DOTS[self.config.dot].lanes if self.config.dot in DOTS else ROWS
+        return lanes(self.problem, self.config)
 
     def tile(
         self, layout: CodeLayout, weights: Weights, x: Any,
         blocks: list[tuple[Any, ...]], tokens: list[Any], out: Out,
     ) -> None:  # fmt: skip
         """Emit one register tile."""
-        if isinstance(x, Activations):
+        if self.problem.has_values:
+            chosen = self.problem.way(self.config, layout)
+            chosen.tile(weights, x, blocks, tokens, out, self.knobs)
+        elif isinstance(x, Activations):
             int_tile(self.dot(layout), weights, x, blocks, tokens, out, self.knobs)
         else:
             codes = None if self.problem.fmt.is_float else layout
@@ -164,7 +170,7 @@ class ExpertKernel:
 
     def gate_up(self, w13: Weights, x: Any, slots: _Slots, hidden: Any, task: Any) -> None:
         """Compute ``silu(gate) * up`` of some rows for all slots."""
-        rows, lanes = self.config.rows13, self.lanes()
+        rows, width = self.config.rows13, self.lanes()
 
         def emit(expert: Any, first: Any, count: int) -> None:
             blocks: list[tuple[Any, ...]] = [
@@ -174,12 +180,12 @@ class ExpertKernel:
 
             def out(r: int, m: int, lane: int, value: Any) -> None:
                 if r < rows:
-                    gates[r, m, lane] = Register("float32", lanes, value)
+                    gates[r, m, lane] = Register("float32", width, value)
                     return
                 gate = bind(gates[r - rows, m, lane].get())
-                result = gate * sigmoid(gate, lanes) * value
+                result = gate * sigmoid(gate, width) * value
                 store(
-                    hidden, result, first + m, (task * rows + r - rows) * ROWS + lane, lanes=lanes
+                    hidden, result, first + m, (task * rows + r - rows) * ROWS + lane, lanes=width
                 )
 
             tokens = [bind(slots.token[first + m]) for m in range(count)]
@@ -189,14 +195,14 @@ class ExpertKernel:
 
     def down(self, w2: Weights, x: Any, slots: _Slots, weights: Any, y: Any, task: Any) -> None:
         """Project some rows of all slots down and add each token's up in the order of its choices."""
-        p, rows, lanes = self.problem, self.config.rows2, self.lanes()
+        p, rows, width = self.problem, self.config.rows2, self.lanes()
         parts = workspace((p.slots, rows * ROWS), "float32")
 
         def emit(expert: Any, first: Any, count: int) -> None:
             blocks: list[tuple[Any, ...]] = [(expert, task * rows + r) for r in range(rows)]
 
             def out(r: int, m: int, lane: int, value: Any) -> None:
-                store(parts, value, first + m, r * ROWS + lane, lanes=lanes)
+                store(parts, value, first + m, r * ROWS + lane, lanes=width)
 
             tokens = [first + m for m in range(count)]
             self.tile(p.layout2, w2, x, blocks, tokens, out)

@@ -9,6 +9,7 @@ from mimo_compile.ir.formats import WeightFormat, parse_weight_format
 from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.ops.base import Arg
 from mimo_compile.ir.workload import Workload
+from mimo_compile.schedules.emit.book import Way, way
 from mimo_compile.schedules.emit.dot import DOTS, exact
 from mimo_compile.schedules.emit.layout import ROWS, CodeLayout
 from mimo_compile.schedules.emit.matrix import Matrix
@@ -93,6 +94,15 @@ class Problem:
         return exact(self.layout13) and exact(self.layout2)
 
     @property
+    def has_values(self) -> bool:
+        """True for codes that stand for values: codebooks and fp8."""
+        return self.fmt.family in ("codebook", "fp8")
+
+    def way(self, config: MoeConfig, layout: CodeLayout) -> Way:
+        """Return how a kernel multiplies codes that stand for values."""
+        return way(config.dot, layout, self.act)
+
+    @property
     def expert_bytes(self) -> float:
         """Packed bytes of one expert."""
         return (self.w13.bytes + self.w2.bytes) / self.e
@@ -109,12 +119,27 @@ class Problem:
         )
 
 
+def activation(problem: Problem, config: MoeConfig) -> str:
+    """Return the dtype that tiles read activations in."""
+    if problem.has_values:
+        chosen = problem.way(config, problem.layout13)
+        return chosen.activation if chosen.quantised else "float32"
+    return DOTS[config.dot].activation if config.dot in DOTS else "float32"
+
+
+def lanes(problem: Problem, config: MoeConfig) -> int:
+    """Return the rows in a vector."""
+    if problem.has_values:
+        return problem.way(config, problem.layout13).lanes
+    return DOTS[config.dot].lanes if config.dot in DOTS else ROWS
+
+
 def scratch_bytes(problem: Problem, config: MoeConfig) -> int:
     """Bytes of workspace: lists, hidden rows, quantised rows, one task's parts for each thread."""
     p = problem
     size = 4 * (2 * p.slots + 3 * p.e + 2)
     size += 4 * p.slots * ROWS * (p.layout13.row_blocks + config.rows2)
-    if config.dot in DOTS:
-        dtype = DOTS[config.dot](p.layout13).activation
+    if p.act == "a8":
+        dtype = activation(p, config)
         size += workspace_bytes(p.layout13, p.t, dtype) + workspace_bytes(p.layout2, p.slots, dtype)
     return size

@@ -7,7 +7,7 @@ from mimo_compile.ir.hardware import Hardware
 from mimo_compile.schedules.emit.dot import DOTS, float_work
 from mimo_compile.schedules.emit.layout import ROWS
 from mimo_compile.schedules.emit.matrix import Matrix
-from mimo_compile.schedules.moe.problem import MoeConfig, Problem
+from mimo_compile.schedules.moe.problem import MoeConfig, Problem, activation, lanes
 from mimo_compile.schedules.work import Stream, Tile, busiest, work
 
 
@@ -18,13 +18,13 @@ def expert_work(problem: Problem, config: MoeConfig, hardware: Hardware) -> Coun
     visits = hit * _tiles(p.slots / hit, config.tokens)
     threads = hardware.threads if config.parallel else 1
     tokens = min(config.tokens, max(1.0, p.slots / hit))
-    lanes = DOTS[config.dot].lanes if config.dot in DOTS else ROWS
+    width = lanes(p, config)
     tasks13, tasks2 = p.w13.row_blocks // config.rows13, p.w2.row_blocks // config.rows2
     cost13 = 2.0 * p.w13.row_blocks * p.d
     cost2 = 1.0 * p.w2.row_blocks * p.f
     share = cost13 * busiest(tasks13, threads) + cost2 * busiest(tasks2, threads)
     panel = 2 * config.rows13 * p.w13.block_bytes
-    row = _row_bytes(p.w13, config)
+    row = _row_bytes(p, p.w13, config)
     return work(
         _arithmetic(p, config, visits),
         _streams(p, config, hit, visits),
@@ -32,7 +32,7 @@ def expert_work(problem: Problem, config: MoeConfig, hardware: Hardware) -> Coun
         tasks=max(tasks13, tasks2) if threads > 1 else 1,
         share=share / (cost13 + cost2),
         useful=(2 * p.w13.useful + p.w2.useful) / 3,
-        tile=Tile(2 * config.rows13 * ROWS / lanes, tokens, panel + tokens * row, lanes),
+        tile=Tile(2 * config.rows13 * ROWS / width, tokens, panel + tokens * row, width),
     )
 
 
@@ -42,12 +42,11 @@ def _tiles(slots: float, size: int) -> float:
     return whole + rest.bit_count()
 
 
-def _row_bytes(matrix: Matrix, config: MoeConfig) -> float:
+def _row_bytes(p: Problem, matrix: Matrix, config: MoeConfig) -> float:
     """Return the bytes that a tile reads of one slot."""
-    if config.dot not in DOTS:
+    if p.act != "a8":
         return 4.0 * matrix.k
-    width = 1.0 if DOTS[config.dot].activation == "int8" else 4.0
-    return matrix.codes.k_padded * width
+    return matrix.codes.k_padded * (1.0 if activation(p, config) == "int8" else 4.0)
 
 
 def _arithmetic(p: Problem, config: MoeConfig, visits: float) -> dict[str, float]:
@@ -60,7 +59,15 @@ def _arithmetic(p: Problem, config: MoeConfig, visits: float) -> dict[str, float
     for matrix, halves in ((p.w13, 2), (p.w2, 1)):
         rows = float(halves * matrix.row_blocks * ROWS)
         layout = matrix.codes
-        if config.dot in DOTS:
+        if p.has_values:
+            chosen = p.way(config, layout)
+            blocks = rows / ROWS * layout.blocks
+            for kind, amount in chosen.work.items():
+                add(kind, amount * blocks * p.slots)
+            for kind, amount in chosen.unpack_work.items():
+                add(kind, amount * blocks * visits)
+            add("fma_f32", chosen.scale_work * rows / ROWS * layout.groups * p.slots)
+        elif config.dot in DOTS:
             dot = DOTS[config.dot](layout)
             steps = rows / dot.lanes * layout.blocks
             for kind, amount in dot.work.items():
@@ -84,7 +91,7 @@ def _streams(p: Problem, config: MoeConfig, hit: float, visits: float) -> list[S
         (p.w13, 2, config.rows13, p.t),
         (p.w2, 1, config.rows2, p.slots),
     ):
-        row = _row_bytes(matrix, config)
+        row = _row_bytes(p, matrix, config)
         panel = halves * rows * matrix.block_bytes
         tasks = matrix.row_blocks / rows
         weights = hit * halves * matrix.row_blocks * matrix.block_bytes

@@ -217,3 +217,17 @@ def test_three_bits_take_three_bits():
     assert not get_schedule("mpgemm.x86_codebook_planes").supports(
         parse_workload(spec("afp4", 1, 64, 512)), CPU
     )
+
+
+@settings(max_examples=8, deadline=None)
+@given(data=st.data())
+def test_routed_experts(data):
+    fmt = data.draw(st.sampled_from((*BOOKS, "afp4g32", "nf4grow", "fp8b128")))
+    act, t = data.draw(st.sampled_from(("a8", "a16"))), data.draw(st.sampled_from((1, 2, 5)))
+    d, f = (data.draw(st.sampled_from((16, 40, 72))) for _ in range(2))
+    scale = ",s=f32" if fmt == "fp8b128" else ""
+    workload = parse_workload(f"moe:t={t},e=5,k=2,d={d},f={f},w={fmt},a={act}{scale}")
+    schedule = get_schedule("moe.x86_codebook")
+    assert schedule.supports(workload, CPU)
+    seed = data.draw(st.integers(0, 99))
+    check(schedule, workload, sample_config(schedule, workload, CPU, seed), seed)
