@@ -39,6 +39,8 @@ class Tile:
     """Bytes that one run of the loop touches."""
     lanes: int = 16
     """Elements of an accumulator."""
+    sums: float = 1.0
+    """Sums that are in flight at least: a tile with fewer accumulators gives them several registers."""
 
 
 def moved(streams: Iterable[Stream], hardware: Hardware) -> dict[str, float]:
@@ -93,7 +95,7 @@ def work(
         "share": share,
         "useful": useful,
         "lanes": float(tile.lanes),
-        "sums": rows * tokens,
+        "sums": max(rows * tokens, tile.sums),
         "loads": (rows + tokens) / (rows * tokens),
         "tile_bytes": tile.bytes,
     }

@@ -120,7 +120,7 @@ class SignedTrits(Trits):
 
     @property
     def unpack_ops(self) -> int:
-        """Two permutations, the signs, their subtractions, and fields of two bits."""
+        """The signs, two permutations and subtractions, and fields of two bits."""
         return 12
 
     def encode(self, value: npt.NDArray[np.intp]) -> npt.NDArray[np.uint8]:

@@ -35,7 +35,7 @@ from mimo_compile.schedules.emit.tile import Sums, TileKnobs, Weights, lines_ahe
 from mimo_compile.schedules.emit.unpack import constant_words
 
 SPAN = 8
-"""Blocks of columns that are looked up twice together, at most."""
+"""Blocks of columns that are looked up twice together."""
 _LOW = 0x0F
 _NUMBERS = 0x30201000
 """Which of four tables the bytes of a word look up in."""
@@ -90,12 +90,11 @@ class Lookup:
     @property
     def span(self) -> int:
         """Blocks with a common flag: they divide a group."""
-        most = min(SPAN, self.most_blocks)
-        return next(s for s in range(most, 0, -1) if self.codes.group_blocks % s == 0)
+        return next(s for s in range(self.most_blocks, 0, -1) if self.codes.group_blocks % s == 0)
 
     @property
     def most_blocks(self) -> int:
-        """Blocks that can be looked up, twice, before sums have to be widened."""
+        """Blocks that are looked up with one look at a flag, at most."""
         return SPAN
 
     @property
@@ -104,9 +103,9 @@ class Lookup:
         return self.codes.k_padded // self.codes.run
 
     @property
-    def vector_ops(self) -> float:
-        """Vector operations that add up one vector of lookups, indices and lookup not counted."""
-        return 1.0
+    def adding(self) -> dict[str, float]:
+        """Operations that add up one looked-up byte, by kind of `ir.counts`."""
+        return {"dot_i8": 1.0}
 
     @abstractmethod
     def products(self, acc: Any, codes: Any, x: Any) -> Any:
@@ -127,7 +126,8 @@ class Lookup:
         """Emit lookups of the blocks of a span and add them to ``acc``.
 
         Args:
-            lines: ``lines(b, r, i)``: line i of block b in row block r, as bytes.
+            lines: ``lines(b, r, i)``: line i of block b in row block r as 64 bytes;
+                ``lines(b, r, i, at, lanes)``: some of these.
             tables: ``[M, 16 runs]`` to look up in, and what their entries count.
             tokens: Rows of ``tables``.
             rows: Row blocks.
@@ -307,6 +307,112 @@ class Permute(Lookup):
         return self.products(acc, by, turned)
 
 
+class Shuffle(Lookup):
+    """``pshufb`` looks up in one table for each 16 bytes; sums of 16 bits are widened after a span."""
+
+    name, lanes, table_lanes, apart = "pshufb256", 8, 8, True
+    needs = frozenset({"avx2"})
+    shuffle: ClassVar[str] = "llvm.x86.avx2.pshuf.b"
+    pairs: ClassVar[str] = "llvm.x86.avx2.pmadd.ub.sw"
+    fours: ClassVar[str] = "llvm.x86.avx2.pmadd.wd"
+
+    @property
+    def width(self) -> int:
+        """Bytes of a vector."""
+        return 4 * self.table_lanes
+
+    @property
+    def most_blocks(self) -> int:
+        """As many as 16 bits hold the sums of: each block adds two halves of its parts, of two tables."""
+        return (2**16 - 1) // 255 // (2 * 2 * (64 // self.width))
+
+    @property
+    def adding(self) -> dict[str, float]:
+        """Add, shift, add: 32-bit lanes."""
+        return {"int_op": 3 / 4}
+
+    def products(self, acc: Any, codes: Any, x: Any) -> Any:
+        """See `Lookup.products`."""
+        i8, lanes = f"int8x{self.width}", self.table_lanes
+        two = T.call_llvm_pure_intrin(
+            f"int16x{2 * lanes}", self.pairs, T.reinterpret(i8, codes), T.reinterpret(i8, x)
+        )
+        ones = splat(T.int16(1), 2 * lanes)
+        return acc + T.call_llvm_pure_intrin(f"int32x{lanes}", self.fours, two, ones)
+
+    def span_sums(
+        self,
+        lines: Any,
+        tables: Sequence[tuple[Any, int]],
+        tokens: Sequence[Any],
+        rows: int,
+        first: Any,
+        acc: Sums,
+        *,
+        ask: Callable[[Any], None] | None = None,
+    ) -> None:
+        """See `Lookup.span_sums`."""
+        codes, lanes = self.codes, self.width // 2
+        zero = splat(T.uint16(0), lanes)
+        keys = [
+            (r, m, bit)
+            for r in range(rows) for m in range(len(tokens)) for bit in range(codes.planes)
+        ]  # fmt: skip
+        # bytes of even and odd rows share 16 bits: all of them, and the odd ones alone
+        both = {k: Register("uint16", lanes, zero) for k in keys}
+        odd = {k: Register("uint16", lanes, zero) for k in keys}
+        with loop(self.span) as s:
+            b = bind(first + s)
+            if ask:
+                ask(b)
+            for part in range(0, 64, self.width):
+                vectors = {}
+                for m, token in enumerate(tokens):
+                    for half in range(2):
+                        at = (b * codes.vectors + half) * 64 + part
+                        vectors[half, m] = [
+                            bind(load(table, token, at, lanes=self.width)) for table, _ in tables
+                        ]
+                for r, bit in ((r, bit) for r in range(rows) for bit in range(codes.planes)):
+                    raw = bind(lines(b, r, bit, part, self.width))
+                    for half in range(2):
+                        index = self._nibbles(raw, half)
+                        for m in range(len(tokens)):
+                            for vector in vectors[half, m]:
+                                self._add(both[r, m, bit], odd[r, m, bit], vector, index)
+        for r, m, bit in keys:
+            high, low = odd[r, m, bit], both[r, m, bit]
+            low.set(low.get() - T.shift_left(high.get(), splat(T.uint16(8), lanes)))
+            for half, sums in enumerate((low, high)):
+                register = acc[r, half, m][0]
+                for lane in range(0, lanes, 8):
+                    wide = T.cast(load(sums.buffer, lane, lanes=8), "int32x8")
+                    register.set(register.get() + T.shift_left(wide, splat(T.int32(bit), 8)))
+
+    def _nibbles(self, raw: Any, half: int) -> Any:
+        words = T.reinterpret(f"int32x{self.table_lanes}", raw)
+        if half:
+            words = T.shift_right(words, splat(T.int32(4), self.table_lanes))
+        low = T.bitwise_and(words, splat(T.int32(_LOW * 0x01010101), self.table_lanes))
+        return bind(T.reinterpret(f"int8x{self.width}", low))
+
+    def _add(self, both: Register, odd: Register, vector: Any, index: Any) -> None:
+        table = T.reinterpret(f"int8x{self.width}", vector)
+        found = T.call_llvm_pure_intrin(f"int8x{self.width}", self.shuffle, table, index)
+        value = bind(T.reinterpret(f"uint16x{self.width // 2}", found))
+        both.set(both.get() + value)
+        odd.set(odd.get() + T.shift_right(value, splat(T.uint16(8), self.width // 2)))
+
+
+class Shuffle512(Shuffle):
+    """`Shuffle` on 512 bits."""
+
+    name, table_lanes, needs = "pshufb512", 16, frozenset({"avx512f", "avx512bw"})
+    shuffle = "llvm.x86.avx512.pshuf.b.512"
+    pairs = "llvm.x86.avx512.pmaddubs.w.512"
+    fours = "llvm.x86.avx512.pmaddw.d.512"
+
+
 def lut_sums(
     lookup: Lookup,
     tables: Tables,
@@ -328,14 +434,14 @@ def lut_sums(
     ]  # fmt: skip
     zero = splat(T.int32(0), lanes)
     # additions to one register wait for each other: long groups of few rows get several
-    chains = max(1, 4 // len(grid)) if codes.group_blocks > 4 else 1
+    chains = max(1, 4 // len(grid)) if codes.group_blocks > 4 and not lookup.apart else 1
     acc = {
         v: [Register("int32", lanes, zero if c else start(v[2])) for c in range(chains)]
         for v in grid
     }
 
-    def lines(b: Any, r: int, i: int) -> Any:
-        return load(weights.codes, *blocks[r], b * codes.lines + i, 0, lanes=64)
+    def lines(b: Any, r: int, i: int, at: int = 0, lanes: int = 64) -> Any:
+        return load(weights.codes, *blocks[r], b * codes.lines + i, at, lanes=lanes)
 
     def ask(b: Any) -> None:
         for line in lines_ahead(codes, b, knobs):
@@ -371,7 +477,7 @@ def lut_sums(
     return out
 
 
-LOOKUPS: dict[str, type[Lookup]] = {c.name: c for c in (Permute,)}
+LOOKUPS: dict[str, type[Lookup]] = {c.name: c for c in (Permute, Shuffle512, Shuffle)}
 """All ways by name, the fastest first."""
 
 

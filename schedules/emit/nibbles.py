@@ -8,7 +8,8 @@ one vector, so that one byte permutation looks up four sums for each of 16 rows.
 * `Pairs` (TL1): a run is 2 ternary columns, whose digits of base 3 make the index.
 * `Triples` (TL2): a run is 3 ternary columns; the index is the magnitude of the balanced number, and one
   more line for every four holds the signs.
-* ``...Apart``: bytes ``16 j + n``, for permutations that cannot leave 128 bits.
+* ``...Apart``: run j has bytes 16 j and following, for permutations that cannot leave 128 bits; rows 0
+  and 8, 1 and 9 ... take turns there, so that sums of 16 bits come in order.
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ from mimo_compile.schedules.emit.layout import CodeLayout
 
 Bytes = npt.NDArray[np.uint8]
 Words = npt.NDArray[np.uint32]
+
+
+_EVEN_ODD = np.arange(16).reshape(2, 8).T.reshape(-1)
+"""Rows by their place among the 16 bytes of a run."""
 
 
 class NibbleLayout(CodeLayout):
@@ -65,11 +70,17 @@ class NibbleLayout(CodeLayout):
     def pack(self, codes: Bytes) -> Bytes:
         """See `CodeLayout.pack`."""
         packed = CodeLayout.pack(self, codes)
-        return _turned(packed, 16, 4) if self.apart else packed
+        if not self.apart:
+            return packed
+        lines = packed.reshape(*packed.shape[:-1], 16, 4).swapaxes(-1, -2)
+        return np.ascontiguousarray(lines[..., _EVEN_ODD]).reshape(packed.shape)
 
     def unpack(self, packed: Bytes) -> Bytes:
         """See `CodeLayout.unpack`."""
-        return CodeLayout.unpack(self, _turned(packed, 4, 16) if self.apart else packed)
+        if self.apart:
+            lines = packed.reshape(*packed.shape[:-1], 4, 16)[..., np.argsort(_EVEN_ODD)]
+            packed = np.ascontiguousarray(lines.swapaxes(-1, -2)).reshape(packed.shape)
+        return CodeLayout.unpack(self, packed)
 
 
 class BitPlanes(NibbleLayout):
@@ -215,9 +226,3 @@ def _parted(words: Words) -> Bytes:
     """Return the eight indices of ``[..., 1]`` words."""
     bytes_ = np.ascontiguousarray(words).view(np.uint8)
     return np.concatenate([bytes_ & 15, bytes_ >> 4], -1)
-
-
-def _turned(packed: Bytes, rows: int, columns: int) -> Bytes:
-    """Transpose the bytes of each line as a matrix."""
-    lines = packed.reshape(*packed.shape[:-1], rows, columns)
-    return np.ascontiguousarray(lines.swapaxes(-1, -2)).reshape(packed.shape)

@@ -88,21 +88,18 @@ def _average(a: Any, b: Any) -> Any:
 
 def _signed_trits(words: Any, constants: list[Any]) -> list[Any]:
     """Look up the digits of magnitudes; a negative number has the codes ``2 - code``."""
-    index = T.reinterpret("int8x64", words)
-    negative = bind(T.shift_right(index, T.broadcast(T.int8(7), 64)))  # all bits of negative bytes
-    first = _looked_up(constants[0], constants[1], index, negative, 0xAA)
-    last = _looked_up(constants[2], constants[3], index, negative, 0x02)
+    index = bind(T.reinterpret("int8x64", words))
+    first = _looked_up(constants[0], constants[1], index, 0xAA)
+    last = _looked_up(constants[2], constants[3], index, 0x02)
     return [*(bind(field(first, 2 * p, 2, 16)) for p in range(4)), last]
 
 
-def _looked_up(low: Any, high: Any, index: Any, negative: Any, most: int) -> Any:
-    """Return the table's byte, or ``most`` less it, as 32-bit lanes."""
-    found = T.call_llvm_pure_intrin("int8x64", _PERMUTE, low, index, high)
-    # (most - found) where negative: most & n, plus found with its sign turned by (found ^ n) - n
-    turned = T.bitwise_xor(found, negative) - negative
-    signed = most - 256 if most > 127 else most
-    offset = T.bitwise_and(negative, T.broadcast(T.int8(signed), 64))
-    return bind(T.reinterpret("int32x16", turned + offset))
+def _looked_up(low: Any, high: Any, index: Any, most: int) -> Any:
+    """Return the table's byte, for a negative index ``most`` less it, as 32-bit lanes."""
+    found = bind(T.call_llvm_pure_intrin("int8x64", _PERMUTE, low, index, high))
+    turned = T.broadcast(T.int8(most - 256 if most > 127 else most), 64) - found
+    value = T.Select(index < T.broadcast(T.int8(0), 64), turned, found)
+    return bind(T.reinterpret("int32x16", value))
 
 
 def _bytes(mask: int) -> Any:

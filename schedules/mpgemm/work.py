@@ -55,5 +55,11 @@ def gemm_work(
         tasks=tasks if threads > 1 else 1,
         share=min(most, blocks) / blocks,
         useful=problem.weight.useful,
-        tile=Tile(config.rows * ROWS / lanes, min(config.tokens, m), panel + x_tile, lanes),
+        tile=Tile(
+            config.rows * ROWS / lanes,
+            min(config.tokens, m),
+            panel + x_tile,
+            lanes,
+            4.0 if prepared else 1.0,
+        ),
     )

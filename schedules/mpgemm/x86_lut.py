@@ -119,13 +119,16 @@ class LookupGemm(X86Gemm):
         lookups = blocks * 128 * codes.index_lines
         scaled = float(codes.row_blocks * ROWS * codes.groups * m)
         entries = 16.0 * lookup.runs * m
-        return {
+        ops = {
             "shuffle_u8": lookups * m,
-            "dot_i8": lookups * m * lookup.vector_ops + 8 * entries,
+            "dot_i8": 8 * entries,
             "unpack_u8": 32.0 * blocks * codes.unpack_ops * passes,
             "fma_f32": scaled * (2 if codes.fmt.has_zero else 1),
             "int_op": 3.0 * m * problem.k + 4 * entries,
         }
+        for kind, count in lookup.adding.items():
+            ops[kind] += count * lookups * m
+        return ops
 
     def row_bytes(self, problem: Problem, config: GemmConfig) -> float:
         """Return the bytes of a row's tables."""
@@ -141,10 +144,31 @@ class LookupGemm(X86Gemm):
 
 
 class X86Lut(LookupGemm):
-    """1 to 4 bits, one lookup for each bit of four columns."""
+    """1 to 3 bits, one lookup for each bit of four columns."""
 
     name = "mpgemm.x86_lut"
     packing = "bits4"
+
+    def fits(self, problem: Problem) -> bool:
+        """Codes of up to 3 bits."""
+        return problem.fmt.bits <= 3
+
+
+class X86Lut4(X86Lut):
+    """Codes of 4 bits: a vector of them takes two lookups and two sums where unpacking takes two dots."""
+
+    name = "mpgemm.x86_lut4"
+
+    def fits(self, problem: Problem) -> bool:
+        """Codes of 4 bits."""
+        return problem.fmt.bits == 4
+
+
+class X86LutShuffle(X86Lut):
+    """1 to 4 bits on CPUs whose permutations stay in 128 bits: any with AVX2."""
+
+    name = "mpgemm.x86_lut_shuffle"
+    packing = "bits4.apart"
 
     def fits(self, problem: Problem) -> bool:
         """Codes of up to 4 bits."""

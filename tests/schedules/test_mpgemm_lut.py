@@ -22,8 +22,10 @@ from mimo_compile.schedules.emit.nibbles import NibbleLayout
 CPU = local_cpu()
 FORMATS = {
     "mpgemm.x86_lut": (
-        "w1", "w1g32", "w1zg64", "w1grow", "w2", "w2zg32", "w3g32", "w3zg64", "w4g64", "w4zgrow", "w1.58",
+        "w1", "w1g32", "w1zg64", "w1grow", "w2", "w2zg32", "w3g32", "w3zg64", "w1.58",
     ),
+    "mpgemm.x86_lut4": ("w4g64", "w4zgrow"),
+    "mpgemm.x86_lut_shuffle": ("w1", "w1grow", "w2zg32", "w3g64", "w4grow", "w1.58"),
     "mpgemm.x86_tl1": ("w1.58", "w1.58grow", "w1.58g64"),
     "mpgemm.x86_tl2": ("w1.58", "w1.58d", "w1.58grow"),
 }  # fmt: skip
