@@ -34,13 +34,13 @@ def key(name, kind, raw):
 
 
 def refused(path, data, match=""):
-    """Open a file; it must be refused within a second and a few MB."""
+    """Open a file; it must be refused within a second of work and a few MB."""
     path.write_bytes(data)
     tracemalloc.start()
-    start = time.monotonic()
+    start = time.thread_time()
     with pytest.raises(InputError, match=match) as caught:
         Gguf(path, {})
-    spent = time.monotonic() - start
+    spent = time.thread_time() - start
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert spent < 1 and peak < 8 << 20
@@ -165,12 +165,12 @@ def test_mutations_of_a_good_file(good, tmp_path, data):
             del out[at : at + data.draw(st.integers(1, 16))]
     path = tmp_path / "m.gguf"
     path.write_bytes(out)
-    start = time.monotonic()
+    start = time.thread_time()
     try:
         load(path)
     except MimoError as error:
         assert "\n" not in str(error)
-    assert time.monotonic() - start < 1
+    assert time.thread_time() - start < 1
 
 
 @given(raw=st.binary(max_size=200))
