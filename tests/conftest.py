@@ -4,12 +4,17 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from mimo_compile import _tvm
 
 # before anything loads TVM or torch: the default pool has half of the CPUs and pins them
 _tvm.configure()
+
+# no test asserts how long anything takes
+hypothesis.settings.register_profile("timeless", deadline=None)
+hypothesis.settings.load_profile("timeless")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

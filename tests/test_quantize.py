@@ -31,7 +31,7 @@ def columns(values, fmt, k):
     return np.repeat(values, fmt.group_size(k), axis=1)[:, :k]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.data(), st.sampled_from(FORMATS))
 def test_symmetric_error_is_at_most_half_a_step(data, name):
     fmt = parse_weight_format(name)
@@ -43,7 +43,7 @@ def test_symmetric_error_is_at_most_half_a_step(data, name):
     assert np.all(q.scale == q.scale.astype(np.float16))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.data(), st.sampled_from(ZERO_FORMATS))
 def test_asymmetric_error_is_at_most_one_step(data, name):
     fmt = parse_weight_format(name)
@@ -60,7 +60,7 @@ def test_asymmetric_error_is_at_most_one_step(data, name):
     assert np.all(q.dequantize()[w == 0] == 0)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.data(), st.sampled_from(FORMATS))
 def test_quantising_again_changes_nothing(data, name):
     fmt = parse_weight_format(name)
@@ -69,7 +69,7 @@ def test_quantising_again_changes_nothing(data, name):
     np.testing.assert_array_equal(once.dequantize(), twice.dequantize())
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.data(), st.sampled_from(("w2g64", "w3g64", "w4g64", "w2zg64", "w4zg64")))
 def test_search_never_makes_the_error_larger(data, name):
     fmt = parse_weight_format(name)
@@ -91,7 +91,7 @@ def test_search_reaches_the_known_error_of_normal_weights(name, most):
     assert q.scale.min() < 0 or name == "w4g64", "both signs of the scale are candidates"
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.data(), st.sampled_from(("w1.58", "w1.58g64", "w1.58grow", "w1.58d")))
 def test_ternary_is_absmean(data, name):
     fmt = parse_weight_format(name)

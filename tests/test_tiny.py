@@ -211,14 +211,14 @@ def test_tokenizer_ids(tokenizer: Tokenizer) -> None:
     assert tokenizer.token_to_id(text.END_OF_TEXT) == 0
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.text())
 def test_tokenizer_round_trip(tokenizer: Tokenizer, sample: str) -> None:
     ids = tokenizer.encode(sample, add_special_tokens=False).ids
     assert tokenizer.decode(ids, skip_special_tokens=False) == sample
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.text(alphabet=" \t\n\r_.()abZ09é€"))
 def test_tokenizer_round_trip_of_white_space(tokenizer: Tokenizer, sample: str) -> None:
     ids = tokenizer.encode(sample, add_special_tokens=False).ids

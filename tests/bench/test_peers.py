@@ -201,7 +201,7 @@ def test_cold_sets_are_of_memory_of_their_own() -> None:
     st.sampled_from([64, 96, 200]),
     st.integers(0, 99),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_the_allowed_error_is_that_of_quantised_activations(block, m, k, seed) -> None:
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((m, k)).astype(np.float32)
@@ -218,7 +218,7 @@ def test_the_allowed_error_is_that_of_quantised_activations(block, m, k, seed) -
 
 
 @given(st.sampled_from([2, 4, 8]), st.sampled_from([16, 32, 48]), st.integers(1, 9))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_random_weights_survive_quantisation_and_packing(bits: int, group: int, n: int) -> None:
     k = 96 + 16
     codes, scale = quantise(n, k, bits, group)

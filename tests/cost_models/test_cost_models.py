@@ -243,7 +243,7 @@ def test_pairwise_accuracy() -> None:
 
 
 @given(st.lists(st.booleans(), max_size=40), st.sampled_from(["snr", "order"]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_share_stays_in_range_and_follows_quality(history: list[bool], gate: str) -> None:
     share = DynamicShare(gate=gate, threshold=0.7 if gate == "order" else 1.0)
     measured = [1.0, 2.0, 3.0, 4.0]

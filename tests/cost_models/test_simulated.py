@@ -126,7 +126,7 @@ _gpu = {
 }  # fmt: skip
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.sampled_from(sorted(_gpu)), st.floats(1.05, 4.0), st.integers(1, 600), st.integers(64, 4000),
     st.sampled_from(["w1grow", "w2g64", "w4grow"]), st.sampled_from(["fused", "split"]),
@@ -154,7 +154,7 @@ def test_roma_in_the_limits() -> None:
     assert roma.pass_cycles(model, 1, 0, idle) == pytest.approx(33 * (5 * 32 + 1))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.sampled_from(["hz", "rom_bytes", "l_macs", "sram_bytes", "h_macs"]), st.floats(1.05, 4.0),
     st.integers(1, 64), st.integers(64, 8000), st.sampled_from([1, 2, 3]),

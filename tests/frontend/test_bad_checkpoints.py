@@ -142,7 +142,7 @@ def test_pipes_are_not_waited_for(folder, name):
 
 
 @pytest.mark.fuzz
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
 @given(at=st.integers(0, 3000), value=st.integers(0, 255))
 def test_any_flipped_header_byte_is_refused_or_harmless(saved, tmp_path, at, value):
     shutil.copytree(saved("llama")[1], tmp_path, dirs_exist_ok=True)

@@ -484,9 +484,7 @@ def test_decoders_that_lack_entries_are_refused(decoder_file: Path, tmp_path: Pa
 
 
 @pytest.mark.usefixtures("no_link")
-@settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_edit_of_bytes_is_refused(
     data: st.DataObject, plain_file: Path, tmp_path: Path

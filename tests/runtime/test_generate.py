@@ -175,7 +175,7 @@ def test_scores_are_the_log_softmax_of_the_reference(module: Module, length: int
     more=st.lists(st.sampled_from([2, 3, 4, 8, 16, 64, 100]), unique=True),
     slack=st.integers(0, 120),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_steps_cover_all_tokens_within_the_context(count: int, more: list[int], slack: int) -> None:
     steps = (1, *sorted(more))
     plan = plan_steps(count, steps, slack)

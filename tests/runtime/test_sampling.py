@@ -22,7 +22,7 @@ def reference(logits: np.ndarray, sampling: Sampling) -> dict[int, float]:
     return dict(zip(order, p, strict=True))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     seed=st.integers(0, 1 << 32),
     vocab=st.sampled_from([1, 2, 7, 600, 3000]),

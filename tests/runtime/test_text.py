@@ -32,7 +32,7 @@ def whole(tokenizer, before: list[int], ids: list[int]) -> str:
     return tokenizer.decode(before + ids)[start:]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(before=st.text(max_size=12), text=st.text(max_size=60))
 def test_pieces_add_up_to_the_text(before: str, text: str) -> None:
     stream = TextStream(BYTES, BYTES.encode(before).ids)
@@ -43,7 +43,7 @@ def test_pieces_add_up_to_the_text(before: str, text: str) -> None:
         assert all("\ufffd" not in piece for piece in pieces)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(ids=st.lists(st.integers(0, 255), max_size=100))
 def test_bytes_that_are_no_text_come_as_the_decoder_has_them(ids: list[int]) -> None:
     found = "".join(TextStream(BYTES).pieces(iter(ids)))
@@ -51,7 +51,7 @@ def test_bytes_that_are_no_text_come_as_the_decoder_has_them(ids: list[int]) -> 
     assert found == text.rstrip("\ufffd")
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     before=st.lists(st.integers(0, 2), min_size=1, max_size=20),
     ids=st.lists(

@@ -102,7 +102,7 @@ class OnPlainTiles(X86Amx):
         return dataclasses.replace(super().lower(workload, config, hardware), features=frozenset())
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(data=st.data())
 def test_any_shape_format_and_config(data):
     fmt = data.draw(st.sampled_from(FORMATS))

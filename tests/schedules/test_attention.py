@@ -42,7 +42,7 @@ def poisoned(text, start, valid, seed=0):
     return {**inputs, **pos(start, valid)}
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(data=st.data())
 def test_any_shape_position_and_config(data):
     draw = data.draw
@@ -183,7 +183,7 @@ def test_scores_that_overflow_exponentials():
     check(FLASH, text)
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(data=st.data())
 def test_append(data):
     draw = data.draw
@@ -212,7 +212,7 @@ def test_append_then_attend_shares_one_packed_cache():
         assert np.array_equal(seen.memory[name], array)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(cap=st.integers(1, 70), kv=st.integers(1, 3), d=st.integers(1, 20), dv=st.integers(1, 40))
 def test_packing_round_trips(cap, kv, d, dv):
     w = get_op("cached_attention").workload(t=1, h=kv, kv=kv, d=d, dv=dv, cap=cap)
@@ -224,7 +224,7 @@ def test_packing_round_trips(cap, kv, d, dv):
         assert np.array_equal(array, arrays[name])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_visited_blocks_hold_all_that_is_seen_and_little_more(data):
     draw = data.draw

@@ -36,7 +36,7 @@ def schedules(text):
     return found
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(data=st.data())
 def test_any_shape_format_and_config(data):
     fmt = data.draw(st.sampled_from((*(b + g for b in BOOKS for g in GROUPS), "fp8b128")))
@@ -102,7 +102,7 @@ def test_adversarial_values(fmt):
                 assert np.isfinite(done.outputs["y"]).all(), name
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(
     seed=st.integers(0, 2**31), fmt=st.sampled_from(["fp3grow", "fp4grow", "afp3grow", "afp4grow"])
 )
@@ -143,7 +143,7 @@ def test_every_fp8_number():
         assert np.array_equal(done.outputs["y"][0], want)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     st.sampled_from([*BOOKS, "afp4g32", "anf3grow", "fp8b128"]),
     st.integers(1, 50), st.integers(1, 300), st.integers(0, 99),
@@ -219,7 +219,7 @@ def test_three_bits_take_three_bits():
     )
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(data=st.data())
 def test_routed_experts(data):
     fmt = data.draw(st.sampled_from((*BOOKS, "afp4g32", "nf4grow", "fp8b128")))

@@ -38,7 +38,7 @@ def schedules(text):
     return found
 
 
-@settings(max_examples=16, deadline=None)
+@settings(max_examples=16)
 @given(data=st.data())
 def test_any_shape_format_and_config(data):
     fmt, act = data.draw(st.sampled_from(FORMATS)), data.draw(st.sampled_from(("a8", "a8", "a16")))
@@ -85,7 +85,7 @@ def test_adversarial_values(fmt):
                 assert np.isfinite(done.outputs["y"]).all(), name
 
 
-@settings(max_examples=2, deadline=None)
+@settings(max_examples=2)
 @given(seed=st.integers(0, 2**31))
 def test_four_sums_are_exact(seed):
     # only one axis has a scale, and x only one part, so that y is one of the sums
@@ -133,7 +133,7 @@ def test_halves_of_x_have_scales_of_their_own():
         np.testing.assert_allclose(y[0, 16:], -sums[1], rtol=1e-6)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.sampled_from(FORMATS), st.integers(1, 50), st.integers(1, 150), st.integers(0, 99))
 def test_packing_is_undone(fmt, half_n, half_k, seed):
     n, k, parsed = 2 * half_n, 2 * half_k, parse_weight_format(fmt)

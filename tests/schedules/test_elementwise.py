@@ -30,7 +30,7 @@ def any_config(text, seed):
     check(schedule, text, sample_config(schedule, parse_workload(text), CPU, seed), seed)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(t=st.integers(1, 6), d=SIZES, residual=st.integers(0, 1), seed=st.integers(0, 99))
 def test_rms_norm(t, d, residual, seed):
     any_config(f"rms_norm:t={t},d={d},residual={residual}", seed)
@@ -43,7 +43,7 @@ def test_rms_norm_of_a_zero_row_is_zero():
     assert not seen.outputs["y"].any()
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(t=st.integers(1, 5), f=SIZES, seed=st.integers(0, 99))
 def test_swiglu(t, f, seed):
     any_config(f"swiglu:t={t},f={f}", seed)
@@ -69,7 +69,7 @@ def test_swiglu_has_both_tails_and_keeps_nan():
     assert np.isnan(call.memory["y"][0, 3])
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(
     t=st.integers(2, 5), v=st.integers(2, 9), d=SIZES, w=st.sampled_from(("f32", "bf16")),
     seed=st.integers(0, 99),
@@ -87,7 +87,7 @@ def test_embed_clamps_ids_outside_of_the_table():
     assert np.array_equal(seen.memory["y"], table[[0, 2, 0, 2]])
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(t=st.integers(1, 5), half=st.integers(1, 40), start=st.integers(0, 200_000))
 def test_rope_table(t, half, start):
     text = f"rope_table:t={t},rot={2 * half}"

@@ -21,7 +21,7 @@ CPU = local_cpu()
 vnni = pytest.mark.skipif(not CPU.has_vnni, reason="needs AVX-512 VNNI")
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(data=st.data())
 def test_any_shape_format_and_config(data):
     fmt = data.draw(st.sampled_from(("f32", "bf16", "w4g32", "w8", "w1.58", "w2zg32", "w3g64")))

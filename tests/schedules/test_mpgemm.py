@@ -66,7 +66,7 @@ def schedules(text):
     return schedules_for(parse_workload(text), CPU)
 
 
-@settings(max_examples=16, deadline=None)
+@settings(max_examples=16)
 @given(data=st.data())
 def test_any_shape_format_and_config(data):
     fmt = data.draw(st.sampled_from((*FORMATS, "f32", "bf16")))
@@ -124,7 +124,7 @@ def test_adversarial_values_are_exact(fmt):
 
 
 @vnni
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(seed=st.integers(0, 2**31), fmt=st.sampled_from(["w8", "w4grow", "w2grow", "w8zgrow"]))
 def test_integer_part_is_exact_to_the_bit(seed, fmt):
     # scale 1 and rows whose largest value is 127: y is the integer sum itself
@@ -165,7 +165,7 @@ def test_activations_quantise_bit_for_bit():
         assert np.array_equal(done.outputs["y"], (q.float() * s).numpy())
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.sampled_from(FORMATS), st.integers(1, 70), st.integers(1, 300), st.booleans(), st.integers()
 )

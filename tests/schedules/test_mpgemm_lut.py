@@ -39,7 +39,7 @@ def supported(name, text, hardware=CPU):
     return schedule, workload
 
 
-@settings(max_examples=16, deadline=None)
+@settings(max_examples=16)
 @given(
     st.sampled_from(CASES), st.integers(1, 16), st.integers(1, 100), st.integers(1, 700),
     st.sampled_from(["normal", "sign", "heavy"]), st.integers(0, 999),

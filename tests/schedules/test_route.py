@@ -16,7 +16,7 @@ CPU = local_cpu()
 ROUTE = get_schedule("route.x86")
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(data=st.data())
 def test_any_router(data):
     groups = data.draw(st.sampled_from((1, 1, 2, 4)))

@@ -60,7 +60,7 @@ def test_stored_negation_comes_back(k: int, sign: int) -> None:
     assert np.array_equal(complement, stored ^ (1 << (k - 1)))  # only the sign differs
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.integers(1, 4), st.integers(0, 40), st.fractions(min_value=0, max_value=4),
     st.integers(-20, 20).map(lambda z: Fraction(z, 2)),
@@ -72,7 +72,7 @@ def test_reinterpretation_is_exact(bits: int, q: int, s: Fraction, z: Fraction) 
     assert 2 * s * (q - z) == s * (int(odd[0, 0]) - Fraction(float(zero)))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.integers(1, 4), st.sampled_from(KS), st.integers(1, 5), st.integers(1, 9), st.integers(1, 6),
     st.sampled_from([np.int16, np.float16]), st.integers(0, 2**32 - 1),
@@ -89,7 +89,7 @@ def test_bit_serial_is_the_integer_dot_product(bits, ks, m, n, groups, kind, see
     assert np.array_equal(acc.astype(np.int64), a @ odd.T)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.sampled_from(KS), st.integers(1, 40), st.integers(1, 8), st.integers(0, 2**32 - 1),
     st.sampled_from([0, 1, 127]),

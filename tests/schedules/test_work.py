@@ -142,7 +142,7 @@ def test_tiles_save_traffic_and_orders_differ():
     assert seen(rows=4, chunk=1).traits["share"] == 1
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_share_of_a_parallel_matmul_counts_row_blocks(data):
     n, rows, chunk = (data.draw(st.integers(1, most)) for most in (900, 8, 8))

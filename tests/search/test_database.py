@@ -83,7 +83,7 @@ def test_senseless_times_are_refused(tmp_path: Path, latency: float) -> None:
 
 
 @given(data=st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_no_damaged_line_is_decoded(data: st.DataObject) -> None:
     line = bytearray(encode(record(3, message='né \x00 "quoted" ,"sum":"')).encode())
     assert decode(bytes(line)) == record(3, message='né \x00 "quoted" ,"sum":"')
@@ -140,9 +140,7 @@ def test_a_changed_row_is_found_and_not_served(tmp_path: Path) -> None:
 
 @pytest.mark.fuzz
 @given(data=st.data())
-@settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_torn_files_never_serve_wrong_rows(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -44,7 +44,7 @@ def brute(times, energies, links, goal):
 
 
 @given(data=st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_knapsack_equals_brute_force(data: st.DataObject) -> None:
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
     rows = int(rng.integers(1, 5))

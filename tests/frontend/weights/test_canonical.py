@@ -45,7 +45,7 @@ def draw(rng, name, n, k):
     k=st.sampled_from([32, 96, 256, 300, 512]),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_common_format_holds_all_exactly(names, k, seed):
     rng = np.random.default_rng(seed)
     parts = [draw(rng, name, 3, k) for name in names]
@@ -66,7 +66,7 @@ def test_codebooks_have_no_common_format():
 
 
 @given(group=st.sampled_from([16, 32, 48, 64, 96, 128, 256, 384, 512, 1000]), k=st.integers(1, 600))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_groups_are_spread(group, k):
     values = np.arange(-(-k // group), dtype=np.float32)[None]
     fmt = grouped_format(4, False, group, k)
@@ -78,7 +78,7 @@ def test_groups_are_spread(group, k):
 
 
 @given(scale=st.floats(-8, 8, width=16), offset=st.floats(-8, 8, width=16), code=st.integers(0, 15))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_offsets_move_weights_by_half_a_unit_at_most(scale, offset, code):
     scales, offsets = (np.array([[v]], np.float32) for v in (scale, offset))
     codes = flatten(np.array([[code]], np.uint8), scales, 1)

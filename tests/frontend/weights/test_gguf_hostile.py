@@ -140,9 +140,7 @@ def test_the_good_file_is_good(good, tmp_path):
 
 
 @given(data=st.data())
-@settings(
-    max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=250, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_mutations_of_a_good_file(good, tmp_path, data):
     """Bytes, numbers and cuts anywhere, most of them in the header: an error of ours, or a model."""
     raw, length = good
@@ -174,9 +172,7 @@ def test_mutations_of_a_good_file(good, tmp_path, data):
 
 
 @given(raw=st.binary(max_size=200))
-@settings(
-    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_noise_after_the_magic(tmp_path, raw):
     path = tmp_path / "m.gguf"
     path.write_bytes(b"GGUF\3\0\0\0" + raw)

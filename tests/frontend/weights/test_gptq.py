@@ -91,7 +91,7 @@ def test_three_bit_codes_run_across_words():
     words=st.integers(1, 4),
     data=st.data(),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_streams_of_codes(kit, bits, rows, words, data):
     count = words * 32  # 3 bits fill whole words after 32 codes
     numbers = st.lists(st.integers(0, (1 << bits) - 1), min_size=count, max_size=count)
