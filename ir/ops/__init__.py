@@ -10,6 +10,7 @@ from mimo_compile.ir.workload import Workload
 
 OPS: dict[str, str] = {
     "mpgemm": "MpGemm",
+    "lora_mpgemm": "LoraMpGemm",
     "cached_attention": "CachedAttention",
     "kv_append": "KvAppend",
     "moe": "Moe",

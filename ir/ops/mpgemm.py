@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -145,7 +145,7 @@ class MpGemm(OpDef):
     """``mpgemm:m=1,n=4096,k=4096,w=w4g64,a=a8``."""
 
     name = "mpgemm"
-    params = (
+    params: ClassVar[tuple[Param, ...]] = (
         Param("m", int, low=1),
         Param("n", int, low=1),
         Param("k", int, low=1),

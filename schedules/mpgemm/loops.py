@@ -57,7 +57,9 @@ def tiles(
             else:
                 emit(task * chunk + c)
 
-    with loop(-(-row_tiles // chunk), parallel=config.parallel) as task:
+    tasks = -(-row_tiles // chunk)
+    with problem.launch(tasks), loop(tasks, parallel=config.parallel) as task:
+        problem.start_task()
         if config.order == "rows":
             over_chunk(task, lambda i: over_tokens(lambda first, n: at_rows(i, first, n)))
         else:
@@ -84,6 +86,7 @@ def writer(
         (block,) = blocks[r]
         if bias is not None:
             value = value + load(bias, block, lane, lanes=lanes)
+        value = problem.finish(value, tokens[m], block, lane, lanes)
         last = r + 1 == len(blocks)  # the last block of all is the last of its tile
         store_rows(y, tokens[m], block, lane, lanes, value, problem.n, last=last)
 

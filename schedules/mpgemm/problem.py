@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from mimo_compile.ir.formats import WeightFormat, parse_weight_format
 from mimo_compile.ir.ops import get_op
@@ -83,6 +85,17 @@ class Problem:
         if self.bias:
             out.append(Arg("bias", "weight", (self.row_blocks, ROWS), "float32"))
         return (*out, Arg("y", "output", (self.m, self.n), "float32"))
+
+    def launch(self, tasks: int) -> AbstractContextManager[Any]:
+        """Return what the loop over tasks is emitted in: nothing, for a plain matmul."""
+        return nullcontext()
+
+    def start_task(self) -> None:
+        """Emit what a task does before its tiles: nothing, for a plain matmul."""
+
+    def finish(self, value: Any, token: Any, block: Any, lane: int, lanes: int) -> Any:
+        """Return what is stored for sums (bias added) of rows ``16 * block + lane`` and following."""
+        return value
 
     def packed_bytes(self) -> float:
         """Bytes of all packed weights."""

@@ -13,6 +13,8 @@ WORKLOADS = [
     "mpgemm:m=2,n=24,k=100,w=w4zg64,a=a8,bias=1",
     "mpgemm:m=2,n=32,k=128,w=bf16",
     "mpgemm:m=3,n=16,k=96,w=w1.58",
+    "lora_mpgemm:m=4,n=32,k=128,w=w4g64,a=a8,r=3,l=2",
+    "lora_mpgemm:m=3,n=40,k=100,w=bf16,bias=1,r=2,d=fp8,parts=8+32",
     "cached_attention:t=4,h=4,kv=2,d=32,dv=16,cap=64,sink=1,len=40",
     "cached_attention:t=4,h=4,kv=2,d=32,dv=16,cap=64,window=16,sink=1",
     "kv_append:t=4,h=4,kv=2,d=32,dv=16,cap=64,rot=16,norm=1,vscale=0.5",

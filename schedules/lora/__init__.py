@@ -1,0 +1,1 @@
+"""Matmuls with low-rank adapters: those of `mpgemm`, with the adapter's two small products fused in."""
