@@ -9,7 +9,14 @@ import numpy as np
 from mimo_compile.schedules.emit.build import Register, T, bind, splat, store, vector_type
 from mimo_compile.schedules.emit.dense import Planes, SignedTrits, Trits
 from mimo_compile.schedules.emit.layout import CodeLayout
+from mimo_compile.schedules.emit.nibbles import BitPlanes
 
+_SHUFFLE = {
+    16: "llvm.x86.avx512.pshuf.b.512",
+    8: "llvm.x86.avx2.pshuf.b",
+    4: "llvm.x86.ssse3.pshuf.b.128",
+}
+"""Byte shuffles within 128 bits by 32-bit lanes."""
 _PERMUTE = "llvm.x86.avx512.vpermi2var.qi.512"
 
 
@@ -36,6 +43,8 @@ def unpack(codes: CodeLayout, lines: list[Any], lanes: int, constants: list[Any]
         return _signed_trits(lines[0], constants)
     if isinstance(codes, Trits):
         return _trits(lines[0], lanes)
+    if isinstance(codes, BitPlanes):
+        return _spread(codes, lines, lanes)
     bits = codes.lane_bits
     if bits == 8:
         return lines
@@ -59,6 +68,29 @@ def _joined(codes: Planes, lines: list[Any], quad: int, lanes: int) -> Any:
     for part in parts[1:]:
         total = T.bitwise_or(total, part)
     return bind(total)
+
+
+def _spread(codes: BitPlanes, lines: list[Any], lanes: int) -> list[Any]:
+    """Turn the nibbles of each plane into bytes of four columns: copy the byte, test a bit in each copy."""
+    kind, count = vector_type("int8", 4 * lanes), 4 * lanes
+    zero, out = T.broadcast(T.int8(0), count), []
+    copies = {}
+    for j in range(4):
+        pattern = np.arange(count, dtype=np.uint8) & 12 | j
+        order = T.reinterpret(kind, constant_words(pattern))
+        for bit, line in enumerate(lines):
+            raw = T.reinterpret(kind, line)
+            copies[j, bit] = bind(T.call_llvm_pure_intrin(kind, _SHUFFLE[lanes], raw, order))
+    for quad in range(8):
+        # byte c of a word: bit c of the nibble
+        mask = T.reinterpret(kind, splat(_word(0x08040201 << (quad & 4)), lanes))
+        total = None
+        for bit in range(len(lines)):
+            found = T.bitwise_and(copies[quad & 3, bit], mask) != zero
+            part = T.Select(found, T.broadcast(T.int8(1 << bit), count), zero)
+            total = part if total is None else T.bitwise_or(total, part)
+        out.append(bind(T.reinterpret(vector_type("int32", lanes), total)))
+    return out
 
 
 def _trits(words: Any, lanes: int) -> list[Any]:
@@ -104,8 +136,11 @@ def _looked_up(low: Any, high: Any, index: Any, most: int) -> Any:
 
 def _bytes(mask: int) -> Any:
     """Return a byte repeated in a 32-bit integer."""
-    word = mask * 0x01010101
-    return T.int32(word - (1 << 32) if word >= 1 << 31 else word)
+    return _word(mask * 0x01010101)
+
+
+def _word(bits: int) -> Any:
+    return T.int32(bits - (1 << 32) if bits >= 1 << 31 else bits)
 
 
 def constant_words(values: np.ndarray[Any, Any]) -> Any:

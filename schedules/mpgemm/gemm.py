@@ -119,17 +119,22 @@ class X86Gemm(Schedule):
         work = problem.packed_bytes() * max(1.0, problem.m / 4)
         parallel = hardware.threads > 1 and problem.row_blocks > 1 and work >= PARALLEL_BYTES
         far = problem.m == 1 and problem.packed_bytes() > hardware.l2_bytes
-        ahead, tiles = 16 if far else 0, self.tiles(problem)
-        if far and problem.act == "a8":
-            # one row block at a time is one stream, which memory serves best when asked 8 KiB ahead
-            ahead, steps = 128, sorted(self.unrolls(problem), reverse=True)
-            tiles = (*((1, 1, u) for u in steps if problem.layout.group_blocks % u == 0), *tiles)
+        tiles = (*(self.streams(problem) if far else ()), *self.tiles(problem))
         for rows, most, unroll in tiles:
             tokens = max(t for t in sizes if t <= most)
+            # one row block at a time is one stream: memory serves it best when asked 8 KiB ahead
+            ahead = (128 if rows == 1 else 32 if problem.act == "a8" else 16) if far else 0
             config = GemmConfig(rows, tokens, 1, "rows", ahead, unroll, parallel, dot)
             if legal(config):
                 return config
         return GemmConfig(rows=1, tokens=1, parallel=parallel, dot=dot)
+
+    def streams(self, problem: Problem) -> tuple[tuple[int, int, int], ...]:
+        """Return tiles as `tiles` does that are better for one token and weights in memory."""
+        if problem.act != "a8":
+            return ()
+        steps = sorted(self.unrolls(problem), reverse=True)
+        return tuple((1, 1, u) for u in steps if problem.layout.group_blocks % u == 0)
 
     def tiles(self, problem: Problem) -> tuple[tuple[int, int, int], ...]:
         """Return (rows, tokens, unroll) of register tiles, the best first.

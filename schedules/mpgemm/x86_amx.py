@@ -163,6 +163,18 @@ class X86Amx(X86Gemm):
         )
 
 
+class X86AmxBits(X86Amx):
+    """1 to 4 bits from the planes that lookups of few tokens read, so that both share weights."""
+
+    name = "mpgemm.x86_amx_bits"
+    packing = "bits4"
+
+    def supports(self, workload: Workload, hardware: Hardware) -> bool:
+        """See `X86Amx`."""
+        bits = self.problem(workload).fmt.bits
+        return bits <= 4 and super().supports(workload, hardware)
+
+
 def depth(problem: Problem) -> int:
     """Return the columns that a tile holds: 64, or 32 for finer groups; 0 if groups fill no tile."""
     layout = problem.layout

@@ -60,6 +60,10 @@ class X86Trits(_Dense):
         layout = problem.layout
         return problem.fmt.family == "ternary" and layout.k_padded <= layout.k * (1 + _GROUP_LOSS)
 
+    def streams(self, problem: Problem) -> tuple[tuple[int, int, int], ...]:
+        """Unpacking is what takes long here, and several rows share what it needs."""
+        return ()
+
 
 class X86SignedTrits(X86Trits):
     """Five ternary codes a byte, by permutations of bytes."""

@@ -9,6 +9,7 @@ import pytest
 from harness import check, sample_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_amx import SPR, PlainTiles
 
 from mimo_compile.ir.formats import parse_weight_format
 from mimo_compile.ir.hardware import PRESETS, local_cpu
@@ -18,6 +19,8 @@ from mimo_compile.schedules.compile import assembly
 from mimo_compile.schedules.emit.dense import PACKINGS
 from mimo_compile.schedules.emit.lut import LOOKUPS
 from mimo_compile.schedules.emit.nibbles import NibbleLayout
+from mimo_compile.schedules.mpgemm.problem import GemmConfig
+from mimo_compile.schedules.mpgemm.x86_amx import X86AmxBits
 
 CPU = local_cpu()
 FORMATS = {
@@ -104,6 +107,28 @@ def test_one_instruction_looks_up_four_tables():
     assert spans[0] == 64 * 512 / 4 and spans[1] > spans[0]
 
 
+class BitsOnPlainTiles(X86AmxBits):
+    """Matrix tiles that every CPU has."""
+
+    name = "mpgemm.x86_amx_bits_plain"
+    tiles_class = PlainTiles
+
+    def supports(self, workload, hardware):
+        return super().supports(workload, dataclasses.replace(hardware, features=SPR.features))
+
+    def lower(self, workload, config, hardware):
+        return dataclasses.replace(super().lower(workload, config, hardware), features=frozenset())
+
+
+@pytest.mark.parametrize("fmt", ["w1grow", "w2g64", "w3zg32", "w1.58"])
+def test_matrix_tiles_read_what_lookups_read(fmt):
+    workload = parse_workload(f"mpgemm:m=20,n=34,k=416,w={fmt},a=a8")
+    schedule, lookups = BitsOnPlainTiles(), get_schedule("mpgemm.x86_lut")
+    config = schedule.space(workload, CPU).default
+    assert schedule.layouts(workload, config) == lookups.layouts(workload, GemmConfig())
+    check(schedule, workload, config)
+
+
 def test_every_ternary_triple():
     """Each of the 27 triples gives the digits that went in, and all share 14 magnitudes."""
     codes = np.array([[v // 9, v // 3 % 3, v % 3] for v in range(27)], np.uint8)
@@ -121,6 +146,26 @@ def test_groups_that_blocks_do_not_fill_are_left_to_others():
     for name, text in (("x86_tl2", "w1.58g64"), ("x86_lut", "w2g16")):
         workload = parse_workload(f"mpgemm:m=1,n=64,k=640,w={text},a=a8")
         assert not get_schedule(f"mpgemm.{name}").supports(workload, CPU)
+
+
+def test_avx2_looks_up_in_256_bits():
+    schedule, hardware = get_schedule("mpgemm.x86_lut_shuffle"), PRESETS["x86-64-v3"]
+    workload = parse_workload("mpgemm:m=1,n=64,k=512,w=w1,a=a8")
+    assert schedule.space(workload, hardware).knobs["dot"] == ("pshufb256",)
+    kernel = schedule.lower(workload, schedule.space(workload, hardware).default, hardware)
+    text = assembly([kernel], hardware)
+    lookups = [line for line in text.splitlines() if "vpshufb" in line]
+    assert any("ymm" in line for line in lookups) and "zmm" not in text
+
+
+def test_avx2_code_runs():
+    """The code of a CPU without AVX-512 gives the same result, on any that has AVX2."""
+    if "avx2" not in CPU.features:
+        pytest.skip("no AVX2")
+    old = dataclasses.replace(CPU, features=CPU.features & PRESETS["x86-64-v3"].features)
+    for fmt in ("w1", "w2zg32", "w3grow"):
+        text = f"mpgemm:m=3,n=40,k=416,w={fmt},a=a8"
+        check(get_schedule("mpgemm.x86_lut_shuffle"), text, hardware=old)
 
 
 def test_ways_divide_groups_into_spans():
