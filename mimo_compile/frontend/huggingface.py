@@ -174,7 +174,7 @@ def _calibrated(
             remedy="Leave --calibrate out",
         )
     ids = token_sequences(
-        calibration, checkpoint.tokenizer_json(), config.vocab, config.max_context
+        calibration, checkpoint.tokenizer_json(), config.vocab, config.hidden, config.max_context
     )
     builder = CalibratedBuilder(config, plain.family, checkpoint, plain.scheme, calibration, ids)
     record = Calibrated(

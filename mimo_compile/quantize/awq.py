@@ -19,11 +19,11 @@ from mimo_compile.quantize import quantize
 from mimo_compile.quantize.gptq import Gain
 from mimo_compile.quantize.moments import Moments, squared_error
 
-_STEPS = 10
+_STEPS = 8
 """Exponents from 0 to 1 in so many steps."""
 _SPAN = 1e4
 """Largest ratio of two channels' scales."""
-_SAMPLE = 1024
+_SAMPLE = 512
 """Rows of one matrix that decide."""
 
 

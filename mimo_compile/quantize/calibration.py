@@ -21,6 +21,8 @@ _LARGEST_TEXT = 1 << 28
 """Bytes of a text file beyond which it is refused."""
 _PER_FILE = 4
 """Most sequences of one standard-library module."""
+_TOKENS, _LEAST, _MOST = 16, 16, 128
+"""Tokens for each hidden channel, and limits of the number of sequences."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +32,8 @@ class Calibration:
     method: Method = "rtn"
     text: Path | None = None
     """File of calibration text; None: standard-library modules that the built-in model was trained on."""
-    sequences: int = 64
+    sequences: int | None = None
+    """None: as many as make 16 tokens for each hidden channel, at least 16 and at most 128."""
     length: int = 512
     """Tokens of a sequence, at most the model's context."""
     seed: int = 0
@@ -42,7 +45,7 @@ class Calibration:
         """Check the numbers."""
         if self.method not in get_args(Method):
             raise _unknown(self.method)
-        if self.sequences < 1 or self.length < 2:
+        if (self.sequences is not None and self.sequences < 1) or self.length < 2:
             raise UsageError("calibration needs at least one sequence of two tokens")
 
 
@@ -70,7 +73,7 @@ def _unknown(text: str) -> UsageError:
 
 
 def token_sequences(
-    calibration: Calibration, tokenizer: bytes | None, vocab: int, max_context: int
+    calibration: Calibration, tokenizer: bytes | None, vocab: int, hidden: int, max_context: int
 ) -> Tensor:
     """Return the calibration tokens ``int32 [S, L]``.
 
@@ -78,6 +81,7 @@ def token_sequences(
         calibration: which text, how much of it.
         tokenizer: ``tokenizer.json`` of the model.
         vocab: ids are below this.
+        hidden: channels of the residual stream, which decide how many sequences there are by default.
         max_context: upper limit of L.
 
     Raises:
@@ -94,10 +98,11 @@ def token_sequences(
     coder = Tokenizer.from_str(tokenizer.decode("utf-8"))
     length = min(calibration.length, max_context)
     rng = np.random.default_rng(calibration.seed)
+    count = calibration.sequences or min(_MOST, max(_LEAST, -(-_TOKENS * hidden // length)))
     if calibration.text is None:
-        found = _library(coder, length, calibration.sequences, rng)
+        found = _library(coder, length, count, rng)
     else:
-        found = _file(coder, calibration.text, length, calibration.sequences, rng)
+        found = _file(coder, calibration.text, length, count, rng)
     if found.max() >= vocab:
         raise InputError(
             f"the tokenizer gives the token {found.max()}, the model has {vocab}",

@@ -187,7 +187,8 @@ def _run(w: Tensor, start: _Parts, factor: Tensor, what: str) -> _Parts:
     )  # fmt: skip
     per, size = fmt.scales_per_group, fmt.group_size(k)
     fixed = fmt.group <= 0 or fmt.family == "fp8"
-    columns = w.mT.contiguous()  # one row of memory for each column of the matrix
+    # one row of memory for each column of the matrix; a copy, for it is used up
+    columns = w.mT.clone(memory_format=torch.contiguous_format)
 
     def params(group: int) -> _Params:
         place = slice(group * per, (group + 1) * per)
