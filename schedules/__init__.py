@@ -46,7 +46,6 @@ SCHEDULES: dict[str, dict[str, str]] = {
         "lora_mpgemm.x86_codebook_planes": "lora.x86:LoraCodebookPlanes",
         "lora_mpgemm.x86_complex": "lora.x86:LoraComplex",
         "lora_mpgemm.sim_roma": "simulated.roma:LoraRoma",
-        "lora_mpgemm.sim_roma": "simulated.roma:LoraRoma",
     },
     "cached_attention": {"cached_attention.x86_flash": "attention.x86_flash:X86Flash"},
     "kv_append": {"kv_append.x86": "attention.x86_append:X86Append"},
