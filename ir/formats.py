@@ -134,6 +134,10 @@ class WeightFormat:
         """Return the shape of the codes of a matrix ``[n, k]``."""
         return (self.terms * n // 2, k // 2) if self.family == "complex" else (n, k)
 
+    def rows(self, coded: int) -> int:
+        """Return the rows of the real matrix whose codes have ``coded`` rows."""
+        return coded * 2 // self.terms if self.family == "complex" else coded
+
     def scale_shape(self, n: int, k: int) -> tuple[int, int]:
         """Return the shape of the scales of a matrix ``[n, k]``."""
         rows, columns = self.code_shape(n, k)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mimo_compile import _tvm
 from mimo_compile.errors import InputError
+from mimo_compile.ir.formats import parse_weight_format
 from mimo_compile.ir.generic_ops import TABLE, generic_linear
 from mimo_compile.ir.generic_ops import rms_norm as generic_rms_norm
 from mimo_compile.ir.guard import Wide, check_operators, guarded
@@ -129,7 +130,7 @@ class _Converters:
             imp,
             x,
             [codes, scale, zero, bias],
-            _shape(codes)[0],
+            parse_weight_format(w).rows(_shape(codes)[0]),
             w=w,
             a=a,
             s=s[0] if s else "f16",

@@ -53,9 +53,7 @@ def mpgemm(
 def _(
     x: Tensor, codes: Tensor, scale: Tensor, zero: Any, bias: Any, w: str, a: str, s: str = "f16"
 ) -> Tensor:
-    fmt = parse_weight_format(w)
-    rows = codes.shape[0] * 2 // fmt.terms if fmt.family == "complex" else codes.shape[0]
-    return x.new_empty((*x.shape[:-1], rows))
+    return x.new_empty((*x.shape[:-1], parse_weight_format(w).rows(codes.shape[0])))
 
 
 @torch.library.custom_op("mimo::linear", mutates_args=())

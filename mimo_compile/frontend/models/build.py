@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mimo_compile.errors import InputError
+from mimo_compile.errors import InputError, UsageError
 from mimo_compile.frontend.models.decoder import Decoder, DecoderConfig, LayerSpec, Stage
 from mimo_compile.frontend.models.family import Family, Names
 from mimo_compile.frontend.models.stages import (
@@ -107,8 +107,18 @@ class Builder:
     """Structural key of a layer -> the short kind it got."""
 
     def build(self) -> Decoder:
-        """Read and quantise everything."""
-        config = self.config
+        """Read and quantise everything.
+
+        Raises:
+            UsageError: the scheme's weights cannot be those of routed experts.
+        """
+        config, fmt = self.config, self.scheme.weight
+        routed = [s for s in (*config.layers, *config.mtp) if s.mlp == "moe"]
+        if routed and fmt is not None and fmt.family == "complex":
+            raise UsageError(
+                f"the model's experts cannot have {fmt} weights (--quant)",
+                remedy="complex formats are for models without experts; use w2g64a8 for two bits",
+            )
         table = frozen(self._stored(EMBED))
         stages = [Stage("embed", "embed", Embed(table), {}, ("ids",), ("x",))]
         ropes: dict[object, str] = {}
@@ -134,12 +144,18 @@ class Builder:
         return tensor if tensor.dtype == torch.bfloat16 else tensor.to(torch.float32)
 
     def _matrix(self, names: list[str], fmt: WeightFormat | None) -> Tensor | QuantTensor:
-        """Return matrices stacked along their rows, each quantised by itself or as it is stored."""
+        """Return matrices stacked along their rows, each quantised by itself or as it is stored.
+
+        Complex formats pair upper with lower rows, so that a stack of them is quantised as one matrix.
+        """
         if any(self.checkpoint.entries[name].fmt for name in names):
             return self._as_stored(names)
         if fmt is None:
             parts = [self._stored(name) for name in names]
             return parts[0] if len(parts) == 1 else torch.cat(_same_type(parts))
+        if fmt.family == "complex" and len(names) > 1:
+            whole = torch.cat(_same_type([self.checkpoint.tensor(name) for name in names]))
+            return self._quantise(" + ".join(names), whole, fmt)
         done = [self._quantise(name, self.checkpoint.tensor(name), fmt) for name in names]
         return done[0] if len(done) == 1 else _stack(done)
 
