@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 PERPLEXITY_BOUND = 1e-3
 """Largest relative difference between compiled and eager perplexity."""
+_MOST_CHANCE = 5 * PERPLEXITY_BOUND
+"""Largest one that chance may explain."""
 _WINDOW = 512
 
 
@@ -94,7 +96,14 @@ class Perplexity:
     tokens: int
     compiled: float
     eager: float
-    bound: float = PERPLEXITY_BOUND
+    noise: float = 0.0
+    """Standard error of the difference's logarithm: 8-bit activations next to a tie round either way, which
+    moves each token a little, this way or that."""
+
+    @property
+    def bound(self) -> float:
+        """Largest relative difference: two standard errors count as chance, up to `_MOST_CHANCE`."""
+        return max(PERPLEXITY_BOUND, min(2 * self.noise, _MOST_CHANCE))
 
     @property
     def difference(self) -> float:
@@ -136,7 +145,12 @@ class Verification:
             out["end_to_end"] = {**asdict(self.end_to_end), "ok": self.end_to_end.ok}
         if self.perplexity is not None:
             p = self.perplexity
-            out["perplexity"] = {**asdict(p), "difference": p.difference, "ok": p.ok}
+            out["perplexity"] = {
+                **asdict(p),
+                "bound": p.bound,
+                "difference": p.difference,
+                "ok": p.ok,
+            }
         return out
 
 
@@ -430,14 +444,16 @@ def compare_perplexity(module: Module, eager: Decoder, ids: Any) -> Perplexity:
     size = min(_WINDOW, decoder.max_context)
     windows = [ids[at : at + size] for at in range(0, len(ids), size)]
     windows = [w for w in windows if len(w) > 1]
-    ours = theirs = 0.0
-    count = 0
+    ours: list[Any] = []
+    theirs: list[Any] = []
     for window in windows:
-        ours += float(module.token_logprobs(window).sum())
+        ours.append(module.token_logprobs(window))
         logits = eager.prefill([int(i) for i in window])[1].numpy()
-        theirs += float(log_softmax_at(logits[:-1], np.asarray(window[1:], np.int32)).sum())
-        count += len(window) - 1
-    return Perplexity(count, math.exp(-ours / count), math.exp(-theirs / count))
+        theirs.append(log_softmax_at(logits[:-1], np.asarray(window[1:], np.int32)))
+    mine, other = (np.concatenate(parts).astype(np.float64) for parts in (ours, theirs))
+    noise = float((mine - other).std() / math.sqrt(mine.size))
+    means = (math.exp(-float(parts.mean())) for parts in (mine, other))
+    return Perplexity(int(mine.size), *means, noise)
 
 
 __all__ = [

@@ -112,7 +112,7 @@ def _show(console: Console, found: Verification) -> None:
     if p is not None:
         console.say(
             f"perplexity on {p.tokens} tokens: {'ok' if p.ok else 'WRONG'}; compiled {p.compiled:.4f}, "
-            f"eager {p.eager:.4f}, difference {100 * p.difference:+.4f} % (bound {100 * p.bound:g} %)"
+            f"eager {p.eager:.4f}, difference {100 * p.difference:+.4f} % (bound {100 * p.bound:.3g} %)"
         )
     for note in found.notes:
         console.say(f"note: {note}")
