@@ -10,7 +10,8 @@ from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.emit.build import loop, workspace
 from mimo_compile.schedules.emit.dot import exact
 from mimo_compile.schedules.emit.layout import ROWS
-from mimo_compile.schedules.emit.lut import LOOKUPS, Lookup, lut_sums
+from mimo_compile.schedules.emit.lut import Lookup, lut_sums
+from mimo_compile.schedules.emit.lut_x86 import LOOKUPS
 from mimo_compile.schedules.emit.nibbles import NibbleLayout
 from mimo_compile.schedules.emit.quantize import Activations, quantize_row
 from mimo_compile.schedules.emit.tile import TileKnobs, Weights, int_tile

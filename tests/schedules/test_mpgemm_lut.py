@@ -17,7 +17,7 @@ from mimo_compile.ir.ops import parse_workload
 from mimo_compile.schedules import get_schedule
 from mimo_compile.schedules.compile import assembly
 from mimo_compile.schedules.emit.dense import PACKINGS
-from mimo_compile.schedules.emit.lut import LOOKUPS
+from mimo_compile.schedules.emit.lut_x86 import LOOKUPS
 from mimo_compile.schedules.emit.nibbles import NibbleLayout
 from mimo_compile.schedules.mpgemm.problem import GemmConfig
 from mimo_compile.schedules.mpgemm.x86_amx import X86AmxBits
