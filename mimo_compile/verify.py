@@ -452,8 +452,8 @@ def compare_perplexity(module: Module, eager: Decoder, ids: Any) -> Perplexity:
         theirs.append(log_softmax_at(logits[:-1], np.asarray(window[1:], np.int32)))
     mine, other = (np.concatenate(parts).astype(np.float64) for parts in (ours, theirs))
     noise = float((mine - other).std() / math.sqrt(mine.size))
-    means = (math.exp(-float(parts.mean())) for parts in (mine, other))
-    return Perplexity(int(mine.size), *means, noise)
+    compiled, uncompiled = (math.exp(-float(parts.mean())) for parts in (mine, other))
+    return Perplexity(int(mine.size), compiled, uncompiled, noise)
 
 
 __all__ = [
