@@ -128,7 +128,7 @@ class WeightFormat:
         """Bits that one real weight ``[n, k]`` needs without scales, densely packed."""
         if self.family == "complex":
             return self.bits * self.terms / 4
-        return 1.6 if self.dense else float(self.bits)
+        return 1.6 if self.family == "ternary" else float(self.bits)
 
     def code_shape(self, n: int, k: int) -> tuple[int, int]:
         """Return the shape of the codes of a matrix ``[n, k]``."""

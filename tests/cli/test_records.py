@@ -112,7 +112,7 @@ def test_formats_lists_kernels_and_their_absence(cli) -> None:
     by = {(r["op"], r["weight"], r["act"]): r["kernels"] for r in rows}
     assert by["mpgemm", "w4", "a8"]["cpu"] and by["mpgemm", "f32", "a16"]["x86-64-v3"]
     assert ("mpgemm", "f32", "a8") not in by
-    assert by["mpgemm", "complex2", "a16"]["cpu"] == []
+    assert by["moe", "w1.58d", "a16"]["cpu"] == []
 
 
 def test_outputs_that_would_replace_something_else(cli, database, decoder_file, tmp_path) -> None:
