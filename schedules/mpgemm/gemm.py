@@ -122,8 +122,8 @@ class X86Gemm(Schedule):
         tiles = (*(self.streams(problem) if far else ()), *self.tiles(problem))
         for rows, most, unroll in tiles:
             tokens = max(t for t in sizes if t <= most)
-            # one row block at a time is one stream: memory serves it best when asked 8 KiB ahead
-            ahead = (128 if rows == 1 else 32 if problem.act == "a8" else 16) if far else 0
+            # one row block at a time is one stream, which memory serves best when asked 8 KiB ahead
+            ahead = (128 if rows == 1 else 64 if problem.fmt.is_float else 32) if far else 0
             config = GemmConfig(rows, tokens, 1, "rows", ahead, unroll, parallel, dot)
             if legal(config):
                 return config
