@@ -11,7 +11,7 @@ from mimo_compile.schedules.emit.build import loop, workspace
 from mimo_compile.schedules.emit.dot import exact
 from mimo_compile.schedules.emit.layout import ROWS
 from mimo_compile.schedules.emit.lut import Lookup, lut_sums
-from mimo_compile.schedules.emit.lut_x86 import LOOKUPS
+from mimo_compile.schedules.emit.lut_x86 import LOOKUPS, Permute
 from mimo_compile.schedules.emit.nibbles import NibbleLayout
 from mimo_compile.schedules.emit.quantize import Activations, quantize_row
 from mimo_compile.schedules.emit.tile import TileKnobs, Weights, int_tile
@@ -166,7 +166,7 @@ class X86Lut4(X86Lut):
 
 
 class X86LutShuffle(X86Lut):
-    """1 to 4 bits on CPUs whose permutations stay in 128 bits: any with AVX2."""
+    """1 to 4 bits on CPUs with AVX2 whose permutations stay in 128 bits: others need half the time."""
 
     name = "mpgemm.x86_lut_shuffle"
     packing = "bits4.apart"
@@ -174,3 +174,8 @@ class X86LutShuffle(X86Lut):
     def fits(self, problem: Problem) -> bool:
         """Codes of up to 4 bits."""
         return problem.fmt.bits <= 4
+
+    def supports(self, workload: Workload, hardware: Hardware) -> bool:
+        """See `LookupGemm`."""
+        wide = Permute.needs <= hardware.features
+        return not wide and super().supports(workload, hardware)

@@ -23,6 +23,8 @@ from mimo_compile.schedules.mpgemm.problem import GemmConfig
 from mimo_compile.schedules.mpgemm.x86_amx import X86AmxBits
 
 CPU = local_cpu()
+OLDER = dataclasses.replace(CPU, features=CPU.features - {"avx512vbmi"})
+"""This CPU, were it to permute bytes within 128 bits only."""
 FORMATS = {
     "mpgemm.x86_lut": (
         "w1", "w1g32", "w1zg64", "w1grow", "w2", "w2zg32", "w3g32", "w3zg64", "w1.58",
@@ -35,11 +37,12 @@ FORMATS = {
 CASES = [(name, fmt) for name, formats in FORMATS.items() for fmt in formats]
 
 
-def supported(name, text, hardware=CPU):
+def supported(name, text):
     schedule, workload = get_schedule(name), parse_workload(text)
+    hardware = OLDER if "shuffle" in name else CPU
     if not schedule.supports(workload, hardware):
         pytest.skip(f"{name} does not run here")
-    return schedule, workload
+    return schedule, workload, hardware
 
 
 @settings(max_examples=16)
@@ -49,20 +52,20 @@ def supported(name, text, hardware=CPU):
 )  # fmt: skip
 def test_any_shape_and_config_is_exact(case, m, n, k, kind, seed):
     name, fmt = case
-    schedule, workload = supported(name, f"mpgemm:m={m},n={n},k={k},w={fmt},a=a8")
+    schedule, workload, hardware = supported(name, f"mpgemm:m={m},n={n},k={k},w={fmt},a=a8")
     rng = np.random.default_rng(seed)
     # rows of equal magnitudes quantise to 127 throughout: every table overflows a byte
     x = rng.standard_normal((m, k), dtype=np.float32)
     x = {"normal": x, "sign": np.sign(x), "heavy": x**5}[kind]
-    config = sample_config(schedule, workload, CPU, seed)
-    check(schedule, workload, config, seed, inputs={"x": x})
+    config = sample_config(schedule, workload, hardware, seed)
+    check(schedule, workload, config, seed, inputs={"x": x}, hardware=hardware)
 
 
 @pytest.mark.parametrize(("name", "fmt"), CASES)
 def test_integer_part_is_exact_to_the_bit(name, fmt):
     m, n, k = 2, 33, 1120
     text = f"mpgemm:m={m},n={n},k={k},w={fmt},a=a8"
-    schedule, workload = supported(name, text)
+    schedule, workload, hardware = supported(name, text)
     parsed = parse_weight_format(fmt)
     rng = np.random.default_rng(5)
     # part of the columns small, part large: spans with one and with two tables in one row
@@ -70,9 +73,11 @@ def test_integer_part_is_exact_to_the_bit(name, fmt):
     x = rng.integers(-size, size + 1, (m, k)).astype(np.float32)
     x[:, -1] = 127
     ones = np.ones(parsed.scale_shape(n, k), np.float32)
-    for dot in schedule.space(workload, CPU).knobs["dot"]:
-        config = dataclasses.replace(schedule.space(workload, CPU).default, dot=dot)
-        done = check(schedule, workload, config, inputs={"x": x, "scale": ones})
+    space = schedule.space(workload, hardware)
+    for dot in space.knobs["dot"]:
+        config = dataclasses.replace(space.default, dot=dot)
+        inputs = {"x": x, "scale": ones}
+        done = check(schedule, workload, config, inputs=inputs, hardware=hardware)
         zero = done.inputs.get("zero", np.full((n, parsed.groups(k)), parsed.fixed_zero))
         twice = 2 * done.inputs["codes"].astype(np.int64)
         point = np.repeat((2 * zero).astype(np.int64), parsed.group_size(k), 1)[:, :k]

@@ -26,6 +26,7 @@ WORKLOADS = [
     "mpgemm:m=2,n=40,k=128,w=w3g64,a=a8",
     "mpgemm:m=2,n=40,k=160,w=w1.58d,a=a8",
     "mpgemm:m=1,n=40,k=160,w=w1.58,a=a8",
+    "mpgemm:m=9,n=40,k=192,w=w2g64,a=a8",
     "mpgemm:m=3,n=40,k=128,w=nf4g64",
     "mpgemm:m=3,n=40,k=128,w=nf3g64",
     "mpgemm:m=1,n=70,k=192,w=bf16",
