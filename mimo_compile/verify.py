@@ -187,8 +187,13 @@ def verify_artifact(
         ArtifactError: it is damaged or does not fit this machine.
         InputError: the source cannot be read, or is another model.
     """
+    from mimo_compile.quantize.calibration import repeat_calibration
+
     parts = open_artifact(path, verify="full")
     found = Verification(os.fspath(path))
+    origin = source if source is not None else builtin_source(parts)
+    if origin is not None:  # refused before the work of checking kernels
+        repeat_calibration(parts.manifest.calibrated, calibration, log)
     log(f"all bytes of {found.path} match their hashes")
     module = Module(parts, threads=threads)
     for check in check_kernels(parts, module.threads, seed):
@@ -197,7 +202,6 @@ def verify_artifact(
         log(
             f"{state:>7} {_ratio(check.error_ratio)}  {check.workload}  {check.schedule}  {check.message}"
         )
-    origin = source if source is not None else builtin_source(parts)
     if parts.manifest.decoder is None:
         if origin is None:
             found.notes.append(

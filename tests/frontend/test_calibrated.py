@@ -13,8 +13,9 @@ from mimo_compile.frontend.models.calibrated import CalibratedBuilder, Observed,
 from mimo_compile.frontend.models.family import Fields
 from mimo_compile.frontend.weights import open_checkpoint
 from mimo_compile.ir.formats import QuantScheme, parse_scheme
-from mimo_compile.quantize.calibration import Calibration, token_sequences
+from mimo_compile.quantize.calibration import Calibration, repeat_calibration, token_sequences
 from mimo_compile.quantize.gptq import gptq
+from mimo_compile.runtime.program import Calibrated
 from mimo_compile.tiny import corpus
 
 CASES = ["llama-linear-mha", "qwen2", "qwen3", "mimo_v2_flash", "mimo_v2_flash-groups"]
@@ -251,3 +252,25 @@ def test_what_cannot_be_calibrated(saved, tmp_path):
             load_checkpoint(folder, parse_scheme(quant), 64, calibration)
     with pytest.raises(InputError, match="needs a tokenizer"):
         load_checkpoint(saved("llama")[1], parse_scheme("w4g32"), 64, calibration)
+
+
+def test_a_record_says_how_to_calibrate_again(tmp_path):
+    def quiet(text):
+        pass
+
+    standard = Calibrated("gptq", "", 16, 512, 3, "0" * 64)
+    assert repeat_calibration(standard, None, quiet) == Calibration("gptq", None, 16, 512, 3)
+    assert repeat_calibration(None, None, quiet) is None
+    assert repeat_calibration(None, Calibration(), quiet) is None
+    book = Calibrated("awq", "book.txt", 4, 64, 0, "0" * 64)
+    asked = Calibration("awq", tmp_path / "b.txt", seed=9)
+    again = repeat_calibration(book, asked, quiet)
+    assert again == Calibration("awq", tmp_path / "b.txt", 4, 64, 0)
+    for record, other, match in (
+        (book, None, "awq:path/to/book.txt"),
+        (standard, Calibration("awq"), "chosen by gptq, not awq"),
+        (None, Calibration("gptq"), "chosen by rtn, not gptq"),
+        (standard, Calibration("gptq", tmp_path / "b.txt"), "not on a file"),
+    ):
+        with pytest.raises(UsageError, match=match):
+            repeat_calibration(record, other, quiet)
