@@ -192,11 +192,11 @@ class Triples(NibbleLayout):
         return 5 * 4 + 2 * 8
 
     def _pack_words(self, words: Words) -> Words:
-        codes = np.ascontiguousarray(words).view(np.uint8).astype(np.int16)
-        codes = codes.reshape(*words.shape[:-1], 32, 3)
-        value = codes @ np.array([9, 3, 1], np.int16) - np.int16(13)
-        index = np.abs(value).astype(np.uint8).reshape(*words.shape[:-1], 4, 8)
-        negative = (value < 0).astype(np.uint8).reshape(*words.shape[:-1], 8, 4)
+        codes = np.ascontiguousarray(words).view(np.uint8).reshape(*words.shape[:-1], 32, 3)
+        value = codes[..., 0] * np.uint8(9) + codes[..., 1] * np.uint8(3) + codes[..., 2]
+        index = np.where(value < 13, np.uint8(13) - value, value - np.uint8(13))
+        index = index.reshape(*words.shape[:-1], 4, 8)
+        negative = (value < 13).view(np.uint8).reshape(*words.shape[:-1], 8, 4)
         signs = np.bitwise_or.reduce(negative << np.arange(8, dtype=np.uint8)[:, None], -2)
         lines = [_joined(index[..., i, :]) for i in range(4)]
         return np.concatenate([*lines, np.ascontiguousarray(signs).view("<u4")], -1)
