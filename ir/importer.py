@@ -57,6 +57,8 @@ class _Converters:
         self.table: dict[str, Callable[[Any, Any], Any]] = {
             "linear.default": self.linear,
             "mpgemm.default": self.mpgemm,
+            "lora_mpgemm.default": self.lora_mpgemm,
+            "lora_linear.default": self.lora_linear,
             "rms_norm.default": self.rms_norm,
             "add_rms_norm.default": self.add_rms_norm,
             "kv_append.default": self.kv_append,
@@ -93,14 +95,16 @@ class _Converters:
             return x
         return imp.block_builder.emit(_tvm.compiler().relax.op.reshape(x, shape))
 
-    def _matmul(self, imp: Any, x: Any, args: list[Any], n: int, **p: Value) -> Any:
+    def _matmul(
+        self, imp: Any, x: Any, args: list[Any], n: int, op: str = "mpgemm", **p: Value
+    ) -> Any:
         shape = _shape(x)
         rows = 1
         for d in shape[:-1]:
             rows *= d
         flat = self.reshape(imp, x, [rows, shape[-1]])
         y = self.call(
-            imp, "mpgemm", [flat, *args], [([rows, n], "float32")], m=rows, n=n, k=shape[-1], **p
+            imp, op, [flat, *args], [([rows, n], "float32")], m=rows, n=n, k=shape[-1], **p
         )
         return self.reshape(imp, y, [*shape[:-1], n])
 
@@ -136,6 +140,26 @@ class _Converters:
             s=s[0] if s else "f16",
             bias=int(bias is not None),
         )
+
+    def lora_mpgemm(self, node: Any, imp: Any) -> Any:
+        x, adapter, codes, scale, zero, bias, a, b, gain, w, act, s, parts = imp.retrieve_args(node)
+        return self._lora(
+            imp, x, [adapter, codes, scale, zero, bias, a, b, gain], parts, bias, w=w, a=act, s=s
+        )
+
+    def lora_linear(self, node: Any, imp: Any) -> Any:
+        x, adapter, weight, bias, a, b, gain, parts = imp.retrieve_args(node)
+        fmt = {"float32": "f32", "bfloat16": "bf16"}[str(weight.ty.dtype)]
+        return self._lora(imp, x, [adapter, weight, bias, a, b, gain], parts, bias, w=fmt)
+
+    def _lora(self, imp: Any, x: Any, args: list[Any], parts: str, bias: Any, **p: Value) -> Any:
+        b = args[-2]
+        count, n, r = _shape(b)
+        kind = {"float32": "f32", "bfloat16": "bf16", "uint8": "fp8"}[str(b.ty.dtype)]
+        return self._matmul(
+            imp, x, args, n, "lora_mpgemm", bias=int(bias is not None), r=r, l=count, d=kind,
+            parts=parts, **p,
+        )  # fmt: skip
 
     def rms_norm(self, node: Any, imp: Any) -> Any:
         args = imp.retrieve_args(node)

@@ -38,6 +38,8 @@ def compile(
     dynamic_shapes: Mapping[str, Any] | None = None,
     progress: Callable[[Any], None] | None = None,
     calibrate: str | Calibration = "rtn",
+    adapters: Mapping[str, str | os.PathLike[str]] | None = None,
+    adapter_format: str = "exact",
 ) -> Artifact:
     """Compile a model to an artifact.
 
@@ -63,6 +65,9 @@ def compile(
         calibrate: how codes of quantised weights are chosen: ``"rtn"`` (to the nearest), ``"gptq"`` or
             ``"awq"``, calibrated on text; ``"gptq:book.txt"`` on the text of that file, else on
             standard-library sources. A `Calibration` says how much of it, too.
+        adapters: low-rank adapters over the model's frozen weights: name -> folder in PEFT's format. Each
+            request chooses one of them, or none.
+        adapter_format: how adapters are stored: ``"exact"``, or rounded to ``"bf16"`` or ``"fp8"``.
 
     Returns:
         The artifact: ``.save(path)``, or ``.module()`` to run it in this process.
@@ -95,7 +100,8 @@ def compile(
         calibrate = parse_calibration(calibrate, seed=seed)
     opened = open_source(
         source, quant=quant, attention=attention, max_context=max_context,
-        example_inputs=example_inputs, calibration=calibrate,
+        example_inputs=example_inputs, calibration=calibrate, adapters=adapters,
+        adapter_format=adapter_format,
     )  # fmt: skip
     tuning = trials is not None or seconds is not None
     with _database(db, write=tuning) as database:

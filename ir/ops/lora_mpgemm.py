@@ -42,8 +42,8 @@ def lora_mpgemm(
     gain: Tensor,
     w: str,
     a: str,
-    s: str = "f16",
-    parts: str = "",
+    s: str,
+    parts: str,
 ) -> Tensor:
     """Quantised linear layer with adapters: ``x [T, K]``, ``adapter [T]`` int32 -> ``[T, N]``.
 
@@ -57,7 +57,7 @@ def lora_mpgemm(
 @lora_mpgemm.register_fake
 def _(
     x: Tensor, adapter: Any, codes: Tensor, scale: Any, zero: Any, bias: Any, lora_a: Any,
-    lora_b: Tensor, gain: Any, w: str, a: str, s: str = "f16", parts: str = "",
+    lora_b: Tensor, gain: Any, w: str, a: str, s: str, parts: str,
 ) -> Tensor:  # fmt: skip
     return x.new_empty((*x.shape[:-1], lora_b.shape[1]))
 
@@ -65,7 +65,7 @@ def _(
 @torch.library.custom_op("mimo::lora_linear", mutates_args=())
 def lora_linear(
     x: Tensor, adapter: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor,
-    gain: Tensor, parts: str = "",
+    gain: Tensor, parts: str,
 ) -> Tensor:  # fmt: skip
     """Float linear layer with adapters; see `linear` and `lora_mpgemm`."""
     y: Tensor = torch.ops.mimo.linear(x, weight, bias)
@@ -75,7 +75,7 @@ def lora_linear(
 @lora_linear.register_fake
 def _(
     x: Tensor, adapter: Any, weight: Tensor, bias: Any, lora_a: Any, lora_b: Any, gain: Any,
-    parts: str = "",
+    parts: str,
 ) -> Tensor:  # fmt: skip
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 

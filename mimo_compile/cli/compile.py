@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from mimo_compile.cli.options import (
+    adapters,
+    add_adapters,
     add_calibration,
     add_model_options,
     calibration,
@@ -35,6 +37,7 @@ EXAMPLE = """
 mimo-compile compile tiny --quant w4g64a8 -o t.mimo
 mimo-compile compile tiny --quant w3g64a8 --calibrate gptq -o t3.mimo
 mimo-compile compile path/to/checkpoint --quant w8a8 --time 10m -o model.mimo
+mimo-compile compile path/to/checkpoint --quant w4g64a8 --adapter law=path/to/law -o q.mimo
 """
 
 
@@ -50,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_model_options(parser)
     add_calibration(parser)
+    add_adapters(parser)
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument(
         "--trials", type=positive, metavar="N", help="tune first: at most N candidates"
@@ -75,7 +79,8 @@ def run(args: argparse.Namespace) -> int:
             args.source, target=args.target, quant=args.quant, attention=args.attention,
             objective=args.objective, trials=args.trials, seconds=args.time, db=args.db,
             threads=args.threads, seed=args.seed, max_context=args.max_context, progress=progress,
-            calibrate=calibration(args) or "rtn",
+            calibrate=calibration(args) or "rtn", adapters=adapters(args),
+            adapter_format=args.adapter_format,
         )  # fmt: skip
         artifact.save(output)
     taken = time.perf_counter() - begin
@@ -124,6 +129,7 @@ def summary(manifest: Manifest) -> dict[str, Any]:
             "threads": manifest.target.threads,
         },
         "entries": manifest.entries,
+        "adapters": manifest.decoder.adapters if manifest.decoder else (),
         "choices": dict(Counter(c.source for c in manifest.plan)),
         "plan": [plan_row(c) for c in manifest.plan],
     }  # fmt: skip
@@ -156,6 +162,8 @@ def _show(console: Console, facts: dict[str, Any]) -> None:
     console.say(f"{facts['path']}: {facts['name']}, {_quant(facts)}, {size(facts['bytes'])}")
     console.say(f"  entries  {', '.join(facts['entries'])}")
     console.say(f"  kernels  {len(facts['plan'])} ({chosen})")
+    if facts["adapters"]:
+        console.say(f"  adapters {', '.join(facts['adapters'])}")
     console.say(f"  target   {facts['target']['name']}, {facts['target']['threads']} threads")
     console.say(f"compiled in {facts['seconds']:.1f} s")
     if facts["choices"].get("default") and not facts["choices"].get("measured"):

@@ -97,6 +97,8 @@ def _artifact(args: argparse.Namespace, parts: Parts) -> int:
     console.say(f"target    {manifest.target.name}, {manifest.target.threads} threads")
     console.say(f"requires  {' '.join(manifest.target.features) or 'nothing beyond x86-64'}")
     console.say(f"objective {manifest.objective}")
+    if manifest.decoder is not None and manifest.decoder.adapters:
+        console.say(f"adapters  {', '.join(manifest.decoder.adapters)}")
     console.say("built by  " + ", ".join(f"{n} {v}" for n, v in manifest.versions.items()))
     members = [(name, size(member.bytes)) for name, member in sorted(manifest.members.items())]
     console.say("\n" + table(members, ("member", "size"), right="lr"))

@@ -130,6 +130,42 @@ def calibration(args: argparse.Namespace) -> Any:
     return parse_calibration(args.calibrate, seed=args.seed, log=console.log)
 
 
+def add_adapters(parser: argparse.ArgumentParser) -> None:
+    """Add low-rank adapters over the model's weights."""
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="NAME=DIR",
+        help="a LoRA adapter in PEFT's format, which `run --adapter NAME` selects; may be repeated",
+    )
+    parser.add_argument(
+        "--adapter-format",
+        default="exact",
+        metavar="F",
+        help="how adapters are stored: exact (default), or rounded to bf16 or fp8",
+    )
+
+
+def adapters(args: argparse.Namespace) -> dict[str, str]:
+    """Return the folder of each adapter.
+
+    Raises:
+        UsageError: an option has no name or folder, or a name comes twice.
+    """
+    out: dict[str, str] = {}
+    for text in args.adapter:
+        name, equals, folder = text.partition("=")
+        if not (name and equals and folder):
+            raise UsageError(
+                f"{text!r} is no adapter (--adapter)", remedy="Write --adapter NAME=DIR"
+            )
+        if name in out:
+            raise UsageError(f"two adapters are called {name} (--adapter)")
+        out[name] = folder
+    return out
+
+
 def need_extra(feature: str) -> None:
     """Refuse a feature when the [compile] extra is not installed, without importing any of it.
 

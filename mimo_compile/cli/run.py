@@ -47,6 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="0: all tokens (default)")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P")
     parser.add_argument(
+        "--adapter", metavar="NAME", help="use one of the artifact's adapters (see `inspect`)"
+    )
+    parser.add_argument(
         "--ignore-eos", action="store_true", help="go on after the end-of-text token"
     )
 
@@ -71,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         for piece in module.generate(
             prompt, limit, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
-            seed=args.seed, stop_at_eos=not args.ignore_eos, stats=stats,
+            seed=args.seed, stop_at_eos=not args.ignore_eos, stats=stats, adapter=args.adapter,
         ):  # fmt: skip
             pieces.append(piece)
             console.stream(piece)
@@ -81,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     console.result(
         {
             "ok": True, "artifact": args.artifact, "prompt": prompt, "text": "".join(pieces),
-            "prompt_tokens": stats.prompt_tokens, "new_tokens": stats.new_tokens,
+            "adapter": args.adapter, "prompt_tokens": stats.prompt_tokens, "new_tokens": stats.new_tokens,
             "prefill_tokens_per_s": stats.prefill_tokens_per_s,
             "decode_tokens_per_s": stats.decode_tokens_per_s,
             "joules_per_token": stats.joules_per_token,

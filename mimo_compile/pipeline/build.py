@@ -151,4 +151,5 @@ def _decoder(model: ModelGraphs) -> Decoder | None:
         steps=steps, heads=HEADS, hidden=config.hidden, vocab=config.vocab,
         max_context=config.max_context, eos=tuple(config.eos), bos=config.bos,
         mtp=len(config.mtp), mtp_steps=DRAFT_STEPS if config.mtp else (),
+        adapters=model.decoder.adapters,
     )  # fmt: skip

@@ -100,6 +100,8 @@ class _StageGraphs:
                 out.append(torch.zeros(tokens, dtype=torch.int32))
             elif name == "pos":
                 out.append(torch.tensor([0, tokens], dtype=torch.int32))
+            elif name == "adapter":
+                out.append(torch.zeros(tokens, dtype=torch.int32))
             elif name.startswith("rope."):
                 half = self.decoder.stage(name).module.get_buffer("inv_freq").shape[0]
                 out.append(torch.zeros(tokens, 2, half))
@@ -179,8 +181,9 @@ def decoder_graphs(decoder: Decoder, steps: tuple[int, ...] = BUCKETS) -> ModelG
         model.output_names[name] = tuple(outs)
 
     outs = {"hidden": "normed"} | ({"prenorm": "hidden"} if drafts else {})
+    inputs = ("ids", "pos", "adapter") if decoder.adapters else ("ids", "pos")
     for t in steps:
-        add(f"step_{t}", body, t, ("ids", "pos"), outs)
+        add(f"step_{t}", body, t, inputs, outs)
     for t in HEADS:
         add(f"head_{t}", [head], t, ("normed",), {"logits": "logits"})
     for index, draft in enumerate(drafts):

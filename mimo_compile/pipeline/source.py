@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,6 +54,8 @@ def open_source(
     max_context: int | None = None,
     example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
     calibration: Calibration | None = None,
+    adapters: Mapping[str, str | os.PathLike[str]] | None = None,
+    adapter_format: str = "exact",
 ) -> Source:
     """Load, quantise, export and lower a model.
 
@@ -63,6 +66,8 @@ def open_source(
         max_context: positions that the KV caches provide for.
         example_inputs: tensors that fix a module's input shapes.
         calibration: how codes are chosen (model folders); None: by rounding to the nearest.
+        adapters: name -> folder of low-rank adapters in PEFT's format (model folders).
+        adapter_format: how they are stored: ``exact``, ``bf16`` or ``fp8``.
 
     Raises:
         UsageError: options that do not fit the source or have no kernels yet.
@@ -83,6 +88,9 @@ def open_source(
             f"--quant {quant}: a {scheme.kv} KV cache has no kernels in this version",
             remedy="leave out the kv part",
         )
+    decoder = not isinstance(source, torch.nn.Module) and Path(str(source)).suffix != ".pt2"
+    if adapters and not decoder:
+        raise UsageError("adapters are for model folders (--adapter)")
     if isinstance(source, torch.nn.Module):
         _plain_only(scheme, quant, calibration)
         graphs = module_graphs(
@@ -100,7 +108,9 @@ def open_source(
         _plain_only(scheme, quant, calibration)
         program = load_program(Path(source))
         return Source(program_graphs(program, Path(source).stem), scheme)
-    return _open_checkpoint(source, scheme, max_context, calibration)
+    return _open_checkpoint(
+        source, scheme, max_context, calibration, adapters or {}, adapter_format
+    )
 
 
 def _open_checkpoint(
@@ -108,10 +118,21 @@ def _open_checkpoint(
     scheme: QuantScheme,
     max_context: int | None,
     calibration: Calibration | None,
+    adapters: Mapping[str, str | os.PathLike[str]],
+    adapter_format: str,
 ) -> Source:
     from mimo_compile.frontend.huggingface import load_checkpoint, resolve_source
 
+    if adapters and calibration is not None and calibration.method == "awq":
+        raise UsageError(
+            "AWQ changes the activations that adapters were trained on (--calibrate awq)",
+            remedy="use --calibrate gptq or rtn",
+        )
     loaded = load_checkpoint(resolve_source(source), scheme, max_context, calibration)
+    if adapters:
+        from mimo_compile.frontend.adapters import attach_adapters
+
+        attach_adapters(loaded, adapters, adapter_format)
     return Source(
         decoder_graphs(loaded.decoder),
         loaded.scheme,

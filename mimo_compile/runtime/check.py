@@ -84,12 +84,15 @@ def _check_decoder(decoder: Decoder, entries: Mapping[str, Entry], where: str) -
     for what, counts in (("steps", decoder.steps), ("heads", decoder.heads)):
         if not counts or counts[0] != 1 or list(counts) != sorted(set(counts)):
             raise ArtifactError(f"{what} {list(counts)} do not ascend from 1", where=where)
+    if len(set(decoder.adapters)) != len(decoder.adapters):
+        raise ArtifactError("two adapters have one name", where=where)
     for count in decoder.steps:
         hidden = ("float32", (count, decoder.hidden))
         outputs = {"hidden": hidden} | ({"prenorm": hidden} if decoder.mtp else {})
-        _check_shapes(
-            entries, f"step_{count}", [("int32", (count,)), ("int32", (2,))], outputs, where
-        )
+        inputs: list[tuple[str, tuple[int, ...]]] = [("int32", (count,)), ("int32", (2,))]
+        if decoder.adapters:
+            inputs.append(("int32", (count,)))
+        _check_shapes(entries, f"step_{count}", inputs, outputs, where)
     for count in decoder.heads:
         hidden = ("float32", (count, decoder.hidden))
         logits = ("float32", (count, decoder.vocab))

@@ -76,11 +76,12 @@ class Session:
     A module has one at a time: beginning another one, or `Module.reset`, ends it.
     """
 
-    def __init__(self, module: Module, number: int) -> None:
+    def __init__(self, module: Module, number: int, adapter: str | None = None) -> None:
         """Begin an empty sequence; made by `Module.session`."""
         self._module = module
         self._number = number
         self._decoder = decoder_of(module)
+        self._adapter = adapter_index(module, adapter)
         self.lock = module.lock
         self.position = 0
         """Tokens in the states so far; the next one goes here."""
@@ -120,7 +121,9 @@ class Session:
             valid = min(count, len(tokens) - done)
             with self.lock:
                 bound = self._entry(f"step_{count}")
-                into, position = bound.inputs.values()
+                into, position, *adapters = bound.inputs.values()
+                for place in adapters:
+                    place[...] = self._adapter
                 into[:valid] = tokens[done : done + valid]
                 into[valid:] = 0
                 position[...] = self.position, valid
@@ -208,6 +211,23 @@ def decoder_of(module: Module) -> Decoder:
     return decoder
 
 
+def adapter_index(module: Module, name: str | None) -> int:
+    """Return the index of an adapter, -1 for None.
+
+    Raises:
+        UsageError: the artifact has no adapter of this name.
+    """
+    if name is None:
+        return -1
+    known = decoder_of(module).adapters
+    if name not in known:
+        raise UsageError(
+            f"{module.manifest.name} has no adapter {name!r}",
+            remedy=f"It has {', '.join(known)}." if known else "It was compiled without adapters.",
+        )
+    return known.index(name)
+
+
 def check_ids(ids: Sequence[int] | Array, decoder: Decoder) -> npt.NDArray[np.int32]:
     """Return token ids as int32 `[n]`.
 
@@ -235,6 +255,7 @@ def generate_ids(
     sampling: Sampling,
     stop_at_eos: bool,
     stats: Stats | None,
+    adapter: str | None = None,
 ) -> Iterator[int]:
     """Check the arguments at once and return the ids one by one; see `Module.generate`."""
     decoder = decoder_of(module)
@@ -250,7 +271,8 @@ def generate_ids(
             f"{decoder.max_context} that the artifact was compiled for",
             remedy="Shorten the prompt, ask for fewer, or compile with a longer context.",
         )
-    return _generate(module, ids, count, sampling, stop_at_eos, stats or Stats())
+    adapter_index(module, adapter)
+    return _generate(module, ids, count, sampling, stop_at_eos, stats or Stats(), adapter)
 
 
 def generate_text(
@@ -260,11 +282,12 @@ def generate_text(
     sampling: Sampling,
     stop_at_eos: bool,
     stats: Stats | None,
+    adapter: str | None = None,
 ) -> Iterator[str]:
     """Check the arguments at once and return the text in pieces; see `Module.generate`."""
     ids = encode(module, prompt)
     stream = TextStream(module.tokenizer, ids.tolist())
-    tokens = generate_ids(module, ids, max_new_tokens, sampling, stop_at_eos, stats)
+    tokens = generate_ids(module, ids, max_new_tokens, sampling, stop_at_eos, stats, adapter)
     return stream.pieces(tokens)
 
 
@@ -301,13 +324,14 @@ def _generate(
     sampling: Sampling,
     stop_at_eos: bool,
     stats: Stats,
+    adapter: str | None,
 ) -> Iterator[int]:
     decoder = decoder_of(module)
     eos = frozenset(decoder.eos) if stop_at_eos else frozenset()
     stats.prompt_tokens, stats.stopped = len(ids), "" if count else "length"
     if not count:
         return
-    session = module.session()
+    session = module.session(adapter)
     meter = open_meter(module.manifest.target.kind)
     stats.joules_reason = meter.reason or "no token after the first"
     try:

@@ -252,11 +252,19 @@ class Module:
         """Return an optional member (`config.json`, `records.jsonl`, `tokenizer.json`) or None."""
         return self._texts.get(member)
 
-    def session(self) -> generate.Session:
-        """Begin a sequence of tokens; it ends the one before it. See `generate.Session`."""
+    def session(self, adapter: str | None = None) -> generate.Session:
+        """Begin a sequence of tokens; it ends the one before it. See `generate.Session`.
+
+        Args:
+            adapter: Which of the artifact's adapters changes the model for it; None: none.
+
+        Raises:
+            UsageError: There is no such adapter.
+        """
         with self.lock:
+            session = generate.Session(self, self._session + 1, adapter)
             self._session += 1
-            return generate.Session(self, self._session)
+            return session
 
     def owns(self, session: int) -> bool:
         """Whether the states still belong to this session."""
@@ -273,10 +281,13 @@ class Module:
         seed: int = 0,
         stop_at_eos: bool = True,
         stats: generate.Stats | None = None,
+        adapter: str | None = None,
     ) -> Iterator[int]:
         """Generate token ids one by one; arguments as in `generate`."""
         sampling = Sampling(temperature, top_k, top_p, seed)
-        return generate.generate_ids(self, prompt, max_new_tokens, sampling, stop_at_eos, stats)
+        return generate.generate_ids(
+            self, prompt, max_new_tokens, sampling, stop_at_eos, stats, adapter
+        )
 
     def generate(
         self,
@@ -289,6 +300,7 @@ class Module:
         seed: int = 0,
         stop_at_eos: bool = True,
         stats: generate.Stats | None = None,
+        adapter: str | None = None,
     ) -> Iterator[str]:
         """Generate text, piece by piece; no piece ends within a character.
 
@@ -302,26 +314,32 @@ class Module:
             seed: The same seed draws the same tokens; each position has its own random number.
             stop_at_eos: Stop before an end-of-text token.
             stats: Filled with counts, times and energy while tokens are generated.
+            adapter: Which of the artifact's low-rank adapters to use for this text; None: none.
 
         Raises:
             UsageError: The artifact is no decoder, or an argument is out of range; at once, not
                 at the first piece.
         """
         sampling = Sampling(temperature, top_k, top_p, seed)
-        return generate.generate_text(self, prompt, max_new_tokens, sampling, stop_at_eos, stats)
+        return generate.generate_text(
+            self, prompt, max_new_tokens, sampling, stop_at_eos, stats, adapter
+        )
 
-    def token_logprobs(self, ids: Sequence[int] | npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    def token_logprobs(
+        self, ids: Sequence[int] | npt.NDArray[Any], *, adapter: str | None = None
+    ) -> npt.NDArray[np.float64]:
         """Return the log-probability of each token but the first, given those before it.
 
         Teacher-forced; `exp(-mean)` is the perplexity per token. Log-softmax in float64.
 
         Args:
             ids: `[n]` tokens, 2 to the decoder's context.
+            adapter: Which of the artifact's adapters to use; None: none.
 
         Returns:
             `[n - 1]` float64: entry i belongs to `ids[i + 1]`. Unit: nats.
         """
-        return scores.token_logprobs(self, ids)
+        return scores.token_logprobs(self, ids, adapter)
 
 
 _PER_THREAD = threading.local()

@@ -82,6 +82,9 @@ class Decoder(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     mtp: int = 0
     """Number of draft heads."""
     mtp_steps: tuple[int, ...] = ()
+    adapters: tuple[str, ...] = ()
+    """Names of low-rank adapters. With any, ``step_T`` takes ``adapter int32 [T]`` too: for each token the
+    index of one, or -1 for none."""
 
 
 class Member(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

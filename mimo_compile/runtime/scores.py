@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def token_logprobs(
-    module: Module, ids: Sequence[int] | npt.NDArray[Any]
+    module: Module, ids: Sequence[int] | npt.NDArray[Any], adapter: str | None = None
 ) -> npt.NDArray[np.float64]:
     """Return the log-probabilities of all tokens but the first; see `Module.token_logprobs`."""
     tokens = check_ids(ids, decoder_of(module))
@@ -25,7 +25,7 @@ def token_logprobs(
     found: list[npt.NDArray[np.float64]] = []
     at = 1
     with module.lock:
-        session = module.session()
+        session = module.session(adapter)
         # nothing is asked of the last token's logits, but its step belongs to the sequence
         for hidden in session.chunks(tokens):
             for logits in session.logits(hidden.copy()):

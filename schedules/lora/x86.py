@@ -37,7 +37,7 @@ from mimo_compile.schedules.mpgemm.x86_vnni import X86Vnni
 
 FUSIONS = ("shared", "first", "tile", "after")
 TILE_TOKENS = 4
-"""More tokens than these are not projected again by each task."""
+"""With more tokens, code that adds an adapter to each of a tile's sums outgrows the tile's own."""
 _SHARED = 1 << 20
 """Multiply-adds of A x that one thread does before others would have woken up."""
 
@@ -109,10 +109,10 @@ class LoraGemm(Schedule):
 
     def fusions(self, workload: Workload) -> tuple[str, ...]:
         """Return the ways that there are."""
-        if not self.seam:
+        tokens = Adapters.of(workload).m
+        if not self.seam or tokens > TILE_TOKENS:
             return ("after",)
-        few = Adapters.of(workload).m <= TILE_TOKENS
-        return FUSIONS if few else ("shared", "first", "after")
+        return FUSIONS if tokens == 1 else ("after", "shared", "first", "tile")
 
     def space(self, workload: Workload, hardware: Hardware) -> Space:
         """The tiles' knobs, and ``fusion``."""

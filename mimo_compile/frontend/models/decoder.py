@@ -128,7 +128,8 @@ class Stage:
     states: Mapping[str, str] = field(default_factory=dict)
     """Buffer of the module that is a KV cache -> global name of that state."""
     inputs: tuple[str, ...] = ()
-    """Values that ``forward`` takes, in order: ``ids pos x delta hidden normed`` or a rope stage's name."""
+    """Values that ``forward`` takes, in order: ``ids pos x delta hidden normed adapter`` or a rope stage's
+    name."""
     outputs: tuple[str, ...] = ()
     """Values that ``forward`` returns, in order."""
 
@@ -139,8 +140,17 @@ class Decoder:
     def __init__(self, config: DecoderConfig, stages: Sequence[Stage]) -> None:
         """Take stages in running order; their KV caches may be on the meta device until first used."""
         self.config = config
+        self.adapters: tuple[str, ...] = ()
+        """Names of adapters that some matrices have."""
+        self.adapter = -1
+        """Which one the eager driver uses: its index, -1 for none."""
+        self.replace_stages(stages)
+
+    def replace_stages(self, stages: Sequence[Stage], adapters: tuple[str, ...] = ()) -> None:
+        """Take other pieces, which may have the value ``adapter int32 [T]`` among their inputs."""
         self._stages = list(stages)
         self._by_name = {stage.name: stage for stage in self._stages}
+        self.adapters = adapters
 
     def stages(self) -> list[Stage]:
         """Return all pieces in running order; draft layers (``mtp.*``) come last."""
@@ -196,6 +206,7 @@ class Decoder:
         if any(cache.is_meta for _, _, cache in self._caches()):
             self.reset()
         values["pos"] = torch.tensor([start, count], dtype=torch.int32)
+        values["adapter"] = torch.full((ids.shape[0],), self.adapter, dtype=torch.int32)
         for name in names:
             self._run(self._by_name[name], values)
         return values

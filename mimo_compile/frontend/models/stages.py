@@ -41,13 +41,19 @@ class QuantLinear(nn.Module):
     bias: Tensor | None
     perm: Tensor | None
     """int64 ``[K]``: the input feature of each column of codes, where these are in another order."""
+    lora_a: Tensor | None
+    lora_b: Tensor | None
+    gain: Tensor | None
+    parts = ""
+    """Of the adapters, as are those three: see `mimo::lora_mpgemm`."""
 
     def __init__(
         self, weight: Tensor | QuantTensor, bias: Tensor | None = None, act: str = "a16"
     ) -> None:
         """Hold ``weight [N, K]`` and ``bias [N]``; ``act`` is ``a8`` or ``a16`` (quantised weights only)."""
         super().__init__()
-        self.register_buffer("bias", bias)
+        for name, tensor in (("bias", bias), ("lora_a", None), ("lora_b", None), ("gain", None)):
+            self.register_buffer(name, tensor)
         if isinstance(weight, QuantTensor):
             self.w, self.a, self.s = weight.fmt.name, act, scale_name(weight)
             order = None if weight.perm is None else torch.from_numpy(weight.perm.astype(np.int64))
@@ -66,14 +72,37 @@ class QuantLinear(nn.Module):
         order = "" if self.perm is None else "p"
         return f"{self.w}{self.a}{self.s}{order}" + ("" if self.bias is None else "b")
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return ``x @ weight.T + bias``."""
+    @property
+    def lora_kind(self) -> str:
+        """What the graph depends on when adapters are attached; empty: there are none."""
+        if self.lora_a is None or self.lora_b is None:
+            return ""
+        shapes = f"{tuple(self.lora_a.shape)}{tuple(self.lora_b.shape)}"
+        return f"{shapes}{self.lora_a.dtype}{self.parts}"
+
+    def set_adapters(self, lora_a: Tensor, lora_b: Tensor, gain: Tensor, parts: str) -> None:
+        """Attach adapters; arguments as for `mimo::lora_mpgemm`."""
+        for name, value in (("lora_a", lora_a), ("lora_b", lora_b), ("gain", gain)):
+            self.register_buffer(name, value)
+        self.parts = parts
+
+    def forward(self, x: Tensor, adapter: Tensor | None = None) -> Tensor:
+        """Return ``x @ weight.T + bias``, and what the adapters ``[T]`` of the rows add."""
         y: Tensor
-        if "weight" in self._parameters:
+        plain = "weight" in self._parameters
+        if not plain and self.perm is not None:
+            x = x.index_select(-1, self.perm)
+        lora = (self.lora_a, self.lora_b, self.gain)
+        if self.lora_a is not None and plain:
+            y = torch.ops.mimo.lora_linear(x, adapter, self.weight, self.bias, *lora, self.parts)
+        elif self.lora_a is not None:
+            y = torch.ops.mimo.lora_mpgemm(
+                x, adapter, self.codes, self.scale, self.zero, self.bias, *lora,
+                self.w, self.a, self.s, self.parts,
+            )  # fmt: skip
+        elif plain:
             y = torch.ops.mimo.linear(x, self.weight, self.bias)
         else:
-            if self.perm is not None:
-                x = x.index_select(-1, self.perm)
             y = torch.ops.mimo.mpgemm(
                 x, self.codes, self.scale, self.zero, self.bias, self.w, self.a, self.s
             )
@@ -194,11 +223,11 @@ class Feed(nn.Module):
         """What the graph depends on beside the spec."""
         return ".".join(str(getattr(part, "kind", "")) for part in self.children())
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, adapter: Tensor | None = None) -> Tensor:
         """Return the block's output for normed rows ``[T, D]``."""
         s = self.spec
         if s.mlp == "dense":
-            dense: Tensor = self.down(torch.ops.mimo.swiglu(self.gate_up(x)))
+            dense: Tensor = self.down(torch.ops.mimo.swiglu(self.gate_up(x, adapter)), adapter)
             return dense
         ids, weights = torch.ops.mimo.route(
             self.router(x), self.router_bias, s.top_k, s.scoring, s.norm_topk, s.factor,
@@ -247,40 +276,47 @@ class LayerCore(nn.Module):
         return repr(shape)
 
     def after_norm(
-        self, normed: Tensor, x: Tensor, table: Tensor, pos: Tensor
+        self, normed: Tensor, x: Tensor, table: Tensor, pos: Tensor, adapter: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Run the layer: normed rows and residual ``x`` -> residual after attention, the block's output."""
         s, a = self.spec, self.attention
         q = torch.ops.mimo.kv_append(
-            a.qkv(normed), table, pos, a.q_norm, a.k_norm, self.k_cache, self.v_cache,
+            a.qkv(normed, adapter), table, pos, a.q_norm, a.k_norm, self.k_cache, self.v_cache,
             s.heads, self.eps, s.v_scale,
         )  # fmt: skip
         out = torch.ops.mimo.cached_attention(
             q, self.k_cache, self.v_cache, pos, a.sink, s.d**-0.5, s.window
         )
-        delta = a.o(out.flatten(1))
+        delta = a.o(out.flatten(1), adapter)
         normed, x = torch.ops.mimo.add_rms_norm(delta, x, self.mlp_norm, self.eps)
-        return x, self.feed(normed)
+        return x, self.feed(normed, adapter)
 
 
 class Layer(LayerCore):
-    """``(x, delta, table, pos) -> (x', delta')``: the residual stream is ``x + delta``."""
+    """``(x, delta, table, pos[, adapter]) -> (x', delta')``: the residual stream is ``x + delta``."""
 
     def forward(
-        self, x: Tensor, delta: Tensor, table: Tensor, pos: Tensor
+        self,
+        x: Tensor,
+        delta: Tensor,
+        table: Tensor,
+        pos: Tensor,
+        adapter: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Add the pending delta, normalise, run the layer."""
         normed, x = torch.ops.mimo.add_rms_norm(delta, x, self.attn_norm, self.eps)
-        return self.after_norm(normed, x, table, pos)
+        return self.after_norm(normed, x, table, pos, adapter)
 
 
 class FirstLayer(LayerCore):
-    """``(x, table, pos) -> (x', delta')``: nothing is pending yet."""
+    """``(x, table, pos[, adapter]) -> (x', delta')``: nothing is pending yet."""
 
-    def forward(self, x: Tensor, table: Tensor, pos: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, table: Tensor, pos: Tensor, adapter: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Normalise, run the layer."""
         normed = torch.nn.functional.rms_norm(x, (x.shape[-1],), self.attn_norm, self.eps)
-        return self.after_norm(normed, x, table, pos)
+        return self.after_norm(normed, x, table, pos, adapter)
 
 
 class FinalNorm(nn.Module):
