@@ -29,6 +29,7 @@ SCHEDULES: dict[str, dict[str, str]] = {
         "mpgemm.x86_codebook_planes": "mpgemm.x86_codebook:X86CodebookPlanes",
         "mpgemm.x86_complex": "mpgemm.x86_complex:X86Complex",
         "mpgemm.x86_fairy_masks": "mpgemm.x86_fairy_masks:X86FairyMasks",
+        "mpgemm.x86_codebook_columns": "mpgemm.x86_codebook_columns:X86CodebookColumns",
         "mpgemm.sim_lut_tensor_core": "simulated.lut_tensor_core:LutTensorCore",
         "mpgemm.sim_tensor_core": "simulated.tensor_core:TensorCore",
         "mpgemm.sim_roma": "simulated.roma:Roma",

@@ -1,8 +1,8 @@
 """Register tiles of codebook and fp8 weights, by exact integer dots or in float32.
 
 Two-sided formats (AFPQ) have a scale for values above zero and one for those below. Three ways to apply
-them: two sums (``y = above * P + below * N``), a scale picked for each code by its sign, or (`columns`) a
-table multiplied beforehand.
+them: two sums (``y = above * P + below * N``), a scale picked for each code by its sign, or a table
+multiplied beforehand (`mpgemm.x86_codebook_columns`).
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from mimo_compile.ir.hardware import Hardware
@@ -45,9 +46,27 @@ class X86Codebook(X86Gemm):
         """Enough sums in flight; two-sided formats have two of them for each row and token."""
         if problem.m > 1:
             return ((2, 4, 1), (1, 4, 1), (2, 2, 1), (1, 2, 1))
-        most = 4 if problem.fmt.two_sided or problem.fmt.family == "fp8" else 8
         unroll = ((4, 1, 2),) if problem.act == "a8" else ()
-        return (*unroll, (most, 1, 1), (4, 1, 1), (2, 1, 1), (1, 1, 1))
+        return (*unroll, (4, 1, 1), (2, 1, 1), (1, 1, 1))
+
+    def default(
+        self,
+        problem: Problem,
+        sizes: tuple[int, ...],
+        hardware: Hardware,
+        legal: Callable[[GemmConfig], bool],
+    ) -> GemmConfig:
+        """Float ways want more sums in flight than one row block has, also where memory is slow."""
+        config = super().default(problem, sizes, hardware, legal)
+        if problem.m > 1 or config.dot in LOOKUPS:
+            return config
+        ahead, narrow = (
+            min(config.prefetch, 16),
+            problem.fmt.two_sided or problem.fmt.family == "fp8",
+        )
+        rows = (4, 2, 1) if narrow else (8, 4, 2, 1)
+        wide = (replace(config, rows=r, unroll=1, prefetch=ahead) for r in rows)
+        return next((c for c in wide if legal(c)), config)
 
     def tile_cost(self, problem: Problem, config: GemmConfig) -> int:
         """Count multiply-adds in the body; float ways unroll nothing."""
