@@ -151,8 +151,10 @@ class CalibratedBuilder(Builder):
                 f"--calibrate {calibration.method} chooses codes of quantised weights",
                 remedy="Name a weight format, for example --quant w3g64a8",
             )
-        if calibration.method == "gptq" and fmt.family == "complex":
-            raise UsageError(f"--calibrate gptq has no {fmt}", remedy="Use --calibrate rtn")
+        if fmt.family == "complex":  # its codes belong to pairs of rows and columns
+            raise UsageError(
+                f"--calibrate {calibration.method} has no {fmt}", remedy="Use --calibrate rtn"
+            )
         self._folded = Folded(checkpoint)
         super().__init__(config, family, self._folded, scheme)
         self._plain = Builder(config, family, self._folded, QuantScheme(None))
