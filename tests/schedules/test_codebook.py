@@ -16,9 +16,9 @@ from mimo_compile.ir.hardware import local_cpu
 from mimo_compile.ir.ops import get_op, parse_workload
 from mimo_compile.schedules import get_schedule, schedules_for
 from mimo_compile.schedules.emit.book import IntegerWay, ways
+from mimo_compile.schedules.emit.columns import unpack_columns
 from mimo_compile.schedules.emit.layout import CodeLayout, unpack_rows
 from mimo_compile.schedules.emit.lookup import LOOKUPS
-from mimo_compile.schedules.mpgemm.x86_codebook_columns import unpack_columns
 
 CPU = local_cpu()
 COLUMNS = "mpgemm.x86_codebook_columns"
