@@ -45,7 +45,9 @@ class X86Codebook(X86Gemm):
     def tiles(self, problem: Problem) -> tuple[tuple[int, int, int], ...]:
         """Enough sums in flight; two-sided formats have two of them for each row and token."""
         if problem.m > 1:
-            return ((2, 4, 1), (1, 4, 1), (2, 2, 1), (1, 2, 1))
+            small = ((2, 4, 1), (1, 4, 1), (2, 2, 1), (1, 2, 1))
+            one_sum = problem.act == "a8" and not problem.fmt.two_sided
+            return ((4, 4, 1), (3, 4, 1), *small) if one_sum else small
         unroll = ((4, 1, 2),) if problem.act == "a8" else ()
         return (*unroll, (4, 1, 1), (2, 1, 1), (1, 1, 1))
 
