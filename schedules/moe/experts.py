@@ -24,6 +24,7 @@ class Experts(Schedule):
     """Base of the expert schedules."""
 
     op = "moe"
+    version = 2
     config = MoeConfig
 
     def dots(self, problem: Problem, hardware: Hardware) -> tuple[str, ...]:

@@ -12,7 +12,6 @@ class X86MoeVnni(Experts):
     """For CPUs with AVX-512 VNNI."""
 
     name = "moe.x86_vnni"
-    version = 2
 
     def supports(self, workload: Workload, hardware: Hardware) -> bool:
         """Integer or ternary weights with int8 activations."""

@@ -22,8 +22,6 @@ QUANTIZE_ALONE = 64 << 10
 class IntegerGemm(X86Gemm):
     """Base of the schedules that quantise activations."""
 
-    version = 2
-
     def dot(self, problem: Problem, config: GemmConfig) -> Dot:
         """Return the chosen way to multiply."""
         return DOTS[config.dot](problem.layout)
