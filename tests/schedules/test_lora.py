@@ -16,8 +16,8 @@ from mimo_compile.ir.hardware import PRESETS, local_cpu
 from mimo_compile.ir.ops import get_op, load_all, parse_workload
 from mimo_compile.ir.ops.lora_mpgemm import adapter_f32
 from mimo_compile.schedules import get_schedule, schedules_for
-from mimo_compile.schedules.lora.adapter import Adapters
-from mimo_compile.schedules.lora.x86 import FUSIONS
+from mimo_compile.schedules.lora.gemm import FUSIONS
+from mimo_compile.schedules.lora.packing import Adapters
 
 CPU = local_cpu().with_threads(max(2, local_cpu().threads))
 FORMATS = ("w2g64", "w4g64", "w8", "w3g64", "w4zg32", "w1.58", "nf4g64", "afp4g32", "complex2")
