@@ -446,7 +446,8 @@ def tune_workloads(
         options: Settings of the strategy.
 
     Returns:
-        All that is known, also after Ctrl-C.
+        All that is known, also after Ctrl-C, or when the database could not be written any more (see
+        `TuningResult.failure`).
 
     Raises:
         UsageError: no workloads, a bad budget, an unknown strategy or objective, an unsupported workload,
