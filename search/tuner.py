@@ -275,7 +275,7 @@ class Tuner:
                     self._confirm(self.tasks[index])
         except KeyboardInterrupt:
             stopped = "interrupted"
-        except InputError as error:  # the database takes no more: what was found is still worth telling
+        except InputError as error:  # the database takes no more; tell what was found
             stopped, self._failure = "database", error
         self._tell("done", None, text=f"stopped: {stopped}", total=limit)
         return self._result(stopped, clock)

@@ -161,7 +161,9 @@ def test_exit_codes() -> None:
     rows = re.findall(
         r"^\| (\d+) \|", section(DOCS / "command-line.md", "Common to all verbs"), re.M
     )
-    kinds = [k for k in vars(errors).values() if isinstance(k, type) and issubclass(k, errors.MimoError)]
+    kinds = [
+        k for k in vars(errors).values() if isinstance(k, type) and issubclass(k, errors.MimoError)
+    ]
     assert {k.exit_code for k in kinds} | {0} == {int(code) for code in rows}
     table = dict(
         re.findall(r"^\| `(\w+)` \|.*\| (\d) \|$", section(DOCS / "python-api.md", "Errors"), re.M)
