@@ -25,13 +25,10 @@ MAX_ACTIVATION = 127
 
 
 def exact(codes: CodeLayout) -> bool:
-    """Say whether the layout holds the format's integer codes and a row's sum fits 32 bits.
-
-    Groups must be whole blocks: codes are packed without gaps between groups.
-    """
+    """Say whether the layout holds the format's integer codes and a row's sum fits 32 bits."""
     if not codes.fmt.is_integer or (codes.fmt.dense and not codes.dense):
         return False
-    if codes.groups > 1 and codes.fmt.group % codes.block:
+    if not codes.whole_groups:
         return False
     return codes.max_value * MAX_ACTIVATION * codes.k_padded < 2**31
 

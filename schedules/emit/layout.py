@@ -94,6 +94,11 @@ class CodeLayout:
         return -(-self.fmt.group_size(self.k) // self.block)
 
     @property
+    def whole_groups(self) -> bool:
+        """True if groups are whole blocks: codes are packed without gaps between groups."""
+        return self.groups == 1 or self.fmt.group % self.block == 0
+
+    @property
     def late_zero(self) -> bool:
         """True if the zero point leaves the sums in float32: it differs by group, or is no integer."""
         return self.fmt.has_zero or self.fmt.fixed_zero % 1 != 0

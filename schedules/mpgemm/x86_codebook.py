@@ -28,7 +28,9 @@ class X86Codebook(X86Gemm):
     def supports(self, workload: Workload, hardware: Hardware) -> bool:
         """Codebook and fp8 weights, any activations."""
         problem = self.problem(workload)
-        return hardware.kind == "cpu" and problem.fmt.family in ("codebook", "fp8")
+        if hardware.kind != "cpu" or problem.fmt.family not in ("codebook", "fp8"):
+            return False
+        return problem.layout.whole_groups
 
     def way(self, problem: Problem, config: GemmConfig) -> Way:
         """Return the chosen way to look up and multiply."""
@@ -151,4 +153,4 @@ class X86CodebookPlanes(X86Codebook):
 
     def supports(self, workload: Workload, hardware: Hardware) -> bool:
         """NF3, FP3 and their two-sided forms."""
-        return super().supports(workload, hardware) and self.problem(workload).fmt.bits == 3
+        return self.problem(workload).fmt.bits == 3 and super().supports(workload, hardware)

@@ -227,6 +227,14 @@ def test_three_bits_take_three_bits():
     )
 
 
+def test_groups_that_end_within_a_block_of_planes_are_left_to_others():
+    """Groups of 16 in blocks of 32 columns once took their neighbours' scales."""
+    names = {s.name for s in schedules(spec("nf3g16", 1, 1, 17, act="a8"))}
+    assert names and "mpgemm.x86_codebook_planes" not in names
+    names = {s.name for s in schedules(spec("nf3g32", 1, 1, 70, act="a8"))}
+    assert "mpgemm.x86_codebook_planes" in names
+
+
 @settings(max_examples=8)
 @given(data=st.data())
 def test_routed_experts(data):
