@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 
 PERPLEXITY_BOUND = 1e-3
 """Largest relative difference between compiled and eager perplexity."""
-_MOST_CHANCE = 5 * PERPLEXITY_BOUND
-"""Largest one that chance may explain."""
 _WINDOW = 512
 
 
@@ -102,8 +100,8 @@ class Perplexity:
 
     @property
     def bound(self) -> float:
-        """Largest relative difference: two standard errors count as chance, up to `_MOST_CHANCE`."""
-        return max(PERPLEXITY_BOUND, min(2 * self.noise, _MOST_CHANCE))
+        """Largest relative difference; `noise` says how much of it few tokens make by chance."""
+        return PERPLEXITY_BOUND
 
     @property
     def difference(self) -> float:

@@ -44,8 +44,8 @@ def test_verify_calibrates_again(folder, tmp_path):
 @pytest.mark.slow
 def test_the_builtin_model_compiled_equals_eager(tmp_path):
     artifact = mc.compile("tiny", quant="w2g64a8", calibrate="gptq", db=tmp_path / "r.db")
-    found = verify_artifact(artifact.save(tmp_path / "t.mimo"), perplexity_tokens=1024)
-    assert found.ok and abs(found.perplexity.difference) < 2e-3
+    found = verify_artifact(artifact.save(tmp_path / "t.mimo"), perplexity_tokens=4096)
+    assert found.ok and abs(found.perplexity.difference) < 1e-3
     rounded = mc.compile("tiny", quant="w2g64a8", db=tmp_path / "r.db")
     plain = verify_artifact(rounded.save(tmp_path / "r.mimo"), perplexity_tokens=1024)
     assert found.perplexity.compiled < 0.6 * plain.perplexity.compiled
