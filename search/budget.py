@@ -31,11 +31,6 @@ class Budget:
             if value is not None and not value > 0:
                 raise UsageError(f"a budget of {value} {name} is not positive")
 
-    @property
-    def open_ended(self) -> bool:
-        """True without any limit."""
-        return self.trials is None and self.seconds is None and self.joules is None
-
 
 class Clock:
     """Tells which limit of a budget is reached; monotonic time, joules by the meter."""
