@@ -49,6 +49,14 @@ _NF = {
 _FP = {3: (0.0, 1.0, 2.0, 4.0), 4: (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)}
 """Magnitudes of E2M0 and E2M1; the code's top bit is the sign."""
 
+GROUPS = ("g16", "g32", "g64", "g128", "g256", "grow", "gtensor")
+"""What may follow a weight format's name: how many columns share a scale."""
+BASES = (
+    "f32", "bf16", "f16", "w8", "w7", "w6", "w5", "w4", "w3", "w2", "w1", "w8z", "w7z", "w6z", "w5z",
+    "w4z", "w3z", "w2z", "w1z", "w1.58", "w1.58d", "nf4", "nf3", "fp4", "fp3", "anf4", "anf3", "afp4",
+    "afp3", "fp8b128", "complex2", "complex2wl", "complex2wl2",
+)  # fmt: skip
+"""Every weight format of the grammar, without a group."""
 _GROUP = r"(?:g(?P<group>16|32|64|128|256|row|tensor))?"
 _WEIGHT = re.compile(
     r"(?:w(?P<ternary>1\.58)(?P<dense>d)?|w(?P<bits>[1-8])(?P<zero>z)?|(?P<book>a?(?:nf|fp)[34])"
@@ -190,6 +198,18 @@ def parse_weight_format(text: str) -> WeightFormat:
             "complex2[wl[2]], with an optional group g16 g32 g64 g128 g256 grow gtensor",
         )
     return _from_match(match)
+
+
+def weight_formats() -> tuple[WeightFormat, ...]:
+    """Return every format that `parse_weight_format` knows, with each group that it may have, once."""
+    found: dict[str, WeightFormat] = {}
+    for base in BASES:
+        for group in ("", *GROUPS):
+            try:
+                found.setdefault((fmt := parse_weight_format(base + group)).name, fmt)
+            except UsageError:
+                continue
+    return tuple(found.values())
 
 
 def parse_scheme(text: str) -> QuantScheme:

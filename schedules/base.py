@@ -124,6 +124,12 @@ class Schedule(ABC):
         """
         return {name: np.ascontiguousarray(a) for name, a in arrays.items()}
 
+    def unpack_weights(
+        self, workload: Workload, config: Any, arrays: Mapping[str, Array]
+    ) -> dict[str, Array]:
+        """Inverse of ``pack`` for weights: canonical arrays from packed ones, equal to the bit."""
+        return dict(arrays)
+
     def unpack_state(
         self, workload: Workload, config: Any, arrays: Mapping[str, Array]
     ) -> dict[str, Array]:

@@ -82,6 +82,15 @@ class ColumnsMatrix(Matrix):
             out["scale"] = unpack_rows(exact, self.n)
         return out
 
+    def unpack(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
+        """See `Matrix.unpack`."""
+        out: dict[str, Array] = {}
+        if "codes" in arrays:
+            out["codes"] = unpack_columns(arrays["codes"], self.k)
+        if "scale" in arrays:
+            out["scale"] = arrays["scale"].astype(np.float32)
+        return out
+
 
 def columns_tile(
     matrix: ColumnsMatrix, ahead: int, codes: Any, scale: Any, x: Any, rows: list[Any],

@@ -72,6 +72,11 @@ class ComplexMatrix(Matrix):
         """Pack those of codes and scale that are given."""
         return pack_quantised(self.codes, self.prefix, self.stacked(arrays), self.scale_dtype)
 
+    def unpack(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
+        """Return the canonical arrays of those that `pack` gave: matrices below each other."""
+        stacked = super().unpack(arrays)
+        return {name: a.reshape(*self.lead, -1, a.shape[-1]) for name, a in stacked.items()}
+
 
 def combine(
     sums: Sums,

@@ -93,6 +93,16 @@ class MaskMatrix(ComplexMatrix):
             out["scale"] = blocks_of_32(unpack_rows(sixteen, self.codes.n))
         return out
 
+    def unpack(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
+        """See `ComplexMatrix.unpack`."""
+        n, k, out = self.codes.n, self.codes.k, {}
+        if "codes" in arrays:
+            out["codes"] = unpack_planes(arrays["codes"], n, k).reshape(-1, k)
+        if "scale" in arrays:
+            rows = arrays["scale"].swapaxes(-1, -2).reshape(self.fmt.terms, -1, 2)[:, :n]
+            out["scale"] = rows.reshape(-1, 2).astype(np.float32)
+        return out
+
 
 def blocks_of_32(values: Array) -> Array:
     """Pack ``[A, rows, B]`` to ``[A, rows / 32, B, 32]``, zeros behind the rows."""

@@ -21,6 +21,7 @@ from mimo_compile.schedules.emit.layout import (
     CodeLayout,
     pack_quantised,
     pack_rows,
+    unpack_rows,
 )
 
 PARALLEL_BYTES = 320 << 10
@@ -87,6 +88,19 @@ class Matrix:
             return pack_quantised(self.codes, self.prefix, arrays, self.scale_dtype)
         name = f"{self.prefix}w"
         return {name: pack_rows(arrays[name])} if name in arrays else {}
+
+    def unpack(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
+        """Return the canonical arrays of those that `pack` gave."""
+        out: dict[str, Array] = {}
+        for name in ("w", "codes", "scale", "zero"):
+            if (full := f"{self.prefix}{name}") not in arrays:
+                continue
+            if name == "codes":
+                out[full] = self.codes.unpack(arrays[full])
+                continue
+            values = unpack_rows(arrays[full], self.codes.n)
+            out[full] = values if name == "w" else values.astype(np.float32)
+        return out
 
 
 def arg_bytes(arg: Arg) -> int:

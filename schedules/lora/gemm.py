@@ -207,3 +207,10 @@ class LoraGemm(Schedule):
         """Pack the matrix, bias, and the adapters (those given)."""
         out = self.base().pack(self.plain(workload), config, arrays)
         return out | Adapters.of(workload).pack(arrays)
+
+    def unpack_weights(
+        self, workload: Workload, config: Any, arrays: Mapping[str, Array]
+    ) -> dict[str, Array]:
+        """Undo `pack`."""
+        out = self.base().unpack_weights(self.plain(workload), config, arrays)
+        return out | Adapters.of(workload).unpack(arrays)

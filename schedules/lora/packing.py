@@ -21,7 +21,7 @@ from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.ops.base import Arg, Array
 from mimo_compile.ir.ops.lora_mpgemm import ADAPTER_DTYPES, part_rows
 from mimo_compile.ir.workload import Workload
-from mimo_compile.schedules.emit.layout import ROWS, pack_rows
+from mimo_compile.schedules.emit.layout import ROWS, pack_rows, unpack_rows
 
 FP8_UNIT = 2.0**8
 """E4M3 bits, moved into float16, are the value over this (another exponent bias)."""
@@ -112,6 +112,23 @@ class Adapters:
             out["gain"] = np.repeat(arrays["gain"], self.r, -1) * np.float32(unit)
         return out
 
+    def unpack(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
+        """Return the canonical arrays of those that `pack` gave."""
+        out: dict[str, Array] = {}
+        if "lora_a" in arrays:
+            a = arrays["lora_a"].reshape(self.count, -1, self.total, ROWS, self.share)
+            flat = a.transpose(0, 2, 1, 4, 3).reshape(self.count, self.total, -1)
+            out["lora_a"] = np.ascontiguousarray(flat[..., : self.k])
+        if "lora_b" in arrays:
+            b = arrays["lora_b"].reshape(self.count, self.row_blocks, -1, ROWS, self.share)
+            lanes = b.transpose(0, 1, 2, 4, 3).reshape(self.count, self.row_blocks, -1, ROWS)
+            rows = unpack_rows(lanes, self.n)[..., : self.columns]
+            out["lora_b"] = rows if self.columns == self.r else self._gathered(rows)
+        if "gain" in arrays:
+            unit = FP8_UNIT**2 if self.dtype == "fp8" else 1.0
+            out["gain"] = np.ascontiguousarray(arrays["gain"][:, :: self.r]) / np.float32(unit)
+        return out
+
     def _units(self, lanes: Array) -> Array:
         return np.ascontiguousarray(lanes).reshape(*lanes.shape[:3], self.span)
 
@@ -121,6 +138,14 @@ class Adapters:
         for part, (start, end) in enumerate(pairwise(edges)):
             out[:, start:end, part * self.r : (part + 1) * self.r] = b[:, start:end]
         return out
+
+    def _gathered(self, b: Array) -> Array:
+        edges = [0, *self.starts, self.n]
+        parts = [
+            b[:, start:end, part * self.r : (part + 1) * self.r]
+            for part, (start, end) in enumerate(pairwise(edges))
+        ]
+        return np.concatenate(parts, axis=1)
 
 
 def _padded(values: Array, columns: int) -> Array:

@@ -119,3 +119,12 @@ class Experts(Schedule):
             for name, a in arrays.items()
         }
         return problem.w13.pack(halves) | problem.w2.pack(halves)
+
+    def unpack_weights(
+        self, workload: Workload, config: MoeConfig, arrays: Mapping[str, Array]
+    ) -> dict[str, Array]:
+        """Undo `pack`."""
+        problem = Problem.of(workload)
+        halves = problem.w13.unpack(arrays)
+        w13 = {n: a.reshape(problem.e, 2 * problem.f, a.shape[-1]) for n, a in halves.items()}
+        return w13 | problem.w2.unpack(arrays)

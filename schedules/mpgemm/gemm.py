@@ -6,6 +6,8 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import ClassVar
 
+import numpy as np
+
 from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.ops.base import Array
@@ -178,4 +180,14 @@ class X86Gemm(Schedule):
         out = problem.weight.pack(arrays)
         if "bias" in arrays:
             out["bias"] = pack_rows(arrays["bias"].reshape(-1, 1)).reshape(-1, ROWS)
+        return out
+
+    def unpack_weights(
+        self, workload: Workload, config: GemmConfig, arrays: Mapping[str, Array]
+    ) -> dict[str, Array]:
+        """Undo `pack`."""
+        problem = self.problem(workload)
+        out = problem.weight.unpack(arrays)
+        if "bias" in arrays:
+            out["bias"] = np.ascontiguousarray(arrays["bias"].reshape(-1)[: problem.n])
         return out

@@ -125,6 +125,16 @@ class ComplexGemm(X86Gemm):
             out["bias"] = pack_rows(parts).reshape(2, problem.row_blocks, ROWS)
         return out
 
+    def unpack_weights(
+        self, workload: Workload, config: GemmConfig, arrays: Mapping[str, Array]
+    ) -> dict[str, Array]:
+        """Undo `pack`."""
+        out = super().unpack_weights(workload, config, arrays)
+        if "bias" in arrays:
+            halves = arrays["bias"].reshape(2, -1)[:, : self.problem(workload).n // 2]
+            out["bias"] = halves.reshape(-1)
+        return out
+
 
 class X86Complex(ComplexGemm):
     """Any x86-64."""
