@@ -19,7 +19,7 @@ from mimo_compile.ir.hardware import Hardware
 
 ENERGY_OP_PJ = {
     "fma_f32": 2.5, "add_f32": 1.0, "exp_f32": 25.0, "dot_i8": 0.4, "tile_i8": 0.2, "unpack_u8": 0.15,
-    "shuffle_u8": 0.2, "int_op": 0.3,
+    "shuffle_u8": 0.2, "int_op": 0.3, "dot_bf16": 1.3, "tile_bf16": 0.6,
 }  # fmt: skip
 """Picojoules of one scalar operation, instruction overhead of a wide vector shared by its lanes."""
 ENERGY_BYTE_PJ = {"dram": 120.0, "l3": 15.0, "l2": 8.0, "l1": 1.5}
@@ -30,7 +30,7 @@ IDLE_W_PER_CORE = 4.0
 # Scalar operations per cycle and core for 512-bit vectors; halved for 256-bit ones.
 _PER_CYCLE = {
     "fma_f32": 32.0, "add_f32": 32.0, "exp_f32": 2.0, "dot_i8": 128.0, "tile_i8": 1024.0, "unpack_u8": 64.0,
-    "shuffle_u8": 64.0, "int_op": 32.0,
+    "shuffle_u8": 64.0, "int_op": 32.0, "dot_bf16": 64.0, "tile_bf16": 512.0,
 }  # fmt: skip
 _IN_FLIGHT = 4.0
 """Accumulators below which kernels wait for their own sums: the latency of a multiply-add in cycles."""
@@ -110,7 +110,7 @@ class DeviceModel:
         native = 16.0 if hardware.has_avx512 else 8.0
         narrow = max(1.0, native / traits.get("lanes", native))
         waiting = max(1.0, _IN_FLIGHT / traits.get("sums", _IN_FLIGHT))
-        slow = {"fma_f32": waiting * narrow, "dot_i8": waiting * narrow}
+        slow = dict.fromkeys(("fma_f32", "dot_i8", "dot_bf16"), waiting * narrow)
         times = [n / self.ops_per_s[k] * slow.get(k, narrow) * share for k, n in counts.ops.items()]
         # Operations of different kinds compete for the same vector ports: half of the rest adds up.
         compute = max(times, default=0.0) * 0.5 + sum(times) * 0.5

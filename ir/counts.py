@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 
 OP_KINDS = (
     "fma_f32", "dot_i8", "tile_i8", "add_f32", "exp_f32", "unpack_u8", "shuffle_u8", "int_op",
+    "dot_bf16", "tile_bf16",
 )  # fmt: skip
 """Units: fma_f32, add_f32, exp_f32, int_op, shuffle_u8, unpack_u8 count scalar operations (lanes);
-dot_i8 counts 8-bit multiply-adds of vectors, tile_i8 those of matrix tiles."""
+dot_i8 counts 8-bit multiply-adds of vectors, tile_i8 those of matrix tiles; dot_bf16 and tile_bf16 those of
+bfloat16 numbers."""
 
 LEVELS = ("dram", "l3", "l2", "l1")
 """Bytes that cross into the core from each level, in one run with nothing resident beforehand."""
@@ -56,5 +58,5 @@ class Counts:
     def flops(self) -> float:
         """Arithmetic operations, a multiply-add counted as two."""
         o = self.ops
-        multiplied = sum(o.get(k, 0.0) for k in ("fma_f32", "dot_i8", "tile_i8"))
+        multiplied = sum(o.get(k, 0.0) for k in ("fma_f32", "dot_i8", "tile_i8", "dot_bf16", "tile_bf16"))
         return 2.0 * multiplied + sum(o.get(k, 0.0) for k in ("add_f32", "exp_f32"))

@@ -13,6 +13,12 @@ Canonical form of a weight matrix ``[N, K]`` (N output features, K input feature
   the real and the imaginary axis. The real matrix acts on ``[Re x, Im x]`` and gives ``[Re y, Im y]`` of
   ``y = W conj(x)``. The widely-linear ``complex2wl`` stacks U and W of ``y = U x + W conj(x)`` along N
   (Fairy2i), ``complex2wl2`` a second pair that holds what the first left.
+
+Activations (`ActFormat`) come to a matmul as float32, and kernels round them inside:
+
+* ``a16``: as they are. ``abf16``, ``af16``: rounded to bfloat16 or float16, half to even; magnitudes that
+  float16 cannot hold become its largest, 65504.
+* ``a8``: int8 with one scale for each row. ``a8g64`` (g32 to g256): int8 with a scale for each 64 columns.
 """
 
 from __future__ import annotations
@@ -57,13 +63,15 @@ BASES = (
     "afp3", "fp8b128", "complex2", "complex2wl", "complex2wl2",
 )  # fmt: skip
 """Every weight format of the grammar, without a group."""
+_ACT = r"(?:8(?:g(?:32|64|128|256))?|16|bf16|f16)"
 _GROUP = r"(?:g(?P<group>16|32|64|128|256|row|tensor))?"
 _WEIGHT = re.compile(
     r"(?:w(?P<ternary>1\.58)(?P<dense>d)?|w(?P<bits>[1-8])(?P<zero>z)?|(?P<book>a?(?:nf|fp)[34])"
     r"|(?P<fp8>fp8b128)|(?P<complex>complex2(?:wl2?)?))" + _GROUP
 )
 _SCHEME = re.compile(
-    r"(?P<weight>" + _WEIGHT.pattern + r")(?:a(?P<act>8|16))?(?:kv(?P<kv>8|4|2|fp8))?\Z"
+    r"(?P<weight>(?P<plain>bf16)|" + _WEIGHT.pattern + rf")(?:a(?P<act>{_ACT}))?"
+    r"(?:kv(?P<kv>8|4|2|fp8))?\Z"
 )
 
 
@@ -167,18 +175,51 @@ class WeightFormat:
 
 
 @dataclass(frozen=True, slots=True)
+class ActFormat:
+    """How a matmul takes its activations, e.g. ``a8g64``: see the module's text."""
+
+    name: str
+    kind: Literal["f32", "bf16", "f16", "int8"]
+    group: int = GROUP_ROW
+    """``int8``: columns that share a scale."""
+
+    @property
+    def is_int8(self) -> bool:
+        """True if rows become int8 codes and scales, so that sums with integer codes are exact."""
+        return self.kind == "int8"
+
+    @property
+    def rounded(self) -> bool:
+        """True for 16-bit floats."""
+        return self.kind in ("bf16", "f16")
+
+    def groups(self, k: int) -> int:
+        """Return the scales of a row of ``k`` columns."""
+        return -(-k // self.group) if self.group > 0 else 1
+
+    def __str__(self) -> str:
+        """Return the format's name."""
+        return self.name
+
+
+@dataclass(frozen=True, slots=True)
 class QuantScheme:
-    """What ``--quant`` says: weight format, activation bits (16 = float), KV-cache format."""
+    """What ``--quant`` says: formats of weights, of activations (`ActFormat` less its a), of KV caches."""
 
     weight: WeightFormat | None
     """None: as the checkpoint stores them."""
-    act: int = 16
+    act: str = "16"
     kv: str = "16"
+
+    @property
+    def codes(self) -> WeightFormat | None:
+        """The format that float weights are quantised to; None: they stay floats, or as they are stored."""
+        return None if self.weight is None or self.weight.is_float else self.weight
 
     def __str__(self) -> str:
         """Return the canonical text of the scheme."""
         if self.weight is None:
-            return "none" if self.act == 16 else f"a{self.act}"
+            return "none" if self.act == "16" else f"a{self.act}"
         return f"{self.weight.name}a{self.act}" + ("" if self.kv == "16" else f"kv{self.kv}")
 
 
@@ -212,26 +253,49 @@ def weight_formats() -> tuple[WeightFormat, ...]:
     return tuple(found.values())
 
 
-def parse_scheme(text: str) -> QuantScheme:
-    """Parse a ``--quant`` value: ``none`` or ``WEIGHT[aACT][kvKV]``, e.g. ``w4g64a8``.
+@cache
+def parse_act_format(text: str) -> ActFormat:
+    """Parse an activation format such as ``a16``, ``abf16``, ``a8``, ``a8g64``.
 
-    ``a8`` alone: weights as they are stored (quantised ones), with 8-bit activations.
+    Raises:
+        UsageError: the text is not in the grammar.
+    """
+    if not re.fullmatch(f"a{_ACT}", text):
+        raise UsageError(
+            f"unknown activation format {text!r}", remedy=f"use one of {', '.join(ACT_NAMES)}"
+        )
+    if text.startswith("a8"):
+        return ActFormat(text, "int8", int(text[3:]) if len(text) > 2 else GROUP_ROW)
+    return ActFormat(text, {"abf16": "bf16", "af16": "f16"}.get(text, "f32"))  # type: ignore[arg-type]
+
+
+ACT_NAMES = ("a16", "abf16", "af16", "a8", "a8g32", "a8g64", "a8g128", "a8g256")
+"""All activation formats."""
+
+
+def parse_scheme(text: str) -> QuantScheme:
+    """Parse a ``--quant`` value: ``none`` or ``WEIGHT[aACT][kvKV]``, e.g. ``w4g64a8``, ``bf16abf16``.
+
+    An activation format alone (``a8``, ``abf16``): weights as they are stored. ``bf16`` as the weight's
+    format rounds float weights to bfloat16.
 
     Raises:
         UsageError: the text is not in the grammar.
     """
     if text == "none":
         return QuantScheme(None)
-    if text == "a8":
-        return QuantScheme(None, 8)
+    if re.fullmatch(f"a{_ACT}", text) and text != "a16":
+        return QuantScheme(None, text[1:])
     match = _SCHEME.fullmatch(text)
     if match is None:
         raise UsageError(
             f"unknown quantisation {text!r} (--quant)",
-            remedy="use none, a8 or WEIGHT[aACT][kvKV], for example w8a8, w4g64a8, w2g64a8, w1.58a8, "
-            "w4zg128a16; `mimo-compile targets --formats` lists what has kernels",
+            remedy="use none, aACT or WEIGHT[aACT][kvKV] with ACT = 16, bf16, f16, 8, 8g32 to 8g256, for "
+            "example w8a8, w4g64a8, w1.58a8, w4g64abf16, w4zg128a16; `mimo-compile targets --formats` "
+            "lists what has kernels",
         )
-    return QuantScheme(_from_match(match), int(match["act"] or 16), match["kv"] or "16")
+    weight = WeightFormat("bf16", "float", 16) if match["plain"] else _from_match(match)
+    return QuantScheme(weight, match["act"] or "16", match["kv"] or "16")
 
 
 def _from_match(match: re.Match[str]) -> WeightFormat:

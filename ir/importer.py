@@ -111,6 +111,7 @@ class _Converters:
     def linear(self, node: Any, imp: Any) -> Any:
         args = imp.retrieve_args(node)
         x, weight, bias = args[0], args[1], args[2] if len(args) > 2 else None
+        act = args[3] if len(args) > 3 else "a16"  # mimo's own linear layer
         own = node.args[1].name in self.weights and (
             bias is None or node.args[2].name in self.weights
         )
@@ -122,7 +123,7 @@ class _Converters:
         inside = bias is None or str(bias.ty.dtype) == "float32"
         y = self._matmul(
             imp, self.wide.widen(x), [weight, bias if inside else None], _shape(weight)[0],
-            w=fmt, bias=int(bias is not None and inside),
+            w=fmt, a=act, bias=int(bias is not None and inside),
         )  # fmt: skip
         if not inside:
             y = imp.block_builder.emit(_tvm.compiler().relax.op.add(y, self.wide.widen(bias)))
@@ -148,9 +149,17 @@ class _Converters:
         )
 
     def lora_linear(self, node: Any, imp: Any) -> Any:
-        x, adapter, weight, bias, a, b, gain, parts = imp.retrieve_args(node)
+        x, adapter, weight, bias, a, b, gain, parts, *act = imp.retrieve_args(node)
         fmt = {"float32": "f32", "bfloat16": "bf16"}[str(weight.ty.dtype)]
-        return self._lora(imp, x, [adapter, weight, bias, a, b, gain], parts, bias, w=fmt)
+        return self._lora(
+            imp,
+            x,
+            [adapter, weight, bias, a, b, gain],
+            parts,
+            bias,
+            w=fmt,
+            a=act[0] if act else "a16",
+        )
 
     def _lora(self, imp: Any, x: Any, args: list[Any], parts: str, bias: Any, **p: Value) -> Any:
         b = args[-2]
@@ -220,6 +229,7 @@ class _Converters:
         x, ids, weights, w13, s13, z13, w2, s2, z2, w, a, *s = imp.retrieve_args(node)
         t, d = _shape(x)
         e, _, f = _shape(w2)
+        f *= 2 if parse_weight_format(w).family == "complex" else 1
         return self.call(
             imp, "moe", [x, ids, weights, w13, s13, z13, w2, s2, z2], [([t, d], "float32")],
             t=t, e=e, k=_shape(ids)[1], d=d, f=f, w=w, a=a, s=s[0] if s else "f16",

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from mimo_compile import _tvm
 from mimo_compile.errors import InputError, UsageError, VerificationError
-from mimo_compile.ir.formats import parse_scheme
+from mimo_compile.ir.formats import parse_act_format, parse_scheme
 from mimo_compile.ir.hardware import local_cpu
 from mimo_compile.ir.ops import OPS, get_op
 from mimo_compile.ir.workload import Workload
@@ -354,11 +354,15 @@ def text_ids(module: Module, text: str | None, count: int, seed: int | None) -> 
 def logits_bound(manifest: Manifest) -> LogitsBound:
     """Return what logits may differ by.
 
-    Float activations: sums of float32 in another order, 1e-3 of the largest logit. Int8 activations: a
+    Float activations: sums of float32 in another order, 1e-3 of the largest logit. 16-bit ones: a sum that
+    is off by one rounding may be rounded the other way, by 2**-8 of it. Int8 activations: a
     sum that is off by one rounding may fall on the other side of a code's boundary; a step is 1/127 of
     the row's largest value, and a flip that changes the choice of an expert changes the row altogether.
     """
-    if manifest.quant == "none" or parse_scheme(manifest.quant).act == 16:
+    act = parse_act_format(f"a{parse_scheme(manifest.quant).act}")
+    if act.rounded:
+        return LogitsBound(1e-2, math.inf)
+    if not act.is_int8:
         return LogitsBound(1e-3, 1e-3)
     return LogitsBound(5e-2, math.inf)
 

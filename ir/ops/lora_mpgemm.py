@@ -65,17 +65,17 @@ def _(
 @torch.library.custom_op("mimo::lora_linear", mutates_args=())
 def lora_linear(
     x: Tensor, adapter: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor,
-    gain: Tensor, parts: str,
+    gain: Tensor, parts: str, a: str = "a16",
 ) -> Tensor:  # fmt: skip
     """Float linear layer with adapters; see `linear` and `lora_mpgemm`."""
-    y: Tensor = torch.ops.mimo.linear(x, weight, bias)
+    y: Tensor = torch.ops.mimo.linear(x, weight, bias, a)
     return add_adapters(y, x, adapter, lora_a, lora_b, gain, parts)
 
 
 @lora_linear.register_fake
 def _(
     x: Tensor, adapter: Any, weight: Tensor, bias: Any, lora_a: Any, lora_b: Any, gain: Any,
-    parts: str,
+    parts: str, a: str = "a16",
 ) -> Tensor:  # fmt: skip
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 

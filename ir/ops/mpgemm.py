@@ -1,7 +1,8 @@
 """Mixed-precision matmul: few-bit (or float) weights times float or int8 activations.
 
 ``y[m, n] = sum_k x[m, k] * w[n, k] (+ bias[n])``. With ``a=a8`` each row of x is first quantised to int8
-(`numerics.quantize_rows`), so the inner sums are integers and exact.
+(`numerics.quantize_rows`), with ``a=a8g64`` each 64 columns of it, so that inner sums are integers and exact;
+with ``a=abf16`` and ``a=af16`` x is rounded (`ir.formats`).
 """
 
 from __future__ import annotations
@@ -15,15 +16,22 @@ from torch import Tensor
 
 from mimo_compile.errors import UsageError
 from mimo_compile.ir.counts import Counts
-from mimo_compile.ir.formats import E4M3_NAN, WeightFormat, parse_weight_format
+from mimo_compile.ir.formats import (
+    E4M3_NAN,
+    WeightFormat,
+    parse_act_format,
+    parse_weight_format,
+)
 from mimo_compile.ir.ops.base import Arg, Array, OpDef, Param
 from mimo_compile.ir.ops.numerics import (
+    TINY,
     U32,
     bf16_to_f32,
     complex_magnitudes,
     f32_to_bf16,
     fake_quantize,
     real_matrix,
+    round_values,
     torch_f64,
 )
 from mimo_compile.ir.workload import Workload
@@ -57,13 +65,15 @@ def _(
 
 
 @torch.library.custom_op("mimo::linear", mutates_args=())
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: str = "a16") -> Tensor:
     """Float linear layer: ``x [..., K]``, ``weight [N, K]`` f32 or bf16 (widened exactly) -> ``[..., N]``."""
+    how = parse_act_format(a)
+    x = round_values(x, how) if how.rounded else x
     return torch.nn.functional.linear(x, weight.to(x.dtype), bias)
 
 
 @linear.register_fake
-def _(x: Tensor, weight: Tensor, bias: Any) -> Tensor:
+def _(x: Tensor, weight: Tensor, bias: Any, a: str = "a16") -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
@@ -117,26 +127,69 @@ def real_weights(inputs: Mapping[str, Array], prefix: str, fmt: WeightFormat) ->
     return real_matrix(fmt, codes, scale, None if zero is None else torch_f64(zero), torch.float64)
 
 
+def magnitudes(inputs: Mapping[str, Array], prefix: str, fmt: WeightFormat, real: Tensor) -> Tensor:
+    """Return what bounds are computed of: real weights, or sizes of stacked matrices, which may cancel."""
+    if fmt.family != "complex":
+        return real
+    codes = torch.from_numpy(np.ascontiguousarray(inputs[f"{prefix}codes"]))
+    return complex_magnitudes(fmt, codes, torch_f64(inputs[f"{prefix}scale"]))
+
+
 def real_activations(x: Array, fmt: WeightFormat, act: str) -> Tensor:
-    """Return activations as the op uses them, float64: quantised and scaled back for ``a8``."""
+    """Return activations as the op uses them, float64: rounded, or quantised and scaled back."""
     return fake_quantize(torch_f64(x), fmt, act)
 
 
 def matmul_bound(x: Tensor, w: Tensor, fmt: WeightFormat, act: str) -> Tensor:
     """Bound the float32 rounding of ``x @ w.T`` element by element.
 
-    Groups of integer codes are exact, so only the sum over groups rounds: ``(G + 4) u * sum_g |group sum|``.
-    Float kernels get the statistical bound ``4 sqrt(K) u * |x| |w|`` for sums of K rounded products.
+    Groups of integer codes and int8 activations are exact, so only the sum over groups rounds:
+    ``(G + 4) u * sum_g |group sum|``, G: runs of columns that share both scales. Float kernels get the
+    statistical bound ``4 sqrt(K) u * |x| |w|`` for sums of K rounded products; with ``abf16`` also what
+    an instruction that takes and gives zero for subnormal numbers loses.
     """
-    k = x.shape[-1]
-    if act == "a8" and fmt.is_integer:
+    k, how = x.shape[-1], parse_act_format(act)
+    if how.is_int8 and fmt.is_integer:
         size = fmt.group_size(k)
+        size = min(size, how.group) if how.group > 0 else size
         total = torch.zeros((*x.shape[:-1], w.shape[-2]), dtype=torch.float64)
         for start in range(0, k, size):
             total += (x[..., start : start + size] @ w[..., start : start + size].mT).abs()
-        return (fmt.groups(k) + 4) * U32 * total * 2 + 1e-30
+        return (-(-k // size) + 4) * U32 * total * 2 + 1e-30
     bound: Tensor = 4 * max(k, 16) ** 0.5 * U32 * (x.abs() @ w.abs().mT) + 1e-30
+    if how.kind == "bf16":
+        bound = bound + TINY * (x.abs().sum(-1, keepdim=True) + w.abs().sum(-1) + 2 * k)
     return bound
+
+
+def check_acts(op: str, fmt: WeightFormat, act: str) -> None:
+    """Refuse activation formats that weights of a format cannot have.
+
+    Raises:
+        UsageError: it is unknown, or does not fit.
+    """
+    how = parse_act_format(act)
+    if fmt.is_float and how.is_int8:
+        raise UsageError(
+            f"{op}: a={act} needs quantised weights (w=)", remedy="use a16, abf16 or af16"
+        )
+    if fmt.family == "complex" and how.group > 0:
+        raise UsageError(f"{op}: {fmt} has no groups of activations", remedy="use a=a8")
+
+
+def zeros_apart(inputs: Mapping[str, Array], prefix: str, fmt: WeightFormat) -> Tensor:
+    """Return magnitudes ``[..., N, K]`` of codes and zero points, both less the middle code, added up.
+
+    bfloat16 holds no code less a fractional zero point, so that kernels sum both apart.
+    """
+    middle = float(1 << (fmt.bits - 1))
+    codes = torch.from_numpy(np.ascontiguousarray(inputs[f"{prefix}codes"]))
+    scale, zero = torch_f64(inputs[f"{prefix}scale"]), torch_f64(inputs[f"{prefix}zero"])
+    both = [
+        real_matrix(fmt, codes, scale, torch.full_like(zero, middle), torch.float64),
+        real_matrix(fmt, torch.full_like(codes, int(middle)), scale, zero, torch.float64),
+    ]
+    return both[0].abs() + both[1].abs()
 
 
 class MpGemm(OpDef):
@@ -154,12 +207,11 @@ class MpGemm(OpDef):
     )
 
     def check(self, p: Mapping[str, Any]) -> None:
-        """Refuse unknown formats and a8 with float weights."""
+        """Refuse unknown formats and int8 activations with float weights."""
         fmt = parse_weight_format(p["w"])
-        if p["a"] not in ("a8", "a16") or p["s"] not in ("f16", "f32"):
-            raise UsageError("mpgemm: a must be a8 or a16 and s (scale storage) f16 or f32")
-        if fmt.is_float and p["a"] == "a8":
-            raise UsageError("mpgemm: a=a8 needs quantised weights (w=)")
+        if p["s"] not in ("f16", "f32"):
+            raise UsageError("mpgemm: s (scale storage) must be f16 or f32")
+        check_acts("mpgemm", fmt, p["a"])
         if fmt.family == "complex" and (p["n"] % 2 or p["k"] % 2):
             raise UsageError(f"mpgemm: {fmt} needs even n and k")
 
@@ -202,10 +254,9 @@ class MpGemm(OpDef):
         p = self.full(workload)
         fmt = parse_weight_format(p["w"])
         x = real_activations(inputs["x"], fmt, p["a"])
-        w = real_weights(inputs, "", fmt)
-        if fmt.family == "complex":  # kernels add up products with each matrix, which may cancel
-            codes, scale = torch.from_numpy(inputs["codes"]), torch_f64(inputs["scale"])
-            w = complex_magnitudes(fmt, codes, scale)
+        w = magnitudes(inputs, "", fmt, real_weights(inputs, "", fmt))
+        if fmt.has_zero and p["a"] == "abf16":
+            w = zeros_apart(inputs, "", fmt)
         bound = matmul_bound(x, w, fmt, p["a"]).numpy()
         extra = 4 * U32 * (np.abs(inputs["bias"]) if p["bias"] else 0.0)
         return {"y": bound + extra + 2 * U32 * np.abs(expected["y"])}
@@ -214,10 +265,15 @@ class MpGemm(OpDef):
         """Each multiply-add once; packed weights, activations and result once."""
         p = self.full(workload)
         fmt, m, n, k = parse_weight_format(p["w"]), p["m"], p["n"], p["k"]
-        kind = "dot_i8" if p["a"] == "a8" else "fma_f32"
         return Counts(
-            {kind: float(m) * n * k}, {"dram": weight_bytes(fmt, n, k, p["s"]) + 4.0 * m * (n + k)}
+            {product_kind(p["a"]): float(m) * n * k},
+            {"dram": weight_bytes(fmt, n, k, p["s"]) + 4.0 * m * (n + k)},
         )
+
+
+def product_kind(act: str) -> str:
+    """Return the kind of `ir.counts` of products with activations of a format."""
+    return {"int8": "dot_i8", "bf16": "dot_bf16"}.get(parse_act_format(act).kind, "fma_f32")
 
 
 def weight_bytes(fmt: WeightFormat, n: int, k: int, scale_dtype: str = "f16") -> float:

@@ -9,10 +9,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mimo_compile.ir.formats import WeightFormat
+from mimo_compile.ir.formats import ActFormat, WeightFormat, parse_act_format
 
 U32 = 2.0**-24
 """Unit round-off of float32."""
+TINY = 2.0**-126
+"""Smallest normal float32 and bfloat16; products of bfloat16 take and give zero below it."""
+F16_MOST = 65504.0
+"""Largest float16, where ``af16`` ends."""
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,13 +117,26 @@ def _complex_matrix(
 def fake_quantize(x: Tensor, fmt: WeightFormat, act: str) -> Tensor:
     """Return activations ``[..., K]`` as the matmul of a format sees them, in their own dtype.
 
-    ``a8``: quantised by `quantize_rows` (complex formats: real and imaginary halves apart) and scaled back.
+    int8 formats: quantised by `quantize_rows`, each group of columns apart (complex weights: real and
+    imaginary halves), and scaled back. 16-bit ones: rounded.
     """
-    if act != "a8":
+    how = parse_act_format(act)
+    if how.rounded:
+        return round_values(x, how)
+    if not how.is_int8:
         return x
     if fmt.family == "complex":
         return torch.cat([_requantised(half) for half in x.chunk(2, -1)], -1)
-    return _requantised(x)
+    if how.group <= 0 or x.shape[-1] == 0:
+        return _requantised(x)
+    return torch.cat([_requantised(part) for part in x.split(how.group, -1)], -1)
+
+
+def round_values(x: Tensor, how: ActFormat) -> Tensor:
+    """Round to bfloat16 or float16, half to even, in x's own dtype; float16 saturates."""
+    if how.kind == "bf16":
+        return x.to(torch.bfloat16).to(x.dtype)
+    return x.clamp(-F16_MOST, F16_MOST).to(torch.float16).to(x.dtype)
 
 
 def _requantised(x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from mimo_compile.frontend.models.decoder import Decoder, DecoderConfig
 from mimo_compile.frontend.models.family import Fields
 from mimo_compile.frontend.weights import detect_format, open_checkpoint
 from mimo_compile.frontend.weights.checkpoint import Checkpoint
-from mimo_compile.ir.formats import QuantScheme
+from mimo_compile.ir.formats import QuantScheme, parse_act_format
 from mimo_compile.quantize import check_scheme
 from mimo_compile.quantize.calibration import Calibration, fingerprint, token_sequences
 from mimo_compile.runtime.program import Calibrated
@@ -192,9 +192,11 @@ def _check_stored_formats(
     A checkpoint whose model was trained with 8-bit activations gets them unless the scheme names a format.
     """
     stored = sorted({e.fmt.name for n in expected if (e := checkpoint.entries[n]).fmt is not None})
-    if quant.weight is None and quant.act == 8 and not stored:
+    int8 = parse_act_format(f"a{quant.act}").is_int8
+    plain = quant.weight is None or quant.weight.is_float
+    if plain and int8 and not stored:
         raise UsageError(
-            f"--quant {quant} keeps weights as they are, and those of this checkpoint are floats",
+            f"--quant {quant} keeps weights floats, and int8 activations need integer ones",
             remedy="Name a weight format, for example w8a8",
         )
     if stored and quant.weight is not None and stored != [quant.weight.name]:
@@ -203,8 +205,8 @@ def _check_stored_formats(
             f"--quant {quant}: the checkpoint's matrices are already quantised, as {', '.join(stored)}",
             remedy=f"Use --quant none, which keeps them, or {also} for 8-bit activations",
         )
-    if stored and quant.weight is None and checkpoint.activations == 8:
-        return replace(quant, act=8)
+    if stored and quant == QuantScheme(None) and checkpoint.activations == 8:
+        return replace(quant, act="8")
     return quant
 
 

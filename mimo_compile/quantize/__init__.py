@@ -63,10 +63,10 @@ def check_scheme(scheme: QuantScheme) -> None:
 
 
 def head_format(scheme: QuantScheme) -> WeightFormat | None:
-    """Return the format of the output projection: never below four bits, 8-bit rows instead."""
+    """Return the format of the output projection: never below four bits, 8-bit rows instead; None: float."""
     if scheme.weight is not None and scheme.weight.bits < 4:
         return parse_weight_format("w8")
-    return scheme.weight
+    return scheme.codes
 
 
 def quantize(

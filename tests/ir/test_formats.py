@@ -7,22 +7,32 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mimo_compile.errors import UsageError
-from mimo_compile.ir.formats import QuantTensor, parse_scheme, parse_weight_format
+from mimo_compile.ir.formats import (
+    ACT_NAMES,
+    QuantTensor,
+    parse_act_format,
+    parse_scheme,
+    parse_weight_format,
+)
 from mimo_compile.ir.workload import BUCKETS, Workload, bucket_of
 
 GRAMMAR = {
-    "w4g64a8": ("int", 4, 64, False, 8, "16"),
-    "w4zg128a16kv4": ("int", 4, 128, True, 16, "4"),
-    "w8a8": ("int", 8, 0, False, 8, "16"),
-    "w1.58a8": ("ternary", 2, -1, False, 8, "16"),
-    "w1.58dgrow": ("ternary", 2, 0, False, 16, "16"),
-    "afp4g64": ("codebook", 4, 64, False, 16, "16"),
-    "fp8b128kvfp8": ("fp8", 8, 128, False, 16, "fp8"),
-    "complex2": ("complex", 2, -1, False, 16, "16"),
-    "complex2wl2growa8": ("complex", 2, 0, False, 8, "16"),
-    "fp3g32": ("codebook", 3, 32, False, 16, "16"),
-    "anf4g128a8": ("codebook", 4, 128, False, 8, "16"),
-    "w3gtensor": ("int", 3, -1, False, 16, "16"),
+    "w4g64a8": ("int", 4, 64, False, "8", "16"),
+    "w4zg128a16kv4": ("int", 4, 128, True, "16", "4"),
+    "w8a8": ("int", 8, 0, False, "8", "16"),
+    "w1.58a8": ("ternary", 2, -1, False, "8", "16"),
+    "w1.58dgrow": ("ternary", 2, 0, False, "16", "16"),
+    "afp4g64": ("codebook", 4, 64, False, "16", "16"),
+    "fp8b128kvfp8": ("fp8", 8, 128, False, "16", "fp8"),
+    "complex2": ("complex", 2, -1, False, "16", "16"),
+    "complex2wl2growa8": ("complex", 2, 0, False, "8", "16"),
+    "fp3g32": ("codebook", 3, 32, False, "16", "16"),
+    "anf4g128a8": ("codebook", 4, 128, False, "8", "16"),
+    "w3gtensor": ("int", 3, -1, False, "16", "16"),
+    "w4g64abf16": ("int", 4, 64, False, "bf16", "16"),
+    "w4g64a8g32kv8": ("int", 4, 64, False, "8g32", "8"),
+    "nf4af16kv4": ("codebook", 4, 64, False, "f16", "4"),
+    "bf16abf16": ("float", 16, 0, False, "bf16", "16"),
 }
 
 
@@ -37,12 +47,39 @@ def test_scheme_grammar(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "w9", "w4g63", "w4a7", "q4", "w4 a8", "none8", "w4kv3", "w1.5"]
+    "text",
+    [
+        "",
+        "w9",
+        "w4g63",
+        "w4a7",
+        "q4",
+        "w4 a8",
+        "none8",
+        "w4kv3",
+        "w1.5",
+        "w4a8g48",
+        "w4abf",
+        "a16",
+        "f32a8",
+    ],
 )
 def test_bad_scheme_is_refused_with_its_text(text: str) -> None:
     with pytest.raises(UsageError, match="--quant") as error:
         parse_scheme(text)
     assert repr(text) in str(error.value)
+
+
+def test_activation_formats() -> None:
+    for name in ACT_NAMES:
+        act = parse_act_format(name)
+        assert str(act) == name and act.is_int8 == name.startswith("a8")
+        if name != "a16":
+            assert parse_scheme(name).act == name[1:] and str(parse_scheme(name)) == name
+    assert parse_act_format("a8g64").group == 64 and parse_act_format("a8").groups(100) == 1
+    assert parse_act_format("a8g64").groups(65) == 2
+    with pytest.raises(UsageError, match="a8g48"):
+        parse_act_format("a8g48")
 
 
 @given(st.text(max_size=12))

@@ -131,6 +131,8 @@ class Builder:
         for name, prefix, spec in prefixes(config):
             stage = self._layer(name, prefix, spec, ropes[spec.rope_key], table)
             (drafts if name.startswith("mtp.") else stages).append(stage)
+        if self.scheme.weight is not None and self.scheme.weight.is_float:
+            return tensor.to(torch.bfloat16)
         norm = FinalNorm(self.checkpoint.real(NORM), config.eps)
         stages.append(
             Stage("final_norm", "final_norm", norm, {}, ("x", "delta"), ("hidden", "normed"))
@@ -139,7 +141,7 @@ class Builder:
         return Decoder(config, [*stages, *drafts])
 
     def _stored(self, name: str) -> Tensor:
-        """Return a matrix that stays float: bf16 as it is, everything else in f32."""
+        """Return a matrix that stays float: bf16 as it is or if the scheme says so, all else in f32."""
         tensor = self.checkpoint.tensor(name)
         return tensor if tensor.dtype == torch.bfloat16 else tensor.to(torch.float32)
 
@@ -192,14 +194,15 @@ class Builder:
         return fmt
 
     def _linear(self, names: list[str], bias: Tensor | None = None) -> QuantLinear:
-        weight = self._matrix(names, self.scheme.weight)
+        weight = self._matrix(names, self.scheme.codes)
         return QuantLinear(weight, bias, f"a{self.scheme.act}")
 
     def _head(self, table: nn.Parameter) -> Head:
         fmt = head_format(self.scheme)
         name = EMBED if self.config.tied else HEAD
         if fmt is None and self.checkpoint.entries[name].fmt is None:
-            return Head(QuantLinear(table if self.config.tied else self._stored(HEAD)))
+            whole = table if self.config.tied else self._stored(HEAD)
+            return Head(QuantLinear(whole, act=f"a{self.scheme.act}"))
         return Head(QuantLinear(self._matrix([name], fmt), act=f"a{self.scheme.act}"))
 
     def _layer(
@@ -265,7 +268,7 @@ class Builder:
     def _experts(self, spec: LayerSpec, names: list[str]) -> Tensor | QuantTensor:
         """Return ``[E, N, K]`` from one tensor per expert (and half)."""
         each = [
-            self._matrix([n.replace("{e}", str(e)) for n in names], self.scheme.weight)
+            self._matrix([n.replace("{e}", str(e)) for n in names], self.scheme.codes)
             for e in range(spec.experts)
         ]
         return _pile(each)
@@ -294,7 +297,8 @@ class Builder:
             found = self.checkpoint.quantised(name)
             return found if found.perm is None else torch.from_numpy(found.dequantize())
         tensor = self._stored(name)
-        if self.scheme.weight is None:
+        fmt = self.scheme.codes
+        if fmt is None:
             return tensor
         fmt, halves = self.scheme.weight, 2 if name.endswith("gate_up_proj") else 1
         return _pile(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mimo_compile.frontend.models.decoder import LayerSpec, inverse_frequencies
-from mimo_compile.ir.formats import QuantTensor
+from mimo_compile.ir.formats import QuantTensor, parse_act_format
 from mimo_compile.ir.ops import load_all
 
 load_all()
@@ -23,6 +23,11 @@ def frozen(tensor: Tensor) -> nn.Parameter:
 def float_name(tensor: Tensor) -> str:
     """Return the format name of a float weight: ``bf16`` or ``f32``."""
     return "bf16" if tensor.dtype == torch.bfloat16 else "f32"
+
+
+def float_act(act: str) -> str:
+    """Return the activation format of float weights, which have no int8 kernels: ``a16`` then."""
+    return "a16" if parse_act_format(act).is_int8 else act
 
 
 def scale_name(*weights: QuantTensor) -> str:
@@ -50,7 +55,7 @@ class QuantLinear(nn.Module):
     def __init__(
         self, weight: Tensor | QuantTensor, bias: Tensor | None = None, act: str = "a16"
     ) -> None:
-        """Hold ``weight [N, K]`` and ``bias [N]``; ``act`` is ``a8`` or ``a16`` (quantised weights only)."""
+        """Hold ``weight [N, K]`` and ``bias [N]``; ``act``: see `float_act` for float weights."""
         super().__init__()
         for name, tensor in (("bias", bias), ("lora_a", None), ("lora_b", None), ("gain", None)):
             self.register_buffer(name, tensor)
@@ -63,7 +68,7 @@ class QuantLinear(nn.Module):
             zero = None if weight.zero is None else torch.from_numpy(weight.zero)
             self.register_buffer("zero", zero)
         else:
-            self.w, self.a, self.s, self.perm = float_name(weight), "a16", "", None
+            self.w, self.a, self.s, self.perm = float_name(weight), float_act(act), "", None
             self.weight = weight if isinstance(weight, nn.Parameter) else frozen(weight)
 
     @property
@@ -94,14 +99,16 @@ class QuantLinear(nn.Module):
             x = x.index_select(-1, self.perm)
         lora = (self.lora_a, self.lora_b, self.gain)
         if self.lora_a is not None and plain:
-            y = torch.ops.mimo.lora_linear(x, adapter, self.weight, self.bias, *lora, self.parts)
+            y = torch.ops.mimo.lora_linear(
+                x, adapter, self.weight, self.bias, *lora, self.parts, self.a
+            )
         elif self.lora_a is not None:
             y = torch.ops.mimo.lora_mpgemm(
                 x, adapter, self.codes, self.scale, self.zero, self.bias, *lora,
                 self.w, self.a, self.s, self.parts,
             )  # fmt: skip
         elif plain:
-            y = torch.ops.mimo.linear(x, self.weight, self.bias)
+            y = torch.ops.mimo.linear(x, self.weight, self.bias, self.a)
         else:
             y = torch.ops.mimo.mpgemm(
                 x, self.codes, self.scale, self.zero, self.bias, self.w, self.a, self.s
@@ -117,7 +124,7 @@ class Experts(nn.Module):
     ) -> None:
         """Hold ``w13 [E, 2F, D]`` and ``w2 [E, D, F]``."""
         super().__init__()
-        self.a = "a16"
+        self.a = float_act(act)
         both = [weight for weight in (w13, w2) if isinstance(weight, QuantTensor)]
         self.s = scale_name(*both)
         for name, weight in (("w13", w13), ("w2", w2)):

@@ -176,7 +176,7 @@ def same_model(folder, real, plain, tmp_path, tolerance=0.0):
     twin = tmp_path / "twin"
     write_folder(twin, {**plain, **{n: torch.from_numpy(w) for n, w in real.items()}})
     found, loaded = logits(folder)
-    if loaded.scheme.act == 8:  # activations as in training: compared without them
+    if loaded.scheme.act == "8":  # activations as in training: compared without them
         module = "mimo_compile.frontend.huggingface"
         with patch(f"{module}._check_stored_formats", lambda _, __, quant: quant):
             found, _ = logits(folder)
