@@ -54,6 +54,7 @@ SCHEDULES: dict[str, dict[str, str]] = {
         "moe.x86_vnni": "moe.x86_vnni:X86MoeVnni",
         "moe.x86_float": "moe.x86_float:X86MoeFloat",
         "moe.x86_codebook": "moe.x86_codebook:X86MoeCodebook",
+        "moe.x86_complex": "moe.x86_complex:X86MoeComplex",
     },
     "route": {"route.x86": "moe.x86_route:X86Route"},
     "rms_norm": {"rms_norm.x86": "elementwise.x86_rms_norm:X86RmsNorm"},

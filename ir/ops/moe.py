@@ -2,7 +2,8 @@
 
 ``[g; u] = W13[e] x[t]`` with ``e = ids[t, j]``.
 
-Gate rows come first in W13. With ``a=a8`` both matmuls quantise their input rows to int8.
+Gate rows come first in W13. With ``a=a8`` both matmuls quantise their input rows to int8. In complex
+formats W13 is one complex matrix, so that gates are the real and ups the imaginary parts of its result.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.formats import WeightFormat, parse_weight_format
 from mimo_compile.ir.ops.base import Arg, Array, OpDef, Param
 from mimo_compile.ir.ops.mpgemm import (
+    magnitudes,
     matmul_bound,
     random_weights,
     real_activations,
@@ -74,7 +76,18 @@ def _(
     x: Tensor, ids: Tensor, weights: Tensor, w13: Tensor, w13_scale: Any, w13_zero: Any,
     w2: Tensor, w2_scale: Any, w2_zero: Any, w: str, a: str, s: str = "f16",
 ) -> Tensor:  # fmt: skip
-    return x.new_empty((x.shape[0], w2.shape[1]))
+    return x.new_empty(x.shape)
+
+
+def _requantised(values: Tensor, slack: Tensor) -> tuple[Tensor, Tensor]:
+    """Return int8 codes times their scale, and by how much an error of ``slack`` before may change them."""
+    scale = values.abs().amax() / 127
+    # the scale itself carries the rounding of the largest element
+    drift = slack.max() / scale.clamp_min(1e-30) / 127
+    steps = values / scale.clamp_min(1e-30)
+    near = (steps.frac().abs() - 0.5).abs() * scale <= slack + values.abs() * drift
+    q = steps.round() * scale
+    return q, q.abs() * drift + near * scale
 
 
 class Moe(OpDef):
@@ -99,8 +112,8 @@ class Moe(OpDef):
             raise UsageError("moe: k is above e")
         if p["a"] not in ("a8", "a16") or (fmt.is_float and p["a"] == "a8"):
             raise UsageError("moe: a must be a16, or a8 with quantised weights")
-        if fmt.family == "complex":
-            raise UsageError(f"moe: experts cannot have {fmt} weights")
+        if fmt.family == "complex" and (p["d"] % 2 or p["f"] % 2):
+            raise UsageError(f"moe: {fmt} needs even d and f")
 
     def args(self, workload: Workload) -> tuple[Arg, ...]:
         """Return x, ids, weights, w13_*, w2_*, y."""
@@ -152,29 +165,25 @@ class Moe(OpDef):
         p = self.full(workload)
         fmt = parse_weight_format(p["w"])
         w13, w2 = real_weights(inputs, "w13_", fmt), real_weights(inputs, "w2_", fmt)
+        w13_size, w2_size = magnitudes(inputs, "w13_", fmt, w13), magnitudes(inputs, "w2_", fmt, w2)
         x = real_activations(inputs["x"], fmt, p["a"])
         out = torch.zeros((p["t"], p["d"]), dtype=torch.float64)
         for t in range(p["t"]):
             for j in range(p["k"]):
                 e, weight = int(inputs["ids"][t, j]), float(inputs["weights"][t, j])
                 both = x[t : t + 1] @ w13[e].mT
-                err = matmul_bound(x[t : t + 1], w13[e], fmt, p["a"])
+                err = matmul_bound(x[t : t + 1], w13_size[e], fmt, p["a"])
                 (gate, up), (eg, eu) = both.chunk(2, -1), err.chunk(2, -1)
                 hidden = torch.nn.functional.silu(gate) * up
                 slack = 1.1 * eg * up.abs() + eu * gate.abs() + 8 * U32 * hidden.abs()
                 if p["a"] == "a8":
-                    scale = hidden.abs().amax() / 127
-                    frac = (hidden / scale.clamp_min(1e-30)).frac().abs()
-                    # the scale itself carries the rounding of the largest element
-                    near = (frac - 0.5).abs() * scale <= slack + hidden.abs() * (
-                        slack.max() / scale.clamp_min(1e-30) / 127
-                    )
-                    flips = (near * scale) @ w2[e].abs().mT
-                    q = (hidden / scale.clamp_min(1e-30)).round() * scale
-                    drift = q.abs() * (slack.max() / scale.clamp_min(1e-30) / 127)
-                    step = drift @ w2[e].abs().mT + flips + matmul_bound(q, w2[e], fmt, "a8")
+                    parts = 2 if fmt.family == "complex" else 1  # with a scale of its own each
+                    pairs = zip(hidden.chunk(parts, -1), slack.chunk(parts, -1), strict=True)
+                    done = [_requantised(values, error) for values, error in pairs]
+                    q, off = (torch.cat(both, -1) for both in zip(*done, strict=True))
+                    step = off @ w2[e].abs().mT + matmul_bound(q, w2_size[e], fmt, "a8")
                 else:
-                    step = slack @ w2[e].abs().mT + matmul_bound(hidden, w2[e], fmt, "a16")
+                    step = slack @ w2[e].abs().mT + matmul_bound(hidden, w2_size[e], fmt, "a16")
                 out[t] += abs(weight) * step[0]
         return {"y": (2 * out + 8 * U32 * torch.from_numpy(np.abs(expected["y"])) + 1e-30).numpy()}
 

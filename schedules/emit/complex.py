@@ -56,16 +56,15 @@ class ComplexMatrix(Matrix):
         return codes.n * codes.k / (codes.row_blocks * ROWS * codes.k_padded)
 
     def args(self) -> list[Arg]:
-        """Return codes ``[terms, N/32, lines, 64]`` and scale ``[terms, N/32, 2, 16]``."""
+        """Return codes ``[*lead, terms, N/32, lines, 64]`` and scale ``[*lead, terms, N/32, 2, 16]``."""
         return self.codes.args(self.prefix, (*self.lead, self.fmt.terms), self.scale_dtype)
 
     def stacked(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
         """Return canonical arrays with an axis for the matrices."""
         terms, names = self.fmt.terms, (f"{self.prefix}codes", f"{self.prefix}scale")
+        given = {name: np.ascontiguousarray(arrays[name]) for name in names if name in arrays}
         return {
-            name: np.ascontiguousarray(arrays[name]).reshape(terms, -1, arrays[name].shape[-1])
-            for name in names
-            if name in arrays
+            name: a.reshape(*a.shape[:-2], terms, -1, a.shape[-1]) for name, a in given.items()
         }
 
     def pack(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
@@ -76,6 +75,12 @@ class ComplexMatrix(Matrix):
         """Return the canonical arrays of those that `pack` gave: matrices below each other."""
         stacked = super().unpack(arrays)
         return {name: a.reshape(*self.lead, -1, a.shape[-1]) for name, a in stacked.items()}
+
+
+def halves(buffer: Any) -> Any:
+    """View ``[M, 2 C]`` as ``[2 M, C]``."""
+    rows, count = (int(extent) for extent in buffer.shape)
+    return T.decl_buffer((2 * rows, count // 2), "float32", data=buffer.data)
 
 
 def combine(
@@ -134,6 +139,16 @@ class ComplexWay(ABC):
         return ROWS
 
     @property
+    def offset(self) -> int:
+        """What operands lie above their values (see `quantize.quantize_row`)."""
+        return 1
+
+    @property
+    def scale_work(self) -> float:
+        """Multiply-adds that scale the sums of 16 rows of one matrix for one token."""
+        return 4.0 * ROWS
+
+    @property
     @abstractmethod
     def activation(self) -> str:
         """What quantised rows are kept as."""
@@ -169,7 +184,7 @@ class ComplexWay(ABC):
         Args:
             weights: Packed codes and scales of all matrices.
             x: ``[2 M, K/2]`` float32, or quantised rows.
-            blocks: Row blocks.
+            blocks: Row blocks, the last number of an index; the matrix is put before it.
             tokens: Tokens.
             out: Takes each vector of results.
             knobs: See there.
@@ -184,7 +199,7 @@ class ComplexWay(ABC):
         token_scales = [bind(x.scale[row]) for row in rows] if self.quantised else None
         terms = self.codes.fmt.terms
         with loop(terms) as term:
-            own = [(term, *block) for block in blocks]
+            own = [(*block[:-1], term, block[-1]) for block in blocks]
             found = self.sums(weights, x, own, rows, knobs)
             scales = {
                 (r, h): [

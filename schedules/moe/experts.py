@@ -27,13 +27,21 @@ class Experts(Schedule):
     version = 2
     config = MoeConfig
 
+    def problem(self, workload: Workload) -> Problem:
+        """Return the workload as this schedule runs it."""
+        return Problem.of(workload)
+
+    def kernel(self, problem: Problem, config: MoeConfig) -> ExpertKernel:
+        """Return the emitter of the kernel."""
+        return ExpertKernel(problem, config)
+
     def dots(self, problem: Problem, hardware: Hardware) -> tuple[str, ...]:
         """Return the ways to multiply that may be chosen from."""
         return ("",)
 
     def space(self, workload: Workload, hardware: Hardware) -> Space:
         """Tiles of both matmuls, prefetch and threads."""
-        problem = Problem.of(workload)
+        problem = self.problem(workload)
         blocks13, blocks2 = problem.layout13.row_blocks, problem.layout2.row_blocks
         knobs: dict[str, tuple[KnobValue, ...]] = {
             "rows13": tuple(r for r in (1, 2, 3, 4) if blocks13 % r == 0),
@@ -46,10 +54,10 @@ class Experts(Schedule):
         }
 
         def legal(config: MoeConfig) -> bool:
-            most = max(2 * config.rows13, config.rows2)
+            most = max(problem.halves * config.rows13, config.rows2)
             steps = 1
             layout = problem.layout13
-            if problem.has_values:
+            if problem.has_way:
                 steps = problem.way(config, layout).cost
                 if config.dot not in LOOKUPS and config.unroll > 1:
                     return False  # float ways unroll nothing
@@ -58,7 +66,7 @@ class Experts(Schedule):
                 steps = layout.quads if is_int else layout.block
                 steps *= ROWS // DOTS[config.dot].lanes if config.dot in DOTS else 1
             size = most * config.tokens * steps * config.unroll
-            return most * config.tokens <= 28 and (size <= 256 or most * config.tokens == 2)
+            return most * config.tokens <= 28 and (size <= 256 or most * config.tokens <= 2)
 
         work = (
             problem.expert_bytes
@@ -89,12 +97,12 @@ class Experts(Schedule):
 
     def lower(self, workload: Workload, config: MoeConfig, hardware: Hardware) -> Kernel:
         """Generate the kernel of one config."""
-        problem = Problem.of(workload)
+        problem = self.problem(workload)
         name = kernel_name(self, workload, config, hardware)
         args = problem.args()
         return Kernel(
             name,
-            function(name, args, ExpertKernel(problem, config).body),
+            function(name, args, self.kernel(problem, config).body),
             args,
             self.work(workload, config, hardware),
             scratch_bytes(problem, config),
@@ -103,28 +111,28 @@ class Experts(Schedule):
 
     def work(self, workload: Workload, config: MoeConfig, hardware: Hardware) -> Counts:
         """Return the kernel's work without generating it."""
-        return expert_work(Problem.of(workload), config, hardware)
+        return expert_work(self.problem(workload), config, hardware)
 
     def layouts(self, workload: Workload, config: MoeConfig) -> dict[str, str]:
         """The layouts of plain matmuls, gate and up padded each by itself."""
-        return {"weight": Problem.of(workload).w13.layout}
+        return {"weight": self.problem(workload).w13.layout}
 
     def pack(
         self, workload: Workload, config: MoeConfig, arrays: Mapping[str, Array]
     ) -> dict[str, Array]:
         """Pack the experts' matrices that are given."""
-        problem = Problem.of(workload)
-        halves = {
-            name: a.reshape(problem.e, 2, problem.f, a.shape[-1]) if name.startswith("w13_") else a
-            for name, a in arrays.items()
-        }
-        return problem.w13.pack(halves) | problem.w2.pack(halves)
+        problem = self.problem(workload)
+        given = dict(arrays)
+        if problem.halves == 2:
+            for name in (n for n in given if n.startswith("w13_")):
+                given[name] = given[name].reshape(problem.e, 2, problem.f, -1)
+        return problem.w13.pack(given) | problem.w2.pack(given)
 
     def unpack_weights(
         self, workload: Workload, config: MoeConfig, arrays: Mapping[str, Array]
     ) -> dict[str, Array]:
         """Undo `pack`."""
-        problem = Problem.of(workload)
-        halves = problem.w13.unpack(arrays)
-        w13 = {n: a.reshape(problem.e, 2 * problem.f, a.shape[-1]) for n, a in halves.items()}
+        problem = self.problem(workload)
+        w13 = problem.w13.unpack(arrays)
+        w13 = {n: a.reshape(problem.e, -1, a.shape[-1]) for n, a in w13.items()}
         return w13 | problem.w2.unpack(arrays)

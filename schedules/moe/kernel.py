@@ -39,7 +39,7 @@ from mimo_compile.schedules.moe.problem import MoeConfig, Problem, activation, l
 
 
 @dataclass(frozen=True, slots=True)
-class _Slots:
+class Slots:
     """Slots sorted by expert, in the kernel's workspace."""
 
     hits: Any
@@ -69,8 +69,7 @@ class ExpertKernel:
         half = len(packed) // 2
         w13, w2 = Weights(*packed[:half]), Weights(*packed[half:])
         slots = self.sort(ids)
-        width = p.layout13.row_blocks * ROWS
-        hidden = workspace((p.slots, width), "float32")
+        hidden = workspace((p.slots, p.hidden_width), "float32")
         rows = self.quantised(p.layout13, x, p.t, p.t * p.d)
         with loop(p.layout13.row_blocks // config.rows13, parallel=config.parallel) as task:
             self.gate_up(w13, rows, slots, hidden, task)
@@ -78,10 +77,10 @@ class ExpertKernel:
         with loop(p.layout2.row_blocks // config.rows2, parallel=config.parallel) as task:
             self.down(w2, inner, slots, weights, y, task)
 
-    def sort(self, ids: Any) -> _Slots:
+    def sort(self, ids: Any) -> Slots:
         """Count, then place slots: stable, serial, tiny."""
         p = self.problem
-        slots = _Slots(*(workspace((n,), "int32") for n in (1, p.e, p.e + 1, p.slots, p.slots)))
+        slots = Slots(*(workspace((n,), "int32") for n in (1, p.e, p.e + 1, p.slots, p.slots)))
         count = workspace((p.e,), "int32")
         with loop(p.e) as e:
             store(count, T.int32(0), e)
@@ -121,15 +120,20 @@ class ExpertKernel:
 
     def quantised(self, layout: CodeLayout, x: Any, rows: Any, size: int) -> Any:
         """Quantise rows of ``x`` for integer dots; float kernels read them as they are."""
-        p, offset = self.problem, None
+        p, offset, x = self.problem, None, self.view(x)
         if p.act != "a8":
             return x
-        if p.has_values:
+        if p.has_way:
             offset = p.way(self.config, layout).offset
         out = alloc_activations(layout, x.shape[0], activation(p, self.config))
+        rows = rows if p.parts == 1 else p.parts * rows
         with loop(rows, parallel=self.config.parallel and size > 64 << 10) as row:
             quantize_row(layout, x, (row,), out, row, offset=offset)
         return out
+
+    def view(self, buffer: Any) -> Any:
+        """Return rows of a token each as `Problem.parts` rows."""
+        return buffer
 
     def dot(self, layout: CodeLayout) -> Dot:
         """Return the chosen way to multiply."""
@@ -144,7 +148,7 @@ class ExpertKernel:
         blocks: list[tuple[Any, ...]], tokens: list[Any], out: Out,
     ) -> None:  # fmt: skip
         """Emit one register tile."""
-        if self.problem.has_values:
+        if self.problem.has_way:
             chosen = self.problem.way(self.config, layout)
             chosen.tile(weights, x, blocks, tokens, out, self.knobs)
         elif isinstance(x, Activations):
@@ -153,7 +157,7 @@ class ExpertKernel:
             codes = None if self.problem.fmt.is_float else layout
             float_tile(codes, layout.k, weights, x, blocks, tokens, out, self.knobs)
 
-    def over_experts(self, slots: _Slots, emit: Callable[[Any, Any, int], None]) -> None:
+    def over_experts(self, slots: Slots, emit: Callable[[Any, Any, int], None]) -> None:
         """Visit the hit experts and their slots in tiles: ``emit(expert, position, count)``."""
         with T.serial(0, slots.hits[0]) as h:
             expert = slots.expert[h]
@@ -168,7 +172,7 @@ class ExpertKernel:
                     done = T.bitwise_and(count, T.int32(-2 * size))
                     emit(expert, bind(first + done), size)
 
-    def gate_up(self, w13: Weights, x: Any, slots: _Slots, hidden: Any, task: Any) -> None:
+    def gate_up(self, w13: Weights, x: Any, slots: Slots, hidden: Any, task: Any) -> None:
         """Compute ``silu(gate) * up`` of some rows for all slots."""
         rows, width = self.config.rows13, self.lanes()
 
@@ -193,28 +197,31 @@ class ExpertKernel:
 
         self.over_experts(slots, emit)
 
-    def down(self, w2: Weights, x: Any, slots: _Slots, weights: Any, y: Any, task: Any) -> None:
+    def down(self, w2: Weights, x: Any, slots: Slots, weights: Any, y: Any, task: Any) -> None:
         """Project some rows of all slots down and add each token's up in the order of its choices."""
         p, rows, width = self.problem, self.config.rows2, self.lanes()
-        parts = workspace((p.slots, rows * ROWS), "float32")
+        of_token, y = p.parts, self.view(y)
+        parts = workspace((of_token * p.slots, rows * ROWS), "float32")
 
         def emit(expert: Any, first: Any, count: int) -> None:
             blocks: list[tuple[Any, ...]] = [(expert, task * rows + r) for r in range(rows)]
 
             def out(r: int, m: int, lane: int, value: Any) -> None:
-                store(parts, value, first + m, r * ROWS + lane, lanes=width)
+                store(parts, value, of_token * first + m, r * ROWS + lane, lanes=width)
 
             tokens = [first + m for m in range(count)]
             self.tile(p.layout2, w2, x, blocks, tokens, out)
 
         self.over_experts(slots, emit)
-        with loop(p.t) as t:
+        with loop(p.t) as t, loop(of_token) as part:
             sums = [Register("float32", ROWS, splat(T.float32(0), ROWS)) for _ in range(rows)]
             with loop(p.k) as j:
                 at = bind(slots.place[t * p.k + j])
                 with when(at >= 0):
                     weight = splat(bind(weights[t, j]), ROWS)
                     for r, total in enumerate(sums):
-                        total.set(total.get() + weight * load(parts, at, r * ROWS, lanes=ROWS))
+                        value = load(parts, of_token * at + part, r * ROWS, lanes=ROWS)
+                        total.set(total.get() + weight * value)
             for r, total in enumerate(sums):
-                store_rows(y, t, task * rows + r, 0, ROWS, total.get(), p.d, last=r + 1 == rows)
+                place, n = of_token * t + part, p.d // of_token
+                store_rows(y, place, task * rows + r, 0, ROWS, total.get(), n, last=r + 1 == rows)

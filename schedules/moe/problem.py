@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import ClassVar
 
 from mimo_compile.ir.formats import WeightFormat, parse_weight_format
 from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.ops.base import Arg
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.emit.book import Way, way
+from mimo_compile.schedules.emit.complex import ComplexWay
 from mimo_compile.schedules.emit.dot import DOTS, exact
 from mimo_compile.schedules.emit.layout import ROWS, CodeLayout
 from mimo_compile.schedules.emit.matrix import Matrix
@@ -44,10 +46,15 @@ class Problem:
     e: int
     k: int
     w13: Matrix
-    """Gate and up of all experts, ``[E, 2, F, D]``."""
+    """Gate and up of all experts."""
     w2: Matrix
     """Down of all experts, ``[E, D, F]``."""
     act: str
+
+    halves: ClassVar[int] = 2
+    """Matrices that gate and up are: ``[E, 2, F, D]``."""
+    parts: ClassVar[int] = 1
+    """Rows of vectors that a token is, with a scale of its own each."""
 
     @staticmethod
     @lru_cache(maxsize=256)
@@ -66,7 +73,12 @@ class Problem:
     @property
     def f(self) -> int:
         """Width between the matmuls."""
-        return self.w13.n
+        return self.w2.k
+
+    @property
+    def hidden_width(self) -> int:
+        """Columns of a row between the matmuls as it is stored."""
+        return self.w13.row_blocks * ROWS
 
     @property
     def fmt(self) -> WeightFormat:
@@ -94,11 +106,11 @@ class Problem:
         return exact(self.layout13) and exact(self.layout2)
 
     @property
-    def has_values(self) -> bool:
-        """True for codes that stand for values: codebooks and fp8."""
-        return self.fmt.family in ("codebook", "fp8")
+    def has_way(self) -> bool:
+        """True for codes that stand for values (codebooks, fp8, complex): they have `way`."""
+        return self.fmt.family in ("codebook", "fp8", "complex")
 
-    def way(self, config: MoeConfig, layout: CodeLayout) -> Way:
+    def way(self, config: MoeConfig, layout: CodeLayout) -> Way | ComplexWay:
         """Return how a kernel multiplies codes that stand for values."""
         return way(config.dot, layout, self.act)
 
@@ -121,7 +133,7 @@ class Problem:
 
 def activation(problem: Problem, config: MoeConfig) -> str:
     """Return the dtype that tiles read activations in."""
-    if problem.has_values:
+    if problem.has_way:
         chosen = problem.way(config, problem.layout13)
         return chosen.activation if chosen.quantised else "float32"
     return DOTS[config.dot].activation if config.dot in DOTS else "float32"
@@ -129,7 +141,7 @@ def activation(problem: Problem, config: MoeConfig) -> str:
 
 def lanes(problem: Problem, config: MoeConfig) -> int:
     """Return the rows in a vector."""
-    if problem.has_values:
+    if problem.has_way:
         return problem.way(config, problem.layout13).lanes
     return DOTS[config.dot].lanes if config.dot in DOTS else ROWS
 
@@ -138,8 +150,9 @@ def scratch_bytes(problem: Problem, config: MoeConfig) -> int:
     """Bytes of workspace: lists, hidden rows, quantised rows, one task's parts for each thread."""
     p = problem
     size = 4 * (2 * p.slots + 3 * p.e + 2)
-    size += 4 * p.slots * ROWS * (p.layout13.row_blocks + config.rows2)
+    size += 4 * p.slots * (p.hidden_width + p.parts * ROWS * config.rows2)
     if p.act == "a8":
         dtype = activation(p, config)
-        size += workspace_bytes(p.layout13, p.t, dtype) + workspace_bytes(p.layout2, p.slots, dtype)
+        size += workspace_bytes(p.layout13, p.parts * p.t, dtype)
+        size += workspace_bytes(p.layout2, p.parts * p.slots, dtype)
     return size

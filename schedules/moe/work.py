@@ -20,10 +20,10 @@ def expert_work(problem: Problem, config: MoeConfig, hardware: Hardware) -> Coun
     tokens = min(config.tokens, max(1.0, p.slots / hit))
     width = lanes(p, config)
     tasks13, tasks2 = p.w13.row_blocks // config.rows13, p.w2.row_blocks // config.rows2
-    cost13 = 2.0 * p.w13.row_blocks * p.d
-    cost2 = 1.0 * p.w2.row_blocks * p.f
+    cost13 = float(p.halves * p.w13.row_blocks * p.layout13.k)
+    cost2 = float(p.w2.row_blocks * p.layout2.k)
     share = cost13 * busiest(tasks13, threads) + cost2 * busiest(tasks2, threads)
-    panel = 2 * config.rows13 * p.w13.block_bytes
+    panel = p.halves * config.rows13 * p.w13.block_bytes
     row = _row_bytes(p, p.w13, config)
     return work(
         _arithmetic(p, config, visits),
@@ -32,7 +32,7 @@ def expert_work(problem: Problem, config: MoeConfig, hardware: Hardware) -> Coun
         tasks=max(tasks13, tasks2) if threads > 1 else 1,
         share=share / (cost13 + cost2),
         useful=(2 * p.w13.useful + p.w2.useful) / 3,
-        tile=Tile(2 * config.rows13 * ROWS / width, tokens, panel + tokens * row, width),
+        tile=Tile(p.halves * config.rows13 * ROWS / width, tokens, panel + tokens * row, width),
     )
 
 
@@ -46,7 +46,7 @@ def _row_bytes(p: Problem, matrix: Matrix, config: MoeConfig) -> float:
     """Return the bytes that a tile reads of one slot."""
     if p.act != "a8":
         return 4.0 * matrix.k
-    return matrix.codes.k_padded * (1.0 if activation(p, config) == "int8" else 4.0)
+    return p.parts * matrix.codes.k_padded * (1.0 if activation(p, config) == "int8" else 4.0)
 
 
 def _arithmetic(p: Problem, config: MoeConfig, visits: float) -> dict[str, float]:
@@ -56,10 +56,10 @@ def _arithmetic(p: Problem, config: MoeConfig, visits: float) -> dict[str, float
     def add(kind: str, amount: float) -> None:
         ops[kind] = ops.get(kind, 0.0) + amount
 
-    for matrix, halves in ((p.w13, 2), (p.w2, 1)):
-        rows = float(halves * matrix.row_blocks * ROWS)
+    for matrix, halves in ((p.w13, p.halves), (p.w2, 1)):
+        rows = float(p.fmt.terms * halves * matrix.row_blocks * ROWS)
         layout = matrix.codes
-        if p.has_values:
+        if p.has_way:
             chosen = p.way(config, layout)
             blocks = rows / ROWS * layout.blocks
             for kind, amount in chosen.work.items():
@@ -88,7 +88,7 @@ def _streams(p: Problem, config: MoeConfig, hit: float, visits: float) -> list[S
     """Return what both matmuls pass over: in each task all hit experts, one tile of slots at a time."""
     out = [Stream(8.0 * p.t * p.d + 8.0 * p.slots)]
     for matrix, halves, rows, source in (
-        (p.w13, 2, config.rows13, p.t),
+        (p.w13, p.halves, config.rows13, p.t),
         (p.w2, 1, config.rows2, p.slots),
     ):
         row = _row_bytes(p, matrix, config)
@@ -99,5 +99,5 @@ def _streams(p: Problem, config: MoeConfig, hit: float, visits: float) -> list[S
         # a task reads each slot's row once; the next task comes after all panels and rows
         activations = ((p.slots / source, hit * panel), (tasks, hit * panel + source * row))
         out.append(Stream(source * row, activations, made=True))
-    hidden = 4.0 * p.slots * p.w13.row_blocks * ROWS
+    hidden = 4.0 * p.slots * p.hidden_width
     return [*out, Stream(hidden, made=True), Stream(4.0 * p.slots * p.d, ((2, 0.0),), made=True)]

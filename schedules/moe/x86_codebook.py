@@ -16,7 +16,7 @@ class X86MoeCodebook(Experts):
 
     def supports(self, workload: Workload, hardware: Hardware) -> bool:
         """Codebook and fp8 weights, any activations."""
-        return hardware.kind == "cpu" and Problem.of(workload).has_values
+        return hardware.kind == "cpu" and Problem.of(workload).fmt.family in ("codebook", "fp8")
 
     def dots(self, problem: Problem, hardware: Hardware) -> tuple[str, ...]:
         """Return the ways that both matmuls can take, the fastest first."""

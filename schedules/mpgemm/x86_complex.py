@@ -12,12 +12,13 @@ from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.ops.base import Arg, Array
 from mimo_compile.ir.workload import Workload
-from mimo_compile.schedules.emit.build import T, load, loop
+from mimo_compile.schedules.emit.build import load, loop
 from mimo_compile.schedules.emit.complex import (
     ComplexMatrix,
     ComplexWay,
     complex_way,
     complex_ways,
+    halves,
 )
 from mimo_compile.schedules.emit.layout import ROWS, pack_rows
 from mimo_compile.schedules.emit.lookup import LOOKUPS
@@ -45,12 +46,6 @@ class ComplexProblem(Problem):
         p = get_op("mpgemm").full(workload)
         weight = ComplexMatrix(parse_weight_format(p["w"]), p["n"], p["k"], p["s"], packing=packing)
         return ComplexProblem(p["m"], weight, p["a"], bool(p["bias"]))
-
-
-def halves(buffer: Any) -> Any:
-    """View ``[M, 2 C]`` as ``[2 M, C]``."""
-    rows, count = (int(extent) for extent in buffer.shape)
-    return T.decl_buffer((2 * rows, count // 2), "float32", data=buffer.data)
 
 
 def complex_writer(

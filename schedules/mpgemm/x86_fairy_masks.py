@@ -12,6 +12,7 @@ from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.ops.base import Arg, Array
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.emit.build import load, when
+from mimo_compile.schedules.emit.complex import halves
 from mimo_compile.schedules.emit.layout import ROWS
 from mimo_compile.schedules.emit.masks import LANES, LINE, MaskedComplex, MaskMatrix, blocks_of_32
 from mimo_compile.schedules.emit.quantize import workspace_bytes
@@ -21,7 +22,6 @@ from mimo_compile.schedules.mpgemm.problem import GemmConfig, Problem
 from mimo_compile.schedules.mpgemm.x86_complex import (
     ComplexGemm,
     ComplexProblem,
-    halves,
     quantize_halves,
 )
 

@@ -5,7 +5,6 @@ import pytest
 import torch
 
 import mimo_compile as mc
-from mimo_compile.errors import UsageError
 from mimo_compile.frontend.huggingface import load_checkpoint
 from mimo_compile.ir.formats import parse_scheme
 from mimo_compile.verify import verify_artifact
@@ -45,6 +44,10 @@ def test_stacked_complex_matrices_are_one(saved):
         assert float((want - got).norm() / want.norm()) < 0.45
 
 
-def test_experts_refuse_complex_weights(saved, tmp_path):
-    with pytest.raises(UsageError, match=r"experts cannot have complex2wl2 .* use w2g64a8"):
-        mc.compile(saved("mimo_v2_flash")[1], quant="complex2wl2a8", db=tmp_path / "records.db")
+def test_experts_have_complex_weights(saved, tmp_path):
+    """Gates are the real and ups the imaginary parts of what one matrix of an expert gives."""
+    source = saved("mimo_v2_flash")[1]
+    artifact = mc.compile(source, quant="complex2wl2a8", db=tmp_path / "records.db", max_context=96)
+    found = verify_artifact(artifact.save(tmp_path / "model.mimo"), source=source, tokens=64)
+    assert found.ok and found.end_to_end is not None
+    assert any(choice.schedule == "moe.x86_complex" for choice in artifact.manifest.plan)

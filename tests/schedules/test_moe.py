@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mimo_compile._tvm import empty_aligned, from_numpy, load_object
+from mimo_compile.errors import UsageError
 from mimo_compile.ir.hardware import local_cpu
 from mimo_compile.ir.ops import get_op, parse_workload
 from mimo_compile.schedules import get_schedule, schedules_for
@@ -76,6 +77,64 @@ def test_ids_outside_are_skipped():
         assert not memory["y"][1].any()
 
 
+COMPLEX = ("complex2", "complex2grow", "complex2wl", "complex2wl2")
+
+
+@settings(max_examples=10)
+@given(data=st.data())
+def test_complex_weights_of_any_shape_and_config(data):
+    fmt, act = data.draw(st.sampled_from(COMPLEX)), data.draw(st.sampled_from(("a8", "a8", "a16")))
+    e = data.draw(st.integers(1, 4))
+    k, t = data.draw(st.integers(1, e)), data.draw(st.integers(1, 9))
+    d, f = (2 * data.draw(st.integers(1, 45)) for _ in range(2))
+    workload = parse_workload(f"moe:t={t},e={e},k={k},d={d},f={f},w={fmt},a={act}")
+    (schedule,) = schedules_for(workload, CPU)
+    seed = data.draw(st.integers(0, 999))
+    check(schedule, workload, sample_config(schedule, workload, CPU, seed), seed)
+
+
+@pytest.mark.parametrize("features", [(), ("avx", "avx2", "fma", "ssse3")])
+def test_complex_weights_on_lesser_cpus(features):
+    hardware = dataclasses.replace(CPU, features=frozenset(features) & CPU.features)
+    for act in ("a8", "a16"):
+        workload = parse_workload(f"moe:t=2,e=3,k=2,d=70,f=38,w=complex2wl,a={act}")
+        (schedule,) = schedules_for(workload, hardware)
+        check(schedule, workload, hardware=hardware, threads=1)
+
+
+def test_complex_weights_give_gates_and_ups_together():
+    # W = s (1 or i) on conj(x): gates are Re x, ups -Im x; or gates Im x, ups Re x
+    d, f, one = 64, 32, np.float32(2**-6)
+    x = np.random.default_rng(0).standard_normal((1, d)).astype(np.float32)
+    codes = np.zeros((1, f, d // 2), np.uint8)
+    scale = np.zeros((1, f, 2), np.float32)
+    real, imaginary = x[:, : d // 2].sum(), x[:, d // 2 :].sum()
+    rng = np.random.default_rng(1)
+    down = rng.integers(0, 4, (1, d // 2, f // 2), dtype=np.uint8)
+    inner = np.full((1, d // 2, 2), one)
+    for axis, (gate, up) in enumerate(((real, -imaginary), (imaginary, real))):
+        codes[...], scale[...] = axis, 0
+        scale[..., axis] = one
+        inputs = {
+            "x": x, "ids": np.zeros((1, 1), np.int32), "weights": np.ones((1, 1), np.float32),
+            "w13_codes": codes, "w13_scale": scale, "w2_codes": down, "w2_scale": inner,
+        }  # fmt: skip
+        done = check(get_schedule("moe.x86_complex"), f"moe:t=1,e=1,k=1,d={d},f={f},w=complex2,a=a16",
+                     inputs=inputs)  # fmt: skip
+        gate, up = gate * one, up * one
+        hidden = gate / (1 + np.exp(-gate)) * up
+        signs = np.array([1, 0, -1, 0])[down[0]] + np.array([0, 1, 0, -1])[down[0]]
+        minus = np.array([0, 1, 0, -1])[down[0]] - np.array([1, 0, -1, 0])[down[0]]
+        want = one * hidden * np.concatenate([signs.sum(-1), minus.sum(-1)])
+        np.testing.assert_allclose(done.outputs["y"][0], want, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("d, f", [(63, 32), (64, 31)])
+def test_complex_weights_need_even_extents(d, f):
+    with pytest.raises(UsageError, match="even d and f"):
+        parse_workload(f"moe:t=1,e=2,k=1,d={d},f={f},w=complex2wl,a=a8")
+
+
 @vnni
 def test_tokens_can_be_permuted():
     workload = parse_workload("moe:t=8,e=4,k=2,d=64,f=32,w=w4g32,a=a8")
@@ -103,9 +162,11 @@ def test_configs_agree_to_the_bit():
 
 
 @pytest.mark.parametrize("t", [1, 3, 64])
-@pytest.mark.parametrize("w", ["f32", "bf16", "w4g64,a=a8", "w1,a=a8", "w4", "w8"])
+@pytest.mark.parametrize(
+    "w", ["f32", "bf16", "w4g64,a=a8", "w1,a=a8", "w4", "w8", "complex2wl2,a=a8"]
+)
 def test_default_is_one_of_the_configs(t, w):
-    for d, f in ((40, 24), (5, 7), (2048, 768)):
+    for d, f in ((40, 24), (5, 7) if "complex" not in w else (6, 8), (2048, 768)):
         workload = parse_workload(f"moe:t={t},e=8,k=2,d={d},f={f},w={w}")
         for schedule in schedules_for(workload, CPU):
             space = schedule.space(workload, CPU)

@@ -45,6 +45,7 @@ WORKLOADS = [
     "moe:t=5,e=8,k=2,d=64,f=48,w=w4g32,a=a8",
     "moe:t=1,e=8,k=2,d=64,f=48,w=bf16",
     "moe:t=9,e=4,k=2,d=64,f=48,w=w4g32",
+    "moe:t=3,e=4,k=2,d=72,f=40,w=complex2wl2,a=a8",
     "cached_attention:t=1,h=8,kv=2,d=32,dv=16,cap=300",
     "cached_attention:t=40,h=4,kv=2,d=24,dv=20,cap=200,window=33,sink=1",
     "kv_append:t=3,h=4,kv=2,d=24,dv=20,cap=40,rot=8",

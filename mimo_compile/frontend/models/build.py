@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mimo_compile.errors import InputError, UsageError
+from mimo_compile.errors import InputError
 from mimo_compile.frontend.models.decoder import Decoder, DecoderConfig, LayerSpec, Stage
 from mimo_compile.frontend.models.family import Family, Names
 from mimo_compile.frontend.models.stages import (
@@ -107,18 +107,8 @@ class Builder:
     """Structural key of a layer -> the short kind it got."""
 
     def build(self) -> Decoder:
-        """Read and quantise everything.
-
-        Raises:
-            UsageError: the scheme's weights cannot be those of routed experts.
-        """
-        config, fmt = self.config, self.scheme.weight
-        routed = [s for s in (*config.layers, *config.mtp) if s.mlp == "moe"]
-        if routed and fmt is not None and fmt.family == "complex":
-            raise UsageError(
-                f"the model's experts cannot have {fmt} weights (--quant)",
-                remedy="complex formats are for models without experts; use w2g64a8 for two bits",
-            )
+        """Read and quantise everything."""
+        config = self.config
         table = frozen(self._stored(EMBED))
         stages = [Stage("embed", "embed", Embed(table), {}, ("ids",), ("x",))]
         ropes: dict[object, str] = {}
@@ -131,8 +121,6 @@ class Builder:
         for name, prefix, spec in prefixes(config):
             stage = self._layer(name, prefix, spec, ropes[spec.rope_key], table)
             (drafts if name.startswith("mtp.") else stages).append(stage)
-        if self.scheme.weight is not None and self.scheme.weight.is_float:
-            return tensor.to(torch.bfloat16)
         norm = FinalNorm(self.checkpoint.real(NORM), config.eps)
         stages.append(
             Stage("final_norm", "final_norm", norm, {}, ("x", "delta"), ("hidden", "normed"))
@@ -143,6 +131,8 @@ class Builder:
     def _stored(self, name: str) -> Tensor:
         """Return a matrix that stays float: bf16 as it is or if the scheme says so, all else in f32."""
         tensor = self.checkpoint.tensor(name)
+        if self.scheme.weight is not None and self.scheme.weight.is_float:
+            return tensor.to(torch.bfloat16)
         return tensor if tensor.dtype == torch.bfloat16 else tensor.to(torch.float32)
 
     def _matrix(self, names: list[str], fmt: WeightFormat | None) -> Tensor | QuantTensor:
@@ -300,7 +290,8 @@ class Builder:
         fmt = self.scheme.codes
         if fmt is None:
             return tensor
-        fmt, halves = self.scheme.weight, 2 if name.endswith("gate_up_proj") else 1
+        # complex formats pair gates with ups
+        halves = 2 if name.endswith("gate_up_proj") and fmt.family != "complex" else 1
         return _pile(
             [
                 _stack([self._quantise(name, part, fmt, e) for part in expert.chunk(halves)])
