@@ -83,7 +83,7 @@ def int_tile(
     knobs: TileKnobs,
     sums: GroupSums | None = None,
 ) -> None:
-    """Sum ``codes * x`` exactly in each group, scale, add the groups up in float32 in their order.
+    """Sum ``codes * x`` exactly in each step (`steps.Steps`), scale, add these up in float32 in their order.
 
     Args:
         dot: How to multiply and add, or to look up; it knows the layout.
@@ -97,56 +97,71 @@ def int_tile(
     """
     layout = dot.codes
     grid = _grid(dot.lanes, len(blocks), len(tokens))
-    single = layout.groups == 1
+    steps = x.steps(layout)
+    single = layout.groups == 1 and not steps.group
     f32 = vector_type("float32", dot.lanes)
     total = {} if single else {v: Register("float32", dot.lanes, _zero(dot.lanes)) for v in grid}
 
-    def group(g: Any) -> None:
+    def step(s: Any, count: int) -> None:
         if sums is None:
             assert isinstance(dot, Dot)
-            found = _group_sums(dot, weights, x, blocks, tokens, g, knobs)
+            found = _step_sums(dot, weights, x, blocks, tokens, s, count, knobs)
         else:
-            found = sums(g)
+            found = sums(s)
         for key, value in found.items():
             r, h, m = key
-            at = (*blocks[r], g, h * dot.lanes)
+            at = (*blocks[r], steps.weight_group(s), h * dot.lanes)
             scale = T.cast(load(weights.scale, *at, lanes=dot.lanes), f32)
             if layout.late_zero:
                 zero = splat(T.float32(layout.fmt.fixed_zero), dot.lanes)
                 if layout.fmt.has_zero:
                     zero = T.cast(load(weights.zero, *at, lanes=dot.lanes), f32)
-                corrected = minus_zero(value, zero, load(x.sums, tokens[m], g), layout, dot.lanes)
+                corrected = minus_zero(value, zero, load(x.sums, tokens[m], s), layout, dot.lanes)
             else:
                 corrected = T.cast(value, f32)
             if single:
                 out(r, m, h * dot.lanes, corrected * scale * splat(x.scale[tokens[m]], dot.lanes))
+            elif steps.group:
+                factor = splat(x.scale[tokens[m], steps.act_group(s)], dot.lanes)
+                factor = factor if layout.groups == 1 else scale * factor
+                total[key].set(total[key].get() + corrected * factor)
             else:
                 total[key].set(total[key].get() + corrected * scale)
 
     if single:
-        group(0)
+        step(0, steps.blocks)
         return
-    with loop(layout.groups) as g:
-        group(g)
+    even = steps.count if steps.last == steps.blocks else steps.count - 1
+    if even:
+        with loop(even) as s:
+            step(s, steps.blocks)
+    if even < steps.count:
+        step(even, steps.last)
     for (r, h, m), register in total.items():
-        scale = splat(x.scale[tokens[m]], dot.lanes)
-        out(r, m, h * dot.lanes, register.get() * scale)
+        value = register.get()
+        if not steps.group:
+            value = value * splat(x.scale[tokens[m]], dot.lanes)
+        elif layout.groups == 1:
+            at = (*blocks[r], 0, h * dot.lanes)
+            value = value * T.cast(load(weights.scale, *at, lanes=dot.lanes), f32)
+        out(r, m, h * dot.lanes, value)
 
 
-def _group_sums(
+def _step_sums(
     dot: Dot,
     weights: Weights,
     x: Activations,
     blocks: Sequence[tuple[Any, ...]],
     tokens: Sequence[Any],
     g: Any,
+    length: int,
     knobs: TileKnobs,
 ) -> dict[tuple[int, int, int], Any]:
-    """Emit the sums of one group (less the fixed zero point) and return them, int32 or float32."""
+    """Emit the sums of step g, of so many blocks, less the fixed zero point; int32 or float32."""
     layout, lanes = dot.codes, dot.lanes
     grid = _grid(lanes, len(blocks), len(tokens))
     runs = dot.exact_blocks
-    split = runs is not None and runs < layout.group_blocks
+    split = runs is not None and runs < length
     constants = tables(layout)
 
     def nothing(dtype: str) -> Any:
@@ -191,17 +206,17 @@ def _group_sums(
                                 mine = words[c::count], values[m][c::count]
                                 register.set(dot.block(register.get(), *mine))
 
-    base = g * layout.group_blocks
+    base = g * x.steps(layout).blocks
     if not split:
         # additions to one register wait for each other: long groups of few rows get several
-        most = max(knobs.unroll, layout.quads) if layout.group_blocks > 4 else 1
+        most = max(knobs.unroll, layout.quads) if length > 4 else 1
         chains = min(max(1, 4 // len(grid)), most)
         acc: Sums = {}
         for v in grid:
             acc[v] = [Register(dot.accumulator, lanes, start(v[2], dot.accumulator))]
             others = range(1, chains)
             acc[v] += [Register(dot.accumulator, lanes, nothing(dot.accumulator)) for _ in others]
-        run(acc, base, layout.group_blocks)
+        run(acc, base, length)
         for total, *rest_of in acc.values():
             for register in rest_of:
                 total.set(total.get() + register.get())
@@ -209,7 +224,7 @@ def _group_sums(
     # float32 holds only so many terms exactly: move each run's sum into integers
     assert runs is not None
     sums = {v: Register("int32", lanes, start(v[2], "int32")) for v in grid}
-    whole, rest = divmod(layout.group_blocks, runs)
+    whole, rest = divmod(length, runs)
 
     def part(first: Any, count: int) -> None:
         acc: Sums = {v: [Register(dot.accumulator, lanes, _zero(lanes))] for v in grid}

@@ -126,7 +126,7 @@ class LoraGemm(Schedule):
         problem = base.problem(self.plain(workload))
         name = kernel_name(self, workload, config, hardware)
         args = self.args(workload)
-        scratch = base.scratch_bytes(problem, config) + 4 * adapters.m * adapters.total
+        scratch = base.workspace_bytes(problem, config) + 4 * adapters.m * adapters.total
         return Kernel(
             name,
             function(name, args, self.body(problem, adapters, config, hardware)),
@@ -154,7 +154,7 @@ class LoraGemm(Schedule):
             if config.fusion in ("first", "after"):
                 wide = adapters.m * adapters.k * adapters.total > _SHARED
                 code.project_all(parallel=config.parallel and wide)
-            self.base().body(tiles, config, hardware)(x, *inner, y)
+            self.base().emitter(tiles, config, hardware)(x, *inner, y)
             if config.fusion == "after":
                 self._second_pass(code, y, parallel=config.parallel)
 

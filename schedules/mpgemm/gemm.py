@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from mimo_compile.schedules.base import Kernel, KnobValue, Schedule, Space, kern
 from mimo_compile.schedules.emit.build import function
 from mimo_compile.schedules.emit.layout import ROWS, pack_rows
 from mimo_compile.schedules.emit.matrix import PARALLEL_BYTES
+from mimo_compile.schedules.emit.rounding import rounded_rows
 from mimo_compile.schedules.mpgemm.problem import GemmConfig, Problem
 from mimo_compile.schedules.mpgemm.work import gemm_work
 
@@ -45,6 +46,25 @@ class X86Gemm(Schedule):
         """Return the bytes that a tile reads for one token: x itself unless `prepares` says otherwise."""
         return 4.0 * problem.k
 
+    def rounds(self, problem: Problem) -> bool:
+        """Say whether the kernel makes a rounded copy of x first, which the body then takes for x."""
+        acts = problem.acts
+        return acts.rounded or (acts.group > 0 and not problem.fmt.is_integer)
+
+    def emitter(
+        self, problem: Problem, config: GemmConfig, hardware: Hardware
+    ) -> Callable[..., None]:
+        """Return what emits all statements: the body, after rounding x where formats ask for it."""
+        body = self.body(problem, config, hardware)
+        if not self.rounds(problem):
+            return body
+
+        def emit(x: Any, *rest: Any) -> None:
+            size = problem.m, problem.k
+            body(rounded_rows(problem.acts, x, *size, parallel=config.parallel), *rest)
+
+        return emit
+
     def prepares(self, problem: Problem, config: GemmConfig) -> bool:
         """Say whether the kernel turns x into something else (codes, tables) before the tiles."""
         return False
@@ -56,13 +76,16 @@ class X86Gemm(Schedule):
     def work(self, workload: Workload, config: GemmConfig, hardware: Hardware) -> Counts:
         """Return the kernel's work without generating it."""
         problem = self.problem(workload)
+        ops, rounds = self.arithmetic(problem, config), self.rounds(problem)
+        if rounds:
+            ops["int_op"] = ops.get("int_op", 0.0) + 6.0 * problem.m * problem.k
         return gemm_work(
             problem,
             config,
             hardware,
-            self.arithmetic(problem, config),
+            ops,
             row_bytes=self.row_bytes(problem, config),
-            prepared=self.prepares(problem, config),
+            prepared=rounds or self.prepares(problem, config),
             lanes=self.lanes(config),
         )
 
@@ -71,8 +94,13 @@ class X86Gemm(Schedule):
         return config.rows * config.tokens * config.unroll
 
     def scratch_bytes(self, problem: Problem, config: GemmConfig) -> int:
-        """Return the bytes of workspace."""
+        """Return the bytes of the body's workspace."""
         return 0
+
+    def workspace_bytes(self, problem: Problem, config: GemmConfig) -> int:
+        """Return the bytes of all workspace."""
+        rounded = 4 * problem.m * problem.k if self.rounds(problem) else 0
+        return rounded + self.scratch_bytes(problem, config)
 
     def dots(self, problem: Problem, hardware: Hardware) -> tuple[str, ...]:
         """Return the ways to multiply that may be chosen from."""
@@ -134,10 +162,10 @@ class X86Gemm(Schedule):
 
     def streams(self, problem: Problem) -> tuple[tuple[int, int, int], ...]:
         """Return tiles as `tiles` does that are better for one token and weights in memory."""
-        if problem.act != "a8":
+        if not problem.acts.is_int8:
             return ()
         steps = sorted(self.unrolls(problem), reverse=True)
-        return tuple((1, 1, u) for u in steps if problem.layout.group_blocks % u == 0)
+        return tuple((1, 1, u) for u in steps if problem.steps.blocks % u == 0)
 
     def tiles(self, problem: Problem) -> tuple[tuple[int, int, int], ...]:
         """Return (rows, tokens, unroll) of register tiles, the best first.
@@ -145,12 +173,12 @@ class X86Gemm(Schedule):
         Sums of groups and their running total share the registers, so formats with groups take
         smaller tiles.
         """
-        grouped = not problem.fmt.is_float and problem.layout.groups > 1
+        grouped = not problem.fmt.is_float and max(problem.layout.groups, problem.steps.count) > 1
         if problem.m == 1:
             unroll = 1 if problem.fmt.is_float or problem.layout.quads == 1 else 2
             return ((4, 1, unroll), (2, 1, unroll), (1, 1, unroll), (4, 1, 1), (2, 1, 1))
         best = (3, 4, 1) if grouped else (4, 4, 2)
-        if problem.fmt.is_float or problem.act == "a16":
+        if problem.fmt.is_float or not problem.acts.is_int8:
             best = (3, 4, 1)
         return (best, (3, 4, 1), (2, 4, 1), (1, 4, 1), (2, 2, 1), (1, 2, 1))
 
@@ -161,10 +189,10 @@ class X86Gemm(Schedule):
         args = problem.args()
         return Kernel(
             name,
-            function(name, args, self.body(problem, config, hardware)),
+            function(name, args, self.emitter(problem, config, hardware)),
             args,
             self.work(workload, config, hardware),
-            self.scratch_bytes(problem, config),
+            self.workspace_bytes(problem, config),
             hardware.features,  # LLVM may have used any of them
         )
 

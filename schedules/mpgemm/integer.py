@@ -34,7 +34,8 @@ class IntegerGemm(X86Gemm):
 
     def scratch_bytes(self, problem: Problem, config: GemmConfig) -> int:
         """Quantised rows, their group sums and scales."""
-        return workspace_bytes(problem.layout, problem.m, self.dot(problem, config).activation)
+        dtype = self.dot(problem, config).activation
+        return workspace_bytes(problem.layout, problem.m, dtype, problem.steps.group)
 
     def body(self, problem: Problem, config: GemmConfig, hardware: Hardware) -> Callable[..., None]:
         """Return the emitter."""
@@ -46,7 +47,7 @@ class IntegerGemm(X86Gemm):
             *packed, y = rest
             bias = packed.pop() if problem.bias else None
             weights = Weights(*packed)
-            rows = alloc_activations(layout, problem.m, dot.activation)
+            rows = alloc_activations(layout, problem.m, dot.activation, problem.steps.group)
             shared = config.parallel and problem.m * problem.k > QUANTIZE_ALONE
             with loop(problem.m, parallel=shared) as m:
                 quantize_row(layout, x, (m,), rows, m)
@@ -67,8 +68,9 @@ class IntegerGemm(X86Gemm):
         ops = {kind: count * steps * m for kind, count in dot.work.items()}
         for kind, count in dot.unpack_work.items():
             ops[kind] = ops.get(kind, 0.0) + count * steps * passes
-        scaled = float(layout.row_blocks * ROWS * layout.groups * m)
-        ops["fma_f32"] = ops.get("fma_f32", 0.0) + scaled * (2 if layout.fmt.has_zero else 1)
+        scaled = float(layout.row_blocks * ROWS * problem.steps.count * m)
+        each = 1 + layout.fmt.has_zero + (problem.steps.group > 0 and layout.groups > 1)
+        ops["fma_f32"] = ops.get("fma_f32", 0.0) + scaled * each
         ops["int_op"] = ops.get("int_op", 0.0) + 3.0 * m * problem.k  # quantise: scale, round, add
         return ops
 

@@ -7,12 +7,18 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from mimo_compile.ir.formats import WeightFormat, parse_weight_format
+from mimo_compile.ir.formats import (
+    ActFormat,
+    WeightFormat,
+    parse_act_format,
+    parse_weight_format,
+)
 from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.ops.base import Arg
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.emit.layout import ROWS, CodeLayout
 from mimo_compile.schedules.emit.matrix import Matrix, arg_bytes
+from mimo_compile.schedules.emit.steps import Steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +74,16 @@ class Problem:
     def fmt(self) -> WeightFormat:
         """Format of the weights."""
         return self.weight.fmt
+
+    @property
+    def acts(self) -> ActFormat:
+        """Format of the activations."""
+        return parse_act_format(self.act)
+
+    @property
+    def steps(self) -> Steps:
+        """What kernels with int8 activations sum as integers."""
+        return Steps(self.layout, max(self.acts.group, 0))
 
     @property
     def layout(self) -> CodeLayout:

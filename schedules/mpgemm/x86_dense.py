@@ -24,9 +24,9 @@ class _Dense(IntegerGemm):
     def supports(self, workload: Workload, hardware: Hardware) -> bool:
         """int8 activations, sums within 32 bits, and an instruction to multiply bytes with."""
         problem = self.problem(workload)
-        if problem.act != "a8" or hardware.kind != "cpu" or not self.fits(problem):
+        if not problem.acts.is_int8 or hardware.kind != "cpu" or not self.fits(problem):
             return False
-        return exact(problem.layout) and bool(self.dots(problem, hardware))
+        return problem.steps.fits and exact(problem.layout) and bool(self.dots(problem, hardware))
 
     def dots(self, problem: Problem, hardware: Hardware) -> tuple[str, ...]:
         """Return the integer dots that the CPU has, the fastest first."""

@@ -1,4 +1,4 @@
-"""Integer codes on any x86-64: 16-bit multiply-adds or exact float32 (a8), dequantised FMA (a16)."""
+"""Integer codes on any x86-64: 16-bit multiply-adds or exact float32 (int8 activations), else FMA."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ class X86Portable(IntegerGemm):
         return hardware.kind == "cpu" and exact(problem.layout)
 
     def dots(self, problem: Problem, hardware: Hardware) -> tuple[str, ...]:
-        """Without 512-bit VNNI: what the CPU has, widest first. a16: see `float_ways`."""
-        if problem.act == "a16":
+        """Without 512-bit VNNI: what the CPU has, widest first. Floats: see `float_ways`."""
+        if not problem.acts.is_int8:
             return float_ways(problem.layout, hardware)
         usable = (n for n, d in DOTS.items() if d.fits(problem.layout, hardware))
         return tuple(n for n in usable if n != "vnni512")
 
     def unrolls(self, problem: Problem) -> tuple[int, ...]:
         """A block of the float kernel is 4 to 32 columns already."""
-        return super().unrolls(problem) if problem.act == "a8" else (1,)
+        return super().unrolls(problem) if problem.acts.is_int8 else (1,)
 
     def tiles(self, problem: Problem) -> tuple[tuple[int, int, int], ...]:
         """The float kernel needs more sums in flight."""
-        if problem.act == "a8" or problem.m > 1:
+        if problem.acts.is_int8 or problem.m > 1:
             return super().tiles(problem)
         return ((8, 1, 1), (4, 1, 1), (2, 1, 1), (1, 1, 1))
 

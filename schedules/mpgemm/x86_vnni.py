@@ -17,7 +17,7 @@ class X86Vnni(IntegerGemm):
     def supports(self, workload: Workload, hardware: Hardware) -> bool:
         """Integer or ternary weights with int8 activations, sums within 32 bits."""
         problem = self.problem(workload)
-        return hardware.has_vnni and problem.act == "a8" and exact(problem.layout)
+        return hardware.has_vnni and problem.acts.is_int8 and exact(problem.layout)
 
     def dots(self, problem: Problem, hardware: Hardware) -> tuple[str, ...]:
         """There is one way."""
