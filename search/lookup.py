@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 
@@ -36,8 +36,15 @@ class Result:
 
 
 def summarise(records: Iterable[Record]) -> list[Result]:
-    """Join the records of each candidate; candidates that ever gave a wrong result are left out."""
+    """Join the records of each candidate; candidates that ever gave a wrong result are left out.
+
+    The leaders of a search were timed against each other at its end (phase ``confirm``), the others read
+    once, maybe luckily or on a quieter machine. Such a reading makes none of them the fastest: those that
+    look faster than the fastest confirmed one, but did not when both were read once, are scaled by what
+    that one's time rose.
+    """
     groups: dict[str, list[Record]] = {}
+    once: dict[str, float] = {}
     for record in records:
         groups.setdefault(record.key, []).append(record)
     out = []
@@ -45,7 +52,13 @@ def summarise(records: Iterable[Record]) -> list[Result]:
         good = [r for r in rows if r.ok and r.latency_us is not None]
         if not good or any(r.verdict in LASTING for r in rows):
             continue
-        final = [r for r in good if r.phase == "confirm"] or good
+        confirmed = [r for r in good if r.phase == "confirm"]
+        final = confirmed or good
+        if confirmed:
+            single = [r for r in good if r.phase != "confirm"] or confirmed
+            once[rows[0].key] = statistics.median(
+                r.latency_us for r in single if r.latency_us is not None
+            )
         joules = [r for r in final if r.energy_mj is not None] or [
             r for r in good if r.energy_mj is not None
         ]
@@ -65,7 +78,22 @@ def summarise(records: Iterable[Record]) -> list[Result]:
                 modelled_mj=statistics.median(models) if models else None,
             )
         )
-    return out
+    return _scaled(out, once)
+
+
+def _scaled(results: list[Result], once: dict[str, float]) -> list[Result]:
+    """See `summarise`; ``once``: what confirmed candidates took when they were read once."""
+    confirmed = [r for r in results if r.record.key in once]
+    if not confirmed:
+        return results
+    fastest = min(confirmed, key=lambda r: r.latency_us)
+    then, now = once[fastest.record.key], fastest.latency_us
+    return [
+        replace(r, latency_us=r.latency_us * now / then)
+        if r.record.key not in once and then <= r.latency_us < now
+        else r
+        for r in results
+    ]
 
 
 def use_measured(results: Sequence[Result]) -> bool:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import msgspec
 import numpy as np
 
 from mimo_compile.cost_models.analytic import DeviceModel
@@ -40,6 +41,7 @@ from mimo_compile.search.strategies import (
     get_strategy,
     make_strategy,
 )
+from mimo_compile.search.strategies.base import NEAR
 from mimo_compile.search.transfer import similar_seeds
 
 BATCH = 8
@@ -51,6 +53,8 @@ CONFIRM_S = 2.0
 """Seconds of a time budget kept for the comparison at the end, for each workload; at most a quarter of it."""
 CONFIRM = 4
 """Candidates of each workload compared against each other at the end, the default among them."""
+CONFIRM_AGAIN = 2
+"""Further comparisons, while one that was read only once leads."""
 RANKED = 4096
 """Features of ranked candidates that are kept for the next time (some kilobytes each)."""
 _FATAL = (Verdict.CRASH, Verdict.TIMEOUT, Verdict.OOM)
@@ -333,19 +337,42 @@ class Tuner:
         return record
 
     def _confirm(self, task: _Task) -> None:
-        """Time the leaders and the default against each other: single readings flatter the lucky."""
-        results = sorted(
-            task.results(), key=lambda r: (self._score(task, r.record), r.latency_us, r.record.key)
-        )
-        default = self._key(task, task.space.defaults()[0])
-        keys = [r.record.key for r in results]
-        chosen = keys[: CONFIRM - 1] + [k for k in keys[CONFIRM - 1 :] if k == default]
-        if len(chosen) < 2:
-            return
-        self._round += 1
-        seed = (self.seed * 1_000_003 + self._round) % (1 << 31)
-        for m in self.measurer.confirm(task.space, [task.candidates[k] for k in chosen], seed):
-            self._store(task, m, "confirm")
+        """Time the leaders and the default against each other: single readings flatter the lucky.
+
+        The best of each algorithm that came near takes part as well. Afterwards the leader is one of them;
+        if another that was read once still leads, it is compared too.
+        """
+        done: set[str] = set()
+        for _ in range(1 + CONFIRM_AGAIN):
+            chosen = self._leaders(task, done)
+            if len(chosen) < 2:
+                return
+            self._round += 1
+            seed = (self.seed * 1_000_003 + self._round) % (1 << 31)
+            for m in self.measurer.confirm(task.space, [task.candidates[k] for k in chosen], seed):
+                self._store(task, m, "confirm")
+            done.update(chosen)
+
+    def _leaders(self, task: _Task, done: set[str]) -> list[str]:
+        """Return the keys of candidates to compare, the best first; none if the leader was compared."""
+        scores = {
+            r.record.key: self._score(
+                task, msgspec.structs.replace(r.record, latency_us=r.latency_us)
+            )
+            for r in task.results()
+        }
+        keys = sorted(scores, key=lambda k: (scores[k], k))
+        if not keys or keys[0] in done:
+            return []
+        if done:
+            new = [k for k in keys if k not in done]
+            return [*new[: CONFIRM - 1], next(k for k in keys if k in done)]
+        best: dict[str, str] = {}
+        for key in keys:
+            best.setdefault(task.candidates[key].schedule, key)
+        near = {k for k in best.values() if scores[k] <= NEAR * scores[keys[0]]}
+        near.add(self._key(task, task.space.defaults()[0]))
+        return keys[: CONFIRM - 1] + [k for k in keys[CONFIRM - 1 :] if k in near]
 
     # -- telling -------------------------------------------------------------------------------
 

@@ -20,6 +20,10 @@ Predict = Callable[[Sequence[Candidate]], Sequence[float] | None]
 """Predicted scores (smaller is better) of candidates, or None when nothing is known."""
 
 
+NEAR = 1.25
+"""Times the best score that another algorithm's best may have to be searched, and compared, with it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Options:
     """What strategies can be told; each uses what concerns it."""

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 from mimo_compile.search.space import Candidate
-from mimo_compile.search.strategies.base import Known, Observation, Setting
+from mimo_compile.search.strategies.base import NEAR, Known, Observation, Setting
 
 
 class EvolutionarySearch(Known):
     """Seeds first; then a random share, and offspring of the best so far in the model's order.
 
-    Small spaces are ranked as a whole instead. Source: the loop of Ansor and of MetaSchedule's
-    evolutionary search, with algorithm choice as one more decision.
+    A quarter is kept for the algorithm that was tried least among those near the best. Small spaces are
+    ranked as a whole instead. Source: the loop of Ansor and of MetaSchedule's evolutionary search, with
+    algorithm choice as one more decision.
     """
 
     def __init__(self, setting: Setting) -> None:
@@ -37,12 +39,36 @@ class EvolutionarySearch(Known):
         options, rng = self.setting.options, self.setting.rng
         lucky = min(want, math.floor(options.epsilon * want + rng.random()))
         out += self.random(lucky)
-        for candidate in self._rank(self._pool(max(options.pool, 2 * want))):
+        ranked = self._rank(self._pool(max(options.pool, 2 * want)))
+        if rival := self._rival():
+            own = [c for c in ranked if c.schedule == rival][: want // 4]
+            ranked = own + [c for c in ranked if c not in own]
+        for candidate in ranked:
             if len(out) < count and self.fresh(candidate):
                 out.append(candidate)
         if len(out) < count:
             out += self.random(count - len(out))
         return out + self.rest(count - len(out)) if len(out) < count else out
+
+    def _rival(self) -> str | None:
+        """Return the algorithm that was tried least among those near the best, but for the leader's.
+
+        Offspring of the leader alone would leave the others as they began, at their defaults.
+        """
+        best: dict[str, float] = {}
+        tried: Counter[str] = Counter()
+        for o in self._scores.values():
+            name = o.candidate.schedule
+            tried[name] += 1
+            best[name] = min(o.score, best.get(name, math.inf))
+        low = min(best.values(), default=math.inf)
+        leader = min(best, key=lambda n: (best[n], n), default=None)
+        near = [
+            n
+            for n, score in best.items()
+            if math.isfinite(score) and score <= NEAR * low and n != leader and n not in self.banned
+        ]
+        return min(near, key=lambda n: (tried[n], n), default=None)
 
     def _parents(self) -> list[Candidate]:
         good = [

@@ -283,6 +283,20 @@ def test_prune(tmp_path: Path) -> None:
         assert len(db) == 3
 
 
+def test_a_lucky_single_reading_does_not_win(tmp_path: Path) -> None:
+    rows = [
+        record(1, 10.0), record(1, 16.0, phase="confirm"),
+        record(2, 11.0), record(2, 15.0, phase="confirm"),
+        record(3, 12.0),  # read after both, when it was slower than they
+        record(4, 9.0),  # read once, and faster than all that were read once
+        record(5, 18.0),
+    ]  # fmt: skip
+    found = {r.record.config["tile"]: r.latency_us for r in lookup.summarise(rows)}
+    assert found == {1: 16.0, 2: 15.0, 3: pytest.approx(12 * 15 / 11), 4: 9.0, 5: 18.0}
+    best = lookup.best(lookup.summarise(rows[:5]), parse_objective("latency"))
+    assert best is not None and best.record.config["tile"] == 2
+
+
 def test_lookup(tmp_path: Path) -> None:
     with Database(tmp_path / "a.db") as db:
         db.add(
@@ -291,7 +305,7 @@ def test_lookup(tmp_path: Path) -> None:
             record(4, 1.0, modelled_mj=1.0), record(4, verdict="wrong"),
             record(5, 2.0, cache="hot"),
         )  # fmt: skip
-        db.add(record(6, 9.0, modelled_mj=9.0), record(6, 20.0, phase="confirm", modelled_mj=9.5))
+        db.add(record(6, 14.0, modelled_mj=9.0), record(6, 20.0, phase="confirm", modelled_mj=9.5))
         found = lookup.results_for(WORKLOAD, HW, db)
         assert {r.record.config["tile"]: r.latency_us for r in found} == {
             1: 10.0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections import Counter
@@ -105,6 +106,62 @@ def test_banned_schedules_are_left_alone() -> None:
         strategy.ban("swiglu.tiled")
         asked = [c for _ in range(4) for c in strategy.ask(8)]
         assert {c.schedule for c in asked} == {"swiglu.other"} and len(asked) == 6
+
+
+def test_an_algorithm_near_the_best_is_searched_too() -> None:
+    """Offspring of the leader alone would leave it at its default."""
+    first = JointSpace(LARGE, HW, schedules()).defaults()
+    for scores, least in (((1.0, 1.2), 2), ((1.0, 1.4), 0), ((1.0, math.inf), 0)):
+        space = JointSpace(LARGE, HW, schedules())
+        options = Options(epsilon=0.0)
+        setting = Setting(
+            space, np.random.default_rng(1), first,
+            lambda cs: [float(c.schedule == "swiglu.other") for c in cs], options,
+        )  # fmt: skip
+        strategy = make_strategy("evolutionary", setting)
+        strategy.tell([Observation(c, s) for c, s in zip(strategy.ask(2), scores, strict=True)])
+        asked = Counter(c.schedule for c in strategy.ask(8))
+        # the model likes the leader's candidates better
+        assert asked["swiglu.other"] == least and sum(asked.values()) == 8
+
+
+class Confirms(ReplayMeasurer):
+    """Remembers what is compared at the end, when the machine is faster than while searching."""
+
+    def __init__(self, records) -> None:
+        super().__init__(records)
+        self.compared: list[list[Candidate]] = []
+
+    def measure(self, space, candidates, seed):
+        for m in super().measure(space, candidates, seed):
+            yield dataclasses.replace(m, latency_us=1.2 * m.latency_us) if m.latency_us else m
+
+    def confirm(self, space, candidates, seed):
+        self.compared.append(list(candidates))
+        yield from super().confirm(space, candidates, seed)
+
+
+def test_the_best_of_each_near_algorithm_is_compared_at_the_end(tmp_path: Path) -> None:
+    rows = recorded(LARGE, bad=0.0)
+    best = min(r.latency_us for r in rows if r.schedule == "swiglu.tiled")
+    other = min(r.latency_us for r in rows if r.schedule == "swiglu.other")
+    for factor, there in ((1.1, True), (1.5, False)):
+        near = [
+            msgspec.structs.replace(r, latency_us=r.latency_us * factor * best / other)
+            if r.schedule == "swiglu.other" else r
+            for r in rows
+        ]  # fmt: skip
+        measurer = Confirms(near)
+        with Database(tmp_path / f"{factor}.db") as db:
+            result = tune(db, measurer, trials=160)
+        names = [c.schedule for c in measurer.compared[0]]
+        assert ("swiglu.other" in names[3:]) == there
+        assert names[:3].count("swiglu.tiled") == 3
+        # what won was compared
+        (w,) = result.workloads
+        assert w.best is not None
+        last = {tuple(sorted(c.config.items())) for some in measurer.compared for c in some}
+        assert tuple(sorted(w.best.record.config.items())) in last
 
 
 # -- the tuner on recorded spaces --------------------------------------------------------------
