@@ -9,7 +9,6 @@ from mimo_compile.cli.options import need_extra
 
 if TYPE_CHECKING:
     from mimo_compile.cli.console import Console
-    from mimo_compile.ir.hardware import Hardware
 
 DESCRIPTION = """\
 Describe this machine as the compiler sees it: features, cores, caches, and which energy meters work
@@ -18,15 +17,6 @@ EXAMPLE = """
 mimo-compile targets
 mimo-compile targets --formats
 """
-_WEIGHTS = (
-    "f32", "bf16", "f16", "w8", "w7", "w6", "w5", "w4", "w3", "w2", "w1", "w4z", "w3z", "w2z", "w1z",
-    "w1.58", "w1.58d", "nf4", "nf3", "fp4", "fp3", "anf4", "anf3", "afp4", "afp3", "fp8b128", "complex2",
-    "complex2wl", "complex2wl2",
-)  # fmt: skip
-_OPS = {
-    "mpgemm": "mpgemm:m={t},n=512,k=512,w={w},a={a}",
-    "moe": "moe:t={t},e=8,k=2,d=512,f=512,w={w},a={a}",
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,6 +51,8 @@ def run(args: argparse.Namespace) -> int:
     value["calibration"] = None if rates is None else rates.to_json()
     if args.formats:
         need_extra("targets --formats")
+        from mimo_compile.cli.formats_table import formats
+
         paper = {n: h for n, h in SIMULATED.items() if n in ("sim:lut-tensor-core", "sim:roma")}
         value["formats"] = formats({"cpu": hardware, **PRESETS, **paper})
     _show(console, value)
@@ -75,34 +67,8 @@ def _meters() -> list[dict[str, Any]]:
     return [{"name": m.name, "usable": m.usable, "reason": m.reason} for m in available()]
 
 
-def formats(targets: dict[str, Hardware]) -> list[dict[str, Any]]:
-    """Return, for each op, weight format and activation, the schedules on each target.
-
-    A pair is listed when at least one target has a kernel for it, or when none has (then ``kernels`` is
-    empty everywhere), so that absence is visible.
-    """
-    from mimo_compile.errors import UsageError
-    from mimo_compile.ir.ops import parse_workload
-    from mimo_compile.schedules import schedules_for
-
-    out = []
-    for op, spec in _OPS.items():
-        for weight in _WEIGHTS:
-            for act in ("a16", "a8"):
-                try:
-                    workload = parse_workload(spec.format(t=1, w=weight, a=act))
-                except UsageError:
-                    continue
-                kernels = {
-                    name: [s.name for s in schedules_for(workload, hardware)]
-                    for name, hardware in targets.items()
-                }
-                out.append({"op": op, "weight": weight, "act": act, "kernels": kernels})
-    return out
-
-
 def _show(console: Console, value: dict[str, Any]) -> None:
-    from mimo_compile.cli.console import size, table
+    from mimo_compile.cli.console import size
 
     facts = value["machine"]
     caches = ", ".join(f"{n} {size(facts[n + '_bytes'])}" for n in ("l1d", "l2", "l3"))
@@ -132,14 +98,8 @@ def _show(console: Console, value: dict[str, Any]) -> None:
     console.say("          (machines on paper: `tune` ranks schedules by modelled time)")
     if "formats" not in value:
         return
-    rows = []
-    for row in value["formats"]:
-        names = {
-            n: ", ".join(k.rpartition(".")[2] for k in ks) or "-"
-            for n, ks in row["kernels"].items()
-        }
-        rows.append((row["op"], row["weight"], row["act"], *names.values()))
-    if rows:
-        console.say()
-        header = ("op", "weight", "act", *value["formats"][0]["kernels"])
-        console.say(table(rows, header, right="l" * len(header)))
+    from mimo_compile.cli.formats_table import lines
+
+    console.say()
+    for line in lines(value["formats"]):
+        console.say(line)

@@ -1,0 +1,35 @@
+"""The list of formats and kernels: complete, and no wider than a terminal."""
+
+from __future__ import annotations
+
+import pytest
+
+from mimo_compile.cli.formats_table import WIDTH, formats, lines
+from mimo_compile.ir.formats import BASES
+from mimo_compile.ir.hardware import PRESETS, SIMULATED
+
+pytestmark = pytest.mark.compile
+
+
+def test_formats_with_the_same_kernels_stand_together() -> None:
+    targets = {**PRESETS, "sim:roma": SIMULATED["sim:roma"]}
+    rows = formats(targets)
+    text = list(lines(rows))
+    assert max(len(line) for line in text) <= WIDTH < len(text) * 2
+    matmul = text[: text.index("moe")]
+    words = " ".join(matmul).replace(",", " ").split()
+    assert set(BASES) <= set(words)
+    # kernels for many tokens only are there as well
+    assert "x86_amx" in words and "sim_roma" in words
+    at = next(i for i, line in enumerate(matmul) if line.split(",")[0].split() == ["w8", "w8z"])
+    assert matmul[at + 1 : at + 3] == [
+        "      x86-64-v3, x86-64-v4: x86_portable",
+        "      sapphirerapids: x86_amx x86_vnni x86_portable",
+    ]
+
+
+def test_what_has_no_kernel_is_listed() -> None:
+    rows = formats({"x86-64-v3": PRESETS["x86-64-v3"]})
+    text = list(lines(rows))
+    at = next(i for i, line in enumerate(text) if line.startswith("  f16,"))
+    assert "none" in " ".join(text[at : at + 3])
