@@ -62,8 +62,8 @@ def lines(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             by_acts: dict[tuple[str, ...], list[str]] = {}
             for weight, acts in found.items():
                 by_acts.setdefault(tuple(acts), []).append(weight)
-            for acts, weights in by_acts.items():
-                yield from _wrapped("  ", " ".join(weights) + ", " + " ".join(acts))
+            for taken, weights in by_acts.items():
+                yield from _wrapped("  ", " ".join(weights) + ", " + " ".join(taken))
             by_names: dict[tuple[str, ...], list[str]] = {}
             for target, names in key:
                 by_names.setdefault(names, []).append(target)
