@@ -19,7 +19,6 @@ from mimo_compile.schedules.emit.build import (
     bind,
     load,
     loop,
-    prefetch,
     splat,
     vector_type,
 )
@@ -34,7 +33,7 @@ from mimo_compile.schedules.emit.decode import (
 from mimo_compile.schedules.emit.layout import ROWS, CodeLayout
 from mimo_compile.schedules.emit.lookup import LOOKUPS, LookupDot, line_of, lookup_sums
 from mimo_compile.schedules.emit.quantize import Activations
-from mimo_compile.schedules.emit.tile import Out, TileKnobs, Weights
+from mimo_compile.schedules.emit.tile import Out, TileKnobs, Weights, ask_ahead
 from mimo_compile.schedules.emit.unpack import tables
 
 PICK = ".pick"
@@ -243,10 +242,9 @@ class FloatWay(Way):
         constants = tables(layout)
 
         def block_of(b: Any, acc: list[Grid], scales: dict[Any, list[Any]], count: int) -> None:
+            ask_ahead(weights.codes, blocks, b * layout.lines, layout.lines, knobs)
             values = [[bind(rows[t, b * layout.block + c]) for c in range(count)] for t in tokens]
             for (r, h), own in scales.items():
-                if knobs.prefetch and h == 0:
-                    prefetch(weights.codes, *blocks[r], b * layout.lines + knobs.prefetch, 0)
                 lines = [line_of(weights.codes, blocks[r], b * layout.lines + i, h, self.lanes)
                          for i in range(layout.lines)]  # fmt: skip
                 words = columns(layout, lines, self.lanes, constants)

@@ -89,11 +89,16 @@ def splat(value: Any, lanes: int) -> Any:
     return value if lanes == 1 else T.broadcast(value, lanes)
 
 
-def prefetch(buffer: Any, *index: Any) -> None:
-    """Ask for a cache line; the address may lie behind the end of the buffer."""
-    T.evaluate(
-        T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(buffer[tuple(index)]), 0, 3, 1)
-    )
+def prefetch(buffer: Any, *index: Any, near: bool = True) -> None:
+    """Ask for a cache line; the address may lie behind the end of the buffer.
+
+    Args:
+        buffer: Where it is.
+        index: An element of it.
+        near: Into the first-level cache, not the second.
+    """
+    place = T.address_of(buffer[tuple(index)])
+    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", place, 0, 3 if near else 2, 1))
 
 
 def workspace(shape: Sequence[int], dtype: str) -> Any:

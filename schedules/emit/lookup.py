@@ -18,7 +18,6 @@ from mimo_compile.schedules.emit.build import (
     bind,
     load,
     loop,
-    prefetch,
     splat,
     store,
     vector_type,
@@ -26,7 +25,7 @@ from mimo_compile.schedules.emit.build import (
 from mimo_compile.schedules.emit.dot import DOTS, MAX_ACTIVATION, Dot
 from mimo_compile.schedules.emit.layout import ROWS, CodeLayout
 from mimo_compile.schedules.emit.quantize import Activations
-from mimo_compile.schedules.emit.tile import TileKnobs, Weights
+from mimo_compile.schedules.emit.tile import TileKnobs, Weights, ask_ahead
 from mimo_compile.schedules.emit.unpack import tables, unpack
 
 
@@ -174,9 +173,8 @@ def lookup_sums(
 
     def block_of(b: Any) -> None:
         values = [dot.dot.columns(x.codes, token, b * layout.block) for token in tokens]
+        ask_ahead(weights.codes, blocks, b * layout.lines, layout.lines, knobs)
         for r, block in enumerate(blocks):
-            for i in range(layout.lines if knobs.prefetch else 0):
-                prefetch(weights.codes, *block, b * layout.lines + i + knobs.prefetch, 0)
             for h in halves:
                 lines = [line_of(weights.codes, block, b * layout.lines + i, h, lanes)
                          for i in range(layout.lines)]  # fmt: skip

@@ -21,7 +21,6 @@ from mimo_compile.schedules.emit.build import (
     choose,
     load,
     loop,
-    prefetch,
     splat,
     store,
     vector_type,
@@ -31,7 +30,7 @@ from mimo_compile.schedules.emit.build import (
 from mimo_compile.schedules.emit.layout import ROWS
 from mimo_compile.schedules.emit.nibbles import NibbleLayout
 from mimo_compile.schedules.emit.quantize import Activations
-from mimo_compile.schedules.emit.tile import Sums, TileKnobs, Weights, lines_ahead
+from mimo_compile.schedules.emit.tile import Sums, TileKnobs, Weights, ask_ahead
 from mimo_compile.schedules.emit.unpack import constant_words
 
 SPAN = 8
@@ -254,9 +253,7 @@ def lut_sums(
         return load(weights.codes, *blocks[r], b * codes.lines + i, at, lanes=lanes)
 
     def ask(b: Any) -> None:
-        for line in lines_ahead(codes, b, knobs):
-            for block in blocks:
-                prefetch(weights.codes, *block, line, 0)
+        ask_ahead(weights.codes, blocks, b * codes.lines, codes.lines, knobs)
 
     spans = codes.group_blocks // lookup.span
     with loop(spans) as s:

@@ -6,6 +6,7 @@ that one text serves plain matmuls and routed experts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -21,6 +22,7 @@ from mimo_compile.schedules.emit.build import (
     splat,
     store,
     vector_type,
+    when,
 )
 from mimo_compile.schedules.emit.dot import Dot, code_table, float_columns
 from mimo_compile.schedules.emit.layout import ROWS, CodeLayout
@@ -71,6 +73,9 @@ class TileKnobs:
     next_tile: int = 0
     """Row blocks from this tile to the one that the thread reads next, which prefetches behind the end
     of a row go to; 0: unknown."""
+    turn: tuple[Any, int] | None = None
+    """Which of how many tiles of tokens this is that read the same weights: each asks for its share of
+    the next tile's, whatever the distance. None: weights are read once."""
 
 
 def int_tile(
@@ -178,10 +183,10 @@ def _step_sums(
             for u in range(unroll):
                 b = bind(first + s * unroll + u) if not _is_number(first + s) else first + s + u
                 values = [dot.columns(x.codes, t, b * layout.block) for t in tokens]
-                ahead = lines_ahead(layout, b, knobs)
+                if u == 0 or not knobs.turn:
+                    count = layout.lines * (unroll if knobs.turn else 1)
+                    ask_ahead(weights.codes, blocks, b * layout.lines, count, knobs)
                 for r, block in enumerate(blocks):
-                    for line in ahead:
-                        prefetch(weights.codes, *block, line, 0)
                     for h in range(ROWS // lanes):
                         lines = [
                             load(
@@ -252,20 +257,47 @@ def minus_zero(value: Any, zero: Any, x_sum: Any, layout: CodeLayout, lanes: int
     return T.cast(difference, f32) - fraction * splat(T.cast(x_sum, "float32"), lanes)
 
 
-def lines_ahead(layout: CodeLayout, b: Any, knobs: TileKnobs) -> list[Any]:
-    """Return the lines to prefetch in each row block while block of columns ``b`` is worked on.
+def ask_ahead(
+    codes: Any, blocks: Sequence[tuple[Any, ...]], line: Any, count: int, knobs: TileKnobs
+) -> None:
+    """Prefetch, in each row block, what a tile needs later while it reads some lines.
 
-    They count from the row block's start and go on in the next tile's rows, which lie
-    ``next_tile - 1`` row blocks behind the end: without that, each tile would begin in memory.
+    Distances go on behind a row block's end in the next tile's rows, which lie ``next_tile - 1`` row
+    blocks further on: without that, each tile would begin in memory.
+
+    Args:
+        codes: The packed weights ``[..., lines, 64 bytes]``.
+        blocks: See `int_tile`.
+        line: The first of the lines, a multiple of ``count``.
+        count: How many.
+        knobs: See there.
     """
     if not knobs.prefetch:
-        return []
-    lines = [b * layout.lines + i + knobs.prefetch for i in range(layout.lines)]
-    end = layout.blocks * layout.lines
-    if knobs.next_tile < 2:
-        return lines
-    jump = (knobs.next_tile - 1) * end
-    return [bind(line + T.Select(line >= end, T.int32(jump), T.int32(0))) for line in lines]
+        return
+    end = int(codes.shape[-2])
+    if knobs.turn is None:
+        for i in range(count):
+            at = line + i + knobs.prefetch
+            if knobs.next_tile > 1:
+                jump = T.Select(at >= end, T.int32((knobs.next_tile - 1) * end), T.int32(0))
+                at = bind(at + jump)
+            for block in blocks:
+                prefetch(codes, *block, at, 0)
+        return
+    index, turns = knobs.turn
+    apart = math.lcm(count, turns)  # lines in which a share comes to whole lines
+    first = T.floordiv(index * end + line, turns) + knobs.next_tile * end
+
+    def ask() -> None:
+        start = bind(first)
+        for i, block in ((i, block) for i in range(apart // turns) for block in blocks):
+            prefetch(codes, *block, start + i, 0, near=False)
+
+    if apart == count:
+        ask()
+    else:
+        with when(T.floormod(line, apart) == 0):
+            ask()
 
 
 def float_tile(
@@ -323,9 +355,7 @@ def _float_columns(
 
     step = knobs.unroll
     with loop(k // step) as s:
-        if knobs.prefetch:
-            for block in blocks:
-                prefetch(weights.codes, *block, s * step + knobs.prefetch, 0)
+        ask_ahead(weights.codes, blocks, s * step, step if knobs.turn else 1, knobs)
         for u in range(step):
             column(s * step + u)
     for u in range(k % step):
@@ -348,9 +378,8 @@ def _code_groups(
         b: Any, acc: dict[tuple[int, int], Register], zero: list[Any], columns: int
     ) -> None:
         values = [[bind(x[t, b * layout.block + c]) for c in range(columns)] for t in tokens]
+        ask_ahead(weights.codes, blocks, b, 1, knobs)
         for r, block in enumerate(blocks):
-            if knobs.prefetch:
-                prefetch(weights.codes, *block, b + knobs.prefetch, 0)
             raw = load(weights.codes, *block, b, 0, lanes=4 * ROWS)
             words = bind(T.reinterpret(vector_type("int32", ROWS), raw))
             codes = float_columns(layout, words, ROWS, table)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,6 +20,11 @@ from mimo_compile.schedules.emit.matrix import PARALLEL_BYTES
 from mimo_compile.schedules.emit.rounding import rounded_rows
 from mimo_compile.schedules.mpgemm.problem import GemmConfig, Problem
 from mimo_compile.schedules.mpgemm.work import gemm_work
+
+AHEAD = 32
+"""Usual distance of prefetches in cache lines."""
+_FEW_TURNS = 16
+"""Tiles of tokens up to which it shows that the next weights come from memory."""
 
 
 class X86Gemm(Schedule):
@@ -120,7 +126,7 @@ class X86Gemm(Schedule):
             "tokens": tokens,
             "chunk": (1, 2, 4, 8),
             "order": ("rows",) if problem.m == 1 else ("rows", "tokens"),
-            "prefetch": (0, 16, 32, 64, 128) if problem.m == 1 else (0, 8, 16, 32),
+            "prefetch": (0, 16, AHEAD, 64, 128) if problem.m == 1 else (0, 8, 16, AHEAD),
             "unroll": self.unrolls(problem),
             "parallel": threads,
             "dot": self.dots(problem, hardware),
@@ -133,6 +139,7 @@ class X86Gemm(Schedule):
                 and (config.rows - 1) < problem.row_blocks
                 and (config.chunk == 1 or config.chunk * config.rows < 2 * problem.row_blocks)
                 and config.tokens <= problem.m
+                and (config.prefetch in (0, AHEAD) or config.turns(problem.m) == 1)
                 and (config.parallel in threads)
             )
 
@@ -149,13 +156,16 @@ class X86Gemm(Schedule):
         dot = self.dots(problem, hardware)[0]
         work = problem.packed_bytes() * max(1.0, problem.m / 4)
         parallel = hardware.threads > 1 and problem.row_blocks > 1 and work >= PARALLEL_BYTES
-        far = problem.m == 1 and problem.packed_bytes() > hardware.l2_bytes
-        tiles = (*(self.streams(problem) if far else ()), *self.tiles(problem))
+        far = problem.packed_bytes() > hardware.l2_bytes
+        one = far and problem.m == 1
+        tiles = (*(self.streams(problem) if one else ()), *self.tiles(problem))
         for rows, most, unroll in tiles:
             tokens = max(t for t in sizes if t <= most)
             # one row block at a time is one stream, which memory serves best when asked 8 KiB ahead
-            ahead = (128 if rows == 1 else 64 if problem.fmt.is_float else 32) if far else 0
-            config = GemmConfig(rows, tokens, 1, "rows", ahead, unroll, parallel, dot)
+            ahead = (128 if rows == 1 else 64 if problem.fmt.is_float else AHEAD) if one else AHEAD
+            config = GemmConfig(rows, tokens, 1, "rows", 0, unroll, parallel, dot)
+            if far and config.turns(problem.m) <= _FEW_TURNS:
+                config = replace(config, prefetch=ahead)
             if legal(config):
                 return config
         return GemmConfig(rows=1, tokens=1, parallel=parallel, dot=dot)

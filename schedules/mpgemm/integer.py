@@ -10,9 +10,9 @@ from mimo_compile.schedules.emit.build import loop
 from mimo_compile.schedules.emit.dot import DOTS, Dot
 from mimo_compile.schedules.emit.layout import ROWS
 from mimo_compile.schedules.emit.quantize import alloc_activations, quantize_row, workspace_bytes
-from mimo_compile.schedules.emit.tile import TileKnobs, Weights, int_tile
+from mimo_compile.schedules.emit.tile import Weights, int_tile
 from mimo_compile.schedules.mpgemm.gemm import X86Gemm
-from mimo_compile.schedules.mpgemm.loops import next_tile, tiles, writer
+from mimo_compile.schedules.mpgemm.loops import tile_knobs, tiles, writer
 from mimo_compile.schedules.mpgemm.problem import GemmConfig, Problem
 
 QUANTIZE_ALONE = 64 << 10
@@ -41,7 +41,6 @@ class IntegerGemm(X86Gemm):
         """Return the emitter."""
         dot = self.dot(problem, config)
         layout = problem.layout
-        knobs = TileKnobs(config.prefetch, config.unroll, next_tile=next_tile(problem, config))
 
         def emit(x: Any, *rest: Any) -> None:
             *packed, y = rest
@@ -54,6 +53,7 @@ class IntegerGemm(X86Gemm):
 
             def tile(blocks: list[tuple[Any, ...]], tokens: list[Any]) -> None:
                 out = writer(problem, y, bias, blocks, tokens, dot.lanes)
+                knobs = tile_knobs(problem, config, tokens)
                 int_tile(dot, weights, rows, blocks, tokens, out, knobs)
 
             tiles(problem, config, tile)

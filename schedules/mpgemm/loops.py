@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mimo_compile.schedules.emit.build import T, choose, load, loop, when
-from mimo_compile.schedules.emit.tile import Out, store_rows
+from mimo_compile.schedules.emit.tile import Out, TileKnobs, store_rows
 from mimo_compile.schedules.mpgemm.problem import GemmConfig, Problem
 
 
@@ -66,10 +66,13 @@ def tiles(
             over_tokens(lambda first, n: over_chunk(task, lambda i: at_rows(i, first, n)))
 
 
-def next_tile(problem: Problem, config: GemmConfig) -> int:
-    """Return the row blocks between a tile and the next one's weights, 0 if these are the same."""
-    once = config.order == "rows" and problem.m <= config.tokens
-    return config.rows if once or config.order == "tokens" else 0
+def tile_knobs(
+    problem: Problem, config: GemmConfig, tokens: list[Any], *, lookup: bool = False
+) -> TileKnobs:
+    """Return the knobs of the tile that `tiles` emits for ``tokens``."""
+    turns = config.turns(problem.m)
+    turn = (T.floordiv(tokens[0], config.tokens), turns) if turns > 1 else None
+    return TileKnobs(config.prefetch, config.unroll, lookup, config.rows, turn)
 
 
 def writer(

@@ -34,13 +34,18 @@ class GemmConfig:
     order: str = "rows"
     """Outer loop of a task: ``rows`` (weights stay in cache) or ``tokens`` (activations do)."""
     prefetch: int = 0
-    """Distance of prefetches in cache lines, 0 for none."""
+    """Distance of prefetches in cache lines, 0 for none. Where several tiles of tokens read the same
+    weights, any other number: they share the prefetching of the next weights."""
     unroll: int = 1
     """Steps along K in the inner loop's body."""
     parallel: bool = False
     """Spread the tasks over threads."""
     dot: str = ""
     """Name of the way to multiply (`emit.dot.DOTS`); empty where there is only one."""
+
+    def turns(self, m: int) -> int:
+        """Return how many tiles of tokens read a row tile's weights one after the other, of ``m`` tokens."""
+        return -(-m // self.tokens) if self.order == "rows" else 1
 
 
 @dataclass(frozen=True, slots=True)

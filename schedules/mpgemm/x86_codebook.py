@@ -13,10 +13,10 @@ from mimo_compile.schedules.emit.build import loop
 from mimo_compile.schedules.emit.layout import ROWS
 from mimo_compile.schedules.emit.lookup import LOOKUPS
 from mimo_compile.schedules.emit.quantize import alloc_activations, quantize_row, workspace_bytes
-from mimo_compile.schedules.emit.tile import TileKnobs, Weights
+from mimo_compile.schedules.emit.tile import Weights
 from mimo_compile.schedules.mpgemm.gemm import X86Gemm
 from mimo_compile.schedules.mpgemm.integer import QUANTIZE_ALONE
-from mimo_compile.schedules.mpgemm.loops import tiles, writer
+from mimo_compile.schedules.mpgemm.loops import tile_knobs, tiles, writer
 from mimo_compile.schedules.mpgemm.problem import GemmConfig, Problem
 
 
@@ -89,7 +89,6 @@ class X86Codebook(X86Gemm):
     def body(self, problem: Problem, config: GemmConfig, hardware: Hardware) -> Callable[..., None]:
         """Return the emitter."""
         chosen, layout = self.way(problem, config), problem.layout
-        knobs = TileKnobs(config.prefetch, config.unroll)
 
         def emit(x: Any, *rest: Any) -> None:
             *packed, y = rest
@@ -103,6 +102,7 @@ class X86Codebook(X86Gemm):
 
             def tile(blocks: list[tuple[Any, ...]], tokens: list[Any]) -> None:
                 out = writer(problem, y, bias, blocks, tokens, chosen.lanes)
+                knobs = tile_knobs(problem, config, tokens)
                 chosen.tile(weights, rows, blocks, tokens, out, knobs)
 
             tiles(problem, config, tile)

@@ -8,9 +8,9 @@ from typing import Any
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.emit.layout import ROWS
-from mimo_compile.schedules.emit.tile import TileKnobs, Weights, float_tile
+from mimo_compile.schedules.emit.tile import Weights, float_tile
 from mimo_compile.schedules.mpgemm.gemm import X86Gemm
-from mimo_compile.schedules.mpgemm.loops import tiles, writer
+from mimo_compile.schedules.mpgemm.loops import tile_knobs, tiles, writer
 from mimo_compile.schedules.mpgemm.problem import GemmConfig, Problem
 
 
@@ -32,13 +32,13 @@ class X86Float(X86Gemm):
 
     def body(self, problem: Problem, config: GemmConfig, hardware: Hardware) -> Callable[..., None]:
         """Return the emitter."""
-        knobs = TileKnobs(config.prefetch, config.unroll)
 
         def emit(x: Any, w: Any, *rest: Any) -> None:
             bias, y = rest if problem.bias else (None, *rest)
 
             def tile(blocks: list[tuple[Any, ...]], tokens: list[Any]) -> None:
                 out = writer(problem, y, bias, blocks, tokens, ROWS)
+                knobs = tile_knobs(problem, config, tokens)
                 float_tile(None, problem.k, Weights(w), x, blocks, tokens, out, knobs)
 
             tiles(problem, config, tile)

@@ -14,9 +14,9 @@ from mimo_compile.schedules.emit.lut import Lookup, lut_sums
 from mimo_compile.schedules.emit.lut_x86 import LOOKUPS, Permute
 from mimo_compile.schedules.emit.nibbles import NibbleLayout
 from mimo_compile.schedules.emit.quantize import Activations, quantize_row
-from mimo_compile.schedules.emit.tile import TileKnobs, Weights, int_tile
+from mimo_compile.schedules.emit.tile import Weights, int_tile
 from mimo_compile.schedules.mpgemm.gemm import X86Gemm
-from mimo_compile.schedules.mpgemm.loops import next_tile, tiles, writer
+from mimo_compile.schedules.mpgemm.loops import tile_knobs, tiles, writer
 from mimo_compile.schedules.mpgemm.problem import GemmConfig, Problem
 
 _LOSS = 0.15
@@ -83,7 +83,6 @@ class LookupGemm(X86Gemm):
     def body(self, problem: Problem, config: GemmConfig, hardware: Hardware) -> Callable[..., None]:
         """Return the emitter."""
         lookup, layout = self.lookup(problem, config), problem.layout
-        knobs = TileKnobs(config.prefetch, next_tile=next_tile(problem, config))
 
         def emit(x: Any, *rest: Any) -> None:
             *packed, y = rest
@@ -102,6 +101,8 @@ class LookupGemm(X86Gemm):
                 lookup.build(rows, tables, m)
 
             def tile(blocks: list[tuple[Any, ...]], tokens: list[Any]) -> None:
+                knobs = tile_knobs(problem, config, tokens)
+
                 def sums(g: Any) -> dict[tuple[int, int, int], Any]:
                     return lut_sums(lookup, tables, weights, blocks, tokens, g, knobs)
 

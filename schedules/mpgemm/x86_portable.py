@@ -9,9 +9,9 @@ from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.emit.dot import DOTS, LOOKUP, exact, float_ways, float_work
 from mimo_compile.schedules.emit.layout import ROWS
-from mimo_compile.schedules.emit.tile import TileKnobs, Weights, float_tile
+from mimo_compile.schedules.emit.tile import Weights, float_tile
 from mimo_compile.schedules.mpgemm.integer import IntegerGemm
-from mimo_compile.schedules.mpgemm.loops import tiles, writer
+from mimo_compile.schedules.mpgemm.loops import tile_knobs, tiles, writer
 from mimo_compile.schedules.mpgemm.problem import GemmConfig, Problem
 
 
@@ -56,7 +56,6 @@ class X86Portable(IntegerGemm):
         """Return the emitter."""
         if config.dot in DOTS:
             return super().body(problem, config, hardware)
-        knobs = TileKnobs(config.prefetch, config.unroll, config.dot == LOOKUP)
 
         def emit(x: Any, *rest: Any) -> None:
             *packed, y = rest
@@ -65,6 +64,7 @@ class X86Portable(IntegerGemm):
 
             def tile(blocks: list[tuple[Any, ...]], tokens: list[Any]) -> None:
                 out = writer(problem, y, bias, blocks, tokens, ROWS)
+                knobs = tile_knobs(problem, config, tokens, lookup=config.dot == LOOKUP)
                 float_tile(problem.layout, problem.k, weights, x, blocks, tokens, out, knobs)
 
             tiles(problem, config, tile)

@@ -1,0 +1,88 @@
+"""Prefetches of register tiles: every line of the next weights once, wherever tiles share the asking."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from harness import check
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mimo_compile._tvm import empty_aligned, from_numpy, load_object
+from mimo_compile.ir.counts import Counts
+from mimo_compile.ir.hardware import local_cpu
+from mimo_compile.ir.ops import parse_workload
+from mimo_compile.ir.ops.base import Arg
+from mimo_compile.schedules import get_schedule, schedules_for
+from mimo_compile.schedules.base import Kernel
+from mimo_compile.schedules.compile import compile_kernel
+from mimo_compile.schedules.emit import tile
+from mimo_compile.schedules.emit.build import function, loop, store
+from mimo_compile.schedules.mpgemm.gemm import AHEAD
+
+CPU = local_cpu()
+
+
+def asked(lines, count, rows, knobs_of, turns):
+    """Return how often each line of 3 tiles is asked for while the first is worked on ``turns`` times."""
+    shape = (3 * rows, lines, 1)
+    args = (Arg("seen", "output", shape, "int32"),)
+
+    def record(buffer, *index, near=True):
+        store(buffer, buffer[tuple(index)] + 1, *index)
+
+    def body(seen):
+        with loop(turns) as turn, loop(lines // count) as step:
+            blocks = [(r,) for r in range(rows)]
+            tile.ask_ahead(seen, blocks, step * count, count, knobs_of(turn))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tile, "prefetch", record)
+        kernel = Kernel("asked", function("asked", args, body), args, Counts())
+    seen = empty_aligned(shape, "int32")
+    seen[...] = 0
+    load_object(compile_kernel(kernel, CPU))["asked"](from_numpy(seen))
+    return seen[..., 0]
+
+
+@settings(max_examples=8)
+@given(
+    st.integers(1, 4), st.integers(2, 9), st.sampled_from([1, 2, 3, 5]), st.integers(1, 8)
+)  # fmt: skip
+def test_tiles_of_tokens_share_the_next_tile(rows, turns, count, steps):
+    lines = count * turns * steps
+    seen = asked(lines, count, rows, lambda t: tile.TileKnobs(1, 1, False, rows, (t, turns)), turns)
+    want = np.zeros_like(seen)
+    want[rows : 2 * rows] = 1
+    assert np.array_equal(seen, want)
+
+
+def test_a_distance_goes_on_in_the_next_tile():
+    rows, lines, ahead = 2, 12, 5
+    seen = asked(lines, 1, rows, lambda t: tile.TileKnobs(ahead, 1, False, rows), 1)
+    want = np.zeros_like(seen)
+    want[:rows, ahead:] = 1
+    want[rows : 2 * rows, :ahead] = 1
+    assert np.array_equal(seen, want)
+
+
+@pytest.mark.parametrize("w", ["w4g64", "w3g64", "w1g64", "fp4g64", "f32"])
+def test_results_do_not_depend_on_prefetches(w):
+    act = "a16" if w == "f32" else "a8"
+    workload = parse_workload(f"mpgemm:m=9,n=150,k=640,w={w},a={act}")
+    for schedule in schedules_for(workload, CPU)[:1]:
+        space = schedule.space(workload, CPU)
+        if "prefetch" in space.knobs:
+            config = dataclasses.replace(space.default, prefetch=AHEAD)
+            done = check(schedule, workload, config)
+            without = check(schedule, workload, dataclasses.replace(config, prefetch=0))
+            assert np.array_equal(done.outputs["y"], without.outputs["y"])
+
+
+def test_defaults_ask_for_weights_in_memory():
+    schedule = get_schedule("mpgemm.x86_portable")
+    for m, n, asks in ((1, 4096, True), (4, 4096, True), (16, 4096, True), (16, 64, False)):
+        workload = parse_workload(f"mpgemm:m={m},n={n},k=4096,w=w4g64,a=a8")
+        assert bool(schedule.space(workload, CPU).default.prefetch) == asks
