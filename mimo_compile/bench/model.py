@@ -1,38 +1,37 @@
-"""Whole models side by side: tokens/s of an artifact and of the same model in eager PyTorch.
+"""Whole models side by side: tokens/s, load time and memory of an artifact and of peers.
 
-The eager peer is transformers' own implementation of the model with the checkpoint's weights in float32 or
-bfloat16; all sides get the same prompt and the same number of new tokens, and take turns.
+Each runs in a process of its own (see `models.worker`). All get the same prompt and the same number of new
+tokens, feed the most probable token back, and take turns.
 """
 
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from mimo_compile.bench.roof import read_contestant
-from mimo_compile.errors import InputError, MissingExtra
-from mimo_compile.ir.hardware import Hardware
-from mimo_compile.runtime.generate import Stats
-from mimo_compile.runtime.module import Module
+from mimo_compile.bench.models.entrant import Entrant, ModelAsk
+from mimo_compile.bench.models.worker import Worker
+from mimo_compile.bench.peers import LeftOut, get_peer
+from mimo_compile.errors import MimoError
 
-ROOF_S = 0.2
-"""Seconds of one turn of the read roof."""
+_LOADS = ("load_s", "open_s", "check_s")
+_MEMORY = ("rss_bytes", "anonymous_bytes", "mapped_bytes", "peak_bytes")
 
 
 @dataclass(slots=True)
 class ModelRow:
-    """Tokens/s of one implementation: median, lowest and highest of the rounds."""
+    """What one implementation did: rates of every round, and what loading took."""
 
     impl: str
     threads: int
+    peer: str = ""
+    """Name of the peer; empty: ours."""
     prefill: list[float] = field(default_factory=list)
     decode: list[float] = field(default_factory=list)
     joules: list[float] = field(default_factory=list)
@@ -41,174 +40,155 @@ class ModelRow:
     """Bytes of weights that one decoded token reads; 0 when unknown."""
     roof_gb_per_s: list[float] = field(default_factory=list)
     """What a kernel that only reads as many bytes reached in each round."""
+    file_bytes: int = 0
+    load: dict[str, float] = field(default_factory=dict)
+    """``load_s``, and for ours ``open_s`` and ``check_s``."""
+    memory: dict[str, int] = field(default_factory=dict)
+    """See `models.worker.memory`: after the last round, and ``base_bytes`` resident before loading."""
+
+    def add(self, figures: dict[str, Any]) -> None:
+        """Keep the figures of one round."""
+        self.prefill.append(figures["prefill"])
+        if figures["decode"] is not None:
+            self.decode.append(figures["decode"])
+        if figures.get("joules") is not None:
+            self.joules.append(figures["joules"])
+            self.joules_source = figures["joules_source"]
 
     def json(self) -> dict[str, Any]:
         """Return the row as `bench model --json` prints it."""
-        rate = statistics.median(self.decode)
-        moved = rate * self.weight_bytes / 1e9 if self.weight_bytes else None
-        roof = statistics.median(self.roof_gb_per_s) if self.roof_gb_per_s else None
+        rate = _median(self.decode)
+        moved = rate * self.weight_bytes / 1e9 if rate and self.weight_bytes else None
+        roof = _median(self.roof_gb_per_s)
         return {
-            "op": "model", "impl": self.impl, "threads": self.threads,
-            "prefill_tokens_per_s": statistics.median(self.prefill),
-            "prefill_spread": [min(self.prefill), max(self.prefill)],
-            "decode_tokens_per_s": rate, "decode_spread": [min(self.decode), max(self.decode)],
+            "op": "model", "impl": self.impl, "peer": self.peer or None, "threads": self.threads,
+            "prefill_tokens_per_s": _median(self.prefill), "prefill_spread": _spread(self.prefill),
+            "decode_tokens_per_s": rate, "decode_spread": _spread(self.decode),
             "decode_gb_per_s": moved, "roof_gb_per_s": roof,
             "decode_roof_share": moved / roof if moved and roof else None,
-            "joules": statistics.median(self.joules) if self.joules else None,
-            "joules_source": self.joules_source or None,
+            "joules": _median(self.joules), "joules_source": self.joules_source or None,
+            "file_bytes": self.file_bytes,
+            **{name: self.load.get(name) for name in _LOADS},
+            **{name: self.memory.get(name) for name in ("base_bytes", *_MEMORY)},
         }  # fmt: skip
 
 
-Run = Callable[[], tuple[float, float]]
-"""Generates once and returns prefill and decode tokens/s."""
+def _median(values: Sequence[float]) -> float | None:
+    return statistics.median(values) if values else None
 
 
-def compiled_run(module: Module, prompt: npt.NDArray[Any], new: int, row: ModelRow) -> Run:
-    """Return a function that generates with an artifact."""
-
-    def run() -> tuple[float, float]:
-        stats = Stats()
-        for _ in module.generate_ids(prompt, new, stop_at_eos=False, stats=stats):
-            pass
-        if stats.joules_per_token is not None:
-            row.joules.append(stats.joules_per_token)
-            row.joules_source = stats.joules_source or ""
-        return stats.prefill_tokens_per_s or 0.0, stats.decode_tokens_per_s or 0.0
-
-    return run
+def _spread(values: Sequence[float]) -> list[float] | None:
+    return [min(values), max(values)] if values else None
 
 
-def eager_run(model: Any, prompt: npt.NDArray[Any], new: int, threads: int) -> Run:
-    """Return a function that generates greedily with a transformers model and its KV cache."""
-    import torch
+@dataclass(slots=True)
+class Comparison:
+    """Rows of those who took part, ours first; and who did not, with why."""
 
-    ids = torch.from_numpy(prompt.astype(np.int64))[None]
-
-    def run() -> tuple[float, float]:
-        torch.set_num_threads(threads)
-        with torch.inference_mode():
-            begin = time.perf_counter()
-            out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
-            token = out.logits[:, -1:].argmax(-1)
-            first = time.perf_counter()
-            for _ in range(new - 1):
-                out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
-                token = out.logits[:, -1:].argmax(-1)
-            end = time.perf_counter()
-        return ids.shape[1] / (first - begin), max(new - 1, 1) / max(end - first, 1e-9)
-
-    return run
+    rows: list[ModelRow] = field(default_factory=list)
+    left_out: list[LeftOut] = field(default_factory=list)
 
 
-def eager_peer(folder: Path, dtype: str) -> Any:
-    """Load a model folder into transformers' own implementation.
+def find_entrants(names: Sequence[str], ask: ModelAsk) -> tuple[list[Entrant], list[LeftOut]]:
+    """Return whom the peers of these names offer, and what cannot take part.
 
-    Raises:
-        MissingExtra: transformers is not installed.
-        InputError: transformers cannot load the folder.
+    Peers whose package is absent are skipped: `runner.missing_peers` names them.
     """
-    try:
-        import transformers
-    except ModuleNotFoundError as error:
-        raise MissingExtra("the eager peer", extra="hf", missing="transformers") from error
-    import torch
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, config=_peer_config(folder), dtype=getattr(torch, dtype), local_files_only=True
-        )
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"transformers cannot load it: {first}", file=folder) from error
-    return model.eval()
+    field: list[Entrant] = []
+    out: list[LeftOut] = []
+    for name in names:
+        peer = get_peer(name)
+        if peer.missing() is not None:
+            continue
+        for offer in _models(peer, name, ask):
+            if isinstance(offer, LeftOut):
+                out.append(offer)
+            else:
+                field.append(offer)
+    return field, out
 
 
-def _peer_config(folder: Path) -> Any:
-    """Read ``config.json`` so that transformers takes it: no nulls, rotary bases in its newer spelling."""
-    import json
-
-    import transformers
-
-    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    values = {k: v for k, v in values.items() if v is not None}
-    if values.get("model_type") == "mimo_v2_flash" and "rope_scaling" not in values:
-        share = values.get("partial_rotary_factor", 1.0)
-        kinds = (("full_attention", "rope_theta"), ("sliding_attention", "swa_rope_theta"))
-        values["rope_parameters"] = {
-            kind: {
-                "rope_type": "default",
-                "rope_theta": values[key],
-                "partial_rotary_factor": share,
-            }
-            for kind, key in kinds
-        }
-    return transformers.AutoConfig.for_model(values.pop("model_type"), **values)
+def _models(peer: Any, name: str, ask: ModelAsk) -> Iterator[Entrant | LeftOut]:
+    if hasattr(peer, "models"):
+        yield from peer.models(ask)
+    else:  # a plug-in's, of kernels alone
+        yield LeftOut(name, "runs single kernels, no whole models")
 
 
 def compare_models(
-    entries: Sequence[tuple[ModelRow, Run]],
+    ours: tuple[ModelRow, Entrant],
+    peers: Sequence[Entrant],
+    prompt: npt.NDArray[Any],
+    new: int,
     rounds: int,
     log: Callable[[str], None],
-    roofs: Sequence[tuple[ModelRow, Callable[[], float]]] = (),
-) -> list[ModelRow]:
-    """Let implementations, and the read roofs of rows, take turns; a first round of each only warms up."""
-    for number in range(rounds + 1):
-        for row, run in entries:
-            prefill, decode = run()
-            if number:
-                row.prefill.append(prefill)
-                row.decode.append(decode)
-        for row, read in roofs:
-            rate = read()
-            if number:
-                row.roof_gb_per_s.append(rate)
-        log(f"round {number} of {rounds}")
-    return [row for row, _ in entries]
+    roof: Entrant | None = None,
+) -> Comparison:
+    """Let ours, peers and the read roof of ours take turns; a first round only warms up.
 
+    Args:
+        ours: The row to fill, and what runs it.
+        peers: Whom to compare with; one that fails is left out with the reason.
+        prompt: [n] token ids.
+        new: Tokens to generate.
+        rounds: Turns of each that count.
+        log: Called with progress.
+        roof: What reads as many bytes as decoding ours does, if known.
 
-def weight_bytes(module: Module) -> float:
-    """Return the bytes of weights that a decoding step reads: each tensor of ``step_1`` and ``head_1`` once.
-
-    Of expert weights, the share that is routed to; of an embedding table, nothing to speak of.
+    Raises:
+        MimoError: ours fails.
     """
-    from mimo_compile.ir.ops import get_op
-    from mimo_compile.ir.workload import Workload
+    found = Comparison()
+    row, entrant = ours
+    ids = [int(i) for i in prompt]
+    with ExitStack() as stack:
+        runs: list[tuple[ModelRow, Worker]] = [(row, stack.enter_context(_load(row, entrant)))]
+        log(f"{row.impl} loaded")
+        for entrant in peers:
+            other = ModelRow(entrant.impl, row.threads, entrant.peer)
+            try:
+                runs.append((other, stack.enter_context(_load(other, entrant))))
+                log(f"{other.impl} loaded")
+            except MimoError as error:
+                found.left_out.append(LeftOut(entrant.impl, f"fails to load: {error}"))
+        reader = None
+        if roof is not None:
+            reader = stack.enter_context(Worker(roof))
+            reader.ask("load")
+        for number in range(rounds + 1):
+            for each, worker in list(runs):
+                try:
+                    figures = worker.ask("run", ids, new)
+                except MimoError as error:
+                    if each is row:
+                        raise
+                    found.left_out.append(LeftOut(each.impl, f"fails: {error}"))
+                    runs.remove((each, worker))
+                    continue
+                if number:
+                    each.add(figures)
+            if reader is not None:
+                rate = reader.ask("run")["gb_per_s"]
+                if number:
+                    row.roof_gb_per_s.append(rate)
+            log(f"round {number} of {rounds}")
+        for each, worker in runs:
+            each.memory |= worker.ask("memory")
+    found.rows = [each for each, _ in runs]
+    return found
 
-    total = 0.0
-    for choice in module.manifest.plan:
-        workload = Workload.parse(choice.workload)
-        if workload.op not in ("mpgemm", "moe"):
-            continue
-        calls = choice.calls.get("step_1", 0) + choice.calls.get("head_1", 0)
-        total += calls * get_op(workload.op).counts(workload).bytes.get("dram", 0.0)
-    return total
 
-
-def read_roof(hardware: Hardware, nbytes: float) -> Callable[[], float]:
-    """Return a function that gives the GB/s of a kernel that only reads ``nbytes``, again and again.
-
-    It reads one buffer of that size, as decoding reads the weights: from a cache where they fit it.
-    """
-    contestant = read_contestant("model", hardware, nbytes, "hot", 0, int(nbytes))
-    (arguments,) = contestant.sets
-
-    def run() -> float:
-        contestant.prepare()
-        contestant.call(arguments)
-        number, begin = 0, time.perf_counter()
-        while (elapsed := time.perf_counter() - begin) < ROOF_S:
-            contestant.call(arguments)
-            number += 1
-        return number * contestant.bytes / elapsed / 1e9
-
-    return run
-
-
-def peer_name(dtype: str) -> str:
-    """Return how the eager peer is called in tables."""
-    return f"torch eager {dtype} {version('torch')} (transformers {version('transformers')})"
+def _load(row: ModelRow, entrant: Entrant) -> Worker:
+    worker = Worker(entrant)
+    try:
+        row.file_bytes = entrant.file_bytes
+        if base := worker.ask("memory"):
+            row.memory["base_bytes"] = base["rss_bytes"]
+        row.load = worker.ask("load")
+    except BaseException:
+        worker.close()
+        raise
+    return worker
 
 
 def random_prompt(vocab: int, tokens: int, seed: int) -> npt.NDArray[np.int32]:

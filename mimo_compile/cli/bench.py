@@ -68,6 +68,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--new-tokens", type=positive, default=32, metavar="N", help="model: decode"
     )
+    parser.add_argument(
+        "--source",
+        dest="weights",
+        metavar="SRC",
+        help="model: what OUT.mimo was compiled from, for peers",
+    )
+    parser.add_argument(
+        "--keep", metavar="DIR", help="model: keep the files of peers here, and use them again"
+    )
     add_model_options(parser)
     add_calibration(parser)
 
@@ -81,6 +90,10 @@ def run(args: argparse.Namespace) -> int:
         from mimo_compile.cli.bench_model import run_model
 
         return run_model(args)
+    if args.weights or args.keep:
+        raise UsageError(
+            f"bench {args.kind} takes no --source and no --keep", remedy="Did you mean bench model?"
+        )
     return _kernels(args)
 
 

@@ -1,14 +1,15 @@
-"""``mimo-compile bench model``: tokens/s of an artifact beside eager PyTorch."""
+"""``mimo-compile bench model``: an artifact beside whole models of peers."""
 
 from __future__ import annotations
 
 import argparse
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mimo_compile.cli.options import calibration
-from mimo_compile.errors import MissingExtra, UsageError
+from mimo_compile.errors import UsageError
 
 if TYPE_CHECKING:
     from mimo_compile.bench.model import ModelRow
@@ -16,29 +17,26 @@ if TYPE_CHECKING:
 
 
 def run_model(args: argparse.Namespace) -> int:
-    """Compare tokens/s of a model, compiled and eager; return 0."""
+    """Compare tokens/s, load time and memory of a model, compiled and by peers; return 0."""
     from mimo_compile.bench.machine import machine_facts
-    from mimo_compile.bench.model import (
-        ModelRow,
-        compare_models,
-        compiled_run,
-        eager_peer,
-        eager_run,
-        peer_name,
-        random_prompt,
-        read_roof,
-        weight_bytes,
-    )
+    from mimo_compile.bench.model import ModelRow, compare_models, find_entrants, random_prompt
+    from mimo_compile.bench.models.compiled import entrant, roof_entrant, weight_bytes
+    from mimo_compile.bench.models.entrant import ModelAsk
     from mimo_compile.bench.peers import parse_peers
+    from mimo_compile.bench.runner import missing_peers
+    from mimo_compile.cli.bench_table import reason
     from mimo_compile.ir.hardware import resolve_target
     from mimo_compile.runtime import load
 
     console: Console = args.console
     hardware = resolve_target("cpu", args.threads)
     peers = parse_peers(args.peers)
+    missing = missing_peers(peers)
+    for absent in missing:
+        console.say(f"missing: {reason(absent)}")
     with tempfile.TemporaryDirectory(prefix="mimo-bench-") as scratch:
         artifact, folder = _artifact(args, Path(scratch))
-        module = load(artifact, threads=args.threads)
+        module = load(artifact, threads=hardware.threads)
         decoder = module.manifest.decoder
         if decoder is None:
             raise UsageError(
@@ -48,39 +46,36 @@ def run_model(args: argparse.Namespace) -> int:
         if count > decoder.max_context:
             raise UsageError(f"{count} tokens do not fit the context of {decoder.max_context}")
         prompt = random_prompt(decoder.vocab, args.prompt_tokens, args.seed)
-        ours = ModelRow(
-            f"mimo {module.manifest.quant}", module.threads, weight_bytes=weight_bytes(module)
-        )
-        entries = [(ours, compiled_run(module, prompt, args.new_tokens, ours))]
-        for dtype in ("float32", "bfloat16") if "torch" in peers else ():
-            if folder is None:
-                console.log("no eager peer: the artifact does not say which folder it came from")
-                break
-            try:
-                model = eager_peer(folder, dtype)
-            except MissingExtra as error:
-                console.log(f"no eager peer: {error}")
-                break
-            row = ModelRow(peer_name(dtype), hardware.threads)
-            entries.append((row, eager_run(model, prompt, args.new_tokens, hardware.threads)))
-        roofs = [(ours, read_roof(hardware, ours.weight_bytes))] if ours.weight_bytes else []
-        rows = compare_models(
-            entries, min(args.rounds, 5), lambda text: console.log(text, 1), roofs
-        )
+        kept = Path(scratch if args.keep is None else args.keep)
+        ask = ModelAsk(folder, module.manifest.quant, module.threads, count, kept)
+        nbytes = weight_bytes(module)
+        ours = ModelRow(f"mimo {module.manifest.quant}", module.threads, weight_bytes=nbytes)
+        roof = roof_entrant(nbytes, module.threads) if nbytes else None
+        side = entrant(artifact, module)
+        del module  # its own process loads it again
+        field, left_out = find_entrants(peers, ask)
+        found = compare_models(
+            (ours, side), field, prompt, args.new_tokens, min(args.rounds, 5),
+            lambda text: console.log(text, 1), roof,
+        )  # fmt: skip
+    left_out += found.left_out
     facts = machine_facts(hardware)
-    _show(console, rows)
+    _show(console, found.rows)
+    for absent in left_out:
+        console.say(f"left out: {reason(absent)}")
     console.say(f"{facts['name']}, {hardware.threads} threads, load {facts['load']}")
     console.result(
         {
             "ok": True, "machine": facts, "prompt_tokens": args.prompt_tokens,
-            "new_tokens": args.new_tokens, "rows": [r.json() for r in rows],
+            "new_tokens": args.new_tokens, "rows": [r.json() for r in found.rows],
+            "missing": [asdict(m) for m in missing], "left_out": [asdict(o) for o in left_out],
         }
     )  # fmt: skip
     return 0
 
 
 def _artifact(args: argparse.Namespace, scratch: Path) -> tuple[Path, Path | None]:
-    """Return the artifact to run and the checkpoint folder of its peer (None: unknown)."""
+    """Return the artifact to run and the checkpoint folder of its peers (None: unknown)."""
     from mimo_compile.frontend.huggingface import resolve_source
 
     source = args.source or "tiny"
@@ -88,7 +83,11 @@ def _artifact(args: argparse.Namespace, scratch: Path) -> tuple[Path, Path | Non
         from mimo_compile.runtime.container import open_artifact
         from mimo_compile.verify import builtin_source
 
+        if args.weights is not None:
+            return Path(source), resolve_source(args.weights)
         return Path(source), builtin_source(open_artifact(source))
+    if args.weights is not None:
+        raise UsageError("--source says what an artifact was compiled from; SRC is no artifact")
     from mimo_compile.api import compile as compile_model
 
     folder = resolve_source(source)
@@ -100,31 +99,39 @@ def _artifact(args: argparse.Namespace, scratch: Path) -> tuple[Path, Path | Non
     return artifact.save(scratch / "bench.mimo"), folder
 
 
+_SPEED = (
+    "impl", "prefill tok/s", "spread", "ours/its", "decode tok/s", "spread", "ours/its", "GB/s",
+    "of read roof",
+)  # fmt: skip
+_SIZE = ("impl", "load s", "check s", "file MB", "resident MB", "own MB", "mapped MB", "peak MB")
+
+
 def _show(console: Console, rows: list[ModelRow]) -> None:
     from mimo_compile.cli.console import number, table
 
     base: dict[str, Any] = rows[0].json()
-    lines = []
+    speed, size = [], []
     for row in rows:
         figures = row.json()
         cells: list[object] = [figures["impl"]]
         for part in ("prefill", "decode"):
-            rate, (low, high) = figures[f"{part}_tokens_per_s"], figures[f"{part}_spread"]
-            cells += [number(rate), f"{number(low)}..{number(high)}"]
+            rate, spread = figures[f"{part}_tokens_per_s"], figures[f"{part}_spread"]
+            if rate is None:
+                cells += [None, None, None]
+                continue
+            cells += [number(rate), "..".join(number(x) or "" for x in spread)]
             cells.append(f"{base[f'{part}_tokens_per_s'] / rate:.2f}x")
-        cells.append(number(figures["decode_gb_per_s"]))
         share = figures["decode_roof_share"]
-        cells.append(None if share is None else f"{100 * share:.0f} %")
-        lines.append(cells)
-    header = (
-        "impl",
-        "prefill tok/s",
-        "spread",
-        "ours/its",
-        "decode tok/s",
-        "spread",
-        "ours/its",
-        "GB/s",
-        "of read roof",
-    )
-    console.say(table(lines, header, right="lrrrrrrrr"))
+        cells += [number(figures["decode_gb_per_s"]), share and f"{100 * share:.0f} %"]
+        speed.append(cells)
+        size.append(
+            [
+                figures["impl"], number(figures["load_s"]), number(figures["check_s"]),
+                *(
+                    None if figures[name] is None else f"{figures[name] / 1e6:.0f}"
+                    for name in ("file_bytes", "rss_bytes", "anonymous_bytes", "mapped_bytes", "peak_bytes")
+                ),
+            ]
+        )  # fmt: skip
+    console.say(table(speed, _SPEED, right="lrrrrrrrr"))
+    console.say(table(size, _SIZE, right="lrrrrrrr"))

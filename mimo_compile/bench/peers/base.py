@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,9 @@ from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.ops.base import Array
 from mimo_compile.ir.workload import Workload
+
+if TYPE_CHECKING:
+    from mimo_compile.bench.models.entrant import Entrant, ModelAsk
 
 _CHECKED_ROWS, _CHECKED_COLUMNS = 8, 192
 """Elements of y that are compared: float64 over all of a prompt would take longer than the timing."""
@@ -96,6 +99,8 @@ class Peer:
     packages: ClassVar[tuple[str, ...]] = ()
     """Distributions it needs; the first one's version stands in the results."""
     remedy: ClassVar[str] = "pip install 'mimo-compile[peers]'"
+    no_models: ClassVar[str] = "runs single kernels, no whole models"
+    """Why it takes no part in `bench model`."""
 
     def missing(self) -> LeftOut | None:
         """Return what is said when a package is not installed, else None."""
@@ -113,6 +118,10 @@ class Peer:
     def variants(self, ask: Ask) -> Iterable[Variant | LeftOut]:
         """Offer every variant near the workload's bits; nothing for ops the peer does not know."""
         raise NotImplementedError
+
+    def models(self, ask: ModelAsk) -> Iterable[Entrant | LeftOut]:
+        """Offer ways to run a whole model, or say why there are none."""
+        yield LeftOut(self.name, self.no_models)
 
     def enter(self, ask: Ask) -> tuple[list[Contestant], list[LeftOut]]:
         """Check the variants and return those that take part, and those that cannot."""

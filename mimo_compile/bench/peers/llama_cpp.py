@@ -7,7 +7,7 @@ take many rows at once, as llama.cpp itself does where it can.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mimo_compile.bench.peers import ggml as library
 from mimo_compile.bench.peers.base import (
@@ -21,6 +21,9 @@ from mimo_compile.bench.peers.base import (
 )
 from mimo_compile.errors import EnvironmentMismatch
 from mimo_compile.ir.ops.base import Array
+
+if TYPE_CHECKING:
+    from mimo_compile.bench.models.entrant import Entrant, ModelAsk
 
 _NEAR: tuple[tuple[float, tuple[str, ...]], ...] = (
     (1, ("Q1_0", "TQ1_0", "TQ2_0")),
@@ -50,6 +53,12 @@ class LlamaCppPeer(Peer):
         """Return what sets the number of threads."""
         ggml = library.load()
         return lambda: ggml.use_threads(ask.hardware.threads)
+
+    def models(self, ask: ModelAsk) -> Iterator[Entrant | LeftOut]:
+        """Offer the checkpoint in the storage types near the bits of ours."""
+        from mimo_compile.bench.models.llama import entrants
+
+        yield from entrants(ask)
 
     def missing(self) -> LeftOut | None:
         """Return what is said when the package is absent, or was built without the library."""

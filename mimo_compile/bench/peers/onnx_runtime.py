@@ -38,6 +38,7 @@ class OnnxRuntimePeer(Peer):
 
     name = "onnxruntime"
     packages = ("onnxruntime", "onnx")
+    no_models = "has no way from a checkpoint to a whole model (onnxruntime-genai has)"
 
     def variants(self, ask: Ask) -> Iterator[Variant | LeftOut]:
         """Offer `MatMulNBits` at the nearest bits, for each block size."""

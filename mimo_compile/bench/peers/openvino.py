@@ -36,6 +36,7 @@ class OpenVinoPeer(Peer):
 
     name = "openvino"
     packages = ("openvino",)
+    no_models = "has no way from a checkpoint to a whole model (optimum-intel has)"
 
     def variants(self, ask: Ask) -> Iterator[Variant | LeftOut]:
         """Offer the nearest bits at the workload's group and at 128, both kinds of arithmetic."""

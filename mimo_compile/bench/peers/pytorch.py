@@ -28,6 +28,8 @@ from mimo_compile.bench.peers.base import (
 if TYPE_CHECKING:
     import torch
 
+    from mimo_compile.bench.models.entrant import Entrant, ModelAsk
+
 _BF16_ERROR = 0.01
 _INT4_GROUPS = (32, 64, 128, 256)
 
@@ -38,6 +40,14 @@ class TorchPeer(Peer):
     name = "torch"
     packages = ("torch",)
     remedy = "pip install 'mimo-compile[compile]'"
+
+    def models(self, ask: ModelAsk) -> Iterator[Entrant | LeftOut]:
+        """Offer transformers' own implementation, in float32 and bfloat16 where memory allows."""
+        import psutil
+
+        from mimo_compile.bench.models.eager import entrants
+
+        yield from entrants(ask, psutil.virtual_memory().available)
 
     def prepare(self, ask: Ask) -> Callable[[], None]:
         """Return what sets the number of threads."""
