@@ -15,8 +15,13 @@ from test_amx import SPR, PlainTiles
 
 from mimo_compile._tvm import from_numpy, load_object, set_threads
 from mimo_compile.errors import UsageError
-from mimo_compile.ir import formats
-from mimo_compile.ir.formats import E4M3_NAN, WeightFormat, weight_formats
+from mimo_compile.ir.formats import (
+    ACT_NAMES,
+    E4M3_NAN,
+    WeightFormat,
+    parse_act_format,
+    weight_formats,
+)
 from mimo_compile.ir.hardware import PRESETS, Hardware, local_cpu
 from mimo_compile.ir.ops import get_op, parse_workload
 from mimo_compile.ir.ops.mpgemm import real_weights
@@ -85,22 +90,39 @@ def runnable(name: str) -> Schedule:
 
 
 @cache
-def acts() -> tuple[str, ...]:
-    """Return the activation formats that the op knows."""
-    return tuple(getattr(formats, "ACT_NAMES", ("a8", "a16")))
-
-
-@cache
 def cases(name: str) -> tuple[Case, ...]:
     """Return the cases of a schedule: each format and activation that it takes at one of some shapes."""
     schedule, found = runnable(name), []
     for fmt in weight_formats():
-        for act in acts():
+        for act in ACT_NAMES:
             tries = (Case(schedule, fmt, act, hardware, m) for hardware in MACHINES for m in TOKENS)
             case = next((c for c in tries if c.workload(17, 1440)), None)
             if case is not None:
                 found.append(case)
     return tuple(found)
+
+
+@cache
+def standing_for_all(name: str) -> tuple[Case, ...]:
+    """Return cases of a schedule: every base with each group and int8 activations, or with the first that it
+    takes, and with each other kind of activations in one of the groups.
+
+    Groups of the tensor are left out: kernels read them as those of rows.
+    """
+    found: dict[tuple[str, str], dict[str, Case]] = {}
+    for case in sorted(cases(name), key=lambda c: c.act != "a8"):
+        base, act = case.fmt.name.partition("g")[0], parse_act_format(case.act)
+        kind, sizes = act.kind, str(max(case.fmt.group, 0))
+        if act.group > 0:
+            kind, sizes = "groups", f"{sizes} {case.act}"
+        found.setdefault((base, kind), {}).setdefault(sizes, case)
+    chosen: list[Case] = []
+    bases: set[str] = set()
+    for number, ((base, _), groups) in enumerate(found.items()):
+        of_all = list(groups.values())
+        chosen += [of_all[7 * number % len(of_all)]] if base in bases else of_all
+        bases.add(base)
+    return tuple(chosen)
 
 
 def names() -> list[str]:
@@ -134,7 +156,7 @@ def _floats(
 ) -> Iterator[tuple[str, Arrays]]:
     for name, x in (
         ("all max", np.full((m, k), 127.0)), ("alternating", np.where(np.arange(k) % 2, 127.0, -127.0)),
-        ("outlier", np.where(np.arange(k) == k // 3, 3e4, 0.0)), ("zero", np.zeros(k)),
+        ("outlier", np.where(np.arange(k) == k // 3, 127.0 * 256, 0.0)), ("zero", np.zeros(k)),
         ("anything", rng.integers(-127, 128, (m, k))),
     ):  # fmt: skip
         w = rng.integers(-4, 5, (n, k)).astype(np.float32)

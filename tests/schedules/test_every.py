@@ -12,13 +12,13 @@ from collections.abc import Iterable
 
 import numpy as np
 import pytest
-from every import LONG, Built, Case, adversarial, cases, names, runnable
+from every import LONG, Built, Case, adversarial, cases, names, runnable, standing_for_all
 from harness import Arrays, sample_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mimo_compile.errors import UsageError
-from mimo_compile.ir.formats import _WEIGHT, BASES, parse_weight_format, weight_formats
+from mimo_compile.ir.formats import _WEIGHT, ACT_NAMES, BASES, parse_weight_format, weight_formats
 from mimo_compile.ir.hardware import PRESETS, local_cpu
 from mimo_compile.ir.ops import get_op, load_all, parse_workload
 from mimo_compile.schedules import names_for
@@ -28,6 +28,8 @@ CPU = local_cpu()
 NAMES = names()
 FEW = 3
 """Cases of each schedule in the quick tests, besides those that hypothesis draws."""
+PARTS = 4
+"""Of the slow tests of a schedule."""
 PACKED = {
     "mpgemm": "m=1,n={n},k={k}", "lora_mpgemm": "m=1,n={n},k={k},r={r},l=2,d={d}{parts}",
     "moe": "t=1,e=3,k=1,d={n},f={k}",
@@ -112,7 +114,7 @@ def test_unpacking_undoes_packing(data):
         n=n, k=k, r=r, d=data.draw(st.sampled_from(("f32", "bf16", "fp8"))),
         parts=f",parts={first}+{n - first}" if first else "",
     )  # fmt: skip
-    for act in ("a8", "a16"):
+    for act in ACT_NAMES:
         try:
             workload = parse_workload(f"{op}:{extents},w={fmt},a={act}{more}")
         except UsageError:
@@ -131,7 +133,7 @@ def test_unpacking_undoes_packing(data):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_unpacking_undoes_packing_in_every_format(name):
-    for case in cases(name):
+    for case in {c.fmt.name: c for c in cases(name)}.values():  # packing knows no activations
         for n, k in ((17, 1440), (1, 333)):
             workload = case.workload(n, k, extra=",bias=1")
             if workload is not None:
@@ -141,15 +143,6 @@ def test_unpacking_undoes_packing_in_every_format(name):
 
 
 # -- sums ------------------------------------------------------------------------------------------
-
-
-def distinct(name: str) -> list[Case]:
-    """Return the cases of a schedule whose kernels differ: groups of a tensor are read as of rows."""
-    found: dict[tuple[str, int, str], Case] = {}
-    for case in cases(name):
-        base = case.fmt.name.partition("g")[0]
-        found.setdefault((base, max(case.fmt.group, 0), case.act), case)
-    return list(found.values())
 
 
 def prove(chosen: Iterable[Case]) -> None:
@@ -174,18 +167,20 @@ def prove(chosen: Iterable[Case]) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_sums_are_exact(name):
-    found = distinct(name)
+    found = standing_for_all(name)
     if not found:
         pytest.skip("not on this CPU")
     # another part of the formats for each schedule
-    start = NAMES.index(name) % math.ceil(len(found) / FEW)
-    prove(found[start :: math.ceil(len(found) / FEW)])
+    step = math.ceil(len(found) / FEW)
+    prove(found[NAMES.index(name) % step :: step])
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("name", NAMES)
-def test_sums_are_exact_in_every_format(name):
-    prove(distinct(name))
+def test_sums_are_exact_in_every_format(name, part):
+    if found := standing_for_all(name)[part::PARTS]:
+        prove(found)
 
 
 def any_sums(data: st.DataObject) -> None:
