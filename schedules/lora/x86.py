@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from mimo_compile.schedules.lora.gemm import LoraGemm
 from mimo_compile.schedules.mpgemm.x86_amx import AmxConfig, X86Amx
+from mimo_compile.schedules.mpgemm.x86_bf16 import X86Bf16
 from mimo_compile.schedules.mpgemm.x86_codebook import X86Codebook, X86CodebookPlanes
 from mimo_compile.schedules.mpgemm.x86_complex import X86Complex
 from mimo_compile.schedules.mpgemm.x86_dense import X86Planes, X86SignedTrits, X86Trits
@@ -56,6 +57,12 @@ class LoraLut(LoraGemm):
     """Table lookup."""
 
     name, base = "lora_mpgemm.x86_lut", X86Lut
+
+
+class LoraBf16(LoraGemm):
+    """bfloat16 activations by dots of pairs; adapters see the activations before they are rounded."""
+
+    name, base = "lora_mpgemm.x86_bf16", X86Bf16
 
 
 class LoraFloat(LoraGemm):

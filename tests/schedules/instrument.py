@@ -17,8 +17,8 @@ CHILDREN = ("a", "b", "value", "base", "condition", "true_value", "false_value",
 def executed(func: Any) -> Counter[str]:
     """Return how often things happen in one run of a function whose extents are constants.
 
-    ``dot_i8`` counts 8-bit products of ``vpdpbusd``; ``fma_f32`` multiply-adds of float32 lanes
-    (``a + b * c``); ``permuted`` lanes picked from a table; ``and_u8`` bytes masked in
+    ``dot_i8`` counts 8-bit products of ``vpdpbusd``, ``dot_bf16`` those of ``vdpbf16ps``; ``fma_f32``
+    multiply-adds of float32 lanes (``a + b * c``); ``permuted`` lanes picked from a table; ``and_u8`` bytes masked in
     unpacking; ``load:NAME`` bytes loaded from a
     parameter; ``store:NAME`` bytes stored to one.
     """
@@ -44,6 +44,8 @@ def _statement(s: Any, env: dict[int, int], names: set[str]) -> Counter[str]:
         if s.buffer.name in names:
             out[f"store:{s.buffer.name}"] += _bytes(s.value)
         return out
+    if kind == "AttrStmt":
+        return _statement(s.body, env, names)
     if kind in ("Bind", "Evaluate"):
         return _expression(s.value, names)
     if kind in ("AllocBuffer", "DeclBuffer"):
@@ -52,6 +54,8 @@ def _statement(s: Any, env: dict[int, int], names: set[str]) -> Counter[str]:
 
 
 def _has_branch(s: Any) -> bool:
+    if type(s).__name__ == "AttrStmt":
+        return _has_branch(s.body)
     parts = [*getattr(s, "seq", ()), *([s.body] if hasattr(s, "body") else [])]
     return type(s).__name__ == "IfThenElse" or any(_has_branch(p) for p in parts)
 
@@ -75,6 +79,8 @@ def _expression(e: Any, names: set[str]) -> Counter[str]:
     if kind == "Call":
         if "vpdpbusd" in str(e)[:200] and "call_llvm" in str(e.op):
             out["dot_i8"] += 4 * _lanes(e)
+        elif "mimo_dot_bf16" in str(e)[:200] and "call_extern" in str(e.op):
+            out["dot_bf16"] += 2 * _lanes(e)
         elif "permvar.sf" in str(e)[:200] and "call_llvm" in str(e.op):
             out["permuted"] += _lanes(e)
         for arg in e.args:

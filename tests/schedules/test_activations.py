@@ -9,12 +9,14 @@ import pytest
 from harness import check, sample_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instrument import executed
 
 from mimo_compile.errors import UsageError
 from mimo_compile.ir.formats import parse_weight_format
 from mimo_compile.ir.hardware import local_cpu
 from mimo_compile.ir.ops import parse_workload
 from mimo_compile.schedules import get_schedule, schedules_for
+from mimo_compile.schedules.compile import assembly
 
 CPU = local_cpu()
 INTEGERS = ("w1", "w2g64", "w3g32", "w4g64", "w4g128", "w5", "w8", "w8g32", "w2zg32", "w4z", "w4zgrow",
@@ -28,7 +30,7 @@ def schedules(text):
     return schedules_for(parse_workload(text), CPU)
 
 
-@settings(max_examples=24)
+@settings(max_examples=16)
 @given(data=st.data())
 def test_any_shape_format_and_config(data):
     fmt = data.draw(st.sampled_from((*INTEGERS, *BOOKS, "complex2wl", "bf16", "f32")))
@@ -48,10 +50,10 @@ def test_any_shape_format_and_config(data):
 
 @pytest.mark.parametrize("fmt", INTEGERS)
 def test_every_schedule_of_int8_groups(fmt):
-    for act in ("a8g64", "a8g32"):
-        text = f"mpgemm:m=3,n=40,k=328,w={fmt},a={act},bias=1"
-        for schedule in schedules(text):
-            check(schedule, text)
+    act = GROUPED[INTEGERS.index(fmt) % 3]
+    text = f"mpgemm:m=3,n=40,k=328,w={fmt},a={act},bias=1"
+    for schedule in schedules(text):
+        check(schedule, text)
 
 
 @pytest.mark.parametrize("fmt", [*INTEGERS[:4], "w4z", "w8", *BOOKS, "bf16", "f32", "complex2wl"])
@@ -84,9 +86,19 @@ def adversarial(m, k):
     }
 
 
+@pytest.mark.parametrize(("fmt", "act"), [("w8", "a8g32"), ("w4g64", "abf16"), ("w1.58", "a8g128")])
+def test_adversarial_values(fmt, act):
+    stress(fmt, act)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("fmt", ["w1", "w4g64", "w8", "w4zg128", "w1.58", "w2grow"])
 @pytest.mark.parametrize("act", ["a8g32", "a8g128", *FLOATS])
-def test_adversarial_values(fmt, act):
+def test_adversarial_values_of_all_formats(fmt, act):
+    stress(fmt, act)
+
+
+def stress(fmt, act):
     m, n, k = 2, 17, 1504
     parsed = parse_weight_format(fmt)
     text = f"mpgemm:m={m},n={n},k={k},w={fmt},a={act}"
@@ -128,6 +140,44 @@ def test_long_rows_fill_accumulators(fmt):
         text = f"mpgemm:m=2,n={n},k={k},w={fmt},a={act}"
         for schedule in schedules(text):
             check(schedule, text, inputs={"x": x, "codes": codes})
+
+
+bf16 = pytest.mark.skipif("avx512bf16" not in CPU.features, reason="needs AVX512-BF16")
+
+
+@bf16
+@pytest.mark.parametrize("fmt", ["bf16", "w4g64", "w8", "w2zg32", "fp4"])
+def test_dots_of_bfloat16_are_counted_and_emitted(fmt):
+    schedule = get_schedule("mpgemm.x86_bf16")
+    workload = parse_workload(f"mpgemm:m=9,n=40,k=200,w={fmt},a=abf16")
+    for seed in range(3):
+        config = dataclasses.replace(
+            sample_config(schedule, workload, CPU, seed), parallel=False, chunk=1
+        )
+        kernel = schedule.lower(workload, config, CPU)
+        assert executed(kernel.func)["dot_bf16"] == kernel.counts.ops["dot_bf16"]
+    text = assembly([kernel], CPU)
+    assert "vdpbf16ps" in text and "mimo_dot_bf16" not in text.replace("mimo_dot_bf16:", "")
+
+
+@bf16
+@settings(max_examples=6)
+@given(data=st.data())
+def test_bfloat16_weights_in_pairs_come_back(data):
+    n, k = data.draw(st.integers(1, 60)), data.draw(st.integers(1, 90))
+    schedule = get_schedule("mpgemm.x86_bf16")
+    workload = parse_workload(f"mpgemm:m=1,n={n},k={k},w=bf16,a=abf16")
+    w = np.random.default_rng(n * k).integers(0, 2**16, (n, k)).astype(np.uint16)
+    config = schedule.space(workload, CPU).default
+    packed = schedule.pack(workload, config, {"w": w})
+    np.testing.assert_array_equal(schedule.unpack_weights(workload, config, packed)["w"], w)
+
+
+@bf16
+def test_weights_that_bfloat16_does_not_hold_are_left_to_float32():
+    for fmt in ("nf4", "anf4", "afp4", "fp8b128", "f32", "complex2wl"):
+        found = schedules(f"mpgemm:m=1,n=64,k=64,w={fmt},a=abf16")
+        assert found and "mpgemm.x86_bf16" not in {s.name for s in found}
 
 
 def test_float16_saturates():
