@@ -278,7 +278,7 @@ def ask_ahead(
     if knobs.turn is None:
         for i in range(count):
             at = line + i + knobs.prefetch
-            if knobs.next_tile > 1:
+            if knobs.next_tile not in (0, 1):
                 jump = T.Select(at >= end, T.int32((knobs.next_tile - 1) * end), T.int32(0))
                 at = bind(at + jump)
             for block in blocks:

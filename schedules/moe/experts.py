@@ -47,14 +47,16 @@ class Experts(Schedule):
             "rows13": tuple(r for r in (1, 2, 3, 4) if blocks13 % r == 0),
             "rows2": tuple(r for r in (1, 2, 3, 4, 6, 8) if blocks2 % r == 0),
             "tokens": tuple(t for t in (1, 2, 4, 8) if t <= problem.t),
-            "prefetch": (0, 8, 16, 32),
-            "unroll": (1, 2),
+            "prefetch": (0, 8, 16, 32, 128),
+            "unroll": (1, 2, 4),
             "parallel": (False, True) if hardware.threads > 1 else (False,),
+            "tasks": tuple(sorted({0, hardware.threads, 4 * hardware.threads})),
+            "apart": (False, True)[: problem.halves],
             "dot": self.dots(problem, hardware),
         }
 
         def legal(config: MoeConfig) -> bool:
-            most = max(problem.halves * config.rows13, config.rows2)
+            most = max(config.rows13 * (1 if config.apart else problem.halves), config.rows2)
             steps = 1
             layout = problem.layout13
             if problem.has_way:
@@ -84,9 +86,16 @@ class Experts(Schedule):
         per_expert = 2 * problem.slots / problem.e
         sizes = [t for t in (4, 2, 1) if t in space.knobs["tokens"] and t <= max(1, per_expert)]
         dot = self.dots(problem, hardware)[0]
-        ahead = 16 if problem.t == 1 and work > hardware.l2_bytes else 0
+        far = problem.t == 1 and work > hardware.l2_bytes
+        ahead = 16 if far else 0
+        if far and problem.act == "a8" and problem.exact:  # one stream, asked for 8 KiB ahead
+            layouts = problem.layout13, problem.layout2
+            unroll = next(u for u in (4, 2, 1) if not any(x.group_blocks % u for x in layouts))
+            return MoeConfig(
+                1, 1, 1, 128, unroll, parallel, tasks=hardware.threads, apart=True, dot=dot
+            )
         options = (
-            MoeConfig(rows13, rows2, tokens, ahead, unroll, parallel, dot)
+            MoeConfig(rows13, rows2, tokens, ahead, unroll, parallel, dot=dot)
             for tokens in sizes
             for rows13 in ((4, 2, 1) if tokens == 1 else (2, 1))
             for rows2 in (4, 3, 2, 1)

@@ -35,7 +35,7 @@ from mimo_compile.schedules.emit.tile import (
     store_rows,
 )
 from mimo_compile.schedules.emit.vector import sigmoid
-from mimo_compile.schedules.moe.problem import MoeConfig, Problem, activation, lanes
+from mimo_compile.schedules.moe.problem import MoeConfig, Problem, Split, activation, lanes
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,8 @@ class ExpertKernel:
 
     def __init__(self, problem: Problem, config: MoeConfig) -> None:
         self.problem, self.config = problem, config
-        self.knobs = TileKnobs(config.prefetch, config.unroll, config.dot == LOOKUP)
+        self.split13 = Split.of(problem.w13, config.rows13, config.tasks)
+        self.split2 = Split.of(problem.w2, config.rows2, config.tasks)
         self.wide = any(math.prod(a.shape) >= 2**31 for a in problem.args())
 
     def body(self, x: Any, ids: Any, weights: Any, *rest: Any) -> None:
@@ -71,10 +72,10 @@ class ExpertKernel:
         slots = self.sort(ids)
         hidden = workspace((p.slots, p.hidden_width), "float32")
         rows = self.quantised(p.layout13, x, p.t, p.t * p.d)
-        with loop(p.layout13.row_blocks // config.rows13, parallel=config.parallel) as task:
+        with loop(self.split13.tasks, parallel=config.parallel) as task:
             self.gate_up(w13, rows, slots, hidden, task)
         inner = self.quantised(p.layout2, hidden, slots.start[slots.hits[0]], p.slots * p.f)
-        with loop(p.layout2.row_blocks // config.rows2, parallel=config.parallel) as task:
+        with loop(self.split2.tasks, parallel=config.parallel) as task:
             self.down(w2, inner, slots, weights, y, task)
 
     def sort(self, ids: Any) -> Slots:
@@ -145,40 +146,62 @@ class ExpertKernel:
 
     def tile(
         self, layout: CodeLayout, weights: Weights, x: Any,
-        blocks: list[tuple[Any, ...]], tokens: list[Any], out: Out,
+        blocks: list[tuple[Any, ...]], tokens: list[Any], out: Out, next_tile: int,
     ) -> None:  # fmt: skip
         """Emit one register tile."""
+        config = self.config
+        knobs = TileKnobs(config.prefetch, config.unroll, config.dot == LOOKUP, next_tile)
         if self.problem.has_way:
             chosen = self.problem.way(self.config, layout)
-            chosen.tile(weights, x, blocks, tokens, out, self.knobs)
+            chosen.tile(weights, x, blocks, tokens, out, knobs)
         elif isinstance(x, Activations):
-            int_tile(self.dot(layout), weights, x, blocks, tokens, out, self.knobs)
+            int_tile(self.dot(layout), weights, x, blocks, tokens, out, knobs)
         else:
             codes = None if self.problem.fmt.is_float else layout
-            float_tile(codes, layout.k, weights, x, blocks, tokens, out, self.knobs)
+            float_tile(codes, layout.k, weights, x, blocks, tokens, out, knobs)
 
-    def over_experts(self, slots: Slots, emit: Callable[[Any, Any, int], None]) -> None:
-        """Visit the hit experts and their slots in tiles: ``emit(expert, position, count)``."""
+    def over_experts(
+        self, slots: Slots, task: Any, split: Split, emit: Callable[[Any, Any, int, Any], None]
+    ) -> None:
+        """Visit the hit experts, a task's tiles of rows, and the expert's slots in tiles.
+
+        ``emit(expert, position, count, tile)``: the tile's number in the task.
+        """
         with T.serial(0, slots.hits[0]) as h:
             expert = slots.expert[h]
             expert = bind(T.cast(expert, "int64") if self.wide else expert)
             first, count = bind(slots.start[h]), bind(slots.start[h + 1] - slots.start[h])
-            size = self.config.tokens
-            with T.serial(0, T.floordiv(count, size)) as i:
-                emit(expert, bind(first + i * size), size)
-            while (size := size // 2) >= 1:
-                with when(T.bitwise_and(count, size) != 0):
-                    # what the larger tiles have done: the higher bits of the count
-                    done = T.bitwise_and(count, T.int32(-2 * size))
-                    emit(expert, bind(first + done), size)
+
+            def over_slots(tile: Any) -> None:
+                size = self.config.tokens
+                with T.serial(0, T.floordiv(count, size)) as i:
+                    emit(expert, bind(first + i * size), size, tile)
+                while (size := size // 2) >= 1:
+                    with when(T.bitwise_and(count, size) != 0):
+                        # what the larger tiles have done: the higher bits of the count
+                        done = T.bitwise_and(count, T.int32(-2 * size))
+                        emit(expert, bind(first + done), size, tile)
+
+            self.over_tiles(task, split, over_slots)
+
+    def over_tiles(self, task: Any, split: Split, emit: Callable[[Any], None]) -> None:
+        """Visit a task's tiles."""
+        with loop(split.chunk) as tile:
+            if split.tiles % split.chunk:
+                with when(task * split.chunk + tile < split.tiles):
+                    emit(tile)
+            else:
+                emit(tile)
 
     def gate_up(self, w13: Weights, x: Any, slots: Slots, hidden: Any, task: Any) -> None:
         """Compute ``silu(gate) * up`` of some rows for all slots."""
-        rows, width = self.config.rows13, self.lanes()
+        split, width = self.split13, self.lanes()
+        rows = split.rows
 
-        def emit(expert: Any, first: Any, count: int) -> None:
+        def emit(expert: Any, first: Any, count: int, tile: Any) -> None:
+            start = split.first(task, tile)
             blocks: list[tuple[Any, ...]] = [
-                (expert, half, task * rows + r) for half in (0, 1) for r in range(rows)
+                (expert, half, start + r) for half in (0, 1) for r in range(rows)
             ]
             gates: dict[tuple[int, int, int], Register] = {}
 
@@ -188,40 +211,56 @@ class ExpertKernel:
                     return
                 gate = bind(gates[r - rows, m, lane].get())
                 result = gate * sigmoid(gate, width) * value
-                store(
-                    hidden, result, first + m, (task * rows + r - rows) * ROWS + lane, lanes=width
-                )
+                store(hidden, result, first + m, (start + r - rows) * ROWS + lane, lanes=width)
 
             tokens = [bind(slots.token[first + m]) for m in range(count)]
-            self.tile(self.problem.layout13, w13, x, blocks, tokens, out)
+            layout = self.problem.layout13
+            if not self.config.apart:
+                self.tile(layout, w13, x, blocks, tokens, out, split.next_tile)
+                return
+            # the same rows of up come next, then the next rows of gate
+            self.tile(layout, w13, x, blocks[:rows], tokens, out, layout.row_blocks)
+            again = rows - layout.row_blocks
 
-        self.over_experts(slots, emit)
+            def up(r: int, m: int, lane: int, value: Any) -> None:
+                out(rows + r, m, lane, value)
+
+            self.tile(layout, w13, x, blocks[rows:], tokens, up, again)
+
+        self.over_experts(slots, task, split, emit)
 
     def down(self, w2: Weights, x: Any, slots: Slots, weights: Any, y: Any, task: Any) -> None:
         """Project some rows of all slots down and add each token's up in the order of its choices."""
-        p, rows, width = self.problem, self.config.rows2, self.lanes()
-        of_token, y = p.parts, self.view(y)
-        parts = workspace((of_token * p.slots, rows * ROWS), "float32")
+        p, split, width = self.problem, self.split2, self.lanes()
+        rows, of_token, y = split.rows, p.parts, self.view(y)
+        parts = workspace((of_token * p.slots, split.chunk * rows * ROWS), "float32")
 
-        def emit(expert: Any, first: Any, count: int) -> None:
-            blocks: list[tuple[Any, ...]] = [(expert, task * rows + r) for r in range(rows)]
+        def emit(expert: Any, first: Any, count: int, tile: Any) -> None:
+            start = split.first(task, tile)
+            blocks: list[tuple[Any, ...]] = [(expert, start + r) for r in range(rows)]
 
             def out(r: int, m: int, lane: int, value: Any) -> None:
-                store(parts, value, of_token * first + m, r * ROWS + lane, lanes=width)
+                column = (tile * rows + r) * ROWS + lane
+                store(parts, value, of_token * first + m, column, lanes=width)
 
             tokens = [first + m for m in range(count)]
-            self.tile(p.layout2, w2, x, blocks, tokens, out)
+            self.tile(p.layout2, w2, x, blocks, tokens, out, split.next_tile)
 
-        self.over_experts(slots, emit)
-        with loop(p.t) as t, loop(of_token) as part:
+        def add(t: Any, part: Any, tile: Any) -> None:
             sums = [Register("float32", ROWS, splat(T.float32(0), ROWS)) for _ in range(rows)]
             with loop(p.k) as j:
                 at = bind(slots.place[t * p.k + j])
                 with when(at >= 0):
                     weight = splat(bind(weights[t, j]), ROWS)
                     for r, total in enumerate(sums):
-                        value = load(parts, of_token * at + part, r * ROWS, lanes=ROWS)
+                        column = (tile * rows + r) * ROWS
+                        value = load(parts, of_token * at + part, column, lanes=ROWS)
                         total.set(total.get() + weight * value)
+            start, n = split.first(task, tile), p.d // of_token
             for r, total in enumerate(sums):
-                place, n = of_token * t + part, p.d // of_token
-                store_rows(y, place, task * rows + r, 0, ROWS, total.get(), n, last=r + 1 == rows)
+                place = of_token * t + part
+                store_rows(y, place, start + r, 0, ROWS, total.get(), n, last=r + 1 == rows)
+
+        self.over_experts(slots, task, split, emit)
+        with loop(p.t) as t, loop(of_token) as part:
+            self.over_tiles(task, split, lambda tile: add(t, part, tile))

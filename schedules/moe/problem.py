@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from mimo_compile.ir.formats import WeightFormat, parse_weight_format
 from mimo_compile.ir.ops import get_op
@@ -34,8 +34,44 @@ class MoeConfig:
     """Steps along K in the inner loop's body."""
     parallel: bool = False
     """Spread the rows of the weights over threads."""
+    tasks: int = 0
+    """Tasks that share a matmul, each with its rows of an expert before the next; 0: one for each tile."""
+    apart: bool = False
+    """Gate and up of some rows in two tiles, one after the other: one stream of weights instead of two."""
     dot: str = ""
     """Name of the way to multiply (`emit.dot.DOTS`); empty for float32 FMA."""
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """How tasks share the row blocks of a matrix."""
+
+    rows: int
+    """Row blocks of a tile."""
+    tiles: int
+    """Tiles of all."""
+    chunk: int
+    """Tiles of a task; the last one may have fewer."""
+
+    @staticmethod
+    def of(matrix: Matrix, rows: int, tasks: int) -> Split:
+        """Share a matrix among ``tasks`` tasks, 0: as many as there are tiles."""
+        tiles = matrix.row_blocks // rows
+        return Split(rows, tiles, -(-tiles // (tasks or tiles)))
+
+    @property
+    def tasks(self) -> int:
+        """Tasks that have tiles."""
+        return -(-self.tiles // self.chunk)
+
+    @property
+    def next_tile(self) -> int:
+        """Row blocks to the tile that a task reads next (see `emit.tile.TileKnobs`)."""
+        return self.rows if self.chunk > 1 else 0
+
+    def first(self, task: Any, tile: Any) -> Any:
+        """Return the first row block of a task's tile."""
+        return (task * self.chunk + tile) * self.rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +186,8 @@ def scratch_bytes(problem: Problem, config: MoeConfig) -> int:
     """Bytes of workspace: lists, hidden rows, quantised rows, one task's parts for each thread."""
     p = problem
     size = 4 * (2 * p.slots + 3 * p.e + 2)
-    size += 4 * p.slots * (p.hidden_width + p.parts * ROWS * config.rows2)
+    rows = config.rows2 * Split.of(p.w2, config.rows2, config.tasks).chunk
+    size += 4 * p.slots * (p.hidden_width + p.parts * ROWS * rows)
     if p.act == "a8":
         dtype = activation(p, config)
         size += workspace_bytes(p.layout13, p.parts * p.t, dtype)

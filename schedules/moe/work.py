@@ -7,7 +7,7 @@ from mimo_compile.ir.hardware import Hardware
 from mimo_compile.schedules.emit.dot import DOTS, float_work
 from mimo_compile.schedules.emit.layout import ROWS
 from mimo_compile.schedules.emit.matrix import Matrix
-from mimo_compile.schedules.moe.problem import MoeConfig, Problem, activation, lanes
+from mimo_compile.schedules.moe.problem import MoeConfig, Problem, Split, activation, lanes
 from mimo_compile.schedules.work import Stream, Tile, busiest, work
 
 
@@ -19,11 +19,13 @@ def expert_work(problem: Problem, config: MoeConfig, hardware: Hardware) -> Coun
     threads = hardware.threads if config.parallel else 1
     tokens = min(config.tokens, max(1.0, p.slots / hit))
     width = lanes(p, config)
-    tasks13, tasks2 = p.w13.row_blocks // config.rows13, p.w2.row_blocks // config.rows2
+    tasks13 = Split.of(p.w13, config.rows13, config.tasks).tasks
+    tasks2 = Split.of(p.w2, config.rows2, config.tasks).tasks
     cost13 = float(p.halves * p.w13.row_blocks * p.layout13.k)
     cost2 = float(p.w2.row_blocks * p.layout2.k)
     share = cost13 * busiest(tasks13, threads) + cost2 * busiest(tasks2, threads)
-    panel = p.halves * config.rows13 * p.w13.block_bytes
+    rows13 = config.rows13 * (1 if config.apart else p.halves)
+    panel = rows13 * p.w13.block_bytes
     row = _row_bytes(p, p.w13, config)
     return work(
         _arithmetic(p, config, visits),
@@ -32,7 +34,7 @@ def expert_work(problem: Problem, config: MoeConfig, hardware: Hardware) -> Coun
         tasks=max(tasks13, tasks2) if threads > 1 else 1,
         share=share / (cost13 + cost2),
         useful=(2 * p.w13.useful + p.w2.useful) / 3,
-        tile=Tile(p.halves * config.rows13 * ROWS / width, tokens, panel + tokens * row, width),
+        tile=Tile(rows13 * ROWS / width, tokens, panel + tokens * row, width),
     )
 
 
@@ -93,11 +95,14 @@ def _streams(p: Problem, config: MoeConfig, hit: float, visits: float) -> list[S
     ):
         row = _row_bytes(p, matrix, config)
         panel = halves * rows * matrix.block_bytes
-        tasks = matrix.row_blocks / rows
+        split = Split.of(matrix, rows, config.tasks)
         weights = hit * halves * matrix.row_blocks * matrix.block_bytes
         out.append(Stream(weights, ((visits / hit, panel + config.tokens * row),)))
         # a task reads each slot's row once; the next task comes after all panels and rows
-        activations = ((p.slots / source, hit * panel), (tasks, hit * panel + source * row))
+        activations = (p.slots / source, hit * panel), (split.tasks, hit * panel + source * row)
+        if split.chunk > 1:  # each tile of an expert's rows reads the expert's slots
+            again = panel + p.slots / hit * row
+            activations = (p.slots / source, hit * panel * split.chunk), (split.tiles, again)
         out.append(Stream(source * row, activations, made=True))
     hidden = 4.0 * p.slots * p.hidden_width
     return [*out, Stream(hidden, made=True), Stream(4.0 * p.slots * p.d, ((2, 0.0),), made=True)]

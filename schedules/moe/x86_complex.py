@@ -60,10 +60,12 @@ class ComplexKernel(ExpertKernel):
 
     def gate_up(self, w13: Weights, x: Any, slots: Slots, hidden: Any, task: Any) -> None:
         """Compute ``silu(gate) * up`` of some rows for all slots."""
-        p, rows, width = self.problem, self.config.rows13, self.lanes()
+        p, split, width = self.problem, self.split13, self.lanes()
+        rows = split.rows
 
-        def emit(expert: Any, first: Any, count: int) -> None:
-            blocks: list[tuple[Any, ...]] = [(expert, task * rows + r) for r in range(rows)]
+        def emit(expert: Any, first: Any, count: int, tile: Any) -> None:
+            start = split.first(task, tile)
+            blocks: list[tuple[Any, ...]] = [(expert, start + r) for r in range(rows)]
             gates: dict[tuple[int, int, int], Register] = {}
 
             def out(r: int, row: int, lane: int, value: Any) -> None:
@@ -73,14 +75,14 @@ class ComplexKernel(ExpertKernel):
                 gate = bind(gates[r, row - 1, lane].get())
                 result = bind(gate * sigmoid(gate, width) * value)  # stored at two places
                 store_rows(
-                    hidden, first + row // 2, task * rows + r, lane, width, result, p.f,
+                    hidden, first + row // 2, start + r, lane, width, result, p.f,
                     last=r + 1 == rows,
                 )  # fmt: skip
 
             tokens = [bind(slots.token[first + m]) for m in range(count)]
-            self.tile(p.layout13, w13, x, blocks, tokens, out)
+            self.tile(p.layout13, w13, x, blocks, tokens, out, split.next_tile)
 
-        self.over_experts(slots, emit)
+        self.over_experts(slots, task, split, emit)
 
 
 class X86MoeComplex(Experts):

@@ -161,6 +161,22 @@ def test_configs_agree_to_the_bit():
     assert len(results) == 1
 
 
+@pytest.mark.parametrize("w", ["w4g32,a=a8", "bf16", "complex2wl,a=a8"])
+def test_tasks_share_rows_in_any_way(w):
+    # 5 tiles of gate and up, 7 (complex: 4) of down, in one task, two (one of them shorter) and more
+    workload = parse_workload(f"moe:t=3,e=4,k=2,d=112,f=80,w={w}")
+    for schedule in schedules_for(workload, CPU):
+        space = schedule.space(workload, CPU)
+        results = set()
+        for tasks, apart, parallel in ((0, 0, 0), (1, 1, 0), (2, 0, 1), (3, 1, 1), (9, 0, 1)):
+            config = dataclasses.replace(
+                space.default, rows13=1, rows2=1, tokens=2, unroll=1, tasks=tasks, prefetch=8,
+                apart=bool(apart) and len(space.knobs["apart"]) > 1, parallel=bool(parallel),
+            )  # fmt: skip
+            results.add(check(schedule, workload, config).outputs["y"].tobytes())
+        assert len(results) == 1
+
+
 @pytest.mark.parametrize("t", [1, 3, 64])
 @pytest.mark.parametrize(
     "w", ["f32", "bf16", "w4g64,a=a8", "w1,a=a8", "w4", "w8", "complex2wl2,a=a8"]
