@@ -149,8 +149,8 @@ def test_models_that_llama_cpp_does_not_know_are_named() -> None:
 def test_storage_types_hold_our_bits() -> None:
     assert kinds_near("w8a8") == ("Q8_0",)
     assert kinds_near("w4g64a8") == kinds_near("w4zg128a16") == ("Q4_0", "Q4_K")
-    assert kinds_near("w2g64a8") == ("TQ2_0", "Q2_K")
-    assert kinds_near("w1.58a8") == ("TQ1_0", "TQ2_0")
+    assert kinds_near("w2g64a8") == ("TQ2_0", "TQ2_0+Q8_0", "Q2_K")
+    assert kinds_near("w1.58a8") == ("TQ1_0", "TQ2_0", "TQ2_0+Q8_0")
     assert kinds_near("none") == ("BF16", "F16")
 
 
@@ -208,13 +208,16 @@ def test_llama_cpp_computes_the_checkpoint(checkpoint, tmp_path: Path) -> None:
         if find_spec(package) is None:
             pytest.skip(f"package {package} is not installed")
     folder, model = checkpoint
-    kinds = ["BF16", "F16", "Q8_0", "Q2_K"]
+    kinds = ["BF16", "F16", "Q8_0", "Q2_K", "TQ2_0", "TQ2_0+Q8_0"]
     ids = np.random.default_rng(0).integers(0, 300, 48).tolist()
     with torch.inference_mode():
         expected = model(torch.tensor(ids)[None]).logits[0].numpy()
     paths = make_files(Export(folder), kinds, tmp_path, 1)
     size = {kind: path.stat().st_size for kind, path in paths.items()}
     assert size["Q2_K"] < 0.6 * size["Q8_0"] < 0.6 * size["F16"]
+    head = 300 * 256  # weights: 8.5 bits each in place of 2.0625
+    wider = size["TQ2_0+Q8_0"] - size["TQ2_0"]
+    assert wider == pytest.approx(head * (8.5 - 2.0625) / 8, abs=256)
     for kind, allowed in (("BF16", 0.05), ("F16", 0.05), ("Q8_0", 0.15)):
         runner = LlamaRunner(str(paths[kind]), 1, 64)
         runner.load()

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mimo_compile.bench.models.entrant import Entrant
+from mimo_compile.bench.models.entrant import Entrant, warm
 from mimo_compile.runtime import load
 from mimo_compile.runtime.generate import Stats
 from mimo_compile.runtime.module import Module
@@ -43,6 +43,7 @@ class CompiledRunner:
             ``open_s`` until `load` returns; ``load_s`` until the first token can be computed, each chunk of
             the weights it needs hashed; ``check_s`` of a load that hashes all of them at once. Seconds.
         """
+        warm([Path(self.artifact)])
         begin = time.perf_counter()
         load(self.artifact, threads=self.threads, verify="full")
         checked = time.perf_counter()

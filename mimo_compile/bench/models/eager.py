@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from mimo_compile.bench.models.entrant import Entrant, ModelAsk
+from mimo_compile.bench.models.entrant import Entrant, ModelAsk, warm
 from mimo_compile.bench.peers.base import LeftOut
 
 _DTYPES = {"float32": 4, "bfloat16": 2}
@@ -73,6 +73,7 @@ class EagerRunner:
         """Load the folder."""
         import transformers
 
+        warm(self.folder.glob("*.safetensors"))
         begin = time.perf_counter()
         model = transformers.AutoModelForCausalLM.from_pretrained(
             self.folder, config=_config(self.folder), dtype=self.dtype, local_files_only=True

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
+
+_PIECE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,3 +53,12 @@ class Runner(Protocol):
         Returns:
             ``prefill`` and ``decode``, tokens/s: until the first token is known, and of those after it.
         """
+
+
+def warm(paths: Iterable[Path]) -> None:
+    """Read files once, so that loading times of all are those of files in the page cache."""
+    buffer = bytearray(_PIECE)
+    for path in paths:
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass

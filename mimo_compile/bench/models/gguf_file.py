@@ -32,6 +32,10 @@ FILE_TYPES = {
     "Q6_K": 18, "BF16": 32, "TQ1_0": 36, "TQ2_0": 37, "Q1_0": 40,
 }  # fmt: skip
 """Storage type -> number of the file type whose matrices all have it, if it is pure."""
+HEADS = {"Q8_0": 8}
+"""Storage type of an output projection that differs from the other matrices -> its number.
+
+A kind such as ``TQ2_0+Q8_0`` names both."""
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -154,7 +158,7 @@ def paired(w: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def quantised(source: Path, target: Path, kind: str, threads: int) -> None:
-    """Let llama.cpp store all matrices of a float file in one type.
+    """Let llama.cpp store all matrices of a float file in one type, the output projection perhaps in another.
 
     Raises:
         MimoError: it cannot.
@@ -163,7 +167,10 @@ def quantised(source: Path, target: Path, kind: str, threads: int) -> None:
 
     part = target.with_name(target.name + ".part")
     settings = llama_cpp.llama_model_quantize_default_params()
-    settings.nthread, settings.ftype, settings.pure = threads, FILE_TYPES[kind], True
+    body, _, head = kind.partition("+")
+    settings.nthread, settings.ftype, settings.pure = threads, FILE_TYPES[body], True
+    if head:
+        settings.output_tensor_type = HEADS[head]
     silent = llama_cpp.llama_log_callback(lambda level, text, data: None)
     llama_cpp.llama_log_set(silent, None)
     try:

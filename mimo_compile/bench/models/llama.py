@@ -6,27 +6,31 @@ import ctypes
 import time
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from mimo_compile.bench.models.entrant import Entrant, ModelAsk
+from mimo_compile.bench.models.entrant import Entrant, ModelAsk, warm
 from mimo_compile.bench.peers.base import LeftOut
 from mimo_compile.errors import MimoError
 from mimo_compile.ir.formats import parse_scheme
 
 _NEAR: tuple[tuple[float, tuple[str, ...]], ...] = (
     (1, ("Q1_0",)),
-    (1.6, ("TQ1_0", "TQ2_0")),
-    (2, ("TQ2_0", "Q2_K")),
+    (1.6, ("TQ1_0", "TQ2_0", "TQ2_0+Q8_0")),
+    (2, ("TQ2_0", "TQ2_0+Q8_0", "Q2_K")),
     (3, ("Q3_K",)),
     (4, ("Q4_0", "Q4_K")),
     (5, ("Q5_0", "Q5_K")),
     (6, ("Q6_K",)),
     (8, ("Q8_0",)),
 )
-"""Storage types near a number of bits; the last one holds any more."""
+"""Storage types near a number of bits; the last one holds any more.
+
+Below 4 bits ours keeps the output projection in 8: what stands after ``+`` is llama.cpp's type for it, where
+not all matrices have one."""
 _FLOATS = ("BF16", "F16")
 _FALL_BACK = "Q4_0"
 """What llama.cpp itself stores a matrix in whose rows do not fit a ternary type."""
@@ -56,7 +60,7 @@ def entrants(ask: ModelAsk) -> Iterator[Entrant | LeftOut]:
         return
     kinds: list[str] = []
     for kind in kinds_near(ask.quant):
-        block = _BLOCK.get(kind, _SUPERBLOCK)
+        block = _BLOCK.get(kind.partition("+")[0], _SUPERBLOCK)
         wrong = [k for k in export.widths if k % block]
         if wrong:
             yield LeftOut(f"llama.cpp {kind}", f"K={wrong[0]} is no multiple of {block}")
@@ -104,6 +108,7 @@ class LlamaRunner:
         Raises:
             MimoError: llama.cpp refuses the file.
         """
+        warm([Path(self.path)])
         api, begin = self._api, time.perf_counter()
         api.llama_backend_init()
         settings = api.llama_model_default_params()
