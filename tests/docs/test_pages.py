@@ -222,6 +222,19 @@ def test_tuning_page_has_every_field_verdict_and_name() -> None:
     assert set(METERS) - {"modelled", "replay"} <= text
 
 
+def test_low_bit_page_has_every_format_and_kernel() -> None:
+    from mimo_compile.ir.formats import ACT_NAMES, BASES, GROUPS
+    from mimo_compile.schedules import names_for
+
+    text = quoted((DOCS / "lowbit.md").read_text())
+    kernels = {n.partition(".")[2] for n in names_for("mpgemm") if ".sim_" not in n}
+    assert kernels <= text, kernels - text
+    # zero points are told of once for all widths; float16 weights have no kernel
+    formats = {b for b in BASES if not b.endswith("z") and b != "f16"} | {"w8z", *GROUPS}
+    assert formats <= text, formats - text
+    assert {a.partition("g")[0] for a in ACT_NAMES} <= text
+
+
 def test_plug_in_page_has_every_group() -> None:
     from mimo_compile import schedules
     from mimo_compile.frontend import weights
