@@ -2,7 +2,7 @@
 
 ``[g; u] = W13[e] x[t]`` with ``e = ids[t, j]``.
 
-Gate rows come first in W13. With ``a=a8`` both matmuls quantise their input rows to int8. In complex
+Gate rows come first in W13. Both matmuls round or quantise their input rows as ``a`` says. In complex
 formats W13 is one complex matrix, so that gates are the real and ups the imaginary parts of its result.
 """
 
@@ -17,18 +17,25 @@ from torch import Tensor
 
 from mimo_compile.errors import UsageError
 from mimo_compile.ir.counts import Counts
-from mimo_compile.ir.formats import WeightFormat, parse_weight_format
+from mimo_compile.ir.formats import (
+    ActFormat,
+    WeightFormat,
+    parse_act_format,
+    parse_weight_format,
+)
 from mimo_compile.ir.ops.base import Arg, Array, OpDef, Param
 from mimo_compile.ir.ops.mpgemm import (
+    check_acts,
     magnitudes,
     matmul_bound,
+    product_kind,
     random_weights,
     real_activations,
     real_weights,
     weight_args,
     weight_bytes,
 )
-from mimo_compile.ir.ops.numerics import U32, fake_quantize, real_matrix
+from mimo_compile.ir.ops.numerics import U32, fake_quantize, real_matrix, round_values
 from mimo_compile.ir.workload import Workload
 
 
@@ -90,6 +97,24 @@ def _requantised(values: Tensor, slack: Tensor) -> tuple[Tensor, Tensor]:
     return q, q.abs() * drift + near * scale
 
 
+def _seen(
+    hidden: Tensor, slack: Tensor, fmt: WeightFormat, how: ActFormat
+) -> tuple[Tensor, Tensor]:
+    """Return hidden values as W2 sees them, and by how much an error of ``slack`` may change them."""
+    if how.rounded:
+        q = round_values(hidden, how)
+        ends = [(round_values(end, how) - q).abs() for end in (hidden - slack, hidden + slack)]
+        return q, torch.maximum(*ends)
+    if not how.is_int8:
+        return hidden, slack
+    size = hidden.shape[-1] if how.group <= 0 else how.group
+    if fmt.family == "complex":  # both halves have a scale of their own
+        size //= 2
+    pairs = zip(hidden.split(size, -1), slack.split(size, -1), strict=True)
+    done = [_requantised(values, error) for values, error in pairs]
+    return torch.cat([q for q, _ in done], -1), torch.cat([off for _, off in done], -1)
+
+
 class Moe(OpDef):
     """``moe:t=1,e=8,k=2,d=256,f=128,w=w4g64,a=a8``."""
 
@@ -106,12 +131,11 @@ class Moe(OpDef):
     )
 
     def check(self, p: Mapping[str, Any]) -> None:
-        """Refuse impossible selections and a8 with float weights."""
+        """Refuse impossible selections and activations that the weights cannot have."""
         fmt = parse_weight_format(p["w"])
         if p["k"] > p["e"]:
             raise UsageError("moe: k is above e")
-        if p["a"] not in ("a8", "a16") or (fmt.is_float and p["a"] == "a8"):
-            raise UsageError("moe: a must be a16, or a8 with quantised weights")
+        check_acts("moe", fmt, p["a"])
         if fmt.family == "complex" and (p["d"] % 2 or p["f"] % 2):
             raise UsageError(f"moe: {fmt} needs even d and f")
 
@@ -161,11 +185,12 @@ class Moe(OpDef):
     def bound(
         self, workload: Workload, inputs: Mapping[str, Array], expected: Mapping[str, Array]
     ) -> dict[str, Array]:
-        """Propagate both matmuls' bounds; int8 codes of hidden values next to a tie may flip by one."""
+        """Propagate both matmuls' bounds; hidden values next to a tie may be rounded the other way."""
         p = self.full(workload)
         fmt = parse_weight_format(p["w"])
         w13, w2 = real_weights(inputs, "w13_", fmt), real_weights(inputs, "w2_", fmt)
-        w13_size, w2_size = magnitudes(inputs, "w13_", fmt, w13), magnitudes(inputs, "w2_", fmt, w2)
+        w13_size = magnitudes(inputs, "w13_", fmt, w13, p["a"])
+        w2_size = magnitudes(inputs, "w2_", fmt, w2, p["a"])
         x = real_activations(inputs["x"], fmt, p["a"])
         out = torch.zeros((p["t"], p["d"]), dtype=torch.float64)
         for t in range(p["t"]):
@@ -176,14 +201,8 @@ class Moe(OpDef):
                 (gate, up), (eg, eu) = both.chunk(2, -1), err.chunk(2, -1)
                 hidden = torch.nn.functional.silu(gate) * up
                 slack = 1.1 * eg * up.abs() + eu * gate.abs() + 8 * U32 * hidden.abs()
-                if p["a"] == "a8":
-                    parts = 2 if fmt.family == "complex" else 1  # with a scale of its own each
-                    pairs = zip(hidden.chunk(parts, -1), slack.chunk(parts, -1), strict=True)
-                    done = [_requantised(values, error) for values, error in pairs]
-                    q, off = (torch.cat(both, -1) for both in zip(*done, strict=True))
-                    step = off @ w2[e].abs().mT + matmul_bound(q, w2_size[e], fmt, "a8")
-                else:
-                    step = slack @ w2[e].abs().mT + matmul_bound(hidden, w2_size[e], fmt, "a16")
+                q, off = _seen(hidden, slack, fmt, parse_act_format(p["a"]))
+                step = off @ w2[e].abs().mT + matmul_bound(q, w2_size[e], fmt, p["a"])
                 out[t] += abs(weight) * step[0]
         return {"y": (2 * out + 8 * U32 * torch.from_numpy(np.abs(expected["y"])) + 1e-30).numpy()}
 
@@ -197,6 +216,5 @@ class Moe(OpDef):
         per = weight_bytes(fmt, 2 * p["f"], p["d"], p["s"]) + weight_bytes(
             fmt, p["d"], p["f"], p["s"]
         )
-        kind = "dot_i8" if p["a"] == "a8" else "fma_f32"
         work = 3.0 * p["t"] * p["k"] * p["d"] * p["f"]
-        return Counts({kind: work}, {"dram": hit * per + 8.0 * p["t"] * p["d"]})
+        return Counts({product_kind(p["a"]): work}, {"dram": hit * per + 8.0 * p["t"] * p["d"]})

@@ -127,8 +127,12 @@ def real_weights(inputs: Mapping[str, Array], prefix: str, fmt: WeightFormat) ->
     return real_matrix(fmt, codes, scale, None if zero is None else torch_f64(zero), torch.float64)
 
 
-def magnitudes(inputs: Mapping[str, Array], prefix: str, fmt: WeightFormat, real: Tensor) -> Tensor:
-    """Return what bounds are computed of: real weights, or sizes of stacked matrices, which may cancel."""
+def magnitudes(
+    inputs: Mapping[str, Array], prefix: str, fmt: WeightFormat, real: Tensor, act: str
+) -> Tensor:
+    """Return what bounds are computed of: the real weights, or sizes of terms that may cancel."""
+    if fmt.has_zero and parse_act_format(act).kind == "bf16":
+        return _zeros_apart(inputs, prefix, fmt)
     if fmt.family != "complex":
         return real
     codes = torch.from_numpy(np.ascontiguousarray(inputs[f"{prefix}codes"]))
@@ -177,7 +181,7 @@ def check_acts(op: str, fmt: WeightFormat, act: str) -> None:
         raise UsageError(f"{op}: {fmt} has no groups of activations", remedy="use a=a8")
 
 
-def zeros_apart(inputs: Mapping[str, Array], prefix: str, fmt: WeightFormat) -> Tensor:
+def _zeros_apart(inputs: Mapping[str, Array], prefix: str, fmt: WeightFormat) -> Tensor:
     """Return magnitudes ``[..., N, K]`` of codes and zero points, both less the middle code, added up.
 
     bfloat16 holds no code less a fractional zero point, so that kernels sum both apart.
@@ -254,9 +258,7 @@ class MpGemm(OpDef):
         p = self.full(workload)
         fmt = parse_weight_format(p["w"])
         x = real_activations(inputs["x"], fmt, p["a"])
-        w = magnitudes(inputs, "", fmt, real_weights(inputs, "", fmt))
-        if fmt.has_zero and p["a"] == "abf16":
-            w = zeros_apart(inputs, "", fmt)
+        w = magnitudes(inputs, "", fmt, real_weights(inputs, "", fmt), p["a"])
         bound = matmul_bound(x, w, fmt, p["a"]).numpy()
         extra = 4 * U32 * (np.abs(inputs["bias"]) if p["bias"] else 0.0)
         return {"y": bound + extra + 2 * U32 * np.abs(expected["y"])}

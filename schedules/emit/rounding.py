@@ -26,10 +26,15 @@ ALONE = 64 << 10
 """Elements that one thread rounds before others would have woken up."""
 
 
-def rounded_rows(acts: ActFormat, x: Any, m: int, k: int, *, parallel: bool) -> Any:
-    """Emit a copy of x ``[m, k]`` float32 in the kernel's workspace, rounded; returns its buffer."""
+def rounded_rows(
+    acts: ActFormat, x: Any, m: int, k: int, *, parallel: bool, rows: Any = None
+) -> Any:
+    """Emit a copy of x ``[m, k]`` float32 in the kernel's workspace, rounded; returns its buffer.
+
+    ``rows``: how many rows there are of the m that have room; None: all.
+    """
     out = workspace((m, k), "float32")
-    with loop(m, parallel=parallel and m * k > ALONE) as row:
+    with loop(m if rows is None else rows, parallel=parallel and m * k > ALONE) as row:
         if acts.rounded:
             _each(x, row, 0, k, lambda v, lanes: rounded(v, lanes, acts), out)
         else:

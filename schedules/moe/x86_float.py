@@ -23,7 +23,7 @@ class X86MoeFloat(Experts):
         """Integer ways without 512-bit VNNI, widest first; ``""`` is the float kernel."""
         if problem.fmt.is_float:
             return ("",)
-        if problem.act == "a16":
+        if not problem.acts.is_int8:
             return float_ways(problem.layout13, hardware)
         usable = (n for n, d in DOTS.items() if d.fits(problem.layout13, hardware))
         return tuple(n for n in usable if n != "vnni512")

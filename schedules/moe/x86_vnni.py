@@ -16,7 +16,7 @@ class X86MoeVnni(Experts):
     def supports(self, workload: Workload, hardware: Hardware) -> bool:
         """Integer or ternary weights with int8 activations."""
         problem = Problem.of(workload)
-        return hardware.has_vnni and problem.act == "a8" and problem.exact
+        return hardware.has_vnni and problem.acts.is_int8 and problem.exact
 
     def dots(self, problem: Problem, hardware: Hardware) -> tuple[str, ...]:
         """There is one way."""

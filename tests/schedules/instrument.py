@@ -18,7 +18,8 @@ def executed(func: Any) -> Counter[str]:
     """Return how often things happen in one run of a function whose extents are constants.
 
     ``dot_i8`` counts 8-bit products of ``vpdpbusd``, ``dot_bf16`` those of ``vdpbf16ps``; ``fma_f32``
-    multiply-adds of float32 lanes (``a + b * c``); ``permuted`` lanes picked from a table; ``and_u8`` bytes masked in
+    multiply-adds of float32 lanes (``a + b * c``); ``permuted`` lanes picked from a table; ``and_u8``
+    bytes masked in
     unpacking; ``load:NAME`` bytes loaded from a
     parameter; ``store:NAME`` bytes stored to one.
     """

@@ -195,3 +195,16 @@ def test_float16_saturates():
 def test_what_does_not_go_together(text):
     with pytest.raises(UsageError):
         parse_workload(f"mpgemm:m=1,n=64,k=64,{text}")
+
+
+@settings(max_examples=8)
+@given(data=st.data())
+def test_experts(data):
+    fmt = data.draw(st.sampled_from(("bf16", "w4g32", "w4zg64", "w8", "nf4", "complex2wl")))
+    plain = fmt in ("bf16", "complex2wl")
+    act = data.draw(st.sampled_from(FLOATS if plain else (*GROUPED, *FLOATS)))
+    t, d, f = (data.draw(st.integers(1, most)) for most in (6, 90, 60))
+    text = f"moe:t={t},e=5,k=2,d={2 * d},f={2 * f},w={fmt},a={act}"
+    schedule = data.draw(st.sampled_from(schedules(text)))
+    seed = data.draw(st.integers(0, 99))
+    check(schedule, text, sample_config(schedule, parse_workload(text), CPU, seed), seed)
