@@ -2,8 +2,7 @@
 
 A table has the 16 sums that `nibbles` tells of a run of columns. Sums of four int8 numbers have more than
 8 bits, but activations that quantise well are small but for a few, so tables hold bytes, and what such a
-byte is too small for goes into a second table. A span of columns that needs it is looked up twice;
-all other spans, usually all, once.
+byte is too small for goes into a second table. The few runs of columns that need it are looked up twice.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from mimo_compile.schedules.emit.build import (
     Register,
     T,
     bind,
-    choose,
     load,
     loop,
     splat,
@@ -33,8 +31,10 @@ from mimo_compile.schedules.emit.quantize import Activations
 from mimo_compile.schedules.emit.tile import Sums, TileKnobs, Weights, ask_ahead
 from mimo_compile.schedules.emit.unpack import constant_words
 
-SPAN = 8
-"""Blocks of columns that are looked up twice together."""
+Registers = dict[tuple[int, int, int], Register]
+"""By row block, part of it, and token."""
+Lines = Callable[..., Any]
+"""``lines(b, r, i)``: line i of block b in row block r, 64 bytes; ``lines(b, r, i, at, lanes)``: some."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +44,11 @@ class Tables:
     low: Any
     """``[M, 16 runs]`` bytes: sums as far as a byte goes."""
     rest: Any
-    """Likewise: what is missing there, over `Lookup.rest_weight`; defined in spans with a flag."""
-    flags: Any
-    """``[M, spans]`` int32: not 0 where `rest` counts."""
+    """Likewise: what is missing there, over `Lookup.rest_weight`; defined in the parts of `places`."""
+    places: Any
+    """``[M, G parts]`` int32: the parts of each group that `rest` counts in, from its own first place on."""
+    counts: Any
+    """``[M, G]`` int32: how many these are."""
     starts: Any
     """``[M, G]`` int32: what the sums of a group begin with."""
 
@@ -81,14 +83,14 @@ class Lookup(ABC):
         return 2 if self.signed else 1
 
     @property
-    def span(self) -> int:
-        """Blocks with a common flag: they divide a group."""
-        return next(s for s in range(self.most_blocks, 0, -1) if self.codes.group_blocks % s == 0)
+    @abstractmethod
+    def part(self) -> int:
+        """Runs of columns that look up in the second table together; they divide a group."""
 
     @property
-    def most_blocks(self) -> int:
-        """Blocks that are looked up with one look at a flag, at most."""
-        return SPAN
+    def parts(self) -> int:
+        """Parts of a group."""
+        return self.codes.group_blocks * self.codes.block // self.codes.run // self.part
 
     @property
     def runs(self) -> int:
@@ -105,75 +107,80 @@ class Lookup(ABC):
         """Return 32-bit sums of four products of unsigned and signed bytes, for `table_lanes`."""
 
     @abstractmethod
-    def span_sums(
+    def sums(
         self,
-        lines: Any,
-        tables: Sequence[tuple[Any, int]],
+        lines: Lines,
+        table: Any,
         tokens: Sequence[Any],
         rows: int,
-        first: Any,
+        g: Any,
         acc: Sums,
-        *,
-        ask: Callable[[Any], None] | None = None,
+        ask: Callable[[Any], None],
     ) -> None:
-        """Emit lookups of the blocks of a span and add them to ``acc``.
+        """Emit the lookups of a group and add them to ``acc``.
 
         Args:
-            lines: ``lines(b, r, i)``: line i of block b in row block r as 64 bytes;
-                ``lines(b, r, i, at, lanes)``: some of these.
-            tables: ``[M, 16 runs]`` to look up in, and what their entries count.
-            tokens: Rows of ``tables``.
+            lines: Loads packed lines.
+            table: ``[M, 16 runs]`` to look up in.
+            tokens: Rows of ``table``.
             rows: Row blocks.
-            first: First block of the span.
+            g: The group.
             acc: By row block, part of it, and token: registers to share the sum.
             ask: Prefetches what lies ahead of a block.
         """
 
+    @abstractmethod
+    def part_sums(
+        self, lines: Lines, table: Any, token: Any, rows: int, part: Any, acc: Registers
+    ) -> None:
+        """Emit the lookups of one part in the second table; see `sums`. Token 0 of ``acc`` is ``token``."""
+
     def alloc(self, m: int) -> Tables:
         """Allocate the tables of ``m`` rows."""
         shape, dtype = (m, 16 * self.runs), "int8" if self.signed else "uint8"
-        spans = self.codes.blocks // self.span
         return Tables(
             workspace(shape, dtype),
             workspace(shape, dtype),
-            workspace((m, spans), "int32"),
+            workspace((m, self.codes.groups * self.parts), "int32"),
+            workspace((m, self.codes.groups), "int32"),
             workspace((m, self.codes.groups), "int32"),
         )
 
     def bytes(self, m: int) -> int:
         """Return the bytes of `alloc`."""
-        return m * (32 * self.runs + 4 * self.codes.blocks // self.span + 4 * self.codes.groups)
+        return m * (32 * self.runs + 4 * self.codes.groups * (self.parts + 2))
 
     def build(self, x: Activations, out: Tables, m: Any) -> None:
         """Fill the tables of row ``m`` from its quantised activations."""
         codes, lanes = self.codes, self.table_lanes
-        runs = self.span * codes.block // codes.run
         digits = [constant_words(codes.digits[i : i + lanes]) for i in range(0, 16, lanes)]
         zero = splat(T.int32(0), lanes)
         with loop(codes.groups) as g:
-            bases = Register("int32", lanes, zero)
-            with loop(codes.group_blocks // self.span) as s:
-                span = bind(g * (codes.group_blocks // self.span) + s)
+            bases, count = Register("int32", lanes, zero), Register("int32", 1, T.int32(0))
+            with loop(self.parts) as p:
+                part = bind(g * self.parts + p)
                 top = Register("int32", lanes, zero)
-                with loop(runs) as i:
-                    run = bind(span * runs + i)
+                with loop(self.part) as i:
+                    run = bind(part * self.part + i)
                     base, sums = self._sums(x, m, run, digits)
                     bases.set(bases.get() + base)
-                    for part, value in enumerate(sums):
+                    for at, value in enumerate(sums):
                         above, below = self._excess(value)
                         top.set(T.max(top.get(), T.max(above, below) if self.signed else above))
                         low = T.min(value, splat(T.int32(127 if self.signed else 255), lanes))
                         if self.signed:
                             low = T.max(low, splat(T.int32(-127), lanes))
-                        self._store(out.low, low, m, run, part)
+                        self._store(out.low, low, m, run, at)
                 most = T.call_llvm_pure_intrin("int32", "llvm.vector.reduce.smax", top.get())
-                flag = bind(most)
-                store(out.flags, flag, m, span)
-                with when(flag > 0), loop(runs) as i:
-                    run = bind(span * runs + i)
-                    _, sums = self._sums(x, m, run, digits)
-                    for part, value in enumerate(sums):
-                        self._store_both(out, value, m, run, part)
+                with when(bind(most) > 0):
+                    store(out.places, part, m, g * self.parts + count.get())
+                    count.set(count.get() + 1)
+                    with loop(self.part) as i:
+                        run = bind(part * self.part + i)
+                        _, sums = self._sums(x, m, run, digits)
+                        for at, value in enumerate(sums):
+                            self._store_both(out, value, m, run, at)
+            store(out.counts, count.get(), m, g)
             start = T.int32(0) if codes.late_zero or self.signed else load(x.sums, m, g)
             if not self.signed:
                 start = start - bases.lane(0) * T.int32((1 << codes.planes) - 1)
@@ -255,27 +262,21 @@ def lut_sums(
     def ask(b: Any) -> None:
         ask_ahead(weights.codes, blocks, b * codes.lines, codes.lines, knobs)
 
-    spans = codes.group_blocks // lookup.span
-    with loop(spans) as s:
-        span = bind(g * spans + s)
-        first = bind(span * lookup.span)
-        rows, low, rest = len(blocks), (tables.low, 1), (tables.rest, lookup.rest_weight)
-        flags = [load(tables.flags, token, span) > 0 for token in tokens]
+    lookup.sums(lines, tables.low, tokens, len(blocks), g, acc, ask)
+    for m, token in enumerate(tokens):
+        count = bind(load(tables.counts, token, g))
 
-        def once() -> None:
-            lookup.span_sums(lines, [low], tokens, rows, first, acc, ask=ask)
+        def again(i: Any, turn: int, m: int = m, token: Any = token) -> None:
+            mine = {(r, h, 0): a[turn] for (r, h, t), a in acc.items() if t == m}
+            part = bind(load(tables.places, token, g * lookup.parts + i))
+            lookup.part_sums(lines, tables.rest, token, len(blocks), part, mine)
 
-        def both() -> None:
-            lookup.span_sums(lines, [low, rest], tokens, rows, first, acc, ask=ask)
-
-        if len(tokens) == 1:
-            choose(flags[0], both, once)
-        else:
-            once()
-            for m, token in enumerate(tokens):
-                mine = {(r, h, 0): a for (r, h, t), a in acc.items() if t == m}
-                with when(flags[m]):
-                    lookup.span_sums(lines, [rest], [token], rows, first, mine)
+        with loop(T.floordiv(count, chains)) as i:
+            for turn in range(chains):
+                again(i * chains + turn, turn)
+        if chains > 1:
+            with loop(T.floormod(count, chains)) as i:
+                again(count - 1 - i, 0)
     out = {}
     for v, (total, *others) in acc.items():
         for register in others:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 from mimo_compile.schedules.emit.build import Register, T, bind, load, loop, splat
-from mimo_compile.schedules.emit.lut import Lookup
+from mimo_compile.schedules.emit.lut import Lines, Lookup, Registers
 from mimo_compile.schedules.emit.tile import Sums
 
 _LOW = 0x0F
 _NUMBERS = 0x30201000
 """Which of four tables the bytes of a word look up in."""
-
-Vectors = dict[tuple[int, int], list[tuple[Any, int]]]
+_SPAN = 8
+"""Blocks of columns that are looked up together at most, where sums are widened behind."""
 
 
 class Permute(Lookup):
@@ -30,69 +29,83 @@ class Permute(Lookup):
             acc, T.reinterpret("uint8x64", codes), T.reinterpret("int8x64", x),
         )  # fmt: skip
 
-    def span_sums(
+    @property
+    def part(self) -> int:
+        """The runs of one vector of tables."""
+        return 4
+
+    def sums(
         self,
-        lines: Any,
-        tables: Sequence[tuple[Any, int]],
+        lines: Lines,
+        table: Any,
         tokens: Sequence[Any],
         rows: int,
-        first: Any,
+        g: Any,
         acc: Sums,
-        *,
-        ask: Callable[[Any], None] | None = None,
+        ask: Callable[[Any], None],
     ) -> None:
-        """See `Lookup.span_sums`."""
-        codes, step = self.codes, 2 - self.span % 2
-        with loop(self.span // step) as s:
-            for u in range(step):
-                b = bind(first + s * step + u)
-                if ask:
-                    ask(b)
-                for pair in range(codes.vectors // 2):
-                    vectors: Vectors = {}
-                    for (m, token), half in itertools.product(enumerate(tokens), range(2)):
-                        at = (b * codes.vectors + 2 * pair + half) * 64
-                        for table, weight in tables:
-                            vector = T.reinterpret("int8x64", load(table, token, at, lanes=64))
-                            vectors.setdefault((half, m), []).append((bind(vector), weight))
-                    for r in range(rows):
-                        self._look_up(lines, vectors, b, pair, r, acc, u)
-
-    def _look_up(
-        self,
-        lines: Any,
-        vectors: Vectors,
-        b: Any,
-        pair: int,
-        r: int,
-        acc: Sums,
-        turn: int,
-    ) -> None:
-        """Look up eight runs in vectors by their half and the token; turns take registers in turn."""
+        """See `Lookup.sums`."""
         codes = self.codes
-        signs = bind(lines(b, r, codes.lines - 1)) if self.signed else None
-        for bit in range(codes.planes):
-            words = bind(T.reinterpret("int32x16", lines(b, r, pair + bit)))
-            for half in range(2):
-                index = _index(words, half)
-                for m in range(len(vectors) // 2):
-                    chain = acc[r, 0, m]
-                    register = chain[(2 * (pair + bit + turn) + half) % len(chain)]
-                    for vector, weight in vectors[half, m]:
-                        value = T.call_llvm_pure_intrin(
-                            "int8x64", "llvm.x86.avx512.permvar.qi.512", vector, index
-                        )
-                        by = weight << bit
-                        register.set(self._added(register.get(), value, by, signs, 2 * pair + half))
+        step = 2 - codes.group_blocks % 2
+        with loop(codes.group_blocks // step) as s:
+            for u in range(step):
+                b = bind(g * codes.group_blocks + s * step + u)
+                ask(b)
+                for pair in range(codes.vectors // 2):
+                    places = [(b * codes.vectors + 2 * pair + half) * 64 for half in range(2)]
+                    vectors = [
+                        [bind(load(table, t, at, lanes=64)) for t in tokens] for at in places
+                    ]
+                    for r in range(rows):
+                        signs = bind(lines(b, r, codes.lines - 1)) if self.signed else None
+                        for bit in range(codes.planes):
+                            words = bind(T.reinterpret("int32x16", lines(b, r, pair + bit)))
+                            for half in range(2):
+                                index = _index(words, 4 * half)
+                                turn = 2 * (pair + bit + u) + half
+                                for m, vector in enumerate(vectors[half]):
+                                    register = acc[r, 0, m][turn % len(acc[r, 0, m])]
+                                    found = self._found(vector, index, signs, 2 * pair + half)
+                                    self._add(register, found, 1 << bit)
 
-    def _added(self, acc: Any, value: Any, weight: int, signs: Any, v: int) -> Any:
-        by = splat(T.int32(weight * 0x01010101), 16)
+    def part_sums(
+        self, lines: Lines, table: Any, token: Any, rows: int, part: Any, acc: Registers
+    ) -> None:
+        """See `Lookup.part_sums`."""
+        codes = self.codes
+        b, v = bind(T.floordiv(part, codes.vectors)), bind(T.floormod(part, codes.vectors))
+        pair, up = bind(T.floordiv(v, 2)), bind(T.floormod(v, 2) * 4)
+        vector = bind(load(table, token, part * 64, lanes=64))
+        for r in range(rows):
+            signs = bind(lines(b, r, codes.lines - 1)) if self.signed else None
+            for bit in range(codes.planes):
+                words = bind(T.reinterpret("int32x16", lines(b, r, pair + bit)))
+                found = self._found(vector, _index(words, up), signs, v)
+                self._add(acc[r, 0, 0], found, self.rest_weight << bit)
+
+    def _found(self, vector: Any, index: Any, signs: Any, v: Any) -> Any:
+        """Look up the runs of vector ``v`` of a block and give sums their signs."""
+        found = bind(
+            T.call_llvm_pure_intrin(
+                "int8x64",
+                "llvm.x86.avx512.permvar.qi.512",
+                T.reinterpret("int8x64", vector),
+                index,
+            )
+        )
         if signs is None:
-            return self.products(acc, value, by)
-        value = bind(value)
-        bit = T.bitwise_and(signs, splat(T.uint8(1 << v), 64))
-        turned = T.Select(bit != splat(T.uint8(0), 64), splat(T.int8(0), 64) - value, value)
-        return self.products(acc, by, turned)
+            return found
+        bit = (
+            T.uint8(1 << v) if isinstance(v, int) else T.cast(T.shift_left(T.int32(1), v), "uint8")
+        )
+        negative = T.bitwise_and(signs, splat(bit, 64)) != splat(T.uint8(0), 64)
+        return T.Select(negative, splat(T.int8(0), 64) - found, found)
+
+    def _add(self, register: Register, found: Any, weight: int) -> None:
+        """Add what was looked up, times a weight; signed bytes are the second operand."""
+        by = splat(T.int32(weight * 0x01010101), 16)
+        pair = (by, found) if self.signed else (found, by)
+        register.set(self.products(register.get(), *pair))
 
 
 class Shuffle(Lookup):
@@ -111,8 +124,19 @@ class Shuffle(Lookup):
 
     @property
     def most_blocks(self) -> int:
-        """As many as 16 bits hold the sums of: each block adds two halves of its parts, of two tables."""
-        return (2**16 - 1) // 255 // (2 * 2 * (64 // self.width))
+        """As many as 16 bits hold the sums of: each block adds two halves of its parts."""
+        return (2**16 - 1) // 255 // (2 * (64 // self.width))
+
+    @property
+    def span(self) -> int:
+        """Blocks that are summed in 16 bits; they divide a group."""
+        most = min(self.most_blocks, _SPAN)
+        return next(s for s in range(most, 0, -1) if self.codes.group_blocks % s == 0)
+
+    @property
+    def part(self) -> int:
+        """The runs of a span."""
+        return self.span * self.codes.block // self.codes.run
 
     @property
     def adding(self) -> dict[str, float]:
@@ -128,18 +152,37 @@ class Shuffle(Lookup):
         ones = splat(T.int16(1), 2 * lanes)
         return acc + T.call_llvm_pure_intrin(f"int32x{lanes}", self.fours, two, ones)
 
-    def span_sums(
+    def sums(
         self,
-        lines: Any,
-        tables: Sequence[tuple[Any, int]],
+        lines: Lines,
+        table: Any,
         tokens: Sequence[Any],
         rows: int,
-        first: Any,
+        g: Any,
         acc: Sums,
-        *,
-        ask: Callable[[Any], None] | None = None,
+        ask: Callable[[Any], None],
     ) -> None:
-        """See `Lookup.span_sums`."""
+        """See `Lookup.sums`."""
+        with loop(self.parts) as p:
+            self._span_sums(lines, table, tokens, rows, bind(g * self.parts + p), acc, ask)
+
+    def part_sums(
+        self, lines: Lines, table: Any, token: Any, rows: int, part: Any, acc: Registers
+    ) -> None:
+        """See `Lookup.part_sums`."""
+        registers = {key: [register] for key, register in acc.items()}
+        self._span_sums(lines, table, [token], rows, part, registers, lambda b: None)
+
+    def _span_sums(
+        self,
+        lines: Lines,
+        table: Any,
+        tokens: Sequence[Any],
+        rows: int,
+        part: Any,
+        acc: Sums,
+        ask: Callable[[Any], None],
+    ) -> None:
         codes, lanes = self.codes, self.width // 2
         zero = splat(T.uint16(0), lanes)
         keys = [
@@ -150,24 +193,20 @@ class Shuffle(Lookup):
         both = {k: Register("uint16", lanes, zero) for k in keys}
         odd = {k: Register("uint16", lanes, zero) for k in keys}
         with loop(self.span) as s:
-            b = bind(first + s)
-            if ask:
-                ask(b)
-            for part in range(0, 64, self.width):
+            b = bind(part * self.span + s)
+            ask(b)
+            for half_line in range(0, 64, self.width):
                 vectors = {}
                 for m, token in enumerate(tokens):
                     for half in range(2):
-                        at = (b * codes.vectors + half) * 64 + part
-                        vectors[half, m] = [
-                            bind(load(table, token, at, lanes=self.width)) for table, _ in tables
-                        ]
+                        at = (b * codes.vectors + half) * 64 + half_line
+                        vectors[half, m] = bind(load(table, token, at, lanes=self.width))
                 for r, bit in ((r, bit) for r in range(rows) for bit in range(codes.planes)):
-                    raw = bind(lines(b, r, bit, part, self.width))
+                    raw = bind(lines(b, r, bit, half_line, self.width))
                     for half in range(2):
                         index = self._nibbles(raw, half)
                         for m in range(len(tokens)):
-                            for vector in vectors[half, m]:
-                                self._add(both[r, m, bit], odd[r, m, bit], vector, index)
+                            self._add(both[r, m, bit], odd[r, m, bit], vectors[half, m], index)
         for r, m, bit in keys:
             high, low = odd[r, m, bit], both[r, m, bit]
             low.set(low.get() - T.shift_left(high.get(), splat(T.uint16(8), lanes)))
@@ -205,9 +244,9 @@ LOOKUPS: dict[str, type[Lookup]] = {c.name: c for c in (Permute, Shuffle512, Shu
 """All ways by name, the fastest first."""
 
 
-def _index(words: Any, half: int) -> Any:
-    """Return the indices of four runs, each with its table's number, as bytes."""
-    if half:
-        words = T.shift_right(words, splat(T.int32(4), 16))
+def _index(words: Any, up: Any) -> Any:
+    """Return the indices of four runs, from bit ``up`` of each byte on, with their tables' numbers."""
+    if not isinstance(up, int) or up:
+        words = T.shift_right(words, splat(T.int32(up) if isinstance(up, int) else up, 16))
     nibbles = T.bitwise_and(words, splat(T.int32(_LOW * 0x01010101), 16))
     return bind(T.reinterpret("int8x64", T.bitwise_or(nibbles, splat(T.int32(_NUMBERS), 16))))

@@ -14,6 +14,7 @@ one vector, so that one byte permutation looks up four sums for each of 16 rows.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import ClassVar
 
 import numpy as np
@@ -29,7 +30,7 @@ _EVEN_ODD = np.arange(16).reshape(2, 8).T.reshape(-1)
 """Rows by their place among the 16 bytes of a run."""
 
 
-class NibbleLayout(CodeLayout):
+class NibbleLayout(CodeLayout, ABC):
     """Base: what the tables of a block are."""
 
     run: ClassVar[int]
@@ -53,9 +54,9 @@ class NibbleLayout(CodeLayout):
         return self.block // (4 * self.run)
 
     @property
+    @abstractmethod
     def digits(self) -> Bytes:
         """Return ``[16, 4]``: what an index multiplies the columns of its run by, plus `bias`."""
-        raise NotImplementedError
 
     @property
     def bias(self) -> int:

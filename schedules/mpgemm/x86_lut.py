@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -28,9 +29,9 @@ _PAD = 16
 class LookupGemm(X86Gemm):
     """Base of the schedules that look sums up; subclasses choose the layout."""
 
+    @abstractmethod
     def fits(self, problem: Problem) -> bool:
         """Say whether the format has this layout."""
-        raise NotImplementedError
 
     def supports(self, workload: Workload, hardware: Hardware) -> bool:
         """int8 activations, groups that fill blocks, sums within 32 bits, a permutation of bytes."""

@@ -17,7 +17,7 @@ from mimo_compile.ir.ops import parse_workload
 from mimo_compile.schedules import get_schedule
 from mimo_compile.schedules.compile import assembly
 from mimo_compile.schedules.emit.dense import PACKINGS
-from mimo_compile.schedules.emit.lut_x86 import LOOKUPS
+from mimo_compile.schedules.emit.lut_x86 import LOOKUPS, Shuffle
 from mimo_compile.schedules.emit.nibbles import NibbleLayout
 from mimo_compile.schedules.mpgemm.problem import GemmConfig
 from mimo_compile.schedules.mpgemm.x86_amx import X86AmxBits
@@ -173,10 +173,33 @@ def test_avx2_code_runs():
         check(get_schedule("mpgemm.x86_lut_shuffle"), text, hardware=old)
 
 
-def test_ways_divide_groups_into_spans():
-    for packing, fmt in (("bits4", "w1"), ("bits4", "w2grow"), ("bits4", "w4g128")):
+def test_parts_divide_groups_and_fit_16_bits():
+    for packing, fmt in (
+        ("bits4", "w1"),
+        ("bits4", "w2grow"),
+        ("bits4", "w4g128"),
+        ("triples", "w1.58"),
+    ):
         layout = PACKINGS[packing](parse_weight_format(fmt), 16, 4096)
         for way in LOOKUPS.values():
             lookup = way(layout)
-            assert layout.group_blocks % lookup.span == 0
-            assert 1 <= lookup.span <= lookup.most_blocks
+            assert lookup.part * lookup.parts * layout.groups == lookup.runs
+            if isinstance(lookup, Shuffle):
+                # each of a span's parts of lines adds two halves to a sum of 16 bits
+                assert 255 * lookup.span * 2 * (64 // lookup.width) < 2**16
+
+
+@pytest.mark.parametrize(
+    ("name", "fmt"), [("mpgemm.x86_tl2", "w1.58d"), ("mpgemm.x86_lut", "w3g64")]
+)
+def test_second_tables_hold_any_part_of_the_runs(name, fmt):
+    n, k = 32, 1152
+    text = f"mpgemm:m=5,n={n},k={k},w={fmt},a=a8"
+    schedule, workload, hardware = supported(name, text)
+    rng = np.random.default_rng(3)
+    large = rng.random((5, k)) < np.array([[0.0], [0.01], [0.3], [0.9], [1.0]])
+    x = rng.integers(1, 128, (5, k)) * large + rng.integers(-9, 10, (5, k))
+    x[:, 0] = 127
+    for rows in (1, 2):
+        config = dataclasses.replace(schedule.space(workload, hardware).default, rows=rows)
+        check(schedule, workload, config, inputs={"x": x.astype(np.float32)}, hardware=hardware)
