@@ -24,8 +24,8 @@ from mimo_compile.ir.formats import (
 )
 from mimo_compile.ir.hardware import PRESETS, Hardware, local_cpu
 from mimo_compile.ir.ops import get_op, parse_workload
-from mimo_compile.ir.ops.mpgemm import real_weights
-from mimo_compile.ir.ops.numerics import complex_magnitudes, f32_to_bf16, torch_f64
+from mimo_compile.ir.ops.mpgemm import magnitudes, real_weights
+from mimo_compile.ir.ops.numerics import f32_to_bf16
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules import get_schedule, names_for
 from mimo_compile.schedules.base import Kernel, Schedule
@@ -239,10 +239,8 @@ def exact_product(
     while not (w & 1).any() and w.any():
         w, unit = w >> 1, unit * 2
     y = x @ w.T
-    size = np.abs(w)
-    if fmt.family == "complex":
-        parts = torch.from_numpy(inputs["codes"]), torch_f64(inputs["scale"])
-        size = (complex_magnitudes(fmt, *parts).numpy() / unit).astype(np.int64)
+    sizes = magnitudes(inputs, "", fmt, torch.from_numpy(weights), act).abs()
+    size = (sizes.numpy() / unit).astype(np.int64)
     total = np.abs(x) @ size.T
     sure = total < EXACT
     if act == "a8" and fmt.is_integer and fmt.groups(x.shape[1]) == 1:
