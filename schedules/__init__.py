@@ -23,6 +23,7 @@ SCHEDULES: dict[str, dict[str, str]] = {
         "mpgemm.x86_lut_shuffle": "mpgemm.x86_lut:X86LutShuffle",
         "mpgemm.x86_tl1": "mpgemm.x86_tl:X86Pairs",
         "mpgemm.x86_tl2": "mpgemm.x86_tl:X86Triples",
+        "mpgemm.x86_amx_bf16": "mpgemm.x86_amx_bf16:X86AmxBf16",
         "mpgemm.x86_bf16": "mpgemm.x86_bf16:X86Bf16",
         "mpgemm.x86_portable": "mpgemm.x86_portable:X86Portable",
         "mpgemm.x86_float": "mpgemm.x86_float:X86Float",

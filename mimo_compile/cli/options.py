@@ -86,7 +86,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--quant",
         default="none",
         metavar="Q",
-        help="none (default) or WEIGHT[aACT], e.g. w8a8, w4g64a8, w2g64a8, w1.58a8 "
+        help="none (default) or WEIGHT[aACT], e.g. w8a8, w4g64a8, w4g64abf16; abf16 or a8 alone keep weights "
         "(see `targets --formats`)",
     )
     parser.add_argument(

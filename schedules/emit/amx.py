@@ -1,6 +1,7 @@
 """Matrix tiles of 16 x 16 sums: AMX instructions on eight tile registers.
 
-A tile register holds up to 16 rows of 64 bytes. ``dot`` adds, for tokens i and weight rows n, the products
+A tile register holds up to 16 rows of 64 bytes. ``dot_bf16`` adds products of pairs of bfloat16: a line of
+`pairs` is a row of the second tile. ``dot`` adds, for tokens i and weight rows n, the products
 of ``a[i, 4 q + b]`` (int8) and ``b[q, 4 n + b]`` (signed or not): a line of unpacked codes ("16 rows x 4
 columns", see `layout`) is a row of such a tile.
 """
@@ -17,6 +18,7 @@ TILES = 8
 SIDE = 16
 """Rows of a tile, and its columns of 32 bits."""
 NEEDS = frozenset({"amx-tile", "amx-int8", "avx512f", "avx512bw"})
+NEEDS_BF16 = frozenset({"amx-tile", "amx-bf16", "avx512f", "avx512bw"})
 
 Row = Callable[[Any], tuple[Any, tuple[Any, ...]]]
 """Gives the buffer, and the index of the first element, of a row of a tile in memory."""
@@ -39,6 +41,12 @@ class Tiles(Protocol):
 
     def dot(self, sums: int, a: int, b: int, *, signed: bool) -> None:
         """Add the products of int8 ``a`` and ``b``, int8 if ``signed`` and uint8 if not, to ``sums``."""
+
+    def zero_f32(self, tile: int) -> None:
+        """Clear a tile of float32 sums."""
+
+    def dot_bf16(self, sums: int, a: int, b: int) -> None:
+        """Add the products of pairs of bfloat16 in ``a`` and ``b`` to float32 ``sums``."""
 
     def end(self) -> None:
         """Give the registers back."""
@@ -81,6 +89,16 @@ class AmxTiles:
         """See `Tiles`."""
         name = "llvm.x86.tdpbssd" if signed else "llvm.x86.tdpbsud"
         T.evaluate(T.call_llvm_intrin("void", name, T.int8(sums), T.int8(a), T.int8(b)))
+
+    def zero_f32(self, tile: int) -> None:
+        """See `Tiles`."""
+        self.zero(tile)
+
+    def dot_bf16(self, sums: int, a: int, b: int) -> None:
+        """See `Tiles`."""
+        T.evaluate(
+            T.call_llvm_intrin("void", "llvm.x86.tdpbf16ps", T.int8(sums), T.int8(a), T.int8(b))
+        )
 
     def end(self) -> None:
         """See `Tiles`."""

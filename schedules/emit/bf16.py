@@ -95,7 +95,14 @@ def workspace_bytes(layout: CodeLayout | None, m: int, columns: int) -> int:
 
 
 def bf16_rows(
-    layout: CodeLayout | None, x: Any, m: int, k: int, columns: int, *, parallel: bool
+    layout: CodeLayout | None,
+    x: Any,
+    m: int,
+    k: int,
+    columns: int,
+    *,
+    parallel: bool,
+    room: int = 0,
 ) -> Rows:
     """Emit rows of x ``[m, k]`` float32 rounded to bfloat16.
 
@@ -106,8 +113,9 @@ def bf16_rows(
         k: Columns.
         columns: Columns with padding, a multiple of 4.
         parallel: Spread long ones over threads.
+        room: Rows that there is room for, if not m; those behind m are not written.
     """
-    pairs = workspace((m, columns), "int16")
+    pairs = workspace((room or m, columns), "int16")
     sums = workspace((m, layout.groups), "float32") if layout and layout.fmt.has_zero else None
     out = Rows(pairs, sums)
     swapped = (0, 2, 1, 3) if layout else (0, 1, 2, 3)

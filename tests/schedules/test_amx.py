@@ -19,6 +19,7 @@ from mimo_compile.schedules.base import Kernel
 from mimo_compile.schedules.compile import assembly
 from mimo_compile.schedules.emit.build import Register, T, load, loop, store, workspace
 from mimo_compile.schedules.mpgemm.x86_amx import X86Amx
+from mimo_compile.schedules.mpgemm.x86_amx_bf16 import X86AmxBf16
 
 SPR = next(h for h in PRESETS.values() if "amx-int8" in h.features)
 FORMATS = (
@@ -45,6 +46,9 @@ class PlainTiles:
             "int32": workspace((count, 16, 16), "int32"),
             "int8": workspace((count, 16, 64), "int8"),
             "uint8": workspace((count, 16, 64), "uint8"),
+            "float32": workspace((count, 16, 16), "float32"),
+            "int16": workspace((count, 16, 32), "int16"),
+            "uint16": workspace((count, 16, 32), "uint16"),
         }
 
     def _rows(self, tile, row):
@@ -53,7 +57,7 @@ class PlainTiles:
         return (
             self.kinds[str(buffer.dtype)],
             rows,
-            width // (4 if str(buffer.dtype) == "int32" else 1),
+            width // np.dtype(str(buffer.dtype)).itemsize,
         )
 
     def zero(self, tile):
@@ -85,6 +89,26 @@ class PlainTiles:
                 total.set(total.get() + left * right)
             store(self.kinds["int32"], total.get(), sums, i, n)
 
+    def zero_f32(self, tile):
+        with loop(16) as i, loop(16) as j:
+            store(self.kinds["float32"], T.float32(0), tile, i, j)
+
+    def dot_bf16(self, sums, a, b):
+        rows, depth = self.shapes[a]
+        assert self.shapes[b] == (depth // 4, 64) and self.shapes[sums] == (rows, 64)
+        total = Register("float32", 1)
+
+        def number(kind, *at):
+            bits = T.bitwise_and(T.cast(load(self.kinds[kind], *at), "int32"), T.int32(0xFFFF))
+            return T.reinterpret("float32", T.shift_left(bits, T.int32(16)))
+
+        with loop(rows) as i, loop(16) as n:
+            total.set(load(self.kinds["float32"], sums, i, n))
+            with loop(depth // 4) as p, loop(2) as k:
+                product = number("int16", a, i, 2 * p + k) * number("uint16", b, p, 2 * n + k)
+                total.set(total.get() + product)
+            store(self.kinds["float32"], total.get(), sums, i, n)
+
     def end(self):
         pass
 
@@ -96,10 +120,51 @@ class OnPlainTiles(X86Amx):
     tiles_class = PlainTiles
 
     def supports(self, workload, hardware):
-        return super().supports(workload, dataclasses.replace(hardware, features=SPR.features))
+        with_tiles = dataclasses.replace(hardware, features=SPR.features)
+        return type(self).__base__.supports(self, workload, with_tiles)
 
     def lower(self, workload, config, hardware) -> Kernel:
-        return dataclasses.replace(super().lower(workload, config, hardware), features=frozenset())
+        kernel = type(self).__base__.lower(self, workload, config, hardware)
+        return dataclasses.replace(kernel, features=frozenset())
+
+
+class FloatsOnPlainTiles(X86AmxBf16):
+    """bfloat16 on tiles that every CPU has."""
+
+    name = "mpgemm.x86_amx_bf16_plain"
+    tiles_class = PlainTiles
+    supports = OnPlainTiles.supports
+    lower = OnPlainTiles.lower
+
+
+@settings(max_examples=6)
+@given(data=st.data())
+def test_bfloat16_of_any_shape_and_config(data):
+    m, n, k = (
+        data.draw(st.integers(8, 50)),
+        data.draw(st.integers(1, 90)),
+        data.draw(st.integers(1, 200)),
+    )
+    bias = data.draw(st.sampled_from(("", ",bias=1")))
+    workload = parse_workload(f"mpgemm:m={m},n={n},k={k},w=bf16,a=abf16{bias}")
+    seed = data.draw(st.integers(0, 99))
+    schedule = FloatsOnPlainTiles()
+    check(schedule, workload, sample_config(schedule, workload, local_cpu(), seed), seed)
+
+
+def test_the_bfloat16_instructions():
+    schedule = get_schedule("mpgemm.x86_amx_bf16")
+    workload = parse_workload("mpgemm:m=64,n=64,k=512,w=bf16,a=abf16")
+    kernel = schedule.lower(workload, schedule.space(workload, SPR).default, SPR)
+    text = assembly([kernel], SPR)
+    products = len(re.findall(r"\btdpbf16ps\b", text))
+    # 2 x 2 tiles for two loads of each side
+    assert products and products % 4 == 0 and products == len(re.findall(r"\btileloadd\b", text))
+    for instruction in ("ldtilecfg", "tilerelease", "tilezero", "tilestored"):
+        assert re.search(rf"\b{instruction}\b", text), instruction
+    assert "amx-bf16" in kernel.features
+    spr = dataclasses.replace(SPR, features=SPR.features - {"amx-bf16"})
+    assert schedule.supports(workload, SPR) and not schedule.supports(workload, spr)
 
 
 @settings(max_examples=6)

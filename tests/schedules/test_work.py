@@ -32,6 +32,7 @@ WORKLOADS = [
     "mpgemm:m=1,n=70,k=192,w=bf16",
     "mpgemm:m=33,n=70,k=50,bias=1",
     "mpgemm:m=3,n=70,k=200,w=bf16,a=abf16",
+    "mpgemm:m=40,n=70,k=200,w=bf16,a=abf16",
     "mpgemm:m=3,n=70,k=200,w=w4zg64,a=abf16",
     "mpgemm:m=9,n=70,k=192,w=w8,a=a8g64",
     "mpgemm:m=3,n=40,k=128,w=nf4,a=a8g32",
