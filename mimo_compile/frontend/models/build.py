@@ -163,7 +163,16 @@ class Builder:
         Those in different integer formats take one that holds all of them; where columns stand in
         different orders, only real values can be stacked.
         """
+        if (whole := self.checkpoint.joined(names)) is not None:
+            return whole
         fmt = self._common(names)
+        if (
+            fmt.family == "complex" and len(names) > 1
+        ):  # its codes belong to pairs of rows of the stack
+            raise InputError(
+                f"{', '.join(names)}: {fmt} matrices that are multiplied as one must be stored as one",
+                file=self.checkpoint.source,
+            )
         done = [widen(self.checkpoint.quantised(name), fmt) for name in names]
         if len(done) == 1:
             return done[0]

@@ -26,6 +26,7 @@ WEIGHT_FORMATS: dict[str, Any] = {
     "fp8": "fp8:BlockFp8",
     "bitsandbytes": "nf4:Nf4",
     "compressed-tensors": "compressed:CompressedTensors",
+    "fairy2i": "fairy:Fairy",
 }
 """Name -> where its class lives; the first that detects a source reads it. Modules are imported on use."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -195,6 +195,10 @@ class Checkpoint(ABC):
     def real(self, name: str) -> Tensor:
         """Return a tensor in float32."""
         return self.tensor(name).to(torch.float32)
+
+    def joined(self, names: Sequence[str]) -> QuantTensor | None:
+        """Return matrices that are stored as one, stacked along their rows (None: each by itself)."""
+        return None
 
     def quantised(self, name: str) -> QuantTensor:
         """Return a matrix that is stored quantised (whose entry has a ``fmt``), canonical.
