@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mimo_compile.tiny.corpus import END_OF_TEXT
+from mimo_compile.tiny.quantised import StraightThrough
 from mimo_compile.tiny.training_config import TinyConfig, read_config
 from mimo_compile.tiny.training_model import TinyModel
 
@@ -73,10 +74,22 @@ def _write_json(path: Path, content: dict[str, object]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def export(model: TinyModel, tokenizer_json: str, folder: Path) -> None:
-    """Write config, weights and tokenizer into `folder`, replacing what is there."""
+def export(
+    model: TinyModel, tokenizer_json: str, folder: Path, through: StraightThrough | None = None
+) -> None:
+    """Write config, weights and tokenizer into `folder`, replacing what is there.
+
+    With `through`, the matrices that were trained through a quantiser are stored as its codes.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder / "config.json", model.config.to_json())
+    config, tensors = model.config.to_json(), to_tensors(model)
+    if through is not None:
+        packed, config["quantization_config"] = through.packed()
+        for stack in through.stacks:
+            for name in stack.names:
+                del tensors[f"{name}.weight"]
+        tensors |= {name: tensor.contiguous() for name, tensor in packed.items()}
+    _write_json(folder / "config.json", config)
     _write_json(
         folder / "generation_config.json",
         {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "do_sample": False},
@@ -94,7 +107,7 @@ def export(model: TinyModel, tokenizer_json: str, folder: Path) -> None:
     )
     (folder / "tokenizer.json").write_text(tokenizer_json, encoding="utf-8")
     part = folder / "model.safetensors.part"
-    save_file(to_tensors(model), part, metadata={"format": "pt"})
+    save_file(tensors, part, metadata={"format": "pt"})
     part.chmod(0o644)
     part.replace(folder / "model.safetensors")
 

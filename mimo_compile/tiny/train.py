@@ -28,9 +28,11 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from mimo_compile.ir.formats import parse_scheme
 from mimo_compile.tiny import corpus as text
 from mimo_compile.tiny.checkpoint import export, from_tensors, load, to_tensors
 from mimo_compile.tiny.optimizer import Muon, split_parameters
+from mimo_compile.tiny.quantised import StraightThrough
 from mimo_compile.tiny.training_config import TinyConfig
 from mimo_compile.tiny.training_model import Experts, TinyModel
 from mimo_compile.tiny.training_ops import linear_cross_entropy
@@ -58,6 +60,7 @@ class Settings:
     decay_from: float = 0.55
     compiled: bool = True
     seed: int = 0
+    quant: str = "none"
 
 
 class Windows:
@@ -127,6 +130,8 @@ class Trainer:
         tokenizer_json: str = "",
     ) -> None:
         self.model = model
+        scheme = parse_scheme(settings.quant)
+        self.through = StraightThrough(model, scheme) if scheme.weight is not None else None
         self.settings = settings
         self.progress = Progress()
         self.tokenizer_json = tokenizer_json
@@ -190,10 +195,14 @@ class Trainer:
         rate = self.rate()
         sums = torch.zeros(1 + len(self.model.mtp))
         load = torch.zeros(())
+        if self.through:
+            self.through.hide()
         for _ in range(s.accumulate):
             loss, drafts, loads = self.micro_step(self.batches.take())
             sums += torch.stack([loss, *drafts])
             load = load + loads
+        if self.through:
+            self.through.reveal()
         for group in self.muon.param_groups:
             group["lr"] = s.matrix_rate * rate
             group["momentum"] = min(0.95, 0.85 + 0.1 * self.progress.steps / 300)
@@ -210,6 +219,15 @@ class Trainer:
         worst = (load.amax(-1) / load.mean(-1)).max().item() if load.ndim == 2 else 1.0
         heads = {f"mtp{i}": x for i, x in enumerate(losses[1:])}
         return {"loss": losses[0], **heads, "worst_load": worst, "rate": rate}
+
+    def test(self, tokens: text.Tokens) -> float:
+        """Cross-entropy in nats per token of the model as it will be stored."""
+        if self.through:
+            self.through.hide()
+        loss = mean_loss(self.model, tokens)
+        if self.through:
+            self.through.reveal()
+        return loss
 
     @torch.no_grad()
     def _balance(self, load: Tensor, amount: float) -> None:
@@ -288,7 +306,7 @@ def train(trainer: Trainer, held_out: text.Tokens, state: Path | None, every: fl
         row["tokens_per_s"] = (p.tokens - tokens_then) / (p.minutes - logged) / 60.0
         row.update(minutes=p.minutes, step=p.steps, tokens=p.tokens)
         if p.minutes - saved >= every or p.minutes >= trainer.settings.minutes:
-            row["held_out"] = mean_loss(trainer.model, fixed)
+            row["held_out"] = trainer.test(fixed)
             saved = p.minutes
             if state is not None:
                 trainer.save(state)
@@ -323,10 +341,32 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-compile", action="store_true", help="run without torch.compile")
     parser.add_argument("--no-tests", action="store_true", help="leave the test packages out")
+    parser.add_argument(
+        "--quant", default="none", help="train through this quantiser, e.g. w1.58a8, complex2wl2a8"
+    )
+    parser.add_argument(
+        "--rate", type=float, default=1.0, help="factor on all learning rates, e.g. with --init"
+    )
+    parser.add_argument(
+        "--decay-from",
+        type=float,
+        default=Settings().decay_from,
+        help="share of the time after which the rates decay",
+    )
+    parser.add_argument(
+        "--accumulate", type=int, default=Settings().accumulate, help="2048 tokens each, a step"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    start = Settings()
     settings = Settings(
         minutes=args.minutes,
+        matrix_rate=start.matrix_rate * args.rate,
+        rest_rate=start.rest_rate * args.rate,
+        router_rate=start.router_rate * args.rate,
+        decay_from=args.decay_from,
+        accumulate=args.accumulate,
+        quant=args.quant,
         seed=args.seed,
         compiled=not args.no_compile,
         tests_share=0.0 if args.no_tests else Settings().tests_share,
@@ -349,9 +389,11 @@ def main() -> None:
         train(trainer, held_out, args.state)
     except KeyboardInterrupt:
         print("stopped; writing the model as it is", file=sys.stderr)
+        if trainer.through:
+            trainer.through.reveal()
         if args.state:
             trainer.save(args.state)
-    export(model, tokenizer.to_str(), args.out)
+    export(model, tokenizer.to_str(), args.out, trainer.through)
 
 
 if __name__ == "__main__":

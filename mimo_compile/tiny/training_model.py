@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mimo_compile.ir.formats import WeightFormat
 from mimo_compile.tiny.training_config import TinyConfig
-from mimo_compile.tiny.training_ops import grouped_linear, permute_rows, route
+from mimo_compile.tiny.training_ops import grouped_linear, permute_rows, round_straight, route
 
 
 class Linear(nn.Module):
@@ -28,6 +29,16 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., in] → [..., out], in x's type."""
         return F.linear(x, self.weight.to(x.dtype))
+
+
+class Block(nn.Module):
+    """A block whose matrices may read activations rounded to int8, as those of `rounding` do."""
+
+    rounding: WeightFormat | None = None
+
+    def rounded(self, x: Tensor) -> Tensor:
+        """x: [..., in] → the same, as the matrices see it."""
+        return x if self.rounding is None else round_straight(x, self.rounding)
 
 
 class RMSNorm(nn.Module):
@@ -124,7 +135,7 @@ def _with_previous_band(x: Tensor, bands: int) -> Tensor:
     return torch.cat((previous, x), dim=3)
 
 
-class Attention(nn.Module):
+class Attention(Block):
     """One attention block; `windowed` selects the sliding-window geometry with its sinks."""
 
     def __init__(self, config: TinyConfig, windowed: bool) -> None:
@@ -147,17 +158,19 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         """x: [batch, time, hidden], normed; rope: tables [time, rotary / 2] → same shape."""
         batch, time, _ = x.shape
+        x = self.rounded(x)
         q = self.q_proj(x).view(batch, time, self.heads, self.dim).transpose(1, 2)
         k = self.k_proj(x).view(batch, time, self.kv_heads, self.dim).transpose(1, 2)
         v = self.v_proj(x).view(batch, time, self.kv_heads, self.v_dim).transpose(1, 2)
         q = rotate(q, *rope) * (1.0 / math.sqrt(self.dim))
         sink = self.attention_sink_bias if self.windowed else None
         out = attend(q, rotate(k, *rope), v * self.value_scale, self.window, sink)
-        projected: Tensor = self.o_proj(out.transpose(1, 2).reshape(batch, time, -1))
+        out = out.transpose(1, 2).reshape(batch, time, -1)
+        projected: Tensor = self.o_proj(self.rounded(out))
         return projected
 
 
-class MLP(nn.Module):
+class MLP(Block):
     """Dense SwiGLU block."""
 
     def __init__(self, hidden: int, width: int) -> None:
@@ -168,11 +181,12 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., hidden] → the same shape."""
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        x = self.rounded(x)
+        out: Tensor = self.down_proj(self.rounded(F.silu(self.gate_proj(x)) * self.up_proj(x)))
         return out
 
 
-class Experts(nn.Module):
+class Experts(Block):
     """Sigmoid-routed experts. The bias steers which experts are chosen, never their weights."""
 
     def __init__(self, config: TinyConfig) -> None:
@@ -197,11 +211,11 @@ class Experts(nn.Module):
         back = torch.argsort(order)
         load = (flat[:, None] == torch.arange(self.count, device=x.device)).sum(0)
         ends = load.cumsum(0).to(torch.int32)
-        rows = x[:, None, :].expand(tokens, self.top_k, hidden).reshape(-1, hidden)
+        rows = self.rounded(x)[:, None, :].expand(tokens, self.top_k, hidden).reshape(-1, hidden)
         rows = permute_rows(rows, order, back)
         both = torch.cat((self.gate_proj, self.up_proj), dim=1).to(x.dtype)
         gate, up = grouped_linear(rows, both, ends).chunk(2, dim=-1)
-        out = grouped_linear(F.silu(gate) * up, self.down_proj.to(x.dtype), ends)
+        out = grouped_linear(self.rounded(F.silu(gate) * up), self.down_proj.to(x.dtype), ends)
         out = permute_rows(out, back, order).view(tokens, self.top_k, hidden)
         return (out.float() * weights[..., None]).sum(1).to(x.dtype), load
 
@@ -230,7 +244,7 @@ class Layer(nn.Module):
         return x + self.mlp(y), None
 
 
-class MTPLayer(nn.Module):
+class MTPLayer(Block):
     """One multi-token-prediction head: a light layer on the target's hidden state and a token."""
 
     def __init__(self, config: TinyConfig) -> None:
@@ -252,7 +266,8 @@ class MTPLayer(nn.Module):
         hidden: [batch, time, hidden] before the final norm; embedded: the embedding of the
         token that follows, same shape.
         """
-        x = self.eh_proj(torch.cat((self.enorm(embedded), self.hnorm(hidden)), dim=-1))
+        both = torch.cat((self.enorm(embedded), self.hnorm(hidden)), dim=-1)
+        x = self.eh_proj(self.rounded(both))
         x = x + self.self_attn(self.input_layernorm(x), rope)
         x = x + self.mlp(self.pre_mlp_layernorm(x))
         out: Tensor = self.final_layernorm(x)
@@ -282,6 +297,12 @@ class TinyModel(nn.Module):
                     continue
                 scale = 1.0 / math.sqrt(blocks) if "o_proj" in name or "down_proj" in name else 1.0
                 parameter.normal_(0.0, 0.02 * scale, generator=generator)
+
+    def round_activations(self, rounding: WeightFormat | None) -> None:
+        """Let every matrix but router and output projection read int8 activations (None: floats)."""
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.rounding = rounding
 
     def rope(self, time: int, windowed: bool) -> tuple[Tensor, Tensor]:
         """Rotary tables [time, rotary / 2] of the global or the sliding-window layers."""

@@ -9,6 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mimo_compile.ir.formats import WeightFormat
+from mimo_compile.ir.ops.numerics import fake_quantize
+
+
+def round_straight(x: Tensor, fmt: WeightFormat) -> Tensor:
+    """x: [..., in], rounded to int8 per row as `fmt` multiplies it; its gradient passes unchanged."""
+    wide = x.float()
+    return (wide + (fake_quantize(wide, fmt, "a8") - wide).detach()).to(x.dtype)
+
 
 def route(x: Tensor, router: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """Choose experts: x [tokens, hidden] f32, router [experts, hidden] f32, bias [experts] f32.
