@@ -36,6 +36,8 @@ MODELS = {
 QUANTS = ("w8a8", "w4g64a8", "w2g64a8", "w1.58a8")
 """What cells are compiled as unless asked otherwise."""
 THREADS = (1, 2)
+KEY = ("model", "quant", "threads", "prompt_tokens", "new_tokens")
+"""What cells of the results are told apart by."""
 
 
 def make_checkpoint(folder, name):
@@ -155,13 +157,13 @@ def ratio(ours, other, part):
 
 def show(results):
     """Print the newest result of each cell as a Markdown table; ratios are ours / its."""
-    cells = {(r["model"], r["quant"], r["threads"]): r for r in results}
+    cells = {tuple(r[name] for name in KEY): r for r in results}
     columns = (
         "model", "threads", "implementation", "prefill tok/s", "ours/its", "decode tok/s", "ours/its",
         "of read roof", "load s", "check s", "file MB", "resident MB", "own MB",
     )  # fmt: skip
     print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
-    for (model, _, threads), result in sorted(cells.items()):
+    for (model, _, threads, *_), result in sorted(cells.items()):
         ours = result["rows"][0]
         for row in result["rows"]:
             share, check = row["decode_roof_share"], row["check_s"]
@@ -214,12 +216,13 @@ def main():
         show(results)
         return
     settings.folder.mkdir(parents=True, exist_ok=True)
-    done = {(r["model"], r["quant"], r["threads"]) for r in results}
+    done = {tuple(r[name] for name in KEY) for r in results}
     for model in [settings.model] if settings.model else MODELS:
         for quant in [settings.quant] if settings.quant else QUANTS:
             for threads in [settings.threads] if settings.threads else THREADS:
                 cell = (model, quant, threads)
-                if cell in done and not (settings.again or settings.prepare):
+                key = (*cell, settings.prompt_tokens, settings.new_tokens)
+                if key in done and not (settings.again or settings.prepare):
                     continue
                 print(*cell, file=sys.stderr, flush=True)
                 if (result := measure(settings.folder, cell, settings)) is not None:
