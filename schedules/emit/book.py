@@ -121,28 +121,48 @@ class Way(ABC):
 
 
 class IntegerWay(Way):
-    """FP3 and FP4 (doubled) are whole numbers: looked up as bytes, multiplied exactly."""
+    """Values as whole numbers: looked up as bytes, multiplied exactly.
+
+    Those of FP3 and FP4 (doubled) are; those of NF3 and NF4 are rounded to 24 bits, three bytes.
+    """
 
     activation: ClassVar[str] = "int8"
 
     @property
+    def digits(self) -> int:
+        """Bytes of a number."""
+        return 1 if all(2 * v % 1 == 0 for v in self.codes.fmt.values) else 3
+
+    @property
     def units(self) -> float:
-        """Halves are doubled to be whole."""
-        return 0.5 if any(v % 1 for v in self.codes.fmt.values) else 1.0
+        """What the highest byte counts: halves are doubled to be whole, fractions fill the bytes."""
+        fmt = self.codes.fmt
+        if self.digits > 1:
+            return max(map(abs, fmt.values)) / (255 if fmt.two_sided else 127)
+        return 0.5 if any(v % 1 for v in fmt.values) else 1.0
 
     @property
     def offset(self) -> int:
         """What bytes lie above values, which have signs."""
         fmt = self.codes.fmt
-        return 0 if fmt.two_sided else int(-min(fmt.values) / self.units)
+        if fmt.two_sided:
+            return 0
+        return 128 if self.digits > 1 else int(-min(fmt.values) / self.units)
 
     @property
     def dot(self) -> LookupDot:
         """The lookup: tables of magnitudes above and below zero, or of values with an offset."""
-        numbers = [[int(abs(v) / self.units) for v in side] for side in sides(self.codes.fmt)]
+        one = 256 ** (self.digits - 1)  # of the highest byte
+        numbers = [
+            [round(abs(v) / self.units * one) for v in side] for side in sides(self.codes.fmt)
+        ]
         if not self.codes.fmt.two_sided:
-            numbers = [[int(v / self.units) + self.offset for v in self.codes.fmt.values]]
-        return LookupDot(self.name, self.codes, tuple(map(tuple, numbers)))
+            numbers = [[round((v / self.units + self.offset) * one) for v in self.codes.fmt.values]]
+        tables = (
+            tuple(number // (one >> 8 * digit) % 256 for number in side)
+            for side in numbers for digit in range(self.digits)
+        )  # fmt: skip
+        return LookupDot(self.name, self.codes, tuple(tables), self.digits)
 
     @property
     def lanes(self) -> int:
@@ -170,13 +190,22 @@ class IntegerWay(Way):
     ) -> None:  # fmt: skip
         """See `Way.sums`."""
         f32, dot = vector_type("float32", self.lanes), self.dot
+        part = splat(T.float32(1 / 256), self.lanes)
+
+        def number(r: int, h: int, m: int, side: int) -> Any:
+            own = [T.cast(found[r, h, m, side * self.digits + d], f32) for d in range(self.digits)]
+            total = own.pop()
+            while own:
+                total = own.pop() + total * part
+            return total
+
         with loop(self.codes.groups) as g:
             found = lookup_sums(dot, weights, x, blocks, tokens, g, knobs)
             scales = {(r, h): self.scales(weights, blocks[r], g, h) for r, h, _ in total}
             for (r, h, m), register in total.items():
-                value = register.get() + T.cast(found[r, h, m, 0], f32) * scales[r, h][0]
+                value = register.get() + number(r, h, m, 0) * scales[r, h][0]
                 if self.codes.fmt.two_sided:
-                    value = value - T.cast(found[r, h, m, 1], f32) * scales[r, h][1]
+                    value = value - number(r, h, m, 1) * scales[r, h][1]
                 register.set(value)
 
 
@@ -297,7 +326,7 @@ def ways(codes: CodeLayout, act: str, hardware: Hardware) -> tuple[str, ...]:
     """Return the names of the ways that the hardware has for a layout, the fastest first."""
     fmt = codes.fmt
     out = []
-    if act == "a8" and fmt.family == "codebook" and all(2 * v % 1 == 0 for v in fmt.values):
+    if act == "a8" and fmt.family == "codebook":
         out += [n for n in LOOKUPS if IntegerWay(n, codes, True).dot.fits(hardware)]
     for name, decoder in DECODERS.items():
         if decoder.fits(fmt, hardware):

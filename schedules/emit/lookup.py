@@ -68,6 +68,8 @@ class LookupDot:
     codes: CodeLayout
     tables: tuple[tuple[int, ...], ...]
     """For each sum, the byte that each code stands for."""
+    digits: int = 1
+    """Bytes of a number, each with a table, the highest first; activations' sums count in that one."""
 
     @property
     def shuffle(self) -> Shuffle:
@@ -150,7 +152,7 @@ def lookup_sums(
     g: Any,
     knobs: TileKnobs,
 ) -> Sums:
-    """Emit the exact sums of group ``g``, each begun at its row of ``x.sums``; return them, int32.
+    """Emit the exact sums of group ``g``, those of highest digits begun at ``x.sums``; return them, int32.
 
     Args:
         dot: Layout and tables.
@@ -166,9 +168,9 @@ def lookup_sums(
     constants = dot.prepare()
     acc: dict[tuple[int, int, int, int], Register] = {}
     for m, token in enumerate(tokens):
-        start = splat(load(x.sums, token, g), lanes)
+        start, zero = splat(load(x.sums, token, g), lanes), splat(T.int32(0), lanes)
         for r, h, t in ((r, h, t) for r in range(len(blocks)) for h in halves for t in terms):
-            acc[r, h, m, t] = Register("int32", lanes, start)
+            acc[r, h, m, t] = Register("int32", lanes, zero if t % dot.digits else start)
     unroll = knobs.unroll if layout.group_blocks % knobs.unroll == 0 else 1
 
     def block_of(b: Any) -> None:
@@ -200,7 +202,7 @@ def line_of(codes: Any, block: tuple[Any, ...], line: Any, half: int, lanes: int
 def _bytes(values: Sequence[int], lanes: int) -> Any:
     """Return a table, repeated over a vector of ``4 * lanes`` bytes, bound."""
     whole = [values[i % len(values)] for i in range(16)]
-    words = [int.from_bytes(bytes(whole[i : i + 4]), "little") for i in range(0, 16, 4)]
+    words = [int.from_bytes(bytes(whole[i : i + 4]), "little", signed=True) for i in range(0, 16, 4)]
     register = Register("int32", lanes)
     for lane in range(lanes):
         store(register.buffer, T.int32(words[lane % 4]), lane)

@@ -201,8 +201,8 @@ def test_declared_counts(fmt):
             assert seen["store:y"] == 4 * 5 * 70
 
 
-def test_integer_ways_need_whole_numbers():
-    for fmt, act, integer in (("fp4", "a8", True), ("fp4", "a16", False), ("nf4", "a8", False)):
+def test_integer_ways_need_int8_activations():
+    for fmt, act, integer in (("fp4", "a8", True), ("fp4", "a16", False), ("nf4", "a8", True)):
         layout = CodeLayout(parse_weight_format(fmt), 16, 64)
         found = ways(layout, act, CPU)
         assert any(n in LOOKUPS for n in found) == (integer and "ssse3" in CPU.features)
@@ -214,6 +214,16 @@ def test_integer_ways_need_whole_numbers():
     assert two.dot.tables == (
         (0, 1, 2, 3, 4, 6, 8, 12, *[0] * 8), (*[0] * 9, 1, 2, 3, 4, 6, 8, 12),
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("fmt", ["nf4", "nf3", "anf4", "anf3"])
+def test_three_bytes_of_fractions_are_as_good_as_a_float(fmt):
+    way = IntegerWay("vpermb.vnni512", CodeLayout(parse_weight_format(fmt), 16, 64), True)
+    tables = np.array(way.dot.tables, np.float64).reshape(-1, 3, len(way.codes.fmt.values))
+    sides = (tables * [[[1.0], [1 / 256], [1 / 65536]]]).sum(1)
+    value = sides[0] - (sides[1] if len(sides) == 2 else way.offset)
+    assert np.abs(value * way.units - way.codes.fmt.values).max() <= 2.0**-24
+    assert tables.min() == 0 and tables.max() <= 255
 
 
 def test_three_bits_take_three_bits():
