@@ -63,9 +63,7 @@ class ComplexMatrix(Matrix):
         """Return canonical arrays with an axis for the matrices."""
         terms, names = self.fmt.terms, (f"{self.prefix}codes", f"{self.prefix}scale")
         given = {name: np.ascontiguousarray(arrays[name]) for name in names if name in arrays}
-        return {
-            name: a.reshape(*a.shape[:-2], terms, -1, a.shape[-1]) for name, a in given.items()
-        }
+        return {name: a.reshape(*a.shape[:-2], terms, -1, a.shape[-1]) for name, a in given.items()}
 
     def pack(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
         """Pack those of codes and scale that are given."""

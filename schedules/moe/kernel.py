@@ -26,6 +26,7 @@ from mimo_compile.schedules.emit.build import (
 from mimo_compile.schedules.emit.dot import DOTS, LOOKUP, Dot
 from mimo_compile.schedules.emit.layout import ROWS, CodeLayout
 from mimo_compile.schedules.emit.quantize import Activations, alloc_activations, quantize_row
+from mimo_compile.schedules.emit.rounding import rounded_rows
 from mimo_compile.schedules.emit.tile import (
     Out,
     TileKnobs,
@@ -120,15 +121,19 @@ class ExpertKernel:
         return slots
 
     def quantised(self, layout: CodeLayout, x: Any, rows: Any, size: int) -> Any:
-        """Quantise rows of ``x`` for integer dots; float kernels read them as they are."""
+        """Quantise rows of ``x`` for integer dots; float kernels read them as they are, or rounded."""
         p, offset, x = self.problem, None, self.view(x)
-        if p.act != "a8":
+        rows = rows if p.parts == 1 else p.parts * rows
+        shared = self.config.parallel and size > 64 << 10
+        if p.rounds:
+            return rounded_rows(p.acts, x, x.shape[0], layout.k, parallel=shared, rows=rows)
+        if not p.acts.is_int8:
             return x
         if p.has_way:
             offset = p.way(self.config, layout).offset
-        out = alloc_activations(layout, x.shape[0], activation(p, self.config))
-        rows = rows if p.parts == 1 else p.parts * rows
-        with loop(rows, parallel=self.config.parallel and size > 64 << 10) as row:
+        dtype = activation(p, self.config)
+        out = alloc_activations(layout, x.shape[0], dtype, max(p.acts.group, 0))
+        with loop(rows, parallel=shared) as row:
             quantize_row(layout, x, (row,), out, row, offset=offset)
         return out
 

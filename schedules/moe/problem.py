@@ -6,7 +6,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar
 
-from mimo_compile.ir.formats import WeightFormat, parse_weight_format
+from mimo_compile.ir.formats import (
+    ActFormat,
+    WeightFormat,
+    parse_act_format,
+    parse_weight_format,
+)
 from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.ops.base import Arg
 from mimo_compile.ir.workload import Workload
@@ -137,6 +142,16 @@ class Problem:
         return self.w2.codes
 
     @property
+    def acts(self) -> ActFormat:
+        """Format of the activations."""
+        return parse_act_format(self.act)
+
+    @property
+    def rounds(self) -> bool:
+        """True if float kernels read rounded copies of rows."""
+        return self.acts.rounded or (self.acts.group > 0 and not self.fmt.is_integer)
+
+    @property
     def exact(self) -> bool:
         """True for integer codes whose sums fit 32 bits in both matmuls."""
         return exact(self.layout13) and exact(self.layout2)
@@ -188,8 +203,10 @@ def scratch_bytes(problem: Problem, config: MoeConfig) -> int:
     size = 4 * (2 * p.slots + 3 * p.e + 2)
     rows = config.rows2 * Split.of(p.w2, config.rows2, config.tasks).chunk
     size += 4 * p.slots * (p.hidden_width + p.parts * ROWS * rows)
-    if p.act == "a8":
-        dtype = activation(p, config)
-        size += workspace_bytes(p.layout13, p.parts * p.t, dtype)
-        size += workspace_bytes(p.layout2, p.parts * p.slots, dtype)
+    if p.rounds:
+        size += 4 * (p.t * p.d + p.slots * p.f)
+    elif p.acts.is_int8:
+        dtype, group = activation(p, config), max(p.acts.group, 0)
+        size += workspace_bytes(p.layout13, p.parts * p.t, dtype, group)
+        size += workspace_bytes(p.layout2, p.parts * p.slots, dtype, group)
     return size

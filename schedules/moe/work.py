@@ -46,7 +46,7 @@ def _tiles(slots: float, size: int) -> float:
 
 def _row_bytes(p: Problem, matrix: Matrix, config: MoeConfig) -> float:
     """Return the bytes that a tile reads of one slot."""
-    if p.act != "a8":
+    if p.rounds or not p.acts.is_int8:
         return 4.0 * matrix.k
     return p.parts * matrix.codes.k_padded * (1.0 if activation(p, config) == "int8" else 4.0)
 
