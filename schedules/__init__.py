@@ -36,21 +36,6 @@ SCHEDULES: dict[str, dict[str, str]] = {
         "mpgemm.sim_tensor_core": "simulated.tensor_core:TensorCore",
         "mpgemm.sim_roma": "simulated.roma:Roma",
     },
-    "lora_mpgemm": {
-        "lora_mpgemm.x86_amx": "lora.x86:LoraAmx",
-        "lora_mpgemm.x86_planes": "lora.x86:LoraPlanes",
-        "lora_mpgemm.x86_vnni": "lora.x86:LoraVnni",
-        "lora_mpgemm.x86_strits": "lora.x86:LoraSignedTrits",
-        "lora_mpgemm.x86_trits": "lora.x86:LoraTrits",
-        "lora_mpgemm.x86_lut": "lora.x86:LoraLut",
-        "lora_mpgemm.x86_bf16": "lora.x86:LoraBf16",
-        "lora_mpgemm.x86_portable": "lora.x86:LoraPortable",
-        "lora_mpgemm.x86_float": "lora.x86:LoraFloat",
-        "lora_mpgemm.x86_codebook": "lora.x86:LoraCodebook",
-        "lora_mpgemm.x86_codebook_planes": "lora.x86:LoraCodebookPlanes",
-        "lora_mpgemm.x86_complex": "lora.x86:LoraComplex",
-        "lora_mpgemm.sim_roma": "simulated.roma:LoraRoma",
-    },
     "cached_attention": {"cached_attention.x86_flash": "attention.x86_flash:X86Flash"},
     "kv_append": {"kv_append.x86": "attention.x86_append:X86Append"},
     "moe": {
@@ -66,6 +51,11 @@ SCHEDULES: dict[str, dict[str, str]] = {
     "embed": {"embed.x86": "elementwise.x86_embed:X86Embed"},
 }
 """Op -> schedule name -> where its class lives; modules are imported on use."""
+SCHEDULES["lora_mpgemm"] = {
+    f"lora_{name}": f"lora.x86:{name.partition('.')[2]}"
+    for name in SCHEDULES["mpgemm"]
+    if name.startswith("mpgemm.x86_")
+} | {"lora_mpgemm.sim_roma": "simulated.roma:LoraRoma"}
 
 
 _KIND = Kind("schedule", "mimo_compile.schedules", __name__)

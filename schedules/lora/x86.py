@@ -1,95 +1,47 @@
-"""QLoRA matmuls of x86: the plain schedules, each with `gemm.LoraGemm` around it."""
+"""QLoRA matmuls of x86: ``lora_mpgemm.NAME`` has the tiles of ``mpgemm.NAME``, whatever these are."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import field, make_dataclass
+from functools import cache
 
-from mimo_compile.schedules.lora.gemm import LoraGemm
-from mimo_compile.schedules.mpgemm.x86_amx import AmxConfig, X86Amx
-from mimo_compile.schedules.mpgemm.x86_bf16 import X86Bf16
-from mimo_compile.schedules.mpgemm.x86_codebook import X86Codebook, X86CodebookPlanes
-from mimo_compile.schedules.mpgemm.x86_complex import X86Complex
-from mimo_compile.schedules.mpgemm.x86_dense import X86Planes, X86SignedTrits, X86Trits
-from mimo_compile.schedules.mpgemm.x86_float import X86Float
-from mimo_compile.schedules.mpgemm.x86_lut import X86Lut
-from mimo_compile.schedules.mpgemm.x86_portable import X86Portable
-from mimo_compile.schedules.mpgemm.x86_vnni import X86Vnni
+from mimo_compile.schedules import SCHEDULES, get_schedule
+from mimo_compile.schedules.lora.gemm import LoraConfig, LoraGemm
+from mimo_compile.schedules.mpgemm.gemm import X86Gemm
+from mimo_compile.schedules.mpgemm.problem import GemmConfig
+from mimo_compile.schedules.mpgemm.x86_codebook_columns import X86CodebookColumns
+from mimo_compile.schedules.mpgemm.x86_complex import ComplexGemm
 
 
-@dataclass(frozen=True, slots=True)
-class LoraAmxConfig(AmxConfig):
-    """Knobs of a matmul on matrix tiles, and where A x is computed."""
-
-    fusion: str = "after"
-
-
-class LoraVnni(LoraGemm):
-    """For CPUs with AVX-512 VNNI."""
-
-    name, base = "lora_mpgemm.x86_vnni", X86Vnni
+def __getattr__(name: str) -> type[LoraGemm]:
+    """Return the class that `schedules.SCHEDULES` names: ``x86_vnni`` for ``lora_mpgemm.x86_vnni``."""
+    if f"mpgemm.{name}" not in SCHEDULES["mpgemm"]:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return with_adapters(type(get_schedule(f"mpgemm.{name}")))
 
 
-class LoraPortable(LoraGemm):
-    """Integer codes on any x86-64."""
+@cache
+def with_adapters(plain: type[X86Gemm]) -> type[LoraGemm]:
+    """Return a schedule of matmuls with adapters around it."""
+    tiled = plain.config is GemmConfig
 
-    name, base = "lora_mpgemm.x86_portable", X86Portable
+    class Lora(LoraGemm):
+        name, base = f"lora_{plain.name}", plain
+        config = LoraConfig if tiled else _with_fusion(plain.config)
+        # a complex row's sums are half of two rows of y; the others do not store by `loops.writer`
+        seam = tiled and not issubclass(plain, (ComplexGemm, X86CodebookColumns))
 
-
-class LoraPlanes(LoraGemm):
-    """3, 5, 6 and 7 bits without waste."""
-
-    name, base = "lora_mpgemm.x86_planes", X86Planes
-
-
-class LoraSignedTrits(LoraGemm):
-    """Five ternary codes a byte, by permutations."""
-
-    name, base = "lora_mpgemm.x86_strits", X86SignedTrits
+    Lora.__name__ = Lora.__qualname__ = f"Lora{plain.__name__.removeprefix('X86')}"
+    Lora.__doc__ = f"{plain.__doc__} With adapters."
+    return Lora
 
 
-class LoraTrits(LoraGemm):
-    """Five ternary codes a byte, by arithmetic."""
-
-    name, base = "lora_mpgemm.x86_trits", X86Trits
-
-
-class LoraLut(LoraGemm):
-    """Table lookup."""
-
-    name, base = "lora_mpgemm.x86_lut", X86Lut
-
-
-class LoraBf16(LoraGemm):
-    """bfloat16 activations by dots of pairs; adapters see the activations before they are rounded."""
-
-    name, base = "lora_mpgemm.x86_bf16", X86Bf16
-
-
-class LoraFloat(LoraGemm):
-    """float32 or bfloat16 weights."""
-
-    name, base = "lora_mpgemm.x86_float", X86Float
-
-
-class LoraCodebook(LoraGemm):
-    """Codebooks and fp8 weights."""
-
-    name, base = "lora_mpgemm.x86_codebook", X86Codebook
-
-
-class LoraCodebookPlanes(LoraGemm):
-    """Codebooks of three bits, packed as three bits."""
-
-    name, base = "lora_mpgemm.x86_codebook_planes", X86CodebookPlanes
-
-
-class LoraComplex(LoraGemm):
-    """Complex weights: a row of sums is half of two rows of y, so adapters come after."""
-
-    name, base, seam = "lora_mpgemm.x86_complex", X86Complex, False
-
-
-class LoraAmx(LoraGemm):
-    """For CPUs with AMX int8 tiles."""
-
-    name, base, config, seam = "lora_mpgemm.x86_amx", X86Amx, LoraAmxConfig, False
+def _with_fusion(config: type) -> type:
+    """Return a class of configs with the knob ``fusion``, which has one value without a seam."""
+    return make_dataclass(
+        f"Lora{config.__name__}",
+        [("fusion", str, field(default="after"))],
+        bases=(config,),
+        frozen=True,
+        slots=True,
+    )

@@ -15,7 +15,7 @@ from mimo_compile.errors import UsageError
 from mimo_compile.ir.hardware import PRESETS, local_cpu
 from mimo_compile.ir.ops import get_op, load_all, parse_workload
 from mimo_compile.ir.ops.lora_mpgemm import adapter_f32
-from mimo_compile.schedules import get_schedule, schedules_for
+from mimo_compile.schedules import get_schedule, names_for, schedules_for
 from mimo_compile.schedules.lora.gemm import FUSIONS
 from mimo_compile.schedules.lora.packing import Adapters
 
@@ -100,6 +100,26 @@ def test_no_adapter_and_zero_b_have_the_bits_of_the_plain_kernel(m, fmt):
 
 
 LORA = ("adapter", "lora_a", "lora_b", "gain")
+
+
+def test_every_matmul_has_adapters():
+    for name in (n for n in names_for("mpgemm") if ".sim_" not in n):
+        fused, base = get_schedule(f"lora_{name}"), get_schedule(name)
+        assert type(base) is fused.base and fused.__doc__ and type(fused).__name__ != "Lora"
+        assert fused.config(fusion="after") == fused.config_from_json(
+            fused.config_to_json(fused.config(fusion="after"))
+        )
+        assert get_schedule(f"lora_{name}").config is fused.config
+
+
+@pytest.mark.parametrize(
+    ("fmt", "act"),
+    [("w4g64", "a8"), ("w1.58", "a8"), ("anf4g128", "a16"), ("complex2wl", "a8"), ("w2g64", "a8")],
+)
+def test_schedules_of_every_algorithm(fmt, act):
+    text = f"lora_mpgemm:m=2,n=70,k=256,w={fmt},a={act},r=5,l=2,bias=1"
+    for schedule in schedules(text):
+        check(schedule, text, configs(schedule, parse_workload(text))[-1], hardware=CPU)
 
 
 def test_fusions_agree():
