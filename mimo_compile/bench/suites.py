@@ -29,6 +29,14 @@ _LLM = (
     "w=w1.58d,a=a8",
     "w=w1g64,a=a8",
 )
+_ACTIVATIONS = (
+    "w=bf16",
+    "w=bf16,a=abf16",
+    "w=w4g64",
+    "w=w4g64,a=abf16",
+    "w=w4g64,a=a8",
+    "w=w4g64,a=a8g64",
+)
 _SUITES: dict[str, dict[str, list[str]]] = {
     "mpgemm": {
         "quick": _mpgemm(1, ("w=w8,a=a8", "w=w4g64,a=a8", "w=w2g64,a=a8"), _SHAPES[:1]),
@@ -40,6 +48,7 @@ _SUITES: dict[str, dict[str, list[str]]] = {
             for m in (1, 4, 16, 128, 512)
             for s in _mpgemm(m, _LLM, (shape,))
         ],
+        "activations": [s for m in (1, 4, 16, 128) for s in _mpgemm(m, _ACTIVATIONS, _SHAPES[:1])],
         "gemm": [s for m in (16, 256) for s in _mpgemm(m, ("w=w4g64,a=a8", "w=f32"), _SHAPES[:1])],
     },
     "attention": {

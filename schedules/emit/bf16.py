@@ -247,8 +247,7 @@ def _operands(layout: CodeLayout) -> Callable[[Any], list[Any]]:
     values = code_values(layout.fmt)
     assert values is not None
     if layout.lane_bits == 8:
-        point = -int(values[0])
-        return lambda words: [_converted(words, j, point) for j in (0, 1)]
+        return lambda words: _converted(layout.fmt.bits, words)
     mask = (1 << layout.lane_bits) - 1
     entries = [values[i & mask] if (i & mask) < len(values) else 0.0 for i in range(32)]
     table = Register("int16", 32)
@@ -268,18 +267,22 @@ def _operands(layout: CodeLayout) -> Callable[[Any], list[Any]]:
     return looked_up
 
 
-def _converted(words: Any, j: int, point: int) -> Any:
-    """Return columns j and j + 2 of bytes less the zero point, which bfloat16 holds exactly."""
+def _converted(bits: int, words: Any) -> list[Any]:
+    """Return columns 0 and 2, then 1 and 3, of bytes less the middle code, which bfloat16 holds exactly."""
+    top = (1 << (bits - 1)) * 0x01010101  # with its highest bit flipped a code is a signed number
+    flipped = bind(T.bitwise_xor(words, splat(T.int32(top - (top >> 31 << 32)), ROWS)))
 
     def number(column: int) -> Any:
-        moved = T.shift_right(words, splat(T.int32(8 * column), ROWS)) if column else words
-        code = T.bitwise_and(moved, splat(T.int32(255), ROWS)) - splat(T.int32(point), ROWS)
-        return T.reinterpret("int32x16", T.cast(code, "float32x16"))
+        up = 32 - bits - 8 * column
+        moved = T.shift_left(flipped, splat(T.int32(up), ROWS)) if up else flipped
+        code = T.shift_right(moved, splat(T.int32(32 - bits), ROWS))
+        return T.reinterpret("uint32x16", T.cast(code, "float32x16"))
 
-    low = T.bitwise_and(
-        T.shift_right(number(j), splat(T.int32(16), ROWS)), splat(T.int32(0xFFFF), ROWS)
-    )
-    return bind(T.bitwise_or(low, number(j + 2)))
+    out = []
+    for j in (0, 1):
+        low = T.shift_right(number(j), splat(T.uint32(16), ROWS))
+        out.append(bind(T.reinterpret("int32x16", T.bitwise_or(low, number(j + 2)))))
+    return out
 
 
 def _accumulators(

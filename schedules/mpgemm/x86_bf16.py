@@ -68,6 +68,8 @@ class X86Bf16(X86Gemm):
             return ((4, 1, 4), (2, 1, 4), (1, 1, 4), (4, 1, 1), (2, 1, 1))
         if problem.fmt.is_float:
             return ((4, 6, 1), (3, 6, 1), (2, 6, 1), (1, 6, 1), (1, 4, 1))
+        if problem.layout.lane_bits == 8:  # whose conversion takes many registers
+            return ((2, 8, 1), (1, 8, 1), (2, 4, 1), (1, 4, 1), (1, 2, 1))
         return ((4, 4, 1), (3, 4, 1), (2, 4, 1), (1, 4, 1), (1, 2, 1))
 
     def tile_cost(self, problem: Problem, config: GemmConfig) -> int:
@@ -112,7 +114,7 @@ class X86Bf16(X86Gemm):
             return ops
         layout, passes = problem.layout, -(-m // config.tokens)
         if layout.lane_bits == 8:
-            ops["int_op"] += 5.0 * rows * columns * passes
+            ops["int_op"] += 4.0 * rows * columns * passes
         else:
             ops["int_op"] += 0.5 * rows * columns * passes
             ops["shuffle_u8"] = 2.0 * rows * columns * passes
