@@ -14,7 +14,7 @@ from mimo_compile.schedules.emit.layout import ROWS
 from mimo_compile.schedules.emit.lookup import LOOKUPS
 from mimo_compile.schedules.emit.quantize import alloc_activations, quantize_row, workspace_bytes
 from mimo_compile.schedules.emit.tile import Weights
-from mimo_compile.schedules.mpgemm.gemm import X86Gemm
+from mimo_compile.schedules.mpgemm.gemm import AHEAD, X86Gemm
 from mimo_compile.schedules.mpgemm.integer import QUANTIZE_ALONE
 from mimo_compile.schedules.mpgemm.loops import tile_knobs, tiles, writer
 from mimo_compile.schedules.mpgemm.problem import GemmConfig, Problem
@@ -60,10 +60,14 @@ class X86Codebook(X86Gemm):
         hardware: Hardware,
         legal: Callable[[GemmConfig], bool],
     ) -> GemmConfig:
-        """Float ways want more sums in flight than one row block has, also where memory is slow."""
+        """Where codes need several lookups, row blocks share x; float ways want more sums in flight."""
         config = super().default(problem, sizes, hardware, legal)
-        if problem.m > 1 or config.dot in LOOKUPS:
+        if problem.m > 1:
             return config
+        if config.dot in LOOKUPS:
+            few = 1 < self.way(problem, config).cost // problem.layout.quads <= 3
+            shared = replace(config, rows=4, unroll=1, prefetch=min(config.prefetch, AHEAD))
+            return shared if few and legal(shared) else config
         ahead, narrow = (
             min(config.prefetch, 16),
             problem.fmt.two_sided or problem.fmt.family == "fp8",
