@@ -228,6 +228,46 @@ def test_llama_cpp_computes_the_checkpoint(checkpoint, tmp_path: Path) -> None:
         assert min(rates.values()) > 0
 
 
+def test_a_tied_output_projection_is_wider_too_and_kept_files_stay(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    for package in ("gguf", "llama_cpp"):
+        if find_spec(package) is None:
+            pytest.skip(f"package {package} is not installed")
+    config = transformers.AutoConfig.for_model(
+        "llama", hidden_size=256, intermediate_size=256, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=4, vocab_size=300, tie_word_embeddings=True,
+    )  # fmt: skip
+    transformers.AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(
+        tmp_path
+    )
+    files = tmp_path / "files"
+    export = Export(tmp_path)
+    plain = make_files(export, ["BF16"], files, 1)["BF16"]
+    paths = make_files(export, ["TQ2_0", "TQ2_0+Q8_0"], files, 1)
+    wider = paths["TQ2_0+Q8_0"].stat().st_size - paths["TQ2_0"].stat().st_size
+    assert wider == pytest.approx(300 * 256 * (8.5 - 2.0625) / 8, abs=256)
+    assert set(files.iterdir()) == {plain, *paths.values()}
+    runner = LlamaRunner(str(paths["TQ2_0+Q8_0"]), 1, 64)
+    runner.load()
+    assert min(runner.run([1, 2, 3], 3).values()) > 0
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing(
+    checkpoint, tmp_path: Path, monkeypatch
+) -> None:
+    if find_spec("gguf") is None:
+        pytest.skip("package gguf is not installed")
+
+    def broken(self: Export):
+        raise OSError("no space left")
+        yield
+
+    monkeypatch.setattr(Export, "_data", broken)
+    with pytest.raises(OSError, match="no space"):
+        make_files(Export(checkpoint[0]), ["Q8_0"], tmp_path / "files", 1)
+    assert list((tmp_path / "files").iterdir()) == []
+
+
 def test_eager_models_are_left_out_where_memory_does_not_hold_them(checkpoint) -> None:
     folder, model = checkpoint
     numbers = sum(p.numel() for p in model.parameters())

@@ -87,27 +87,30 @@ class Export:
         import gguf
 
         part = path.with_name(path.name + ".part")
-        writer = gguf.GGUFWriter(part, self.family)
-        self._describe(writer, gguf)
-        names = gguf.get_tensor_name_map(
-            gguf.MODEL_ARCH[self.family.upper()], len(self.config.layers)
-        )
-        kind = getattr(gguf.GGMLQuantizationType, self.dtype)
-        size = 4 if self.dtype == "F32" else 2
-        for name, shape in self._names.items():
-            theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
-            if theirs is None:
-                raise UsageError(f"has no tensor for {name}")
-            raw, each = (kind, size) if len(shape) == 2 else (gguf.GGMLQuantizationType.F32, 4)
-            nbytes = each * int(np.prod(shape))
-            writer.add_tensor_info(theirs, shape, np.dtype(np.float32), nbytes, raw_dtype=raw)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for data in self._data():
-            writer.write_tensor_data(data)
-        writer.close()
-        os.replace(part, path)
+        try:
+            writer = gguf.GGUFWriter(part, self.family)
+            self._describe(writer, gguf)
+            names = gguf.get_tensor_name_map(
+                gguf.MODEL_ARCH[self.family.upper()], len(self.config.layers)
+            )
+            kind = getattr(gguf.GGMLQuantizationType, self.dtype)
+            size = 4 if self.dtype == "F32" else 2
+            for name, shape in self._names.items():
+                theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
+                if theirs is None:
+                    raise UsageError(f"has no tensor for {name}")
+                raw, each = (kind, size) if len(shape) == 2 else (gguf.GGMLQuantizationType.F32, 4)
+                nbytes = each * int(np.prod(shape))
+                writer.add_tensor_info(theirs, shape, np.dtype(np.float32), nbytes, raw_dtype=raw)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for data in self._data():
+                writer.write_tensor_data(data)
+            writer.close()
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
 
     def _describe(self, writer: Any, gguf: Any) -> None:
         """Write the configuration; token ids are all that is run, so there is no tokenizer."""
@@ -157,8 +160,10 @@ def paired(w: torch.Tensor, heads: int) -> torch.Tensor:
     return w.view(heads, 2, rows // heads // 2, columns).transpose(1, 2).reshape(rows, columns)
 
 
-def quantised(source: Path, target: Path, kind: str, threads: int) -> None:
+def quantised(source: Path, target: Path, kind: str, threads: int, *, tied: bool = False) -> None:
     """Let llama.cpp store all matrices of a float file in one type, the output projection perhaps in another.
+
+    ``tied``: the embedding is the output projection.
 
     Raises:
         MimoError: it cannot.
@@ -171,18 +176,20 @@ def quantised(source: Path, target: Path, kind: str, threads: int) -> None:
     settings.nthread, settings.ftype, settings.pure = threads, FILE_TYPES[body], True
     if head:
         settings.output_tensor_type = HEADS[head]
+        if tied:
+            settings.token_embedding_type = HEADS[head]
     silent = llama_cpp.llama_log_callback(lambda level, text, data: None)
     llama_cpp.llama_log_set(silent, None)
     try:
         code = llama_cpp.llama_model_quantize(
             os.fsencode(source), os.fsencode(part), ctypes.byref(settings)
         )
+        if code:
+            raise MimoError(f"llama.cpp cannot store this model as {kind} (code {code})")
+        os.replace(part, target)
     finally:
         llama_cpp.llama_log_set(llama_cpp.llama_log_callback(0), None)
-    if code:
         part.unlink(missing_ok=True)
-        raise MimoError(f"llama.cpp cannot store this model as {kind} (code {code})")
-    os.replace(part, target)
 
 
 def make_files(export: Export, kinds: list[str], folder: Path, threads: int) -> dict[str, Path]:
@@ -195,11 +202,14 @@ def make_files(export: Export, kinds: list[str], folder: Path, threads: int) -> 
     paths = {kind: folder / f"{export.key()}-{kind}.gguf" for kind in kinds}
     absent = [kind for kind in kinds if not paths[kind].exists()]
     plain = folder / f"{export.key()}-{export.dtype}.gguf"
-    if absent and not plain.exists():
+    made = bool(absent) and not plain.exists()
+    if made:
         export.write(plain)
-    for kind in absent:
-        if kind != export.dtype:
-            quantised(plain, paths[kind], kind, threads)
-    if export.dtype not in kinds:
-        plain.unlink(missing_ok=True)
+    try:
+        for kind in absent:
+            if kind != export.dtype:
+                quantised(plain, paths[kind], kind, threads, tied=export.config.tied)
+    finally:
+        if made and export.dtype not in kinds:
+            plain.unlink(missing_ok=True)
     return paths
