@@ -366,7 +366,8 @@ class Tuner:
             return []
         if done:
             new = [k for k in keys if k not in done]
-            return [*new[: CONFIRM - 1], next(k for k in keys if k in done)]
+            # none is left of those compared before if all of them failed in it
+            return [*new[: CONFIRM - 1], *[k for k in keys if k in done][:1]]
         best: dict[str, str] = {}
         for key in keys:
             best.setdefault(task.candidates[key].schedule, key)

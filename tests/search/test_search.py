@@ -164,6 +164,22 @@ def test_the_best_of_each_near_algorithm_is_compared_at_the_end(tmp_path: Path) 
         assert tuple(sorted(w.best.record.config.items())) in last
 
 
+def test_leaders_that_all_fail_in_the_comparison_end_no_search(tmp_path: Path) -> None:
+    class Spoilt(Confirms):
+        def confirm(self, space, candidates, seed):
+            for m in super().confirm(space, candidates, seed):
+                fails = len(self.compared) == 1
+                yield dataclasses.replace(m, verdict=Verdict.WRONG, latency_us=None) if fails else m
+
+    measurer = Spoilt(recorded(LARGE, bad=0.0))
+    with Database(tmp_path / "db") as db:
+        result = tune(db, measurer)
+    first, second = measurer.compared[:2]
+    assert not {c.key for c in first} & {c.key for c in second}
+    (w,) = result.workloads
+    assert w.best is not None and w.best.record.key not in {c.key for c in first}
+
+
 # -- the tuner on recorded spaces --------------------------------------------------------------
 
 
