@@ -140,3 +140,5 @@ def test_complex_refusals() -> None:
         quantize(np.ones((3, 4), np.float32), parse_weight_format("complex2wl"))
     with pytest.raises(UsageError, match="trained with complex"):
         check_scheme(parse_scheme("complex2a8"))
+    with pytest.raises(UsageError, match="no groups of activations"):
+        check_scheme(parse_scheme("complex2wl2a8g64"))

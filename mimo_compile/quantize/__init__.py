@@ -30,6 +30,7 @@ from mimo_compile.ir.formats import (
     QuantScheme,
     QuantTensor,
     WeightFormat,
+    parse_act_format,
     parse_weight_format,
 )
 from mimo_compile.quantize import codebook, integer
@@ -47,7 +48,8 @@ def check_scheme(scheme: QuantScheme) -> None:
     """Refuse schemes that no quantiser here can produce.
 
     Raises:
-        UsageError: complex weights that real ones cannot become, or a quantised KV cache.
+        UsageError: complex weights that real ones cannot become, activations that its weights cannot have,
+            or a quantised KV cache.
     """
     fmt = scheme.weight
     if scheme.kv != "16":
@@ -59,6 +61,10 @@ def check_scheme(scheme: QuantScheme) -> None:
         raise UsageError(
             f"{fmt} holds weights of a model that was trained with complex ones",
             remedy="use complex2wl or complex2wl2 for real weights",
+        )
+    if fmt is not None and fmt.family == "complex" and parse_act_format(f"a{scheme.act}").group > 0:
+        raise UsageError(
+            f"{fmt} has no groups of activations (--quant {scheme})", remedy=f"use {fmt}a8"
         )
 
 
