@@ -290,9 +290,9 @@ def parse_scheme(text: str) -> QuantScheme:
     if match is None:
         raise UsageError(
             f"unknown quantisation {text!r} (--quant)",
-            remedy="use none, aACT or WEIGHT[aACT][kvKV] with ACT = 16, bf16, f16, 8, 8g32 to 8g256, for "
-            "example w8a8, w4g64a8, w1.58a8, w4g64abf16, w4zg128a16; `mimo-compile targets --formats` "
-            "lists what has kernels",
+            remedy="use none, WEIGHT[aACT][kvKV] or aACT alone, but for a16, with ACT = 16, bf16, f16, 8, "
+            "8g32 to 8g256, for example w8a8, w4g64a8, w1.58a8, w4g64abf16, w4zg128a16; "
+            "`mimo-compile targets --formats` lists what has kernels",
         )
     weight = WeightFormat("bf16", "float", 16) if match["plain"] else _from_match(match)
     return QuantScheme(weight, match["act"] or "16", match["kv"] or "16")
