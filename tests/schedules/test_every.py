@@ -204,7 +204,7 @@ def test_sums_of_any_shape_and_config_are_exact(data):
 
 
 @pytest.mark.slow
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_sums_of_many_shapes_and_configs_are_exact(data):
     any_sums(data)
