@@ -18,6 +18,7 @@ from mimo_compile.bench.contest import Contestant
 from mimo_compile.bench.runnable import copies
 from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.hardware import Hardware
+from mimo_compile.ir.ops.base import Arg
 from mimo_compile.schedules.base import Kernel
 from mimo_compile.schedules.compile import compile_kernel
 
@@ -93,6 +94,24 @@ def _step(T, acc, vnni):
     )
 
 
+def bf16_kernel(tasks: int) -> Any:
+    """Return the PrimFunc (y [tasks, chains, 16] float32) of dependent dots of bfloat16."""
+    from mimo_compile.schedules.emit.bf16 import dot, imported
+    from mimo_compile.schedules.emit.build import Register, T, function, load, loop, splat, store
+
+    def body(y: Any) -> None:
+        with imported(), loop(tasks, parallel=True) as i:
+            totals = [Register("float32", 16, load(y, i, v, 0, lanes=16)) for v in range(_CHAINS)]
+            with loop(_STEPS):
+                for total in totals:
+                    own = T.reinterpret("int32x16", total.get())
+                    total.set(dot(total.get(), own, splat(T.int32(0x3F803F80), 16)))
+            for v, total in enumerate(totals):
+                store(y, total.get(), i, v, 0, lanes=16)
+
+    return function("roof_work", [Arg("y", "output", (tasks, _CHAINS, 16), "float32")], body)
+
+
 def read_contestant(
     op: str, hardware: Hardware, wanted: float, cache: str, cold_bytes: int, memory_bytes: int
 ) -> Contestant:
@@ -114,15 +133,22 @@ def read_contestant(
 
 
 def work_contestant(op: str, hardware: Hardware, counts: Counts) -> Contestant:
-    """Return the roof kernel of the arithmetic that a workload needs: int8 dots or f32 multiply-adds."""
-    dots = counts.ops.get("dot_i8", 0.0) > counts.ops.get("fma_f32", 0.0)
-    vnni = dots and hardware.has_vnni
+    """Return the roof kernel of the arithmetic that a workload needs: int8 or bf16 dots, or multiply-adds."""
+    from mimo_compile.schedules.emit.bf16 import NEEDS
+
+    kind = max(("fma_f32", "dot_i8", "dot_bf16"), key=lambda k: counts.ops.get(k, 0.0))
+    if not {"dot_i8": hardware.has_vnni, "dot_bf16": hardware.features >= NEEDS}.get(kind):
+        kind = "fma_f32"
     tasks = hardware.threads
-    func = _load(work_kernel(tasks, vnni), "roof_work", hardware)
-    state = _tvm.from_numpy(_filled((tasks, _CHAINS, 16), np.int32 if vnni else np.float32))
-    operations = 2.0 * tasks * _CHAINS * _STEPS * (64 if vnni else 16)
+    func = bf16_kernel(tasks) if kind == "dot_bf16" else work_kernel(tasks, kind == "dot_i8")
+    func = _load(func, "roof_work", hardware)
+    dtype, lanes = {
+        "fma_f32": (np.float32, 16), "dot_i8": (np.int32, 64), "dot_bf16": (np.float32, 32),
+    }[kind]  # fmt: skip
+    state = _tvm.from_numpy(_filled((tasks, _CHAINS, 16), dtype))
+    operations = 2.0 * tasks * _CHAINS * _STEPS * lanes
     return Contestant(
-        op, f"roof: {'dot_i8' if vnni else 'fma_f32'}", tasks, "hot", _caller(func), [(state,)], 0.0,
+        op, f"roof: {kind}", tasks, "hot", _caller(func), [(state,)], 0.0,
         operations, prepare=lambda: _tvm.set_threads(hardware.threads),
     )  # fmt: skip
 
