@@ -69,11 +69,12 @@ def tuned(workload, hardware, measurer, schedules, **budget):
 
 def work_class(ops, products):
     """Say what the inner loop does, by the work that a kernel declares."""
-    if ops.get("tile_i8"):
+    if ops.get("tile_i8") or ops.get("tile_bf16"):
         return "matrix tiles"
-    if ops.get("shuffle_u8") and ops.get("dot_i8", 0.0) + ops.get("fma_f32", 0.0) < 0.9 * products:
+    dots = ops.get("dot_i8", 0.0) + ops.get("dot_bf16", 0.0)
+    if ops.get("shuffle_u8") and dots + ops.get("fma_f32", 0.0) < 0.9 * products:
         return "lookups of sums"
-    if ops.get("dot_i8", 0.0) >= 0.9 * products:
+    if dots >= 0.9 * products:
         return "dot products"
     if ops.get("fma_f32", 0.0) >= 0.9 * products:
         return "multiply-adds"
@@ -167,7 +168,7 @@ def reason(figure, roof):
     bits = f"{figure['bits_per_weight']:.2f} bits a weight"
     if read >= work:
         return f"reads {bits} at {read:.0%} of the read roof, {figure['class']}"
-    unit = "dot" if roof["work"] == "dot_i8" else "multiply-add"
+    unit = "dot" if roof["work"].startswith("dot_") else "multiply-add"
     done = "" if figure["class"] == "dot products" else f" by {figure['class']}"
     return f"the products at {work:.0%} of the {unit} peak{done}, {bits}"
 
