@@ -58,5 +58,7 @@ class Counts:
     def flops(self) -> float:
         """Arithmetic operations, a multiply-add counted as two."""
         o = self.ops
-        multiplied = sum(o.get(k, 0.0) for k in ("fma_f32", "dot_i8", "tile_i8", "dot_bf16", "tile_bf16"))
+        multiplied = sum(
+            o.get(k, 0.0) for k in ("fma_f32", "dot_i8", "tile_i8", "dot_bf16", "tile_bf16")
+        )
         return 2.0 * multiplied + sum(o.get(k, 0.0) for k in ("add_f32", "exp_f32"))
