@@ -179,7 +179,7 @@ def _coded(
     outlier[:, k // 3] = 127 * 256
     zero_row = np.where(np.arange(m)[:, None] == m // 2, 0, signs).astype(np.float32)
     mixed = rng.integers(-127, 128, (m, k)).astype(np.float32)
-    mixed[:, ::16] = 127
+    mixed[:, ::16] = mixed[:, k // 2] = 127  # complex weights: both halves of a row
     powers = 2.0 ** rng.integers(-3, 2, ones.shape)
     # a few groups only, so that sums stay whole in float32 where each group is as large as can be
     few = ones * 0
