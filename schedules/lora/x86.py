@@ -26,7 +26,7 @@ def with_adapters(plain: type[X86Gemm]) -> type[LoraGemm]:
     tiled = plain.config is GemmConfig
 
     class Lora(LoraGemm):
-        name, base = f"lora_{plain.name}", plain
+        name, base, version = f"lora_{plain.name}", plain, plain.version
         config = LoraConfig if tiled else _with_fusion(plain.config)
         # a complex row's sums are half of two rows of y; the others do not store by `loops.writer`
         seam = tiled and not issubclass(plain, (ComplexGemm, X86CodebookColumns))

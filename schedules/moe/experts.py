@@ -24,7 +24,7 @@ class Experts(Schedule):
     """Base of the expert schedules."""
 
     op = "moe"
-    version = 2
+    version = 3
     config = MoeConfig
 
     def problem(self, workload: Workload) -> Problem:

@@ -31,7 +31,7 @@ class X86Gemm(Schedule):
     """Base: subclasses emit the kernel's body and say which tiles fit."""
 
     op = "mpgemm"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     config: ClassVar[type] = GemmConfig
     packing: ClassVar[str] = ""
     """Layout of integer codes (`emit.dense.PACKINGS`)."""
