@@ -135,6 +135,8 @@ def cell(workload, threads, args):
         pick, trials["search"], searched = tuned(
             workload, hardware, measurer, None, seconds=args.search_seconds
         )
+    if pick is None:
+        raise SystemExit(f"{workload}: the search found nothing that works")
     same = [f for f in finalists if (f.schedule, f.config) == (pick.schedule, pick.config)]
     if not same:
         finalists.append(Pick(pick.schedule, pick.config, "search"))

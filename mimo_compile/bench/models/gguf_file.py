@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import os
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,8 @@ HEADS = {"Q8_0": 8}
 """Storage type of an output projection that differs from the other matrices -> its number.
 
 A kind such as ``TQ2_0+Q8_0`` names both."""
+_WRITER = 1
+"""Raised when files of the same checkpoint come out differently."""
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -79,7 +82,10 @@ class Export:
     def key(self) -> str:
         """Return what the files of this checkpoint are told apart by."""
         files = sorted({entry.file for entry in self.checkpoint.entries.values()})
-        facts = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+        facts: list[object] = [
+            (str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files
+        ]
+        facts += [_WRITER, version("llama-cpp-python"), self.config]
         return f"{self.family}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:12]}"
 
     def write(self, path: Path) -> None:
