@@ -202,7 +202,9 @@ def line_of(codes: Any, block: tuple[Any, ...], line: Any, half: int, lanes: int
 def _bytes(values: Sequence[int], lanes: int) -> Any:
     """Return a table, repeated over a vector of ``4 * lanes`` bytes, bound."""
     whole = [values[i % len(values)] for i in range(16)]
-    words = [int.from_bytes(bytes(whole[i : i + 4]), "little", signed=True) for i in range(0, 16, 4)]
+    words = [
+        int.from_bytes(bytes(whole[i : i + 4]), "little", signed=True) for i in range(0, 16, 4)
+    ]
     register = Register("int32", lanes)
     for lane in range(lanes):
         store(register.buffer, T.int32(words[lane % 4]), lane)
