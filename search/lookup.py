@@ -13,9 +13,12 @@ from mimo_compile.ir.workload import Workload
 from mimo_compile.search.database import Database
 from mimo_compile.search.objective import Objective, Point, pareto_front
 from mimo_compile.search.records import Record, Verdict, decode, versions
+from mimo_compile.search.space import Candidate, JointSpace
 
 LASTING = (Verdict.WRONG, Verdict.SUSPICIOUS)
 """Verdicts that bar a candidate for good; a later timeout or crash only adds no time."""
+NEAR = 1.25
+"""Times the fastest of another machine, or number of threads, that one of its results may have taken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,24 +155,43 @@ def results_for(
     return []
 
 
+def known_results(space: JointSpace, db: Database | None = None) -> list[tuple[Candidate, Result]]:
+    """Return the measured candidates of a space, fastest first; records of older code do not count.
+
+    Where there are only records of another machine or number of threads (`measured_here` tells), these are
+    what was within 25 % of the fastest there: what of the others happens to belong into this space may be
+    anything.
+    """
+    versions = {name: s.version for name, s in space.schedules.items()}
+    results = sorted(
+        (
+            r
+            for r in results_for(space.workload, space.hardware, db, near=True)
+            if versions.get(r.record.schedule) == r.record.schedule_version
+        ),
+        key=lambda r: r.latency_us,
+    )
+    found: dict[Candidate, Result] = {}
+    for r in results:
+        if not measured_here(r, space.hardware) and r.latency_us > NEAR * results[0].latency_us:
+            continue
+        candidate = space.adopt(r.record.schedule, r.record.config, r.record.threads)
+        if candidate is not None:
+            found.setdefault(candidate, r)
+    return list(found.items())
+
+
+def measured_here(result: Result, hardware: Hardware) -> bool:
+    """Say whether a result is of this machine with this number of threads."""
+    return (result.record.hardware, result.record.threads) == (hardware.id, hardware.threads)
+
+
 def _one_state(records: Iterable[Record]) -> list[Result]:
     rows = list(records)
     for cache_state in ("cold", "hot"):
         if found := summarise(r for r in rows if r.cache == cache_state):
             return found
     return []
-
-
-def best_record(
-    workload: Workload | str,
-    hardware: Hardware,
-    db: Database | None = None,
-    objective: Objective | None = None,
-    *,
-    near: bool = False,
-) -> Result | None:
-    """Return the best known candidate of a workload on a target (see `results_for`)."""
-    return best(results_for(workload, hardware, db, near=near), objective or Objective("latency"))
 
 
 @cache

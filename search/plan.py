@@ -21,7 +21,7 @@ from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.base import Schedule
 from mimo_compile.search.database import Database
-from mimo_compile.search.lookup import results_for, use_measured
+from mimo_compile.search.lookup import known_results, measured_here, use_measured
 from mimo_compile.search.objective import Objective, pareto_front, parse_objective
 from mimo_compile.search.space import Candidate, JointSpace
 
@@ -175,23 +175,15 @@ def _modelled(space: JointSpace, c: Candidate, device: DeviceModel, source: Sour
 
 
 def _use(space: JointSpace, calls: float, db: Database | None, device: DeviceModel) -> _Use:
-    versions = {name: s.version for name, s in space.schedules.items()}
-    results = [
-        r
-        for r in results_for(space.workload, space.hardware, db, near=True)
-        if versions.get(r.record.schedule) == r.record.schedule_version
-    ]
-    measured = use_measured(results)
+    found = known_results(space, db)
+    measured = use_measured([r for _, r in found])
     options = []
-    for r in results:
-        candidate = space.adopt(r.record.schedule, r.record.config)
-        if candidate is None:
-            continue
+    for candidate, r in found:
         latency, energy = r.point(measured)
         if energy is None:
             counts = get_op(space.workload.op).counts(space.workload)
             energy = device.energy_mj(counts, latency)
-        here = (r.record.hardware, r.record.threads) == (space.hardware.id, space.hardware.threads)
+        here = measured_here(r, space.hardware)
         source: Source = "measured" if here else "modelled"
         meter = r.energy_source if measured and here else "modelled"
         options.append(_option(space, candidate, latency, energy, source, meter))

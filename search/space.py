@@ -92,11 +92,20 @@ class JointSpace:
         """Return each schedule's default, the preferred schedule first."""
         return [self.candidate(name, space.default) for name, space in self.spaces.items()]
 
-    def adopt(self, schedule: str, config: Mapping[str, Any]) -> Candidate | None:
-        """Return a recorded config as a candidate of this space, or None if it does not belong."""
+    def adopt(
+        self, schedule: str, config: Mapping[str, Any], threads: int | None = None
+    ) -> Candidate | None:
+        """Return a recorded config as a candidate of this space, or None if it does not belong.
+
+        ``threads``: what it was measured with. With another number than the target's, whether it runs in
+        parallel is what the schedule's default says here.
+        """
         space = self.spaces.get(schedule)
         if space is None:
             return None
+        if threads not in (None, self.hardware.threads) and "parallel" in space.knobs:
+            default = self.schedules[schedule].config_to_json(space.default)
+            config = {**config, "parallel": default["parallel"]}
         try:
             made = self.schedules[schedule].config_from_json(config)
             if not space.legal(made):

@@ -15,7 +15,8 @@ from mimo_compile.ir.ops.base import Array
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules import get_schedule, schedules_for
 from mimo_compile.search.database import Database
-from mimo_compile.search.lookup import best_record
+from mimo_compile.search.lookup import known_results, measured_here
+from mimo_compile.search.space import JointSpace
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +26,8 @@ class Pick:
     schedule: str
     config: dict[str, Any]
     source: str
-    """``measured`` (best record), ``default`` (no record) or ``given``."""
+    """``measured`` (best record), ``near`` (that of another machine or number of threads), ``default`` (no
+    record) or ``given``."""
 
 
 def picks(
@@ -33,10 +35,13 @@ def picks(
 ) -> list[Pick]:
     """Return the best known candidate (else the preferred default), optionally each schedule's default."""
     found: list[Pick] = []
-    best = best_record(workload, hardware, db, near=True)
-    if best is not None:
-        found.append(Pick(best.record.schedule, dict(best.record.config), "measured"))
-    for schedule in schedules_for(workload, hardware):
+    schedules = schedules_for(workload, hardware)
+    if not schedules:
+        return found
+    for best, result in known_results(JointSpace(workload, hardware, schedules), db)[:1]:
+        source = "measured" if measured_here(result, hardware) else "near"
+        found.append(Pick(best.schedule, best.config, source))
+    for schedule in schedules:
         if found and not every_schedule:
             break
         config = schedule.config_to_json(schedule.space(workload, hardware).default)

@@ -12,10 +12,14 @@ from hypothesis import strategies as st
 from recordings import DEVICE, HW, LARGE, SMALL, recorded, schedules
 
 from mimo_compile.errors import MimoError, UsageError
+from mimo_compile.schedules import get_schedule
 from mimo_compile.schedules.base import Space
 from mimo_compile.search.database import Database
+from mimo_compile.search.lookup import known_results
 from mimo_compile.search.objective import pareto_front, parse_objective
 from mimo_compile.search.plan import Infeasible, Knapsack, make_plan
+from mimo_compile.search.records import Record, Verdict, record_key, versions
+from mimo_compile.search.space import JointSpace
 
 pytestmark = pytest.mark.compile
 
@@ -150,6 +154,39 @@ def test_measured_records_decide_and_layouts_agree(tmp_path: Path) -> None:
             )
         with pytest.raises(UsageError, match="pareto"):
             make_plan(both, HW, objective="pareto")
+
+
+@pytest.mark.parametrize(("recorded_with", "planned_for"), [(2, 1), (1, 2)])
+def test_records_of_another_number_of_threads(
+    tmp_path: Path, recorded_with: int, planned_for: int
+) -> None:
+    """What was fastest there is taken, in parallel as here it should; not what happens to fit."""
+    schedule = get_schedule("swiglu.x86")
+    there, here = HW.with_threads(recorded_with), HW.with_threads(planned_for)
+    rows = []
+    for config in schedule.space(LARGE, there):
+        values = schedule.config_to_json(config)
+        t = 40.0 / recorded_with if values["parallel"] == (recorded_with > 1) else 60.0
+        t += 0.2 * values["unroll"] if t < 50 else -0.2 * values["unroll"]
+        key = record_key(
+            str(LARGE), schedule.name, schedule.version, values, there, "cold", versions()
+        )
+        rows.append(
+            Record(
+                key=key, workload=str(LARGE), schedule=schedule.name, config=values,
+                schedule_version=schedule.version, hardware=there.id, threads=recorded_with,
+                features=tuple(sorted(there.features)), cache="cold", versions=versions(),
+                verdict=Verdict.OK, latency_us=t,
+            )
+        )  # fmt: skip
+    with Database(tmp_path / "a.db") as db:
+        db.add(*rows)
+        space = JointSpace(LARGE, here)
+        assert all(r.latency_us < 50 for _, r in known_results(space, db))
+        (choice,) = make_plan({LARGE: 1.0}, here, db=db, device=DEVICE).choices.values()
+        config = choice.option.candidate.config
+        assert config == {"parallel": planned_for > 1, "unroll": 1}
+        assert choice.option.source == "modelled"
 
 
 def test_no_common_layout(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from mimo_compile.ir.simulated import Matmul
 from mimo_compile.report import write_report
 from mimo_compile.schedules.simulated.lut_tensor_core import LutTensorCore
 from mimo_compile.search.database import Database
-from mimo_compile.search.lookup import best_record, results_for
+from mimo_compile.search.lookup import results_for
 from mimo_compile.search.measure.simulated import OUTPUTS, ROWS, SimulatedMeasurer, witness
 from mimo_compile.search.plan import make_plan
 from mimo_compile.search.progress import Event
@@ -65,10 +65,10 @@ def test_search_finds_the_best_program_of_all(db: Database, hardware) -> None:
 def test_no_other_target_ever_sees_a_simulated_record(db: Database) -> None:
     tune_workloads({W: 1.0}, ROMA, trials=4, db=db)
     here = local_cpu()
-    assert best_record(W, ROMA, db) is not None
+    assert results_for(W, ROMA, db)
     for hardware in (here, LUT, SIMULATED["sim:lut-tensor-core-8x"]):
         for near in (False, True):
-            assert best_record(W, hardware, db, near=near) is None
+            assert not results_for(W, hardware, db, near=near)
     plan = make_plan({W: 1.0}, here, db=db)
     (choice,) = plan.choices.values()
     assert choice.option.source == "default" and ".sim_" not in choice.option.candidate.schedule
