@@ -172,7 +172,7 @@ def verify_artifact(
             built-in model.
         threads: Threads that kernels run with.
         seed: Of fresh inputs.
-        tokens: Length of the sequence whose logits are compared.
+        tokens: Length of the sequence whose logits are compared; at most the context is.
         text: Text that perplexity is taken on; None: modules of the standard library that the built-in model
             was not trained on.
         perplexity_tokens: How many tokens of it; 0 leaves perplexity out.
@@ -212,6 +212,7 @@ def verify_artifact(
         found.notes.append("not compared with eager torch: give the checkpoint folder by --source")
         return found
     eager = eager_decoder(parts.manifest, origin, calibration, log)
+    tokens = min(tokens, parts.manifest.decoder.max_context)
     reference_threads(2.0 * tokens * parts.manifest.decoder.hidden * parts.manifest.decoder.vocab)
     ids = np.random.default_rng(seed).integers(0, parts.manifest.decoder.vocab, tokens)
     if text is not None or "tokenizer.json" in parts.texts:

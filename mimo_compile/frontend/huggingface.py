@@ -18,7 +18,7 @@ from mimo_compile.frontend.models.decoder import Decoder, DecoderConfig
 from mimo_compile.frontend.models.family import Fields
 from mimo_compile.frontend.weights import detect_format, open_checkpoint
 from mimo_compile.frontend.weights.checkpoint import Checkpoint
-from mimo_compile.ir.formats import QuantScheme, parse_act_format
+from mimo_compile.ir.formats import QuantScheme, parse_act_format, parse_weight_format
 from mimo_compile.quantize import check_scheme
 from mimo_compile.quantize.calibration import Calibration, fingerprint, token_sequences
 from mimo_compile.runtime.program import Calibrated
@@ -192,7 +192,13 @@ def _check_stored_formats(
     A checkpoint whose model was trained with 8-bit activations gets them unless the scheme names a format.
     """
     stored = sorted({e.fmt.name for n in expected if (e := checkpoint.entries[n]).fmt is not None})
-    int8 = parse_act_format(f"a{quant.act}").is_int8
+    act = parse_act_format(f"a{quant.act}")
+    if act.group > 0 and any(parse_weight_format(name).family == "complex" for name in stored):
+        raise UsageError(
+            f"--quant {quant}: the checkpoint's complex matrices have no groups of activations",
+            remedy="Use a8",
+        )
+    int8 = act.is_int8
     plain = quant.weight is None or quant.weight.is_float
     if plain and int8 and not stored:
         raise UsageError(

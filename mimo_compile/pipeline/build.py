@@ -11,7 +11,7 @@ from mimo_compile.artifact import Artifact
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.workload import Workload
 from mimo_compile.pipeline.emit import Emitter, Lowered
-from mimo_compile.pipeline.graphs import DRAFT_STEPS, HEADS, ModelGraphs
+from mimo_compile.pipeline.graphs import DRAFT_STEPS, HEADS, ModelGraphs, within_context
 from mimo_compile.pipeline.isolate import Origin, compile_isolated
 from mimo_compile.runtime.program import (
     SCHEMA,
@@ -150,6 +150,6 @@ def _decoder(model: ModelGraphs) -> Decoder | None:
     return Decoder(
         steps=steps, heads=HEADS, hidden=config.hidden, vocab=config.vocab,
         max_context=config.max_context, eos=tuple(config.eos), bos=config.bos,
-        mtp=len(config.mtp), mtp_steps=DRAFT_STEPS if config.mtp else (),
+        mtp=len(config.mtp), mtp_steps=within_context(DRAFT_STEPS, config.max_context) if config.mtp else (),
         adapters=model.decoder.adapters,
     )  # fmt: skip

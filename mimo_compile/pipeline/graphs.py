@@ -149,15 +149,20 @@ class _StageGraphs:
         return KernelGraph(tuple(graph_inputs), tuple(values[name] for name in outputs), nodes)
 
 
+def within_context(steps: tuple[int, ...], max_context: int) -> tuple[int, ...]:
+    """Return the token counts that a model of so many positions can ever be given, 1 among them."""
+    return tuple(t for t in steps if t == 1 or t <= max_context)
+
+
 def decoder_graphs(decoder: Decoder, steps: tuple[int, ...] = BUCKETS) -> ModelGraphs:
     """Return the entry points of a decoder: ``step_T``, ``head_T`` and ``mtp{s}_T``.
 
     Args:
         decoder: The model with its (quantised) weights.
-        steps: Token counts of ``step_T``; those beyond the model's context are left out.
+        steps: Token counts of ``step_T``; those beyond the model's context are left out, of drafts too.
     """
     config = decoder.config
-    steps = tuple(t for t in steps if t == 1 or t <= config.max_context)
+    steps = within_context(steps, config.max_context)
     graphs = _StageGraphs(decoder)
     stages = decoder.stages()
     ropes = [s for s in stages if s.name.startswith("rope.")]
@@ -188,7 +193,7 @@ def decoder_graphs(decoder: Decoder, steps: tuple[int, ...] = BUCKETS) -> ModelG
         add(f"head_{t}", [head], t, ("normed",), {"logits": "logits"})
     for index, draft in enumerate(drafts):
         needed = [s for s in ropes if s.name in draft.inputs]
-        for t in DRAFT_STEPS:
+        for t in within_context(DRAFT_STEPS, config.max_context):
             add(
                 f"mtp{index}_{t}",
                 [*needed, draft],

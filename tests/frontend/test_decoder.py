@@ -7,11 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import mimo_compile as mc
 from mimo_compile.errors import UsageError
 from mimo_compile.frontend.huggingface import load_checkpoint, resolve_source
 from mimo_compile.frontend.models.decoder import STEP_TOKENS, LayerSpec, inverse_frequencies
 from mimo_compile.ir.formats import parse_scheme, parse_weight_format
 from mimo_compile.quantize import quantize
+from mimo_compile.verify import verify_artifact
 
 pytestmark = pytest.mark.compile
 NONE = parse_scheme("none")
@@ -273,6 +275,15 @@ def test_calls_that_do_not_fit_are_refused(saved):
         decoder.prefill([])
     with pytest.raises(UsageError, match="0 draft layers"):
         decoder.draft(0, torch.zeros(1, 64), one, 0)
+
+
+def test_a_context_shorter_than_the_longest_draft_step_compiles(flash, tmp_path):
+    artifact = mc.compile(flash[0], db=tmp_path / "records.db", max_context=8)
+    path = artifact.save(tmp_path / "short.mimo")
+    decoder = mc.load(path).manifest.decoder
+    assert decoder.steps == decoder.mtp_steps == (1, 4)
+    found = verify_artifact(path, source=flash[0])
+    assert found.ok and found.end_to_end.rows == 8  # no more than the context
 
 
 def test_frequencies_of_scaled_rotations():

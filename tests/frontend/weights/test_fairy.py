@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mimo_compile.errors import InputError
+from mimo_compile.errors import InputError, UsageError
 from mimo_compile.frontend.huggingface import load_checkpoint
 from mimo_compile.frontend.weights import open_checkpoint
 from mimo_compile.ir.formats import parse_scheme
@@ -77,6 +77,12 @@ def test_whole_models_equal_their_floats(kit, tmp_path, stages, fmt):
     assert checkpoint.joined(qkv[:2]) is None
     loaded = kit.same_model(tmp_path / "m", real, plain, tmp_path, tolerance=1e-5)
     assert str(loaded.scheme) == "a8", "activations as in training"
+
+
+def test_groups_of_activations_are_refused(kit, tmp_path):
+    model(kit, np.random.default_rng(0), tmp_path)
+    with pytest.raises(UsageError, match="no groups of activations"):
+        load_checkpoint(tmp_path, parse_scheme("a8g64"))
 
 
 def test_compiled_tokens(kit, tmp_path):
