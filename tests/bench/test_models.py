@@ -25,7 +25,7 @@ from mimo_compile.cli import main
 from mimo_compile.errors import MimoError, UsageError
 
 RUNNER = """
-import os, sys
+import os, sys, time
 
 class Fake:
     def __init__(self, fault=""):
@@ -40,6 +40,8 @@ class Fake:
         return {"load_s": 0.5}
     def run(self, *arguments):
         self.runs += 1
+        if self.fault == "hang":
+            time.sleep(600)
         if self.fault == "die" and self.runs == 2:
             sys.stderr.write("out of cheese\\n")
             sys.stderr.flush()
@@ -108,6 +110,15 @@ def test_a_process_ends_with_its_worker(fake) -> None:
         assert worker.ask("load") == {"load_s": 0.5}
         process = worker._process
     assert process.returncode == 0
+
+
+def test_a_process_that_hangs_is_ended(fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Worker(fake("slow", "hang")) as worker:
+        worker.ask("load")
+        monkeypatch.setattr("mimo_compile.bench.models.worker.ANSWER_S", 0.2)
+        with pytest.raises(MimoError, match="no answer to 'run'"):
+            worker.ask("run", [1], 1)
+    assert worker._process.returncode == -9
 
 
 def test_memory_is_measured_in_bytes() -> None:

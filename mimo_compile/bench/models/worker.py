@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import re
+import select
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,8 @@ from typing import Any
 from mimo_compile.bench.models.entrant import Entrant
 from mimo_compile.errors import MimoError
 
+ANSWER_S = 1800.0
+"""Seconds that an implementation may take over one request; then it hangs, and its process is ended."""
 _ROLLUP = "/proc/self/smaps_rollup"
 
 
@@ -72,12 +75,15 @@ class Worker:
         """Send a request (``load``, ``run``, ``memory``) and return the answer.
 
         Raises:
-            MimoError: it failed, or the process died; says what it said last.
+            MimoError: it failed, did not answer, or the process died; says what it said last.
         """
         assert self._process.stdin is not None and self._process.stdout is not None
         try:
             self._process.stdin.write(json.dumps([what, *arguments]).encode() + b"\n")
             self._process.stdin.flush()
+            if not select.select([self._process.stdout], [], [], ANSWER_S)[0]:
+                self._process.kill()
+                raise MimoError(f"no answer to {what!r} in {ANSWER_S:g} s: its process was ended")
             line = self._process.stdout.readline()
         except BrokenPipeError:
             line = b""
