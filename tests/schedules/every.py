@@ -233,7 +233,9 @@ def exact_product(
     weights = real_weights(inputs, "", fmt).numpy()
     unit = np.min(2.0 ** np.floor(np.log2(abs(weights[weights != 0]))), initial=1.0) * 2.0**-8
     x, w = inputs["x"].astype(np.int64), (weights / unit).astype(np.int64)
-    if not np.array_equal(w * unit, weights):  # values of NormalFloat are no whole numbers
+    # values of NormalFloat are no whole numbers; with int8 activations kernels round them to 24 bits
+    fractions = fmt.family == "codebook" and any(8 * value % 1 for value in fmt.values)
+    if (fractions and parse_act_format(act).is_int8) or not np.array_equal(w * unit, weights):
         size = np.abs(x) @ np.abs(weights).T
         return x @ weights.T, np.zeros_like(size, bool), size
     while not (w & 1).any() and w.any():
