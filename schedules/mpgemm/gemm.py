@@ -170,6 +170,18 @@ class X86Gemm(Schedule):
                 return config
         return GemmConfig(rows=1, tokens=1, parallel=parallel, dot=dot)
 
+    def sharing(
+        self,
+        config: GemmConfig,
+        legal: Callable[[GemmConfig], bool],
+        rows: tuple[int, ...],
+        ahead: int,
+    ) -> GemmConfig:
+        """Return a config whose row blocks share x: the first legal number of them, else as it is."""
+        ahead = min(config.prefetch, ahead)
+        wide = (replace(config, rows=r, unroll=1, prefetch=ahead) for r in rows)
+        return next((c for c in wide if legal(c)), config)
+
     def streams(self, problem: Problem) -> tuple[tuple[int, int, int], ...]:
         """Return tiles as `tiles` does that are better for one token and weights in memory."""
         if not problem.acts.is_int8:

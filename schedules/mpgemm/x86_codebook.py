@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from mimo_compile.ir.hardware import Hardware
@@ -66,15 +65,9 @@ class X86Codebook(X86Gemm):
             return config
         if config.dot in LOOKUPS:
             few = 1 < self.way(problem, config).cost // problem.layout.quads <= 3
-            shared = replace(config, rows=4, unroll=1, prefetch=min(config.prefetch, AHEAD))
-            return shared if few and legal(shared) else config
-        ahead, narrow = (
-            min(config.prefetch, 16),
-            problem.fmt.two_sided or problem.fmt.family == "fp8",
-        )
-        rows = (4, 2, 1) if narrow else (8, 4, 2, 1)
-        wide = (replace(config, rows=r, unroll=1, prefetch=ahead) for r in rows)
-        return next((c for c in wide if legal(c)), config)
+            return self.sharing(config, legal, (4,), AHEAD) if few else config
+        narrow = problem.fmt.two_sided or problem.fmt.family == "fp8"
+        return self.sharing(config, legal, (4, 2, 1) if narrow else (8, 4, 2, 1), 16)
 
     def tile_cost(self, problem: Problem, config: GemmConfig) -> int:
         """Count multiply-adds in the body; float ways unroll nothing."""

@@ -7,7 +7,6 @@ worth it for groups of 256 and more (`emit.columns` has the layout).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -93,9 +92,7 @@ class X86CodebookColumns(X86Gemm):
     ) -> GemmConfig:
         """Rows share vectors of x, also where memory is slow."""
         config = super().default(problem, sizes, hardware, legal)
-        ahead = min(config.prefetch, 64)
-        wide = (replace(config, rows=r, unroll=1, prefetch=ahead) for r in (8, 4, 2))
-        return next((c for c in wide if problem.m == 1 and legal(c)), config)
+        return config if problem.m > 1 else self.sharing(config, legal, (8, 4, 2), 64)
 
     def tile_cost(self, problem: Problem, config: GemmConfig) -> int:
         """Count multiply-adds in the body."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -105,9 +104,7 @@ class ComplexGemm(X86Gemm):
     ) -> GemmConfig:
         """Share x, which each weight meets twice, between row blocks also where one would do."""
         config = super().default(problem, sizes, hardware, legal)
-        ahead = min(config.prefetch, 32)
-        wide = (replace(config, rows=r, unroll=1, prefetch=ahead) for r in (4, 3, 2))
-        return next((c for c in wide if problem.m == 1 and legal(c)), config)
+        return config if problem.m > 1 else self.sharing(config, legal, (4, 3, 2), 32)
 
     def pack(
         self, workload: Workload, config: GemmConfig, arrays: Mapping[str, Array]
