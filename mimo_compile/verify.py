@@ -358,7 +358,8 @@ def logits_bound(manifest: Manifest) -> LogitsBound:
     Float activations: sums of float32 in another order, 1e-3 of the largest logit. 16-bit ones: a sum that
     is off by one rounding may be rounded the other way, by 2**-8 (bfloat16) or 2**-11 (float16) of it. Int8
     activations: a sum that is off by one rounding may fall on the other side of a code's boundary; a step
-    is 1/127 of the row's largest value, and a flip that changes the choice of an expert changes the row altogether.
+    is 1/127 of the row's largest value, and a flip that changes the choice of an expert changes the row
+    altogether.
     """
     act = parse_act_format(f"a{parse_scheme(manifest.quant).act}")
     if act.rounded:
