@@ -24,8 +24,14 @@ from mimo_compile.schedules.base import Schedule
 from mimo_compile.search.budget import Budget, Clock, Share, mark_heavy, next_share
 from mimo_compile.search.database import Database
 from mimo_compile.search.lookup import Result, summarise
-from mimo_compile.search.measure import Measurement, Measurer, Measures, Timing, runnable_here
-from mimo_compile.search.measure.measurer import Predicts
+from mimo_compile.search.measure import (
+    Measurement,
+    Measurer,
+    Measures,
+    Predicts,
+    Timing,
+    runnable_here,
+)
 from mimo_compile.search.meters import AUTO, MODELLED, Meter, open_meter
 from mimo_compile.search.objective import Objective, parse_objective
 from mimo_compile.search.progress import Event, Progress

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from mimo_compile.search.measure.measurer import (
-    Limits,
-    Measurement,
-    Measurer,
-    Measures,
-    Timing,
-    runnable_here,
-)
+from mimo_compile.search.measure.base import Limits, Measurement, Measures, Predicts, Timing
+from mimo_compile.search.measure.measurer import Measurer, runnable_here
 
-__all__ = ["Limits", "Measurement", "Measurer", "Measures", "Timing", "runnable_here"]
+__all__ = [
+    "Limits",
+    "Measurement",
+    "Measurer",
+    "Measures",
+    "Predicts",
+    "Timing",
+    "runnable_here",
+]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from mimo_compile.ir.counts import Counts
-from mimo_compile.search.measure.measurer import Measurement
+from mimo_compile.search.measure.base import Measurement
 from mimo_compile.search.records import Record, Verdict
 from mimo_compile.search.space import Candidate, JointSpace
 

@@ -16,8 +16,8 @@ from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.simulated import SIMULATED, Matmul
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.simulated.base import SimulatedSchedule
+from mimo_compile.search.measure.base import Measurement
 from mimo_compile.search.measure.cases import Case, make_case
-from mimo_compile.search.measure.measurer import Measurement
 from mimo_compile.search.measure.verify import judge
 from mimo_compile.search.records import Verdict
 from mimo_compile.search.space import Candidate, JointSpace

@@ -103,7 +103,7 @@ def test_a_build_that_hangs_is_killed(tmp_path: Path) -> None:
     limits = Limits(build_s=8)
     with Measurer(local_cpu(), limits=limits, timing=QUICK, builders=2, scratch=tmp_path) as m:
         found = run(m, "lower_hangs", "honest")
-        pids = [w.pid for w in (*m.builders.workers, *m.runner.workers) if w.pid]
+        pids = [w.pid for w in (*m.builder.pool.workers, *m.runner.pool.workers) if w.pid]
     assert found["lower_hangs"].verdict is Verdict.TIMEOUT and found["honest"].verdict is Verdict.OK
     assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)
     assert not list(tmp_path.iterdir())
@@ -142,8 +142,8 @@ def test_too_fast_is_suspicious(tmp_path: Path) -> None:
 
 def test_the_runner_has_no_torch_and_no_compiler(measurer: Measurer) -> None:
     run(measurer, "honest")
-    measurer._call({"do": "drop"}, 10)
-    maps = Path(f"/proc/{measurer.runner.workers[0].pid}/maps").read_text()
+    measurer.runner.drop()
+    maps = Path(f"/proc/{measurer.runner.pool.workers[0].pid}/maps").read_text()
     assert "libtvm_runtime" in maps
     assert "libtvm_compiler" not in maps and "libtorch" not in maps
 

@@ -1,0 +1,209 @@
+"""Object code -> verdict and numbers, by a child process: verify, time, read joules, doubt.
+
+The reference was computed before, by the parent; the child only runs the kernel and hands back what it
+wrote. A child in which a kernel misbehaved is replaced.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from mimo_compile.cost_models.analytic import DeviceModel
+from mimo_compile.ir.counts import Counts
+from mimo_compile.ir.hardware import Hardware
+from mimo_compile.ir.ops import get_op
+from mimo_compile.search.measure.base import Limits, Measurement, Timing
+from mimo_compile.search.measure.builder import code_path
+from mimo_compile.search.measure.cases import Case, CaseStore, Scratch
+from mimo_compile.search.measure.verify import judge
+from mimo_compile.search.measure.worker import Pool, Reply, default_memory
+from mimo_compile.search.meters.base import Meter, measure_energy
+from mimo_compile.search.records import Verdict
+from mimo_compile.search.space import Candidate, JointSpace
+
+
+def failed(candidate: Candidate, reply: Reply, seed: int, during: str) -> Measurement:
+    """Return the verdict on a candidate whose request did not end well."""
+    if reply.out_of_memory:
+        verdict = Verdict.OOM
+    elif reply.status == "timeout":
+        verdict = Verdict.TIMEOUT
+    elif during == "build":
+        verdict = Verdict.BUILD_FAILED
+    else:
+        verdict = Verdict.CRASH
+    message = f"{during}: {reply.kind + ': ' if reply.kind else ''}{reply.message}"[:2000]
+    return Measurement(candidate, verdict, message, seed)
+
+
+class Runner:
+    """The process in which candidates run, and what is concluded from it."""
+
+    def __init__(
+        self,
+        hardware: Hardware,
+        limits: Limits,
+        timing: Timing,
+        device: DeviceModel,
+        meter: Meter | None,
+        scratch: Scratch,
+    ) -> None:
+        """Prepare; the child starts with the first request. Arguments as in `Measurer`."""
+        self.hardware = hardware
+        self.limits = limits
+        self.timing = timing
+        self.device = device
+        self.meter = meter
+        self.cases = CaseStore(scratch)
+        self._scratch = scratch
+        env = {
+            "TMPDIR": str(scratch.path),
+            "TVM_NUM_THREADS": str(hardware.cores),
+            "TVM_BIND_THREADS": "0",
+        }
+        self.pool = Pool("run", 1, memory=limits.memory_bytes or default_memory(), env=env)
+
+    def call(self, request: dict[str, Any], limit_s: float) -> Reply:
+        """Ask the child."""
+        return self.pool.call(request, limit_s)
+
+    def drop(self) -> None:
+        """Unload everything."""
+        self.call({"do": "drop"}, self.limits.run_s)
+
+    # -- verification --------------------------------------------------------------------------
+
+    def verified(
+        self, space: JointSpace, candidate: Candidate, built: Reply, case: Case
+    ) -> Measurement:
+        """Load and run a built candidate and compare; the slot stays loaded when the verdict is ok."""
+        schedule, config = space.schedules[candidate.schedule], space.config(candidate)
+        facts = built.value
+        base = Measurement(
+            candidate, Verdict.OK, seed=case.seed, code_hash=facts["code_hash"],
+            requires=tuple(facts["requires"]), counts=Counts(facts["ops"], facts["bytes"]),
+        )  # fmt: skip
+        try:
+            files = self.cases.files(case, schedule, config)
+        except (ValueError, KeyError, IndexError, TypeError) as error:
+            return replace(base, verdict=Verdict.BUILD_FAILED, message=f"pack: {error}")
+        args = [
+            {**a, "file": str(files[a["name"]]) if a["name"] in files else None}
+            for a in facts["args"]
+        ]
+        missing = [a["name"] for a in args if a["file"] is None and a["role"] != "output"]
+        if missing:
+            text = f"the kernel wants {missing}, which packing does not give"
+            return replace(base, verdict=Verdict.BUILD_FAILED, message=text)
+        request = {
+            "do": "load", "slot": candidate.key, "code": str(code_path(self._scratch, candidate)),
+            "symbol": facts["symbol"], "args": args, "threads": space.hardware.threads,
+        }  # fmt: skip
+        if (reply := self.call(request, self.limits.run_s)).status != "ok":
+            return failed(candidate, reply, case.seed, "load")
+        folder = self._scratch.folder("results")
+        reply = self.call(
+            {"do": "check", "slot": candidate.key, "folder": str(folder)}, self.limits.run_s
+        )
+        if reply.status != "ok":
+            return failed(candidate, reply, case.seed, "run")
+        got = {
+            p.stem: np.load(p, allow_pickle=False)
+            for p in folder.glob("*.npy")
+            if not p.stem.endswith(".second")
+        }
+        states = {a["name"] for a in facts["args"] if a["role"] == "state"}
+        changed = {n: got.pop(n) for n in states & set(got)}
+        if changed:
+            whole = {n: changed.get(n, np.load(files[n], allow_pickle=False)) for n in states}
+            got |= schedule.unpack_state(space.workload, config, whole)
+        return self._judged(base, case, reply.value, got)
+
+    @staticmethod
+    def _judged(
+        base: Measurement, case: Case, seen: dict[str, Any], got: dict[str, Any]
+    ) -> Measurement:
+        ratio, message = judge(case.args, got, case.expected, case.bound, case.inputs)
+        finite = min(ratio, 1e30)
+        if seen["overrun"]:
+            message = f"memory beyond {', '.join(seen['overrun'])} was written"
+        elif seen["modified"]:
+            message = f"{', '.join(seen['modified'])} was changed, and must not be"
+        elif seen["forked"]:
+            message = "a process was started"
+        elif not message and seen["differs"]:
+            message = f"two runs on the same inputs differ in {', '.join(seen['differs'])}"
+        verdict = Verdict.WRONG if message else Verdict.OK
+        return replace(base, verdict=verdict, message=message, error_ratio=finite)
+
+    def time(self, slots: Sequence[str], rounds: int = 1, stop_above_us: float = math.inf) -> Reply:
+        """Time loaded slots against each other; the reply has seconds per call of each batch."""
+        p = self.timing
+        rotate = 0
+        if p.cache == "cold":
+            rotate = p.rotate_bytes or 2 * self.hardware.l3_bytes
+        request = {
+            "do": "time", "slots": list(slots), "batches": p.batches * rounds, "batch_s": p.batch_s,
+            "warm_up_s": p.warm_up_s, "budget_s": p.budget_s * rounds, "rotate_bytes": rotate,
+            "memory_bytes": p.memory_bytes, "stop_above_s": min(stop_above_us * 1e-6, 1e9),
+        }  # fmt: skip
+        return self.call(request, self.limits.time_s * rounds * len(slots))
+
+    def timed(self, m: Measurement, seconds: Sequence[float], calls: int) -> Measurement:
+        """Return a measurement with its batches' seconds per call summed up."""
+        us = sorted(max(s * 1e6, 1e-3) for s in seconds)
+        mean = statistics.fmean(us)
+        latency = statistics.median(us)
+        return replace(
+            m,
+            latency_us=latency,
+            p10_us=us[round(0.1 * (len(us) - 1))],
+            p90_us=us[round(0.9 * (len(us) - 1))],
+            cv=statistics.pstdev(us) / mean,
+            calls=calls,
+            modelled_mj=self.device.energy_mj(m.counts, latency),
+        )
+
+    def energy(self, m: Measurement) -> Measurement:
+        """Return a loaded candidate's measurement with its joules, or why there are none."""
+        if self.meter is None:
+            return m
+
+        def spin(seconds: float) -> tuple[int, float]:
+            request = {"do": "spin", "slot": m.candidate.key, "seconds": seconds}
+            reply = self.call(request, self.limits.time_s + seconds)
+            return (
+                (int(reply.value["calls"]), float(reply.value["seconds"]))
+                if reply.status == "ok"
+                else (0, 0.0)
+            )
+
+        reading = measure_energy(self.meter, spin, self.timing.energy_window_s)
+        if reading.energy_mj is None:
+            return replace(m, message=f"energy: {reading.reason}")
+        return replace(
+            m, energy_mj=reading.energy_mj, energy_spread_mj=reading.spread_mj,
+            energy_source=self.meter.name, energy_window_s=reading.window_s,
+        )  # fmt: skip
+
+    def floor(self, m: Measurement) -> Measurement:
+        """Doubt a time that beats the machine; measure it another way before it is called suspicious."""
+        necessary = get_op(m.candidate.workload.op).counts(m.candidate.workload)
+        floor_us = self.device.floor_us(necessary, self.hardware)
+        if floor_us is None or m.latency_us is None or m.latency_us >= 0.9 * floor_us:
+            return m
+        reply = self.call(
+            {"do": "spin", "slot": m.candidate.key, "seconds": 0.2}, self.limits.time_s
+        )
+        if reply.status == "ok" and reply.value["calls"]:
+            again = 1e6 * reply.value["seconds"] / reply.value["calls"]
+            if again >= 0.9 * floor_us:
+                return replace(m, latency_us=again, p90_us=max(again, m.p90_us or again))
+        text = f"{m.latency_us:.3g} us is below the physical floor of {floor_us:.3g} us"
+        return replace(m, verdict=Verdict.SUSPICIOUS, message=text)
