@@ -70,9 +70,13 @@ class Measures(Protocol):
     cache: str
 
     def measure(
-        self, space: JointSpace, candidates: Sequence[Candidate], seed: int
+        self, space: JointSpace, candidates: Sequence[Candidate], seed: int, *, energy: bool = True
     ) -> Iterator[Measurement]:
-        """Yield one measurement for each candidate of one workload, in any order."""
+        """Yield one measurement for each candidate of one workload, in any order.
+
+        Without ``energy`` no joules are read, which take seconds where a time takes milliseconds: the
+        search asks for them later, for the candidates that deserve it.
+        """
         ...
 
     def confirm(

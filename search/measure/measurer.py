@@ -74,9 +74,12 @@ class Measurer:
         return self.builder.describe(space, candidates)
 
     def measure(
-        self, space: JointSpace, candidates: Sequence[Candidate], seed: int
+        self, space: JointSpace, candidates: Sequence[Candidate], seed: int, *, energy: bool = True
     ) -> Iterator[Measurement]:
-        """Build, verify and measure candidates of one workload on the fresh inputs of one seed."""
+        """Build, verify and measure candidates of one workload on the fresh inputs of one seed.
+
+        ``energy``: read joules too, where there is a meter.
+        """
         if not candidates:
             return
         self.runner.cases.keep_only(space.workload, seed)
@@ -85,7 +88,7 @@ class Measurer:
             for candidate, built in zip(
                 candidates, self.builder.build(space, candidates), strict=True
             ):
-                result = self._measure_one(space, candidate, built, case)
+                result = self._measure_one(space, candidate, built, case, energy)
                 if result.verdict is Verdict.OK:
                     self.builder.keep(candidate, built)
                 yield result
@@ -93,7 +96,7 @@ class Measurer:
             self.builder.forget(*(c.key for c in candidates if not self.builder.keeps(c)))
 
     def _measure_one(
-        self, space: JointSpace, candidate: Candidate, built: Reply, case: Case
+        self, space: JointSpace, candidate: Candidate, built: Reply, case: Case, energy: bool
     ) -> Measurement:
         if built.status != "ok":
             return failed(candidate, built, case.seed, "build")
@@ -107,7 +110,7 @@ class Measurer:
                 checked = self.runner.timed(
                     checked, times.value["seconds"][0], times.value["calls"][0]
                 )
-                checked = self.runner.floor(self.runner.energy(checked))
+                checked = self.runner.floor(self.runner.energy(checked) if energy else checked)
                 if checked.verdict is Verdict.OK and checked.latency_us is not None:
                     name = str(space.workload)
                     self._best_us[name] = min(checked.latency_us, self._best_us.get(name, math.inf))

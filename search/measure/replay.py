@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from mimo_compile.ir.counts import Counts
 from mimo_compile.search.measure.base import Measurement
@@ -18,6 +19,8 @@ class ReplayMeasurer:
         self.cache = cache
         self.asked: list[Candidate] = []
         """Candidates in the order in which they were measured."""
+        self.metered: list[Candidate] = []
+        """Candidates whose joules were asked for, in order; those of the last comparison included."""
         self._known: dict[tuple[str, str, tuple[tuple[str, object], ...]], Record] = {
             (r.workload, r.schedule, tuple(sorted(r.config.items()))): r for r in records
         }
@@ -37,18 +40,27 @@ class ReplayMeasurer:
         )  # fmt: skip
 
     def measure(
-        self, space: JointSpace, candidates: Sequence[Candidate], seed: int
+        self, space: JointSpace, candidates: Sequence[Candidate], seed: int, *, energy: bool = True
     ) -> Iterator[Measurement]:
-        """Yield the recorded results."""
+        """Yield the recorded results, without joules unless they are asked for."""
         for candidate in candidates:
             self.asked.append(candidate)
-            yield self._answer(candidate, seed)
+            answer = self._answer(candidate, seed)
+            if energy:
+                self.metered.append(candidate)
+                yield answer
+            else:
+                yield replace(
+                    answer, energy_mj=None, energy_spread_mj=None, energy_source="",
+                    energy_window_s=None,
+                )  # fmt: skip
 
     def confirm(
         self, space: JointSpace, candidates: Sequence[Candidate], seed: int
     ) -> Iterator[Measurement]:
         """Yield the recorded results once more."""
         for candidate in candidates:
+            self.metered.append(candidate)
             yield self._answer(candidate, seed)
 
     def describe(self, space: JointSpace, candidates: Sequence[Candidate]) -> list[Counts | None]:

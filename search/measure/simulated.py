@@ -45,7 +45,7 @@ class SimulatedMeasurer:
         self._case: Case | None = None
 
     def measure(
-        self, space: JointSpace, candidates: Sequence[Candidate], seed: int
+        self, space: JointSpace, candidates: Sequence[Candidate], seed: int, *, energy: bool = True
     ) -> Iterator[Measurement]:
         """Execute each candidate on the witness of one seed, and model the time of the whole workload."""
         case = self._case_of(witness(space.workload), seed)
