@@ -104,6 +104,14 @@ class DeviceModel:
         Counts without traits are taken as spread evenly over all threads, by vectors that keep the
         units busy; traits say by how much a kernel falls short of that.
         """
+        units = self.units_us(counts, hardware)
+        return units.pop("launch") + max(units.values())
+
+    def units_us(self, counts: Counts, hardware: Hardware) -> dict[str, float]:
+        """Return microseconds by what takes them: ``compute``, each memory level, and ``launch``.
+
+        All but ``launch`` run at the same time.
+        """
         threads, traits = hardware.threads, counts.traits
         active = min(threads, int(traits.get("tasks", threads)))
         share = max(traits.get("share", 1 / threads), 1 / threads)
@@ -114,10 +122,11 @@ class DeviceModel:
         times = [n / self.ops_per_s[k] * slow.get(k, narrow) * share for k, n in counts.ops.items()]
         # Operations of different kinds compete for the same vector ports: half of the rest adds up.
         compute = max(times, default=0.0) * 0.5 + sum(times) * 0.5
-        rates = {level: self.bandwidth(level, active) for level in counts.bytes}
-        memory = max((b / rates[lv] for lv, b in counts.bytes.items()), default=0.0)
-        launch = self.launch_us if active > 1 or not traits else _CALL_US
-        return launch + 1e6 * max(compute, memory * share * active)
+        out = {"compute": 1e6 * compute}
+        for level, amount in counts.bytes.items():
+            out[level] = 1e6 * amount / self.bandwidth(level, active) * share * active
+        out["launch"] = self.launch_us if active > 1 or not traits else _CALL_US
+        return out
 
     def energy_mj(self, counts: Counts, latency_us: float) -> float:
         """Model millijoules of one call that takes ``latency_us``."""
