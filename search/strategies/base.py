@@ -81,6 +81,8 @@ class Setting:
     """Proposed first, in order: schedule defaults and the best records of similar shapes."""
     predict: Predict | None = None
     options: Options = Options()
+    spread: Predict | None = None
+    """Standard deviations of the predicted scores' logarithms, or None where they are unknown."""
 
 
 class Known:
