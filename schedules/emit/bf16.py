@@ -21,7 +21,6 @@ from mimo_compile.schedules.emit.build import (
     bind,
     load,
     loop,
-    prefetch,
     splat,
     store,
     vector_type,
@@ -29,7 +28,7 @@ from mimo_compile.schedules.emit.build import (
 )
 from mimo_compile.schedules.emit.layout import ROWS, CodeLayout
 from mimo_compile.schedules.emit.rounding import ALONE, bf16_bits
-from mimo_compile.schedules.emit.tile import Out, TileKnobs, Weights
+from mimo_compile.schedules.emit.tile import Out, TileKnobs, Weights, ask_ahead
 
 NEEDS = frozenset({"avx512f", "avx512bw", "avx512bf16"})
 _LANES = 16
@@ -103,6 +102,7 @@ def bf16_rows(
     *,
     parallel: bool,
     room: int = 0,
+    rows: Any = None,
 ) -> Rows:
     """Emit rows of x ``[m, k]`` float32 rounded to bfloat16.
 
@@ -114,12 +114,13 @@ def bf16_rows(
         columns: Columns with padding, a multiple of 4.
         parallel: Spread long ones over threads.
         room: Rows that there is room for, if not m; those behind m are not written.
+        rows: How many of the m there are; None: all.
     """
     pairs = workspace((room or m, columns), "int16")
     sums = workspace((m, layout.groups), "float32") if layout and layout.fmt.has_zero else None
     out = Rows(pairs, sums)
     swapped = (0, 2, 1, 3) if layout else (0, 1, 2, 3)
-    with loop(m, parallel=parallel and m * k > ALONE) as row:
+    with loop(m if rows is None else rows, parallel=parallel and m * k > ALONE) as row:
         if k // _LANES:
             with loop(k // _LANES) as i:
                 bits = bf16_bits(load(x, row, i * _LANES, lanes=_LANES), _LANES)
@@ -162,11 +163,40 @@ def _sum(pairs: Any, row: Any, start: Any, size: int) -> Any:
     return T.call_llvm_pure_intrin("float32", "llvm.vector.reduce.fadd", zero, total.get())
 
 
+def pairs_work(
+    layout: CodeLayout | None, rows: int, columns: int, m: float, passes: float
+) -> dict[str, float]:
+    """Return the operations on a matrix of padded extents; codes become bfloat16 in each pass.
+
+    Args:
+        layout: Of codes; None for float weights.
+        rows: Rows of the matrix.
+        columns: Its columns.
+        m: Rows of x.
+        passes: Times that the matrix is read.
+    """
+    ops = {"dot_bf16": float(m) * rows * columns}
+    if layout is None:
+        return ops
+    if layout.lane_bits == 8:
+        ops["int_op"] = 4.0 * rows * columns * passes
+    else:
+        ops["int_op"] = 0.5 * rows * columns * passes
+        ops["shuffle_u8"] = 2.0 * rows * columns * passes
+    ops["fma_f32"] = float(m) * rows * layout.groups * (2 if layout.fmt.has_zero else 1)
+    return ops
+
+
+def rounding_work(m: float, k: int) -> dict[str, float]:
+    """Return the operations that round rows of x."""
+    return {"int_op": 6.0 * m * k}
+
+
 def float_pairs_tile(
     columns: int, weights: Weights, x: Rows, blocks: Sequence[tuple[Any, ...]],
     tokens: Sequence[Any], out: Out, knobs: TileKnobs,
 ) -> None:  # fmt: skip
-    """Sum bfloat16 weights in pairs times x; arguments as for `tile.float_tile`.
+    """Sum bfloat16 weights in pairs times x; arguments as for `float_tile.float_tile`.
 
     One step of ``prefetch`` is a line of 64 bytes: a pair of columns of 16 rows.
     """
@@ -185,9 +215,7 @@ def float_pairs_tile(
     with loop(pairs // knobs.unroll) as s:
         for u in range(knobs.unroll):
             p = s * knobs.unroll + u
-            if knobs.prefetch:
-                for block in blocks:
-                    prefetch(weights.codes, *block, p + knobs.prefetch, 0)
+            ask_ahead(weights.codes, blocks, p, 1, knobs)
             pair(p, u)
     for (r, m), chains in acc.items():
         out(r, m, 0, _added(chains))
@@ -197,7 +225,7 @@ def codes_tile(
     layout: CodeLayout, weights: Weights, x: Rows, blocks: Sequence[tuple[Any, ...]],
     tokens: Sequence[Any], out: Out, knobs: TileKnobs,
 ) -> None:  # fmt: skip
-    """Sum codes times x in each group, scale, add groups up; arguments as for `tile.float_tile`."""
+    """Sum codes times x in each group, scale, add groups up; arguments as for `float_tile.float_tile`."""
     fmt, f32 = layout.fmt, vector_type("float32", ROWS)
     grid = [(r, m) for r in range(len(blocks)) for m in range(len(tokens))]
     single = layout.groups == 1
@@ -209,8 +237,7 @@ def codes_tile(
         pairs = 2 * layout.quads
         words = [[x.word(t, b * layout.block + 2 * i) for i in range(pairs)] for t in tokens]
         for r, block in enumerate(blocks):
-            if knobs.prefetch:
-                prefetch(weights.codes, *block, b + knobs.prefetch, 0)
+            ask_ahead(weights.codes, [block], b, 1, knobs)
             line = load(weights.codes, *block, b, 0, lanes=4 * ROWS)
             for i, w in enumerate(operands(bind(T.reinterpret("int32x16", line)))):
                 for m in range(len(tokens)):

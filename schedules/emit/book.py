@@ -89,7 +89,7 @@ class Way(ABC):
         self, weights: Weights, x: Any, blocks: Sequence[tuple[Any, ...]], tokens: Sequence[Any],
         out: Out, knobs: TileKnobs,
     ) -> None:  # fmt: skip
-        """Emit one tile; arguments as for `tile.int_tile` (x: float32 rows where not quantised)."""
+        """Emit one tile; arguments as for `int_tile.int_tile` (x: float32 rows where not quantised)."""
         grid = [(r, h, m) for r in range(len(blocks)) for h in range(ROWS // self.lanes)
                 for m in range(len(tokens))]  # fmt: skip
         zero = splat(T.float32(0), self.lanes)

@@ -25,16 +25,28 @@ from mimo_compile.schedules.emit.build import (
     when,
     workspace,
 )
-from mimo_compile.schedules.emit.layout import ROWS
+from mimo_compile.schedules.emit.int_tile import int_tile
+from mimo_compile.schedules.emit.layout import ROWS, CodeLayout
 from mimo_compile.schedules.emit.nibbles import NibbleLayout
-from mimo_compile.schedules.emit.quantize import Activations
-from mimo_compile.schedules.emit.tile import Sums, TileKnobs, Weights, ask_ahead
+from mimo_compile.schedules.emit.quantize import Activations, quantize_row
+from mimo_compile.schedules.emit.tile import Out, Sums, TileKnobs, Weights, ask_ahead
 from mimo_compile.schedules.emit.unpack import constant_words
+
+_LOSS = 0.15
+"""Padding of groups above which a layout is refused."""
+_PAD = 16
+"""Columns behind a row that a run's load may touch."""
 
 Registers = dict[tuple[int, int, int], Register]
 """By row block, part of it, and token."""
 Lines = Callable[..., Any]
 """``lines(b, r, i)``: line i of block b in row block r, 64 bytes; ``lines(b, r, i, at, lanes)``: some."""
+
+
+def groups_fill_blocks(codes: CodeLayout) -> bool:
+    """Say whether blocks of columns hold groups without much padding; a row that is one group may have it."""
+    size = codes.fmt.group_size(codes.k)
+    return codes.groups == 1 or codes.group_blocks * codes.block <= size * (1 + _LOSS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +113,29 @@ class Lookup(ABC):
     def adding(self) -> dict[str, float]:
         """Operations that add up one looked-up byte, by kind of `ir.counts`."""
         return {"dot_i8": 1.0}
+
+    def work(self, m: float, passes: float) -> dict[str, float]:
+        """Return the operations that look all sums of a matrix up: spans that need one table.
+
+        Args:
+            m: Rows of x.
+            passes: Times that the packed indices are read.
+        """
+        codes = self.codes
+        blocks = float(codes.row_blocks * codes.blocks)
+        lookups = blocks * 128 * codes.index_lines
+        scaled = float(codes.row_blocks * ROWS * codes.groups) * m
+        ops = {
+            "shuffle_u8": lookups * m,
+            "unpack_u8": 32.0 * blocks * codes.unpack_ops * passes,
+            "fma_f32": scaled * (2 if codes.fmt.has_zero else 1),
+        }
+        return ops | {kind: count * lookups * m for kind, count in self.adding.items()}
+
+    def making(self, m: float) -> dict[str, float]:
+        """Return the operations that make the tables of so many rows."""
+        entries = 16.0 * self.runs * m
+        return {"dot_i8": 8 * entries, "int_op": 3.0 * m * self.codes.k + 4 * entries}
 
     @abstractmethod
     def products(self, acc: Any, codes: Any, x: Any) -> Any:
@@ -227,6 +262,56 @@ class Lookup(ABC):
         lanes = self.table_lanes
         narrow = T.cast(value, vector_type(buffer.dtype, lanes))
         store(buffer, narrow, m, run * 16 + part * lanes, lanes=lanes)
+
+
+@dataclass(frozen=True, slots=True)
+class TableRows:
+    """Quantised rows of x and their tables."""
+
+    lookup: Lookup
+    rows: Activations
+    tables: Tables
+
+    @staticmethod
+    def bytes(lookup: Lookup, m: int) -> int:
+        """Return the scratch bytes of `made`."""
+        codes = lookup.codes
+        return m * (codes.k_padded + _PAD + 4 * codes.groups + 4) + lookup.bytes(m)
+
+    @staticmethod
+    def made(lookup: Lookup, x: Any, m: int, *, parallel: bool, rows: Any = None) -> TableRows:
+        """Emit the codes and tables of x ``[m, K]`` float32; each row has one scale.
+
+        ``rows``: how many rows there are of the m that have room; None: all.
+        """
+        codes = lookup.codes
+        columns = codes.k_padded + _PAD
+        out = Activations(
+            workspace((m, columns), "int8"),
+            workspace((m, codes.groups), "int32"),
+            workspace((m,), "float32"),
+            columns=columns,
+        )
+        tables = lookup.alloc(m)
+        with loop(m if rows is None else rows, parallel=parallel) as row:
+            quantize_row(codes, x, (row,), out, row)
+            lookup.build(out, tables, row)
+        return TableRows(lookup, out, tables)
+
+    def tile(
+        self,
+        weights: Weights,
+        blocks: Sequence[tuple[Any, ...]],
+        tokens: Sequence[Any],
+        out: Out,
+        knobs: TileKnobs,
+    ) -> None:
+        """Emit one tile; arguments as for `int_tile`."""
+
+        def sums(g: Any) -> dict[tuple[int, int, int], Any]:
+            return lut_sums(self.lookup, self.tables, weights, blocks, tokens, g, knobs)
+
+        int_tile(self.lookup, weights, self.rows, blocks, tokens, out, knobs, sums)
 
 
 def lut_sums(

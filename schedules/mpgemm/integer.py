@@ -8,9 +8,10 @@ from typing import Any
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.schedules.emit.build import loop
 from mimo_compile.schedules.emit.dot import DOTS, Dot
+from mimo_compile.schedules.emit.int_tile import int_tile
 from mimo_compile.schedules.emit.layout import ROWS
 from mimo_compile.schedules.emit.quantize import alloc_activations, quantize_row, workspace_bytes
-from mimo_compile.schedules.emit.tile import Weights, int_tile
+from mimo_compile.schedules.emit.tile import Weights
 from mimo_compile.schedules.mpgemm.gemm import X86Gemm
 from mimo_compile.schedules.mpgemm.loops import tile_knobs, tiles, writer
 from mimo_compile.schedules.mpgemm.problem import GemmConfig, Problem

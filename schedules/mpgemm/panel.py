@@ -16,8 +16,9 @@ from mimo_compile.schedules.emit.build import (
     vector_type,
     workspace,
 )
+from mimo_compile.schedules.emit.int_tile import minus_zero
 from mimo_compile.schedules.emit.quantize import Activations, quantize_row
-from mimo_compile.schedules.emit.tile import Weights, minus_zero, store_rows
+from mimo_compile.schedules.emit.tile import Weights, store_rows
 from mimo_compile.schedules.emit.unpack import tables, unpack
 from mimo_compile.schedules.mpgemm.problem import Problem
 

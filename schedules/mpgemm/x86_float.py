@@ -7,8 +7,9 @@ from typing import Any
 
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.workload import Workload
+from mimo_compile.schedules.emit.float_tile import float_tile
 from mimo_compile.schedules.emit.layout import ROWS
-from mimo_compile.schedules.emit.tile import Weights, float_tile
+from mimo_compile.schedules.emit.tile import Weights
 from mimo_compile.schedules.mpgemm.gemm import X86Gemm
 from mimo_compile.schedules.mpgemm.loops import tile_knobs, tiles, writer
 from mimo_compile.schedules.mpgemm.problem import GemmConfig, Problem

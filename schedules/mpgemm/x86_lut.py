@@ -8,22 +8,14 @@ from typing import Any
 
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.workload import Workload
-from mimo_compile.schedules.emit.build import loop, workspace
 from mimo_compile.schedules.emit.dot import exact
-from mimo_compile.schedules.emit.layout import ROWS
-from mimo_compile.schedules.emit.lut import Lookup, lut_sums
+from mimo_compile.schedules.emit.lut import Lookup, TableRows, groups_fill_blocks
 from mimo_compile.schedules.emit.lut_x86 import LOOKUPS, Permute
 from mimo_compile.schedules.emit.nibbles import NibbleLayout
-from mimo_compile.schedules.emit.quantize import Activations, quantize_row
-from mimo_compile.schedules.emit.tile import Weights, int_tile
+from mimo_compile.schedules.emit.tile import Weights
 from mimo_compile.schedules.mpgemm.gemm import X86Gemm
 from mimo_compile.schedules.mpgemm.loops import tile_knobs, tiles, writer
 from mimo_compile.schedules.mpgemm.problem import GemmConfig, Problem
-
-_LOSS = 0.15
-"""Padding of groups above which a layout is refused."""
-_PAD = 16
-"""Columns behind a row that a run's load may touch."""
 
 
 class LookupGemm(X86Gemm):
@@ -40,11 +32,8 @@ class LookupGemm(X86Gemm):
             return False
         if not self.fits(problem):
             return False
-        layout = problem.layout
-        size = layout.fmt.group_size(layout.k)
-        if layout.groups > 1 and layout.group_blocks * layout.block > size * (1 + _LOSS):
-            return False
-        return exact(problem.layout) and bool(self.dots(problem, hardware))
+        filled = groups_fill_blocks(problem.layout) and exact(problem.layout)
+        return filled and bool(self.dots(problem, hardware))
 
     def codes(self, problem: Problem) -> NibbleLayout:
         """Return the layout of indices."""
@@ -77,38 +66,23 @@ class LookupGemm(X86Gemm):
 
     def scratch_bytes(self, problem: Problem, config: GemmConfig) -> int:
         """Quantised rows, group sums, scales, tables."""
-        layout, m = problem.layout, problem.m
-        rows = m * (layout.k_padded + _PAD + 4 * layout.groups + 4)
-        return rows + self.lookup(problem, config).bytes(m)
+        return TableRows.bytes(self.lookup(problem, config), problem.m)
 
     def body(self, problem: Problem, config: GemmConfig, hardware: Hardware) -> Callable[..., None]:
         """Return the emitter."""
-        lookup, layout = self.lookup(problem, config), problem.layout
+        lookup = self.lookup(problem, config)
 
         def emit(x: Any, *rest: Any) -> None:
             *packed, y = rest
             bias = packed.pop() if problem.bias else None
             weights = Weights(*packed)
-            columns = layout.k_padded + _PAD
-            rows = Activations(
-                workspace((problem.m, columns), "int8"),
-                workspace((problem.m, layout.groups), "int32"),
-                workspace((problem.m,), "float32"),
-                columns=columns,
-            )
-            tables = lookup.alloc(problem.m)
-            with loop(problem.m, parallel=config.parallel and problem.m > 1) as m:
-                quantize_row(layout, x, (m,), rows, m)
-                lookup.build(rows, tables, m)
+            parallel = config.parallel and problem.m > 1
+            rows = TableRows.made(lookup, x, problem.m, parallel=parallel)
 
             def tile(blocks: list[tuple[Any, ...]], tokens: list[Any]) -> None:
                 knobs = tile_knobs(problem, config, tokens)
-
-                def sums(g: Any) -> dict[tuple[int, int, int], Any]:
-                    return lut_sums(lookup, tables, weights, blocks, tokens, g, knobs)
-
                 out = writer(problem, y, bias, blocks, tokens, lookup.lanes)
-                int_tile(lookup, weights, rows, blocks, tokens, out, knobs, sums)
+                rows.tile(weights, blocks, tokens, out, knobs)
 
             tiles(problem, config, tile)
 
@@ -116,21 +90,10 @@ class LookupGemm(X86Gemm):
 
     def arithmetic(self, problem: Problem, config: GemmConfig) -> dict[str, float]:
         """Return lookups and their additions of spans that need one table; making the tables."""
-        lookup, codes, m = self.lookup(problem, config), self.codes(problem), problem.m
-        passes = -(-m // config.tokens)
-        blocks = float(codes.row_blocks * codes.blocks)
-        lookups = blocks * 128 * codes.index_lines
-        scaled = float(codes.row_blocks * ROWS * codes.groups * m)
-        entries = 16.0 * lookup.runs * m
-        ops = {
-            "shuffle_u8": lookups * m,
-            "dot_i8": 8 * entries,
-            "unpack_u8": 32.0 * blocks * codes.unpack_ops * passes,
-            "fma_f32": scaled * (2 if codes.fmt.has_zero else 1),
-            "int_op": 3.0 * m * problem.k + 4 * entries,
-        }
-        for kind, count in lookup.adding.items():
-            ops[kind] += count * lookups * m
+        lookup, m = self.lookup(problem, config), problem.m
+        ops = lookup.work(m, -(-m // config.tokens))
+        for kind, count in lookup.making(m).items():
+            ops[kind] = ops.get(kind, 0.0) + count
         return ops
 
     def row_bytes(self, problem: Problem, config: GemmConfig) -> float:
