@@ -170,7 +170,7 @@ def reason(figure, roof):
     bits = f"{figure['bits_per_weight']:.2f} bits a weight"
     if read >= work:
         return f"reads {bits} at {read:.0%} of the read roof, {figure['class']}"
-    unit = "dot" if roof["work"].startswith("dot_") else "multiply-add"
+    unit = {"dot": "dot", "tile": "tile"}.get(roof["work"].partition("_")[0], "multiply-add")
     done = "" if figure["class"] == "dot products" else f" by {figure['class']}"
     return f"the products at {work:.0%} of the {unit} peak{done}, {bits}"
 

@@ -3,13 +3,14 @@
 """The machine's roof, measured beside the contestants: reading bytes, and doing nothing but arithmetic.
 
 `read_kernel` sums vectors of a buffer with as many bytes as the workload must move; `work_kernel` runs
-independent chains of multiply-adds in registers. Both use all threads, like the kernels they are roofs of.
+independent chains of multiply-adds in registers, `tile_kernel` in matrix tiles where the CPU has them. All
+use all threads, like the kernels they are roofs of.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,10 +23,18 @@ from mimo_compile.ir.ops.base import Arg
 from mimo_compile.schedules.base import Kernel
 from mimo_compile.schedules.compile import compile_kernel
 
+if TYPE_CHECKING:
+    from mimo_compile.schedules.emit.amx import Row, Tiles
+
 _ROWS = 16
 """Vectors of one row of the read buffer: 1 KiB, all in flight."""
 _CHAINS = 12
 _STEPS = 1 << 16
+_TILE_STEPS = 1 << 12
+_TILE_PRODUCTS = {"tile_i8": 16 * 16 * 64, "tile_bf16": 16 * 16 * 32}
+"""Multiply-adds of one instruction."""
+_TILE_DTYPES = {"tile_i8": ("int8", "int8", "int32"), "tile_bf16": ("int16", "uint16", "float32")}
+"""Of both sides and the sums; bfloat16 as its bits."""
 
 
 def read_kernel(rows: int, tasks: int) -> Any:
@@ -112,6 +121,47 @@ def bf16_kernel(tasks: int) -> Any:
     return function("roof_work", [Arg("y", "output", (tasks, _CHAINS, 16), "float32")], body)
 
 
+def tile_kernel(tasks: int, kind: str, tiles: Tiles, steps: int = _TILE_STEPS) -> Any:
+    """Return the PrimFunc (a, b [tasks, 2, 16, 64 bytes], y [tasks, 4, 16, 16]) of products of tiles.
+
+    Four tiles of sums, two of each side: nothing is loaded or stored in between.
+    """
+    from mimo_compile.schedules.emit.build import function, loop
+
+    whole = kind == "tile_i8"
+    left, right, total = _TILE_DTYPES[kind]
+
+    def rows(buffer: Any, *at: Any) -> Row:
+        return lambda r: (buffer, (*at, r, 0))
+
+    def body(a: Any, b: Any, y: Any) -> None:
+        with loop(tasks, parallel=True) as i:
+            tiles.begin([(16, 64)] * 8)
+            for sums in range(4):
+                (tiles.zero if whole else tiles.zero_f32)(sums)
+            for side in range(2):
+                tiles.load(4 + side, rows(a, i, side), 64)
+                tiles.load(6 + side, rows(b, i, side), 64)
+            with loop(steps):
+                for sums in range(4):
+                    pair = 4 + sums // 2, 6 + sums % 2
+                    if whole:
+                        tiles.dot(sums, *pair, signed=True)
+                    else:
+                        tiles.dot_bf16(sums, *pair)
+            for sums in range(4):
+                tiles.store(sums, rows(y, i, sums), 64)
+            tiles.end()
+
+    wide = 64 // np.dtype(left).itemsize
+    args = [
+        Arg("a", "input", (tasks, 2, 16, wide), left),
+        Arg("b", "input", (tasks, 2, 16, wide), right),
+        Arg("y", "output", (tasks, 4, 16, 16), total),
+    ]
+    return function("roof_work", args, body)
+
+
 def read_contestant(
     op: str, hardware: Hardware, wanted: float, cache: str, cold_bytes: int, memory_bytes: int
 ) -> Contestant:
@@ -133,22 +183,37 @@ def read_contestant(
 
 
 def work_contestant(op: str, hardware: Hardware, counts: Counts) -> Contestant:
-    """Return the roof kernel of the arithmetic that a workload needs: int8 or bf16 dots, or multiply-adds."""
-    from mimo_compile.schedules.emit.bf16 import NEEDS
+    """Return the roof kernel of the arithmetic that a workload needs.
+
+    int8 or bf16 dots, in tiles or vectors as the CPU has them, or float32 multiply-adds.
+    """
+    from mimo_compile.schedules.emit import amx, bf16
 
     kind = max(("fma_f32", "dot_i8", "dot_bf16"), key=lambda k: counts.ops.get(k, 0.0))
-    if not {"dot_i8": hardware.has_vnni, "dot_bf16": hardware.features >= NEEDS}.get(kind):
+    if kind == "dot_i8" and hardware.features >= amx.NEEDS:
+        kind = "tile_i8"
+    elif kind == "dot_bf16" and hardware.features >= amx.NEEDS_BF16:
+        kind = "tile_bf16"
+    elif not {"dot_i8": hardware.has_vnni, "dot_bf16": hardware.features >= bf16.NEEDS}.get(kind):
         kind = "fma_f32"
     tasks = hardware.threads
-    func = bf16_kernel(tasks) if kind == "dot_bf16" else work_kernel(tasks, kind == "dot_i8")
-    func = _load(func, "roof_work", hardware)
-    dtype, lanes = {
-        "fma_f32": (np.float32, 16), "dot_i8": (np.int32, 64), "dot_bf16": (np.float32, 32),
-    }[kind]  # fmt: skip
-    state = _tvm.from_numpy(_filled((tasks, _CHAINS, 16), dtype))
-    operations = 2.0 * tasks * _CHAINS * _STEPS * lanes
+    if kind in _TILE_PRODUCTS:
+        kernel = tile_kernel(tasks, kind, amx.AmxTiles())
+        left, right, total = _TILE_DTYPES[kind]
+        side = (tasks, 2, 16, 64 // np.dtype(left).itemsize)
+        shapes = [(side, left), (side, right), ((tasks, 4, 16, 16), total)]
+        state = [_tvm.from_numpy(_filled(shape, dtype)) for shape, dtype in shapes]
+        operations = 2.0 * tasks * 4 * _TILE_STEPS * _TILE_PRODUCTS[kind]
+    else:
+        kernel = bf16_kernel(tasks) if kind == "dot_bf16" else work_kernel(tasks, kind == "dot_i8")
+        dtype, lanes = {
+            "fma_f32": (np.float32, 16), "dot_i8": (np.int32, 64), "dot_bf16": (np.float32, 32),
+        }[kind]  # fmt: skip
+        state = [_tvm.from_numpy(_filled((tasks, _CHAINS, 16), dtype))]
+        operations = 2.0 * tasks * _CHAINS * _STEPS * lanes
+    func = _load(kernel, "roof_work", hardware)
     return Contestant(
-        op, f"roof: {kind}", tasks, "hot", _caller(func), [(state,)], 0.0,
+        op, f"roof: {kind}", tasks, "hot", _caller(func), [tuple(state)], 0.0,
         operations, prepare=lambda: _tvm.set_threads(hardware.threads),
     )  # fmt: skip
 

@@ -11,12 +11,16 @@ from harness import check, sample_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mimo_compile._tvm import as_aligned, empty_aligned, from_numpy, load_object
+from mimo_compile.bench.roof import tile_kernel
+from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.formats import parse_weight_format
 from mimo_compile.ir.hardware import PRESETS, local_cpu
 from mimo_compile.ir.ops import parse_workload
 from mimo_compile.schedules import get_schedule
 from mimo_compile.schedules.base import Kernel
-from mimo_compile.schedules.compile import assembly
+from mimo_compile.schedules.compile import assembly, compile_kernel
+from mimo_compile.schedules.emit.amx import AmxTiles
 from mimo_compile.schedules.emit.build import Register, T, load, loop, store, workspace
 from mimo_compile.schedules.mpgemm.x86_amx import X86Amx
 from mimo_compile.schedules.mpgemm.x86_amx_bf16 import X86AmxBf16
@@ -185,6 +189,26 @@ def test_any_shape_format_and_config(data):
     seed = data.draw(st.integers(0, 99))
     config = sample_config(schedule, workload, local_cpu(), seed)
     check(schedule, workload, config, seed)
+
+
+@pytest.mark.parametrize("kind", ["tile_i8", "tile_bf16"])
+def test_the_peak_of_tiles_is_only_products(kind):
+    """Benchmarks say what share of it a kernel reaches: its loop must hold nothing else."""
+    kernel = Kernel("roof_work", tile_kernel(2, kind, AmxTiles()), (), Counts())
+    text = assembly([kernel], SPR)
+    product = {"tile_i8": "tdpbssd", "tile_bf16": "tdpbf16ps"}[kind]
+    start = text.index(product)
+    loop_body = text[start : text.rindex(product)]
+    count = len(re.findall(rf"\b{product}\b", text))
+    assert count and count % 4 == 0
+    assert not re.search(r"tileloadd|tilestored|tilezero|tilecfg", loop_body)
+    plain = Kernel("roof_work", tile_kernel(2, kind, PlainTiles(), steps=3), (), Counts())
+    run = load_object(compile_kernel(plain, local_cpu()))["roof_work"]
+    one = {"tile_i8": (np.int8, np.int8, 1), "tile_bf16": (np.int16, np.uint16, 0x3F80)}[kind]
+    left, right = (np.full((2, 2, 16, 64 // np.dtype(t).itemsize), one[2], t) for t in one[:2])
+    y = empty_aligned((2, 4, 16, 16), np.int32 if kind == "tile_i8" else np.float32)
+    run(*(from_numpy(a) for a in (as_aligned(left), as_aligned(right), y)))
+    assert (y == 3 * left.shape[-1]).all()
 
 
 @pytest.mark.parametrize("fmt", ["w1", "w2g64", "w4g32", "w4zg128", "w8", "w1.58"])
