@@ -30,6 +30,10 @@ class Timing:
     batches: int = 9
     batch_s: float = 0.006
     budget_s: float = 0.5
+    max_spread: float = 0.1
+    """Largest difference of the batches' quartiles, over their median; above it they are timed again."""
+    repeats: int = 2
+    """How often at most; all batches then count."""
     cache: str = "cold"
     """``cold``: weights and states rotate over more bytes than the last-level cache holds; ``hot``."""
     rotate_bytes: int = 0

@@ -17,10 +17,12 @@ from typing import Any
 
 import numpy as np
 
+from mimo_compile.errors import MimoError
 from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.ops.base import Arg, Array
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.base import Schedule
+from mimo_compile.search.measure.strays import kill_marked
 
 _PREFIX = "mimo-measure-"
 
@@ -63,13 +65,14 @@ def _roomiest() -> Path:
 
 
 def sweep(base: Path) -> int:
-    """Remove folders of processes that are gone; return how many."""
+    """Remove folders of processes that are gone, and what those left running; return how many."""
     count = 0
     for folder in base.glob(_PREFIX + "*"):
         with contextlib.suppress(OSError):
             lock = os.open(folder / "lock", os.O_RDWR | os.O_CLOEXEC)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                kill_marked(f"{folder}#")
                 shutil.rmtree(folder, ignore_errors=True)
                 count += 1
             finally:
@@ -173,6 +176,14 @@ class CaseStore:
         out = {}
         for name, array in arrays.items():
             path = self._scratch.path / f"{self._serial}.{name}.npy"
-            np.save(path, np.ascontiguousarray(array), allow_pickle=False)
+            try:
+                np.save(path, np.ascontiguousarray(array), allow_pickle=False)
+            except OSError as error:
+                path.unlink(missing_ok=True)
+                raise MimoError(
+                    f"measuring needs space for {name}: {error.strerror or error}",
+                    where=path.parent,
+                    remedy="Free some space there",
+                ) from error
             out[name] = path
         return out

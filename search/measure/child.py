@@ -17,11 +17,16 @@ from typing import Any
 
 Handler = Callable[[dict[str, Any]], dict[str, Any]]
 _PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+FILE_BYTES = 4 << 30
+"""Largest file that a child may write."""
 
 
 def bind_to_parent(parent: int) -> None:
     """Die with the parent, whatever it dies of; leave at once if it is dead already."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # what detaches itself stays to be found
     if os.getppid() != parent:
         os._exit(1)
 
@@ -36,6 +41,10 @@ def serve(handlers: Mapping[str, Handler], warm_up: Callable[[], None]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    files = FILE_BYTES
+    if (most := resource.getrlimit(resource.RLIMIT_FSIZE)[1]) != resource.RLIM_INFINITY:
+        files = min(files, most)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (files, files))
     warm_up()
     me = os.getpid()
     with (

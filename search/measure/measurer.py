@@ -1,8 +1,8 @@
 """Candidate -> verdict and numbers: build in one child, run in another, compare here.
 
 Order for each candidate: build; run twice on poisoned outputs; compare with the reference that was
-computed before; only then measure time and energy. All candidates of a batch are built first, so
-that no compiler disturbs a clock.
+computed before; only then measure time and energy; run once more and compare again. All candidates of a
+batch are built first, so that no compiler disturbs a clock.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from mimo_compile.cost_models.analytic import DeviceModel
+from mimo_compile.errors import DeviceLost
 from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.search.measure.base import Limits, Measurement, Timing
@@ -92,6 +93,12 @@ class Measurer:
                 if result.verdict is Verdict.OK:
                     self.builder.keep(candidate, built)
                 yield result
+                if result.verdict is Verdict.DEVICE_LOST:
+                    raise DeviceLost(
+                        "the device stopped answering",
+                        where=result.message,
+                        remedy="What was measured is kept: run again when the device is back",
+                    )
         finally:
             self.builder.forget(*(c.key for c in candidates if not self.builder.keeps(c)))
 
@@ -111,6 +118,8 @@ class Measurer:
                     checked, times.value["seconds"][0], times.value["calls"][0]
                 )
                 checked = self.runner.floor(self.runner.energy(checked) if energy else checked)
+                if checked.verdict is Verdict.OK:
+                    checked = self.runner.still_right(checked)
                 if checked.verdict is Verdict.OK and checked.latency_us is not None:
                     name = str(space.workload)
                     self._best_us[name] = min(checked.latency_us, self._best_us.get(name, math.inf))
@@ -148,7 +157,8 @@ class Measurer:
                 for m, seconds, calls in zip(
                     loaded, times.value["seconds"], times.value["calls"], strict=True
                 ):
-                    out.append(self.runner.energy(self.runner.timed(m, seconds, calls)))
+                    timed = self.runner.energy(self.runner.timed(m, seconds, calls))
+                    out.append(self.runner.still_right(timed))
         self.runner.pool.replace()
         self.builder.forget(*(c.key for c in candidates))
         yield from out

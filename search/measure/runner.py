@@ -30,7 +30,9 @@ from mimo_compile.search.space import Candidate, JointSpace
 
 def failed(candidate: Candidate, reply: Reply, seed: int, during: str) -> Measurement:
     """Return the verdict on a candidate whose request did not end well."""
-    if reply.out_of_memory:
+    if reply.device_lost:
+        verdict = Verdict.DEVICE_LOST
+    elif reply.out_of_memory:
         verdict = Verdict.OOM
     elif reply.status == "timeout":
         verdict = Verdict.TIMEOUT
@@ -40,6 +42,21 @@ def failed(candidate: Candidate, reply: Reply, seed: int, during: str) -> Measur
         verdict = Verdict.CRASH
     message = f"{during}: {reply.kind + ': ' if reply.kind else ''}{reply.message}"[:2000]
     return Measurement(candidate, verdict, message, seed)
+
+
+def spread(values: Sequence[float]) -> float:
+    """Return the difference of the quartiles over the median: noise, whatever single batches did."""
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return (high - low) / middle
+
+
+def _trespass(seen: dict[str, Any]) -> str:
+    """Say what a kernel did besides writing its results ("": nothing)."""
+    if seen["overrun"]:
+        return f"memory beyond {', '.join(seen['overrun'])} was written"
+    if seen["modified"]:
+        return f"{', '.join(seen['modified'])} was changed, and must not be"
+    return "a process was started" if seen["forked"] else ""
 
 
 class Runner:
@@ -113,11 +130,7 @@ class Runner:
         )
         if reply.status != "ok":
             return failed(candidate, reply, case.seed, "run")
-        got = {
-            p.stem: np.load(p, allow_pickle=False)
-            for p in folder.glob("*.npy")
-            if not p.stem.endswith(".second")
-        }
+        got = {p.stem: np.load(p, allow_pickle=False) for p in folder.glob("*.npy")}
         states = {a["name"] for a in facts["args"] if a["role"] == "state"}
         changed = {n: got.pop(n) for n in states & set(got)}
         if changed:
@@ -131,19 +144,52 @@ class Runner:
     ) -> Measurement:
         ratio, message = judge(case.args, got, case.expected, case.bound, case.inputs)
         finite = min(ratio, 1e30)
-        if seen["overrun"]:
-            message = f"memory beyond {', '.join(seen['overrun'])} was written"
-        elif seen["modified"]:
-            message = f"{', '.join(seen['modified'])} was changed, and must not be"
-        elif seen["forked"]:
-            message = "a process was started"
-        elif not message and seen["differs"]:
-            message = f"two runs on the same inputs differ in {', '.join(seen['differs'])}"
+        differs = f"two runs on the same inputs differ in {', '.join(seen['differs'])}"
+        message = _trespass(seen) or message or (differs if seen["differs"] else "")
         verdict = Verdict.WRONG if message else Verdict.OK
         return replace(base, verdict=verdict, message=message, error_ratio=finite)
 
+    def still_right(self, m: Measurement) -> Measurement:
+        """Run a loaded candidate once more after it was timed: it must still do all its work, and no harm."""
+        reply = self.call({"do": "again", "slot": m.candidate.key}, self.limits.run_s)
+        if reply.status != "ok":
+            return failed(m.candidate, reply, m.seed, "run after timing")
+        message = _trespass(reply.value)
+        if reply.value["differs"]:
+            names = ", ".join(reply.value["differs"])
+            message = f"{names} differs after many calls on the same inputs"
+        if not message:
+            return m
+        return Measurement(
+            m.candidate, Verdict.WRONG, message, m.seed, error_ratio=m.error_ratio,
+            code_hash=m.code_hash, requires=m.requires, counts=m.counts,
+        )  # fmt: skip
+
+    # -- time, energy, floor -------------------------------------------------------------------
+
     def time(self, slots: Sequence[str], rounds: int = 1, stop_above_us: float = math.inf) -> Reply:
-        """Time loaded slots against each other; the reply has seconds per call of each batch."""
+        """Time loaded slots against each other; the reply has seconds per call of each batch.
+
+        Where the batches of one spread too widely all are timed again, and all batches count.
+        """
+        reply = self._time_once(slots, rounds, stop_above_us)
+        for _ in range(self.timing.repeats):
+            if reply.status != "ok" or not self._noisy(reply.value["seconds"], stop_above_us):
+                break
+            more = self._time_once(slots, rounds, stop_above_us)
+            if more.status != "ok":
+                return more
+            for name in ("seconds", "calls"):
+                both = zip(reply.value[name], more.value[name], strict=True)
+                reply.value[name] = [a + b for a, b in both]
+        return reply
+
+    def _noisy(self, seconds: Sequence[Sequence[float]], stop_above_us: float) -> bool:
+        if min(min(s) for s in seconds) * 1e6 > stop_above_us:
+            return False  # too slow to be looked at more closely
+        return any(spread(s) > self.timing.max_spread for s in seconds)
+
+    def _time_once(self, slots: Sequence[str], rounds: int, stop_above_us: float) -> Reply:
         p = self.timing
         rotate = 0
         if p.cache == "cold":

@@ -1,9 +1,9 @@
 """The parent's side of measuring children: start, ask, wait with a limit, kill, start again.
 
-Each child leads its own process group (the whole group is killed), dies with its parent, has a limit on
-its address space, no stdin, and an output of which only the end is kept. Requests are JSON lines;
-nothing is ever unpickled. One thread serves all children of a pool, so a child's parent thread lives
-as long as the pool is used.
+Each child leads its own process group (the whole group is killed, and what left the group too), dies with
+its parent, has limits on its address space and on the size of files, no stdin, and an output of which only
+the end is kept and which may not exceed a limit. Requests are JSON lines; nothing is ever unpickled. One
+thread serves all children of a pool, so a child's parent thread lives as long as the pool is used.
 """
 
 from __future__ import annotations
@@ -21,11 +21,19 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mimo_compile.errors import MimoError
+from mimo_compile.search.measure.strays import MARK, kill_marked, oom_kills
 
 OUTPUT_BYTES = 64 << 10
 """How much of a child's output is kept."""
+OUTPUT_LIMIT = 64 << 20
+"""How much a child may print while it serves one request."""
+_READ = 1 << 16
+_READS = 16
+"""Reads at a time from a child that prints: one that never stops must not keep its parent from the clock."""
 _REPLY_BYTES = 4 << 20
 _START_S = 120.0
+_STARTS = 3
+"""Times that a child which is killed before it is ready is started for one request."""
 _OURS = (
     "OSError",
     "FileNotFoundError",
@@ -62,6 +70,23 @@ class Reply:
             "out of memory",
             "OutOfMemory",
         )
+        return self._says(words)
+
+    @property
+    def device_lost(self) -> bool:
+        """True when the device itself stopped answering, whatever the candidate did."""
+        words = (
+            "GPU is lost",
+            "fallen off the bus",
+            "CUDA_ERROR_NO_DEVICE",
+            "CUDA_ERROR_DEVICE_UNAVAILABLE",
+            "CUDA_ERROR_ECC_UNCORRECTABLE",
+            "CUDA_ERROR_SYSTEM_NOT_READY",
+            "no CUDA-capable device",
+        )
+        return self._says(words)
+
+    def _says(self, words: Sequence[str]) -> bool:
         return self.status != "ok" and any(w in f"{self.kind} {self.message}" for w in words)
 
 
@@ -81,6 +106,12 @@ class Worker:
         self._to = self._from = -1
         self._tail = b""
         self._buffer = b""
+        self._printed = 0
+        self._request = b""
+        self._stillborn = 0
+        """Starts for this request that ended by a signal before the child was ready."""
+        self._mark = ""
+        self._oom_kills = 0
 
     @property
     def pid(self) -> int | None:
@@ -95,12 +126,15 @@ class Worker:
             self.kill()
         child_in, self._to = os.pipe()
         self._from, child_out = os.pipe()
-        paths = [p for p in sys.path if p and os.path.isdir(p)]
+        paths = [os.path.abspath(p) for p in sys.path if p and os.path.isdir(p)]
+        folder = self.env.get("TMPDIR")
+        self._mark = f"{folder}#{self.role}-{os.getpid()}-{id(self):x}-{self.starts}."
         env = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(paths),
             "PYTHONFAULTHANDLER": "1",
             **self.env,
+            MARK: self._mark,
         }
         module = f"mimo_compile.search.measure.{self.role}_worker"
         try:
@@ -108,7 +142,7 @@ class Worker:
                 [sys.executable, "-P", "-m", module, str(child_in), str(child_out), str(os.getpid()),
                  str(self.memory)],
                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                pass_fds=(child_in, child_out), start_new_session=True, env=env,
+                pass_fds=(child_in, child_out), start_new_session=True, env=env, cwd=folder,
             )  # fmt: skip
         except OSError as error:
             self._close_pipes()
@@ -120,14 +154,21 @@ class Worker:
         os.set_blocking(self._process.stdout.fileno(), False)
         os.set_blocking(self._from, False)
         self._tail = self._buffer = b""
+        self._oom_kills = oom_kills()
         self.starts += 1
         self.ready = False
 
     def send(self, request: Mapping[str, Any]) -> None:
         """Send a request; a child that died meanwhile is noticed by `poll`."""
+        self._request = json.dumps(request).encode() + b"\n"
+        self._stillborn = 0
+        self._send()
+
+    def _send(self) -> None:
         self.start()
         self.since = time.monotonic()
-        data = json.dumps(request).encode() + b"\n"
+        self._printed = 0
+        data = self._request
         with contextlib.suppress(BrokenPipeError):
             while data:
                 data = data[os.write(self._to, data) :]
@@ -141,9 +182,12 @@ class Worker:
     def poll(self) -> Reply | None:
         """Take in what has arrived; return the reply when it is complete or the child has died."""
         self._drain_output()
+        if self._printed > OUTPUT_LIMIT:
+            self.kill()
+            return Reply("crash", {}, f"printed more than {OUTPUT_LIMIT >> 20} MiB")
         while True:
             try:
-                data = os.read(self._from, 1 << 16)
+                data = os.read(self._from, _READ)
             except BlockingIOError:
                 return None
             if not data:
@@ -170,17 +214,21 @@ class Worker:
     def _drain_output(self) -> None:
         assert self._process is not None and self._process.stdout is not None
         out = self._process.stdout
-        while not out.closed:
+        for _ in range(_READS):
+            if out.closed:
+                return
             try:
-                data = os.read(out.fileno(), 1 << 16)
+                data = os.read(out.fileno(), _READ)
             except BlockingIOError:
                 return
             if not data:
                 out.close()
                 return
+            self._printed += len(data)
             self._tail = (self._tail + data)[-OUTPUT_BYTES:]
 
-    def _died(self) -> Reply:
+    def _died(self) -> Reply | None:
+        """Conclude from the child's end; None when it was started once more."""
         assert self._process is not None
         try:
             code = self._process.wait(timeout=5)
@@ -191,9 +239,15 @@ class Worker:
         if code < 0:
             names = {int(s): s.name for s in signal.Signals}
             reason = f"killed by {names.get(-code, f'signal {-code}')}"
+        if code == -signal.SIGKILL and oom_kills() > self._oom_kills:
+            reason += ", the machine is out of memory"
         text = self._tail.decode(errors="replace").strip()
         self.kill()
         if not self.ready:
+            self._stillborn += 1
+            if code < 0 and self._stillborn < _STARTS:  # the candidate has not been touched yet
+                self._send()
+                return None
             raise MimoError(
                 f"the measuring process does not start: it was {reason}"
                 if code < 0
@@ -202,11 +256,12 @@ class Worker:
         return Reply("crash", {}, f"{reason}: {text[-1200:]}" if text else reason)
 
     def kill(self) -> None:
-        """Kill the child's whole group and wait for the child."""
+        """Kill the child's whole group, and what it started that left the group; wait for the child."""
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
+            kill_marked(self._mark)
             if self._process.stdout is not None:
                 self._process.stdout.close()
             self._process = None

@@ -26,10 +26,11 @@ WRONG = (
 )  # fmt: skip
 CRASH = ("wild_write", "aborts", "exits", "divides_by_zero")
 HANG = ("hangs",)
+HOSTILE = ("floods", "detaches", "ignores_term", "writes_file", "eats_memory")
 BUILD = ("llvm_abort", "lower_raises", "lower_exits", "bad_arguments", "bad_packing")
 MEMORY = ("lower_allocates",)
 BUILD_HANG = ("lower_hangs",)
-FAULTS = CORRECT + WRONG + CRASH + HANG + BUILD + MEMORY + BUILD_HANG
+FAULTS = CORRECT + WRONG + CRASH + HANG + HOSTILE + BUILD + MEMORY + BUILD_HANG
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +220,49 @@ def _no_such_instruction(t: int, d: int, v: int) -> Any:
     return copy
 
 
+def _hostile(t: int, d: int, v: int, fault: str) -> Any:
+    @T.inline
+    def harm():
+        if fault == "floods":
+            for _ in range(1 << 34):
+                T.evaluate(T.call_extern("int32", "puts", "x" * 1000))
+        elif fault == "detaches":
+            if T.call_extern("int32", "fork") == 0:
+                if T.call_extern("int32", "setsid") >= 0:  # noqa: SIM102
+                    if T.call_extern("int32", "fork") == 0:
+                        T.evaluate(T.call_extern("int32", "sleep", 600))
+                T.evaluate(T.call_extern("int32", "_exit", 0))
+            T.evaluate(T.call_extern("int32", "usleep", 100_000))
+        elif fault == "ignores_term":
+            T.evaluate(T.call_extern("int64", "signal", 15, T.int64(1)))  # SIG_IGN
+            T.evaluate(T.call_extern("int32", "sleep", 600))
+        elif fault == "writes_file":
+            T.evaluate(T.call_extern("int32", "creat", "mimo_zoo_was_here", 0o600))
+        elif fault == "eats_memory":
+            for _ in range(1 << 20):
+                T.evaluate(
+                    T.call_extern(
+                        "int64", "memset", T.call_extern("handle", "malloc", T.int64(1 << 30)), 1,
+                        T.int64(1),
+                    )
+                )  # fmt: skip
+
+    @T.prim_func(s_tir=True)
+    def copy(
+        ids: T.Buffer((t,), "int32"),
+        table: T.Buffer((v, d), "float32"),
+        y: T.Buffer((t, d), "float32"),
+    ):
+        with T.sblock("root"):
+            T.reads(ids[0:t], table[0:v, 0:d])
+            T.writes(y[0:t, 0:d])
+            for i, j in T.grid(t, d):
+                y[i, j] = table[ids[i], j]
+            harm()
+
+    return copy
+
+
 _EXTERN = {
     "hangs": ("pause", 0), "aborts": ("abort", 0), "exits": ("_exit", 0), "divides_by_zero": ("raise", 8),
     "forks": ("fork", 0), "slow": ("usleep", 3000),
@@ -275,6 +319,8 @@ class Zoo(Schedule):
             func = _no_such_instruction(t, d, v)
         elif fault == "honest_parallel":
             func = _parallel(t, d, v)
+        elif fault in HOSTILE:
+            func = _hostile(t, d, v, fault)
         elif fault == "chatty":
             func = _shout(t, d, v)
         else:
