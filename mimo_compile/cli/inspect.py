@@ -15,11 +15,13 @@ if TYPE_CHECKING:
     from mimo_compile.runtime.program import Choice, Entry
 
 DESCRIPTION = """\
-Show an artifact: entry points, plan, kernels, sizes; with --kernel the code of one kernel, generated
-again from its schedule and config; with --dot the calls of an entry point as a graph. With --op show
-the candidates of one workload: what was predicted and what was measured."""
+Show an artifact: entry points, plan, kernels, sizes; with --kernel why one kernel was chosen, or its
+code, generated again from its schedule and config; with --dot the calls of an entry point as a graph.
+With --plan compare the plans that other objectives would give, from records alone. With --op show the
+candidates of one workload: what was predicted, what was measured, and why the best one is it."""
 EXAMPLE = """
 mimo-compile inspect t.mimo
+mimo-compile inspect t.mimo --plan
 mimo-compile inspect t.mimo --kernel mpgemm --asm
 mimo-compile inspect --op mpgemm:m=1,n=4096,k=4096,w=w4g64,a=a8
 """
@@ -29,7 +31,13 @@ _LIMIT = 20  # candidates of --op
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
-    parser.add_argument("artifact", nargs="?", type=Path, metavar="OUT.mimo")
+    parser.add_argument(
+        "artifact",
+        nargs="?",
+        type=Path,
+        metavar="OUT.mimo",
+        help="an artifact; with --plan also SRC",
+    )
     parser.add_argument(
         "--op", metavar="SPEC", help="candidates of a workload instead of an artifact"
     )
@@ -47,34 +55,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--entry", metavar="NAME", help="which entry --dot draws (default: the first)"
     )
-    parser.add_argument("--target", default="cpu", metavar="T", help="of --op (default: cpu)")
+    parser.add_argument(
+        "--plan",
+        action="store_true",
+        help="the plans for least latency, least energy within 5 %% of it, and least energy",
+    )
+    parser.add_argument(
+        "--objective", metavar="O", help="a further plan of --plan; what is best for --op"
+    )
+    parser.add_argument("--quant", metavar="Q", help="with --plan SRC (default: none)")
+    parser.add_argument(
+        "--max-context", type=positive, metavar="N", help="with --plan SRC: longest sequence"
+    )
+    parser.add_argument(
+        "--target", default="cpu", metavar="T", help="of --op or --plan SRC (default: cpu)"
+    )
     parser.add_argument(
         "--limit", type=positive, default=_LIMIT, metavar="N", help="candidates of --op"
     )
-    parser.add_argument("--db", type=Path, metavar="FILE", help="tuning records of --op")
+    parser.add_argument(
+        "--db", type=Path, metavar="FILE", help="tuning records of --op, --plan and --kernel"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Print what was asked for; return 0."""
-    if (args.artifact is None) == (args.op is None):
-        raise UsageError("inspect needs either OUT.mimo or --op SPEC")
+    _check(args)
     if args.op is not None:
-        if args.kernel or args.tir or args.asm or args.dot or args.entry:
-            raise UsageError(
-                "--kernel, --tir, --asm, --dot and --entry go with OUT.mimo, not with --op"
-            )
         need_extra("inspect --op")
         from mimo_compile.cli.inspect_op import run_op
 
         return run_op(args)
-    if args.db is not None or args.target != "cpu" or args.limit != _LIMIT:
-        raise UsageError("--target, --limit and --db go with --op, not with OUT.mimo")
-    if args.dot and args.kernel:
-        raise UsageError("--dot draws an entry: it does not go with --kernel")
-    if args.entry is not None and not args.dot:
-        raise UsageError("--entry goes with --dot")
-    if (args.tir or args.asm) and not args.kernel:
-        raise UsageError("--tir and --asm need --kernel NAME")
+    if args.plan:
+        need_extra("inspect --plan")
+        from mimo_compile.cli.inspect_plan import run_plan
+
+        return run_plan(args)
     from mimo_compile.runtime.container import open_artifact
 
     parts = open_artifact(args.artifact, for_this_machine=False)
@@ -83,6 +99,33 @@ def run(args: argparse.Namespace) -> int:
     if args.kernel:
         return _kernel(args, parts)
     return _artifact(args, parts)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse options that do not go together."""
+    if (args.artifact is None) == (args.op is None):
+        raise UsageError("inspect needs either OUT.mimo or --op SPEC")
+    code = args.tir or args.asm
+    if args.op is not None and (args.kernel or code or args.dot or args.entry or args.plan):
+        raise UsageError(
+            "--kernel, --tir, --asm, --dot, --entry and --plan go with OUT.mimo, not with --op"
+        )
+    if args.plan and (args.kernel or code or args.dot or args.entry):
+        raise UsageError("--plan is about all kernels: it goes with none of the other views")
+    if not args.plan and (args.quant is not None or args.max_context is not None):
+        raise UsageError("--quant and --max-context go with --plan SRC")
+    if not (args.plan or args.op) and (args.target != "cpu" or args.objective is not None):
+        raise UsageError("--target and --objective go with --op or --plan, not with OUT.mimo")
+    if args.op is None and args.limit != _LIMIT:
+        raise UsageError("--target and --limit go with --op, not with OUT.mimo")
+    if not (args.plan or args.op or args.kernel) and args.db is not None:
+        raise UsageError("--db goes with --op, --plan or --kernel")
+    if args.dot and args.kernel:
+        raise UsageError("--dot draws an entry: it does not go with --kernel")
+    if args.entry is not None and not args.dot:
+        raise UsageError("--entry goes with --dot")
+    if code and not args.kernel:
+        raise UsageError("--tir and --asm need --kernel NAME")
 
 
 def _artifact(args: argparse.Namespace, parts: Parts) -> int:
