@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import ClassVar
 
 from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.hardware import Hardware
@@ -11,12 +13,11 @@ from mimo_compile.ir.ops.base import Array
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.base import Kernel, KnobValue, Schedule, Space, kernel_name
 from mimo_compile.schedules.emit.build import function
-from mimo_compile.schedules.emit.dot import DOTS
 from mimo_compile.schedules.emit.layout import ROWS
-from mimo_compile.schedules.emit.lookup import LOOKUPS
 from mimo_compile.schedules.emit.matrix import PARALLEL_BYTES
 from mimo_compile.schedules.moe.kernel import ExpertKernel
-from mimo_compile.schedules.moe.problem import MoeConfig, Problem, scratch_bytes
+from mimo_compile.schedules.moe.multiply import Multiply
+from mimo_compile.schedules.moe.problem import MoeConfig, Problem, Split
 from mimo_compile.schedules.moe.work import expert_work
 
 
@@ -24,20 +25,30 @@ class Experts(Schedule):
     """Base of the expert schedules."""
 
     op = "moe"
-    version = 3
+    version: ClassVar[int] = 3
     config = MoeConfig
+    packing: ClassVar[str] = ""
+    """Layout of integer codes (`emit.dense.PACKINGS`)."""
 
     def problem(self, workload: Workload) -> Problem:
         """Return the workload as this schedule runs it."""
-        return Problem.of(workload)
+        return Problem.of(workload, self.packing)
+
+    @abstractmethod
+    def multiply(self, problem: Problem, config: MoeConfig) -> Multiply:
+        """Return how both matmuls multiply."""
 
     def kernel(self, problem: Problem, config: MoeConfig) -> ExpertKernel:
         """Return the emitter of the kernel."""
-        return ExpertKernel(problem, config)
+        return ExpertKernel(self.multiply(problem, config))
 
     def dots(self, problem: Problem, hardware: Hardware) -> tuple[str, ...]:
         """Return the ways to multiply that may be chosen from."""
         return ("",)
+
+    def unrolls(self, problem: Problem) -> tuple[int, ...]:
+        """Return the steps along K that an inner loop may hold."""
+        return (1, 2, 4)
 
     def space(self, workload: Workload, hardware: Hardware) -> Space:
         """Tiles of both matmuls, prefetch and threads."""
@@ -48,7 +59,7 @@ class Experts(Schedule):
             "rows2": tuple(r for r in (1, 2, 3, 4, 6, 8) if blocks2 % r == 0),
             "tokens": tuple(t for t in (1, 2, 4, 8) if t <= problem.t),
             "prefetch": (0, 8, 16, 32, 128),
-            "unroll": (1, 2, 4),
+            "unroll": self.unrolls(problem),
             "parallel": (False, True) if hardware.threads > 1 else (False,),
             "tasks": tuple(sorted({0, hardware.threads, 4 * hardware.threads})),
             "apart": (False, True)[: problem.halves],
@@ -57,17 +68,10 @@ class Experts(Schedule):
 
         def legal(config: MoeConfig) -> bool:
             most = max(config.rows13 * (1 if config.apart else problem.halves), config.rows2)
-            steps = 1
-            layout = problem.layout13
-            if problem.has_way:
-                steps = problem.way(config, layout).cost
-                if config.dot not in LOOKUPS and config.unroll > 1:
-                    return False  # float ways unroll nothing
-            elif not problem.fmt.is_float:
-                is_int = config.dot in DOTS and config.dot != "float"
-                steps = layout.quads if is_int else layout.block
-                steps *= ROWS // DOTS[config.dot].lanes if config.dot in DOTS else 1
-            size = most * config.tokens * steps * config.unroll
+            multiply = self.multiply(problem, config)
+            if config.unroll > 1 and not multiply.unrolls:
+                return False
+            size = most * config.tokens * multiply.cost * config.unroll
             return most * config.tokens <= 28 and (size <= 256 or most * config.tokens <= 2)
 
         work = (
@@ -90,7 +94,8 @@ class Experts(Schedule):
         ahead = 16 if far else 0
         if far and problem.act == "a8" and problem.exact:  # one stream, asked for 8 KiB ahead
             layouts = problem.layout13, problem.layout2
-            unroll = next(u for u in (4, 2, 1) if not any(x.group_blocks % u for x in layouts))
+            steps = sorted(self.unrolls(problem), reverse=True)
+            unroll = next(u for u in steps if not any(x.group_blocks % u for x in layouts))
             return MoeConfig(
                 1, 1, 1, 128, unroll, parallel, tasks=hardware.threads, apart=True, dot=dot
             )
@@ -100,6 +105,7 @@ class Experts(Schedule):
             for rows13 in ((4, 2, 1) if tokens == 1 else (2, 1))
             for rows2 in (4, 3, 2, 1)
             for unroll in ((2, 1) if tokens == 1 else (1,))
+            if unroll in space.knobs["unroll"]
             if rows13 in space.knobs["rows13"] and rows2 in space.knobs["rows2"]
         )
         return next(c for c in options if space.legal(c))
@@ -114,13 +120,22 @@ class Experts(Schedule):
             function(name, args, self.kernel(problem, config).body),
             args,
             self.work(workload, config, hardware),
-            scratch_bytes(problem, config),
+            self.scratch_bytes(problem, config),
             hardware.features,  # LLVM may have used any of them
         )
 
     def work(self, workload: Workload, config: MoeConfig, hardware: Hardware) -> Counts:
         """Return the kernel's work without generating it."""
-        return expert_work(self.problem(workload), config, hardware)
+        return expert_work(self.multiply(self.problem(workload), config), hardware)
+
+    def scratch_bytes(self, p: Problem, config: MoeConfig) -> int:
+        """Bytes of workspace: lists, hidden rows, what rows become, one task's parts for each thread."""
+        multiply = self.multiply(p, config)
+        size = 4 * (2 * p.slots + 3 * p.e + 2)
+        rows = config.rows2 * Split.of(p.w2, config.rows2, config.tasks).chunk
+        size += 4 * p.slots * (p.hidden_width + p.parts * ROWS * rows)
+        size += multiply.scratch_bytes(p.w13, p.parts * p.t)
+        return size + multiply.scratch_bytes(p.w2, p.parts * p.slots)
 
     def layouts(self, workload: Workload, config: MoeConfig) -> dict[str, str]:
         """The layouts of plain matmuls, gate and up padded each by itself."""

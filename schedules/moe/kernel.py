@@ -23,20 +23,13 @@ from mimo_compile.schedules.emit.build import (
     when,
     workspace,
 )
-from mimo_compile.schedules.emit.dot import DOTS, LOOKUP, Dot
-from mimo_compile.schedules.emit.layout import ROWS, CodeLayout
-from mimo_compile.schedules.emit.quantize import Activations, alloc_activations, quantize_row
-from mimo_compile.schedules.emit.rounding import rounded_rows
-from mimo_compile.schedules.emit.tile import (
-    Out,
-    TileKnobs,
-    Weights,
-    float_tile,
-    int_tile,
-    store_rows,
-)
+from mimo_compile.schedules.emit.dot import LOOKUP
+from mimo_compile.schedules.emit.layout import ROWS
+from mimo_compile.schedules.emit.matrix import Matrix
+from mimo_compile.schedules.emit.tile import Out, TileKnobs, Weights, store_rows
 from mimo_compile.schedules.emit.vector import sigmoid
-from mimo_compile.schedules.moe.problem import MoeConfig, Problem, Split, activation, lanes
+from mimo_compile.schedules.moe.multiply import Multiply
+from mimo_compile.schedules.moe.problem import Split
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,24 +51,30 @@ class Slots:
 class ExpertKernel:
     """Emits the phases of one kernel."""
 
-    def __init__(self, problem: Problem, config: MoeConfig) -> None:
-        self.problem, self.config = problem, config
+    def __init__(self, multiply: Multiply) -> None:
+        self.multiply = multiply
+        self.problem, self.config = problem, config = multiply.problem, multiply.config
         self.split13 = Split.of(problem.w13, config.rows13, config.tasks)
         self.split2 = Split.of(problem.w2, config.rows2, config.tasks)
         self.wide = any(math.prod(a.shape) >= 2**31 for a in problem.args())
 
-    def body(self, x: Any, ids: Any, weights: Any, *rest: Any) -> None:
+    def body(self, *buffers: Any) -> None:
         """Emit everything, given the buffers of the parameters."""
+        with self.multiply.frame():
+            self.phases(*buffers)
+
+    def phases(self, x: Any, ids: Any, weights: Any, *rest: Any) -> None:
+        """Emit all phases in order."""
         p, config = self.problem, self.config
         *packed, y = rest
         half = len(packed) // 2
         w13, w2 = Weights(*packed[:half]), Weights(*packed[half:])
         slots = self.sort(ids)
         hidden = workspace((p.slots, p.hidden_width), "float32")
-        rows = self.quantised(p.layout13, x, p.t, p.t * p.d)
+        rows = self.prepared(p.w13, x, p.t, p.t * p.d)
         with loop(self.split13.tasks, parallel=config.parallel) as task:
             self.gate_up(w13, rows, slots, hidden, task)
-        inner = self.quantised(p.layout2, hidden, slots.start[slots.hits[0]], p.slots * p.f)
+        inner = self.prepared(p.w2, hidden, slots.start[slots.hits[0]], p.slots * p.f)
         with loop(self.split2.tasks, parallel=config.parallel) as task:
             self.down(w2, inner, slots, weights, y, task)
 
@@ -120,50 +119,23 @@ class ExpertKernel:
         each(place)
         return slots
 
-    def quantised(self, layout: CodeLayout, x: Any, rows: Any, size: int) -> Any:
-        """Quantise rows of ``x`` for integer dots; float kernels read them as they are, or rounded."""
-        p, offset, x = self.problem, None, self.view(x)
-        rows = rows if p.parts == 1 else p.parts * rows
-        shared = self.config.parallel and size > 64 << 10
-        if p.rounds:
-            return rounded_rows(p.acts, x, x.shape[0], layout.k, parallel=shared, rows=rows)
-        if not p.acts.is_int8:
-            return x
-        if p.has_way:
-            offset = p.way(self.config, layout).offset
-        dtype = activation(p, self.config)
-        out = alloc_activations(layout, x.shape[0], dtype, max(p.acts.group, 0))
-        with loop(rows, parallel=shared) as row:
-            quantize_row(layout, x, (row,), out, row, offset=offset)
-        return out
+    def prepared(self, matrix: Matrix, x: Any, rows: Any, size: int) -> Any:
+        """Emit what the rows of ``x``, of ``size`` numbers, become before the tiles; return it."""
+        parts, x = self.problem.parts, self.view(x)
+        return self.multiply.prepared(matrix, x, rows if parts == 1 else parts * rows, size)
 
     def view(self, buffer: Any) -> Any:
         """Return rows of a token each as `Problem.parts` rows."""
         return buffer
 
-    def dot(self, layout: CodeLayout) -> Dot:
-        """Return the chosen way to multiply."""
-        return DOTS[self.config.dot](layout)
-
-    def lanes(self) -> int:
-        """Rows in a vector."""
-        return lanes(self.problem, self.config)
-
     def tile(
-        self, layout: CodeLayout, weights: Weights, x: Any,
+        self, matrix: Matrix, weights: Weights, x: Any,
         blocks: list[tuple[Any, ...]], tokens: list[Any], out: Out, next_tile: int,
     ) -> None:  # fmt: skip
         """Emit one register tile."""
         config = self.config
         knobs = TileKnobs(config.prefetch, config.unroll, config.dot == LOOKUP, next_tile)
-        if self.problem.has_way:
-            chosen = self.problem.way(self.config, layout)
-            chosen.tile(weights, x, blocks, tokens, out, knobs)
-        elif isinstance(x, Activations):
-            int_tile(self.dot(layout), weights, x, blocks, tokens, out, knobs)
-        else:
-            codes = None if self.problem.fmt.is_float else layout
-            float_tile(codes, layout.k, weights, x, blocks, tokens, out, knobs)
+        self.multiply.tile(matrix, weights, x, blocks, tokens, out, knobs)
 
     def over_experts(
         self, slots: Slots, task: Any, split: Split, emit: Callable[[Any, Any, int, Any], None]
@@ -200,7 +172,7 @@ class ExpertKernel:
 
     def gate_up(self, w13: Weights, x: Any, slots: Slots, hidden: Any, task: Any) -> None:
         """Compute ``silu(gate) * up`` of some rows for all slots."""
-        split, width = self.split13, self.lanes()
+        split, width = self.split13, self.multiply.lanes
         rows = split.rows
 
         def emit(expert: Any, first: Any, count: int, tile: Any) -> None:
@@ -219,24 +191,24 @@ class ExpertKernel:
                 store(hidden, result, first + m, (start + r - rows) * ROWS + lane, lanes=width)
 
             tokens = [bind(slots.token[first + m]) for m in range(count)]
-            layout = self.problem.layout13
+            matrix = self.problem.w13
             if not self.config.apart:
-                self.tile(layout, w13, x, blocks, tokens, out, split.next_tile)
+                self.tile(matrix, w13, x, blocks, tokens, out, split.next_tile)
                 return
             # the same rows of up come next, then the next rows of gate
-            self.tile(layout, w13, x, blocks[:rows], tokens, out, layout.row_blocks)
-            again = rows - layout.row_blocks
+            self.tile(matrix, w13, x, blocks[:rows], tokens, out, matrix.row_blocks)
+            again = rows - matrix.row_blocks
 
             def up(r: int, m: int, lane: int, value: Any) -> None:
                 out(rows + r, m, lane, value)
 
-            self.tile(layout, w13, x, blocks[rows:], tokens, up, again)
+            self.tile(matrix, w13, x, blocks[rows:], tokens, up, again)
 
         self.over_experts(slots, task, split, emit)
 
     def down(self, w2: Weights, x: Any, slots: Slots, weights: Any, y: Any, task: Any) -> None:
         """Project some rows of all slots down and add each token's up in the order of its choices."""
-        p, split, width = self.problem, self.split2, self.lanes()
+        p, split, width = self.problem, self.split2, self.multiply.lanes
         rows, of_token, y = split.rows, p.parts, self.view(y)
         parts = workspace((of_token * p.slots, split.chunk * rows * ROWS), "float32")
 
@@ -249,7 +221,7 @@ class ExpertKernel:
                 store(parts, value, of_token * first + m, column, lanes=width)
 
             tokens = [first + m for m in range(count)]
-            self.tile(p.layout2, w2, x, blocks, tokens, out, split.next_tile)
+            self.tile(p.w2, w2, x, blocks, tokens, out, split.next_tile)
 
         def add(t: Any, part: Any, tile: Any) -> None:
             sums = [Register("float32", ROWS, splat(T.float32(0), ROWS)) for _ in range(rows)]

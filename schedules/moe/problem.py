@@ -15,12 +15,10 @@ from mimo_compile.ir.formats import (
 from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.ops.base import Arg
 from mimo_compile.ir.workload import Workload
-from mimo_compile.schedules.emit.book import Way, way
-from mimo_compile.schedules.emit.complex import ComplexWay
-from mimo_compile.schedules.emit.dot import DOTS, exact
+from mimo_compile.schedules.emit.dot import exact
 from mimo_compile.schedules.emit.layout import ROWS, CodeLayout
 from mimo_compile.schedules.emit.matrix import Matrix
-from mimo_compile.schedules.emit.quantize import workspace_bytes
+from mimo_compile.schedules.emit.steps import Steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,12 +97,19 @@ class Problem:
 
     @staticmethod
     @lru_cache(maxsize=256)
-    def of(workload: Workload) -> Problem:
-        """Read a workload of the op ``moe``."""
+    def of(workload: Workload, packing: str = "", kind: type[Matrix] = Matrix) -> Problem:
+        """Read a workload of the op ``moe``.
+
+        Args:
+            workload: The workload.
+            packing: Layout of integer codes (`emit.dense.PACKINGS`).
+            kind: How float weights are laid out.
+        """
         p = get_op("moe").full(workload)
         fmt, e, d, f = parse_weight_format(p["w"]), p["e"], p["d"], p["f"]
-        w13 = Matrix(fmt, f, d, p["s"], "w13_", (e, 2))
-        return Problem(p["t"], e, p["k"], w13, Matrix(fmt, d, f, p["s"], "w2_", (e,)), p["a"])
+        w13 = kind(fmt, f, d, p["s"], "w13_", (e, 2), packing)
+        w2 = kind(fmt, d, f, p["s"], "w2_", (e,), packing)
+        return Problem(p["t"], e, p["k"], w13, w2, p["a"])
 
     @property
     def d(self) -> int:
@@ -153,17 +158,10 @@ class Problem:
 
     @property
     def exact(self) -> bool:
-        """True for integer codes whose sums fit 32 bits in both matmuls."""
-        return exact(self.layout13) and exact(self.layout2)
-
-    @property
-    def has_way(self) -> bool:
-        """True for codes that stand for values (codebooks, fp8, complex): they have `way`."""
-        return self.fmt.family in ("codebook", "fp8", "complex")
-
-    def way(self, config: MoeConfig, layout: CodeLayout) -> Way | ComplexWay:
-        """Return how a kernel multiplies codes that stand for values."""
-        return way(config.dot, layout, self.act)
+        """True for integer codes whose sums fit 32 bits in both matmuls, in steps that are whole blocks."""
+        group = max(self.acts.group, 0)
+        layouts = self.layout13, self.layout2
+        return all(exact(layout) and Steps(layout, group).fits for layout in layouts)
 
     @property
     def expert_bytes(self) -> float:
@@ -180,33 +178,3 @@ class Problem:
             *self.w2.args(),
             Arg("y", "output", (self.t, self.d), "float32"),
         )
-
-
-def activation(problem: Problem, config: MoeConfig) -> str:
-    """Return the dtype that tiles read activations in."""
-    if problem.has_way:
-        chosen = problem.way(config, problem.layout13)
-        return chosen.activation if chosen.quantised else "float32"
-    return DOTS[config.dot].activation if config.dot in DOTS else "float32"
-
-
-def lanes(problem: Problem, config: MoeConfig) -> int:
-    """Return the rows in a vector."""
-    if problem.has_way:
-        return problem.way(config, problem.layout13).lanes
-    return DOTS[config.dot].lanes if config.dot in DOTS else ROWS
-
-
-def scratch_bytes(problem: Problem, config: MoeConfig) -> int:
-    """Bytes of workspace: lists, hidden rows, quantised rows, one task's parts for each thread."""
-    p = problem
-    size = 4 * (2 * p.slots + 3 * p.e + 2)
-    rows = config.rows2 * Split.of(p.w2, config.rows2, config.tasks).chunk
-    size += 4 * p.slots * (p.hidden_width + p.parts * ROWS * rows)
-    if p.rounds:
-        size += 4 * (p.t * p.d + p.slots * p.f)
-    elif p.acts.is_int8:
-        dtype, group = activation(p, config), max(p.acts.group, 0)
-        size += workspace_bytes(p.layout13, p.parts * p.t, dtype, group)
-        size += workspace_bytes(p.layout2, p.parts * p.slots, dtype, group)
-    return size

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.hardware import Hardware
-from mimo_compile.schedules.emit.dot import DOTS, float_work
 from mimo_compile.schedules.emit.layout import ROWS
-from mimo_compile.schedules.emit.matrix import Matrix
-from mimo_compile.schedules.moe.problem import MoeConfig, Problem, Split, activation, lanes
+from mimo_compile.schedules.moe.multiply import Multiply
+from mimo_compile.schedules.moe.problem import Split
 from mimo_compile.schedules.work import Stream, Tile, busiest, work
 
 
-def expert_work(problem: Problem, config: MoeConfig, hardware: Hardware) -> Counts:
+def expert_work(multiply: Multiply, hardware: Hardware) -> Counts:
     """Return the counts under uniform routing, over padded extents."""
-    p = problem
+    p, config = multiply.problem, multiply.config
     hit = p.e * (1 - (1 - p.k / p.e) ** p.t)
     visits = hit * _tiles(p.slots / hit, config.tokens)
     threads = hardware.threads if config.parallel else 1
     tokens = min(config.tokens, max(1.0, p.slots / hit))
-    width = lanes(p, config)
+    width = multiply.lanes
     tasks13 = Split.of(p.w13, config.rows13, config.tasks).tasks
     tasks2 = Split.of(p.w2, config.rows2, config.tasks).tasks
     cost13 = float(p.halves * p.w13.row_blocks * p.layout13.k)
@@ -26,10 +25,10 @@ def expert_work(problem: Problem, config: MoeConfig, hardware: Hardware) -> Coun
     share = cost13 * busiest(tasks13, threads) + cost2 * busiest(tasks2, threads)
     rows13 = config.rows13 * (1 if config.apart else p.halves)
     panel = rows13 * p.w13.block_bytes
-    row = _row_bytes(p, p.w13, config)
+    row = multiply.row_bytes(p.w13)
     return work(
-        _arithmetic(p, config, visits),
-        _streams(p, config, hit, visits),
+        _arithmetic(multiply, visits),
+        _streams(multiply, hit, visits),
         hardware,
         tasks=max(tasks13, tasks2) if threads > 1 else 1,
         share=share / (cost13 + cost2),
@@ -44,56 +43,32 @@ def _tiles(slots: float, size: int) -> float:
     return whole + rest.bit_count()
 
 
-def _row_bytes(p: Problem, matrix: Matrix, config: MoeConfig) -> float:
-    """Return the bytes that a tile reads of one slot."""
-    if p.rounds or not p.acts.is_int8:
-        return 4.0 * matrix.k
-    return p.parts * matrix.codes.k_padded * (1.0 if activation(p, config) == "int8" else 4.0)
-
-
-def _arithmetic(p: Problem, config: MoeConfig, visits: float) -> dict[str, float]:
+def _arithmetic(multiply: Multiply, visits: float) -> dict[str, float]:
     """Return dots or multiply-adds for each slot, unpacking for each visit of a register tile."""
+    p = multiply.problem
     ops: dict[str, float] = {"exp_f32": float(p.slots * p.w13.row_blocks * ROWS)}
 
-    def add(kind: str, amount: float) -> None:
-        ops[kind] = ops.get(kind, 0.0) + amount
+    def add(more: dict[str, float], times: int = 1) -> None:
+        for kind, amount in more.items():
+            ops[kind] = ops.get(kind, 0.0) + times * amount
 
-    for matrix, halves in ((p.w13, p.halves), (p.w2, 1)):
-        rows = float(p.fmt.terms * halves * matrix.row_blocks * ROWS)
-        layout = matrix.codes
-        if p.has_way:
-            chosen = p.way(config, layout)
-            blocks = rows / ROWS * layout.blocks
-            for kind, amount in chosen.work.items():
-                add(kind, amount * blocks * p.slots)
-            for kind, amount in chosen.unpack_work.items():
-                add(kind, amount * blocks * visits)
-            add("fma_f32", chosen.scale_work * rows / ROWS * layout.groups * p.slots)
-        elif config.dot in DOTS:
-            dot = DOTS[config.dot](layout)
-            steps = rows / dot.lanes * layout.blocks
-            for kind, amount in dot.work.items():
-                add(kind, amount * steps * p.slots)
-            for kind, amount in dot.unpack_work.items():
-                add(kind, amount * steps * visits)
-            add("fma_f32", rows * layout.groups * p.slots * (2 if p.fmt.has_zero else 1))
-        else:
-            add("fma_f32", rows * matrix.k * p.slots)
-            if not p.fmt.is_float:
-                for kind, amount in float_work(layout, config.dot).items():
-                    add(kind, amount * rows * matrix.k * visits)
-    add("fma_f32", float(p.slots * p.d))
+    add(multiply.making(p.w13, p.t))
+    add(multiply.making(p.w2, p.slots))
+    add(multiply.work(p.w13, p.slots, visits), p.halves)
+    add(multiply.work(p.w2, p.slots, visits))
+    add({"fma_f32": float(p.slots * p.d)})
     return ops
 
 
-def _streams(p: Problem, config: MoeConfig, hit: float, visits: float) -> list[Stream]:
+def _streams(multiply: Multiply, hit: float, visits: float) -> list[Stream]:
     """Return what both matmuls pass over: in each task all hit experts, one tile of slots at a time."""
+    p, config = multiply.problem, multiply.config
     out = [Stream(8.0 * p.t * p.d + 8.0 * p.slots)]
     for matrix, halves, rows, source in (
         (p.w13, p.halves, config.rows13, p.t),
         (p.w2, 1, config.rows2, p.slots),
     ):
-        row = _row_bytes(p, matrix, config)
+        row = multiply.row_bytes(matrix)
         panel = halves * rows * matrix.block_bytes
         split = Split.of(matrix, rows, config.tasks)
         weights = hit * halves * matrix.row_blocks * matrix.block_bytes

@@ -6,7 +6,8 @@ from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.emit.book import ways
 from mimo_compile.schedules.moe.experts import Experts
-from mimo_compile.schedules.moe.problem import Problem
+from mimo_compile.schedules.moe.multiply import Multiply, QuantisedValues, Values
+from mimo_compile.schedules.moe.problem import MoeConfig, Problem
 
 
 class X86MoeCodebook(Experts):
@@ -17,6 +18,10 @@ class X86MoeCodebook(Experts):
     def supports(self, workload: Workload, hardware: Hardware) -> bool:
         """Codebook and fp8 weights, any activations."""
         return hardware.kind == "cpu" and Problem.of(workload).fmt.family in ("codebook", "fp8")
+
+    def multiply(self, problem: Problem, config: MoeConfig) -> Multiply:
+        """Rows are quantised, rounded or as they are."""
+        return (QuantisedValues if problem.act == "a8" else Values)(problem, config)
 
     def dots(self, problem: Problem, hardware: Hardware) -> tuple[str, ...]:
         """Return the ways that both matmuls can take, the fastest first."""

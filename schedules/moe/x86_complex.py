@@ -12,16 +12,14 @@ from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.emit.build import Register, bind
 from mimo_compile.schedules.emit.complex import (
     ComplexMatrix,
-    ComplexWay,
-    complex_way,
     complex_ways,
     halves,
 )
-from mimo_compile.schedules.emit.layout import CodeLayout
 from mimo_compile.schedules.emit.tile import Weights, store_rows
 from mimo_compile.schedules.emit.vector import sigmoid
 from mimo_compile.schedules.moe.experts import Experts
 from mimo_compile.schedules.moe.kernel import ExpertKernel, Slots
+from mimo_compile.schedules.moe.multiply import Multiply, QuantisedValues, Values
 from mimo_compile.schedules.moe.problem import MoeConfig, Problem
 
 
@@ -46,10 +44,6 @@ class ComplexProblem(Problem):
         """Not padded: the imaginary parts follow the real ones."""
         return self.f
 
-    def way(self, config: MoeConfig, layout: CodeLayout) -> ComplexWay:
-        """Return how the four sums are made."""
-        return complex_way(config.dot, layout, self.act)
-
 
 class ComplexKernel(ExpertKernel):
     """Rows ``2 s`` and ``2 s + 1`` are those of slot s."""
@@ -60,7 +54,7 @@ class ComplexKernel(ExpertKernel):
 
     def gate_up(self, w13: Weights, x: Any, slots: Slots, hidden: Any, task: Any) -> None:
         """Compute ``silu(gate) * up`` of some rows for all slots."""
-        p, split, width = self.problem, self.split13, self.lanes()
+        p, split, width = self.problem, self.split13, self.multiply.lanes
         rows = split.rows
 
         def emit(expert: Any, first: Any, count: int, tile: Any) -> None:
@@ -80,7 +74,7 @@ class ComplexKernel(ExpertKernel):
                 )  # fmt: skip
 
             tokens = [bind(slots.token[first + m]) for m in range(count)]
-            self.tile(p.layout13, w13, x, blocks, tokens, out, split.next_tile)
+            self.tile(p.w13, w13, x, blocks, tokens, out, split.next_tile)
 
         self.over_experts(slots, task, split, emit)
 
@@ -99,9 +93,13 @@ class X86MoeComplex(Experts):
         """Return the workload in complex rows and columns."""
         return ComplexProblem.of(workload)
 
+    def multiply(self, problem: Problem, config: MoeConfig) -> Multiply:
+        """Rows are quantised, rounded or as they are."""
+        return (QuantisedValues if problem.act == "a8" else Values)(problem, config)
+
     def kernel(self, problem: Problem, config: MoeConfig) -> ExpertKernel:
         """Return the emitter of the kernel."""
-        return ComplexKernel(problem, config)
+        return ComplexKernel(self.multiply(problem, config))
 
     def dots(self, problem: Problem, hardware: Hardware) -> tuple[str, ...]:
         """Return the ways that both matmuls can take, the fastest first."""

@@ -6,7 +6,8 @@ from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.emit.dot import DOTS, float_ways
 from mimo_compile.schedules.moe.experts import Experts
-from mimo_compile.schedules.moe.problem import Problem
+from mimo_compile.schedules.moe.multiply import Dots, Floats, Multiply
+from mimo_compile.schedules.moe.problem import MoeConfig, Problem
 
 
 class X86MoeFloat(Experts):
@@ -18,6 +19,10 @@ class X86MoeFloat(Experts):
         """f32 and bf16 weights, and integer or ternary codes with any activations."""
         problem = Problem.of(workload)
         return hardware.kind == "cpu" and (problem.fmt.name in ("f32", "bf16") or problem.exact)
+
+    def multiply(self, problem: Problem, config: MoeConfig) -> Multiply:
+        """Exact dots where the way is one, else multiply-adds."""
+        return (Dots if config.dot in DOTS else Floats)(problem, config)
 
     def dots(self, problem: Problem, hardware: Hardware) -> tuple[str, ...]:
         """Integer ways without 512-bit VNNI, widest first; ``""`` is the float kernel."""

@@ -15,6 +15,8 @@ from mimo_compile.schedules.emit.bf16 import (
     codes_tile,
     float_pairs_tile,
     imported,
+    pairs_work,
+    rounding_work,
     workspace_bytes,
 )
 from mimo_compile.schedules.emit.layout import ROWS
@@ -109,16 +111,10 @@ class X86Bf16(X86Gemm):
     def arithmetic(self, problem: Problem, config: GemmConfig) -> dict[str, float]:
         """Return products over padded extents; codes become bfloat16 once for each tile of tokens."""
         m, rows, columns = problem.m, problem.row_blocks * ROWS, self.columns(problem)
-        ops = {"dot_bf16": float(m) * rows * columns, "int_op": 6.0 * m * problem.k}
-        if problem.fmt.is_float:
-            return ops
-        layout, passes = problem.layout, -(-m // config.tokens)
-        if layout.lane_bits == 8:
-            ops["int_op"] += 4.0 * rows * columns * passes
-        else:
-            ops["int_op"] += 0.5 * rows * columns * passes
-            ops["shuffle_u8"] = 2.0 * rows * columns * passes
-        ops["fma_f32"] = float(m) * rows * layout.groups * (2 if layout.fmt.has_zero else 1)
+        layout = None if problem.fmt.is_float else problem.layout
+        ops = pairs_work(layout, rows, columns, m, -(-m // config.tokens))
+        for kind, count in rounding_work(m, problem.k).items():
+            ops[kind] = ops.get(kind, 0.0) + count
         return ops
 
     def row_bytes(self, problem: Problem, config: GemmConfig) -> float:
