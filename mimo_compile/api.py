@@ -101,7 +101,7 @@ def compile(
     opened = open_source(
         source, quant=quant, attention=attention, max_context=max_context,
         example_inputs=example_inputs, calibration=calibrate, adapters=adapters,
-        adapter_format=adapter_format,
+        adapter_format=adapter_format, hardware=hardware,
     )  # fmt: skip
     tuning = trials is not None or seconds is not None
     with _database(db, write=tuning) as database:
@@ -191,7 +191,7 @@ def tune(
     else:
         opened = open_source(
             source, quant=quant, attention=attention, max_context=max_context,
-            example_inputs=example_inputs,
+            example_inputs=example_inputs, hardware=hardware,
         )  # fmt: skip
         workloads = tunable(opened.graphs)
         if hardware.kind == "sim":

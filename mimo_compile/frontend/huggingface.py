@@ -16,9 +16,11 @@ from mimo_compile.frontend.models import get_family
 from mimo_compile.frontend.models.build import EMBED, HEAD, Builder, expected_tensors
 from mimo_compile.frontend.models.decoder import Decoder, DecoderConfig
 from mimo_compile.frontend.models.family import Fields
+from mimo_compile.frontend.models.kernels import require_kernels
 from mimo_compile.frontend.weights import detect_format, open_checkpoint
 from mimo_compile.frontend.weights.checkpoint import Checkpoint
 from mimo_compile.ir.formats import QuantScheme, parse_act_format, parse_weight_format
+from mimo_compile.ir.hardware import Hardware
 from mimo_compile.quantize import check_scheme
 from mimo_compile.quantize.calibration import Calibration, fingerprint, token_sequences
 from mimo_compile.runtime.program import Calibrated
@@ -98,6 +100,7 @@ def load_checkpoint(
     quant: QuantScheme,
     max_context: int | None = None,
     calibration: Calibration | None = None,
+    hardware: Hardware | None = None,
 ) -> LoadedModel:
     """Load a model folder and quantise its matrices.
 
@@ -108,14 +111,16 @@ def load_checkpoint(
             ``none``, ``a8`` (8-bit activations) or name their format.
         max_context: positions to provide for; None: the model's own maximum, at most `DEFAULT_MAX_CONTEXT`.
         calibration: how codes are chosen; None: by rounding to the nearest.
+        hardware: what the model is for: a scheme that has no kernels there is refused before anything is
+            quantised; None: do not look.
 
     Returns:
         The decoder and what generation needs.
 
     Raises:
         InputError: something in the folder is missing, damaged or not supported; names the file.
-        UsageError: the scheme has no quantiser, does not fit the stored one or the calibration, or
-            ``max_context`` does not fit the model.
+        UsageError: the scheme has no quantiser or no kernels, does not fit the stored one or the
+            calibration, or ``max_context`` does not fit the model.
         EnvironmentMismatch: a plug-in that reads weights is broken.
 
     Warns:
@@ -134,6 +139,8 @@ def load_checkpoint(
     unused = _unused(checkpoint, expected, config)
     checkpoint.require(expected)
     quant = _check_stored_formats(checkpoint, expected, quant)
+    if hardware is not None and hardware.kind == "cpu":
+        require_kernels(config, quant, hardware)
     if checkpoint.entries[EMBED].dtype == "BF16":
         config = replace(config, dtype="bf16")
     builder, calibrated = Builder(config, family, checkpoint, quant), None

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from mimo_compile.frontend.huggingface import LoadedModel
+    from mimo_compile.ir.hardware import Hardware
     from mimo_compile.quantize.calibration import Calibration
 
 
@@ -56,6 +57,7 @@ def open_source(
     calibration: Calibration | None = None,
     adapters: Mapping[str, str | os.PathLike[str]] | None = None,
     adapter_format: str = "exact",
+    hardware: Hardware | None = None,
 ) -> Source:
     """Load, quantise, export and lower a model.
 
@@ -68,6 +70,7 @@ def open_source(
         calibration: how codes are chosen (model folders); None: by rounding to the nearest.
         adapters: name -> folder of low-rank adapters in PEFT's format (model folders).
         adapter_format: how they are stored: ``exact``, ``bf16`` or ``fp8``.
+        hardware: the target, whose kernels are asked for before anything is quantised; None: do not ask.
 
     Raises:
         UsageError: options that do not fit the source or have no kernels yet.
@@ -109,7 +112,7 @@ def open_source(
         program = load_program(Path(source))
         return Source(program_graphs(program, Path(source).stem), scheme)
     return _open_checkpoint(
-        source, scheme, max_context, calibration, adapters or {}, adapter_format
+        source, scheme, max_context, calibration, adapters or {}, adapter_format, hardware
     )
 
 
@@ -120,6 +123,7 @@ def _open_checkpoint(
     calibration: Calibration | None,
     adapters: Mapping[str, str | os.PathLike[str]],
     adapter_format: str,
+    hardware: Hardware | None,
 ) -> Source:
     from mimo_compile.frontend.huggingface import load_checkpoint, resolve_source
 
@@ -128,7 +132,7 @@ def _open_checkpoint(
             "AWQ changes the activations that adapters were trained on (--calibrate awq)",
             remedy="use --calibrate gptq or rtn",
         )
-    loaded = load_checkpoint(resolve_source(source), scheme, max_context, calibration)
+    loaded = load_checkpoint(resolve_source(source), scheme, max_context, calibration, hardware)
     if adapters:
         from mimo_compile.frontend.adapters import attach_adapters
 

@@ -56,9 +56,10 @@ class X86Trits(_Dense):
     packing = "trits"
 
     def fits(self, problem: Problem) -> bool:
-        """Ternary codes whose groups fill blocks of 20 columns nearly."""
+        """Ternary codes whose groups fill blocks of 20 columns nearly, or that have to be this dense."""
         layout = problem.layout
-        return problem.fmt.family == "ternary" and layout.k_padded <= layout.k * (1 + _GROUP_LOSS)
+        filled = layout.k_padded <= layout.k * (1 + _GROUP_LOSS)
+        return problem.fmt.family == "ternary" and (filled or problem.fmt.dense)
 
     def streams(self, problem: Problem) -> tuple[tuple[int, int, int], ...]:
         """Unpacking is what takes long here, and several rows share what it needs."""

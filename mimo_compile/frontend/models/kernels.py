@@ -1,0 +1,69 @@
+"""Whether a target has kernels for what a scheme makes of a model's matrices, asked before any is made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from mimo_compile.errors import UsageError
+from mimo_compile.frontend.models.decoder import DecoderConfig, LayerSpec
+from mimo_compile.ir.formats import QuantScheme
+from mimo_compile.ir.hardware import Hardware
+from mimo_compile.ir.ops import get_op
+from mimo_compile.ir.workload import Workload
+from mimo_compile.quantize import head_format
+
+
+def require_kernels(config: DecoderConfig, scheme: QuantScheme, hardware: Hardware) -> None:
+    """Check that each matrix that will be quantised can be multiplied.
+
+    Args:
+        config: The model's shape.
+        scheme: What its matrices become; those that stay floats have kernels everywhere.
+        hardware: The target.
+
+    Raises:
+        UsageError: a matrix has no kernel; says which.
+    """
+    from mimo_compile.schedules import schedules_for
+
+    for what, workload in dict(_quantised(config, scheme)).items():
+        if not schedules_for(workload, hardware):
+            raise UsageError(
+                f"--quant {scheme}: there is no kernel on {hardware.name} for {what} with a{scheme.act} "
+                f"activations ({workload})",
+                remedy="`mimo-compile targets --formats` lists what has kernels where; some layouts "
+                "have none for small groups",
+            )
+
+
+def _quantised(config: DecoderConfig, scheme: QuantScheme) -> Iterator[tuple[str, Workload]]:
+    """Yield names and workloads of all matrices that the scheme quantises, for one token."""
+    fmt, head, hidden = scheme.codes, head_format(scheme), config.hidden
+    act, matmul = f"a{scheme.act}", get_op("mpgemm").workload
+    if fmt is not None:
+        for spec in dict.fromkeys((*config.layers, *config.mtp)):
+            for name, (n, k) in _shapes(spec, hidden).items():
+                yield f"{name} of {n} x {k}", matmul(m=1, n=n, k=k, w=fmt.name, a=act)
+            if spec.mlp == "moe":
+                extents = {
+                    "t": 1,
+                    "e": spec.experts,
+                    "k": spec.top_k,
+                    "d": hidden,
+                    "f": spec.moe_ffn,
+                }
+                experts = get_op("moe").workload(**extents, w=fmt.name, a=act)
+                yield f"experts of {spec.moe_ffn} x {hidden}", experts
+        if config.mtp:
+            yield "eh_proj", matmul(m=1, n=hidden, k=2 * hidden, w=fmt.name, a=act)
+    if head is not None:
+        yield "the output projection", matmul(m=1, n=config.vocab, k=hidden, w=head.name, a=act)
+
+
+def _shapes(s: LayerSpec, hidden: int) -> dict[str, tuple[int, int]]:
+    """Return the matrices of a layer that are multiplied as one, but for experts: ``[N, K]``."""
+    q, k, v = s.heads * s.d, s.kv_heads * s.d, s.kv_heads * s.dv
+    out = {"qkv": (q + k + v, hidden), "o": (hidden, s.heads * s.dv)}
+    if s.mlp == "dense":
+        out |= {"gate_up": (2 * s.ffn, hidden), "down": (hidden, s.ffn)}
+    return out
