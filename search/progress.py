@@ -1,14 +1,18 @@
-"""What a running search tells, and two ways to show it: a live display on a terminal, else plain lines."""
+"""What a running search tells, and how to show it: plain lines, or on a terminal a live table."""
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, TextIO
+from typing import TYPE_CHECKING, Literal, TextIO
 
 from mimo_compile.search.records import Record
+
+if TYPE_CHECKING:
+    from mimo_compile.search.live import LiveProgress
 
 EventKind = Literal["start", "measured", "workload", "confirm", "done"]
 
@@ -29,6 +33,16 @@ class Event:
     text: str = ""
     simulated: bool = False
     """True when the times are a model's."""
+    predicted_us: float | None = None
+    """What was predicted of the record before it was measured."""
+    weight: float = 0.0
+    """Calls of the workload in one run of the model."""
+    gain_us: float | None = None
+    """What the workload's next round is expected to save in one run of the model."""
+    own_trials: int = 0
+    """Candidates of this workload, those of earlier runs included."""
+    workloads: int = 0
+    """``start``: how many workloads are searched."""
 
 
 Progress = Callable[[Event], None]
@@ -71,49 +85,24 @@ class PlainProgress:
         """Nothing to end."""
 
 
-class RichProgress:
-    """A bar with the workload under work and its speed-up."""
+def make_progress(
+    stream: TextIO | None = None, *, seconds: float | None = None
+) -> PlainProgress | LiveProgress:
+    """Return the display that fits standard error (or ``stream``).
 
-    def __init__(self, console: Any = None) -> None:
-        """Draw on standard error."""
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            SpinnerColumn,
-            TextColumn,
-            TimeElapsedColumn,
-        )
-        from rich.progress import Progress as Bar
+    A terminal that can move its cursor and shows UTF-8 gets the live table, all else plain lines.
 
-        self._bar = Bar(
-            SpinnerColumn(), TextColumn("tune"), BarColumn(bar_width=24), MofNCompleteColumn(),
-            TimeElapsedColumn(), TextColumn("{task.description}"),
-            console=console or Console(stderr=True), transient=False,
-        )  # fmt: skip
-        self._task: Any = None
-
-    def __call__(self, event: Event) -> None:
-        """Show an event."""
-        if self._task is None:
-            self._bar.start()
-            self._task = self._bar.add_task("", total=event.total)
-        text = f"{event.workload}  {_speed(event)}" if event.workload else event.text
-        self._bar.update(self._task, completed=event.trials, description=text)
-        if event.kind == "done":
-            self.close()
-
-    def close(self) -> None:
-        """End the display."""
-        self._bar.stop()
-
-
-def make_progress(stream: TextIO | None = None) -> PlainProgress | RichProgress:
-    """Return the display that fits standard error (or ``stream``)."""
+    Args:
+        stream: Where to show; None: standard error.
+        seconds: The search's limit of time, if it has one.
+    """
     out = stream or sys.stderr
-    if out.isatty():
-        try:
-            return RichProgress()
-        except ModuleNotFoundError:
-            pass
-    return PlainProgress(out)
+    if not out.isatty() or os.environ.get("TERM", "") in ("", "dumb", "unknown"):
+        return PlainProgress(out)
+    if (getattr(out, "encoding", "") or "").lower().replace("-", "") != "utf8":
+        return PlainProgress(out)
+    try:
+        from mimo_compile.search.live import LiveProgress
+    except ModuleNotFoundError:  # rich comes with the [compile] extra
+        return PlainProgress(out)
+    return LiveProgress(out, seconds=seconds)

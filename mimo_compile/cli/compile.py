@@ -72,7 +72,9 @@ def run(args: argparse.Namespace) -> int:
     from mimo_compile.api import compile as compile_model
 
     with (
-        show_progress(console, tuning=args.trials is not None or args.time is not None) as progress,
+        show_progress(
+            console, tuning=args.trials is not None or args.time is not None, limit_s=args.time
+        ) as progress,
         _notes_shown(console),
     ):
         artifact = compile_model(

@@ -197,19 +197,20 @@ def check_output(path: Path, suffix: str = "") -> Path:
 
 
 @contextlib.contextmanager
-def show_progress(console: Console, *, tuning: bool) -> Iterator[Any]:
+def show_progress(console: Console, *, tuning: bool, limit_s: float | None = None) -> Iterator[Any]:
     """Give the display of a search (or None without one), and end it whatever happens.
 
     Args:
         console: With -v, each measured candidate has its own line.
         tuning: False when there is nothing to search.
+        limit_s: The search's limit of time.
     """
     if not tuning:
         yield None
         return
     from mimo_compile.search.progress import PlainProgress, make_progress
 
-    display = PlainProgress(every_s=0.0) if console.verbosity else make_progress()
+    display = PlainProgress(every_s=0.0) if console.verbosity else make_progress(seconds=limit_s)
     try:
         yield display
     finally:

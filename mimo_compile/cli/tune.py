@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         from mimo_compile.ir.ops import parse_workload
 
         source = str(parse_workload(args.op))
-    with show_progress(console, tuning=True) as progress:
+    with show_progress(console, tuning=True, limit_s=args.time) as progress:
         result = tune(
             source, target=args.target, quant=args.quant, attention=args.attention,
             objective=args.objective, trials=args.trials, seconds=args.time, joules=args.joules,
