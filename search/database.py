@@ -247,11 +247,11 @@ class Database:
         db.execute("BEGIN IMMEDIATE")
         try:
             db.executemany(_INSERT, (_row(r) for r in records))
+            db.execute("COMMIT")
         except BaseException:
             with contextlib.suppress(sqlite3.Error):
                 db.execute("ROLLBACK")
             raise
-        db.execute("COMMIT")
 
     # -- reading -------------------------------------------------------------------------------
 

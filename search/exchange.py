@@ -18,6 +18,7 @@ from mimo_compile.search.records import Record, checksum, decode, encode
 
 _LINE = re.compile(rb'\{"key":"[0-9a-f]{64}",(?:(?!\{"key":")[^\x00])*?,"sum":"[0-9a-f]{32}"\}')
 _BATCH = 5000
+_PIECE = 1 << 20
 
 
 def export_records(
@@ -31,7 +32,7 @@ def export_records(
         best_only: Keep only this many fastest candidates of each workload and target.
 
     Raises:
-        InputError: the file is the database itself.
+        InputError: the file is the database itself, or cannot be written (what was there stays).
     """
     target = Path(path)
     if target.exists() and target.samefile(db.path):
@@ -41,19 +42,57 @@ def export_records(
             remedy="Give another FILE to write to",
         )
     records: Iterable[Record] = db if best_only is None else _fastest(db, best_only)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     count = 0
-    try:
-        with temporary.open("w", encoding="utf-8") as out:
+    with _published(target) as temporary:
+        # Unbuffered below: what cannot be written fails here, not when the file is forgotten.
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            piece = bytearray()
             for record in records:
-                out.write(encode(record) + "\n")
+                piece += encode(record).encode() + b"\n"
                 count += 1
-            out.flush()
-            os.fsync(out.fileno())
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+                if len(piece) > _PIECE:
+                    _write(descriptor, piece)
+                    piece.clear()
+            _write(descriptor, piece)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
     return count
+
+
+def _write(descriptor: int, data: bytes | bytearray) -> None:
+    done = 0
+    while done < len(data):
+        done += os.write(descriptor, bytes(data[done:]))
+
+
+@contextlib.contextmanager
+def _published(target: Path) -> Iterator[Path]:
+    """Give the name of a file to be made, which then takes the target's place; or leave all as it was.
+
+    Raises:
+        InputError: a system call failed.
+    """
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        try:
+            yield temporary
+            os.replace(temporary, target)
+        finally:
+            for name in ("", "-wal", "-shm"):
+                temporary.with_name(temporary.name + name).unlink(missing_ok=True)
+        folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise InputError(
+            f"the file cannot be written: {error.strerror or error}",
+            file=target,
+            remedy="Check the folder, its permissions and the free space",
+        ) from error
 
 
 def _fastest(db: Database, count: int) -> list[Record]:
@@ -157,15 +196,16 @@ def prune(
             or (failures and not r.ok)
         ):
             drop.add(checksum(encode(r)))
-    with contextlib.closing(sqlite3.connect(db.path, timeout=30.0, isolation_level=None)) as raw:
-        try:
+    try:
+        raw = sqlite3.connect(db.path, timeout=30.0, isolation_level=None)
+        with contextlib.closing(raw):
             raw.execute("BEGIN IMMEDIATE")
             raw.executemany("DELETE FROM records WHERE sum = ?", ((s,) for s in sorted(drop)))
             raw.execute("COMMIT")
-        except sqlite3.Error as error:
-            raise db.unusable(error) from error
-        with contextlib.suppress(sqlite3.Error):  # needs space, and nobody else at the file
-            raw.execute("VACUUM")
+            with contextlib.suppress(sqlite3.Error):  # needs space, and nobody else at the file
+                raw.execute("VACUUM")
+    except sqlite3.Error as error:
+        raise db.unusable(error) from error
     return len(drop)
 
 
@@ -219,7 +259,7 @@ def salvage(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> int:
     altogether. Records that were pruned but not yet overwritten may come back.
 
     Raises:
-        InputError: the file cannot be read, or ``out`` exists.
+        InputError: the file cannot be read, or ``out`` exists or cannot be written.
     """
     source, target = Path(path), Path(out)
     if target.exists():
@@ -241,9 +281,13 @@ def salvage(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> int:
                 continue
             found[checksum(line.decode())] = record
     order = sorted(found.values(), key=lambda r: r.time)
-    with Database(target) as db:
-        for chunk in _chunks(order):
-            db.add(*chunk)
+    with _published(target) as temporary:
+        try:
+            with Database(temporary) as db:
+                for chunk in _chunks(order):
+                    db.add(*chunk)
+        except InputError as error:
+            raise InputError(error.what, file=target, remedy=error.remedy) from error
     return len(order)
 
 

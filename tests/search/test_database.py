@@ -14,9 +14,9 @@ import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sample_records import HW, WORKLOAD, record
 
 from mimo_compile.errors import InputError
-from mimo_compile.ir.hardware import PRESETS
 from mimo_compile.search import lookup
 from mimo_compile.search.database import Database, default_path
 from mimo_compile.search.exchange import (
@@ -28,24 +28,7 @@ from mimo_compile.search.exchange import (
     salvage,
 )
 from mimo_compile.search.objective import parse_objective
-from mimo_compile.search.records import Record, Verdict, decode, encode, record_key, versions
-
-HW = PRESETS["x86-64-v3"].with_threads(2)
-WORKLOAD = "swiglu:t=4,f=64"
-
-
-def record(i: int = 0, latency: float | None = None, verdict: str = "ok", **more: object) -> Record:
-    config = {"tile": i}
-    workload = str(more.pop("workload", WORKLOAD))
-    cache = str(more.pop("cache", "cold"))
-    key = record_key(workload, "swiglu.x", 1, config, HW, cache, versions())
-    values = {
-        "key": key, "workload": workload, "schedule": "swiglu.x", "schedule_version": 1, "config": config,
-        "hardware": HW.id, "features": tuple(sorted(HW.features)), "threads": HW.threads, "cache": cache,
-        "versions": versions(), "verdict": Verdict(verdict), "time": 1.0 + i,
-        "latency_us": (latency or 10.0 + i) if verdict == "ok" else latency,
-    }  # fmt: skip
-    return Record(**{**values, **more})
+from mimo_compile.search.records import decode, encode
 
 
 def test_round_trip_and_order(tmp_path: Path) -> None:
@@ -198,13 +181,13 @@ def test_two_writers_at_once(tmp_path: Path) -> None:
     path = tmp_path / "shared.db"
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from test_database import record, Database\n"
+        "from sample_records import record; from mimo_compile.search.database import Database\n"
         "with Database(sys.argv[2]) as db:\n"
         "    for i in range(100):\n"
         "        db.add(record(i, seed=int(sys.argv[3]), message=sys.argv[3]))\n"
         "        print(i, flush=True)\n"
     )
-    here = str(Path(__file__).parent)
+    here = str(Path(__file__).parent / "zoo")
     many = [
         subprocess.Popen(
             [sys.executable, "-c", code, here, str(path), str(w)], stdout=subprocess.DEVNULL
@@ -223,7 +206,7 @@ def test_kill_while_writing_loses_nothing_acknowledged(tmp_path: Path) -> None:
     path = tmp_path / "killed.db"
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from test_database import record, Database\n"
+        "from sample_records import record; from mimo_compile.search.database import Database\n"
         "db = Database(sys.argv[2]); start = len(db)\n"
         "for i in range(start, 100000):\n"
         "    db.add(record(i)); print(i, flush=True)\n"
@@ -231,7 +214,7 @@ def test_kill_while_writing_loses_nothing_acknowledged(tmp_path: Path) -> None:
     last = -1
     for attempt in range(3):
         child = subprocess.Popen(
-            [sys.executable, "-c", code, str(Path(__file__).parent), str(path)],
+            [sys.executable, "-c", code, str(Path(__file__).parent / "zoo"), str(path)],
             stdout=subprocess.PIPE,
             text=True,
         )
