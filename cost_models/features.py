@@ -1,22 +1,159 @@
-"""Numbers that describe a candidate to a learned model; no profiler and no machine code is needed."""
+"""Numbers that describe a candidate to a learned model; no profiler and no machine code is needed.
+
+Each name is ``group.detail``; the groups can be left out one by one (`without`), which is how
+``benchmarks/cost_models.py`` tells what each of them is worth. Nothing is absolute that can be relative to
+the machine, so that one model serves several machines and shapes.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
 from mimo_compile.cost_models.analytic import DeviceModel
+from mimo_compile.errors import MimoError
 from mimo_compile.ir.counts import LEVELS, OP_KINDS, Counts
+from mimo_compile.ir.formats import parse_act_format, parse_weight_format
 from mimo_compile.ir.hardware import Hardware
+from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.workload import Workload
 
 Features = dict[str, float]
 """By name. Names with ``=`` are yes/no marks (absent: 0); other absent names are missing values."""
 
-_ISA = ("avx2", "avx512f", "avx512vnni", "avx512vbmi", "avx512bf16", "amx-int8", "amx-bf16")
+VERSION = 2
+"""Raised when names or meanings change: models trained on other features are refused."""
+
+GROUPS: dict[str, str] = {
+    "identity": "op and algorithm",
+    "workload": "extents and other parameters",
+    "format": "bits, group size, zero points and family of weights; bits of activations",
+    "work": "operations by kind, their mix, and what exceeds the necessary",
+    "traffic": "bytes by memory level, and what exceeds the necessary",
+    "reuse": "arithmetic intensity; bytes of each level over those of the one behind it",
+    "roof": "microseconds of each unit by the roofline, over the longest",
+    "tiles": "bytes of the inner loop, and of all, against each cache; padding",
+    "vector": "lanes, accumulators, loads for each multiply-add",
+    "parallel": "threads, tasks, evenness, the last wave",
+    "launch": "cost of the call",
+    "knobs": "the config as it is",
+    "hardware": "cores, caches, ISA, rates",
+}
+"""What each group holds. Rows for energy models have a further one, ``energy`` (see `with_energy`)."""
+
+ANALYTIC = "roof.analytic"
+"""Logarithm of the roofline's microseconds: what latency models correct."""
+MODELLED = "energy.modelled"
+"""Logarithm of the modelled millijoules at the latency that is known: what energy models correct."""
+
+ISA = ("avx2", "avx512f", "avx512vnni", "avx512vbmi", "avx512bf16", "amx-int8", "amx-bf16")
+"""Features of CPUs that make another machine of it."""
+_CACHES = ("l1d_bytes", "l2_bytes", "l3_bytes")
+
+
+class Extractor:
+    """Features of one workload's candidates on one machine; what they share is computed once."""
+
+    def __init__(self, workload: Workload, hardware: Hardware, device: DeviceModel) -> None:
+        """Prepare; ``device`` has the rates for the roofline."""
+        self.workload = workload
+        self.hardware = hardware
+        self.device = device
+        self.need = get_op(workload.op).counts(workload)
+        self._shared = {
+            f"identity.op={workload.op}": 1.0,
+            **_workload(workload),
+            **_hardware(hardware, device),
+        }
+
+    def __call__(
+        self, counts: Counts, schedule: str, knobs: Mapping[str, int | float | str | bool]
+    ) -> Features:
+        """Return the features of a candidate.
+
+        Args:
+            counts: What its kernel declares.
+            schedule: Its algorithm.
+            knobs: Its config as plain values.
+
+        Raises:
+            ValueError: a number is not finite.
+        """
+        out = {**self._shared, f"identity.schedule={schedule}": 1.0}
+        out.update(self._work(counts))
+        out.update(self._traffic(counts))
+        units = self.device.units_us(counts, self.hardware)
+        launch = units.pop("launch")
+        longest = max(*units.values(), 1e-9)
+        out[ANALYTIC] = math.log(launch + longest)
+        for unit, us in units.items():
+            out[f"roof.{unit}"] = math.log(max(us, 1e-9) / longest)
+        out["launch.us"] = launch
+        out["launch.part"] = launch / (launch + longest)
+        out.update(self._traits(counts))
+        for name, value in knobs.items():
+            out.update(_value(f"knobs.{schedule}.{name}", value))
+        if not all(map(math.isfinite, out.values())):
+            bad = sorted(k for k, v in out.items() if not math.isfinite(v))
+            raise ValueError(f"features {bad} of {self.workload} are not finite")
+        return out
+
+    def _work(self, counts: Counts) -> Features:
+        total = sum(counts.ops.values())
+        out = {f"work.{k}": math.log1p(counts.ops.get(k, 0.0)) for k in OP_KINDS}
+        if total > 0:
+            out.update({f"work.share.{k}": n / total for k, n in counts.ops.items()})
+        if (need := sum(self.need.ops.values())) > 0:
+            out["work.extra"] = math.log(max(total, 1.0) / need)
+        out["work.flops"] = math.log1p(counts.flops)
+        return out
+
+    def _traffic(self, counts: Counts) -> Features:
+        moved = counts.bytes
+        out = {f"traffic.{k}": math.log1p(moved.get(k, 0.0)) for k in LEVELS}
+        far = max(moved.get("dram", 0.0), 1.0)
+        if (need := self.need.bytes.get("dram", 0.0)) > 0:
+            out["traffic.extra"] = math.log(far / need)
+        out["reuse.intensity"] = math.log1p(counts.flops / far)
+        out["reuse.total"] = math.log1p(max(moved.values(), default=0.0) / far)
+        for behind, near in pairwise(LEVELS):
+            if behind in moved and near in moved:
+                ratio = max(moved[near], 1.0) / max(moved[behind], 1.0)
+                out[f"reuse.{near}"] = math.log(ratio)
+        for size in _CACHES:
+            out[f"tiles.all.{size}"] = math.log(far / getattr(self.hardware, size))
+        return out
+
+    def _traits(self, counts: Counts) -> Features:
+        """Return what a kernel says of how it works; absent where it says nothing."""
+        traits, threads = counts.traits, self.hardware.threads
+        out: Features = {}
+        for name, group in _TRAITS.items():
+            if name in traits:
+                out[f"{group}.{name}"] = math.log2(traits[name]) if traits[name] > 0 else 0.0
+        if tile := traits.get("tile_bytes"):
+            for size in _CACHES:
+                out[f"tiles.one.{size}"] = math.log(tile / getattr(self.hardware, size))
+        if lanes := traits.get("lanes"):
+            native = 16.0 if self.hardware.has_avx512 else 8.0
+            out["vector.filled"] = math.log2(lanes / native)
+        if tasks := traits.get("tasks"):
+            waves = math.ceil(tasks / threads)
+            out["parallel.waves"] = math.log2(waves)
+            out["parallel.tail"] = 1.0 - tasks / (waves * threads)
+        if share := traits.get("share"):
+            out["parallel.uneven"] = math.log2(max(share * threads, 1.0))
+        return out
+
+
+_TRAITS = {
+    "tasks": "parallel", "share": "parallel", "useful": "tiles", "lanes": "vector", "sums": "vector",
+    "loads": "vector", "tile_bytes": "tiles",
+}  # fmt: skip
 
 
 def extract(
@@ -27,41 +164,71 @@ def extract(
     knobs: Mapping[str, int | float | str | bool],
     device: DeviceModel,
 ) -> Features:
-    """Return the features of a candidate.
+    """Return the features of one candidate; an `Extractor` is faster for many."""
+    return Extractor(workload, hardware, device)(counts, schedule, knobs)
 
-    Args:
-        workload: What it computes; numeric parameters enter as logarithms, the others as marks.
-        hardware: Where it runs.
-        counts: What its kernel declares.
-        schedule: Its algorithm.
-        knobs: Its config as plain values.
-        device: Rates for the analytic prediction, itself a feature.
-    """
-    out: Features = {f"schedule={schedule}": 1.0, f"op={workload.op}": 1.0}
-    for kind in OP_KINDS:
-        out[f"ops.{kind}"] = math.log1p(counts.ops.get(kind, 0.0))
-    for level in LEVELS:
-        out[f"bytes.{level}"] = math.log1p(counts.bytes.get(level, 0.0))
-    for trait, amount in counts.traits.items():  # absent where a kernel states none
-        out[f"trait.{trait}"] = math.log2(amount) if amount > 0 else 0.0
-    moved = max(counts.bytes.get("dram", 0.0), 1.0)
-    out["intensity"] = math.log1p(counts.flops / moved)
-    out["reuse"] = math.log1p(max(counts.bytes.values(), default=0.0) / moved)
-    out["analytic"] = math.log(device.latency_us(counts, hardware))
+
+def with_energy(row: Features, counts: Counts, device: DeviceModel, latency_us: float) -> Features:
+    """Return a row for energy models: with modelled millijoules at a latency that is known."""
+    modelled = device.energy_mj(counts, latency_us)
+    idle = device.energy_mj(Counts(), latency_us)
+    return {
+        **row,
+        MODELLED: math.log(modelled),
+        "energy.idle": idle / modelled,
+        "energy.slow": math.log(latency_us) - row[ANALYTIC],
+        "energy.latency": math.log(latency_us),
+    }
+
+
+def without(row: Features, groups: Collection[str]) -> Features:
+    """Return a row without some groups; what models correct stays."""
+    return {
+        k: v
+        for k, v in row.items()
+        if k.partition(".")[0] not in groups or k in (ANALYTIC, MODELLED)
+    }
+
+
+def _workload(workload: Workload) -> Features:
+    out: Features = {}
     for name, value in workload.params:
-        out.update(_value(f"w.{name}", value))
-    for name, value in knobs.items():
-        out.update(_value(f"{schedule}.{name}", value))
-    out["threads"] = float(hardware.threads)
-    for size in ("l1d_bytes", "l2_bytes", "l3_bytes"):
-        out[size] = math.log2(getattr(hardware, size))
-        out[f"fit.{size}"] = math.log(moved / getattr(hardware, size))
-        if tile := counts.traits.get("tile_bytes"):
-            out[f"tile.{size}"] = math.log(tile / getattr(hardware, size))
-    out.update({f"isa={f}": 1.0 for f in _ISA if f in hardware.features})
-    if any(not math.isfinite(v) for v in out.values()):
-        bad = sorted(k for k, v in out.items() if not math.isfinite(v))
-        raise ValueError(f"features {bad} of {workload} are not finite")
+        out.update(_value(f"workload.{name}", value))
+        if isinstance(value, str):
+            out.update(_format(name, value))
+    return out
+
+
+def _format(name: str, text: str) -> Features:
+    """Return what a parameter says if it is a format: unseen ones are near to others then."""
+    try:
+        if name == "a":
+            act = parse_act_format(f"a{text.removeprefix('a')}")
+            return {"format.act_bits": {"int8": 8.0, "f32": 32.0}.get(act.kind, 16.0)}
+        fmt = parse_weight_format(text)
+    except MimoError:
+        return {}
+    return {
+        f"format.{name}.bits": fmt.bits_per_weight,
+        f"format.{name}.group": math.log2(fmt.group) if fmt.group > 0 else 16.0,
+        f"format.{name}.zero": float(fmt.has_zero),
+        f"format.{name}.scales": float(fmt.scales_per_group),
+        f"format.{name}.family={fmt.family}": 1.0,
+    }
+
+
+def _hardware(hardware: Hardware, device: DeviceModel) -> Features:
+    out: Features = {f"hardware.isa={f}": 1.0 for f in ISA if f in hardware.features}
+    out[f"hardware.kind={hardware.kind}"] = 1.0
+    out["hardware.cores"] = math.log2(hardware.cores)
+    out["parallel.threads"] = math.log2(hardware.threads)
+    for size in _CACHES:
+        out[f"hardware.{size}"] = math.log2(getattr(hardware, size))
+    for kind, rate in device.ops_per_s.items():
+        out[f"hardware.rate.{kind}"] = math.log2(rate)
+    for level in device.bytes_per_s:
+        out[f"hardware.bandwidth.{level}"] = math.log2(device.bandwidth(level, hardware.threads))
+    out["hardware.idle_w"] = device.idle_w
     return out
 
 
@@ -75,12 +242,16 @@ def _value(name: str, value: int | float | str | bool) -> Features:
 
 def columns_of(rows: Iterable[Features]) -> tuple[str, ...]:
     """Return the sorted union of feature names."""
-    return tuple(sorted({name for row in rows for name in row}))
+    names: set[str] = set()
+    for row in rows:
+        names.update(row)
+    return tuple(sorted(names))
 
 
 def matrix(rows: Sequence[Features], columns: Sequence[str]) -> npt.NDArray[np.float32]:
     """Return ``[rows, columns]`` float32; unknown names are dropped, missing values are NaN."""
+    absent = [0.0 if "=" in c else math.nan for c in columns]
     out = np.empty((len(rows), len(columns)), np.float32)
     for i, row in enumerate(rows):
-        out[i] = [row.get(c, 0.0 if "=" in c else math.nan) for c in columns]
+        out[i] = [row.get(c, a) for c, a in zip(columns, absent, strict=True)]
     return out

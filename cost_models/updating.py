@@ -90,9 +90,14 @@ class DynamicShare:
         """Return how many of the survivors to measure (at least 1 when there are any)."""
         return min(survivors, math.ceil(self.k * survivors - 1e-9))
 
-    def choose(self, predicted: Sequence[float], rng: np.random.Generator) -> list[int]:
-        """Return the indices to measure: the best predicted, and a random share of the rest."""
-        total = self.count(len(predicted))
+    def choose(
+        self, predicted: Sequence[float], rng: np.random.Generator, count: int | None = None
+    ) -> list[int]:
+        """Return the indices to measure: the best predicted, and a random share of the rest.
+
+        ``count``: how many in all (None: what `count` says).
+        """
+        total = self.count(len(predicted)) if count is None else min(count, len(predicted))
         lucky = math.floor(total * self.explore)
         order = sorted(range(len(predicted)), key=lambda i: (predicted[i], i))
         rest = order[total - lucky :]

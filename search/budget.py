@@ -97,6 +97,8 @@ class Share:
     floor_us: float
     """What no kernel can beat (roofline of the necessary work); 0 when unknown."""
     best_us: float = math.inf
+    best_score: float = math.inf
+    """By the objective, where that is not the time."""
     trials: int = 0
     rounds: int = 0
     recent: float = 0.0
@@ -109,12 +111,17 @@ class Share:
     history: list[tuple[int, float]] = field(default_factory=list)
     """(trials, best microseconds) after each round."""
 
-    def learn(self, trials: int, best_us: float) -> None:
-        """Take in a round of ``trials`` that ended with ``best_us``."""
-        gain = 0.0
-        if math.isfinite(best_us) and math.isfinite(self.best_us):
-            gain = max(0.0, 1 - best_us / self.best_us)
-        first = not math.isfinite(self.best_us)
+    def learn(self, trials: int, best_us: float, best_score: float | None = None) -> None:
+        """Take in a round of ``trials`` that ended with ``best_us``.
+
+        ``best_score``: the best by an objective that is not the time; then it says what was gained. One that
+        is worse than before (joules were modelled until a meter gave some) starts anew.
+        """
+        then, now = (self.best_us, best_us) if best_score is None else (self.best_score, best_score)
+        gain = max(0.0, 1 - now / then) if math.isfinite(now) and math.isfinite(then) else 0.0
+        first = not math.isfinite(then) or (best_score is not None and now > then)
+        if best_score is not None:
+            self.best_score = best_score
         self.stale = 0 if gain >= 0.01 or first else self.stale + 1
         self.recent = gain if self.rounds < 2 else 0.5 * self.recent + 0.5 * gain
         self.best_us = min(self.best_us, best_us)
@@ -140,6 +147,15 @@ class Share:
             return self.weight * guess * 0.9 / (1 + self.rounds) ** 2
         room = min(0.9, max(0.05, 1 - self.floor_us / self.best_us))
         return self.weight * self.best_us * (0.5 * self.recent + 0.5 * room / (1 + self.rounds))
+
+
+def patience(space_size: int, batch: int) -> int:
+    """Return the rounds without an improvement of 1 % after which a workload counts as done.
+
+    As many as cover a twentieth of the space, at least 4 and at most 16: in a large space a few rounds
+    without luck say little.
+    """
+    return max(4, min(16, math.ceil(0.05 * space_size / batch)))
 
 
 def mark_heavy(shares: Sequence[Share], part: float = 0.01) -> None:

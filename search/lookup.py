@@ -37,6 +37,12 @@ class Result:
         """Return (latency, energy), the energy measured or modelled, never a mixture."""
         return self.latency_us, self.measured_mj if measured else self.modelled_mj
 
+    def point_by(self, meter: str) -> Point:
+        """Return (latency, energy by a meter, if it measured any); an empty name stands for the model."""
+        if not meter:
+            return self.latency_us, self.modelled_mj
+        return self.latency_us, self.measured_mj if self.energy_source == meter else None
+
 
 def summarise(records: Iterable[Record]) -> list[Result]:
     """Join the records of each candidate; candidates that ever gave a wrong result are left out.
@@ -100,21 +106,37 @@ def _scaled(results: list[Result], once: dict[str, float]) -> list[Result]:
 
 
 def use_measured(results: Sequence[Result]) -> bool:
-    """Say whether energies can be compared as measured: each result has one, all by one meter."""
-    sources = {r.energy_source for r in results}
-    return bool(results) and all(r.measured_mj is not None for r in results) and len(sources) == 1
+    """Say whether energies are compared as measured: some were, all by one meter.
+
+    Those without a measured energy then have none to be compared by. A search reads joules of the
+    promising candidates only.
+    """
+    return bool(meter_of(results))
 
 
-def best(results: Sequence[Result], objective: Objective) -> Result | None:
-    """Return the best candidate of one workload by the objective."""
-    measured = use_measured(results)
-    return objective.choose(results, lambda r: r.point(measured))
+def meter_of(results: Sequence[Result], prefer: str = "") -> str:
+    """Return the meter by whose joules results are compared, "" where only modelled ones are comparable.
+
+    Args:
+        results: Those of one workload.
+        prefer: The meter that counts if there are several.
+    """
+    meters = {r.energy_source for r in results if r.measured_mj is not None}
+    if prefer in meters:
+        return prefer
+    return meters.pop() if len(meters) == 1 else ""
 
 
-def pareto(results: Sequence[Result]) -> list[Result]:
-    """Return the Pareto front in latency and energy, fastest first."""
-    measured = use_measured(results)
-    return pareto_front(results, lambda r: r.point(measured))
+def best(results: Sequence[Result], objective: Objective, meter: str = "") -> Result | None:
+    """Return the best candidate of one workload by the objective (``meter``: see `meter_of`)."""
+    by = meter_of(results, meter)
+    return objective.choose(results, lambda r: r.point_by(by))
+
+
+def pareto(results: Sequence[Result], meter: str = "") -> list[Result]:
+    """Return the Pareto front in latency and energy, fastest first (``meter``: see `meter_of`)."""
+    by = meter_of(results, meter)
+    return pareto_front(results, lambda r: r.point_by(by))
 
 
 def results_for(
@@ -178,7 +200,24 @@ def known_results(space: JointSpace, db: Database | None = None) -> list[tuple[C
         candidate = space.adopt(r.record.schedule, r.record.config, r.record.threads)
         if candidate is not None:
             found.setdefault(candidate, r)
-    return list(found.items())
+    return _with_joules(space, list(found.items()))
+
+
+def _with_joules(
+    space: JointSpace, found: list[tuple[Candidate, Result]]
+) -> list[tuple[Candidate, Result]]:
+    """Leave out what a search with a meter passed over, so that the others' joules can be compared.
+
+    Only where the fastest has joules, and each layout of the tensors still has a candidate.
+    """
+    if not found or not use_measured([r for _, r in found]) or found[0][1].measured_mj is None:
+        return found
+    metered = [(c, r) for c, r in found if r.measured_mj is not None]
+
+    def layouts(pairs: list[tuple[Candidate, Result]]) -> set[tuple[tuple[str, str], ...]]:
+        return {tuple(sorted(space.layouts(c).items())) for c, _ in pairs}
+
+    return metered if layouts(metered) == layouts(found) else found
 
 
 def measured_here(result: Result, hardware: Hardware) -> bool:

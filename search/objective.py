@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
 from mimo_compile.errors import UsageError
@@ -19,6 +19,10 @@ Item = TypeVar("Item")
 
 _LIMIT = re.compile(r"(energy@latency|latency@energy):(\d+(?:\.\d+)?(?:e-?\d+)?)(mJ|J)?\Z")
 _PLAIN = ("latency", "energy", "edp", "ed2p", "pareto")
+_WINDOW = {"energy": 2.0, "edp": 1.5, "ed2p": 1.25, "pareto": 2.0, "latency@energy": 2.0}
+_EXPONENT = {"edp": 2.0, "ed2p": 3.0, "pareto": 2.0, "latency@energy": 2.0}
+BEHIND = 1e30
+"""Scores from here on belong to candidates that miss a limit: behind all others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,11 +31,34 @@ class Objective:
 
     kind: Kind
     limit: float | None = None
+    alone: bool = False
+    """True for a search of one kernel, which then has the whole budget of ``latency@energy``."""
 
     @property
     def needs_energy(self) -> bool:
         """True when energies decide."""
         return self.kind != "latency"
+
+    @property
+    def window(self) -> float:
+        """Times the best latency up to which a candidate's energy is worth a measurement.
+
+        Slower ones cannot win, or hardly: energy rarely falls as fast as time grows.
+        """
+        if self.kind == "energy@latency":
+            return self.limit or 1.0
+        return _WINDOW.get(self.kind, 1.0)
+
+    @property
+    def exponent(self) -> float:
+        """How the score grows with the latency, energy taken as proportional to it."""
+        return 1.0 if self.alone else _EXPONENT.get(self.kind, 1.0)
+
+    def for_one(self, calls: float) -> Objective:
+        """Return the objective of a search over a single kernel that is called so often."""
+        if self.kind != "latency@energy" or self.limit is None:
+            return self
+        return replace(self, limit=self.limit / calls, alone=True)
 
     def __str__(self) -> str:
         """Return the text that parses to it."""
@@ -42,9 +69,10 @@ class Objective:
     def score(self, point: Point, best_latency_us: float | None = None) -> float:
         """Return a number to minimise for one kernel (infinite when energy is needed and absent).
 
-        For ``energy@latency`` points beyond the latency limit rank behind all others, by latency.
-        ``latency@energy`` is a whole-model budget: for one kernel the product of both ranks. A Pareto
-        search ranks by the product too; its front is what it keeps.
+        For ``energy@latency`` points beyond the latency limit rank behind all others, by latency; for
+        ``latency@energy`` those beyond the energy limit, by energy. The latter is a whole-model budget:
+        of several kernels each is ranked by the product. A Pareto search ranks by the product too; its
+        front is what it keeps.
         """
         latency, energy = point
         if self.kind == "latency":
@@ -59,8 +87,14 @@ class Objective:
             cap = (self.limit or 1.0) * (
                 best_latency_us if best_latency_us is not None else latency
             )
-            return energy if latency <= cap else 1e30 * (latency / cap)
+            return energy if latency <= cap else BEHIND * (latency / cap)
+        if self.alone and self.limit is not None:
+            return latency if energy <= self.limit else BEHIND * (energy / self.limit)
         return energy * latency
+
+    def behind(self, slowness: float) -> float:
+        """Score a point without energy that is ``slowness`` times as slow as the best."""
+        return BEHIND * max(slowness, 1.0)
 
     def choose(self, items: Sequence[Item], point: Callable[[Item], Point]) -> Item | None:
         """Return the best item of one workload (None when there is none with finite score).

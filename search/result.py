@@ -8,7 +8,7 @@ from typing import Any
 
 from mimo_compile.errors import MimoError
 from mimo_compile.ir.workload import Workload
-from mimo_compile.search.lookup import Result, best, pareto, use_measured
+from mimo_compile.search.lookup import Result, best, meter_of, pareto
 from mimo_compile.search.objective import Objective
 
 
@@ -30,11 +30,13 @@ class WorkloadResult:
     """Trials by verdict."""
     history: tuple[tuple[int, float], ...]
     """(trials, best microseconds) after each round of this run."""
+    meter: str = ""
+    """What read joules in this run."""
 
     @property
     def pareto(self) -> list[Result]:
         """Non-dominated candidates in latency and energy, fastest first."""
-        return pareto(self.results)
+        return pareto(self.results, self.meter)
 
     @property
     def speedup(self) -> float | None:
@@ -45,13 +47,13 @@ class WorkloadResult:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values for ``--json``."""
-        measured = use_measured(self.results)
+        meter = meter_of(self.results, self.meter)
 
         def show(r: Result) -> dict[str, Any]:
-            latency, energy = r.point(measured)
+            latency, energy = r.point_by(meter)
             return {
                 "schedule": r.record.schedule, "config": r.record.config, "latency_us": latency,
-                "energy_mj": energy, "energy_source": r.energy_source if measured else "modelled",
+                "energy_mj": energy, "energy_source": meter or "modelled",
                 "time_source": "simulated" if r.record.simulated else "measured",
             }  # fmt: skip
 
@@ -126,10 +128,11 @@ def collect(
     trials: tuple[int, int],
     verdicts: Counter[str],
     history: list[tuple[int, float]],
+    meter: str = "",
 ) -> WorkloadResult:
-    """Put together what is known of one workload; ``trials`` are (all, new)."""
+    """Put together what is known of one workload; ``trials`` are (all, new), ``meter`` that of the run."""
     default = next((r for r in results if r.record.key == default_key), None)
     return WorkloadResult(
-        workload, weight, space_size, tuple(results), default, best(results, objective), *trials,
-        verdicts, tuple(history),
+        workload, weight, space_size, tuple(results), default,
+        best(results, objective, meter), *trials, verdicts, tuple(history), meter,
     )  # fmt: skip

@@ -1,0 +1,99 @@
+"""Train a latency model on records and store it for the package: ``python -m mimo_compile.search.train``."""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import lzma
+import sys
+import zlib
+from collections.abc import Iterator, Sequence
+from importlib.resources import files
+from pathlib import Path
+
+from mimo_compile.cost_models import pretrained
+from mimo_compile.errors import InputError, MimoError, UsageError
+from mimo_compile.search.database import Database
+from mimo_compile.search.records import Record, decode
+from mimo_compile.search.warm import train
+
+
+def packaged() -> list[Path]:
+    """Return the files of records that come with the package."""
+    folder = Path(str(files("mimo_compile") / "pretuned"))
+    return sorted(folder.glob("*.jsonl"))
+
+
+def read_records(path: Path) -> Iterator[Record]:
+    """Yield the records of a database or of JSON lines (``.jsonl``, also ``.gz`` or ``.xz``).
+
+    Raises:
+        InputError: the file is missing or damaged.
+    """
+    if not path.exists():
+        raise InputError("there is no such file", file=path)
+    if path.suffix == ".db":
+        with Database(path, read_only=True) as db:
+            yield from db
+        return
+    unpack = {".gz": gzip.decompress, ".xz": lzma.decompress}.get(path.suffix, bytes)
+    try:
+        lines = unpack(path.read_bytes()).splitlines()
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        raise InputError(f"the records cannot be read: {error}", file=path) from error
+    for line in lines:
+        if line.strip():
+            yield decode(line, file=path)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train; print what came of it."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mimo_compile.search.train", description=__doc__
+    )
+    parser.add_argument(
+        "files", nargs="*", type=Path, metavar="FILE",
+        help="databases and JSON lines of records (default: those of the package)",
+    )  # fmt: skip
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="FILE", help="default: into the package, by machine"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(arguments)
+    try:
+        rows = [r for path in args.files or packaged() for r in read_records(path)]
+        rows = [r for r in rows if r.cache == "cold" and not r.simulated]
+        written = _train_each(rows, args.output, args.seed)
+    except MimoError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    print(written)
+    return 0
+
+
+def _train_each(rows: Sequence[Record], output: Path | None, seed: int) -> str:
+    """Train one model for each machine, or one for all into ``output``."""
+    groups: dict[str, list[Record]] = {}
+    for r in rows:
+        groups.setdefault("" if output is not None else r.hardware, []).append(r)
+    lines = []
+    for machine, mine in sorted(groups.items()):
+        path = output or Path(pretrained.__file__).parent / f"{machine}.json"
+        model = train(mine, seed=seed)
+        if not model.trained:
+            raise InputError(
+                f"{len(mine)} records are too few to learn from, or of older schedules", file=path
+            )
+        digest = model.save(path)
+        lines.append(
+            f"{path}: {model.samples} candidates of {model.meta['workloads']} workloads, sha256 {digest}"
+        )
+    if not lines:
+        raise UsageError(
+            "there are no records to learn from", remedy="give databases or JSON lines"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
