@@ -336,3 +336,13 @@ class Honest(Zoo):
 
     name = "embed.honest"
     faults = ("honest_parallel", "honest", "slow")
+
+
+class Many(Zoo):
+    """One correct kernel under thousands of names."""
+
+    name = "embed.many"
+
+    def space(self, workload: Workload, hardware: Hardware) -> Space:
+        knobs = {"fault": ("honest",), "knob": tuple(range(5000))}
+        return Space(ZooConfig, knobs, ZooConfig("honest"))
