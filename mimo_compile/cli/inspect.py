@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mimo_compile.cli.options import need_extra, positive
-from mimo_compile.errors import UsageError
+from mimo_compile.errors import InputError, MissingExtra, UsageError
 
 if TYPE_CHECKING:
     from mimo_compile.cli.console import Console
     from mimo_compile.runtime.container import Parts
     from mimo_compile.runtime.program import Choice, Entry
+    from mimo_compile.search.explain import Explanation
 
 DESCRIPTION = """\
 Show an artifact: entry points, plan, kernels, sizes; with --kernel why one kernel was chosen, or its
@@ -216,7 +218,13 @@ def _kernel(args: argparse.Namespace, parts: Parts) -> int:
         row = plan_row(choice)
         for name, value in row.items():
             console.say(f"{name:<13} {value if value is not None else '-'}")
-        console.result({"ok": True, **row})
+        found = _explained(args, parts, choice)
+        if found is not None:
+            from mimo_compile.cli.why import show_why
+
+            console.say()
+            show_why(console, found)
+        console.result({"ok": True, **row, "why": None if found is None else found.to_json()})
         return 0
     need_extra("inspect --tir and --asm")
     from mimo_compile.bench.runnable import hardware_of, kernel_of
@@ -233,6 +241,48 @@ def _kernel(args: argparse.Namespace, parts: Parts) -> int:
     console.say(text)
     console.result({"ok": True, "workload": choice.workload, "kernel": choice.kernel, "text": text})
     return 0
+
+
+def _explained(args: argparse.Namespace, parts: Parts, choice: Choice) -> Explanation | None:
+    """Explain a choice from the user's records, the package's and the artifact's own.
+
+    None for a generic kernel, for a schedule that this version does not have, and without the [compile]
+    extra, whose models it takes.
+    """
+    try:
+        need_extra("inspect --kernel")
+    except MissingExtra as error:
+        args.console.log(f"why it was chosen is not told: {error}", 1)
+        return None
+    from mimo_compile.bench.runnable import hardware_of
+    from mimo_compile.ir.ops import OPS
+    from mimo_compile.ir.workload import Workload
+    from mimo_compile.search.calibrate import device_model
+    from mimo_compile.search.database import open_records
+    from mimo_compile.search.explain import explain
+    from mimo_compile.search.lookup import summarise
+    from mimo_compile.search.objective import parse_objective
+    from mimo_compile.search.records import decode
+    from mimo_compile.search.space import JointSpace
+
+    workload = Workload.parse(choice.workload)
+    if workload.op not in OPS:
+        return None
+    hardware = hardware_of(parts.manifest)
+    space = JointSpace(workload, hardware)
+    chosen = space.adopt(choice.schedule, choice.config)
+    if chosen is None:
+        return None
+    kept = []
+    for line in (parts.texts.get("records.jsonl") or b"").splitlines():
+        with contextlib.suppress(InputError):  # of a newer version
+            kept.append(decode(line))
+    results = summarise(r for r in kept if r.workload == choice.workload)
+    named = ((space.adopt(r.record.schedule, r.record.config), r) for r in results)
+    extra = {c: r for c, r in named if c is not None}
+    goal = parse_objective(parts.manifest.objective)
+    with open_records(args.db) as db:
+        return explain(space, db, device_model(hardware), goal, chosen, extra)
 
 
 def _one_of(parts: Parts, name: str) -> Choice:

@@ -15,17 +15,21 @@ def run_op(args: argparse.Namespace) -> int:
     from mimo_compile.ir.ops import get_op, parse_workload
     from mimo_compile.search.calibrate import device_model
     from mimo_compile.search.database import open_records
+    from mimo_compile.search.explain import explain
     from mimo_compile.search.lookup import pareto, results_for
+    from mimo_compile.search.objective import parse_objective
     from mimo_compile.search.space import JointSpace
 
     console: Console = args.console
     workload = parse_workload(args.op)
     hardware = resolve_target(args.target, args.threads)
     space = JointSpace(workload, hardware)
+    goal = parse_objective(args.objective or "latency")
     device, simulated = device_model(hardware), hardware.kind == "sim"
     counts = get_op(workload.op).counts(workload)
     with open_records(args.db) as db:
         results = sorted(results_for(workload, hardware, db), key=lambda r: r.latency_us)
+        found = None if simulated else explain(space, db, device, goal)
     front = {r.record.key for r in pareto(results)}
     defaults = {(c.schedule, c.knobs) for c in space.defaults()}
     rows: list[dict[str, Any]] = []
@@ -65,8 +69,14 @@ def run_op(args: argparse.Namespace) -> int:
         "roofline_us": device.latency_us(counts, hardware), "calibrated": bool(device.measured),
         "spaces": {n: s.size for n, s in space.spaces.items()}, "candidates": rows,
         "measured": 0 if simulated else len(results), "simulated": len(results) if simulated else 0,
+        "why": None if found is None else found.to_json(),
     }  # fmt: skip
     _show(console, value)
+    if found is not None:
+        from mimo_compile.cli.why import show_why
+
+        console.say()
+        show_why(console, found)
     console.result(value)
     return 0
 

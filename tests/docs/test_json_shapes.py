@@ -78,14 +78,16 @@ def test_run_and_inspect(printed, artifact: Path) -> None:
     assert names(found, DATA) <= documented("inspect") | documented("compile")
     name = found["plan"][0]["kernel"] if found["plan"] else None
     if name is not None:
-        assert set(printed("inspect", artifact, "--kernel", name)) <= documented("compile")
+        known = documented("compile") | {"why"}
+        assert set(printed("inspect", artifact, "--kernel", name)) <= known
 
 
 def test_inspect_of_a_workload(printed) -> None:
     found = printed("inspect", "--op", "swiglu:t=1,f=64")
     assert found["ok"], found
     assert found["candidates"]
-    assert names(found, {"config", "spaces", "necessary"}) <= documented("inspect")
+    assert names(found, {"config", "spaces", "necessary", "work"}) <= documented("inspect")
+    assert {*found["why"]["work"], *found["why"]["bound"]} <= documented("inspect")
     assert set(found["necessary"]) <= documented("inspect")
 
 
