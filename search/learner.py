@@ -185,6 +185,11 @@ class Learner:
 
     # -- predicting ----------------------------------------------------------------------------
 
+    def expected_us(self, key: str) -> float | None:
+        """Return what is predicted of a candidate that was measured since the last training."""
+        work = self._works.get(key)
+        return None if work is None else float(self.latency.predict([(work.row,)]).value[0])
+
     def energies(self, workload: Workload, times: Mapping[str, float]) -> dict[str, float]:
         """Predict millijoules of candidates whose microseconds are measured, by their records' keys."""
         keys = [k for k in times if k in self._works]

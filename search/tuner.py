@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -70,7 +71,7 @@ class Tuner:
         )
         self.versions = versions()
         self.tasks: list[Task] = []
-        self._progress = progress or (lambda event: None)
+        self._progress = progress
         self._round = 0
 
     # -- setting up ----------------------------------------------------------------------------
@@ -270,6 +271,8 @@ class Tuner:
         self, kind: str, task: Task | None, *, total: int | None = None, record: Record | None = None,
         text: str = "",
     ) -> None:  # fmt: skip
+        if self._progress is None:
+            return
         best = default = None
         if task is not None and kind in ("measured", "workload"):
             results = task.results()
@@ -279,9 +282,16 @@ class Tuner:
         name = str(task.space.workload) if task is not None else ""
         trials = sum(t.trials for t in self.tasks)
         simulated = self.measurer.cache == SIMULATED
+        gain = None if task is None else task.share.expected_gain_us()
         self._progress(
-            Event(kind, name, trials, total or self._total, best, default, record, text, simulated)  # type: ignore[arg-type]
-        )
+            Event(
+                kind, name, trials, total or self._total, best, default, record, text, simulated,  # type: ignore[arg-type]
+                predicted_us=None if record is None else self.learner.expected_us(record.key),
+                weight=0.0 if task is None else task.share.weight,
+                gain_us=gain if gain is not None and math.isfinite(gain) else None,
+                own_trials=0 if task is None else task.trials, workloads=len(self.tasks),
+            )
+        )  # fmt: skip
 
     _total: int | None = None
     _failure: MimoError | None = None
