@@ -53,6 +53,16 @@ class Reading:
     spread_mj: float | None
     window_s: float
     reason: str = ""
+    idle_w: float | None = None
+    """Power of the device without a kernel, where the meter knows it."""
+    seconds_per_call: float | None = None
+
+    @property
+    def net_mj(self) -> float | None:
+        """Energy beyond what the device would have used in that time anyway; None where it is not known."""
+        if self.energy_mj is None or self.idle_w is None or self.seconds_per_call is None:
+            return None
+        return self.energy_mj - self.idle_w * self.seconds_per_call * 1e3
 
 
 def measure_energy(
@@ -65,7 +75,13 @@ def measure_energy(
         spin: Calls the kernel for that many seconds; returns calls and exact seconds (0 calls: it failed).
         window_s: Seconds in all, divided among the repeats; at least `MIN_STEPS` counter steps for each.
         repeats: Windows; their standard deviation is the spread.
+
+    Meters with coarse steps are read while the kernel runs (`watched.Watched`).
     """
+    from mimo_compile.search.meters.watched import measure_watched, watched
+
+    if (one := watched(meter)) is not None:
+        return measure_watched(one, spin, window_s, repeats)
     least = MIN_STEPS * meter.step_s
     repeats = max(1, min(repeats, math.floor(window_s / least + 1e-9)))
     if window_s + 1e-9 < least:

@@ -30,8 +30,8 @@ class RaplMeter:
             raise OSError("the kernel offers no RAPL package counter (virtual machines hide it)")
         self._files = [d / "energy_uj" for d in domains]
         try:
-            self._wrap = [int((d / "max_energy_range_uj").read_text()) for d in domains]
-            self._last = [int(f.read_text()) for f in self._files]
+            self._wrap = [_number(d / "max_energy_range_uj") for d in domains]
+            self._last = [_number(f) for f in self._files]
         except PermissionError as error:
             raise OSError(
                 f"{error.filename} may be read by root only; run: sudo chmod a+r {error.filename}"
@@ -42,9 +42,16 @@ class RaplMeter:
         """Return millijoules since the meter was opened; a counter that started again is carried over."""
         total = 0
         for i, file in enumerate(self._files):
-            value = int(file.read_text())
+            value = _number(file)
             if value < self._last[i]:
                 self._base[i] += self._wrap[i]
             self._last[i] = value
             total += self._base[i] + value
         return total / 1000.0
+
+
+def _number(file: Path) -> int:
+    try:
+        return int(file.read_text())
+    except ValueError as error:
+        raise OSError(f"{file} holds no number") from error

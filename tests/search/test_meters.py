@@ -15,7 +15,6 @@ from mimo_compile.search.meters import (
     meter_names,
     open_meter,
 )
-from mimo_compile.search.meters.nvml import NvmlMeter
 from mimo_compile.search.meters.rapl import RaplMeter
 from mimo_compile.search.meters.replay import ReplayMeter
 
@@ -119,6 +118,13 @@ def test_rapl_sums_packages_and_survives_a_wrap(tmp_path: Path) -> None:
     assert meter.read_mj() == 10.0
     (tmp_path / "intel-rapl:0" / "energy_uj").write_text("500")  # started again
     assert meter.read_mj() == 11.5
+    (tmp_path / "intel-rapl:1" / "energy_uj").write_text("")
+    with pytest.raises(OSError, match="holds no number"):
+        meter.read_mj()
+    reading = measure_energy(meter, Spin(), window_s=1.0)
+    assert reading.energy_mj is None and "cannot be read" in reading.reason
+    (tmp_path / "intel-rapl:1" / "energy_uj").unlink()
+    assert "cannot be read" in measure_energy(meter, Spin(), window_s=1.0).reason
 
 
 def test_rapl_absent_or_forbidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,54 +141,6 @@ def test_rapl_absent_or_forbidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(Path, "read_text", forbidden)
     with pytest.raises(OSError, match=r"sudo chmod a\+r"):
         RaplMeter(tmp_path)
-
-
-class FakeNvml:  # names are those of pynvml
-    """What of pynvml the meter uses."""
-
-    NVML_TEMPERATURE_GPU = NVML_CLOCK_SM = 0
-
-    class NVMLError(Exception):
-        pass
-
-    def __init__(self, energy: int | None = 5, gpus: int = 1) -> None:
-        self.energy, self.gpus = energy, gpus
-
-    def nvmlInit(self) -> None:  # noqa: N802
-        if not self.gpus:
-            raise self.NVMLError("Driver Not Loaded")
-
-    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:  # noqa: N802
-        return index
-
-    def nvmlDeviceGetTotalEnergyConsumption(self, handle: int) -> int:  # noqa: N802
-        if self.energy is None:
-            raise self.NVMLError("Not Supported")
-        return self.energy
-
-    def nvmlDeviceGetTemperature(self, handle: int, kind: int) -> int:  # noqa: N802
-        return 55
-
-    def nvmlDeviceGetClockInfo(self, handle: int, kind: int) -> int:  # noqa: N802
-        raise self.NVMLError("Not Supported")
-
-    def nvmlDeviceGetCurrentClocksThrottleReasons(self, handle: int) -> int:  # noqa: N802
-        return 0
-
-    def nvmlDeviceGetComputeRunningProcesses(self, handle: int) -> list[int]:  # noqa: N802
-        return [1, 2]
-
-
-def test_nvml() -> None:
-    meter = NvmlMeter(library=FakeNvml(energy=77))
-    assert meter.read_mj() == 77.0
-    assert meter.state() == {"temperature_c": 55.0, "throttle_reasons": 0.0, "processes": 2.0}
-    for broken, words in (
-        (FakeNvml(gpus=0), "Driver Not Loaded"),
-        (FakeNvml(energy=None), "Not Supported"),
-    ):
-        with pytest.raises(OSError, match=words):
-            NvmlMeter(library=broken)
 
 
 def test_energy_of_a_call() -> None:
