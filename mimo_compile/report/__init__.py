@@ -7,7 +7,8 @@ from pathlib import Path
 
 from mimo_compile.errors import MimoError
 from mimo_compile.report.data import gather
-from mimo_compile.report.page import page
+from mimo_compile.report.models import study
+from mimo_compile.report.page import MOST_PLOTS, page
 
 MOST_BYTES = 1_000_000
 """A page stays below this."""
@@ -26,7 +27,14 @@ def write_report(source: str | os.PathLike[str], output: str | os.PathLike[str])
     Raises:
         InputError: the source is missing or is neither.
     """
-    text = page(gather(source)).encode(errors="backslashreplace")  # a path may be no text
+    data = gather(source)
+    studies = [study(machine) for machine in data.machines]
+    plots = MOST_PLOTS
+    while True:
+        text = page(data, plots, studies).encode(errors="backslashreplace")  # a path may be no text
+        if len(text) <= MOST_BYTES or plots == 0:
+            break
+        plots //= 2
     if len(text) > MOST_BYTES:
         raise MimoError(f"the report would take {len(text)} bytes, more than {MOST_BYTES}")
     target = Path(output)

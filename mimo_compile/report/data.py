@@ -25,7 +25,7 @@ class Subject:
     results: list[Result]
     front: list[Result]
     measured_energy: bool
-    """True when all energies are measured by one meter; else only modelled ones are shown."""
+    """True when one meter measured joules; only those are shown then, else only modelled ones."""
     best: Result | None
     default: Result | None = None
     calls: dict[str, int] = field(default_factory=dict)
@@ -50,6 +50,18 @@ class Subject:
         if self.choice is not None and self.choice.latency_us is not None:
             return self.choice.latency_us
         return None if self.best is None else self.best.latency_us
+
+    @property
+    def step_calls(self) -> int:
+        """Calls in one decoding step of one token, or in one call of a module; 0 outside of an artifact."""
+        step = self.calls.get("step_1", 0) + self.calls.get("head_1", 0)
+        return step or self.calls.get("main", 0)
+
+    @property
+    def weight(self) -> float:
+        """Microseconds that a decoding step spends in it; outside of an artifact those of one call."""
+        latency = self.latency_us or 0.0
+        return latency * self.step_calls if self.calls else latency
 
     def energy_mj(self, measured: bool) -> float | None:
         """Millijoules of one call, measured or modelled, never one for the other."""
@@ -90,6 +102,7 @@ class Machine:
     subjects: list[Subject]
     local: Hardware | None = None
     """This machine, if it is the one."""
+    features: tuple[str, ...] = ()
 
     @property
     def simulated(self) -> bool:
@@ -157,7 +170,8 @@ def _from_artifact(file: Path) -> ReportData:
     machines = _machines(records, choices)
     main = max(machines, key=lambda m: len(m.subjects), default=None)
     if main is None:
-        main = Machine(parts.manifest.target.name, parts.manifest.target.threads, [])
+        target = parts.manifest.target
+        main = Machine(target.name, target.threads, [], features=target.features)
         machines.append(main)
     known = {s.workload for s in main.subjects}
     main.subjects += [
@@ -182,7 +196,7 @@ def _machines(records: Iterable[Record], choices: Mapping[str, Choice]) -> list[
         )
         local = here.with_threads(threads) if same else None
         subjects = [_subject(w, rows, choices.get(w), local) for w, rows in workloads.items()]
-        out.append(Machine(name, threads, subjects, local))
+        out.append(Machine(name, threads, subjects, local, features))
     return sorted(out, key=lambda m: -sum(len(s.records) for s in m.subjects))
 
 

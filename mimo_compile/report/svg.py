@@ -1,4 +1,4 @@
-"""Small charts as inline SVG text: axes with readable ticks, points, steps, lines, bars.
+"""Small charts as inline SVG text: axes with readable ticks, points, steps, lines.
 
 Colours are CSS classes of the page, so one drawing serves light and dark.
 """
@@ -29,6 +29,11 @@ def short(value: float) -> str:
     if size < 1e-3:
         return f"{value:.0e}"
     return f"{value:.3g}"
+
+
+def duration(us: float) -> str:
+    """Return a time for people: ``41.2 µs``, ``3.9 ms``."""
+    return f"{us / 1e3:.3g} ms" if us >= 1e3 else f"{short(us)} µs"
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,15 +142,11 @@ class Plot:
             out.append(point)
         self.line(out, kind)
 
-    def text(
-        self, point: Point, text: str, anchor: str = "start", dx: float = 0, dy: float = 0
-    ) -> None:
-        """Write beside a point."""
+    def ring(self, point: Point, kind: str, label: str) -> None:
+        """Draw a ring around a point."""
         px, py = self.at(point)
-        self._marks.append(
-            f'<text class="note" x="{px + dx:.1f}" y="{py + dy:.1f}" text-anchor="{anchor}">'
-            f"{escape(text)}</text>"
-        )
+        tip = f"<title>{escape(label)}</title>"
+        self._marks.append(f'<circle class="{kind}" cx="{px}" cy="{py}" r="6.5">{tip}</circle>')
 
     def svg(self) -> str:
         """Return the drawing."""
@@ -153,7 +154,7 @@ class Plot:
         x1, y1 = self.width - self.right, self.top
         out = [
             f'<svg viewBox="0 0 {self.width} {self.height}" role="img" aria-label="{escape(self.title)}" '
-            f'style="max-width:{self.width}px">'
+            f'style="max-width:{self.width * 1.35:.0f}px">'
         ]
         for value in self.y.ticks(4):
             py = self.at((self.x.low, value))[1]
@@ -178,40 +179,3 @@ class Plot:
             f"{escape(self.y.title)}</text>"
         )
         return "".join([*out, *self._marks, "</svg>"])
-
-
-@dataclass(frozen=True, slots=True)
-class Bar:
-    """One bar: its name, length, a text behind it and one for the pointer."""
-
-    label: str
-    value: float
-    text: str
-    tip: str = ""
-    kind: str = "bar"
-
-
-def bars(items: Sequence[Bar], *, title: str, width: int = 920, label_width: int = 400) -> str:
-    """Return horizontal bars, one row each."""
-    row, room = 24, 130
-    top = max((i.value for i in items), default=0.0) or 1.0
-    height = row * len(items) + 6
-    out = [
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}" '
-        f'style="max-width:{width}px">'
-    ]
-    fits = int((label_width - 12) / 6.75)
-    for index, item in enumerate(items):
-        y = index * row + 4
-        length = max(1.5, item.value / top * (width - label_width - room))
-        label = item.label if len(item.label) <= fits else item.label[: fits - 1] + "…"
-        out.append(
-            f"<g><title>{escape(item.tip or item.label)}</title>"
-            f'<text class="name" x="{label_width - 8}" y="{y + 13}" text-anchor="end">'
-            f"{escape(label)}</text>"
-            f'<rect class="{item.kind}" x="{label_width}" y="{y + 2}" width="{length:.1f}" '
-            f'height="{row - 9}" rx="2"/>'
-            f'<text class="tick" x="{label_width + length + 7:.1f}" y="{y + 13}">'
-            f"{escape(item.text)}</text></g>"
-        )
-    return "".join([*out, "</svg>"])

@@ -1,0 +1,165 @@
+"""The page's tables: which algorithm wins where, all workloads, and where the numbers come from."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+from mimo_compile.report.data import Machine, ReportData, Subject
+from mimo_compile.report.parts import count, facts, kernel_name, section, table
+from mimo_compile.report.svg import escape, short
+
+_MOST_ROWS = 400
+_CLASS = ("m", "t", "w", "a")
+"""Parameters that make kinds of workloads: tokens and formats, not extents."""
+
+
+def wins(subjects: Sequence[Subject]) -> str:
+    """Return, for each kind of workload, which algorithm is fastest how often and by how much."""
+    kinds: dict[str, list[tuple[str, str, float | None]]] = {}
+    for subject in subjects:
+        best: dict[str, float] = {}
+        for r in sorted(subject.results, key=lambda r: r.latency_us):
+            best.setdefault(r.record.schedule, r.latency_us)
+        if not best:
+            continue
+        names = list(best)
+        lead = best[names[1]] / best[names[0]] if len(names) > 1 else None
+        second = names[1] if len(names) > 1 else ""
+        kinds.setdefault(_kind(subject.workload), []).append((names[0], second, lead))
+    rivalled = {k: f for k, f in kinds.items() if any(second for _, second, _ in f)}
+    if not rivalled:
+        return ""
+    rows = []
+    for kind, found in sorted(rivalled.items(), key=lambda k: _order(k[0])):
+        for winner, times in Counter(w for w, _, _ in found).most_common():
+            mine = [f for f in found if f[0] == winner]
+            leads = [lead for _, _, lead in mine if lead is not None]
+            rival = Counter(second for _, second, _ in mine if second).most_common(1)
+            rows.append(
+                [
+                    f"<code>{escape(kind)}</code>", f"<code>{escape(winner)}</code>",
+                    f"{times} of {len(found)}",
+                    f"{statistics.median(leads):.2f}×" if leads else "no rival",
+                    f"<code>{escape(rival[0][0])}</code>" if rival else "–",
+                ]
+            )  # fmt: skip
+    text = (
+        "The fastest algorithm of each workload, by its best measured candidate. The lead is the time of the "
+        "next algorithm's best over that of the winner (median)."
+    )
+    if alone := len(kinds) - len(rivalled):
+        text += (
+            f" {count(alone, 'kind')} of workloads with records of one algorithm only are left out."
+        )
+    header = (
+        ("workloads", "c"),
+        ("algorithm", "c"),
+        ("fastest", "n"),
+        ("lead", "n"),
+        ("next", "c"),
+    )
+    return section("wins", "Which algorithm wins", text, table(header, rows[:_MOST_ROWS]))
+
+
+def _kind(workload: str) -> str:
+    """Return ``mpgemm m=1,w=w4g64,a=a8`` of a workload's text."""
+    op, _, rest = workload.partition(":")
+    kept = [p for p in rest.split(",") if p.partition("=")[0] in _CLASS]
+    return f"{op} {','.join(kept)}".strip()
+
+
+def _order(kind: str) -> tuple[str, str, int]:
+    """Sort kinds by operator, then formats, then tokens as numbers."""
+    op, _, rest = kind.partition(" ")
+    parts = dict(p.split("=", 1) for p in rest.split(",") if "=" in p)
+    tokens = parts.pop("m", None) or parts.pop("t", None) or ""
+    return op, ",".join(parts.values()), int(tokens) if tokens.isdigit() else 0
+
+
+def workloads(subjects: Sequence[Subject]) -> str:
+    """Return one line for each workload."""
+    rows = []
+    for s in subjects[:_MOST_ROWS]:
+        choice = s.choice
+        schedule = choice.schedule if choice else s.best.record.schedule if s.best else ""
+        config = choice.config if choice else s.best.record.config if s.best else {}
+        energy = s.energy_mj(s.measured_energy)
+        rows.append(
+            [
+                f"<code>{escape(s.workload)}</code>",
+                f"<code>{escape(kernel_name(schedule, dict(config)))}</code>" if schedule else "–",
+                escape(choice.source if choice else _how_timed(s)),
+                str(len(s.records)),
+                "–" if s.default is None else short(s.default.latency_us),
+                "–" if s.latency_us is None else short(s.latency_us),
+                "–" if s.speedup is None else f"{s.speedup:.2f}×",
+                "–" if energy is None else f"{short(energy)}{'' if s.measured_energy else ' mod.'}",
+            ]
+        )
+    if not rows:
+        return ""
+    names = ("workload", "kernel", "time is", "records", "default µs", "µs", "speed-up", "mJ")
+    header = [(n, "n" if i > 2 else "c" if i < 2 else "") for i, n in enumerate(names)]
+    text = "Microseconds and millijoules of one call. “mod.”: modelled, not measured."
+    if len(subjects) > _MOST_ROWS:
+        text += f" {len(subjects) - _MOST_ROWS} of least weight are left out."
+    return section("workloads", "All workloads", text, table(header, rows))
+
+
+def _how_timed(subject: Subject) -> str:
+    return "simulated" if any(r.simulated for r in subject.records) else "measured"
+
+
+def provenance(machine: Machine, data: ReportData) -> str:
+    """Return on what the numbers rest: machine, versions, times, how many were measured."""
+    records = [r for s in machine.subjects for r in s.records]
+    pairs: list[tuple[str, object]] = [("machine", machine.hardware), ("threads", machine.threads)]
+    if machine.features:
+        pairs.append(("instruction sets", " ".join(machine.features)))
+    if records:
+        first, last = (
+            datetime.fromtimestamp(f(r.time for r in records), UTC).strftime("%Y-%m-%d %H:%M")
+            for f in (min, max)
+        )
+        pairs.append(("measured", f"{first} to {last} UTC"))
+        versions = sorted({", ".join(f"{n} {v}" for n, v in r.versions.items()) for r in records})
+        pairs.append(("compiled with", "; ".join(v for v in versions if v) or "unknown"))
+        pairs.append(("records", _counted(Counter(r.phase for r in records))))
+        pairs.append(("verdicts", _counted(machine.verdicts)))
+        pairs.append(("caches", _counted(Counter(r.cache for r in records))))
+        meters = Counter(r.energy_source for r in records if r.energy_mj is not None)
+        modelled = sum(r.modelled_mj is not None for r in records)
+        joules = f"measured: {_counted(meters)}" if meters else "measured: none"
+        pairs.append(("energies", f"{joules}; modelled: {count(modelled, 'record')}"))
+    manifest = data.manifest
+    if manifest is not None:
+        chosen = Counter(str(c.source) for c in manifest.plan)
+        pairs.append(("times of the plan", _counted(chosen)))
+        sources = Counter(c.energy_source or "none" for c in manifest.plan)
+        pairs.append(("energies of the plan", _counted(sources)))
+        built = ", ".join(f"{n} {v}" for n, v in manifest.versions.items())
+        pairs.append(("artifact built by", built))
+        pairs.append(("it requires", " ".join(manifest.target.features) or "nothing beyond x86-64"))
+        members = ", ".join(f"{n} {_size(b)}" for n, b in sorted(data.members.items()))
+        pairs.append(("its members", members))
+    text = (
+        "Times are medians of batches on this machine. Measured and modelled energies are never compared "
+        "with each other."
+    )
+    return section("provenance", "Where the numbers come from", text, facts(pairs))
+
+
+def _counted(counts: Counter[str]) -> str:
+    return ", ".join(f"{n} {name}" for name, n in counts.most_common()) or "none"
+
+
+def _size(count_: int) -> str:
+    size = float(count_)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"
