@@ -32,7 +32,7 @@ _READS = 16
 """Reads at a time from a child that prints: one that never stops must not keep its parent from the clock."""
 _REPLY_BYTES = 4 << 20
 _START_S = 120.0
-_STARTS = 3
+_STARTS = 5
 """Times that a child which is killed before it is ready is started for one request."""
 _OURS = (
     "OSError",

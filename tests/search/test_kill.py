@@ -152,6 +152,8 @@ def kill_children(zygote: Zygote, folder: Path, kills: int, seed: int) -> None:
     wait_for_lines(folder, mark, 4, pid)
     done = 0
     while done < kills:
+        if done % 2:  # lest no child ever gets ready
+            wait_for_lines(folder, mark, len(stored(folder)) + 1, pid)
         time.sleep(rng.random() * 0.5)
         assert alive(pid), log_of(folder)[-2000:]
         if children := [p for p in processes_with(mark) if p != pid]:
