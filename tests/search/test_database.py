@@ -7,6 +7,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -177,28 +178,88 @@ def test_salvage_finds_nearly_everything(tmp_path: Path) -> None:
         salvage(path, tmp_path / "b.db")
 
 
-def test_two_writers_at_once(tmp_path: Path) -> None:
-    path = tmp_path / "shared.db"
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from sample_records import record; from mimo_compile.search.database import Database\n"
-        "with Database(sys.argv[2]) as db:\n"
-        "    for i in range(100):\n"
-        "        db.add(record(i, seed=int(sys.argv[3]), message=sys.argv[3]))\n"
-        "        print(i, flush=True)\n"
-    )
+WRITER = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from sample_records import record
+from mimo_compile.search.database import Database
+who, count, slowest = int(sys.argv[3]), int(sys.argv[4]), 0.0
+with Database(sys.argv[2]) as db:
+    print("ready", flush=True)
+    sys.stdin.readline()
+    for i in range(count):
+        begin = time.monotonic()
+        db.add(record(i, seed=who, message=str(who)))
+        slowest = max(slowest, time.monotonic() - begin)
+print(slowest)
+"""
+
+
+def write_at_once(path: Path, writers: int, each: int) -> tuple[float, float]:
+    """Let processes write to one file; return seconds in all, and those of the slowest commit."""
     here = str(Path(__file__).parent / "zoo")
     many = [
         subprocess.Popen(
-            [sys.executable, "-c", code, here, str(path), str(w)], stdout=subprocess.DEVNULL
+            [sys.executable, "-c", WRITER, here, str(path), str(w), str(each)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )
-        for w in range(3)
-    ]
-    assert [p.wait(120) for p in many] == [0, 0, 0]
+        for w in range(writers)
+    ]  # fmt: skip
+    for p in many:
+        assert p.stdout is not None and p.stdout.readline() == "ready\n"
+    begin = time.monotonic()
+    for p in many:
+        assert p.stdin is not None
+        p.stdin.write("go\n")
+        p.stdin.flush()
+    told = [p.communicate(timeout=200)[0] for p in many]
+    assert [p.returncode for p in many] == [0] * writers
+    return time.monotonic() - begin, max(float(text) for text in told)
+
+
+def none_lost_or_misattributed(path: Path, writers: int, each: int) -> None:
     with Database(path) as db:
-        found = sorted((int(r.message), r.config["tile"]) for r in db)
-        assert found == sorted((w, i) for w in range(3) for i in range(100))
-        assert all(r.seed == int(r.message) for r in db)
+        rows = list(db)
+    found = sorted((int(r.message), r.config["tile"]) for r in rows)
+    assert found == sorted((w, i) for w in range(writers) for i in range(each))
+    for r in rows:
+        assert r.seed == int(r.message) and r.key == record(int(r.config["tile"])).key
+    assert check(path).ok
+
+
+def test_three_writers_at_once(tmp_path: Path) -> None:
+    write_at_once(tmp_path / "shared.db", 3, 50)
+    none_lost_or_misattributed(tmp_path / "shared.db", 3, 50)
+
+
+@pytest.mark.slow
+def test_eight_writers_at_once(tmp_path: Path) -> None:
+    seconds, slowest = write_at_once(tmp_path / "shared.db", 8, 500)
+    none_lost_or_misattributed(tmp_path / "shared.db", 8, 500)
+    print(f"\n8 x 500 commits: {4000 / seconds:.0f}/s, slowest {slowest:.2f} s, 0 lost")
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("step", [512 * 29, pytest.param(512 * 3, marks=pytest.mark.slow)])
+def test_a_torn_log_costs_at_most_the_last_transaction(tmp_path: Path, step: int) -> None:
+    """Cut the log anywhere: all transactions that were whole in it are there, and nothing else."""
+    path, torn = tmp_path / "a.db", tmp_path / "torn.db"
+    with Database(path) as db:
+        log = path.with_name("a.db-wal")
+        ends = []
+        for i in range(25):
+            db.add(record(i, message="x" * 400))
+            ends.append(log.stat().st_size)
+        whole, written = path.read_bytes(), log.read_bytes()
+    assert ends == sorted(set(ends)) and len(written) == ends[-1]
+    for cut in range(ends[0], ends[-1] + 1, step):
+        torn.write_bytes(whole)
+        torn.with_name("torn.db-wal").write_bytes(written[:cut])
+        with Database(torn) as db:
+            tiles = [r.config["tile"] for r in db]
+        assert tiles == list(range(sum(end <= cut for end in ends))), cut
+        for left in tmp_path.glob("torn.db*"):
+            left.unlink()
 
 
 @pytest.mark.fault
