@@ -13,7 +13,9 @@ from mimo_compile.schedules.base import Kernel, Schedule, Space
 SCHEDULES: dict[str, dict[str, str]] = {
     "mpgemm": {
         "mpgemm.x86_amx": "mpgemm.x86_amx:X86Amx",
+        "mpgemm.x86_panel_planes": "mpgemm.x86_panel:X86PanelPlanes",
         "mpgemm.x86_planes": "mpgemm.x86_dense:X86Planes",
+        "mpgemm.x86_panel_bits": "mpgemm.x86_panel:X86PanelBits",
         "mpgemm.x86_lut": "mpgemm.x86_lut:X86Lut",
         "mpgemm.x86_vnni": "mpgemm.x86_vnni:X86Vnni",
         "mpgemm.x86_strits": "mpgemm.x86_dense:X86SignedTrits",
