@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,10 +21,15 @@ from mimo_compile.search.lookup import Result
 from mimo_compile.search.objective import Objective
 from mimo_compile.search.records import Record
 
+Knob = tuple[str, str, object]
+"""An algorithm, a name and a value."""
+
 PENALTY = 1.02
 """Factor on predicted joules: of two equal candidates the measured one leads."""
 WORTH = 0.99
 """One that was passed over is measured later if its score is predicted below this part of the best."""
+SURE = 2.0
+"""Standard errors by which a prediction must miss the best measured score to be left alone."""
 HELD = 16
 """Latest readings by which predictions are judged: those of one round are too few."""
 GIVE_UP = 4
@@ -102,6 +107,7 @@ class Joules:
         self,
         results: Mapping[str, Result],
         energies: Mapping[str, float],
+        knobs: Mapping[str, Collection[Knob]],
         rng: np.random.Generator,
     ) -> list[str]:
         """Return the candidates to measure now, the most promising first.
@@ -109,6 +115,8 @@ class Joules:
         Args:
             results: Correct candidates.
             energies: Predicted millijoules of those without measured ones.
+            knobs: What each candidate is made of. One with a value that was never read is read whatever is
+                predicted of it: no model knows what it does to energy.
             rng: Draws the share that does not follow the predictions.
         """
         if not self.measured and len(self.tried) >= GIVE_UP:
@@ -137,13 +145,35 @@ class Joules:
         self.seen.update(results)
         self.predicted = {k: energies[k] for k in near if k in energies} if self.measured else {}
         fresh.sort(key=lambda k: (scores[k], k))
-        self.owed += self.share.k * len(fresh)
+        hope = [k for k in fresh if scores[k] <= self._margin() * least]
+        self.owed += self.share.k * len(hope)
         count = math.floor(self.owed + 1e-9)
         self.owed -= count
         if not self.measured:
             count = max(count, 1)
-        chosen = self.share.choose([scores[k] for k in fresh], rng, count)
-        return [fresh[i] for i in chosen]
+        chosen = [hope[i] for i in self.share.choose([scores[k] for k in hope], rng, count)]
+        covered = {v for k in (*self.tried, *chosen) for v in knobs.get(k, ())}
+        for key in sorted(scores, key=lambda k: (scores[k], k)):
+            if not covered.issuperset(knobs.get(key, ())):
+                covered.update(knobs[key])
+                chosen += [key] if key not in chosen else []
+        poor = [k for k in fresh if k not in hope and k not in chosen]
+        if (
+            poor and rng.random() < self.share.explore
+        ):  # lest the model's disdain is never put to the test
+            chosen.append(poor[int(rng.integers(len(poor)))])
+        return chosen
+
+    def _margin(self) -> float:
+        """Return the times the best score up to which a prediction may still turn out to be the best.
+
+        Twice the error that predictions had so far, measured ones against held-out ones. A Pareto search
+        keeps more than one best.
+        """
+        if self.objective.kind == "pareto" or len(self.held) < HELD // 2:
+            return math.inf
+        errors = [math.log(m / p) for m, p in self.held]
+        return math.exp(SURE * math.sqrt(statistics.fmean(e * e for e in errors)))
 
     def judge(self, pairs: Mapping[str, tuple[float, float]]) -> bool:
         """Adapt the share to (measured, predicted) values; return True when the model should learn now."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mimo_compile.search.budget import Share
-from mimo_compile.search.joules import Joules
+from mimo_compile.search.joules import Joules, Knob
 from mimo_compile.search.lookup import Result, summarise
 from mimo_compile.search.objective import BEHIND, Objective
 from mimo_compile.search.records import Record, Verdict
@@ -100,6 +100,13 @@ class Task:
         best = min((r.latency_us for r in rows), default=math.inf)
         return {
             r.record.key: self._score(r.record.key, r.latency_us, r.modelled_mj, best) for r in rows
+        }
+
+    def knobs(self) -> dict[str, list[Knob]]:
+        """Return what each candidate is made of, by key."""
+        return {
+            key: [(c.schedule, name, value) for name, value in c.knobs]
+            for key, c in self.candidates.items()
         }
 
     def close_round(self, trials: int) -> None:

@@ -216,7 +216,7 @@ class Tuner:
         waiting = {k: r.latency_us for k, r in results.items() if k not in task.joules.tried}
         energies = self.learner.energies(task.space.workload, waiting)
         blind = not (task.joules.measured or self.learner.energy.trained)
-        chosen = task.joules.choose(results, energies, task.rng)
+        chosen = task.joules.choose(results, energies, task.knobs(), task.rng)
         pairs = {}
         if chosen and not clock.reached(0):
             batch = [task.candidates[k] for k in chosen]
