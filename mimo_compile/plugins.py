@@ -105,9 +105,15 @@ def _all_entries(path: tuple[str, ...]) -> Any:
     return entry_points()
 
 
-def _entries(group: str) -> list[EntryPoint]:
-    found = _all_entries(tuple(sys.path)).select(group=group)
-    return sorted(found, key=lambda e: (e.name, _owner(e)))
+@cache
+def _grouped(path: tuple[str, ...], group: str) -> tuple[EntryPoint, ...]:
+    """Return the entry points of a group, sorted: looking through all of them takes a millisecond."""
+    found = _all_entries(path).select(group=group)
+    return tuple(sorted(found, key=lambda e: (e.name, _owner(e))))
+
+
+def _entries(group: str) -> tuple[EntryPoint, ...]:
+    return _grouped(tuple(sys.path), group)
 
 
 def _owner(entry: EntryPoint) -> str:

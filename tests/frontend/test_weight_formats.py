@@ -371,7 +371,8 @@ def test_formats_of_others(folder, site):
     broken = "[mimo_compile.weight_formats]\nsad = pathlib:Path\n"
     site.install(broken, name="sad")
     site.install("[mimo_compile.weight_formats]\nworse = no_such:Thing\n", name="worse")
-    plugins._all_entries.cache_clear()  # which is kept for as long as the path is the same
+    for known in (plugins._all_entries, plugins._grouped):
+        known.cache_clear()  # which is kept for as long as the path is the same
     with pytest.raises(EnvironmentMismatch, match=r"weight format plug-in 'sad'.*is no Checkpoint"):
         get_weight_format("sad")
     with pytest.raises(EnvironmentMismatch, match=r"plug-in 'worse'.*no_such:Thing of worse"):
