@@ -37,9 +37,14 @@ class Scratch:
         """Create the folder and sweep stale ones."""
         base = parent if parent is not None else _roomiest()
         sweep(base)
-        self.path = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=base))
-        self._lock = os.open(self.path / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        while True:
+            self.path = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=base))
+            lock = self.path / "lock"
+            self._lock = os.open(lock, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            if lock.exists():
+                break
+            os.close(self._lock)  # another process swept it away before it was locked
 
     def folder(self, name: str) -> Path:
         """Return a new or emptied folder."""

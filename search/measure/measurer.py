@@ -158,7 +158,9 @@ class Measurer:
                     loaded, times.value["seconds"], times.value["calls"], strict=True
                 ):
                     timed = self.runner.energy(self.runner.timed(m, seconds, calls))
-                    out.append(self.runner.still_right(timed))
+                    timed = self.runner.floor(timed)
+                    ok = timed.verdict is Verdict.OK
+                    out.append(self.runner.still_right(timed) if ok else timed)
         self.runner.pool.replace()
         self.builder.forget(*(c.key for c in candidates))
         yield from out

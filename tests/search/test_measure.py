@@ -34,14 +34,6 @@ def run(measurer: Measurer, *faults: str, seed: int = 3) -> dict[str, Measuremen
     return {str(m.candidate.config["fault"]): m for m in measurer.measure(space, candidates, seed)}
 
 
-@pytest.fixture(scope="module")
-def measurer(tmp_path_factory: pytest.TempPathFactory):
-    limits = Limits(build_s=60, run_s=3, time_s=10, memory_bytes=24 << 30)
-    scratch = tmp_path_factory.mktemp("scratch")
-    with Measurer(local_cpu(), limits=limits, timing=QUICK, builders=2, scratch=scratch) as m:
-        yield m
-
-
 def test_honest_kernels_pass_and_are_timed(measurer: Measurer) -> None:
     from zoo_schedules import CORRECT
 
@@ -137,7 +129,9 @@ def test_too_fast_is_suspicious(tmp_path: Path) -> None:
     device = Impossible(slow.ops_per_s, slow.bytes_per_s)
     with Measurer(local_cpu(), device=device, timing=QUICK, builders=1, scratch=tmp_path) as m:
         found = run(m, "honest")["honest"]
-    assert found.verdict is Verdict.SUSPICIOUS and "physical floor" in found.message
+        (again,) = m.confirm(*space_of("honest"), 5)
+    for one in (found, again):
+        assert one.verdict is Verdict.SUSPICIOUS and "physical floor" in one.message
 
 
 def test_the_runner_has_no_torch_and_no_compiler(measurer: Measurer) -> None:

@@ -5,16 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from mimo_compile.cost_models.analytic import DeviceModel
 from mimo_compile.errors import DeviceLost, MimoError
 from mimo_compile.ir.hardware import local_cpu
 from mimo_compile.ir.ops import parse_workload
-from mimo_compile.search.measure import Limits, Measurement, Measurer, Timing, worker
+from mimo_compile.search.measure import Measurement, Measurer, Timing, worker
 from mimo_compile.search.measure.cases import Scratch, make_case, sweep
 from mimo_compile.search.measure.runner import failed, spread
 from mimo_compile.search.measure.strays import MARK, kill_marked, marked
@@ -23,18 +21,6 @@ from mimo_compile.search.records import Verdict
 from mimo_compile.search.space import Candidate, JointSpace
 
 pytestmark = [pytest.mark.compile, pytest.mark.fault]
-QUICK = Timing(warm_up_s=0.001, batches=3, batch_s=0.001, budget_s=0.05, repeats=0)
-
-
-@pytest.fixture(scope="module")
-def measurer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Measurer]:
-    limits = Limits(build_s=60, run_s=4, time_s=10, memory_bytes=24 << 30)
-    hardware = local_cpu()
-    with Measurer(
-        hardware, device=DeviceModel.guess(hardware), limits=limits, timing=QUICK, builders=1,
-        scratch=tmp_path_factory.mktemp("scratch"),
-    ) as m:  # fmt: skip
-        yield m
 
 
 def space_of(*faults: str) -> tuple[JointSpace, list[Candidate]]:

@@ -95,7 +95,7 @@ def wrong(kind: str, s: Shape) -> Parts:
     def const(value: float) -> Any:
         return T.cast(T.int32(int(value)) if integer else T.float32(value), acc)
 
-    limit = 32767 if integer else 2.0
+    limit = 32767 if integer else 0.25
     most = 63 if integer else 4.0
     changes: dict[str, dict[str, Any]] = {
         "last_row": {"rows": s.m - 1},
@@ -134,7 +134,7 @@ def _coarse(y: str, value: Any) -> Any:
 
 
 def _clamped(y: str, value: Any) -> Any:
-    most = {"f32": T.float32(2.0), "f16": T.float16(2.0), "i32": T.int32(32767)}[y]
+    most = {"f32": T.float32(1.0), "f16": T.float16(1.0), "i32": T.int32(32767)}[y]
     return T.max(T.min(value, most), -most)
 
 
