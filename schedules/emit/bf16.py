@@ -28,8 +28,20 @@ from mimo_compile.schedules.emit.build import (
 )
 from mimo_compile.schedules.emit.layout import ROWS, CodeLayout
 from mimo_compile.schedules.emit.rounding import ALONE, bf16_bits
-from mimo_compile.schedules.emit.tile import Out, TileKnobs, Weights, ask_ahead
+from mimo_compile.schedules.emit.tile import (
+    CHAIN,
+    Out,
+    Piece,
+    TileKnobs,
+    Weights,
+    ask_ahead,
+    in_last,
+    in_runs,
+    span_of,
+)
 
+Chains = dict[tuple[int, int], list[Register]]
+"""By row block and token: registers that share a sum."""
 NEEDS = frozenset({"avx512f", "avx512bw", "avx512bf16"})
 _LANES = 16
 _PERMUTE = "llvm.x86.avx512.permvar.hi.512"
@@ -194,15 +206,15 @@ def rounding_work(m: float, k: int) -> dict[str, float]:
 
 def float_pairs_tile(
     columns: int, weights: Weights, x: Rows, blocks: Sequence[tuple[Any, ...]],
-    tokens: Sequence[Any], out: Out, knobs: TileKnobs,
+    tokens: Sequence[Any], out: Out, knobs: TileKnobs, piece: Piece | None = None,
 ) -> None:  # fmt: skip
     """Sum bfloat16 weights in pairs times x; arguments as for `float_tile.float_tile`.
 
     One step of ``prefetch`` is a line of 64 bytes: a pair of columns of 16 rows.
     """
-    acc, pairs = _accumulators(blocks, tokens, knobs.unroll), columns // 2
+    total, pairs = _totals(blocks, tokens), columns // 2
 
-    def pair(p: Any, chain: int) -> None:
+    def pair(p: Any, chain: int, acc: Chains) -> None:
         words = [x.word(t, 2 * p) for t in tokens]
         for r, block in enumerate(blocks):
             line = load(weights.codes, *block, p, 0, lanes=2 * ROWS)
@@ -212,28 +224,34 @@ def float_pairs_tile(
                 register = chains[chain % len(chains)]
                 register.set(dot(register.get(), w, words[m]))
 
-    with loop(pairs // knobs.unroll) as s:
-        for u in range(knobs.unroll):
-            p = s * knobs.unroll + u
-            ask_ahead(weights.codes, blocks, p, 1, knobs)
-            pair(p, u)
-    for (r, m), chains in acc.items():
-        out(r, m, 0, _added(chains))
+    def run(first: Any, turns: Any) -> None:
+        acc = _accumulators(blocks, tokens, knobs.unroll)
+        with loop(turns) as s:
+            for u in range(knobs.unroll):
+                p = (first + s) * knobs.unroll + u
+                ask_ahead(weights.codes, blocks, p, 1, knobs)
+                pair(p, u, acc)
+        for v, register in total.items():
+            register.set(register.get() + _added(acc[v]))
+
+    begin, count = span_of(piece, pairs // knobs.unroll)
+    knobs = knobs.reading(piece, begin, count, knobs.unroll)
+    in_runs(begin, count, CHAIN // 2 // knobs.unroll, run)
+    for (r, m), register in total.items():
+        out(r, m, 0, register.get())
 
 
 def codes_tile(
     layout: CodeLayout, weights: Weights, x: Rows, blocks: Sequence[tuple[Any, ...]],
-    tokens: Sequence[Any], out: Out, knobs: TileKnobs,
+    tokens: Sequence[Any], out: Out, knobs: TileKnobs, piece: Piece | None = None,
 ) -> None:  # fmt: skip
     """Sum codes times x in each group, scale, add groups up; arguments as for `float_tile.float_tile`."""
     fmt, f32 = layout.fmt, vector_type("float32", ROWS)
-    grid = [(r, m) for r in range(len(blocks)) for m in range(len(tokens))]
-    single = layout.groups == 1
-    zero = splat(T.float32(0), ROWS)
-    total = {} if single else {v: Register("float32", ROWS, zero) for v in grid}
+    total = _totals(blocks, tokens)
     operands = _operands(layout)
+    unroll = knobs.unroll if layout.group_blocks % knobs.unroll == 0 else 1
 
-    def block_of(b: Any, acc: dict[tuple[int, int], list[Register]]) -> None:
+    def block_of(b: Any, acc: Chains) -> None:
         pairs = 2 * layout.quads
         words = [[x.word(t, b * layout.block + 2 * i) for i in range(pairs)] for t in tokens]
         for r, block in enumerate(blocks):
@@ -245,28 +263,48 @@ def codes_tile(
                     register = chains[i % len(chains)]
                     register.set(dot(register.get(), w, words[m][i]))
 
-    def group(g: Any) -> None:
-        acc = _accumulators(blocks, tokens, 2 * layout.quads)
-        unroll = knobs.unroll if layout.group_blocks % knobs.unroll == 0 else 1
-        with loop(layout.group_blocks // unroll) as s:
-            for u in range(unroll):
-                block_of(g * layout.group_blocks + s * unroll + u, acc)
-        for (r, m), chains in acc.items():
-            value, at = _added(chains), (*blocks[r], g, 0)
+    def add(g: Any, values: dict[tuple[int, int], Any], *, zero: bool) -> None:
+        """Add sums of group g to the totals, scaled, less what zero points above the middle code are off."""
+        for (r, m), own in values.items():
+            value, at = own, (*blocks[r], g, 0)
             scale = T.cast(load(weights.scale, *at, lanes=ROWS), f32)
-            if fmt.has_zero:
+            if zero:
                 point = T.cast(load(weights.zero, *at, lanes=ROWS), f32)
                 above = point - splat(T.float32(1 << (fmt.bits - 1)), ROWS)
                 value = value - above * splat(x.sums[tokens[m], g], ROWS)
-            if single:
-                out(r, m, 0, value * scale)
-            else:
-                total[r, m].set(total[r, m].get() + value * scale)
+            total[r, m].set(total[r, m].get() + value * scale)
 
-    with loop(layout.groups) as g:
-        group(g)
+    def run(g: Any, first: Any, turns: Any, *, zero: bool) -> None:
+        acc = _accumulators(blocks, tokens, 2 * layout.quads)
+        with loop(turns) as s:
+            for u in range(unroll):
+                block_of(first + s * unroll + u, acc)
+        add(g, {v: _added(chains) for v, chains in acc.items()}, zero=zero)
+
+    turns = layout.group_blocks // unroll
+    begin, count = span_of(piece, layout.groups if layout.groups > 1 else turns)
+    if layout.groups == 1:
+        most = max(1, CHAIN // layout.block // unroll)
+        knobs = knobs.reading(piece, begin, count, unroll)
+        in_runs(begin, count, most, lambda first, n: run(0, first * unroll, n, zero=False))
+        if fmt.has_zero:
+            nothing = splat(T.float32(0), ROWS)
+            with in_last(piece):
+                add(0, dict.fromkeys(total, nothing), zero=True)
+    else:
+        knobs = knobs.reading(piece, begin, count, layout.group_blocks)
+        with loop(count) as s:
+            g = s if piece is None else bind(begin + s)
+            run(g, g * layout.group_blocks, turns, zero=fmt.has_zero)
     for (r, m), register in total.items():
         out(r, m, 0, register.get())
+
+
+def units(layout: CodeLayout | None, columns: int, unroll: int) -> int:
+    """Return the runs of columns of a tile that lie in one piece each; no layout: of pairs."""
+    if layout is None:
+        return columns // 2 // unroll
+    return layout.groups if layout.groups > 1 else layout.blocks // unroll
 
 
 def _operands(layout: CodeLayout) -> Callable[[Any], list[Any]]:
@@ -312,9 +350,13 @@ def _converted(bits: int, words: Any) -> list[Any]:
     return out
 
 
-def _accumulators(
-    blocks: Sequence[Any], tokens: Sequence[Any], most: int
-) -> dict[tuple[int, int], list[Register]]:
+def _totals(blocks: Sequence[Any], tokens: Sequence[Any]) -> dict[tuple[int, int], Register]:
+    zero = splat(T.float32(0), ROWS)
+    grid = [(r, m) for r in range(len(blocks)) for m in range(len(tokens))]
+    return {v: Register("float32", ROWS, zero) for v in grid}
+
+
+def _accumulators(blocks: Sequence[Any], tokens: Sequence[Any], most: int) -> Chains:
     """Return registers by row block and token: several where few would wait for each other."""
     count = max(1, min(most, 8 // (len(blocks) * len(tokens))))
     zero = splat(T.float32(0), ROWS)

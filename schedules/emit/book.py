@@ -33,7 +33,17 @@ from mimo_compile.schedules.emit.decode import (
 from mimo_compile.schedules.emit.layout import ROWS, CodeLayout
 from mimo_compile.schedules.emit.lookup import LOOKUPS, LookupDot, line_of, lookup_sums
 from mimo_compile.schedules.emit.quantize import Activations
-from mimo_compile.schedules.emit.tile import Out, TileKnobs, Weights, ask_ahead
+from mimo_compile.schedules.emit.tile import (
+    CHAIN,
+    Out,
+    Piece,
+    TileKnobs,
+    Weights,
+    ask_ahead,
+    in_last,
+    in_runs,
+    span_of,
+)
 from mimo_compile.schedules.emit.unpack import tables
 
 PICK = ".pick"
@@ -81,27 +91,38 @@ class Way(ABC):
     @abstractmethod
     def sums(
         self, weights: Weights, x: Any, blocks: Sequence[tuple[Any, ...]], tokens: Sequence[Any],
-        total: Grid, knobs: TileKnobs,
+        total: Grid, knobs: TileKnobs, piece: Piece | None,
     ) -> None:  # fmt: skip
         """Emit code that adds ``weight * x`` to ``total``, in `units`."""
 
     def tile(
         self, weights: Weights, x: Any, blocks: Sequence[tuple[Any, ...]], tokens: Sequence[Any],
-        out: Out, knobs: TileKnobs,
+        out: Out, knobs: TileKnobs, piece: Piece | None = None,
     ) -> None:  # fmt: skip
-        """Emit one tile; arguments as for `int_tile.int_tile` (x: float32 rows where not quantised)."""
+        """Emit one tile; arguments as for `int_tile.int_tile` (x: float32 rows where not quantised).
+
+        Pieces are of whole groups.
+        """
         grid = [(r, h, m) for r in range(len(blocks)) for h in range(ROWS // self.lanes)
                 for m in range(len(tokens))]  # fmt: skip
         zero = splat(T.float32(0), self.lanes)
         total = {key: Register("float32", self.lanes, zero) for key in grid}
-        self.sums(weights, x, blocks, tokens, total, knobs)
+        begin, count = span_of(piece, self.codes.k // self.codes.fmt.group_size(self.codes.k))
+        knobs = knobs.reading(piece, begin, count, self.codes.group_blocks * self.codes.lines)
+        self.sums(weights, x, blocks, tokens, total, knobs, piece)
         for (r, h, m), register in total.items():
             value = register.get()
-            if self.quantised:
-                scale = x.scale[tokens[m]]
-                scale = scale if self.units == 1 else scale * T.float32(self.units)
-                value = value * splat(scale, self.lanes)
+            if piece is None:
+                value = self.finished(x, tokens[m], value)
             out(r, m, h * self.lanes, value)
+
+    def finished(self, x: Any, token: Any, value: Any) -> Any:
+        """Return the results that sums over all columns stand for."""
+        if not self.quantised:
+            return value
+        scale = x.scale[token]
+        scale = scale if self.units == 1 else scale * T.float32(self.units)
+        return value * splat(scale, self.lanes)
 
     @property
     def units(self) -> float:
@@ -186,7 +207,7 @@ class IntegerWay(Way):
 
     def sums(
         self, weights: Weights, x: Activations, blocks: Sequence[tuple[Any, ...]],
-        tokens: Sequence[Any], total: Grid, knobs: TileKnobs,
+        tokens: Sequence[Any], total: Grid, knobs: TileKnobs, piece: Piece | None,
     ) -> None:  # fmt: skip
         """See `Way.sums`."""
         f32, dot = vector_type("float32", self.lanes), self.dot
@@ -199,7 +220,9 @@ class IntegerWay(Way):
                 total = own.pop() + total * part
             return total
 
-        with loop(self.codes.groups) as g:
+        begin, count = span_of(piece, self.codes.groups)
+        with loop(count) as s:
+            g = s if piece is None else bind(begin + s)
             found = lookup_sums(dot, weights, x, blocks, tokens, g, knobs)
             scales = {(r, h): self.scales(weights, blocks[r], g, h) for r, h, _ in total}
             for (r, h, m), register in total.items():
@@ -261,7 +284,7 @@ class FloatWay(Way):
 
     def sums(
         self, weights: Weights, x: Any, blocks: Sequence[tuple[Any, ...]], tokens: Sequence[Any],
-        total: Grid, knobs: TileKnobs,
+        total: Grid, knobs: TileKnobs, piece: Piece | None,
     ) -> None:  # fmt: skip
         """See `Way.sums`."""
         layout, decoder = self.codes, self.decoder
@@ -287,30 +310,41 @@ class FloatWay(Way):
                             product = w * splat(values[m][c], self.lanes)
                             register.set(register.get() + product)
 
-        def group(g: Any, count: int) -> None:
+        def run(g: Any, first: Any, turns: Any, rest: int = 0) -> None:
+            """Add some blocks of group g, and ``rest`` columns of the next, to the totals."""
             scales = {(r, h): self.scales(weights, blocks[r], g, h) for r, h, _ in total}
             zero = splat(T.float32(0), self.lanes)
-            acc = [total] if self.pick else [
-                {key: Register("float32", self.lanes, zero) for key in total} for _ in books
-            ]  # fmt: skip
-            whole, rest = divmod(count, layout.block)
-            if whole:
-                with loop(whole) as s:
-                    b = g * layout.group_blocks + s
+            acc = [{key: Register("float32", self.lanes, zero) for key in total} for _ in books]
+            if not (isinstance(turns, int) and turns == 0):
+                with loop(turns) as s:
+                    b = first + s
                     block_of(b if isinstance(b, int) else bind(b), acc, scales, layout.block)
             if rest:
-                block_of(g * layout.group_blocks + whole, acc, scales, rest)
-            if not self.pick:
-                for (r, h, m), register in total.items():
-                    for part, scale in zip(acc, scales[r, h], strict=True):
-                        register.set(register.get() + part[r, h, m].get() * scale)
+                block_of(first + turns, acc, scales, rest)
+            for (r, h, m), register in total.items():
+                for part, scale in zip(acc, scales[r, h], strict=False):
+                    value = part[r, h, m].get()
+                    register.set(register.get() + (value if self.pick else value * scale))
 
-        whole, rest = divmod(layout.k, size := layout.fmt.group_size(layout.k))
+        size, most = layout.fmt.group_size(layout.k), CHAIN // layout.block
+        whole, rest = divmod(layout.k, size)
+
+        def group(g: Any, count: int) -> None:
+            turns, behind = divmod(count, layout.block)
+            if turns <= most:
+                run(g, g * layout.group_blocks, turns, behind)
+                return
+            in_runs(g * layout.group_blocks, turns, most, lambda first, n: run(g, first, n))
+            if behind:
+                run(g, g * layout.group_blocks + turns, 0, behind)
+
         if whole:
-            with loop(whole) as g:
-                group(g, size)
+            begin, count = span_of(piece, whole)
+            with loop(count) as s:
+                group(s if piece is None else bind(begin + s), size)
         if rest:
-            group(whole, rest)
+            with in_last(piece):
+                group(whole, rest)
 
     def _picked(self, word: Any, scales: list[Any]) -> Any:
         above, below = scales if above_is_high(self.codes.fmt) else scales[::-1]

@@ -28,7 +28,7 @@ from mimo_compile.schedules.emit.layout import ROWS, CodeLayout, pack_quantised
 from mimo_compile.schedules.emit.lookup import LOOKUPS, LookupDot, line_of, lookup_sums
 from mimo_compile.schedules.emit.matrix import Matrix
 from mimo_compile.schedules.emit.quantize import Activations
-from mimo_compile.schedules.emit.tile import Out, TileKnobs, Weights
+from mimo_compile.schedules.emit.tile import CHAIN, Out, TileKnobs, Weights, in_runs
 
 REAL, IMAGINARY = (1, 0, -1, 0), (0, 1, 0, -1)
 """Parts of 1, i, -1, -i: what a code stands for on each axis."""
@@ -298,13 +298,14 @@ class FloatComplex(ComplexWay):
         source = x.codes if self.quantised else x
         books = [decoder.prepare([float(v) for v in part]) for part in (REAL, IMAGINARY)]
         zero = splat(T.float32(0), lanes)
-        acc = {
-            (r, h, i, axis): Register("float32", lanes, zero)
+        grid = [
+            (r, h, i, axis)
             for r in range(len(blocks)) for h in range(ROWS // lanes)
             for i in range(len(rows)) for axis in (0, 1)
-        }  # fmt: skip
+        ]  # fmt: skip
+        total = {key: Register("float32", lanes, zero) for key in grid}
 
-        def block_of(b: Any, count: int) -> None:
+        def block_of(b: Any, count: int, acc: dict[Any, Register]) -> None:
             values = [
                 [bind(source[row, b * layout.block + c]) for c in range(count)] for row in rows
             ]
@@ -317,13 +318,19 @@ class FloatComplex(ComplexWay):
                             register = acc[r, h, i, axis]
                             register.set(register.get() + w * splat(values[i][c], lanes))
 
+        def run(first: Any, count: int) -> None:
+            acc = {key: Register("float32", lanes, zero) for key in grid}
+            with loop(count) as s:
+                block_of(first + s, layout.block, acc)
+            for key, register in total.items():
+                register.set(register.get() + acc[key].get())
+
         whole, rest = divmod(layout.k, layout.block)
         if whole:
-            with loop(whole) as b:
-                block_of(b, layout.block)
+            in_runs(0, whole, CHAIN // layout.block, run)
         if rest:
-            block_of(whole, rest)
-        return {key: register.get() for key, register in acc.items()}
+            block_of(whole, rest, total)
+        return {key: register.get() for key, register in total.items()}
 
 
 def complex_way(name: str, codes: CodeLayout, act: str) -> ComplexWay:

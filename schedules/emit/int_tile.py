@@ -17,19 +17,24 @@ from mimo_compile.schedules.emit.build import (
 from mimo_compile.schedules.emit.dot import Dot
 from mimo_compile.schedules.emit.layout import ROWS, CodeLayout
 from mimo_compile.schedules.emit.quantize import Activations
+from mimo_compile.schedules.emit.steps import Steps
 from mimo_compile.schedules.emit.tile import (
     Out,
+    Piece,
     Sums,
     TileKnobs,
     Weights,
     ask_ahead,
     grid_of,
+    in_last,
+    span_of,
     zeros,
 )
 from mimo_compile.schedules.emit.unpack import tables
 
-GroupSums = Callable[[Any], dict[tuple[int, int, int], Any]]
-"""``sums(g)``: by row block, part of it, and token, the int32 sums of group g less a fixed zero point."""
+GroupSums = Callable[[Any, TileKnobs, Piece | None], dict[tuple[int, int, int], Any]]
+"""``sums(g, knobs, piece)``: by row block, part of it, and token, the int32 sums of group g, or of a piece of
+it, less a fixed zero point."""
 
 
 class Way(Protocol):
@@ -53,6 +58,7 @@ def int_tile(
     out: Out,
     knobs: TileKnobs,
     sums: GroupSums | None = None,
+    piece: Piece | None = None,
 ) -> None:
     """Sum ``codes * x`` exactly in each step (`steps.Steps`), scale, add these up in float32 in their order.
 
@@ -62,60 +68,104 @@ def int_tile(
         x: Quantised rows.
         blocks: For each row block its index into the weights' leading axes.
         tokens: For each token its row in ``x``.
-        out: Takes each vector of sums.
+        out: Takes each vector of sums; of a piece, what `finished` makes results of.
         knobs: See there.
         sums: Emits the sums of one group instead of dots.
+        piece: The columns; None: all.
     """
-    layout = dot.codes
-    grid = grid_of(dot.lanes, len(blocks), len(tokens))
+    layout, lanes = dot.codes, dot.lanes
     steps = x.steps(layout)
-    single = layout.groups == 1 and not steps.group
-    f32 = vector_type("float32", dot.lanes)
-    total = {} if single else {v: Register("float32", dot.lanes, zeros(dot.lanes)) for v in grid}
+
+    def sums_of(s: Any, count: int, knobs: TileKnobs, piece: Piece | None) -> dict[Any, Any]:
+        if sums is not None:
+            return sums(s, knobs, piece)
+        assert isinstance(dot, Dot)
+        return _step_sums(dot, weights, x, blocks, tokens, s, count, knobs, piece)
+
+    if is_whole(steps):
+        for (r, h, m), value in sums_of(0, steps.blocks, knobs, piece).items():
+            at, lane = (blocks[r], tokens[m]), h * lanes
+            if piece is None:
+                out(r, m, lane, finished(dot, weights, x, *at, lane, value))
+            else:
+                out(r, m, lane, T.cast(value, vector_type("int32", lanes)))
+        return
+    grid = grid_of(lanes, len(blocks), len(tokens))
+    total = {v: Register("float32", lanes, zeros(lanes)) for v in grid}
+    f32 = vector_type("float32", lanes)
+    even = steps.count if steps.last == steps.blocks else steps.count - 1
+    begin, turns = span_of(piece, even)
+    knobs = knobs.reading(piece, begin, turns, steps.blocks * layout.lines)
 
     def step(s: Any, count: int) -> None:
-        if sums is None:
-            assert isinstance(dot, Dot)
-            found = _step_sums(dot, weights, x, blocks, tokens, s, count, knobs)
-        else:
-            found = sums(s)
-        for key, value in found.items():
+        for key, value in sums_of(s, count, knobs, None).items():
             r, h, m = key
-            at = (*blocks[r], steps.weight_group(s), h * dot.lanes)
-            scale = T.cast(load(weights.scale, *at, lanes=dot.lanes), f32)
-            if layout.late_zero:
-                zero = splat(T.float32(layout.fmt.fixed_zero), dot.lanes)
-                if layout.fmt.has_zero:
-                    zero = T.cast(load(weights.zero, *at, lanes=dot.lanes), f32)
-                corrected = minus_zero(value, zero, load(x.sums, tokens[m], s), layout, dot.lanes)
-            else:
-                corrected = T.cast(value, f32)
-            if single:
-                out(r, m, h * dot.lanes, corrected * scale * splat(x.scale[tokens[m]], dot.lanes))
-            elif steps.group:
-                factor = splat(x.scale[tokens[m], steps.act_group(s)], dot.lanes)
-                factor = factor if layout.groups == 1 else scale * factor
-                total[key].set(total[key].get() + corrected * factor)
-            else:
-                total[key].set(total[key].get() + corrected * scale)
+            at = (*blocks[r], steps.weight_group(s), h * lanes)
+            scale = T.cast(load(weights.scale, *at, lanes=lanes), f32)
+            corrected = _corrected(dot, weights, x, at, tokens[m], s, value)
+            if steps.group:
+                factor = splat(x.scale[tokens[m], steps.act_group(s)], lanes)
+                scale = factor if layout.groups == 1 else scale * factor
+            total[key].set(total[key].get() + corrected * scale)
 
-    if single:
-        step(0, steps.blocks)
-        return
-    even = steps.count if steps.last == steps.blocks else steps.count - 1
     if even:
-        with loop(even) as s:
-            step(s, steps.blocks)
+        with loop(turns) as s:
+            step(s if piece is None else bind(begin + s), steps.blocks)
     if even < steps.count:
-        step(even, steps.last)
+        with in_last(piece):
+            step(even, steps.last)
     for (r, h, m), register in total.items():
         value = register.get()
-        if not steps.group:
-            value = value * splat(x.scale[tokens[m]], dot.lanes)
-        elif layout.groups == 1:
-            at = (*blocks[r], 0, h * dot.lanes)
-            value = value * T.cast(load(weights.scale, *at, lanes=dot.lanes), f32)
-        out(r, m, h * dot.lanes, value)
+        if piece is None:
+            value = finished(dot, weights, x, blocks[r], tokens[m], h * lanes, value)
+        out(r, m, h * lanes, value)
+
+
+def is_whole(steps: Steps) -> bool:
+    """Say whether a row is one step, whose sums stay integers up to their end."""
+    return steps.codes.groups == 1 and not steps.group
+
+
+def finished(
+    dot: Dot | Way, weights: Weights, x: Activations, block: tuple[Any, ...], token: Any, lane: int,
+    value: Any,
+) -> Any:  # fmt: skip
+    """Return the results that sums over all columns stand for: int32 where `is_whole`, else float32.
+
+    Args:
+        dot: See `int_tile`.
+        weights: Likewise.
+        x: Likewise.
+        block: Index of the row block.
+        token: Row in ``x``.
+        lane: First row in the block.
+        value: Sums of the vector's rows.
+    """
+    layout, lanes = dot.codes, dot.lanes
+    steps, at = x.steps(layout), (*block, 0, lane)
+    if steps.group and layout.groups > 1:
+        return value
+    scale = T.cast(load(weights.scale, *at, lanes=lanes), vector_type("float32", lanes))
+    if steps.group:
+        return value * scale
+    if layout.groups == 1:
+        value = _corrected(dot, weights, x, at, token, 0, value) * scale
+    return value * splat(x.scale[token], lanes)
+
+
+def _corrected(
+    dot: Dot | Way, weights: Weights, x: Activations, at: tuple[Any, ...], token: Any, s: Any,
+    value: Any,
+) -> Any:  # fmt: skip
+    """Return a step's sums as float32, less a zero point that was not taken off before."""
+    layout, lanes = dot.codes, dot.lanes
+    f32 = vector_type("float32", lanes)
+    if not layout.late_zero:
+        return T.cast(value, f32)
+    zero = splat(T.float32(layout.fmt.fixed_zero), lanes)
+    if layout.fmt.has_zero:
+        zero = T.cast(load(weights.zero, *at, lanes=lanes), f32)
+    return minus_zero(value, zero, load(x.sums, token, s), layout, lanes)
 
 
 def _step_sums(
@@ -127,12 +177,15 @@ def _step_sums(
     g: Any,
     length: int,
     knobs: TileKnobs,
+    piece: Piece | None,
 ) -> dict[tuple[int, int, int], Any]:
     """Emit the sums of step g, of so many blocks, less the fixed zero point; int32 or float32."""
     layout, lanes = dot.codes, dot.lanes
     grid = grid_of(lanes, len(blocks), len(tokens))
     runs = dot.exact_blocks
     split = runs is not None and runs < length
+    if split and piece is not None:
+        runs = min(runs or 1, -(-length // (4 * piece.count)))  # enough of them to share
     constants = tables(layout)
 
     def nothing(dtype: str) -> Any:
@@ -141,11 +194,16 @@ def _step_sums(
     def start(m: int, dtype: str) -> Any:
         if layout.late_zero:
             return nothing(dtype)
-        return splat(T.cast(load(x.sums, tokens[m], g), dtype), lanes)
+        value = T.cast(load(x.sums, tokens[m], g), dtype)
+        return splat(value if piece is None else piece.once(value, dtype), lanes)
 
-    def run(acc: Sums, first: Any, total: int) -> None:
+    def run(acc: Sums, first: Any, total: int, piece: Piece | None, knobs: TileKnobs) -> None:
         unroll = knobs.unroll if total % knobs.unroll == 0 else 1
-        with loop(total // unroll) as s:
+        begin, turns = span_of(piece, total // unroll)
+        if piece is not None:
+            knobs = knobs.reading(piece, begin, turns, unroll * layout.lines)
+            first = bind(first + begin * unroll)
+        with loop(turns) as s:
             for u in range(unroll):
                 b = bind(first + s * unroll + u) if not _is_number(first + s) else first + s + u
                 values = [dot.columns(x.codes, t, b * layout.block) for t in tokens]
@@ -187,7 +245,7 @@ def _step_sums(
             acc[v] = [Register(dot.accumulator, lanes, start(v[2], dot.accumulator))]
             others = range(1, chains)
             acc[v] += [Register(dot.accumulator, lanes, nothing(dot.accumulator)) for _ in others]
-        run(acc, base, length)
+        run(acc, base, length, piece, knobs)
         for total, *rest_of in acc.values():
             for register in rest_of:
                 total.set(total.get() + register.get())
@@ -196,18 +254,21 @@ def _step_sums(
     assert runs is not None
     sums = {v: Register("int32", lanes, start(v[2], "int32")) for v in grid}
     whole, rest = divmod(length, runs)
+    begin, turns = span_of(piece, whole)
+    knobs = knobs.reading(piece, begin, turns, runs * layout.lines)
 
     def part(first: Any, count: int) -> None:
         acc: Sums = {v: [Register(dot.accumulator, lanes, zeros(lanes))] for v in grid}
-        run(acc, first, count)
+        run(acc, first, count, None, knobs)
         for v in grid:
             whole_number = T.cast(acc[v][0].get(), vector_type("int32", lanes))
             sums[v].set(sums[v].get() + whole_number)
 
-    with loop(whole) as i:
-        part(base + i * runs, runs)
+    with loop(turns) as i:
+        part(base + (i if piece is None else bind(begin + i)) * runs, runs)
     if rest:
-        part(base + whole * runs, rest)
+        with in_last(piece):
+            part(base + whole * runs, rest)
     return {v: sums[v].get() for v in grid}
 
 

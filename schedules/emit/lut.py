@@ -29,7 +29,15 @@ from mimo_compile.schedules.emit.int_tile import int_tile
 from mimo_compile.schedules.emit.layout import ROWS, CodeLayout
 from mimo_compile.schedules.emit.nibbles import NibbleLayout
 from mimo_compile.schedules.emit.quantize import Activations, quantize_row
-from mimo_compile.schedules.emit.tile import Out, Sums, TileKnobs, Weights, ask_ahead
+from mimo_compile.schedules.emit.tile import (
+    Out,
+    Piece,
+    Sums,
+    TileKnobs,
+    Weights,
+    ask_ahead,
+    span_of,
+)
 from mimo_compile.schedules.emit.unpack import constant_words
 
 _LOSS = 0.15
@@ -105,6 +113,16 @@ class Lookup(ABC):
         return self.codes.group_blocks * self.codes.block // self.codes.run // self.part
 
     @property
+    @abstractmethod
+    def unit(self) -> int:
+        """Parts that no piece of a group divides."""
+
+    @property
+    def units(self) -> int:
+        """Units of a group."""
+        return self.parts // self.unit
+
+    @property
     def runs(self) -> int:
         """Runs of columns in a row."""
         return self.codes.k_padded // self.codes.run
@@ -151,8 +169,9 @@ class Lookup(ABC):
         g: Any,
         acc: Sums,
         ask: Callable[[Any], None],
+        piece: Piece | None,
     ) -> None:
-        """Emit the lookups of a group and add them to ``acc``.
+        """Emit the lookups of a group, or of a piece of it, and add them to ``acc``.
 
         Args:
             lines: Loads packed lines.
@@ -162,6 +181,7 @@ class Lookup(ABC):
             g: The group.
             acc: By row block, part of it, and token: registers to share the sum.
             ask: Prefetches what lies ahead of a block.
+            piece: Of the group's `units`.
         """
 
     @abstractmethod
@@ -305,13 +325,14 @@ class TableRows:
         tokens: Sequence[Any],
         out: Out,
         knobs: TileKnobs,
+        piece: Piece | None = None,
     ) -> None:
         """Emit one tile; arguments as for `int_tile`."""
 
-        def sums(g: Any) -> dict[tuple[int, int, int], Any]:
-            return lut_sums(self.lookup, self.tables, weights, blocks, tokens, g, knobs)
+        def sums(g: Any, knobs: TileKnobs, piece: Piece | None) -> dict[tuple[int, int, int], Any]:
+            return lut_sums(self.lookup, self.tables, weights, blocks, tokens, g, knobs, piece)
 
-        int_tile(self.lookup, weights, self.rows, blocks, tokens, out, knobs, sums)
+        int_tile(self.lookup, weights, self.rows, blocks, tokens, out, knobs, sums, piece)
 
 
 def lut_sums(
@@ -322,12 +343,17 @@ def lut_sums(
     tokens: Sequence[Any],
     g: Any,
     knobs: TileKnobs,
+    piece: Piece | None = None,
 ) -> dict[tuple[int, int, int], Any]:
     """Emit the sums of one group (less a fixed zero point) and return them, int32; see `int_tile`."""
     codes, lanes = lookup.codes, lookup.lanes
+    begin, length = span_of(piece, lookup.units)
+    each = lookup.codes.group_blocks // lookup.units * codes.lines
+    knobs = knobs.reading(piece, begin, length, each)
 
     def start(m: int) -> Any:
-        return splat(load(tables.starts, tokens[m], g), lanes)
+        value = load(tables.starts, tokens[m], g)
+        return splat(value if piece is None else piece.once(value, "int32"), lanes)
 
     grid = [
         (r, h, m)
@@ -347,14 +373,23 @@ def lut_sums(
     def ask(b: Any) -> None:
         ask_ahead(weights.codes, blocks, b * codes.lines, codes.lines, knobs)
 
-    lookup.sums(lines, tables.low, tokens, len(blocks), g, acc, ask)
+    lookup.sums(lines, tables.low, tokens, len(blocks), g, acc, ask, piece)
     for m, token in enumerate(tokens):
         count = bind(load(tables.counts, token, g))
 
         def again(i: Any, turn: int, m: int = m, token: Any = token) -> None:
             mine = {(r, h, 0): a[turn] for (r, h, t), a in acc.items() if t == m}
             part = bind(load(tables.places, token, g * lookup.parts + i))
-            lookup.part_sums(lines, tables.rest, token, len(blocks), part, mine)
+
+            def look() -> None:
+                lookup.part_sums(lines, tables.rest, token, len(blocks), part, mine)
+
+            if piece is None:
+                look()
+                return
+            unit = bind(T.floordiv(part - g * lookup.parts, lookup.unit) - begin)
+            with when(T.And(unit >= 0, unit < length)):
+                look()
 
         with loop(T.floordiv(count, chains)) as i:
             for turn in range(chains):

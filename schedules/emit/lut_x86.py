@@ -7,12 +7,12 @@ from typing import Any, ClassVar
 
 from mimo_compile.schedules.emit.build import Register, T, bind, load, loop, splat
 from mimo_compile.schedules.emit.lut import Lines, Lookup, Registers
-from mimo_compile.schedules.emit.tile import Sums
+from mimo_compile.schedules.emit.tile import Piece, Sums, span_of
 
 _LOW = 0x0F
 _NUMBERS = 0x30201000
 """Which of four tables the bytes of a word look up in."""
-_SPAN = 8
+SPAN = 8
 """Blocks of columns that are looked up together at most, where sums are widened behind."""
 
 
@@ -34,6 +34,16 @@ class Permute(Lookup):
         """The runs of one vector of tables."""
         return 4
 
+    @property
+    def step(self) -> int:
+        """Blocks in the loop's body."""
+        return 2 - self.codes.group_blocks % 2
+
+    @property
+    def unit(self) -> int:
+        """The vectors of tables of a turn."""
+        return self.step * self.codes.vectors
+
     def sums(
         self,
         lines: Lines,
@@ -43,13 +53,16 @@ class Permute(Lookup):
         g: Any,
         acc: Sums,
         ask: Callable[[Any], None],
+        piece: Piece | None,
     ) -> None:
         """See `Lookup.sums`."""
-        codes = self.codes
-        step = 2 - codes.group_blocks % 2
-        with loop(codes.group_blocks // step) as s:
+        codes, step = self.codes, self.step
+        begin, count = span_of(piece, codes.group_blocks // step)
+        first = g * codes.group_blocks
+        first = first if piece is None else bind(first + begin * step)
+        with loop(count) as s:
             for u in range(step):
-                b = bind(g * codes.group_blocks + s * step + u)
+                b = bind(first + s * step + u)
                 ask(b)
                 for pair in range(codes.vectors // 2):
                     places = [(b * codes.vectors + 2 * pair + half) * 64 for half in range(2)]
@@ -130,13 +143,18 @@ class Shuffle(Lookup):
     @property
     def span(self) -> int:
         """Blocks that are summed in 16 bits; they divide a group."""
-        most = min(self.most_blocks, _SPAN)
+        most = min(self.most_blocks, SPAN)
         return next(s for s in range(most, 0, -1) if self.codes.group_blocks % s == 0)
 
     @property
     def part(self) -> int:
         """The runs of a span."""
         return self.span * self.codes.block // self.codes.run
+
+    @property
+    def unit(self) -> int:
+        """One part."""
+        return 1
 
     @property
     def adding(self) -> dict[str, float]:
@@ -161,10 +179,13 @@ class Shuffle(Lookup):
         g: Any,
         acc: Sums,
         ask: Callable[[Any], None],
+        piece: Piece | None,
     ) -> None:
         """See `Lookup.sums`."""
-        with loop(self.parts) as p:
-            self._span_sums(lines, table, tokens, rows, bind(g * self.parts + p), acc, ask)
+        begin, count = span_of(piece, self.parts)
+        first = g * self.parts if piece is None else bind(g * self.parts + begin)
+        with loop(count) as p:
+            self._span_sums(lines, table, tokens, rows, bind(first + p), acc, ask)
 
     def part_sums(
         self, lines: Lines, table: Any, token: Any, rows: int, part: Any, acc: Registers

@@ -8,8 +8,9 @@ of floats (`float_tile`) share: their arguments, prefetching, storing.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mimo_compile.schedules.emit.build import (
@@ -29,6 +30,9 @@ Out = Callable[[int, int, int, Any], None]
 """``out(r, m, lane, value)``: sums of rows ``16 * block[r] + lane`` and following, for token m."""
 Sums = dict[tuple[int, int, int], list[Register]]
 """By row block, part of it, and token: registers that share a sum."""
+CHAIN = 256
+"""Columns that one float32 register sums before it is added to another: a chain of c additions is off by up
+to c roundings, and results by half of that where all terms have one sign."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +42,26 @@ class Weights:
     codes: Any
     scale: Any = None
     zero: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One of several pieces of the columns that are summed apart."""
+
+    index: Any
+    count: int
+
+    def span(self, units: int) -> tuple[Any, Any]:
+        """Return the first of so many units (runs of columns) that lie in this piece, and their number."""
+        if units % self.count == 0:
+            each = units // self.count
+            return bind(self.index * each), each
+        first = bind(T.floordiv(self.index * units, self.count))
+        return first, bind(T.floordiv((self.index + 1) * units, self.count) - first)
+
+    def once(self, value: Any, dtype: str) -> Any:
+        """Return a number that counts for all columns, in the first piece, and zero in the others."""
+        return T.Select(self.index == 0, value, T.cast(T.int32(0), dtype))
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +80,43 @@ class TileKnobs:
     turn: tuple[Any, int] | None = None
     """Which of how many tiles of tokens this is that read the same weights: each asks for its share of
     the next tile's, whatever the distance. None: weights are read once."""
+    lines: tuple[Any, Any] | None = None
+    """First line of each row block that the tile reads, and their number; None: it reads all of them."""
+
+    def reading(self, piece: Piece | None, first: Any, count: Any, each: int) -> TileKnobs:
+        """Return these knobs for ``count`` units of ``each`` lines from the first on, if they are a piece."""
+        return self if piece is None else replace(self, lines=(first * each, count * each))
+
+
+def span_of(piece: Piece | None, units: int) -> tuple[Any, Any]:
+    """Return the first of so many units that lie in a piece, and their number; no piece: all."""
+    return (0, units) if piece is None else piece.span(units)
+
+
+@contextmanager
+def in_last(piece: Piece | None) -> Iterator[None]:
+    """Run the statements only in the last piece."""
+    if piece is None:
+        yield
+    else:
+        with when(piece.index == piece.count - 1):
+            yield
+
+
+def in_runs(first: Any, count: Any, most: int, emit: Callable[[Any, Any], None]) -> None:
+    """Emit ``emit(first, count)`` for runs of at most ``most`` of ``count`` units from the first on."""
+    if not isinstance(count, int):
+        with loop(T.floordiv(count + (most - 1), most)) as i:
+            emit(bind(first + i * most), bind(T.min(T.int32(most), count - i * most)))
+        return
+    if count <= most:
+        emit(first, count)
+        return
+    whole, rest = divmod(count, most)
+    with loop(whole) as i:
+        emit(bind(first + i * most), most)
+    if rest:
+        emit(first + whole * most, rest)
 
 
 def ask_ahead(
@@ -75,19 +136,24 @@ def ask_ahead(
     """
     if not knobs.prefetch:
         return
-    end = int(codes.shape[-2])
+    whole = int(codes.shape[-2])
+    begin, length = knobs.lines or (0, whole)
     if knobs.turn is None:
+        far = knobs.next_tile * whole - length
+        goes_on = knobs.next_tile and not (isinstance(far, int) and far == 0)
+        far = T.int32(far) if isinstance(far, int) else far
         for i in range(count):
             at = line + i + knobs.prefetch
-            if knobs.next_tile not in (0, 1):
-                jump = T.Select(at >= end, T.int32((knobs.next_tile - 1) * end), T.int32(0))
-                at = bind(at + jump)
+            if goes_on:
+                at = bind(at + T.Select(at >= begin + length, far, T.int32(0)))
             for block in blocks:
                 prefetch(codes, *block, at, 0)
         return
     index, turns = knobs.turn
     apart = math.lcm(count, turns)  # lines in which a share comes to whole lines
-    first = T.floordiv(index * end + line, turns) + knobs.next_tile * end
+    done = line - begin if knobs.lines else line
+    first = T.floordiv(index * length + done, turns) + knobs.next_tile * whole
+    first = first + begin if knobs.lines else first
 
     def ask() -> None:
         start = bind(first)
@@ -97,7 +163,7 @@ def ask_ahead(
     if apart == count:
         ask()
     else:
-        with when(T.floormod(line, apart) == 0):
+        with when(T.floormod(done, apart) == 0):
             ask()
 
 
@@ -147,16 +213,3 @@ def grid_of(lanes: int, rows: int, tokens: int) -> list[tuple[int, int, int]]:
 def zeros(lanes: int) -> Any:
     """Return a float32 vector of zeros."""
     return splat(T.float32(0), lanes)
-
-
-def __getattr__(name: str) -> Any:
-    """Return the two kinds of tiles where callers look for them here."""
-    if name == "int_tile":
-        from mimo_compile.schedules.emit.int_tile import int_tile
-
-        return int_tile
-    if name == "float_tile":
-        from mimo_compile.schedules.emit.float_tile import float_tile
-
-        return float_tile
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -110,7 +110,9 @@ class LoraGemm(Schedule):
 
         def legal(config: Any) -> bool:
             lonely = config.fusion == "shared" and not config.parallel
-            return config.fusion in ways and not lonely and inner.legal(config)
+            # what each task computes for its own tiles is not there where their pieces are added
+            late = config.fusion == "tile" and config.split > 1
+            return config.fusion in ways and not (lonely or late) and inner.legal(config)
 
         return Space(self.config, knobs, default, legal)
 

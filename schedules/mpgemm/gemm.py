@@ -19,10 +19,20 @@ from mimo_compile.schedules.emit.layout import ROWS, pack_rows
 from mimo_compile.schedules.emit.matrix import PARALLEL_BYTES
 from mimo_compile.schedules.emit.rounding import rounded_rows
 from mimo_compile.schedules.mpgemm.problem import GemmConfig, Problem
-from mimo_compile.schedules.mpgemm.work import gemm_work
+from mimo_compile.schedules.mpgemm.work import gemm_work, share_of
 
+ROW_BLOCKS = (1, 2, 3, 4, 6, 8)
+"""Row blocks that a register tile may have."""
 AHEAD = 32
 """Usual distance of prefetches in cache lines."""
+SPLITS = (1, 2, 4, 8)
+"""Numbers of pieces that the columns may be cut into."""
+_EVEN = 1.1
+"""Times its share that the busiest thread may do before columns are cut for the threads' sake."""
+_UNITS = 4
+"""Units in a piece at least, so that pieces which differ by one are about as long."""
+_SUMS_BYTES = 4 << 20
+"""Most bytes of the sums of all pieces."""
 _FEW_TURNS = 16
 """Tiles of tokens up to which it shows that the next weights come from memory."""
 
@@ -99,6 +109,10 @@ class X86Gemm(Schedule):
         """Return the vector operations in the inner loop's body, to keep code small."""
         return config.rows * config.tokens * config.unroll
 
+    def units(self, problem: Problem) -> int:
+        """Return the runs of columns that pieces (`GemmConfig.split`) are made of; 0: there are none."""
+        return 0
+
     def scratch_bytes(self, problem: Problem, config: GemmConfig) -> int:
         """Return the bytes of the body's workspace."""
         return 0
@@ -106,7 +120,8 @@ class X86Gemm(Schedule):
     def workspace_bytes(self, problem: Problem, config: GemmConfig) -> int:
         """Return the bytes of all workspace."""
         rounded = 4 * problem.m * problem.k if self.rounds(problem) else 0
-        return rounded + self.scratch_bytes(problem, config)
+        pieces = piece_bytes(problem, config.split) if isinstance(config, GemmConfig) else 0
+        return rounded + pieces + self.scratch_bytes(problem, config)
 
     def dots(self, problem: Problem, hardware: Hardware) -> tuple[str, ...]:
         """Return the ways to multiply that may be chosen from."""
@@ -117,12 +132,14 @@ class X86Gemm(Schedule):
         return (1, 2, 4)
 
     def space(self, workload: Workload, hardware: Hardware) -> Space:
-        """Tile, loop order, chunk, prefetch and threads."""
+        """Tile, loop order, chunk, prefetch, threads and pieces of the columns."""
         problem = self.problem(workload)
         tokens = tuple(t for t in (1, 2, 4, 6, 8) if t <= problem.m)
-        threads = (False, True) if hardware.threads > 1 and problem.row_blocks > 1 else (False,)
+        splits = self.splits(problem, tokens, hardware)
+        many = problem.row_blocks > 1 or len(splits) > 1
+        threads = (False, True) if hardware.threads > 1 and many else (False,)
         knobs: dict[str, tuple[KnobValue, ...]] = {
-            "rows": (1, 2, 3, 4, 6, 8),
+            "rows": ROW_BLOCKS,
             "tokens": tokens,
             "chunk": (1, 2, 4, 8),
             "order": ("rows",) if problem.m == 1 else ("rows", "tokens"),
@@ -130,6 +147,7 @@ class X86Gemm(Schedule):
             "unroll": self.unrolls(problem),
             "parallel": threads,
             "dot": self.dots(problem, hardware),
+            "split": splits,
         }
 
         def legal(config: GemmConfig) -> bool:
@@ -141,9 +159,62 @@ class X86Gemm(Schedule):
                 and config.tokens <= problem.m
                 and (config.prefetch in (0, AHEAD) or config.turns(problem.m) == 1)
                 and (config.parallel in threads)
+                and (config.split == 1 or self.may_split(problem, config, hardware))
+                and not (config.parallel and config.split * problem.row_blocks == 1)
             )
 
-        return Space(GemmConfig, knobs, self.default(problem, tokens, hardware, legal), legal)
+        default = self.default(problem, tokens, hardware, legal)
+        default = self.with_pieces(problem, default, hardware, legal)
+        return Space(GemmConfig, knobs, default, legal)
+
+    def splits(
+        self, problem: Problem, tokens: tuple[int, ...], hardware: Hardware
+    ) -> tuple[int, ...]:
+        """Return the numbers of pieces that some tile may have."""
+        tiles = [
+            GemmConfig(r, t, parallel=hardware.threads > 1)
+            for r in ROW_BLOCKS for t in tokens if r <= problem.row_blocks
+        ]  # fmt: skip
+        may = (
+            any(self.may_split(problem, replace(c, split=s), hardware) for c in tiles)
+            for s in SPLITS
+        )
+        return tuple(s for s, ok in zip(SPLITS, may, strict=True) if s == 1 or ok)
+
+    def may_split(self, problem: Problem, config: GemmConfig, hardware: Hardware) -> bool:
+        """Say whether pieces may help: tiles are few for the threads, or x outgrows the nearest cache."""
+        if config.chunk > 1 or config.order != "rows":
+            return False
+        if self.units(problem) < _UNITS * config.split:
+            return False
+        if piece_bytes(problem, config.split) > _SUMS_BYTES:
+            return False
+        tasks = config.split * -(-problem.row_blocks // config.rows)
+        x = config.tokens * problem.k * (1 if problem.acts.is_int8 else 4)
+        large = 2 * x > config.split * hardware.l1d_bytes  # also half as many pieces would be
+        return (config.parallel and tasks <= 2 * hardware.threads) or large
+
+    def with_pieces(
+        self,
+        problem: Problem,
+        config: GemmConfig,
+        hardware: Hardware,
+        legal: Callable[[GemmConfig], bool],
+    ) -> GemmConfig:
+        """Return the config with as few pieces as give all threads as much to do, where it is enough."""
+        if hardware.threads == 1 or self.effort(problem) < PARALLEL_BYTES:
+            return config
+        if share_of(problem, config, hardware.threads) * hardware.threads <= _EVEN:
+            return config
+        cut = (replace(config, split=s, parallel=True) for s in SPLITS[1:])
+        return min(
+            (config, *filter(legal, cut)),
+            key=lambda c: share_of(problem, c, hardware.threads if c.parallel else 1),
+        )
+
+    def effort(self, problem: Problem) -> float:
+        """Return bytes of weights that take about as long to read as the matmul takes."""
+        return problem.packed_bytes() * max(1.0, problem.m / 4)
 
     def default(
         self,
@@ -154,8 +225,8 @@ class X86Gemm(Schedule):
     ) -> GemmConfig:
         """Return a good config without a measurement (figures: `benchmarks/mpgemm_roof.py`)."""
         dot = self.dots(problem, hardware)[0]
-        work = problem.packed_bytes() * max(1.0, problem.m / 4)
-        parallel = hardware.threads > 1 and problem.row_blocks > 1 and work >= PARALLEL_BYTES
+        wide = hardware.threads > 1 and problem.row_blocks > 1
+        parallel = wide and self.effort(problem) >= PARALLEL_BYTES
         far = problem.packed_bytes() > hardware.l2_bytes
         one = far and problem.m == 1
         tiles = (*(self.streams(problem) if one else ()), *self.tiles(problem))
@@ -241,3 +312,8 @@ class X86Gemm(Schedule):
         if "bias" in arrays:
             out["bias"] = np.ascontiguousarray(arrays["bias"].reshape(-1)[: problem.n])
         return out
+
+
+def piece_bytes(problem: Problem, split: int) -> int:
+    """Return the workspace for the sums of pieces."""
+    return 4 * split * problem.m * problem.row_blocks * ROWS if split > 1 else 0

@@ -8,16 +8,31 @@ from typing import Any
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.schedules.emit.build import loop
 from mimo_compile.schedules.emit.dot import DOTS, Dot
-from mimo_compile.schedules.emit.int_tile import int_tile
+from mimo_compile.schedules.emit.int_tile import Way, finished, int_tile, is_whole
 from mimo_compile.schedules.emit.layout import ROWS
-from mimo_compile.schedules.emit.quantize import alloc_activations, quantize_row, workspace_bytes
-from mimo_compile.schedules.emit.tile import Weights
+from mimo_compile.schedules.emit.quantize import (
+    Activations,
+    alloc_activations,
+    quantize_row,
+    workspace_bytes,
+)
+from mimo_compile.schedules.emit.tile import Out, Piece, TileKnobs, Weights
 from mimo_compile.schedules.mpgemm.gemm import X86Gemm
-from mimo_compile.schedules.mpgemm.loops import tile_knobs, tiles, writer
+from mimo_compile.schedules.mpgemm.loops import Blocks, Results, all_tiles
 from mimo_compile.schedules.mpgemm.problem import GemmConfig, Problem
 
 QUANTIZE_ALONE = 64 << 10
 """Elements of x that one thread quantises before others would have woken up."""
+
+
+def int_results(dot: Dot | Way, weights: Weights, rows: Activations, y: Any, bias: Any) -> Results:
+    """Return what becomes of the sums of `int_tile`."""
+
+    def finish(block: tuple[Any, ...], token: Any, lane: int, value: Any) -> Any:
+        return finished(dot, weights, rows, block, token, lane, value)
+
+    dtype = "int32" if is_whole(rows.steps(dot.codes)) else "float32"
+    return Results(y, bias, dot.lanes, dtype, finish)
 
 
 class IntegerGemm(X86Gemm):
@@ -32,6 +47,11 @@ class IntegerGemm(X86Gemm):
         dot = self.dot(problem, config)
         steps = problem.layout.block if dot.activation == "float32" else problem.layout.quads
         return config.rows * (ROWS // dot.lanes) * config.tokens * config.unroll * steps
+
+    def units(self, problem: Problem) -> int:
+        """Steps, or turns of the widest body where a row is one step."""
+        steps = problem.steps
+        return steps.blocks // max(self.unrolls(problem)) if is_whole(steps) else steps.count
 
     def scratch_bytes(self, problem: Problem, config: GemmConfig) -> int:
         """Quantised rows, their group sums and scales."""
@@ -52,12 +72,12 @@ class IntegerGemm(X86Gemm):
             with loop(problem.m, parallel=shared) as m:
                 quantize_row(layout, x, (m,), rows, m)
 
-            def tile(blocks: list[tuple[Any, ...]], tokens: list[Any]) -> None:
-                out = writer(problem, y, bias, blocks, tokens, dot.lanes)
-                knobs = tile_knobs(problem, config, tokens)
-                int_tile(dot, weights, rows, blocks, tokens, out, knobs)
+            def tile(
+                blocks: Blocks, tokens: list[Any], out: Out, knobs: TileKnobs, piece: Piece | None
+            ) -> None:
+                int_tile(dot, weights, rows, blocks, tokens, out, knobs, piece=piece)
 
-            tiles(problem, config, tile)
+            all_tiles(problem, config, int_results(dot, weights, rows, y, bias), tile)
 
         return emit
 

@@ -42,6 +42,8 @@ class GemmConfig:
     """Spread the tasks over threads."""
     dot: str = ""
     """Name of the way to multiply (`emit.dot.DOTS`); empty where there is only one."""
+    split: int = 1
+    """Pieces of the columns that are summed by tasks of their own, and added in their order."""
 
     def turns(self, m: int) -> int:
         """Return how many tiles of tokens read a row tile's weights one after the other, of ``m`` tokens."""

@@ -17,13 +17,14 @@ from mimo_compile.schedules.emit.bf16 import (
     imported,
     pairs_work,
     rounding_work,
+    units,
     workspace_bytes,
 )
 from mimo_compile.schedules.emit.layout import ROWS
 from mimo_compile.schedules.emit.pairs import PairsMatrix
-from mimo_compile.schedules.emit.tile import TileKnobs, Weights
+from mimo_compile.schedules.emit.tile import Out, Piece, TileKnobs, Weights
 from mimo_compile.schedules.mpgemm.gemm import X86Gemm
-from mimo_compile.schedules.mpgemm.loops import tiles, writer
+from mimo_compile.schedules.mpgemm.loops import Blocks, Results, all_tiles
 from mimo_compile.schedules.mpgemm.problem import GemmConfig, Problem
 
 
@@ -79,6 +80,11 @@ class X86Bf16(X86Gemm):
         pairs = 1 if problem.fmt.is_float else 2 * problem.layout.quads
         return config.rows * config.tokens * config.unroll * pairs
 
+    def units(self, problem: Problem) -> int:
+        """Groups, or turns of the widest body."""
+        layout = None if problem.fmt.is_float else problem.layout
+        return units(layout, self.columns(problem), max(self.unrolls(problem)))
+
     def scratch_bytes(self, problem: Problem, config: GemmConfig) -> int:
         """Rounded rows, and their sums where zero points ask for them."""
         layout = None if problem.fmt.is_float else problem.layout
@@ -96,15 +102,16 @@ class X86Bf16(X86Gemm):
             weights = Weights(*packed)
             rows = bf16_rows(layout, x, m, k, columns, parallel=config.parallel)
 
-            def tile(blocks: list[tuple[Any, ...]], tokens: list[Any]) -> None:
-                out = writer(problem, y, bias, blocks, tokens, ROWS)
+            def tile(
+                blocks: Blocks, tokens: list[Any], out: Out, _: TileKnobs, piece: Piece | None
+            ) -> None:
                 if layout is None:
-                    float_pairs_tile(columns, weights, rows, blocks, tokens, out, knobs)
+                    float_pairs_tile(columns, weights, rows, blocks, tokens, out, knobs, piece)
                 else:
-                    codes_tile(layout, weights, rows, blocks, tokens, out, knobs)
+                    codes_tile(layout, weights, rows, blocks, tokens, out, knobs, piece)
 
             with imported():
-                tiles(problem, config, tile)
+                all_tiles(problem, config, Results(y, bias), tile)
 
         return emit
 

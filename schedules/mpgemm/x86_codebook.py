@@ -12,10 +12,10 @@ from mimo_compile.schedules.emit.build import loop
 from mimo_compile.schedules.emit.layout import ROWS
 from mimo_compile.schedules.emit.lookup import LOOKUPS
 from mimo_compile.schedules.emit.quantize import alloc_activations, quantize_row, workspace_bytes
-from mimo_compile.schedules.emit.tile import Weights
+from mimo_compile.schedules.emit.tile import Out, Piece, TileKnobs, Weights
 from mimo_compile.schedules.mpgemm.gemm import AHEAD, X86Gemm
 from mimo_compile.schedules.mpgemm.integer import QUANTIZE_ALONE
-from mimo_compile.schedules.mpgemm.loops import tile_knobs, tiles, writer
+from mimo_compile.schedules.mpgemm.loops import Blocks, Results, all_tiles
 from mimo_compile.schedules.mpgemm.problem import GemmConfig, Problem
 
 
@@ -76,6 +76,10 @@ class X86Codebook(X86Gemm):
         cost = self.way(problem, config).cost
         return config.rows * config.tokens * config.unroll * cost
 
+    def units(self, problem: Problem) -> int:
+        """Groups."""
+        return problem.layout.groups
+
     def scratch_bytes(self, problem: Problem, config: GemmConfig) -> int:
         """Quantised rows, their group sums and scales."""
         chosen = self.way(problem, config)
@@ -97,12 +101,16 @@ class X86Codebook(X86Gemm):
                 with loop(problem.m, parallel=shared) as m:
                     quantize_row(layout, x, (m,), rows, m, offset=chosen.offset)
 
-            def tile(blocks: list[tuple[Any, ...]], tokens: list[Any]) -> None:
-                out = writer(problem, y, bias, blocks, tokens, chosen.lanes)
-                knobs = tile_knobs(problem, config, tokens)
-                chosen.tile(weights, rows, blocks, tokens, out, knobs)
+            def tile(
+                blocks: Blocks, tokens: list[Any], out: Out, knobs: TileKnobs, piece: Piece | None
+            ) -> None:
+                chosen.tile(weights, rows, blocks, tokens, out, knobs, piece)
 
-            tiles(problem, config, tile)
+            def finish(_: Any, token: Any, lane: int, value: Any) -> Any:
+                return chosen.finished(rows, token, value)
+
+            results = Results(y, bias, chosen.lanes, finish=finish)
+            all_tiles(problem, config, results, tile)
 
         return emit
 

@@ -7,11 +7,11 @@ from typing import Any
 
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.workload import Workload
-from mimo_compile.schedules.emit.float_tile import float_tile
+from mimo_compile.schedules.emit.float_tile import float_tile, float_units
 from mimo_compile.schedules.emit.layout import ROWS
-from mimo_compile.schedules.emit.tile import Weights
+from mimo_compile.schedules.emit.tile import Out, Piece, TileKnobs, Weights
 from mimo_compile.schedules.mpgemm.gemm import X86Gemm
-from mimo_compile.schedules.mpgemm.loops import tile_knobs, tiles, writer
+from mimo_compile.schedules.mpgemm.loops import Blocks, Results, all_tiles
 from mimo_compile.schedules.mpgemm.problem import GemmConfig, Problem
 
 
@@ -31,18 +31,22 @@ class X86Float(X86Gemm):
             return ((4, 1, 1), (2, 1, 1), (1, 1, 1))
         return ((3, 6, 1), (2, 6, 1), (1, 6, 1))
 
+    def units(self, problem: Problem) -> int:
+        """Turns of the widest body."""
+        return float_units(None, problem.k, max(self.unrolls(problem)))
+
     def body(self, problem: Problem, config: GemmConfig, hardware: Hardware) -> Callable[..., None]:
         """Return the emitter."""
 
         def emit(x: Any, w: Any, *rest: Any) -> None:
             bias, y = rest if problem.bias else (None, *rest)
 
-            def tile(blocks: list[tuple[Any, ...]], tokens: list[Any]) -> None:
-                out = writer(problem, y, bias, blocks, tokens, ROWS)
-                knobs = tile_knobs(problem, config, tokens)
-                float_tile(None, problem.k, Weights(w), x, blocks, tokens, out, knobs)
+            def tile(
+                blocks: Blocks, tokens: list[Any], out: Out, knobs: TileKnobs, piece: Piece | None
+            ) -> None:
+                float_tile(None, problem.k, Weights(w), x, blocks, tokens, out, knobs, piece)
 
-            tiles(problem, config, tile)
+            all_tiles(problem, config, Results(y, bias), tile)
 
         return emit
 

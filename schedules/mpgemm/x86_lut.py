@@ -10,11 +10,12 @@ from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.emit.dot import exact
 from mimo_compile.schedules.emit.lut import Lookup, TableRows, groups_fill_blocks
-from mimo_compile.schedules.emit.lut_x86 import LOOKUPS, Permute
+from mimo_compile.schedules.emit.lut_x86 import LOOKUPS, SPAN, Permute
 from mimo_compile.schedules.emit.nibbles import NibbleLayout
-from mimo_compile.schedules.emit.tile import Weights
+from mimo_compile.schedules.emit.tile import Out, Piece, TileKnobs, Weights
 from mimo_compile.schedules.mpgemm.gemm import X86Gemm
-from mimo_compile.schedules.mpgemm.loops import tile_knobs, tiles, writer
+from mimo_compile.schedules.mpgemm.integer import int_results
+from mimo_compile.schedules.mpgemm.loops import Blocks, all_tiles
 from mimo_compile.schedules.mpgemm.problem import GemmConfig, Problem
 
 
@@ -53,6 +54,11 @@ class LookupGemm(X86Gemm):
         """LLVM unrolls spans itself."""
         return (1,)
 
+    def units(self, problem: Problem) -> int:
+        """Groups, or the largest runs of blocks that are looked up together."""
+        codes = self.codes(problem)
+        return codes.groups if codes.groups > 1 else codes.blocks // (SPAN if codes.apart else 2)
+
     def tiles(self, problem: Problem) -> tuple[tuple[int, int, int], ...]:
         """Tables share the registers with sums."""
         if problem.m == 1:
@@ -79,12 +85,12 @@ class LookupGemm(X86Gemm):
             parallel = config.parallel and problem.m > 1
             rows = TableRows.made(lookup, x, problem.m, parallel=parallel)
 
-            def tile(blocks: list[tuple[Any, ...]], tokens: list[Any]) -> None:
-                knobs = tile_knobs(problem, config, tokens)
-                out = writer(problem, y, bias, blocks, tokens, lookup.lanes)
-                rows.tile(weights, blocks, tokens, out, knobs)
+            def tile(
+                blocks: Blocks, tokens: list[Any], out: Out, knobs: TileKnobs, piece: Piece | None
+            ) -> None:
+                rows.tile(weights, blocks, tokens, out, knobs, piece)
 
-            tiles(problem, config, tile)
+            all_tiles(problem, config, int_results(lookup, weights, rows.rows, y, bias), tile)
 
         return emit
 

@@ -8,11 +8,11 @@ from typing import Any
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.emit.dot import DOTS, LOOKUP, exact, float_ways, float_work
-from mimo_compile.schedules.emit.float_tile import float_tile
+from mimo_compile.schedules.emit.float_tile import float_tile, float_units
 from mimo_compile.schedules.emit.layout import ROWS
-from mimo_compile.schedules.emit.tile import Weights
+from mimo_compile.schedules.emit.tile import Out, Piece, TileKnobs, Weights
 from mimo_compile.schedules.mpgemm.integer import IntegerGemm
-from mimo_compile.schedules.mpgemm.loops import tile_knobs, tiles, writer
+from mimo_compile.schedules.mpgemm.loops import Blocks, Results, all_tiles
 from mimo_compile.schedules.mpgemm.problem import GemmConfig, Problem
 
 
@@ -49,6 +49,12 @@ class X86Portable(IntegerGemm):
             return super().tile_cost(problem, config)
         return config.rows * config.tokens * problem.layout.block
 
+    def units(self, problem: Problem) -> int:
+        """Those of the integer kernels; a16: groups, or blocks."""
+        if problem.acts.is_int8:
+            return super().units(problem)
+        return float_units(problem.layout, problem.k, 1)
+
     def scratch_bytes(self, problem: Problem, config: GemmConfig) -> int:
         """Workspace for quantised rows, none for a16."""
         return super().scratch_bytes(problem, config) if config.dot in DOTS else 0
@@ -63,12 +69,12 @@ class X86Portable(IntegerGemm):
             bias = packed.pop() if problem.bias else None
             weights = Weights(*packed)
 
-            def tile(blocks: list[tuple[Any, ...]], tokens: list[Any]) -> None:
-                out = writer(problem, y, bias, blocks, tokens, ROWS)
-                knobs = tile_knobs(problem, config, tokens, lookup=config.dot == LOOKUP)
-                float_tile(problem.layout, problem.k, weights, x, blocks, tokens, out, knobs)
+            def tile(
+                blocks: Blocks, tokens: list[Any], out: Out, knobs: TileKnobs, piece: Piece | None
+            ) -> None:
+                float_tile(problem.layout, problem.k, weights, x, blocks, tokens, out, knobs, piece)
 
-            tiles(problem, config, tile)
+            all_tiles(problem, config, Results(y, bias), tile, lookup=config.dot == LOOKUP)
 
         return emit
 
