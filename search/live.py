@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import threading
 import time
@@ -25,7 +26,7 @@ _COLUMNS = (
     ("vs default", 52, 10),
     ("trials", 62, 6),
     ("mJ", 76, 10),
-    ("predicted", 90, 9),
+    ("off by", 88, 7),
     ("to gain", 102, 8),
 )
 
@@ -43,7 +44,7 @@ class _Row:
     best: Record | None = None
     """The record of the fastest candidate of this run."""
     errors: deque[float] = field(default_factory=lambda: deque(maxlen=_RECENT))
-    """Of the latest candidates: measured over predicted time, minus one."""
+    """Of the latest candidates: logarithm of measured over predicted time."""
 
     @property
     def cost_us(self) -> float:
@@ -59,7 +60,7 @@ class _Row:
         if record is None or not record.ok or record.latency_us is None:
             return
         if event.predicted_us:
-            self.errors.append(record.latency_us / event.predicted_us - 1)
+            self.errors.append(math.log(record.latency_us / event.predicted_us))
         if self.best is None or record.latency_us <= (self.best.latency_us or 0.0):
             self.best = record
 
@@ -78,7 +79,7 @@ class _Row:
             "vs default": f"{faster:.2f}x" if faster else "-",
             "trials": str(self.trials),
             "mJ": energy or "-",
-            "predicted": f"±{100 * error:.0f} %" if error is not None else "-",
+            "off by": f"{math.exp(error):.2f}x" if error is not None else "-",
             "to gain": "-" if gain is None else "done" if gain < 0 else f"{gain:.1f} %",
         }  # fmt: skip
 
@@ -87,8 +88,8 @@ class LiveProgress:
     """A table that is redrawn in place, and taken away at the end: the command then prints its own.
 
     ``vs default``: how much faster the best is than what is used without tuning. ``mJ``: of the best, by
-    its meter, ``mod`` where modelled. ``predicted``: by how much the latest candidates missed what was
-    predicted of them (median). ``to gain``: what the next round is expected to save, of the model's time.
+    its meter, ``mod`` where modelled. ``off by``: factor between the latest candidates' times and what
+    was predicted of them (median). ``to gain``: what the next round is expected to save, of the model's time.
     """
 
     def __init__(self, stream: TextIO | None = None, *, seconds: float | None = None) -> None:

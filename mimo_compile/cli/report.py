@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from mimo_compile.cli.console import Console
 
 DESCRIPTION = """\
-Write one self-contained HTML page (no network, below 1 MB): time and energy by kernel, speed-up by
-tuning, roofline, tuning curves, Pareto fronts. Measured and modelled energy are never mixed."""
+Write one self-contained HTML page (no network, no scripts, below 1 MB): time and energy by kernel,
+speed-up by tuning, winning algorithms, roofline, cost models beside measurements, tuning curves, Pareto
+fronts. Measured and modelled energy are never mixed."""
 EXAMPLE = """
 mimo-compile report t.mimo -o report.html
 mimo-compile report records.db -o report.html

@@ -42,8 +42,8 @@ def show_why(console: Console, found: Explanation) -> None:
 
 def _rank(found: Explanation) -> str:
     if found.rank is None:
-        known = f"{len(found.known)} others were" if found.known else "nothing was"
-        return f"not measured ({known})"
+        others = f"{len(found.known)} others were" if found.known else "nothing was"
+        return f"not measured ({others}, with the code of this version)"
     text = f"{found.rank} of {len(found.known)} measured"
     places = []
     if found.analytic_rank is not None:
