@@ -69,6 +69,8 @@ def work_of(record: Record, workload: Workload, hardware: Hardware) -> Counts | 
 def samples_of(records: Iterable[Record]) -> tuple[list[Sample], dict[str, int]]:
     """Return samples of the correct candidates, with the versions of their schedules.
 
+    Groups are ``workload@machine/threads/cache``.
+
     Features are by guessed rates of each machine: what is learned must not depend on one calibration.
     """
     groups: dict[tuple[str, str, int, str], list[Record]] = {}
@@ -87,7 +89,8 @@ def samples_of(records: Iterable[Record]) -> tuple[list[Sample], dict[str, int]]
             r = result.record
             if (counts := work_of(r, workload, hardware)) is not None:
                 row = extract(counts, r.schedule, r.config)
-                out.append(Sample((row,), result.latency_us, f"{key}"))
+                group = f"{key[0]}@{key[1]}/{key[2]}/{key[3]}"
+                out.append(Sample((row,), result.latency_us, group))
                 seen[r.schedule] = r.schedule_version
     return out, seen
 
