@@ -133,8 +133,9 @@ def _code_groups(
     table = code_table(layout) if knobs.lookup else None
 
     def block_of(b: Any, acc: Totals, zero: list[Any], columns: int) -> None:
-        values = [[bind(x[t, b * layout.block + c]) for c in range(columns)] for t in tokens]
         ask_ahead(weights.codes, blocks, b, 1, knobs)
+        # behind the branch of a prefetch, or loads and broadcasts become two instructions
+        values = [[bind(x[t, b * layout.block + c]) for c in range(columns)] for t in tokens]
         for r, block in enumerate(blocks):
             raw = load(weights.codes, *block, b, 0, lanes=4 * ROWS)
             words = bind(T.reinterpret(vector_type("int32", ROWS), raw))

@@ -206,10 +206,11 @@ def _step_sums(
         with loop(turns) as s:
             for u in range(unroll):
                 b = bind(first + s * unroll + u) if not _is_number(first + s) else first + s + u
-                values = [dot.columns(x.codes, t, b * layout.block) for t in tokens]
                 if u == 0 or not knobs.turn:
                     count = layout.lines * (unroll if knobs.turn else 1)
                     ask_ahead(weights.codes, blocks, b * layout.lines, count, knobs)
+                # behind the branch of a prefetch, or loads and broadcasts become two instructions
+                values = [dot.columns(x.codes, t, b * layout.block) for t in tokens]
                 for r, block in enumerate(blocks):
                     for h in range(ROWS // lanes):
                         lines = [
