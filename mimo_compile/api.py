@@ -47,7 +47,8 @@ def compile(
     schedules' defaults, so this always works at once; with ``trials`` or ``seconds`` it tunes first.
 
     Args:
-        source: model folder, ``"tiny"``, ``.pt2`` file, or `torch.nn.Module` with ``example_inputs``.
+        source: model folder, ``"tiny"``, ``.pt2`` file, or `torch.nn.Module` with ``example_inputs``; or an
+            artifact (``.mimo``), which gets another plan and keeps its weights.
         target: ``"cpu"`` or a preset, see `mimo-compile targets`.
         quant: ``"none"`` or a scheme such as ``"w4g64a8"`` (model folders).
         attention: ``"model"``: as the checkpoint says.
@@ -96,6 +97,14 @@ def compile(
             f"{target} is simulated: nothing can be compiled for it or run on it",
             remedy=f"`mimo-compile tune --target {target}` ranks schedules for it",
         )
+    if is_artifact(source):
+        asked = (quant, attention, target, max_context, example_inputs, calibrate)
+        if adapters or asked != ("none", "model", "cpu", None, None, "rtn"):
+            raise UsageError(
+                "an artifact keeps its target, formats, context and adapters: only its plan can change",
+                remedy="compile it from its source",
+            )
+        return _replanned(source, objective, trials, seconds, db, threads, seed, progress)
     if isinstance(calibrate, str):
         calibrate = parse_calibration(calibrate, seed=seed)
     opened = open_source(
@@ -214,6 +223,35 @@ def _supported(workloads: dict[Workload, float], hardware: Hardware) -> dict[Wor
             remedy="it does matmuls of 1 to 4 bit weights with int8 activations, e.g. --quant w2g64a8",
         )
     return found
+
+
+def is_artifact(source: Any) -> bool:
+    """Say whether a source is an artifact that was compiled before."""
+    named = isinstance(source, str | os.PathLike) and os.fspath(source).endswith(".mimo")
+    return named and Path(source).is_file()
+
+
+def _replanned(
+    source: str | os.PathLike[str], objective: str, trials: int | None, seconds: float | None, db: Any,
+    threads: int | None, seed: int, progress: Callable[[Any], None] | None,
+) -> Artifact:  # fmt: skip
+    """Plan an artifact again, after a search if a budget is given."""
+    from mimo_compile.artifact import Artifact
+    from mimo_compile.pipeline.plans import problem_of_artifact
+    from mimo_compile.pipeline.replan import replan
+
+    artifact = Artifact.load(source)
+    problem = problem_of_artifact(artifact, threads)
+    tuning = trials is not None or seconds is not None
+    with _database(db, write=tuning) as database:
+        if tuning:
+            found = _tune(
+                problem.weights, problem.hardware, trials, seconds, None, objective, database, seed,
+                progress,
+            )  # fmt: skip
+            if found.failure is not None:
+                raise found.failure
+        return replan(artifact, problem, objective, database)
 
 
 def is_op_spec(source: Any) -> bool:

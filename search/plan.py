@@ -25,6 +25,9 @@ from mimo_compile.search.objective import Objective, parse_objective
 from mimo_compile.search.plan_options import Option, Tensor, gather_options, layout_links
 from mimo_compile.search.space import JointSpace
 
+Layouts = tuple[tuple[str, str], ...]
+"""Sorted (tensor, its layout)."""
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:
@@ -79,17 +82,25 @@ class Planner:
         shared: Iterable[Sequence[Tensor]] = (),
         schedules: Sequence[Schedule] | None = None,
         device: DeviceModel | None = None,
+        packed: Mapping[Workload, Layouts] | None = None,
     ) -> None:
         """Gather the options; see `make_plan` for the arguments.
 
+        ``packed``: layouts that a workload's tensors have already; options with others are left out.
+
         Raises:
-            UsageError: no schedule for a workload.
+            UsageError: no schedule for a workload, or none that reads the tensors as they are packed.
         """
         begin = time.perf_counter()
         spaces = {w: JointSpace(w, hardware, schedules) for w in workloads}
         self._uses, groups = gather_options(
             spaces, workloads, shared, db, device or DeviceModel.guess(hardware)
         )
+        for workload, layouts in (packed or {}).items():
+            use = self._uses[workload]
+            use.options = [o for o in use.options if o.layouts == layouts]
+            if not use.options:
+                raise UsageError(f"no kernel of {workload} reads its tensors as they are packed")
         self._links = layout_links(self._uses, groups)
         uses = list(self._uses.values())
         self._knapsack = Knapsack(

@@ -32,11 +32,13 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Turn a model into an artifact. Without a tuning budget it uses tuning records where there are any
 (your own first, then those shipped with the package) and defaults elsewhere, so it always works at
-once. With --trials or --time it tunes first; what was measured is kept in the database."""
+once. With --trials or --time it tunes first; what was measured is kept in the database. Given an artifact
+it makes another plan for it, of another objective or newer records, and keeps the weights."""
 EXAMPLE = """
 mimo-compile compile tiny --quant w4g64a8 -o t.mimo
 mimo-compile compile tiny --quant w3g64a8 --calibrate gptq -o t3.mimo
 mimo-compile compile path/to/checkpoint --quant w8a8 --time 10m -o model.mimo
+mimo-compile compile model.mimo --objective energy@latency:1.05 -o frugal.mimo
 mimo-compile compile path/to/checkpoint --quant w4g64a8 --adapter law=path/to/law -o q.mimo
 """
 
@@ -46,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
         metavar="SRC",
-        help="checkpoint folder, .gguf file, exported program (.pt2), or tiny",
+        help="checkpoint folder, .gguf file, exported program (.pt2), tiny, or an artifact to plan again",
     )
     parser.add_argument(
         "-o", "--output", type=Path, required=True, metavar="OUT.mimo", help="the artifact to write"

@@ -80,7 +80,7 @@ def build_artifact(
         for name, graph in model.entries.items()
     }
     kernels = [low.kernel for low in lowered.values()]
-    origins = [_origin(w, low) for w, low in lowered.items()]
+    origins = [origin_of(w, low) for w, low in lowered.items()]
     calls = model.workloads()
     plan = [
         _final_choice(w, choices.get(w), lowered[w], calls[w]) for w in sorted(lowered, key=str)
@@ -114,7 +114,8 @@ def build_artifact(
     )
 
 
-def _origin(workload: Workload, low: Lowered) -> Origin:
+def origin_of(workload: Workload, low: Lowered) -> Origin:
+    """Return where a kernel comes from, for messages about it."""
     if low.schedule is None:
         return Origin(str(workload), "generic.x86_tir", "default")
     return Origin(

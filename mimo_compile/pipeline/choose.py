@@ -13,7 +13,7 @@ from mimo_compile.runtime.program import Choice
 from mimo_compile.search.database import Database
 from mimo_compile.search.lookup import results_for
 from mimo_compile.search.objective import parse_objective
-from mimo_compile.search.plan import make_plan
+from mimo_compile.search.plan import Plan, make_plan
 from mimo_compile.search.records import encode
 
 
@@ -92,6 +92,11 @@ def choose(
         parse_objective(objective)
         return ModelPlan({}, b"")
     plan = make_plan(workloads, hardware, objective=objective, db=db, shared=shared_tensors(model))
+    return with_records(plan, hardware, db)
+
+
+def with_records(plan: Plan, hardware: Hardware, db: Database | None) -> ModelPlan:
+    """Return a plan's choices as an artifact holds them, with the records they rest on."""
     choices: dict[Workload, Choice] = {}
     lines: dict[str, None] = {}
     for workload, chosen in plan.choices.items():

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mimo_compile import _tvm
+from mimo_compile.artifact import Artifact
 from mimo_compile.ir.hardware import PRESETS, Hardware, local_cpu
 from mimo_compile.ir.ops import OPS, get_op
 from mimo_compile.ir.workload import Workload
@@ -17,7 +18,7 @@ from mimo_compile.pipeline.graphs import ModelGraphs
 from mimo_compile.runtime.container import Parts
 from mimo_compile.runtime.program import Choice as Built
 from mimo_compile.search.database import Database
-from mimo_compile.search.plan import Choice, Plan, Planner
+from mimo_compile.search.plan import Choice, Layouts, Plan, Planner
 
 SLACK = "energy@latency:1.05"
 OBJECTIVES = ("latency", SLACK, "energy")
@@ -41,9 +42,11 @@ class Problem:
         """Calls per token, summed over the entry points: what totals of a plan count."""
         return {w: call_weights(calls) for w, calls in self.calls.items()}
 
-    def planner(self, db: Database | None) -> Planner:
-        """Gather the options from records."""
-        return Planner(self.weights, self.hardware, db=db, shared=self.shared)
+    def planner(
+        self, db: Database | None, packed: Mapping[Workload, Layouts] | None = None
+    ) -> Planner:
+        """Gather the options from records; ``packed``: layouts that tensors have already."""
+        return Planner(self.weights, self.hardware, db=db, shared=self.shared, packed=packed)
 
 
 def problem_of_model(model: ModelGraphs, hardware: Hardware) -> Problem:
@@ -54,7 +57,7 @@ def problem_of_model(model: ModelGraphs, hardware: Hardware) -> Problem:
     )
 
 
-def problem_of_artifact(parts: Parts, threads: int | None = None) -> Problem:
+def problem_of_artifact(parts: Parts | Artifact, threads: int | None = None) -> Problem:
     """Return what to plan for an artifact; neither its code nor its weights are read.
 
     Kernels that read one packed tensor share it; kernels without a schedule (generic ones) have no choice.

@@ -5,12 +5,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import msgspec
+import numpy as np
 import pytest
+import torch
 
+import mimo_compile as mc
+from mimo_compile.artifact import Artifact
 from mimo_compile.cli import main
 from mimo_compile.errors import UsageError
 from mimo_compile.ir.hardware import local_cpu
 from mimo_compile.pipeline import build
+from mimo_compile.pipeline import replan as replan_module
 from mimo_compile.pipeline.choose import choose
 from mimo_compile.pipeline.plans import (
     OBJECTIVES,
@@ -19,6 +25,7 @@ from mimo_compile.pipeline.plans import (
     problem_of_artifact,
     problem_of_model,
 )
+from mimo_compile.pipeline.replan import replan
 from mimo_compile.pipeline.source import open_source
 from mimo_compile.runtime.container import Parts
 from mimo_compile.search.database import Database
@@ -61,19 +68,7 @@ def test_plans_side_by_side(model, tmp_path: Path) -> None:
         next(c for c in some if space.layouts(c) == space.layouts(some[0]) and c != some[0]),
     )
     with Database(tmp_path / "r.db") as db:
-        for c, us, mj in ((fast, 10.0, 900.0), (frugal, 10.2, 1.0)):
-            key = record_key(
-                str(workload), c.schedule, space.schedules[c.schedule].version, c.config, hardware, "cold",
-                versions(),
-            )  # fmt: skip
-            db.add(
-                Record(
-                    key=key, workload=str(workload), schedule=c.schedule, config=c.config,
-                    schedule_version=space.schedules[c.schedule].version, hardware=hardware.id,
-                    features=tuple(sorted(hardware.features)), threads=hardware.threads, cache="cold",
-                    versions=versions(), verdict=Verdict.OK, latency_us=us, modelled_mj=mj,
-                )
-            )  # fmt: skip
+        db.add(*_records(workload, fast, frugal))
         found = compare_plans(problem, db, [*OBJECTIVES, "edp"])
     latency, slack, energy, edp = found.plans
     (difference,) = found.differences()
@@ -135,3 +130,89 @@ def test_options_that_do_not_go_together(arguments, text, capsys) -> None:
 def test_a_plan_of_nothing_is_refused(model) -> None:
     with pytest.raises(UsageError, match="not pareto"):
         compare_plans(problem_of_model(model, local_cpu()), None, ["pareto"])
+
+
+def _records(workload, first, second) -> list[Record]:
+    """Two candidates: a fast one, and a slower one that takes next to no energy."""
+    hardware, space = local_cpu(), JointSpace(workload, local_cpu())
+    out = []
+    for c, us, mj in ((first, 10.0, 900.0), (second, 10.2, 1.0)):
+        version = space.schedules[c.schedule].version
+        key = record_key(str(workload), c.schedule, version, c.config, hardware, "cold", versions())
+        out.append(
+            Record(
+                key=key, workload=str(workload), schedule=c.schedule, config=c.config,
+                schedule_version=version, hardware=hardware.id, threads=hardware.threads,
+                features=tuple(sorted(hardware.features)), cache="cold", versions=versions(),
+                verdict=Verdict.OK, latency_us=us, modelled_mj=mj,
+            )
+        )  # fmt: skip
+    return out
+
+
+@pytest.fixture
+def two_plans(model, tmp_path: Path):
+    """A workload of the model, and a database by which its fastest and its frugal kernel differ."""
+    workload = next(w for w in problem_of_model(model, local_cpu()).calls if w.op == "mpgemm")
+    space = JointSpace(workload, local_cpu())
+    first = space.defaults()[0]
+    second = next(
+        c for c in space if c.schedule == first.schedule and c != first
+    )  # every kernel of a format reads the same packed weights
+    with Database(tmp_path / "r.db") as db:
+        db.add(*_records(workload, first, second))
+        yield workload, second, db
+
+
+def test_another_plan_keeps_programs_and_weights(model, two_plans, monkeypatch) -> None:
+    workload, second, db = two_plans
+    hardware = local_cpu()
+    for module in (build, replan_module):
+        monkeypatch.setattr(module, "compile_isolated", lambda kernels, *_: b"%d" % len(kernels))
+    choices = choose(model, hardware, "latency", db).choices
+    made = build.build_artifact(model, choices, hardware, build.Extras())
+    same = replan(made, problem_of_artifact(made), "latency", db)
+    assert same.code is made.code and same.programs == made.programs
+    assert same.manifest.plan == made.manifest.plan
+    other = replan(made, problem_of_artifact(made), "energy", db)
+    assert other.code == b"%d" % len(made.manifest.plan) and other.weights is made.weights
+    assert other.manifest.objective == "energy" and other.manifest.states == made.manifest.states
+    before = {c.workload: c for c in made.manifest.plan}
+    after = {c.workload: c for c in other.manifest.plan}
+    assert set(before) == set(after)
+    changed = {w for w in before if before[w].kernel != after[w].kernel}
+    assert str(workload) in changed and dict(after[str(workload)].config) == second.config
+    assert all(before[w].calls == after[w].calls for w in before)
+    names = {c.kernel for c in other.manifest.plan}
+    assert {c.kernel for e in other.programs.entries.values() for c in e.calls} == names
+    assert second.config in [json.loads(line)["config"] for line in other.records.splitlines()]
+    cut = msgspec.structs.replace(
+        made.manifest, target=msgspec.structs.replace(made.manifest.target, features=("avx2",))
+    )
+    elsewhere = Artifact(cut, made.programs, b"")
+    with pytest.raises(UsageError, match="was built for"):
+        replan(elsewhere, problem_of_artifact(elsewhere), "energy", db)
+
+
+@pytest.mark.slow
+def test_an_artifact_with_another_plan_computes_the_same(
+    llama_folder: Path, two_plans, tmp_path: Path
+) -> None:
+    _, second, db = two_plans
+    path = tmp_path / "a.mimo"
+    mc.compile(llama_folder, quant="w4g32a8", max_context=4, db=db).save(path)
+    other = mc.compile(path, objective="energy", db=db)
+    other.save(tmp_path / "b.mimo")
+    first, again = mc.load(path), mc.load(tmp_path / "b.mimo", verify="full")
+    assert any(dict(c.config) == second.config for c in again.manifest.plan)
+    np.testing.assert_allclose(
+        again.token_logprobs([5, 7, 9, 11]), first.token_logprobs([5, 7, 9, 11]), atol=2e-4
+    )
+    with pytest.raises(UsageError, match="only its plan can change"):
+        mc.compile(path, quant="w8a8")
+
+
+def test_generic_kernels_need_the_source() -> None:
+    made = mc.compile(torch.nn.GELU(), example_inputs=(torch.zeros(2, 3),))
+    with pytest.raises(UsageError, match=r"generic.*from its source"):
+        replan(made, problem_of_artifact(made), "energy", None)
