@@ -50,6 +50,10 @@ class Experts(Schedule):
         """Return the steps along K that an inner loop may hold."""
         return (1, 2, 4)
 
+    def streams(self, problem: Problem) -> bool:
+        """Say whether one token's kernel does best with one row block at a time, from memory."""
+        return problem.act == "a8" and problem.exact
+
     def space(self, workload: Workload, hardware: Hardware) -> Space:
         """Tiles of both matmuls, prefetch and threads."""
         problem = self.problem(workload)
@@ -92,8 +96,8 @@ class Experts(Schedule):
         dot = self.dots(problem, hardware)[0]
         far = problem.t == 1 and work > hardware.l2_bytes
         ahead = 16 if far else 0
-        if far and problem.act == "a8" and problem.exact:  # one stream, asked for 8 KiB ahead
-            layouts = problem.layout13, problem.layout2
+        if far and self.streams(problem):  # one stream, asked for 8 KiB ahead
+            layouts = () if problem.fmt.is_float else (problem.layout13, problem.layout2)
             steps = sorted(self.unrolls(problem), reverse=True)
             unroll = next(u for u in steps if not any(x.group_blocks % u for x in layouts))
             return MoeConfig(

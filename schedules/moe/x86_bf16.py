@@ -112,6 +112,10 @@ class X86MoeBf16(Experts):
         whole = problem.layout13.whole_groups and problem.layout2.whole_groups
         return code_values(problem.fmt) is not None and whole
 
+    def streams(self, problem: Problem) -> bool:
+        """All formats do."""
+        return True
+
     def multiply(self, problem: Problem, config: MoeConfig) -> Multiply:
         """Dots of pairs."""
         return Pairs(problem, config)

@@ -163,7 +163,7 @@ def test_exact_schedules_agree_to_the_bit_whatever_the_tiles(fmt, kind):
 )
 def test_tables_are_made_once_for_a_token():
     # the tables' stores do not grow with experts or with gate and up: one build before each matmul
-    schedule = get_schedule("moe.x86_lut")
+    schedule = get_schedule("moe.x86_lut2")
     counts = []
     for e, k in ((2, 1), (8, 8)):
         workload = parse_workload(f"moe:t=1,e={e},k={k},d=256,f=64,w=w2g64,a=a8")
