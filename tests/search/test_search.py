@@ -17,8 +17,9 @@ from recordings import DEVICE, HW, LARGE, SMALL, recorded, schedules
 from mimo_compile.errors import InputError, UsageError
 from mimo_compile.ir.hardware import PRESETS
 from mimo_compile.ir.ops import parse_workload
-from mimo_compile.search.budget import Budget, Clock, Share, mark_heavy, next_share
+from mimo_compile.search.budget import Budget, Clock, Share, mark_heavy, next_share, patience
 from mimo_compile.search.database import Database
+from mimo_compile.search.lookup import Result, best, meter_of, pareto
 from mimo_compile.search.measure.replay import ReplayMeasurer
 from mimo_compile.search.meters.replay import ReplayMeter
 from mimo_compile.search.objective import BEHIND, parse_objective
@@ -483,6 +484,95 @@ def test_shares() -> None:
     assert shares[0].stale == 0 and shares[0].best_us == 90.0 and shares[0].trials == 24
     shares[0].exhausted = shares[1].exhausted = True
     assert next_share(shares) is None
+
+
+def test_gain_is_counted_by_the_objective() -> None:
+    share = Share(1.0, 5.0)
+    share.learn(4, 10.0, 8.0)
+    share.learn(4, 10.0, 4.0)  # no faster, but better
+    assert share.stale == 0 and share.recent == 0.5 and share.best_us == 10.0
+    share.learn(4, 8.0, 4.0)  # faster, and no better
+    assert share.stale == 1 and share.best_us == 8.0
+    share.learn(4, 8.0, 9.0)  # joules of the meter in the place of modelled ones
+    assert share.stale == 0 and share.best_score == 9.0
+    share.learn(4, 8.0, 9.0)
+    assert share.stale == 1
+
+
+def test_large_spaces_are_given_up_later() -> None:
+    assert [patience(n, 8) for n in (6, 640, 1158, 10**6)] == [4, 4, 8, 16]
+
+
+def test_a_search_without_gain_ends_early(tmp_path: Path) -> None:
+    """All candidates alike: nothing can be found, and most of the budget is left."""
+    rows = [msgspec.structs.replace(r, latency_us=30.0) for r in recorded(LARGE, bad=0.0)]
+    with Database(tmp_path / "a.db") as db:
+        result = tune(db, ReplayMeasurer(rows), trials=1000)
+    rounds = patience(JointSpace(LARGE, HW, schedules()).size, 8)
+    assert result.stopped == "exhausted"
+    assert 4 + 8 * rounds <= result.trials <= 4 + 8 * (rounds + 1)
+
+
+def test_a_budget_of_joules_ends_a_search(tmp_path: Path) -> None:
+    class Draining:
+        """Each look at the counter finds half a joule more."""
+
+        name, step_s = "replay", 0.1
+
+        def __init__(self) -> None:
+            self.mj = 0.0
+
+        def read_mj(self) -> float:
+            self.mj += 500.0
+            return self.mj
+
+    with Database(tmp_path / "a.db") as db:
+        result = tune(
+            db, ReplayMeasurer(recorded(LARGE)), joules=3.0, meter=Draining(), trials=None
+        )
+    assert result.stopped == "joules" and result.joules is not None and result.joules >= 3.0
+    assert 8 <= result.new_trials < 96 and result.best
+
+
+def test_a_budget_of_energy_for_one_kernel() -> None:
+    whole = parse_objective("latency@energy:10mJ")
+    one = whole.for_one(4.0)
+    assert str(one) == "latency@energy:2.5mJ" and parse_objective("edp").for_one(4.0).limit is None
+    points = [(10.0, 3.0), (12.0, 2.5), (11.0, 2.6), (15.0, 1.0)]
+    assert one.choose(points, lambda p: p) == (12.0, 2.5)
+    assert one.choose([(1.0, 5.0), (2.0, 4.0)], lambda p: p) == (2.0, 4.0)  # none keeps it
+    assert one.score((1.0, 5.0)) > BEHIND > one.score((1e9, 2.0))
+    assert whole.choose(points, lambda p: p) == (15.0, 1.0)  # of several: energy times time
+
+
+def test_one_kernel_is_searched_within_its_energy(tmp_path: Path) -> None:
+    rows = recorded(LARGE, bad=0.0)
+    energies = sorted(r.modelled_mj for r in rows)
+    limit = 4 * energies[len(energies) // 8]
+    with Database(tmp_path / "a.db") as db:
+        result = tune(
+            db, ReplayMeasurer(rows), {LARGE: 4.0}, objective=f"latency@energy:{limit}mJ", trials=64
+        )
+    (w,) = result.workloads
+    assert w.best is not None and w.best.modelled_mj is not None
+    assert 4 * w.best.modelled_mj <= limit * 1.0001
+    within = [r.latency_us for r in w.results if 4 * r.modelled_mj <= limit]
+    assert w.best.latency_us == min(within)
+
+
+def test_only_joules_of_one_meter_are_compared() -> None:
+    def of(us: float, mj: float | None, meter: str, modelled: float) -> Result:
+        return Result(recorded(SMALL)[0], us, mj, meter, modelled)
+
+    some = [of(10, 5.0, "rapl", 1.0), of(11, None, "", 0.1), of(12, 4.0, "rapl", 2.0)]
+    energy = parse_objective("energy")
+    assert meter_of(some) == "rapl" and best(some, energy) == some[2]
+    assert pareto(some) == [some[0], some[2]]
+    mixed = [*some, of(13, 0.1, "nvml", 3.0)]
+    assert meter_of(mixed) == "" and best(mixed, energy) == some[1]
+    assert meter_of(mixed, "rapl") == "rapl" and best(mixed, energy, "rapl") == some[2]
+    bare = [of(10, None, "", 2.0), of(11, None, "", 1.0)]
+    assert meter_of(bare, "rapl") == "" and best(bare, energy) == bare[1]
 
 
 @pytest.mark.parametrize(
