@@ -31,18 +31,18 @@ from mimo_compile.search.records import Record, Verdict, record_key, versions
 from mimo_compile.search.space import JointSpace
 from mimo_compile.search.tuner import tune_workloads
 
-WORKLOAD = "mpgemm:m=1,n=4096,k=4096,w=w4g64,a=a8"
+WORKLOADS = tuple(
+    f"mpgemm:m={m},n={n},k=4096,w=w4g64,a=a8" for m in (1, 4, 16, 64) for n in (4096, 6144, 11008)
+)
 SMALL = ("rms_norm:t=2,d=64", "swiglu:t=2,f=64", "rms_norm:t=3,d=96", "swiglu:t=3,f=48")
 TIMING = Timing(warm_up_s=0.001, batches=3, batch_s=0.001, budget_s=0.05, repeats=0, cache="hot")
 
 
-def recorded(workload, hardware, device, limit):
-    """Return made-up records of a space: the roofline's times, uneven by up to a half."""
+def recorded(workload, hardware, device):
+    """Return made-up records of a whole space: the roofline's times, uneven by up to a half."""
     space = JointSpace(parse_workload(workload), hardware)
     out = []
     for candidate in space:
-        if len(out) == limit:
-            break
         schedule = space.schedules[candidate.schedule]
         work = schedule.work(space.workload, space.config(candidate), hardware)
         uneven = 1 + int(candidate.key[:4], 16) / (2 << 16)
@@ -68,7 +68,7 @@ def recorded(workload, hardware, device, limit):
     return out
 
 
-def scheduling(rows, hardware, device, trials, folder, strategy):
+def scheduling(replay, hardware, device, trials, folder, strategy):
     """Return candidates per second, wall clock and processor time, of one search."""
     with (
         tempfile.TemporaryDirectory(dir=folder) as path,
@@ -76,8 +76,8 @@ def scheduling(rows, hardware, device, trials, folder, strategy):
     ):
         begin, cpu = time.perf_counter(), time.process_time()
         result = tune_workloads(
-            {parse_workload(WORKLOAD): 1.0}, hardware, trials=trials, db=db, device=device,
-            measurer=ReplayMeasurer(rows), strategy=strategy,
+            {parse_workload(w): 1.0 for w in WORKLOADS}, hardware, trials=trials, db=db, device=device,
+            measurer=replay, strategy=strategy,
         )  # fmt: skip
         seconds, busy = time.perf_counter() - begin, time.process_time() - cpu
         count = len(db)
@@ -158,13 +158,14 @@ def main():
     args = parser.parse_args()
     hardware = local_cpu()
     device = DeviceModel.guess(hardware)
-    rows = recorded(WORKLOAD, hardware, device, 4 * args.trials)
-    found = {"space": len(rows)}
+    rows = [r for w in WORKLOADS for r in recorded(w, hardware, device)]
+    found = {"workloads": len(WORKLOADS), "configs": len(rows)}
+    replay = ReplayMeasurer(rows)
     memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
     for name, folder in (("memory", memory), ("disk", args.folder)):
         for strategy in ("evolutionary", "random"):
             key = f"{strategy}, database in {name}" if name == "memory" else f"{strategy}, on disk"
-            found[key] = scheduling(rows, hardware, device, args.trials, folder, strategy)
+            found[key] = scheduling(replay, hardware, device, args.trials, folder, strategy)
     costs = isolation(hardware, device, args.rounds)
     extra = [a - b for a, b in zip(costs["isolated"], costs["in_process"], strict=True)]
     found["isolation"] = {

@@ -15,6 +15,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
+from functools import cache
 from typing import Any, ClassVar
 
 import numpy as np
@@ -143,7 +144,12 @@ class Schedule(ABC):
     @staticmethod
     def config_to_json(config: Any) -> dict[str, Any]:
         """Return a config's knobs as plain values (a search does this for thousands of candidates)."""
-        return {f.name: getattr(config, f.name) for f in fields(config)}
+        return {name: getattr(config, name) for name in _field_names(type(config))}
+
+
+@cache
+def _field_names(config: type) -> tuple[str, ...]:
+    return tuple(f.name for f in fields(config))
 
 
 def kernel_name(schedule: Schedule, workload: Workload, config: Any, hardware: Hardware) -> str:

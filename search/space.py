@@ -7,9 +7,11 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from mimo_compile.errors import UsageError
 from mimo_compile.ir.hardware import Hardware
@@ -35,12 +37,30 @@ class Candidate:
     @property
     def key(self) -> str:
         """Structural identity within one search (16 hex digits)."""
-        text = json.dumps([str(self.workload), self.schedule, self.knobs], separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return _key(self)
 
     def __str__(self) -> str:
         """Return ``schedule(knob=value, ...)``."""
         return f"{self.schedule}({', '.join(f'{k}={v}' for k, v in self.knobs)})"
+
+
+@lru_cache(maxsize=1 << 16)
+def _key(candidate: Candidate) -> str:
+    parts = [str(candidate.workload), candidate.schedule, candidate.knobs]
+    text = json.dumps(parts, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@lru_cache(maxsize=4096, typed=True)
+def _neighbours(
+    values: tuple[KnobValue, ...], old: KnobValue | None
+) -> tuple[tuple[KnobValue, ...], npt.NDArray[np.float64]]:
+    """Return a knob's other values with the running sum of their shares; neighbours count twice."""
+    at = values.index(old) if old in values else -2
+    others = [i for i, v in enumerate(values) if v != old]
+    weight = np.array([2.0 if abs(i - at) == 1 else 1.0 for i in others])
+    shares = (weight / weight.sum()).cumsum()
+    return tuple(values[i] for i in others), shares / shares[-1]
 
 
 class JointSpace:
@@ -141,13 +161,12 @@ class JointSpace:
         open_knobs = [k for k, v in space.knobs.items() if len(v) > 1]
         if not open_knobs:
             return None
+        config = parent.config
         name = open_knobs[int(rng.integers(len(open_knobs)))]
-        values, old = space.knobs[name], parent.config.get(name)
-        others = [i for i, v in enumerate(values) if v != old]
-        at = values.index(old) if old in values else -2
-        weight = np.array([2.0 if abs(i - at) == 1 else 1.0 for i in others])
-        pick = values[others[int(rng.choice(len(others), p=weight / weight.sum()))]]
-        knobs = {k: parent.config.get(k, v[0]) for k, v in space.knobs.items()}
+        others, shares = _neighbours(space.knobs[name], config.get(name))
+        # What rng.choice(len(others), p=...) does, without its checks: a search mutates very often.
+        pick = others[int(shares.searchsorted(rng.random(), side="right"))]
+        knobs = {k: config.get(k, v[0]) for k, v in space.knobs.items()}
         return self._made(parent.schedule, {**knobs, name: pick})
 
     def crossover(self, a: Candidate, b: Candidate, rng: np.random.Generator) -> Candidate | None:
