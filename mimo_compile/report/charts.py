@@ -118,7 +118,8 @@ def roofline(subjects: Sequence[Subject], machine: Machine, rates: Rates) -> str
         entries += [(f"line-{k}", f"{name}: {short(top)} Gop/s") for k, name, top in roofs]
         entries.append(("line-roof", f"slope: {memory / 1e9:.3g} GB/s from memory"))
     else:
-        text += " No roof is drawn: this machine's rates were not measured."
+        why = "it is simulated" if machine.simulated else "this machine's rates were not measured"
+        text += f" No roof is drawn: {why}."
     knees = [top * 1e9 / memory for _, _, top in roofs]
     xs = [*(m[0] for m in marks), *knees]
     x = Axis.around(xs, log=True, title="operations per byte from memory")
@@ -179,7 +180,7 @@ def curves(subjects: Sequence[Subject], rates: Rates, most: int) -> str:
         "What counts is the confirmation at the end, where the leaders were compared with each other. Slow "
         "ones beyond the chart are left out. Algorithms that avoid multiplications may pass the roofline."
     )
-    if cards and not rates.calibrated:
+    if cards and not rates.calibrated and rates.hardware.kind != "sim":
         text += " Rooflines are by typical rates, since this machine's were not measured."
     return section("curves", "Tuning curves", text, gallery(cards, most))
 

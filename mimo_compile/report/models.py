@@ -37,8 +37,9 @@ def rates_of(machine: Machine) -> Rates:
     from mimo_compile.search.calibrate import load
 
     here = machine.local
+    kind = "sim" if machine.simulated else "cpu"
     hardware = here or Hardware(
-        machine.hardware, "cpu", frozenset(machine.features), machine.threads, machine.threads
+        machine.hardware, kind, frozenset(machine.features), machine.threads, machine.threads
     )
     device = DeviceModel.guess(hardware)
     measured = load(here) if here is not None else None
@@ -48,7 +49,12 @@ def rates_of(machine: Machine) -> Rates:
 
 
 def roofline_us(subject: Subject, rates: Rates) -> float | None:
-    """Return the roofline of the necessary work; None for a workload that no op here takes."""
+    """Return the roofline of the necessary work; None for a workload that no op here takes.
+
+    Nor is there one for a simulated machine: its cycle model is no roofline.
+    """
+    if rates.hardware.kind == "sim":
+        return None
     try:
         workload = parse_workload(subject.workload)
         return rates.device.latency_us(get_op(workload.op).counts(workload), rates.hardware)

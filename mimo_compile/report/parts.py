@@ -75,12 +75,11 @@ def gallery(cards: Sequence[str], most: int, first: int = 6) -> str:
 
 def table(header: Sequence[tuple[str, str]], rows: Sequence[Sequence[str]]) -> str:
     """Return a table; header: (title, class of the column, ``n`` for numbers); cells are HTML."""
-    head = "".join(f'<th scope="col" class="{kind}">{escape(t)}</th>' for t, kind in header)
-    kinds = [kind for _, kind in header]
+    kinds = [f' class="{kind}"' if kind else "" for _, kind in header]
+    titles = zip([t for t, _ in header], kinds, strict=True)
+    head = "".join(f'<th scope="col"{kind}>{escape(t)}</th>' for t, kind in titles)
     body = "".join(
-        "<tr>"
-        + "".join(f'<td class="{k}">{c}</td>' for k, c in zip(kinds, row, strict=True))
-        + "</tr>"
+        "<tr>" + "".join(f"<td{k}>{c}</td>" for k, c in zip(kinds, row, strict=True)) + "</tr>"
         for row in rows
     )
     return f'<div class="card scroll" tabindex="0"><table><tr>{head}</tr>{body}</table></div>'

@@ -124,7 +124,8 @@ def provenance(machine: Machine, data: ReportData) -> str:
             datetime.fromtimestamp(f(r.time for r in records), UTC).strftime("%Y-%m-%d %H:%M")
             for f in (min, max)
         )
-        pairs.append(("measured", f"{first} to {last} UTC"))
+        how = "simulated" if machine.simulated else "measured"
+        pairs.append((how, f"{first} to {last} UTC"))
         versions = sorted({", ".join(f"{n} {v}" for n, v in r.versions.items()) for r in records})
         pairs.append(("compiled with", "; ".join(v for v in versions if v) or "unknown"))
         pairs.append(("records", _counted(Counter(r.phase for r in records))))
@@ -146,9 +147,10 @@ def provenance(machine: Machine, data: ReportData) -> str:
         members = ", ".join(f"{n} {_size(b)}" for n, b in sorted(data.members.items()))
         pairs.append(("its members", members))
     text = (
-        "Times are medians of batches on this machine. Measured and modelled energies are never compared "
-        "with each other."
-    )
+        "Times are cycles of a model." if machine.simulated
+        else "Times are medians of batches on this machine. Measured and modelled energies are never "
+        "compared with each other."
+    )  # fmt: skip
     return section("provenance", "Where the numbers come from", text, facts(pairs))
 
 
