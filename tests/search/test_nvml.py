@@ -173,3 +173,31 @@ def test_steady_devices_are_sound() -> None:
     steady = [State(60.0 + i / 2, 1980.0, 299.0, 1) for i in range(4)]
     assert unsound(steady, 300.0) == "" and unsound([], 300.0) == "" and unsound([State()], 1) == ""
     assert "300" in unsound([State(power_w=200.0)], 300.0)
+
+
+@pytest.mark.gpu
+def test_a_real_gpu() -> None:
+    """A large matmul in a loop: its energy has a spread of at most 2 %, and is more than idling would use."""
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    a = torch.randn(4096, 4096, device="cuda", dtype=torch.float16)
+
+    def spin(seconds: float) -> tuple[int, float]:
+        begin, calls = time.perf_counter(), 0
+        while (spent := time.perf_counter() - begin) < seconds:
+            for _ in range(20):
+                a @ a
+            torch.cuda.synchronize()
+            calls += 20
+        return calls, spent
+
+    meter = NvmlMeter()
+    spin(2.0)
+    torch.cuda.synchronize()
+    time.sleep(1.0)
+    reading = measure_energy(meter, spin, 9.0)
+    print(f"\nstep {meter.step_s:.3f} s, {reading}")
+    assert not reading.reason, reading
+    assert reading.energy_mj is not None and reading.net_mj is not None and reading.net_mj > 0
+    assert reading.spread_mj is not None and reading.spread_mj <= 0.02 * reading.energy_mj
