@@ -174,8 +174,9 @@ def lookup_sums(
     unroll = knobs.unroll if layout.group_blocks % knobs.unroll == 0 else 1
 
     def block_of(b: Any) -> None:
-        values = [dot.dot.columns(x.codes, token, b * layout.block) for token in tokens]
         ask_ahead(weights.codes, blocks, b * layout.lines, layout.lines, knobs)
+        # behind the branch of a prefetch, or loads and broadcasts become two instructions
+        values = [dot.dot.columns(x.codes, token, b * layout.block) for token in tokens]
         for r, block in enumerate(blocks):
             for h in halves:
                 lines = [line_of(weights.codes, block, b * layout.lines + i, h, lanes)
