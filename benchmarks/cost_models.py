@@ -2,7 +2,8 @@
 
     python benchmarks/cost_models.py [FILE...] [--json]
 
-FILE: databases and JSON lines of tuning records (default: those of the package). Nothing is measured.
+FILE: databases and JSON lines of tuning records, and recorded spaces (default: the records of the package).
+Nothing is measured; of workloads with more than --most candidates so many are drawn.
 Workloads are held out in five parts, with all their thread counts; a model is trained on the records of the
 others. Per held-out workload and thread count, all in logarithms:
 
@@ -38,9 +39,9 @@ from mimo_compile.search.train import packaged, read_records
 from mimo_compile.search.warm import PRIOR_ROUNDS, samples_of
 
 FOLDS = 5
-OWN = (4, 8, 16, 32)
+OWN = (8, 16, 32, 64)
 DRAWS = 5
-REST = 8
+REST = 12
 """Samples that must be left to rank, besides those that the model has seen."""
 
 
@@ -81,6 +82,19 @@ def mean_of(scores: Sequence[Score]) -> dict[str, float]:
     }
     out |= {name: statistics.median(defined(name)) for name in ("snr_db", "off")}
     return {**out, "workloads": len(scores)}
+
+
+def drawn(samples: Sequence[Sample], most: int) -> list[Sample]:
+    """Draw at most so many samples of each group."""
+    groups: dict[str, list[Sample]] = {}
+    for s in samples:
+        groups.setdefault(s.group, []).append(s)
+    rng = np.random.default_rng(2)
+    return [
+        mine[i]
+        for _, mine in sorted(groups.items())
+        for i in sorted(rng.permutation(len(mine))[:most])
+    ]
 
 
 def folds(samples: Sequence[Sample]) -> list[set[str]]:
@@ -193,10 +207,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--least", type=int, default=3, help="candidates that a workload must have (default: 3)"
     )
+    parser.add_argument(
+        "--most", type=int, default=256, help="candidates of one workload (default: 256)"
+    )
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(arguments)
     records = [r for path in args.files or packaged() for r in read_records(path)]
-    samples, _ = samples_of(r for r in records if r.cache == "cold")
+    samples = drawn(samples_of(records)[0], args.most)
     tables = {
         "held-out workloads": {
             k: mean_of(v) for k, v in cold_and_warm(samples, args.least).items()

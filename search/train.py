@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import json
 import lzma
 import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
+
+from msgspec.structs import replace
 
 from mimo_compile.cost_models import pretrained
 from mimo_compile.errors import InputError, MimoError, UsageError
@@ -25,7 +28,7 @@ def packaged() -> list[Path]:
 
 
 def read_records(path: Path) -> Iterator[Record]:
-    """Yield the records of a database or of JSON lines (``.jsonl``, also ``.gz`` or ``.xz``).
+    """Yield the records of a database, of JSON lines (also ``.gz`` or ``.xz``), or of a recorded space.
 
     Raises:
         InputError: the file is missing or damaged.
@@ -41,9 +44,20 @@ def read_records(path: Path) -> Iterator[Record]:
         lines = unpack(path.read_bytes()).splitlines()
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise InputError(f"the records cannot be read: {error}", file=path) from error
-    for line in lines:
+    features = _recorded_on(lines)
+    for line in lines if features is None else lines[1:]:
         if line.strip():
-            yield decode(line, file=path)
+            record = decode(line, file=path)
+            yield record if features is None else replace(record, features=features)
+
+
+def _recorded_on(lines: Sequence[bytes]) -> tuple[str, ...] | None:
+    """Return the ISA of a recorded space, whose first line describes it; None for plain records."""
+    try:
+        head = json.loads(lines[0]) if lines else None
+        return tuple(head["hardware"]["features"]) if "format" in head else None
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
