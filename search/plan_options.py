@@ -74,6 +74,7 @@ def gather_options(
     groups = [g for g in groups if len({w for w, _ in g}) > 1]
     _level_energy(uses)
     _offer_layouts(uses, groups, device)
+    _level_energy(uses)  # stand-ins have no joules but modelled ones
     for use in uses.values():
         use.options = _prune(use.options)
     return uses, groups

@@ -185,6 +185,27 @@ def test_measured_and_modelled_joules_never_meet(tmp_path: Path) -> None:
         assert both.energy_source == "modelled" and both.energy_mj < 1e3
 
 
+def test_stand_ins_are_not_compared_by_a_meters_joules(tmp_path: Path) -> None:
+    """Both were read by a meter, but one of them only in a layout that the other does not have."""
+
+    def read(records, layout):
+        return [
+            msgspec.structs.replace(r, energy_mj=1e6, energy_source="rapl")
+            for r in records
+            if r.config["layout"] == layout
+        ]
+
+    with Database(tmp_path / "a.db") as db:
+        db.add(*read(recorded(LARGE, bad=0), "b"), *read(recorded(SMALL, bad=0), "a"))
+        both = {LARGE: 1.0, SMALL: 1.0}
+        free = Planner(both, HW, db=db, schedules=schedules(), device=DEVICE)
+        assert free.plan("energy").energy_source == "rapl"
+        group = [[(SMALL, "x"), (LARGE, "x")]]
+        tied = Planner(both, HW, db=db, schedules=schedules(), shared=group, device=DEVICE)
+        meters = {o.energy_source for options in tied.options.values() for o in options}
+        assert meters == {"modelled"} and tied.plan("energy").energy_mj < 1e5
+
+
 def test_the_stand_in_for_a_layout_is_near_the_default() -> None:
     """The first config of the space with that layout may be anything, as here: prefetch comes last."""
     from toy_schedules import Tile, Tiled
