@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from mimo_compile.ir.formats import WeightFormat
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.schedules.emit.build import (
     Register,
@@ -141,6 +142,16 @@ class Way(ABC):
         return [bind(T.cast(load(weights.scale, *at, lanes=self.lanes), f32)) for at in places]
 
 
+def digits_of(fmt: WeightFormat) -> int:
+    """Return the bytes of a codebook's values as whole numbers: halves are doubled, others rounded."""
+    return 1 if all(2 * v % 1 == 0 for v in fmt.values) else 3
+
+
+def sums_of(fmt: WeightFormat) -> int:
+    """Return the exact sums that a codebook takes for each row and token with int8 activations."""
+    return digits_of(fmt) * fmt.scales_per_group
+
+
 class IntegerWay(Way):
     """Values as whole numbers: looked up as bytes, multiplied exactly.
 
@@ -152,7 +163,7 @@ class IntegerWay(Way):
     @property
     def digits(self) -> int:
         """Bytes of a number."""
-        return 1 if all(2 * v % 1 == 0 for v in self.codes.fmt.values) else 3
+        return digits_of(self.codes.fmt)
 
     @property
     def units(self) -> float:

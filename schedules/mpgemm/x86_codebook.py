@@ -7,7 +7,7 @@ from typing import Any
 
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.workload import Workload
-from mimo_compile.schedules.emit.book import Way, way, ways
+from mimo_compile.schedules.emit.book import Way, sums_of, way, ways
 from mimo_compile.schedules.emit.build import loop
 from mimo_compile.schedules.emit.layout import ROWS
 from mimo_compile.schedules.emit.lookup import LOOKUPS
@@ -44,11 +44,14 @@ class X86Codebook(X86Gemm):
         return super().unrolls(problem) if problem.act == "a8" else (1,)
 
     def tiles(self, problem: Problem) -> tuple[tuple[int, int, int], ...]:
-        """Enough sums in flight; two-sided formats have two of them for each row and token."""
+        """Enough sums in flight; formats have one to six of them for each row and token."""
         if problem.m > 1:
-            small = ((2, 4, 1), (1, 4, 1), (2, 2, 1), (1, 2, 1))
-            one_sum = problem.act == "a8" and not problem.fmt.two_sided
-            return ((4, 4, 1), (3, 4, 1), *small) if one_sum else small
+            small = ((1, 4, 1), (2, 2, 1), (1, 2, 1))
+            if problem.act != "a8" or problem.fmt.family != "codebook":
+                return ((2, 4, 1), *small)
+            sums = sums_of(problem.fmt)
+            wide = ((4, 4, 1), (3, 4, 1)) if sums == 1 else ()
+            return (*wide, *(((2, 4, 1),) if sums < 4 else ()), *small)
         unroll = ((4, 1, 2),) if problem.act == "a8" else ()
         return (*unroll, (4, 1, 1), (2, 1, 1), (1, 1, 1))
 
