@@ -40,6 +40,8 @@ from mimo_compile.search.warm import PRIOR_ROUNDS, samples_of
 
 FOLDS = 5
 OWN = (8, 16, 32, 64)
+ABLATED = 32
+"""Own samples when groups of features are left out."""
 DRAWS = 5
 REST = 12
 """Samples that must be left to rank, besides those that the model has seen."""
@@ -148,18 +150,20 @@ def cold_and_warm(samples: Sequence[Sample], least: int) -> dict[str, list[Score
     return out
 
 
-def with_own(samples: Sequence[Sample]) -> dict[tuple[int, str], list[Score]]:
+def with_own(
+    samples: Sequence[Sample], numbers: Sequence[int] = OWN
+) -> dict[tuple[int, str], list[Score]]:
     """Score models that have seen some candidates of the held-out workload, cold and warm."""
     out: dict[tuple[int, str], list[Score]] = {}
     rng = np.random.default_rng(1)
     for held in folds(samples):
         rest, groups = split(samples, held)
-        if not any(len(mine) >= OWN[0] + REST for mine in groups.values()):
+        if not any(len(mine) >= numbers[0] + REST for mine in groups.values()):
             continue
         prior = trained(rest)
         for mine in groups.values():
             warm = with_prior(mine, prior)
-            for own in OWN:
+            for own in numbers:
                 if len(mine) < own + REST:
                     continue
                 for _ in range(DRAWS):
@@ -174,11 +178,16 @@ def with_own(samples: Sequence[Sample]) -> dict[tuple[int, str], list[Score]]:
 
 
 def ablation(samples: Sequence[Sample], least: int) -> dict[str, list[Score]]:
-    """Score warm starts that lack one group of features each."""
-    out = {"all": cold_and_warm(samples, least)["warm start"]}
+    """Score models that lack one group of features each, with own samples where there are enough."""
+
+    def scores(some: Sequence[Sample]) -> list[Score]:
+        own = with_own(some, [ABLATED])
+        return own.get((ABLATED, "warm")) or cold_and_warm(some, least)["warm start"]
+
+    out = {"all": scores(samples)}
     for group in GROUPS:
         rest = [replace(s, blocks=(without(s.blocks[0], [group]),)) for s in samples]
-        out[group] = cold_and_warm(rest, least)["warm start"]
+        out["- " + group] = scores(rest)
     return out
 
 
@@ -221,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "own samples": {
             f"{own}, {kind}": mean_of(v) for (own, kind), v in sorted(with_own(samples).items())
         },
-        "without": {k: mean_of(v) for k, v in ablation(samples, args.least).items()},
+        "features": {k: mean_of(v) for k, v in ablation(samples, args.least).items()},
     }
     if args.json:
         json.dump({"samples": len(samples), "tables": tables}, sys.stdout, indent=1)
