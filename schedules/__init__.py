@@ -41,8 +41,8 @@ SCHEDULES: dict[str, dict[str, str]] = {
     "cached_attention": {"cached_attention.x86_flash": "attention.x86_flash:X86Flash"},
     "kv_append": {"kv_append.x86": "attention.x86_append:X86Append"},
     "moe": {
-        "moe.x86_lut": "moe.x86_lut:X86MoeLut",
         "moe.x86_planes": "moe.x86_dense:X86MoePlanes",
+        "moe.x86_lut": "moe.x86_lut:X86MoeLut",
         "moe.x86_strits": "moe.x86_dense:X86MoeSignedTrits",
         "moe.x86_vnni": "moe.x86_vnni:X86MoeVnni",
         "moe.x86_lut2": "moe.x86_lut:X86MoeLut2",

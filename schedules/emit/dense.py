@@ -21,6 +21,8 @@ from mimo_compile.schedules.emit.layout import CodeLayout
 from mimo_compile.schedules.emit.nibbles import BitPlanes, BitPlanesApart, Pairs, Triples
 
 Words = npt.NDArray[np.uint32]
+_LOSS = 0.15
+"""Padding of rows above which a denser packing is none."""
 
 
 class Planes(CodeLayout):
@@ -134,6 +136,11 @@ class SignedTrits(Trits):
         digits = [value // 3 ** (4 - digit) % 3 for digit in range(5)]
         four = sum(d << (2 * i) for i, d in enumerate(digits[:4]))
         return np.asarray(four, np.uint8), np.asarray(digits[4], np.uint8)
+
+
+def worth_packing(layout: CodeLayout) -> bool:
+    """Say whether a denser layout saves bytes in spite of its padding, or is the only one for its format."""
+    return layout.fmt.dense or layout.k_padded <= layout.k * (1 + _LOSS)
 
 
 PACKINGS: dict[str, type[CodeLayout]] = {

@@ -8,6 +8,7 @@ that fit is derived from the largest term, not assumed.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -261,6 +262,12 @@ def float_columns(codes: CodeLayout, words: Any, lanes: int, table: Any = None) 
 
 DOTS: dict[str, type[Dot]] = {d.name: d for d in (Vnni, Madd512, Vnni256, Madd, Madd128, FloatDot)}
 """All ways by name, the fastest first."""
+
+
+def byte_ways(layouts: Sequence[CodeLayout], hardware: Hardware) -> tuple[str, ...]:
+    """Return the dots of bytes that the hardware has for all of some layouts, the fastest first."""
+    usable = (n for n, d in DOTS.items() if all(d.fits(layout, hardware) for layout in layouts))
+    return tuple(n for n in usable if DOTS[n].activation == "int8")
 
 
 def float_ways(codes: CodeLayout, hardware: Hardware) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from mimo_compile.ir.formats import ActFormat
+from mimo_compile.ir.formats import ActFormat, WeightFormat
 from mimo_compile.ir.ops.numerics import F16_MOST
 from mimo_compile.schedules.emit.build import (
     T,
@@ -24,6 +24,14 @@ from mimo_compile.schedules.emit.quantize import LANES, largest, rint
 
 ALONE = 64 << 10
 """Elements that one thread rounds before others would have woken up."""
+
+
+def copies_rows(acts: ActFormat, fmt: WeightFormat) -> bool:
+    """Say whether kernels read rounded copies of rows, where they do not quantise or pair them themselves.
+
+    Groups of int8 meet integer codes as integers, other weights as the floats that they stand for.
+    """
+    return acts.rounded or (acts.group > 0 and not fmt.is_integer)
 
 
 def rounded_rows(

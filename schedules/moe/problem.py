@@ -18,6 +18,7 @@ from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.emit.dot import exact
 from mimo_compile.schedules.emit.layout import ROWS, CodeLayout
 from mimo_compile.schedules.emit.matrix import Matrix
+from mimo_compile.schedules.emit.rounding import copies_rows
 from mimo_compile.schedules.emit.steps import Steps
 
 
@@ -154,7 +155,7 @@ class Problem:
     @property
     def rounds(self) -> bool:
         """True if float kernels read rounded copies of rows."""
-        return self.acts.rounded or (self.acts.group > 0 and not self.fmt.is_integer)
+        return copies_rows(self.acts, self.fmt)
 
     @property
     def exact(self) -> bool:

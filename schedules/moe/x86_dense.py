@@ -6,14 +6,11 @@ from abc import abstractmethod
 
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.workload import Workload
-from mimo_compile.schedules.emit.dot import DOTS
-from mimo_compile.schedules.emit.layout import CodeLayout
+from mimo_compile.schedules.emit.dense import worth_packing
+from mimo_compile.schedules.emit.dot import byte_ways
 from mimo_compile.schedules.moe.experts import Experts
 from mimo_compile.schedules.moe.multiply import Dots, Multiply
 from mimo_compile.schedules.moe.problem import MoeConfig, Problem
-
-_LOSS = 0.15
-"""Padding of rows above which a denser packing is none."""
 
 
 class _Dense(Experts):
@@ -38,9 +35,7 @@ class _Dense(Experts):
 
     def dots(self, problem: Problem, hardware: Hardware) -> tuple[str, ...]:
         """Return the integer dots that the CPU has for both layouts, the fastest first."""
-        layouts = problem.layout13, problem.layout2
-        usable = (n for n, d in DOTS.items() if all(d.fits(layout, hardware) for layout in layouts))
-        return tuple(n for n in usable if DOTS[n].activation == "int8")
+        return byte_ways([problem.layout13, problem.layout2], hardware)
 
     def unrolls(self, problem: Problem) -> tuple[int, ...]:
         """A block unpacks to 5 operands or more already."""
@@ -66,14 +61,8 @@ class X86MoeTrits(_Dense):
 
     def fits(self, problem: Problem) -> bool:
         """Ternary codes whose rows fill blocks of 20 columns nearly, or that have to be this dense."""
-
-        def filled(layout: CodeLayout) -> bool:
-            return layout.k_padded <= layout.k * (1 + _LOSS)
-
-        fmt = problem.fmt
-        return fmt.family == "ternary" and (
-            fmt.dense or (filled(problem.layout13) and filled(problem.layout2))
-        )
+        worth = worth_packing(problem.layout13) and worth_packing(problem.layout2)
+        return problem.fmt.family == "ternary" and worth
 
 
 class X86MoeSignedTrits(X86MoeTrits):

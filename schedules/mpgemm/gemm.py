@@ -17,7 +17,7 @@ from mimo_compile.schedules.base import Kernel, KnobValue, Schedule, Space, kern
 from mimo_compile.schedules.emit.build import function
 from mimo_compile.schedules.emit.layout import ROWS, pack_rows
 from mimo_compile.schedules.emit.matrix import PARALLEL_BYTES
-from mimo_compile.schedules.emit.rounding import rounded_rows
+from mimo_compile.schedules.emit.rounding import copies_rows, rounded_rows
 from mimo_compile.schedules.mpgemm.problem import GemmConfig, Problem
 from mimo_compile.schedules.mpgemm.work import gemm_work, share_of
 
@@ -64,8 +64,7 @@ class X86Gemm(Schedule):
 
     def rounds(self, problem: Problem) -> bool:
         """Say whether the kernel makes a rounded copy of x first, which the body then takes for x."""
-        acts = problem.acts
-        return acts.rounded or (acts.group > 0 and not problem.fmt.is_integer)
+        return copies_rows(problem.acts, problem.fmt)
 
     def emitter(
         self, problem: Problem, config: GemmConfig, hardware: Hardware

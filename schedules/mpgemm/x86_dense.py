@@ -6,12 +6,10 @@ from abc import abstractmethod
 
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.workload import Workload
-from mimo_compile.schedules.emit.dot import DOTS, exact
+from mimo_compile.schedules.emit.dense import worth_packing
+from mimo_compile.schedules.emit.dot import byte_ways, exact
 from mimo_compile.schedules.mpgemm.integer import IntegerGemm
 from mimo_compile.schedules.mpgemm.problem import Problem
-
-_GROUP_LOSS = 0.15
-"""Padding of groups above which a denser packing is none."""
 
 
 class _Dense(IntegerGemm):
@@ -30,8 +28,7 @@ class _Dense(IntegerGemm):
 
     def dots(self, problem: Problem, hardware: Hardware) -> tuple[str, ...]:
         """Return the integer dots that the CPU has, the fastest first."""
-        usable = (n for n, d in DOTS.items() if d.fits(problem.layout, hardware))
-        return tuple(n for n in usable if DOTS[n].activation == "int8")
+        return byte_ways([problem.layout], hardware)
 
     def unrolls(self, problem: Problem) -> tuple[int, ...]:
         """A block unpacks to 5 operands or more already."""
@@ -57,9 +54,7 @@ class X86Trits(_Dense):
 
     def fits(self, problem: Problem) -> bool:
         """Ternary codes whose groups fill blocks of 20 columns nearly, or that have to be this dense."""
-        layout = problem.layout
-        filled = layout.k_padded <= layout.k * (1 + _GROUP_LOSS)
-        return problem.fmt.family == "ternary" and (filled or problem.fmt.dense)
+        return problem.fmt.family == "ternary" and worth_packing(problem.layout)
 
     def streams(self, problem: Problem) -> tuple[tuple[int, int, int], ...]:
         """Unpacking is what takes long here, and several rows share what it needs."""
