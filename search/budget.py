@@ -152,10 +152,10 @@ class Share:
 def patience(space_size: int, batch: int) -> int:
     """Return the rounds without an improvement of 1 % after which a workload counts as done.
 
-    As many as cover a twentieth of the space, at least 4 and at most 16: in a large space a few rounds
-    without luck say little.
+    As many as cover a twentieth of the space, at least 32 and at most 128 candidates: in a large space a few
+    rounds without luck say little.
     """
-    return max(4, min(16, math.ceil(0.05 * space_size / batch)))
+    return math.ceil(max(32.0, min(128.0, 0.05 * space_size)) / batch)
 
 
 def mark_heavy(shares: Sequence[Share], part: float = 0.01) -> None:

@@ -147,11 +147,14 @@ class JointSpace:
     def sample(self, rng: np.random.Generator, tries: int = 64) -> Candidate | None:
         """Draw a legal candidate: a schedule by the logarithm of its size, then each knob uniformly."""
         names = list(self.spaces)
-        weight = np.array([1.0 + math.log2(max(1, self.spaces[n].size)) for n in names])
+        weight = np.cumsum([1.0 + math.log2(max(1, self.spaces[n].size)) for n in names])
         for _ in range(tries):
-            name = names[int(rng.choice(len(names), p=weight / weight.sum()))]
-            knobs = {k: v[int(rng.integers(len(v)))] for k, v in self.spaces[name].knobs.items()}
-            if (made := self._made(name, knobs)) is not None:
+            at = weight.searchsorted(rng.random() * weight[-1], side="right")
+            name = names[int(at)]
+            knobs = self.spaces[name].knobs
+            draws = rng.random(len(knobs)).tolist()
+            drawn = {k: v[int(x * len(v))] for (k, v), x in zip(knobs.items(), draws, strict=True)}
+            if (made := self._made(name, drawn)) is not None:
                 return made
         return None
 
@@ -168,6 +171,17 @@ class JointSpace:
         pick = others[int(shares.searchsorted(rng.random(), side="right"))]
         knobs = {k: config.get(k, v[0]) for k, v in space.knobs.items()}
         return self._made(parent.schedule, {**knobs, name: pick})
+
+    def neighbours(self, parent: Candidate) -> Iterator[Candidate]:
+        """Enumerate the legal candidates that differ from ``parent`` in one knob."""
+        space, config = self.spaces[parent.schedule], parent.config
+        knobs = {k: config.get(k, v[0]) for k, v in space.knobs.items()}
+        for name, values in space.knobs.items():
+            for value in values:
+                if value == knobs[name]:
+                    continue
+                if (made := self._made(parent.schedule, {**knobs, name: value})) is not None:
+                    yield made
 
     def crossover(self, a: Candidate, b: Candidate, rng: np.random.Generator) -> Candidate | None:
         """Take each knob from one of two configs of the same schedule."""

@@ -204,7 +204,7 @@ class Tuner:
         if task.joules.staged:
             self._read_joules(task, clock)
         task.close_round(fresh)
-        rounds = patience(task.space.size, BATCH)
+        rounds = patience(task.space.size, len(batch))
         if task.share.stale >= rounds and task.share.rounds > rounds:
             task.share.exhausted = True
         self._tell("workload", task, total=clock.budget.trials)

@@ -30,14 +30,18 @@ class Options:
 
     population: int = 16
     """Best candidates that offspring come from."""
-    pool: int = 256
-    """Offspring ranked by the model for each ask (some 0.2 ms each)."""
+    pool: int = 96
+    """Offspring made for each ask; the learned model looks at as many candidates (some 0.2 ms each)."""
     costly_pool: int = 16
     """The same where a candidate's work is known only after generating its code."""
-    epsilon: float = 0.1
-    """Share of each ask that is drawn at random."""
+    epsilon: float = 0.05
+    """Share of candidates that are drawn at random; it falls as more is known."""
     crossover: float = 0.3
     """Share of offspring that joins two parents."""
+    warm_up: int = 6
+    """Candidates that ran before the models choose; defaults count."""
+    first_batch: int = 4
+    """Candidates of an ask at the start; it grows with what is known."""
     enumerate_below: int = 192
     """Spaces up to this size are ranked as a whole instead of by offspring."""
 

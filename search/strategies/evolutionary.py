@@ -1,4 +1,4 @@
-"""Evolution with a model in front: offspring of the best, ranked before any is measured."""
+"""Evolution with models in front: many candidates are made, few are measured."""
 
 from __future__ import annotations
 
@@ -6,52 +6,90 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
+
 from mimo_compile.search.space import Candidate
 from mimo_compile.search.strategies.base import NEAR, Known, Observation, Setting
+from mimo_compile.search.strategies.surrogate import (
+    Array,
+    Encoder,
+    Surrogate,
+    expected_gain,
+    flattened,
+)
+
+_STOCK = 768
+"""Random candidates that are kept for ranking, from the first round on."""
+_FRESH = 48
+"""Random candidates added each round."""
+_LEADERS = 4
+"""Candidates all of whose neighbours are ranked."""
+_FEW = 192
+"""Observations that the surrogate rests on at most: the best ones and the latest."""
+_PART = 1 / 8
+"""Part of the trials that each algorithm near the best gets, whatever the models say."""
+_VERIFIED = 64
+"""Candidates that the learned model looks at, after the surrogate has."""
 
 
 class EvolutionarySearch(Known):
-    """Seeds first; then a random share, and offspring of the best so far in the model's order.
+    """Seeds first, a few random candidates, then what promises the largest gain, in small batches.
 
-    A quarter is kept for the algorithm that was tried least among those near the best. Small spaces are
-    ranked as a whole instead. Source: the loop of Ansor and of MetaSchedule's evolutionary search, with
-    algorithm choice as one more decision.
+    Each round ranks a stock of random candidates, offspring of the best (mutations of one or two knobs,
+    crossover), and all neighbours of the leaders. A Gaussian process over the knobs drafts; the learned
+    model of the search, if there is one, then looks at the most promising. The two are mixed by how well each
+    foretold what was measured last. The first candidate of a batch has the largest expected improvement;
+    further ones are chosen as if those before had come out as expected, so that a batch is diverse. An
+    algorithm within 25 % of the leader's gets at least an eighth of the trials.
+
+    Sources: the loop of Ansor and of MetaSchedule's evolutionary search; expected improvement and the
+    believer's batch from Bayesian optimisation (Jones 1998; Ginsbourger 2010).
     """
 
     def __init__(self, setting: Setting) -> None:
         """Start with an empty population."""
         super().__init__(setting)
         self._scores: dict[str, Observation] = {}
-        small = setting.space.enumerate(setting.options.enumerate_below)
-        self._all = small
+        self._encoder = Encoder(setting.space)
+        self._surrogate = Surrogate(self._encoder.tables)
+        self._stock: dict[str, Candidate] = {}
+        self._all = setting.space.enumerate(setting.options.enumerate_below)
+        self._trust = _Trust()
 
     def tell(self, observations: Sequence[Observation]) -> None:
         """Remember scores; what was measured again is taken at its newest value."""
         super().tell(observations)
         self._scores.update((o.candidate.key, o) for o in observations)
+        for o in observations:
+            self._stock.pop(o.candidate.key, None)
+            if o.ok:
+                self._trust.tell(o.candidate.key, o.score)
 
     def ask(self, count: int) -> list[Candidate]:
-        """Propose up to ``count`` new candidates."""
+        """Propose up to ``count`` new candidates, fewer while little is known."""
         out = self.seeds(count)
-        want = count - len(out)
-        if want <= 0:
+        if out:
             return out
         options, rng = self.setting.options, self.setting.rng
-        lucky = min(want, math.floor(options.epsilon * want + rng.random()))
-        out += self.random(lucky)
-        ranked = self._rank(self._pool(max(options.pool, 2 * want)))
-        if rival := self._rival():
-            own = [c for c in ranked if c.schedule == rival][: want // 4]
-            ranked = own + [c for c in ranked if c not in own]
-        for candidate in ranked:
-            if len(out) < count and self.fresh(candidate):
-                out.append(candidate)
-        if len(out) < count:
-            out += self.random(count - len(out))
-        return out + self.rest(count - len(out)) if len(out) < count else out
+        good = sum(1 for o in self._scores.values() if o.ok)
+        want = min(count, max(options.first_batch, good // 12))
+        if good < options.warm_up:
+            out = self.random(min(want, options.warm_up - good))
+        else:
+            lucky = sum(rng.random() < options.epsilon * 32 / (32 + good) for _ in range(want))
+            out = self.random(lucky)
+            out += self._promising(want - len(out))
+        if len(out) < want:
+            out += self.random(want - len(out))
+        return out + self.rest(want - len(out)) if len(out) < want else out
+
+    # -- what is ranked -------------------------------------------------------------------------
+
+    def _is_open(self, c: Candidate) -> bool:
+        return c.key not in self.seen and c.schedule not in self.banned
 
     def _rival(self) -> str | None:
-        """Return the algorithm that was tried least among those near the best, but for the leader's.
+        """Return the algorithm near the best that got less than its part of the trials, but for the leader's.
 
         Offspring of the leader alone would leave the others as they began, at their defaults.
         """
@@ -68,7 +106,9 @@ class EvolutionarySearch(Known):
             for n, score in best.items()
             if math.isfinite(score) and score <= NEAR * low and n != leader and n not in self.banned
         ]
-        return min(near, key=lambda n: (tried[n], n), default=None)
+        rival = min(near, key=lambda n: (tried[n], n), default=None)
+        total = sum(tried.values())
+        return rival if rival is not None and tried[rival] < _PART * total else None
 
     def _parents(self) -> list[Candidate]:
         good = [
@@ -77,50 +117,134 @@ class EvolutionarySearch(Known):
         good.sort(key=lambda o: (o.score, o.candidate.key))
         return [o.candidate for o in good[: self.setting.options.population]]
 
-    def _pool(self, size: int) -> list[Candidate]:
+    def _pool(self) -> list[Candidate]:
         """Return distinct new candidates to be ranked (not yet marked as proposed)."""
-
-        def is_open(c: Candidate) -> bool:
-            return c.key not in self.seen and c.schedule not in self.banned
-
         if self._all is not None:
-            rest = [c for c in self._all if is_open(c)]
-            order = self.setting.rng.permutation(len(rest))[:size]
-            return [rest[int(i)] for i in sorted(order)]
-        parents, rng, space = self._parents(), self.setting.rng, self.setting.space
-        found: dict[str, Candidate] = {}
-        for _ in range(8 * size if parents else 0):
-            if len(found) >= size:
-                break
-            child = self._child(parents)
-            if child is not None and is_open(child):
-                found.setdefault(child.key, child)
-        for _ in range(4 * size):
-            if len(found) >= size:
-                break
-            child = space.sample(rng)
-            if child is not None and is_open(child):
-                found.setdefault(child.key, child)
+            return [c for c in self._all if self._is_open(c)]
+        rng, space = self.setting.rng, self.setting.space
+        stock = self._stock
+        for key in [k for k, c in stock.items() if not self._is_open(c)]:
+            del stock[key]
+        for _ in range(_STOCK - len(stock) if len(stock) < _STOCK else _FRESH):
+            draw = space.sample(rng)
+            if draw is not None and self._is_open(draw):
+                stock.setdefault(draw.key, draw)
+        found = dict(stock)
+        parents = self._parents()
+        near = [n for p in parents[:_LEADERS] for n in space.neighbours(p)]
+        for _ in range(self.setting.options.pool if parents else 0):
+            if (child := self._child(parents)) is not None:
+                near.append(child)
+        for c in near:
+            if self._is_open(c):
+                found.setdefault(c.key, c)
         return list(found.values())
 
     def _child(self, parents: Sequence[Candidate]) -> Candidate | None:
         rng, space = self.setting.rng, self.setting.space
 
         def pick() -> Candidate:  # a tournament of two; parents are sorted
-            return parents[int(min(rng.integers(len(parents), size=2)))]
+            return parents[int(min(rng.random(2)) * len(parents))]
 
         if len(parents) > 1 and rng.random() < self.setting.options.crossover:
             return space.crossover(pick(), pick(), rng)
         child = space.mutate(pick(), rng)
-        if child is not None and rng.random() < 0.3:
+        if child is not None and rng.random() < 0.5:
             child = space.mutate(child, rng)
         return child
 
-    def _rank(self, pool: list[Candidate]) -> list[Candidate]:
-        predict = self.setting.predict
-        scores = predict(pool) if predict is not None and pool else None
+    # -- how it is ranked -----------------------------------------------------------------------
+
+    def _promising(self, want: int) -> list[Candidate]:
+        """Choose up to ``want`` of the pool, and mark them as proposed."""
+        pool = self._pool() if want > 0 else []
+        if not pool:
+            return []
+        seen = [o for o in self._scores.values() if o.ok]
+        if len(seen) > _FEW:
+            best = sorted(seen, key=lambda o: (o.score, o.candidate.key))[: _FEW // 2]
+            kept = {o.candidate.key for o in best}
+            late = [o for o in seen if o.candidate.key not in kept][-(_FEW - len(best)) :]
+            seen = best + late
+        rows = self._encoder.rows(pool)
+        y = flattened([o.score for o in seen])
+        s = self._surrogate
+        s.fit(self._encoder.rows([o.candidate for o in seen]), y)
+        mean, variance, half = s.predict(rows)
+        drafted = mean.copy()
+        order = np.argsort(-expected_gain(mean, np.sqrt(variance), 0.0), kind="stable").tolist()
+        mean, variance = self._verified(pool, order, mean, variance, min(o.score for o in seen))
+        out: list[Candidate] = []
+        taken = np.zeros(len(pool), bool)
+        rival = self._rival()
+        while len(out) < want and not taken.all():
+            gain = np.where(taken, -1.0, expected_gain(mean, np.sqrt(variance), 0.0))
+            own = [i for i, c in enumerate(pool) if c.schedule == rival and not taken[i]]
+            at = max(own, key=lambda i: float(gain[i])) if own else int(gain.argmax())
+            rival = None  # one in a batch
+            taken[at] = True
+            if self.fresh(pool[at]):
+                out.append(pool[at])
+                self._trust.said(pool[at].key, "surrogate", float(drafted[at]))
+            shared = s.shared(rows, at, half)
+            variance = np.maximum(variance - shared**2 / (shared[at] + s.noise), 1e-9)
+        return out
+
+    def _verified(
+        self,
+        pool: Sequence[Candidate],
+        order: Sequence[int],
+        mean: Array,
+        variance: Array,
+        best: float,
+    ) -> tuple[Array, Array]:
+        """Mix in what the learned model says of the most promising; the others fall behind."""
+        predict, spread = self.setting.predict, self.setting.spread
+        top = order[: min(_VERIFIED, self.setting.options.pool)]
+        chosen = [pool[i] for i in top]
+        scores = predict(chosen) if predict is not None else None
         if scores is None:
-            order = self.setting.rng.permutation(len(pool))
-            return [pool[int(i)] for i in order]
-        pairs = sorted(zip(scores, (c.key for c in pool), pool, strict=True), key=lambda p: p[:2])
-        return [c for _, _, c in pairs]
+            return mean, variance
+        said = np.minimum(np.log(np.maximum(np.asarray(scores), 1e-30) / best), 2.0)
+        own = spread(chosen) if spread is not None else None
+        for c, value in zip(chosen, said, strict=True):
+            self._trust.said(c.key, "model", float(value))
+        self._trust.base = best
+        w = self._trust.of_surrogate()
+        deviation = np.zeros(len(top)) if own is None else np.nan_to_num(np.asarray(own))
+        mixed, wide = mean.copy(), variance.copy()
+        mixed[:] += 10.0
+        gap = mean[top] - said
+        mixed[top] = w * mean[top] + (1 - w) * said
+        wide[top] = w * variance[top] + (1 - w) * deviation**2 + w * (1 - w) * gap**2
+        return mixed, wide
+
+
+class _Trust:
+    """How well the surrogate and the learned model foretold what was then measured."""
+
+    def __init__(self) -> None:
+        self.base = 1.0
+        """Score that predictions are logarithms over."""
+        self._said: dict[str, dict[str, tuple[float, float]]] = {}
+        self._errors: dict[str, list[float]] = {"surrogate": [], "model": []}
+
+    def said(self, key: str, who: str, value: float) -> None:
+        """Note a prediction of a candidate that may be measured next."""
+        self._said.setdefault(key, {})[who] = (value, self.base)
+
+    def tell(self, key: str, score: float) -> None:
+        """Compare with what was said."""
+        said = self._said.pop(key, {})
+        if len(said) == 2:
+            for who, (value, base) in said.items():
+                error = min(max(value - math.log(score / base), -1.0), 1.0)
+                self._errors[who].append(error * error)
+
+    def of_surrogate(self) -> float:
+        """Return the surrogate's weight in the mix, by the squared errors of late."""
+        ours, theirs = (
+            (0.02 * 4 + sum(self._errors[w][-24:])) / (4 + len(self._errors[w][-24:]))
+            for w in ("surrogate", "model")
+        )
+        return theirs / (ours + theirs)

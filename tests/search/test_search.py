@@ -110,20 +110,24 @@ def test_banned_schedules_are_left_alone() -> None:
 
 
 def test_an_algorithm_near_the_best_is_searched_too() -> None:
-    """Offspring of the leader alone would leave it at its default."""
-    first = JointSpace(LARGE, HW, schedules()).defaults()
-    for scores, least in (((1.0, 1.2), 2), ((1.0, 1.4), 0), ((1.0, math.inf), 0)):
-        space = JointSpace(LARGE, HW, schedules())
-        options = Options(epsilon=0.0)
-        setting = Setting(
-            space, np.random.default_rng(1), first,
-            lambda cs: [float(c.schedule == "swiglu.other") for c in cs], options,
-        )  # fmt: skip
+    """Offspring of the leader alone would leave it at its default, which is not its best here."""
+    space = JointSpace(LARGE, HW, schedules())
+    default = space.defaults()[1]
+    for seed in range(3):
+        setting = Setting(space, np.random.default_rng(seed), space.defaults())
         strategy = make_strategy("evolutionary", setting)
-        strategy.tell([Observation(c, s) for c, s in zip(strategy.ask(2), scores, strict=True)])
-        asked = Counter(c.schedule for c in strategy.ask(8))
-        # the model likes the leader's candidates better
-        assert asked["swiglu.other"] == least and sum(asked.values()) == 8
+        asked: list[Candidate] = []
+        while len(asked) < 40:
+            asked += (batch := strategy.ask(8))
+            strategy.tell(
+                [
+                    Observation(
+                        c, 1.0 if c.schedule == "swiglu.tiled" else 1.2 - 0.4 * (c != default)
+                    )
+                    for c in batch
+                ]
+            )
+        assert sum(c.schedule == "swiglu.other" for c in asked) > 3
 
 
 class Confirms(ReplayMeasurer):
@@ -508,9 +512,9 @@ def test_a_search_without_gain_ends_early(tmp_path: Path) -> None:
     rows = [msgspec.structs.replace(r, latency_us=30.0) for r in recorded(LARGE, bad=0.0)]
     with Database(tmp_path / "a.db") as db:
         result = tune(db, ReplayMeasurer(rows), trials=1000)
-    rounds = patience(JointSpace(LARGE, HW, schedules()).size, 8)
+    enough = 8 * patience(JointSpace(LARGE, HW, schedules()).size, 8)
     assert result.stopped == "exhausted"
-    assert 4 + 8 * rounds <= result.trials <= 4 + 8 * (rounds + 1)
+    assert enough - 8 <= result.trials <= enough + 16
 
 
 def test_a_budget_of_joules_ends_a_search(tmp_path: Path) -> None:

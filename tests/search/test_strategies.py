@@ -1,0 +1,275 @@
+"""Strategies and their models on spaces that are known as a whole: no clock, no compiler."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from recordings import DEVICE, HW, LARGE, SMALL, recorded, schedules
+
+from mimo_compile.errors import InputError, MimoError
+from mimo_compile.search.measure.recording import Recording, load_all
+from mimo_compile.search.space import Candidate, JointSpace
+from mimo_compile.search.strategies import STRATEGIES, Observation, Options, Setting, make_strategy
+from mimo_compile.search.strategies.evolutionary import EvolutionarySearch
+from mimo_compile.search.strategies.surrogate import (
+    Encoder,
+    Surrogate,
+    expected_gain,
+    flattened,
+)
+
+pytestmark = pytest.mark.compile
+SPACE = JointSpace(LARGE, HW, schedules())
+
+
+def times(space: JointSpace = SPACE) -> dict[str, float]:
+    """Score of each candidate, infinite for one in twenty."""
+    rows = {(r.schedule, tuple(sorted(r.config.items()))): r for r in recorded(LARGE)}
+    found = {c.key: rows[c.schedule, c.knobs] for c in space}
+    return {k: r.latency_us if r.ok else math.inf for k, r in found.items()}
+
+
+def search(
+    strategy: object, scores: dict[str, float], trials: int, count: int = 8
+) -> list[Candidate]:
+    asked: list[Candidate] = []
+    while len(asked) < trials and (batch := strategy.ask(count)):
+        assert len(batch) <= count
+        asked += batch
+        strategy.tell([Observation(c, scores[c.key]) for c in batch])
+    return asked
+
+
+def make(name: str, seed: int, space: JointSpace = SPACE, **more) -> object:
+    return make_strategy(
+        name, Setting(space, np.random.default_rng(seed), space.defaults(), **more)
+    )
+
+
+# -- moves -------------------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_moves_stay_legal(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    legal = {c.key for c in SPACE}
+    a, b = SPACE.sample(rng), SPACE.sample(rng)
+    assert a is not None and b is not None
+    moved = [SPACE.mutate(a, rng), SPACE.crossover(a, b, rng), *SPACE.neighbours(a)]
+    for c in (a, b, *moved):
+        assert c is None or (c.key in legal and SPACE.adopt(c.schedule, c.config) == c)
+    near = list(SPACE.neighbours(a))
+    assert len({c.key for c in near}) == len(near)
+    assert all(sum(a.config[k] != c.config[k] for k in a.config) == 1 for c in near)
+    one = {
+        c.key
+        for c in SPACE
+        if c.schedule == a.schedule and sum(a.config[k] != c.config[k] for k in a.config) == 1
+    }
+    assert {c.key for c in near} == one
+
+
+# -- strategies --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_strategies_repeat_themselves_and_never_propose_twice(name: str) -> None:
+    scores = times()
+    first, again, other = (
+        [c.key for c in search(make(name, seed), scores, 40)] for seed in (3, 3, 4)
+    )
+    assert first == again and len(set(first)) == len(first) >= 40
+    assert name == "grid" or first != other
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_ban_in_the_middle_of_a_search_holds(name: str) -> None:
+    scores = times()
+    strategy = make(name, 5)
+    search(strategy, scores, 24)
+    strategy.ban("swiglu.tiled")
+    assert {c.schedule for c in search(strategy, scores, 40)} <= {"swiglu.other"}
+
+
+def test_what_was_reported_is_not_proposed() -> None:
+    scores = times()
+    for name in STRATEGIES:
+        strategy = make(name, 1)
+        known = [c for i, c in enumerate(SPACE) if i % 2]
+        strategy.tell([Observation(c, scores[c.key]) for c in known])
+        assert not {c.key for c in known} & {c.key for c in search(strategy, scores, 16)}
+
+
+def test_evolution_finds_the_optimum_in_few_trials() -> None:
+    scores = times()
+    best = min(scores.values())
+    needed = []
+    for seed in range(3):
+        asked = search(make("evolutionary", seed), scores, 60)
+        near = [i for i, c in enumerate(asked) if scores[c.key] <= 1.02 * best]
+        needed.append(near[0] if near else math.inf)
+    assert sorted(needed)[1] <= 40 < len(scores)
+
+
+def test_failures_alone_do_not_stop_a_search() -> None:
+    asked = search(make("evolutionary", 0), dict.fromkeys(times(), math.inf), 10**6)
+    assert len(asked) == len({c.key for c in asked}) == len(list(SPACE))
+
+
+def model(error: float, seed: int) -> Callable[[Sequence[Candidate]], list[float]]:
+    """A learned model that is off by a factor with standard deviation ``error`` of its logarithm."""
+    scores = {k: v if math.isfinite(v) else 1e3 for k, v in times().items()}
+    rng = np.random.default_rng(seed)
+    off = {k: math.exp(error * rng.standard_normal()) for k in scores}
+    return lambda candidates: [scores[c.key] * off[c.key] for c in candidates]
+
+
+def test_a_good_model_is_trusted_and_a_bad_one_is_not() -> None:
+    scores = times()
+    trust = {}
+    for error in (0.01, 1.0):
+        strategy = make("evolutionary", 0, predict=model(error, 1))
+        assert isinstance(strategy, EvolutionarySearch)
+        search(strategy, scores, 48)
+        trust[error] = strategy._trust.of_surrogate()
+    assert trust[0.01] < 0.5 and trust[1.0] > 0.7
+
+
+def test_a_models_own_doubt_draws_the_search() -> None:
+    """Where the model gives equal scores, the candidates of which it is unsure come first."""
+    scores = dict.fromkeys(times(), 1.0)
+
+    def unsure(candidates: Sequence[Candidate]) -> list[float]:
+        return [2.0 if c.schedule == "swiglu.other" else 1e-6 for c in candidates]
+
+    share = {}
+    for name, spread in (("told", unsure), ("not", None)):
+        strategy = make(
+            "evolutionary", 0, predict=lambda cs: [1.0] * len(cs), spread=spread,
+            options=Options(epsilon=0.0),
+        )  # fmt: skip
+        asked = search(strategy, scores, 24)[8:]
+        share[name] = sum(c.schedule == "swiglu.other" for c in asked)
+    assert share["told"] >= share["not"]
+
+
+# -- the surrogate -----------------------------------------------------------------------------
+
+
+def test_encoder() -> None:
+    encoder = Encoder(SPACE)
+    everything = list(SPACE)
+    rows = encoder.rows(everything)
+    assert rows.shape == (len(everything), len(encoder.tables))
+    assert len({tuple(r) for r in rows}) == len(everything)
+    for table in encoder.tables:
+        assert (table == table.T).all() and (np.diag(table) == 0).all() and table.max() == 1.0
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_the_gradient_of_the_likelihood_is_the_numeric_one(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    encoder = Encoder(SPACE)
+    draws = [c for c in (SPACE.sample(rng) for _ in range(12)) if c is not None]
+    s = Surrogate(encoder.tables)
+    y = rng.standard_normal(len(draws))
+    s.fit(encoder.rows(draws), y)
+    loss = s.loss_of(y)
+    theta = s._start + 0.5 * rng.standard_normal(len(s._start))
+    value, gradient = loss(theta)
+    for i in range(len(theta)):
+        step = np.zeros(len(theta))
+        step[i] = 1e-5
+        numeric = (loss(theta + step)[0] - loss(theta - step)[0]) / 2e-5
+        assert gradient[i] == pytest.approx(numeric, rel=1e-3, abs=1e-5 * (1 + abs(value)))
+
+
+def test_the_surrogate_knows_what_it_saw_and_learns_from_it() -> None:
+    scores = {k: v for k, v in times().items() if math.isfinite(v)}
+    space = [c for c in SPACE if c.key in scores]
+    rng = np.random.default_rng(0)
+    order = [space[int(i)] for i in rng.permutation(len(space))]
+    seen, rest = order[:48], order[48:]
+    encoder = Encoder(SPACE)
+    s = Surrogate(encoder.tables)
+    y = np.log([scores[c.key] for c in seen])
+    s.fit(encoder.rows(seen), y)
+    mean, variance, half = s.predict(encoder.rows(seen))
+    assert np.abs(mean - y).max() < 0.3 and half.shape == (48, 48)
+    truth = np.log([scores[c.key] for c in rest])
+    away, wide, half = s.predict(encoder.rows(rest))
+    assert np.corrcoef(away, truth)[0, 1] > 0.6
+    assert wide.mean() > variance.mean()
+    shared = s.shared(encoder.rows(rest), 3, half)
+    assert shared[3] == pytest.approx(wide[3], rel=1e-6) and (shared[3] + 1e-9 >= shared).all()
+
+
+def test_flattened_scores_and_expected_gain() -> None:
+    y = flattened([1.0, 1.1, 3.0, 1e6])
+    assert y[0] == 0 and y[1] == pytest.approx(math.log(1.1)) and (np.diff(y) > 0).all()
+    assert y[3] < 2.5
+    mean, deviation = np.array([0.0, -0.1, 0.5]), np.array([0.1, 0.1, 1e-6])
+    rng = np.random.default_rng(0)
+    draws = mean + deviation * rng.standard_normal((200_000, 3))
+    expected = np.maximum(0.05 - draws, 0).mean(axis=0)
+    assert expected_gain(mean, deviation, 0.05) == pytest.approx(expected, abs=1e-3)
+
+
+# -- recordings --------------------------------------------------------------------------------
+
+
+def recording() -> Recording:
+    rows = recorded(SMALL)
+    space = JointSpace(SMALL, HW, schedules())
+    works = [
+        space.schedules[r.schedule].work(
+            SMALL, space.schedules[r.schedule].config_from_json(r.config), HW
+        )
+        for r in rows
+    ]
+    return Recording(
+        SMALL, HW, DEVICE, {"passes": 1},
+        {n: {k: tuple(v) for k, v in s.knobs.items()} for n, s in space.spaces.items()},
+        {c.schedule: c.knobs for c in space.defaults()}, tuple(rows),
+        tuple(dict(w.traits) for w in works),
+    )  # fmt: skip
+
+
+def test_a_recording_survives_its_file(tmp_path: Path) -> None:
+    written = recording()
+    path = tmp_path / "small.jsonl.xz"
+    assert written.save(path) == path.stat().st_size < 100 * len(written.records)
+    read = load_all([path])["small"]
+    assert read == written and read.best_us == written.best_us
+    live, replayed = JointSpace(SMALL, HW, schedules()), read.space()
+    assert {c.key for c in live} == {c.key for c in replayed}
+    assert live.defaults() == replayed.defaults() and list(live.spaces) == list(replayed.spaces)
+    some = list(replayed)
+    assert read.measurer().describe(replayed, some) == [
+        live.schedules[c.schedule].work(SMALL, live.config(c), HW) for c in some
+    ]
+    within = [r for r in written.records if r.ok and r.latency_us <= 1.5 * written.best_us]
+    assert read.share_within(1.5) == len(within) / len(written.records)
+    with pytest.raises(MimoError, match="generates no code"):
+        s = replayed.schedules["swiglu.tiled"]
+        s.lower(SMALL, some[0].knobs, HW)
+
+
+def test_damaged_recordings_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl.xz"
+    recording().save(path)
+    whole = path.read_bytes()
+    for data in (b"", whole[: len(whole) // 2], b"x" + whole):
+        path.write_bytes(data)
+        with pytest.raises(InputError):
+            Recording.load(path)
+    with pytest.raises(InputError, match="cannot read"):
+        Recording.load(tmp_path / "none")
