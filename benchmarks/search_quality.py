@@ -1,0 +1,263 @@
+"""Trials that searches need on recorded spaces: ours, chance, Kernel Tuner, Optuna.
+
+    python benchmarks/search_quality.py                             # ours and chance, all of spaces/
+    python benchmarks/search_quality.py --peers kernel_tuner,optuna --seeds 20 --json results.json
+
+A space holds the time of each legal config, so a search is replayed in seconds and nothing is measured.
+Counted are distinct legal configs until one is within 2 % (5 %) of the least time of all; the median and
+quartiles over seeds are shown. A config that is illegal, or was asked for before, costs a peer no trial. Ours
+runs as in the product (tuner, strategy, cost model), with an empty database and without its early stop. The
+schedules' defaults, with which it begins, are given to a peer that takes starting points; `ours-blind` begins
+without them.
+
+How a joint space is offered: Kernel Tuner gets one parameter for the algorithm and the union of all knobs,
+those that an algorithm does not have fixed, with the legal configs as its restriction, in simulation mode on
+the same numbers (`kernel_tuner_replay.py`). Optuna gets a categorical parameter for the algorithm and then
+that algorithm's knobs; it cannot be told what is legal, so illegal trials are reported to it as failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from mimo_compile.search import tuner as tuner_module
+from mimo_compile.search.budget import Budget, Clock
+from mimo_compile.search.database import Database
+from mimo_compile.search.measure.recording import Recording
+from mimo_compile.search.objective import parse_objective
+from mimo_compile.search.space import Candidate
+from mimo_compile.search.tuner import Tuner
+
+SPACES = Path(__file__).parent / "spaces"
+LEVELS = (1.05, 1.02)
+
+
+class Enough(KeyboardInterrupt):
+    """The tightest level is reached, or the trials are spent."""
+
+
+class Lookup:
+    """Answers a search and counts: time of a config, infinite if it failed; each new one is a trial."""
+
+    def __init__(self, recording: Recording, limit: int) -> None:
+        self.recording, self.limit = recording, limit
+        self.times = {
+            (r.schedule, tuple(sorted(r.config.items()))): r.latency_us if r.ok else math.inf
+            for r in recording.records
+        }
+        self.goals = [f * recording.best_us for f in LEVELS]
+        self.reached: list[int | None] = [None] * len(LEVELS)
+        self.seen: set = set()
+        self.asked = 0
+
+    def __call__(self, schedule: str, knobs: dict) -> float | None:
+        """Return the time, None for an illegal config."""
+        key = schedule, tuple(sorted(knobs.items()))
+        self.asked += 1
+        if self.asked > 4 * self.limit + 400:
+            raise Enough
+        time_us = self.times.get(key)
+        if time_us is None or key in self.seen:
+            return time_us
+        self.seen.add(key)
+        for i, goal in enumerate(self.goals):
+            if self.reached[i] is None and time_us <= goal:
+                self.reached[i] = len(self.seen)
+        if self.reached[-1] is not None or len(self.seen) >= self.limit:
+            raise Enough
+        return time_us
+
+
+def ours(lookup: Lookup, seed: int, *, strategy: str = "evolutionary", blind: bool = False) -> None:
+    recording = lookup.recording
+    measurer = recording.measurer()
+    answer = measurer._answer
+
+    def counted(candidate: Candidate, number: int):
+        lookup(candidate.schedule, candidate.config)
+        return answer(candidate, number)
+
+    measurer._answer = counted
+    tuner_module.patience = lambda size, batch: 10**9  # no early stop
+    with tempfile.TemporaryDirectory(dir=_memory()) as folder, Database(Path(folder) / "db") as db:
+        tuner = Tuner(
+            recording.hardware, db, measurer, parse_objective("latency"), seed=seed,
+            device=recording.device, strategy=strategy,
+        )  # fmt: skip
+        tuner.add(recording.workload, 1.0, recording.schedules())
+        if blind:
+            tuner.tasks[0].strategy._seeds.clear()
+        tuner.run(Clock(Budget(trials=lookup.limit + 1), None))
+
+
+def _memory() -> str | None:
+    return "/dev/shm" if Path("/dev/shm").is_dir() else None
+
+
+def chance(lookup: Lookup, seed: int) -> None:
+    keys = list(lookup.times)
+    for i in np.random.default_rng(seed).permutation(len(keys)):
+        schedule, knobs = keys[int(i)]
+        lookup(schedule, dict(knobs))
+
+
+# -- Optuna ------------------------------------------------------------------------------------
+
+
+def optuna_search(lookup: Lookup, seed: int, *, sampler: str) -> None:
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    make = {
+        "tpe": lambda: optuna.samplers.TPESampler(seed=seed),
+        "tpe-joint": lambda: optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True),
+        "random": lambda: optuna.samplers.RandomSampler(seed=seed),
+        "gp": lambda: optuna.samplers.GPSampler(seed=seed),
+    }[sampler]
+    study = optuna.create_study(sampler=make())
+    knobs = lookup.recording.knobs
+    names = list(knobs)
+
+    def full(schedule: str, config: dict) -> dict:
+        return {"schedule": schedule} | {f"{schedule}.{k}": v for k, v in config.items()}
+
+    for name, default in lookup.recording.defaults.items():
+        study.enqueue_trial(full(name, dict(default)))
+    while True:
+        trial = study.ask()
+        schedule = trial.suggest_categorical("schedule", names)
+        config = {}
+        for knob, values in knobs[schedule].items():
+            config[knob] = trial.suggest_categorical(f"{schedule}.{knob}", list(values))
+        value = lookup(schedule, config)
+        if value is None or math.isinf(value):
+            study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        else:
+            study.tell(trial, value)
+
+
+# -- the table ---------------------------------------------------------------------------------
+
+Search = Callable[[Lookup, int], None]
+
+
+def contestants(peers: list[str]) -> dict[str, Search]:
+    out: dict[str, Search] = {
+        "ours": ours,
+        "ours-blind": lambda lk, s: ours(lk, s, blind=True),
+        "random": chance,
+    }
+    if "optuna" in peers:
+        for sampler in ("tpe", "tpe-joint", "random"):
+            out[f"optuna {sampler}"] = lambda lk, s, sampler=sampler: optuna_search(
+                lk, s, sampler=sampler
+            )
+    if "kernel_tuner" in peers:
+        import kernel_tuner_replay as kt
+
+        for strategy in kt.STRATEGIES:
+            out[f"kernel_tuner {strategy}"] = lambda lk, s, n=strategy: kt.search(lk, s, n)
+    return out
+
+
+def versions_of(peers: list[str]) -> dict[str, str]:
+    package = {"kernel_tuner": "kernel-tuner", "optuna": "optuna"}
+    return {p: version(package[p]) for p in peers}
+
+
+def one(job: tuple[str, str, int, int, list[str]]) -> list[int | None]:
+    """Run one search; return the trials at each level (None: not reached)."""
+    path, name, seed, limit, peers = job
+    lookup = Lookup(_load(path), limit)
+    with contextlib.suppress(Enough):
+        contestants(peers)[name](lookup, seed)
+    return lookup.reached
+
+
+_LOADED: dict[str, Recording] = {}
+
+
+def _load(path: str) -> Recording:
+    if path not in _LOADED:
+        _LOADED[path] = Recording.load(Path(path))
+    return _LOADED[path]
+
+
+def quartiles(values: list[int | None], limit: int) -> dict[str, float | None]:
+    """Summarise; runs that did not get there count as more than all others."""
+    known = sorted(math.inf if v is None else v for v in values)
+    pick = [statistics.median(known)]
+    pick += [known[round(q * (len(known) - 1))] for q in (0.25, 0.75)]
+    median, low, high = (None if math.isinf(v) else v for v in pick)
+    return {"median": median, "p25": low, "p75": high, "missed": sum(v is None for v in values)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "spaces", nargs="*", type=Path, help="recordings (default: all of benchmarks/spaces)"
+    )
+    parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument(
+        "--limit", type=int, default=1000, help="trials after which a search is given up"
+    )
+    parser.add_argument("--peers", default="", help="kernel_tuner,optuna")
+    parser.add_argument("--only", default="", help="comma-separated names of searches to run")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    sys.path.insert(0, str(Path(__file__).parent))
+    paths = args.spaces or sorted(SPACES.glob("*.jsonl.xz"))
+    peers = [p for p in args.peers.split(",") if p]
+    names = [n for n in contestants(peers) if not args.only or n in args.only.split(",")]
+    result = {
+        "versions": versions_of(peers), "seeds": args.seeds, "limit": args.limit, "spaces": {},
+    }  # fmt: skip
+    with ProcessPoolExecutor(args.jobs) as pool:
+        for path in paths:
+            recording = Recording.load(path)
+            entry = {
+                "workload": str(recording.workload), "cache": recording.cache,
+                "threads": recording.hardware.threads, "configs": len(recording.records),
+                "best_us": recording.best_us,
+                "within_percent": {f"{f:g}": 100 * recording.share_within(f) for f in LEVELS},
+                "searches": {},
+            }  # fmt: skip
+            result["spaces"][path.name.partition(".")[0]] = entry
+            print(f"\n{path.name}: {recording.workload}, {len(recording.records)} configs, "
+                  f"{100 * recording.share_within(1.02):.2f} % within 2 %", flush=True)  # fmt: skip
+            print(f"{'':26}{'2 %':>7} {'quartiles':>13} {'missed':>6} {'5 %':>7} {'seconds':>8}")
+            for name in names:
+                begin = time.perf_counter()
+                limit = len(recording.records) if name == "random" else args.limit
+                jobs = [(str(path), name, s, limit, peers) for s in range(args.seeds)]
+                got = list(pool.map(one, jobs))
+                loose, tight = (quartiles([g[i] for g in got], limit) for i in (0, 1))
+                took = (time.perf_counter() - begin) / args.seeds
+                entry["searches"][name] = {"within_2": tight, "within_5": loose, "trials": got}
+                spread = f"{_show(tight['p25'])}..{_show(tight['p75'])}"
+                print(f"{name:26}{_show(tight['median']):>7} {spread:>13} {tight['missed']:>6} "
+                      f"{_show(loose['median']):>7} {took:8.2f}", flush=True)  # fmt: skip
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _show(value: float | None) -> str:
+    return "-" if value is None else f"{value:g}"
+
+
+if __name__ == "__main__":
+    main()
