@@ -9,13 +9,13 @@ from typing import Any
 OPERATORS = {
     "Add": operator.add, "Sub": operator.sub, "Mul": operator.mul, "FloorDiv": operator.floordiv,
     "FloorMod": operator.mod, "LT": operator.lt, "LE": operator.le, "GT": operator.gt,
-    "GE": operator.ge, "EQ": operator.eq, "NE": operator.ne,
+    "GE": operator.ge, "EQ": operator.eq, "NE": operator.ne, "Min": min, "Max": max,
 }  # fmt: skip
 CHILDREN = ("a", "b", "value", "base", "condition", "true_value", "false_value", "body")
 
 
 def executed(func: Any) -> Counter[str]:
-    """Return how often things happen in one run of a function whose extents are constants.
+    """Return how often things happen in one run of a function whose extents no memory decides.
 
     ``dot_i8`` counts 8-bit products of ``vpdpbusd``, ``dot_bf16`` those of ``vdpbf16ps``; ``fma_f32``
     multiply-adds of float32 lanes (``a + b * c``); ``permuted`` lanes picked from a table; ``and_u8``
@@ -29,10 +29,10 @@ def executed(func: Any) -> Counter[str]:
 def _statement(s: Any, env: dict[int, int], names: set[str]) -> Counter[str]:
     kind = type(s).__name__
     if kind == "SeqStmt":
-        return sum((_statement(x, env, names) for x in s.seq), Counter())
+        return _sequence(s, dict(env), names)
     if kind == "For":
         extent = _value(s.extent, env)
-        if not _has_branch(s.body):
+        if not _turns_differ(s.body):
             once = _statement(s.body, env, names)
             return Counter({k: v * extent for k, v in once.items()})
         turns = ({**env, hash(s.loop_var): i} for i in range(extent))
@@ -54,11 +54,25 @@ def _statement(s: Any, env: dict[int, int], names: set[str]) -> Counter[str]:
     raise AssertionError(f"unknown statement {kind}")
 
 
-def _has_branch(s: Any) -> bool:
-    if type(s).__name__ == "AttrStmt":
-        return _has_branch(s.body)
+def _sequence(s: Any, env: dict[int, int], names: set[str]) -> Counter[str]:
+    out: Counter[str] = Counter()
+    for x in s.seq:
+        if type(x).__name__ == "Bind":  # what extents and conditions behind it may be made of
+            try:
+                env[hash(x.var)] = _value(x.value, env)
+            except (KeyError, AttributeError):  # it is no number, or one from memory
+                env.pop(hash(x.var), None)
+        out += _statement(x, env, names)
+    return out
+
+
+def _turns_differ(s: Any) -> bool:
+    """Say whether the turns of a loop around the statement may do different things."""
+    kind = type(s).__name__
+    if kind == "IfThenElse" or (kind == "For" and type(s.extent).__name__ != "IntImm"):
+        return True
     parts = [*getattr(s, "seq", ()), *([s.body] if hasattr(s, "body") else [])]
-    return type(s).__name__ == "IfThenElse" or any(_has_branch(p) for p in parts)
+    return any(_turns_differ(p) for p in parts)
 
 
 def _expression(e: Any, names: set[str]) -> Counter[str]:

@@ -11,6 +11,7 @@ from every import MACHINES
 from harness import check
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instrument import executed
 
 from mimo_compile.ir.hardware import PRESETS, local_cpu
 from mimo_compile.ir.ops import parse_workload
@@ -121,3 +122,15 @@ def test_work_counts_the_sums_of_pieces():
     assert two.ops["add_f32"] == 2 * 16 * 64
     more = 4 * 2 * 16 * 64
     assert schedule.workspace_bytes(problem, cut) == schedule.workspace_bytes(problem, whole) + more
+
+
+@pytest.mark.parametrize("fmt", ["w4g64", "w8grow", "w2zg32"])
+def test_pieces_are_all_of_the_columns(fmt):
+    schedule = get_schedule("mpgemm.x86_vnni")
+    workload = parse_workload(f"mpgemm:m=3,n=40,k=1408,w={fmt},a=a8")
+    for split, rows in ((2, 1), (4, 2), (8, 1)):
+        config = GemmConfig(rows=rows, tokens=2, split=split, dot="vnni512")
+        kernel = schedule.lower(workload, config, V4)
+        seen = executed(kernel.func)
+        assert seen["dot_i8"] == kernel.counts.ops["dot_i8"]
+        assert seen["store:y"] == 4 * 3 * 40
