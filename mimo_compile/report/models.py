@@ -99,7 +99,7 @@ def calibrations(machine: Machine, rates: Rates) -> dict[str, Calibration]:
     try:
         from mimo_compile.cost_models.features import Extractor
         from mimo_compile.cost_models.learned import Sample
-        from mimo_compile.search.explain import held_out_us
+        from mimo_compile.search.held_out import held_out_us
     except ImportError:
         return {}
     samples, pairs = [], []
@@ -180,7 +180,7 @@ def _work(workload: Workload, result: Result, hardware: Hardware) -> Counts:
 
 
 def _calibration(pairs: list[Pair]) -> Calibration:
-    from mimo_compile.search.explain import rank_correlation
+    from mimo_compile.search.held_out import rank_correlation
 
     groups: dict[str, list[Pair]] = {}
     for pair in pairs:

@@ -11,13 +11,8 @@ from recordings import DEVICE, HW, LARGE, recorded, schedules
 from mimo_compile.cost_models.learned import Sample
 from mimo_compile.ir.counts import Counts
 from mimo_compile.search.database import Database
-from mimo_compile.search.explain import (
-    bound_of,
-    explain,
-    held_out_us,
-    rank_correlation,
-    what_matters,
-)
+from mimo_compile.search.explain import bound_of, explain
+from mimo_compile.search.held_out import held_out_us, rank_correlation, what_matters
 from mimo_compile.search.lookup import summarise
 from mimo_compile.search.objective import parse_objective
 from mimo_compile.search.space import JointSpace
