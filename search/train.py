@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from msgspec.structs import replace
 
@@ -54,7 +55,7 @@ def read_records(path: Path) -> Iterator[Record]:
 def _recorded_on(lines: Sequence[bytes]) -> tuple[str, ...] | None:
     """Return the ISA of a recorded space, whose first line describes it; None for plain records."""
     try:
-        head = json.loads(lines[0]) if lines else None
+        head: Any = json.loads(lines[0]) if lines else {}
         return tuple(head["hardware"]["features"]) if "format" in head else None
     except (ValueError, KeyError, TypeError):
         return None
