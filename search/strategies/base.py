@@ -38,8 +38,8 @@ class Options:
     """Share of candidates that are drawn at random; it falls as more is known."""
     crossover: float = 0.3
     """Share of offspring that joins two parents."""
-    warm_up: int = 6
-    """Candidates that ran before the models choose; defaults count."""
+    warm_up: int = 1
+    """Candidates that must have run before the models choose; defaults count."""
     first_batch: int = 4
     """Candidates of an ask at the start; it grows with what is known."""
     enumerate_below: int = 192

@@ -33,7 +33,7 @@ _VERIFIED = 64
 
 
 class EvolutionarySearch(Known):
-    """Seeds first, a few random candidates, then what promises the largest gain, in small batches.
+    """Seeds first, then what promises the largest gain, in small batches.
 
     Each round ranks a stock of random candidates, offspring of the best (mutations of one or two knobs,
     crossover), and all neighbours of the leaders. A Gaussian process over the knobs drafts; the learned
