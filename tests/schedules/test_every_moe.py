@@ -150,12 +150,11 @@ def test_exact_schedules_agree_to_the_bit(fmt, kind):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("fmt", "kind"),
-    [("w1g32", "sign"), ("w1zgrow", "heavy"), ("w2zg32", "heavy"), ("w2gtensor", "sign"),
-     ("w3zg64", "sign"), ("w3g128", "heavy"), ("w4g64", "heavy"), ("w5zg32", "sign"),
-     ("w7", "heavy"), ("w1.58", "heavy"), ("w1.58g64", "sign"), ("w1.58dgrow", "sign")],
+    [("w1g32", "sign"), ("w2zg32", "heavy"), ("w3g128", "heavy"), ("w4g64", "heavy"),
+     ("w5zg32", "sign"), ("w1.58", "heavy"), ("w1.58dgrow", "sign")],
 )  # fmt: skip
 def test_exact_schedules_agree_to_the_bit_whatever_the_tiles(fmt, kind):
-    one_result(fmt, ROWS[kind], "moe:t=5,e=3,k=2,d=960,f=480", every=True)
+    one_result(fmt, ROWS[kind], every=True)
 
 
 @pytest.mark.skipif(
