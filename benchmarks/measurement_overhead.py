@@ -3,8 +3,9 @@
     python benchmarks/measurement_overhead.py [--trials 1000] [--rounds 5]
 
 Scheduling: a search over a real space whose results are looked up, not measured: what remains is proposing,
-predicting, learning and storing, each record by its own synced commit. It is run with the database in memory
-(``/dev/shm``: processor time only) and on the disk of ``--folder``.
+predicting, learning and storing, each record by its own synced commit. First without any model, which is what
+the machinery alone takes; then with models, the database in memory (``/dev/shm``: processor time only) and on
+the disk of ``--folder``.
 
 Isolation: small kernels are built, verified, timed and verified again, by child processes and by the very
 same functions in this process, in turns; one compiler each, warm. The difference is what isolation costs.
@@ -13,17 +14,20 @@ same functions in this process, in turns; one compiler each, warm. The differenc
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 from mimo_compile.cost_models.analytic import DeviceModel
 from mimo_compile.ir.hardware import local_cpu
 from mimo_compile.ir.ops import parse_workload
 from mimo_compile.search.database import Database
+from mimo_compile.search.learner import Learner
 from mimo_compile.search.measure import Measurer, Timing, build_worker, run_worker
 from mimo_compile.search.measure.replay import ReplayMeasurer
 from mimo_compile.search.measure.worker import Reply
@@ -68,16 +72,18 @@ def recorded(workload, hardware, device):
     return out
 
 
-def scheduling(replay, hardware, device, trials, folder, strategy):
+def scheduling(replay, hardware, device, trials, folder, strategy, learns=True):
     """Return candidates per second, wall clock and processor time, of one search."""
+    still = contextlib.nullcontext() if learns else mock.patch.object(Learner, "train")
     with (
+        still,
         tempfile.TemporaryDirectory(dir=folder) as path,
         Database(Path(path) / "records.db") as db,
     ):
         begin, cpu = time.perf_counter(), time.process_time()
         result = tune_workloads(
             {parse_workload(w): 1.0 for w in WORKLOADS}, hardware, trials=trials, db=db, device=device,
-            measurer=replay, strategy=strategy,
+            measurer=replay, strategy=strategy, warm_start=learns,
         )  # fmt: skip
         seconds, busy = time.perf_counter() - begin, time.process_time() - cpu
         count = len(db)
@@ -162,6 +168,9 @@ def main():
     found = {"workloads": len(WORKLOADS), "configs": len(rows)}
     replay = ReplayMeasurer(rows)
     memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
+    found["scheduling alone (random, no model), database in memory"] = scheduling(
+        replay, hardware, device, args.trials, memory, "random", learns=False
+    )
     for name, folder in (("memory", memory), ("disk", args.folder)):
         for strategy in ("evolutionary", "random"):
             key = f"{strategy}, database in {name}" if name == "memory" else f"{strategy}, on disk"
