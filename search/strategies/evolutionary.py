@@ -244,7 +244,10 @@ class _Trust:
     def of_surrogate(self) -> float:
         """Return the surrogate's weight in the mix, by the squared errors of late."""
         ours, theirs = (
-            (0.02 * 4 + sum(self._errors[w][-24:])) / (4 + len(self._errors[w][-24:]))
-            for w in ("surrogate", "model")
+            (2 * start + sum(self._errors[who][-24:])) / (2 + len(self._errors[who][-24:]))
+            for who, start in (
+                ("surrogate", 0.01),
+                ("model", 0.1),
+            )  # which may be a bare roofline yet
         )
         return theirs / (ours + theirs)
