@@ -71,7 +71,7 @@ class X86Flash(Schedule):
         tiles = tuple(
             n for n in (1, 2, 4, 8, 16, 32, 64) if n < 2 * p["t"] and n * group <= 256
         ) or (1,)
-        blocks = tuple(n for n in (16, 32, 64, 128, 256) if n == 16 or n <= reach)
+        blocks = tuple(n for n in (16, 32, 48, 64, 96, 128, 192, 256) if n == 16 or n <= reach)
         splits = tuple(
             n for n in (1, 2, 4, 8, 16, 32) if n == 1 or (reach >= n * 64 and p["t"] <= 16)
         )
