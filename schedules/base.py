@@ -144,11 +144,12 @@ class Schedule(ABC):
     @staticmethod
     def config_to_json(config: Any) -> dict[str, Any]:
         """Return a config's knobs as plain values (a search does this for thousands of candidates)."""
-        return {name: getattr(config, name) for name in _field_names(type(config))}
+        kind: Any = type(config)
+        return {name: getattr(config, name) for name in _field_names(kind)}
 
 
 @cache
-def _field_names(config: type) -> tuple[str, ...]:
+def _field_names(config: Any) -> tuple[str, ...]:
     return tuple(f.name for f in fields(config))
 
 

@@ -25,7 +25,7 @@ class Experts(Schedule):
     """Base of the expert schedules."""
 
     op = "moe"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     config = MoeConfig
     packing: ClassVar[str] = ""
     """Layout of integer codes (`emit.dense.PACKINGS`)."""

@@ -41,7 +41,7 @@ class X86Gemm(Schedule):
     """Base: subclasses emit the kernel's body and say which tiles fit."""
 
     op = "mpgemm"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     config: ClassVar[type] = GemmConfig
     packing: ClassVar[str] = ""
     """Layout of integer codes (`emit.dense.PACKINGS`)."""

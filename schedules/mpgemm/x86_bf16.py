@@ -32,7 +32,7 @@ class X86Bf16(X86Gemm):
     """For CPUs with AVX512-BF16: bfloat16 weights, integer codes, FP3 and FP4."""
 
     name = "mpgemm.x86_bf16"
-    version = 1
+    version = 2
 
     def problem(self, workload: Workload) -> Problem:
         """Return the workload; bfloat16 weights lie in pairs of columns."""
