@@ -103,13 +103,13 @@ class PanelGemm(X86Gemm):
             )
 
         enough = problem.packed_bytes() * problem.m / 4 >= PARALLEL_BYTES
-        parallel = len(threads) > 1 and enough
-        for rows in (4, 3, 2, 1):
-            default = PanelConfig(rows, 4, 256, 2, True, parallel, self.dots(problem, hardware)[0])
-            if legal(default):
-                break
-        else:
-            default = PanelConfig(1, 4, 128, 1, True, parallel, self.dots(problem, hardware)[0])
+        parallel, dot = len(threads) > 1 and enough, self.dots(problem, hardware)[0]
+        # sums of groups and their running total share the registers
+        best = ((4, 256), (3, 256)) if problem.layout.groups == 1 else ((3, 512), (3, 256))
+        sizes = (*best, (2, 256), (1, 256), (1, 128))
+        tried = (PanelConfig(r, 4, c, 2, True, parallel, dot) for r, c in sizes)
+        default = next((c for c in tried if legal(c)), None)
+        default = default or PanelConfig(1, 4, 128, 1, True, parallel, dot)
         return Space(PanelConfig, knobs, default, legal)
 
     def scratch_bytes(self, problem: Problem, config: Any) -> int:
@@ -210,11 +210,11 @@ class X86PanelPlanes(PanelGemm):
 
 
 class X86PanelBits(PanelGemm):
-    """2 to 4 bits from the planes that lookups of few tokens read, so that both share weights."""
+    """2 and 3 bits from the planes that lookups of few tokens read, so that both share weights."""
 
     name = "mpgemm.x86_panel_bits"
     packing = "bits4"
 
     def fits(self, problem: Problem) -> bool:
         """Enough tokens that dots overtake lookups, which one bit and ternary codes do better anyway."""
-        return problem.fmt.family == "int" and 2 <= problem.fmt.bits <= 4 and problem.m >= _MANY
+        return problem.fmt.family == "int" and problem.fmt.bits in (2, 3) and problem.m >= _MANY
