@@ -249,7 +249,7 @@ def test_plug_in_page_has_every_group() -> None:
 def test_limits_that_pages_state() -> None:
     """Numbers in prose go stale first."""
     from mimo_compile.runtime import container, weights
-    from mimo_compile.search import tuner
+    from mimo_compile.search import budget, task, tuner
     from mimo_compile.search.measure import Limits, Timing
     from mimo_compile.search.measure.buffers import GUARD
     from mimo_compile.search.meters.base import MIN_STEPS
@@ -264,7 +264,9 @@ def test_limits_that_pages_state() -> None:
         f"a first round of up to {tuner.FIRST} candidates", f"the next round of up to {tuner.BATCH}",
     ):  # fmt: skip
         assert part in text, part
-    assert (tuner.PATIENCE, tuner.CONFIRM, timing.budget_s) == (4, 4, 0.5)
+    assert (task.CONFIRM, timing.budget_s) == (4, 0.5)
+    assert [budget.patience(n, 1) for n in (20, 20 * 50, 20 * 1000)] == [32, 50, 128]
+    assert "as a twentieth of its space (32 at least, 128 at most)" in text
     artifact = " ".join((DOCS / "artifact.md").read_text().split())
     assert container.MAX_MANIFEST == 1 << 20 and "At most 1 MiB" in artifact
     assert weights.CHUNK == 1 << 20 and weights.ALIGNMENT == 64 and "64-byte boundary" in artifact
