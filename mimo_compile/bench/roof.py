@@ -190,9 +190,9 @@ def work_contestant(op: str, hardware: Hardware, counts: Counts) -> Contestant:
     from mimo_compile.schedules.emit import amx, bf16
 
     kind = max(("fma_f32", "dot_i8", "dot_bf16"), key=lambda k: counts.ops.get(k, 0.0))
-    if kind == "dot_i8" and hardware.features >= amx.NEEDS:
+    if kind == "dot_i8" and hardware.features >= amx.NEEDS and not _tvm.request_tiles():
         kind = "tile_i8"
-    elif kind == "dot_bf16" and hardware.features >= amx.NEEDS_BF16:
+    elif kind == "dot_bf16" and hardware.features >= amx.NEEDS_BF16 and not _tvm.request_tiles():
         kind = "tile_bf16"
     elif not {"dot_i8": hardware.has_vnni, "dot_bf16": hardware.features >= bf16.NEEDS}.get(kind):
         kind = "fma_f32"

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.schedules.emit.build import Register, T, bind, splat, store, vector_type
 from mimo_compile.schedules.emit.layout import CodeLayout
-from mimo_compile.schedules.emit.unpack import field, unpack
+from mimo_compile.schedules.emit.unpack import field, unpack, unpack_cost
 
 PERMUTE = "llvm.x86.avx512.permvar.sf.512"
 """Picks 16 floats by the low 4 bits of 16 indices."""
@@ -91,7 +91,7 @@ class Dot(ABC):
     @property
     def unpack_work(self) -> dict[str, float]:
         """Operations that unpack one block of ``lanes`` rows once, shared by all tokens."""
-        ops = self.codes.unpack_ops
+        ops = unpack_cost(self.codes)
         return {"unpack_u8": 2.0 * self.lanes * ops} if ops else {}
 
     def unpacked(self, lines: list[Any], constants: list[Any]) -> list[Any]:

@@ -28,6 +28,15 @@ def tables(codes: CodeLayout) -> list[Any]:
     return [bind(T.reinterpret("int8x64", constant_words(half))) for half in halves]
 
 
+def unpack_cost(codes: CodeLayout) -> int:
+    """Return the vector operations of `unpack`, for a block."""
+    if isinstance(
+        codes, BitPlanes
+    ):  # copies, tests and joins; `unpack_ops` are those of looking up
+        return 28 * codes.fmt.bits - 8
+    return codes.unpack_ops
+
+
 def unpack(codes: CodeLayout, lines: list[Any], lanes: int, constants: list[Any]) -> list[Any]:
     """Return a block's codes, times the layout's unit, as vectors of bytes in 32-bit lanes, each bound.
 

@@ -19,6 +19,7 @@ from mimo_compile.schedules.emit.amx import NEEDS, SIDE, TILES, AmxTiles, Tiles
 from mimo_compile.schedules.emit.build import choose, loop
 from mimo_compile.schedules.emit.dot import MAX_ACTIVATION, exact
 from mimo_compile.schedules.emit.tile import Weights
+from mimo_compile.schedules.emit.unpack import unpack_cost
 from mimo_compile.schedules.mpgemm.gemm import X86Gemm
 from mimo_compile.schedules.mpgemm.panel import Panel, quantise_tiles
 from mimo_compile.schedules.mpgemm.problem import Problem
@@ -125,7 +126,7 @@ class X86Amx(X86Gemm):
         m, n = -(-problem.m // SIDE) * SIDE, problem.row_blocks * SIDE
         return {
             "tile_i8": float(m) * n * layout.k_padded,
-            "unpack_u8": 2.0 * SIDE * layout.unpack_ops * layout.blocks * problem.row_blocks,
+            "unpack_u8": 2.0 * SIDE * unpack_cost(layout) * layout.blocks * problem.row_blocks,
             "fma_f32": float(m) * n * layout.groups,
             "int_op": 3.0 * problem.m * problem.k + float(m) * n * layout.groups,
         }

@@ -8,9 +8,10 @@ Codes of 1, 2, 4 and 8 bits a byte gain nothing: unpacking them hides behind the
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mimo_compile.ir.counts import Counts
@@ -71,6 +72,8 @@ class PanelGemm(X86Gemm):
             return False
         if hardware.kind != "cpu" or not self.fits(problem):
             return False
+        if any(math.prod(a.shape) >= 2**31 for a in problem.args()):  # indices have 32 bits
+            return False
         return exact(problem.layout) and bool(self.dots(problem, hardware))
 
     def dots(self, problem: Problem, hardware: Hardware) -> tuple[str, ...]:
@@ -103,19 +106,29 @@ class PanelGemm(X86Gemm):
             )
 
         enough = problem.packed_bytes() * problem.m / 4 >= PARALLEL_BYTES
-        parallel, dot = len(threads) > 1 and enough, self.dots(problem, hardware)[0]
+        dot = self.dots(problem, hardware)[0]
         # sums of groups and their running total share the registers
         best = ((4, 256), (3, 256)) if problem.layout.groups == 1 else ((3, 512), (3, 256))
-        sizes = (*best, (2, 256), (1, 256), (1, 128))
-        tried = (PanelConfig(r, 4, c, 2, True, parallel, dot) for r, c in sizes)
-        default = next((c for c in tried if legal(c)), None)
-        default = default or PanelConfig(1, 4, 128, 1, True, parallel, dot)
+        sizes = (*best, (2, 256), (1, 256), (2, 128), (1, 128))
+        tried = [PanelConfig(r, 4, c, 2, True, False, dot) for r, c in sizes]
+        tried = [c for c in tried if legal(c)] or [PanelConfig(1, 4, 128, 1, True, False, dot)]
+        default = tried[0]
+        if enough and len(threads) > 1:
+
+            def longest(config: PanelConfig) -> float:
+                return busiest(-(-problem.row_blocks // config.rows), hardware.threads)
+
+            # narrower panels only where that spreads them much more evenly
+            default = next(c for c in tried if longest(c) <= 1.25 * min(map(longest, tried)))
+            default = replace(default, parallel=problem.row_blocks > default.rows)
         return Space(PanelConfig, knobs, default, legal)
 
     def scratch_bytes(self, problem: Problem, config: Any) -> int:
         """Quantised rows; panels and their sums."""
         rows = workspace_bytes(problem.layout, problem.m, "int8")
-        columns = min(config.columns + 2 * problem.layout.block, problem.layout.k_padded)
+        layout = problem.layout
+        group = layout.group_blocks * layout.block if layout.groups > 1 else 0
+        columns = min(max(config.columns, group) + 2 * layout.block, layout.k_padded)
         return int(rows + 2 * config.rows * (ROWS * columns + 64 * problem.m))
 
     def body(self, problem: Problem, config: Any, hardware: Hardware) -> Callable[..., None]:

@@ -36,8 +36,8 @@ OLDER = dataclasses.replace(CPU, features=CPU.features - {"avx512vbmi"})
 """This CPU, were it to permute bytes within 128 bits only."""
 MACHINES = (CPU, OLDER, *(h for h in PRESETS.values() if h.features <= CPU.features))
 """What code can be generated for that runs here, the best first."""
-TOKENS = (3, 19)
-"""No multiple of any tile; the second for schedules of many tokens."""
+TOKENS = (3, 19, 50)
+"""No multiple of any tile; the others for schedules of many tokens."""
 LONG = 14336
 """Columns of the widest matrices of usual models."""
 EXACT = 2**24

@@ -80,4 +80,6 @@ def test_sums_of_one_sign_are_within_the_bound(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_sums_of_one_sign_are_within_the_bound_in_every_format(name):
-    prove(float_cases(name), 1)
+    if not (found := float_cases(name)):
+        pytest.skip("whole numbers only, or not on this CPU")
+    prove(found, 1)
