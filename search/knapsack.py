@@ -8,14 +8,20 @@ from typing import Any
 
 import numpy as np
 
-from mimo_compile.errors import MissingExtra
+from mimo_compile.errors import MimoError, MissingExtra
 from mimo_compile.search.objective import Objective
 
 EQUAL = 1e-9
 """Relative difference below which two sums count as the same; also the slack of a budget."""
-_CUTS = 64
+_CUTS = 8
 """Times that a choice which HiGHS's tolerance let over a budget is forbidden and another asked for."""
+_TIGHTER = 2e-6
+"""Part of a budget that is left unused once forbidding did not help; twice what HiGHS may overlook."""
+_ROW = 1e3
+"""Size of sums for the solver: it is exact to 1e-6, so to 1e-9 of what a budget leaves or costs differ by."""
 _SECONDS = 60.0
+_STOPPED, _INFEASIBLE = 1, 2
+"""Outcomes of scipy's `milp`: out of time (maybe with a choice not proved best), and no choice at all."""
 
 Picks = list[int]
 """The index of the option taken in each row."""
@@ -52,6 +58,8 @@ class Knapsack:
         self.time = np.array([x for row in times for x in row], float)
         self.energy = np.array([x for row in energies for x in row], float)
         self.free = not links
+        self.proved = True
+        """False once the solver ran out of time: what it had found was taken, proved to be best or not."""
         rows, self._equal_to = [], []
         total = int(self.offsets[-1])
         labels = [sorted({s for _, names in g for s in names}) for g in links]
@@ -76,24 +84,42 @@ class Knapsack:
 
     # -- one program ---------------------------------------------------------------------------
 
-    def _minimise(self, cost: Any, caps: Sequence[tuple[Any, float]] = ()) -> Picks:
+    def _minimise(
+        self, cost: Any, caps: Sequence[tuple[Any, float]] = (), known: Picks | None = None
+    ) -> Picks:
         """Return the choice of least cost whose sums keep within the caps (up to `EQUAL`).
 
-        HiGHS holds constraints to within 1e-6; a choice that this lets over a cap is forbidden by name.
+        HiGHS holds constraints to within 1e-6; a choice that this lets over a cap is forbidden by name. If
+        there are more and more of these, the cap is tightened by what HiGHS may overlook.
+
+        Args:
+            cost: Of each option.
+            caps: Values of each option and the most that their sum may be.
+            known: A choice that keeps the caps, for when the solver finds none.
         """
         if self.free and not caps:
             starts = self.offsets[:-1]
             return [int(cost[a : a + n].argmin()) for a, n in zip(starts, self.sizes, strict=True)]
         cuts: list[Any] = []
-        for _ in range(_CUTS):
-            picks = self._milp(cost, caps, cuts)
+        tighter = [(values, cap * (1 - _TIGHTER)) for values, cap in caps]
+        for attempt in range(_CUTS + 1):
+            last = attempt == _CUTS
+            try:
+                picks = self._milp(cost, tighter if last else caps, [] if last else cuts)
+            except Infeasible:
+                if known is None:
+                    raise
+                return known
             at = self._at(picks)
             if all(values[at].sum() <= cap * (1 + EQUAL) for values, cap in caps):
-                return picks
+                worse = known is not None and cost[self._at(known)].sum() < cost[at].sum()
+                return known if known is not None and worse else picks
             cut = np.zeros(self.width)
             cut[at] = 1
             cuts.append(cut)
-        raise Infeasible("too many choices lie on the budget", False)
+        if known is None:
+            raise Infeasible("too many choices lie on the budget", False)
+        return known
 
     def _milp(self, cost: Any, caps: Sequence[tuple[Any, float]], cuts: Sequence[Any]) -> Picks:
         try:
@@ -101,27 +127,47 @@ class Knapsack:
         except ModuleNotFoundError as error:
             raise MissingExtra("planning", missing="scipy") from error
         pad = self.width - len(self.time)
-        scale = float(np.abs(cost).max()) or 1.0
+        # HiGHS is content within 1e-6 of the least cost too
+        spread = self._above_least(cost)[0]
+        goal = spread * (_ROW / (float(spread.max()) or 1.0))
         constraints = [LinearConstraint(self.rows, self._equal_to, self._equal_to)]
+        highest = np.ones(self.width)
         for values, cap in caps:
-            row = np.pad(values / cap, (0, pad))[None]
-            constraints.append(LinearConstraint(row, -np.inf, 1 + EQUAL))
+            above, least = self._above_least(values)
+            left = cap * (1 + EQUAL) - least
+            if left < 0:
+                raise Infeasible("the least of every row is over the budget", False)
+            over = above > left
+            highest[: len(values)][over] = 0
+            row = np.where(over, 0.0, above) * (_ROW / (left or 1.0))
+            constraints.append(LinearConstraint(np.pad(row, (0, pad))[None], -np.inf, _ROW))
         for cut in cuts:
             constraints.append(LinearConstraint(cut[None], -np.inf, len(self.sizes) - 1))
         found = milp(
-            np.pad(cost / scale, (0, pad)),
+            np.pad(goal, (0, pad)),
             constraints=constraints,
             integrality=np.ones(self.width),
-            bounds=Bounds(0, 1),
+            bounds=Bounds(0, highest),
             options={"mip_rel_gap": 0.0, "time_limit": _SECONDS},
         )
+        if found.status == _STOPPED:
+            self.proved = False
         if found.x is None:
-            raise Infeasible(str(found.message), not caps)
+            if found.status not in (_STOPPED, _INFEASIBLE):
+                raise MimoError(f"the solver of plans failed: {found.message}")
+            if found.status == _STOPPED and not caps:
+                raise MimoError(f"the solver found no plan within {_SECONDS:g} s")
+            raise Infeasible(str(found.message), found.status == _INFEASIBLE and not caps)
         pick = found.x[: len(self.time)]
         return [
             int(pick[a : a + n].argmax())
             for a, n in zip(self.offsets[:-1], self.sizes, strict=True)
         ]
+
+    def _above_least(self, values: Any) -> tuple[Any, float]:
+        """Return what options take above the least of their row, and the sum of these leasts."""
+        least = np.minimum.reduceat(values, self.offsets[:-1])
+        return values - np.repeat(least, self.sizes), float(least.sum())
 
     def _at(self, picks: Sequence[int]) -> Any:
         return self.offsets[:-1] + np.array(picks, int)
@@ -133,17 +179,17 @@ class Knapsack:
 
     # -- objectives ----------------------------------------------------------------------------
 
-    def least(self, of: str, caps: Sequence[tuple[Any, float]] = ()) -> Picks:
-        """Return the choice of least ``time`` or ``energy``; of equal ones that with least of the other."""
+    def least(
+        self, of: str, caps: Sequence[tuple[Any, float]] = (), known: Picks | None = None
+    ) -> Picks:
+        """Return the choice of least ``time`` or ``energy``; of equal ones that with least of the other.
+
+        ``known``: a choice that keeps the caps, for when the solver finds none.
+        """
         first, second = (self.time, self.energy) if of == "time" else (self.energy, self.time)
-        picks = self._minimise(first, caps)
+        picks = self._minimise(first, caps, known)
         best = float(first[self._at(picks)].sum())
-        try:
-            other = self._minimise(second, [*caps, (first, best)])
-        except Infeasible:  # only by the solver's rounding: the first choice itself keeps the cap
-            return picks
-        better = second[self._at(other)].sum() < second[self._at(picks)].sum()
-        return other if better else picks
+        return self._minimise(second, [*caps, (first, best)], picks)
 
     def choose(self, goal: Objective) -> Picks:
         """Return the index of the option taken in each row.
@@ -162,10 +208,11 @@ class Knapsack:
             if energy > goal.limit * (1 + EQUAL):
                 text = f"no choice needs less than {energy:.4g} mJ (which takes {time:.4g} us)"
                 raise Infeasible(text, False, energy)
-            return self.least("time", [(self.energy, goal.limit)])
+            return self.least("time", [(self.energy, goal.limit)], cheapest)
         if goal.kind == "energy@latency":
-            best = self.sums(self._minimise(self.time))[0]
-            return self.least("energy", [(self.time, best * (goal.limit or 1.0))])
+            fastest = self._minimise(self.time)
+            cap = self.sums(fastest)[0] * (goal.limit or 1.0)
+            return self.least("energy", [(self.time, cap)], fastest)
         power = 2 if goal.kind == "ed2p" else 1
         return self._product(lambda t, e: e * t**power)
 

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mimo_compile.errors import MimoError
 from mimo_compile.search.knapsack import Infeasible, Knapsack
 from mimo_compile.search.objective import parse_objective
 
@@ -110,3 +111,58 @@ def test_a_budget_is_never_passed_by_the_solvers_tolerance() -> None:
     picks = knapsack.choose(parse_objective("latency@energy:1000mJ"))
     time, energy = knapsack.sums(picks)
     assert energy <= cap and time == 3.0
+
+
+def test_many_small_rows_beside_a_large_one_keep_a_budget() -> None:
+    """Every choice of the small rows lies within the solver's tolerance of the budget, few within it."""
+    times, energies = [[3e5]] + [[2.0, 2.02]] * 40, [[1e5]] + [[1.0, 0.9]] * 40
+    knapsack = Knapsack(times, energies)
+    assert knapsack.choose(parse_objective("energy@latency:1")) == [0] * 41
+    fastest = 3e5 + 80
+    slack = (fastest + 0.05) / fastest  # room for two slower kernels
+    picks = knapsack.choose(parse_objective(f"energy@latency:{slack!r}"))
+    assert sum(picks) == 2
+    assert knapsack.choose(parse_objective("latency@energy:100036mJ")) == [0] + [1] * 40
+    assert sum(knapsack.choose(parse_objective("latency@energy:100038mJ"))) == 20
+
+
+@given(st.integers(0, 10**6))
+@settings(max_examples=15, deadline=None)
+def test_a_choice_that_is_there_is_never_refused(seed: int) -> None:
+    """Linked rows of a thousandth to a millionth of the whole, caps at sums that exist."""
+    rng = np.random.default_rng(seed)
+    small = 10.0 ** rng.integers(-3, 2)
+    times = [[3e5], *(2 * small + small * rng.random((6, 3))).tolist()]
+    energies = [[1e5], *(2 * small + small * rng.random((6, 3))).tolist()]
+    links = [[(1, ["a", "b", "a"]), (2, ["b", "a", "b"])]]
+    choices = list(every_choice(times, energies, links))
+    cap = sorted(e for _, e in choices)[int(rng.integers(0, 40))]
+    knapsack = Knapsack(times, energies, links)
+    for text in (f"latency@energy:{cap!r}mJ", "energy@latency:1", "energy@latency:1.000005"):
+        goal = parse_objective(text)
+        time, energy = knapsack.sums(knapsack.choose(goal))
+        expected, _ = best_of(choices, goal)
+        if goal.kind == "latency@energy":
+            assert energy <= cap * (1 + 1e-9) and time <= expected[0] * (1 + 1e-9)
+        else:
+            assert time <= min(t for t, _ in choices) * goal.limit * (1 + 1e-9)
+            assert energy <= expected[0] * (1 + 1e-9)
+
+
+def test_a_solver_that_stops_early(monkeypatch) -> None:
+    """What it has found is taken and marked; with nothing found, that is no conflict of layouts."""
+    import scipy.optimize
+
+    def stopped(x):
+        return lambda *_, **__: scipy.optimize.OptimizeResult(status=1, x=x, message="Time limit")
+
+    links = [[(0, ["a", "b"]), (1, ["b", "a"])]]
+    knapsack = Knapsack([[1.0, 2.0], [3.0, 4.0]], [[1.0, 2.0], [3.0, 4.0]], links)
+    assert sum(knapsack.choose(parse_objective("latency"))) == 1 and knapsack.proved
+    monkeypatch.setattr(scipy.optimize, "milp", stopped(np.array([0.0, 1, 1, 0, 0, 1])))
+    assert knapsack.choose(parse_objective("latency")) == [1, 0] and not knapsack.proved
+    monkeypatch.setattr(scipy.optimize, "milp", stopped(None))
+    with pytest.raises(MimoError, match="no plan within"):
+        knapsack.choose(parse_objective("latency"))
+    free = Knapsack([[1.0, 2.0], [3.0, 4.0]], [[2.0, 1.0], [4.0, 3.0]])
+    assert free.choose(parse_objective("energy@latency:1.5")) == [0, 0] and not free.proved
