@@ -19,6 +19,7 @@ from mimo_compile.search.records import Record, checksum, decode, encode
 _LINE = re.compile(rb'\{"key":"[0-9a-f]{64}",(?:(?!\{"key":")[^\x00])*?,"sum":"[0-9a-f]{32}"\}')
 _BATCH = 5000
 _PIECE = 1 << 20
+_ROOM = "Check the folder, its permissions and the free space"
 
 
 def export_records(
@@ -80,7 +81,7 @@ def _published(target: Path) -> Iterator[Path]:
             yield temporary
             os.replace(temporary, target)
         finally:
-            for name in ("", "-wal", "-shm"):
+            for name in ("", "-journal", "-wal", "-shm"):
                 temporary.with_name(temporary.name + name).unlink(missing_ok=True)
         folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -91,7 +92,7 @@ def _published(target: Path) -> Iterator[Path]:
         raise InputError(
             f"the file cannot be written: {error.strerror or error}",
             file=target,
-            remedy="Check the folder, its permissions and the free space",
+            remedy=_ROOM,
         ) from error
 
 
@@ -286,9 +287,28 @@ def salvage(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> int:
             with Database(temporary) as db:
                 for chunk in _chunks(order):
                     db.add(*chunk)
-        except InputError as error:
-            raise InputError(error.what, file=target, remedy=error.remedy) from error
+            _settle(temporary, len(order))
+        except (InputError, sqlite3.Error) as error:
+            text = error.what if isinstance(error, InputError) else f"it cannot be written: {error}"
+            raise InputError(text, file=target, remedy=_ROOM) from error
     return len(order)
+
+
+def _settle(path: Path, rows: int) -> None:
+    """Bring all of a database that was just closed into its one file, and see that it is there.
+
+    SQLite does so when the last connection closes, but says nothing if it cannot.
+
+    Raises:
+        sqlite3.Error: the log's pages cannot be copied; the file alone is not sound.
+        InputError: rows are missing, or something is left in the log.
+    """
+    with contextlib.closing(sqlite3.connect(path, timeout=30.0, isolation_level=None)) as raw:
+        found = raw.execute("SELECT count(*) FROM records").fetchone()[0]  # reads the log as well
+        busy, *_ = raw.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        log = path.with_name(path.name + "-wal")
+        if busy or found != rows or (log.exists() and log.stat().st_size):
+            raise InputError("not all records arrived in the file")
 
 
 __all__ = ["Check", "check", "export_records", "import_records", "merge", "prune", "salvage"]
