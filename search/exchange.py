@@ -308,7 +308,7 @@ def _settle(path: Path, rows: int) -> None:
         busy, *_ = raw.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
         log = path.with_name(path.name + "-wal")
         if busy or found != rows or (log.exists() and log.stat().st_size):
-            raise InputError("not all records arrived in the file")
+            raise InputError("not all records arrived in the file", file=path)
 
 
 __all__ = ["Check", "check", "export_records", "import_records", "merge", "prune", "salvage"]
