@@ -80,6 +80,9 @@ class Measurer:
         """Build, verify and measure candidates of one workload on the fresh inputs of one seed.
 
         ``energy``: read joules too, where there is a meter.
+
+        Raises:
+            DeviceLost: the device stopped answering; what was found before comes first.
         """
         if not candidates:
             return
@@ -94,11 +97,7 @@ class Measurer:
                     self.builder.keep(candidate, built)
                 yield result
                 if result.verdict is Verdict.DEVICE_LOST:
-                    raise DeviceLost(
-                        "the device stopped answering",
-                        where=result.message,
-                        remedy="What was measured is kept: run again when the device is back",
-                    )
+                    raise _lost(result.message)
         finally:
             self.builder.forget(*(c.key for c in candidates if not self.builder.keeps(c)))
 
@@ -132,11 +131,16 @@ class Measurer:
     def confirm(
         self, space: JointSpace, candidates: Sequence[Candidate], seed: int
     ) -> Iterator[Measurement]:
-        """Build and verify candidates again and time them against each other, batch by batch."""
+        """Build and verify candidates again and time them against each other, batch by batch.
+
+        Raises:
+            DeviceLost: the device stopped answering; what was found before comes first.
+        """
         self.runner.cases.keep_only(space.workload, seed)
         case = self.runner.cases.case(space.workload, seed)
         loaded: list[Measurement] = []
         out: list[Measurement] = []
+        lost = ""
         self.runner.pool.replace()
         for candidate, built in zip(candidates, self.builder.build(space, candidates), strict=True):
             ok = built.status == "ok"
@@ -161,9 +165,13 @@ class Measurer:
                     timed = self.runner.floor(timed)
                     ok = timed.verdict is Verdict.OK
                     out.append(self.runner.still_right(timed) if ok else timed)
+            elif times.device_lost:  # whichever of them it was
+                lost = failed(loaded[0].candidate, times, seed, "timing").message
         self.runner.pool.replace()
         self.builder.forget(*(c.key for c in candidates))
         yield from out
+        if lost := lost or next((m.message for m in out if m.verdict is Verdict.DEVICE_LOST), ""):
+            raise _lost(lost)
 
     def time_plain(
         self, candidate: Candidate, facts: dict[str, Any], threads: int, inputs: dict[str, Any]
@@ -202,6 +210,14 @@ class Measurer:
     def __exit__(self, *error: object) -> None:
         """Close."""
         self.close()
+
+
+def _lost(message: str) -> DeviceLost:
+    return DeviceLost(
+        "the device stopped answering",
+        where=message,
+        remedy="What was measured is kept: run again when the device is back",
+    )
 
 
 def runnable_here(hardware: Hardware) -> bool:

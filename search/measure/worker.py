@@ -323,7 +323,7 @@ class Pool:
                     raise MimoError(f"the measuring process does not start within {_START_S:g} s")
                 reply = Reply("timeout", {}, f"no answer within {timeout_s:g} s")
             if reply is not None:
-                if reply.kind in _OURS:
+                if reply.kind in _OURS and not reply.out_of_memory:
                     raise MimoError(f"measuring failed: {reply.kind}: {reply.message}")
                 done.append((worker, reply))
         return done

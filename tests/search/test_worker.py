@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -166,6 +167,51 @@ def test_a_lost_device_ends_the_search_and_keeps_the_record(
     assert next(results).verdict is Verdict.DEVICE_LOST
     with pytest.raises(DeviceLost, match="run again"):
         next(results)
+
+
+@pytest.mark.parametrize("during", ["load", "time"])
+def test_a_device_lost_while_leaders_are_compared(
+    measurer: Measurer, monkeypatch: pytest.MonkeyPatch, during: str
+) -> None:
+    space, candidates = space_of("honest", "honest_parallel")
+    lost = Reply("error", {}, "Unable to determine the device handle: GPU is lost")
+    real = measurer.runner.call
+
+    def call(request: dict[str, Any], limit_s: float) -> Reply:
+        return lost if request["do"] == during else real(request, limit_s)
+
+    monkeypatch.setattr(measurer.runner, "call", call)
+    found = []
+    with pytest.raises(DeviceLost, match=r"GPU is lost.*run again"):
+        found.extend(measurer.confirm(space, candidates, 5))
+    monkeypatch.undo()
+    results = measurer.confirm(space, candidates, 5)
+    assert [m.verdict for m in results] == [Verdict.OK, Verdict.OK]  # it is back
+
+
+@pytest.mark.parametrize(
+    ("kind", "message", "ours"),
+    [
+        ("OSError", "[Errno 28] No space left on device", True),
+        ("OSError", "[Errno 12] Cannot allocate memory", False),
+        ("MemoryError", "", False),
+    ],
+)
+def test_memory_refused_to_a_candidate_is_not_our_failure(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str, message: str, ours: bool
+) -> None:
+    pool = Pool("run", 1, memory=24 << 30, env={"TMPDIR": str(tmp_path)})
+    _, (candidate,) = space_of("honest")
+    monkeypatch.setattr(worker.Worker, "poll", lambda self: Reply("error", {}, message, kind))
+    try:
+        if ours:
+            with pytest.raises(MimoError, match="measuring failed: OSError"):
+                pool.call({"do": "drop"}, 5)
+        else:
+            reply = pool.call({"do": "drop"}, 5)
+            assert failed(candidate, reply, 1, "run").verdict is Verdict.OOM
+    finally:
+        pool.close()
 
 
 def test_noisy_batches_are_timed_again(measurer: Measurer, monkeypatch: pytest.MonkeyPatch) -> None:
