@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from mimo_compile.search.objective import BEHIND
 from mimo_compile.search.space import Candidate
 from mimo_compile.search.strategies.base import NEAR, Known, Observation, Setting
 from mimo_compile.search.strategies.surrogate import (
@@ -21,7 +22,7 @@ from mimo_compile.search.strategies.surrogate import (
 _STOCK = 768
 """Random candidates that are kept for ranking, from the first round on."""
 _FRESH = 48
-"""Random candidates added each round."""
+"""Random candidates added each round; as many of the oldest leave."""
 _LEADERS = 4
 """Candidates all of whose neighbours are ranked."""
 _FEW = 192
@@ -39,8 +40,9 @@ class EvolutionarySearch(Known):
     crossover), and all neighbours of the leaders. A Gaussian process over the knobs drafts; the learned
     model of the search, if there is one, then looks at the most promising. The two are mixed by how well each
     foretold what was measured last. The first candidate of a batch has the largest expected improvement;
-    further ones are chosen as if those before had come out as expected, so that a batch is diverse. An
-    algorithm within 25 % of the leader's gets at least an eighth of the trials.
+    further ones are chosen as if those before had come out as expected, so that a batch is diverse. Each
+    algorithm within 25 % of the leader's that got less than an eighth of the trials gets a place in it (but
+    for the last place, if there are more of them than places).
 
     Sources: the loop of Ansor and of MetaSchedule's evolutionary search; expected improvement and the
     believer's batch from Bayesian optimisation (Jones 1998; Ginsbourger 2010).
@@ -62,8 +64,7 @@ class EvolutionarySearch(Known):
         self._scores.update((o.candidate.key, o) for o in observations)
         for o in observations:
             self._stock.pop(o.candidate.key, None)
-            if o.ok:
-                self._trust.tell(o.candidate.key, o.score)
+            self._trust.tell(o.candidate.key, o.score)
 
     def ask(self, count: int) -> list[Candidate]:
         """Propose up to ``count`` new candidates, fewer while little is known."""
@@ -88,8 +89,8 @@ class EvolutionarySearch(Known):
     def _is_open(self, c: Candidate) -> bool:
         return c.key not in self.seen and c.schedule not in self.banned
 
-    def _rival(self) -> str | None:
-        """Return the algorithm near the best that got less than its part of the trials, but for the leader's.
+    def _rivals(self) -> list[str]:
+        """Return the algorithms near the best that got less than their part, the least tried first.
 
         Offspring of the leader alone would leave the others as they began, at their defaults.
         """
@@ -101,14 +102,13 @@ class EvolutionarySearch(Known):
             best[name] = min(o.score, best.get(name, math.inf))
         low = min(best.values(), default=math.inf)
         leader = min(best, key=lambda n: (best[n], n), default=None)
+        part = _PART * sum(tried.values())
         near = [
             n
             for n, score in best.items()
             if math.isfinite(score) and score <= NEAR * low and n != leader and n not in self.banned
         ]
-        rival = min(near, key=lambda n: (tried[n], n), default=None)
-        total = sum(tried.values())
-        return rival if rival is not None and tried[rival] < _PART * total else None
+        return sorted((n for n in near if tried[n] < part), key=lambda n: (tried[n], n))
 
     def _parents(self) -> list[Candidate]:
         good = [
@@ -129,6 +129,8 @@ class EvolutionarySearch(Known):
             draw = space.sample(rng)
             if draw is not None and self._is_open(draw):
                 stock.setdefault(draw.key, draw)
+        for key in list(stock)[: max(0, len(stock) - _STOCK)]:
+            del stock[key]
         found = dict(stock)
         parents = self._parents()
         near = [n for p in parents[:_LEADERS] for n in space.neighbours(p)]
@@ -161,6 +163,8 @@ class EvolutionarySearch(Known):
         if not pool:
             return []
         seen = [o for o in self._scores.values() if o.ok]
+        told = len(seen)
+        self._trust.begin(min(o.score for o in seen))
         if len(seen) > _FEW:
             best = sorted(seen, key=lambda o: (o.score, o.candidate.key))[: _FEW // 2]
             kept = {o.candidate.key for o in best}
@@ -169,19 +173,19 @@ class EvolutionarySearch(Known):
         rows = self._encoder.rows(pool)
         y = flattened([o.score for o in seen])
         s = self._surrogate
-        s.fit(self._encoder.rows([o.candidate for o in seen]), y)
+        s.fit(self._encoder.rows([o.candidate for o in seen]), y, told)
         mean, variance, half = s.predict(rows)
         drafted = mean.copy()
         order = np.argsort(-expected_gain(mean, np.sqrt(variance), 0.0), kind="stable").tolist()
-        mean, variance = self._verified(pool, order, mean, variance, min(o.score for o in seen))
+        mean, variance = self._verified(pool, order, mean, variance)
         out: list[Candidate] = []
         taken = np.zeros(len(pool), bool)
-        rival = self._rival()
+        rivals = self._rivals()[: max(1, want - 1)]
         while len(out) < want and not taken.all():
             gain = np.where(taken, -1.0, expected_gain(mean, np.sqrt(variance), 0.0))
+            rival = rivals.pop(0) if rivals else None
             own = [i for i, c in enumerate(pool) if c.schedule == rival and not taken[i]]
             at = max(own, key=lambda i: float(gain[i])) if own else int(gain.argmax())
-            rival = None  # one in a batch
             taken[at] = True
             if self.fresh(pool[at]):
                 out.append(pool[at])
@@ -196,7 +200,6 @@ class EvolutionarySearch(Known):
         order: Sequence[int],
         mean: Array,
         variance: Array,
-        best: float,
     ) -> tuple[Array, Array]:
         """Mix in what the learned model says of the most promising; the others fall behind."""
         predict, spread = self.setting.predict, self.setting.spread
@@ -205,11 +208,11 @@ class EvolutionarySearch(Known):
         scores = predict(chosen) if predict is not None else None
         if scores is None:
             return mean, variance
+        best = self._trust.base
         said = np.minimum(np.log(np.maximum(np.asarray(scores), 1e-30) / best), 2.0)
         own = spread(chosen) if spread is not None else None
         for c, value in zip(chosen, said, strict=True):
             self._trust.said(c.key, "model", float(value))
-        self._trust.base = best
         w = self._trust.of_surrogate()
         deviation = np.zeros(len(top)) if own is None else np.nan_to_num(np.asarray(own))
         mixed, wide = mean.copy(), variance.copy()
@@ -229,13 +232,25 @@ class _Trust:
         self._said: dict[str, dict[str, tuple[float, float]]] = {}
         self._errors: dict[str, list[float]] = {"surrogate": [], "model": []}
 
+    def begin(self, base: float) -> None:
+        """Start a round at its best score; what was said of candidates that nobody proposed is forgotten."""
+        self.base = base
+        self._said = {key: said for key, said in self._said.items() if len(said) == 2}
+
     def said(self, key: str, who: str, value: float) -> None:
         """Note a prediction of a candidate that may be measured next."""
         self._said.setdefault(key, {})[who] = (value, self.base)
 
     def tell(self, key: str, score: float) -> None:
-        """Compare with what was said."""
+        """Compare with what was said, once there is a score to compare with.
+
+        One from `BEHIND` on stands for a candidate beyond a limit, or whose joules are still to be read.
+        """
+        if BEHIND <= score < math.inf:
+            return
         said = self._said.pop(key, {})
+        if not math.isfinite(score):
+            return
         if len(said) == 2:
             for who, (value, base) in said.items():
                 error = min(max(value - math.log(score / base), -1.0), 1.0)

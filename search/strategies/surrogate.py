@@ -96,13 +96,18 @@ class Surrogate:
         """Variance of a measurement."""
         return math.exp(self.theta[-1]) + 1e-6
 
-    def fit(self, rows: Rows, y: Array) -> None:
-        """Condition on ``y [n]`` at ``rows [n, columns]``."""
+    def fit(self, rows: Rows, y: Array, told: int | None = None) -> None:
+        """Condition on ``y [n]`` at ``rows [n, columns]``.
+
+        ``told``: observations that there are in all, of which these are some (None: these are all).
+        Weights are fitted again as their number grows.
+        """
+        told = len(y) if told is None else told
         self._rows, self._mean = rows, float(np.median(y))
         target = y - self._mean
-        if len(y) >= max(6, _REFIT * self._fitted):
+        if told >= max(6, _REFIT * self._fitted):
             self._tune(target)
-            self._fitted = len(y)
+            self._fitted = told
         k = self._covariance(rows, rows)
         k[np.diag_indices(len(y))] += self.noise
         self._low = np.linalg.cholesky(k)

@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from recordings import DEVICE, HW, LARGE, SMALL, recorded, schedules
+from toy_schedules import Tiled
 
 from mimo_compile.errors import InputError, MimoError
+from mimo_compile.schedules.base import Schedule
 from mimo_compile.search.measure.recording import Recording, load_all
+from mimo_compile.search.objective import BEHIND
 from mimo_compile.search.space import Candidate, JointSpace
-from mimo_compile.search.strategies import STRATEGIES, Observation, Options, Setting, make_strategy
+from mimo_compile.search.strategies import (
+    STRATEGIES,
+    Observation,
+    Options,
+    Setting,
+    evolutionary,
+    make_strategy,
+)
 from mimo_compile.search.strategies.evolutionary import EvolutionarySearch
 from mimo_compile.search.strategies.surrogate import (
     Encoder,
@@ -142,6 +154,67 @@ def test_a_good_model_is_trusted_and_a_bad_one_is_not() -> None:
     assert trust[0.01] < 0.5 and trust[1.0] > 0.7
 
 
+def test_a_right_model_errs_by_nothing_from_the_first_round_on() -> None:
+    scores = {k: 1e4 * v for k, v in times().items()}
+    exact = model(0.0, 0)
+    strategy = make("evolutionary", 0, predict=lambda cs: [1e4 * s for s in exact(cs)])
+    assert isinstance(strategy, EvolutionarySearch)
+    search(strategy, scores, 24)
+    errors = strategy._trust._errors
+    # worse than e^2 times the best are all predicted alike
+    assert errors["model"] and max(errors["model"]) < 1e-9 < max(errors["surrogate"])
+
+
+def test_predictions_are_judged_by_scores_and_not_by_what_stands_for_missing_joules() -> None:
+    """A candidate that was timed is told to lie behind until its joules were read."""
+    scores = times()
+    strategy = make("evolutionary", 0, predict=model(0.0, 0))
+    assert isinstance(strategy, EvolutionarySearch)
+    for _ in range(6):
+        batch = strategy.ask(8)
+        strategy.tell([Observation(c, BEHIND * 1.5) for c in batch])
+        strategy.tell([Observation(c, scores[c.key]) for c in batch])
+    errors = strategy._trust._errors["model"]
+    assert len(errors) > 5 and max(errors) < 1e-9
+
+
+def test_predictions_of_what_was_not_proposed_are_forgotten() -> None:
+    scores = times()
+    strategy = make("evolutionary", 0, predict=model(0.1, 0))
+    assert isinstance(strategy, EvolutionarySearch)
+    search(strategy, scores, 64)
+    assert len(strategy._trust._said) <= 96, "those of the last round alone"
+    strategy._trust.begin(1.0)
+    assert not strategy._trust._said, "all that was proposed was measured"
+
+
+def test_a_stock_has_a_limit() -> None:
+    strategy = make("evolutionary", 0, options=Options(enumerate_below=0))
+    assert isinstance(strategy, EvolutionarySearch)
+    with mock.patch.multiple(evolutionary, _STOCK=24, _FRESH=8):
+        search(strategy, times(), 64)
+        assert 0 < len(strategy._stock) <= 24
+
+
+def test_each_algorithm_near_the_best_gets_its_part() -> None:
+    """Four are equally good but for the leader; models that see no hope in them do not stop it."""
+    rivals = ("swiglu.second", "swiglu.third", "swiglu.fourth")
+    named: list[Schedule] = [Tiled()]
+    for name in rivals:
+        schedule = Tiled()
+        schedule.name = name
+        named.append(schedule)
+    space = JointSpace(LARGE, HW, named)
+    scores = {c.key: 1.0 if c.schedule == "swiglu.tiled" else 1.1 for c in space}
+    hopeless = {"swiglu.tiled": 0.5, **dict.fromkeys(rivals, 5.0)}
+    strategy = make(
+        "evolutionary", 0, space, predict=lambda cs: [hopeless[c.schedule] for c in cs],
+        options=Options(epsilon=0.0),
+    )  # fmt: skip
+    asked = Counter(c.schedule for c in search(strategy, scores, 96))
+    assert all(asked[name] >= 96 / 8 - 1 for name in rivals)
+
+
 def test_a_models_own_doubt_draws_the_search() -> None:
     """Where the model gives equal scores, the candidates of which it is unsure come first."""
     scores = dict.fromkeys(times(), 1.0)
@@ -210,6 +283,20 @@ def test_the_surrogate_knows_what_it_saw_and_learns_from_it() -> None:
     assert wide.mean() > variance.mean()
     shared = s.shared(encoder.rows(rest), 3, half)
     assert shared[3] == pytest.approx(wide[3], rel=1e-6) and (shared[3] + 1e-9 >= shared).all()
+
+
+def test_weights_are_fitted_again_as_observations_grow_beyond_those_given() -> None:
+    candidates = list(SPACE)[:40]
+    encoder = Encoder(SPACE)
+    s = Surrogate(encoder.tables)
+    rng = np.random.default_rng(0)
+    rows, y = encoder.rows(candidates), rng.random(40)
+    s.fit(rows, y, 200)
+    first = s.theta.copy()
+    s.fit(rows, y[::-1].copy(), 220)
+    assert np.array_equal(s.theta, first)
+    s.fit(rows, y[::-1].copy(), 250)
+    assert not np.array_equal(s.theta, first)
 
 
 def test_flattened_scores_and_expected_gain() -> None:
