@@ -255,16 +255,19 @@ class Database:
 
     # -- reading -------------------------------------------------------------------------------
 
-    def _select(self, where: str = "", values: Sequence[object] = ()) -> Iterator[Record]:
-        sql = "SELECT line, sum, key, workload FROM records" + (f" WHERE {where}" if where else "")
-        last = -1
+    def _select(
+        self, where: str = "", values: Sequence[object] = (), *, newest_first: bool = False
+    ) -> Iterator[Record]:
+        after, order = ("<", "DESC") if newest_first else (">", "ASC")
+        sql = (
+            f"SELECT id, line, sum, key, workload FROM records WHERE {where or '1'} "
+            f"AND id {after} ? ORDER BY id {order} LIMIT 2000"
+        )
+        last = (1 << 63) - 1 if newest_first else -1
         while True:  # in slices, so that no reader holds the lock (or the log) for long
-            joint = f"{sql} {'AND' if where else 'WHERE'} id > ? ORDER BY id LIMIT 2000"
             with self._lock:
                 try:
-                    rows = self._read.execute(
-                        joint.replace("line,", "id, line,", 1), (*values, last)
-                    ).fetchall()
+                    rows = self._read.execute(sql, (*values, last)).fetchall()
                 except sqlite3.Error as error:
                     raise self.unusable(error) from error
             for row in rows:
@@ -317,6 +320,18 @@ class Database:
             for r in found
             if (ok is None or r.ok == ok) and (features is None or r.features == features)
         ]
+
+    def newest(self, op: str, *, but: Sequence[str] = (), of: str = "") -> Iterator[Record]:
+        """Yield records of an op, those stored last first, reading no more than is asked for.
+
+        Args:
+            op: The op.
+            but: Workloads to leave out, where they were measured on the machine ``of``.
+            of: Identity of that machine.
+        """
+        marks = ", ".join("?" for _ in but)
+        where = f"workload BETWEEN ? AND ? AND NOT (hardware = ? AND workload IN ({marks}))"
+        return self._select(where, (f"{op}:", f"{op};", of, *but), newest_first=True)
 
     def keys(self, workload: Workload | str, hardware: Hardware) -> dict[str, Record]:
         """Return the newest record of each candidate of a workload on a target."""

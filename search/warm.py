@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 from mimo_compile.cost_models.analytic import DeviceModel
@@ -32,6 +33,8 @@ LEAST = 96
 """Correct candidates that the user's records must hold before a model of their own is trained on them."""
 MOST = 2048
 """Newest candidates that such a model is trained on: a second or so."""
+LOOK = 4 * MOST
+"""Newest records of an op that are looked at for them."""
 PRIOR_ROUNDS = 100
 """Trees of each member: more than a search's own model has, since this one is trained once."""
 
@@ -129,13 +132,15 @@ def find_prior(
     wanted = {str(w) for w in workloads}
     ops = {w.partition(":")[0] for w in wanted}
     isa, now = isa_of(hardware.features), versions()
-    rows = [
-        r
-        for op in sorted(ops)
-        for r in db.records(op=op)
-        if r.cache == cache and r.versions == now and isa_of(r.features) == isa
-        and not (r.workload in wanted and r.hardware == hardware.id)
-    ]  # fmt: skip
+    rows: list[Record] = []
+    for op in sorted(ops):
+        others = islice(db.newest(op, but=sorted(wanted), of=hardware.id), LOOK)
+        fit = (
+            r
+            for r in others
+            if r.cache == cache and r.versions == now and isa_of(r.features) == isa
+        )
+        rows += islice(fit, MOST)
     rows = sorted(rows, key=lambda r: r.time)[-MOST:]
     if len({r.key for r in rows if r.ok}) >= LEAST:
         model = train(rows)

@@ -121,6 +121,41 @@ def test_records_that_do_not_fit_train_nothing(
         assert warm.find_prior(HERE, [WANTED], db, "cold") is None
 
 
+def test_no_more_records_are_read_than_a_model_is_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The newest of other workloads, however many there are, and whatever was stored of the own one."""
+    trained: list[list[Record]] = []
+    train, decoded = warm.train, 0
+    monkeypatch.setattr(warm, "train", lambda rows: (trained.append(rows), train(rows))[1])
+    check = Database._checked
+
+    def counted(self, *row):
+        nonlocal decoded
+        decoded += 1
+        return check(self, *row)
+
+    monkeypatch.setattr(Database, "_checked", counted)
+    replace = msgspec.structs.replace
+    rows = [replace(r, time=float(i)) for i, r in enumerate(many()[:96])]
+    hot = [replace(r, cache="hot", time=100.0 + i) for i, r in enumerate(rows[:20])]
+    own = [replace(r, time=200.0 + i) for i, r in enumerate(many(workload=WANTED)[:96])]
+    for name, most in (("LEAST", 3), ("MOST", 8), ("LOOK", 30)):
+        monkeypatch.setattr(warm, name, most)
+    with Database(tmp_path / "a.db") as db:
+        db.add(*rows, *hot, *own)
+        warm.find_prior(HERE, [WANTED], db, "cold")
+        assert [r.time for r in trained[0]] == [float(i) for i in range(88, 96)]
+        assert decoded == 28
+        monkeypatch.setattr(warm, "LOOK", 10)
+        warm.find_prior(HERE, [WANTED], db, "cold")
+        assert len(trained) == 1 and decoded == 38
+        assert [r.time for r in db.newest(OTHER.op)] == [
+            *(float(i) for i in range(295, 199, -1)), *(float(i) for i in range(119, 99, -1)),
+            *(float(i) for i in range(95, -1, -1)),
+        ]  # fmt: skip
+
+
 def packaged_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **meta) -> Path:
     """Put a model into the package's place."""
     model = warm.train(many())
