@@ -14,9 +14,9 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-import zipfile
 from pathlib import Path
 
+from mimo_compile.api import is_artifact
 from mimo_compile.ir.hardware import local_cpu
 from mimo_compile.pipeline.plans import (
     compare_plans,
@@ -35,7 +35,7 @@ SHOWN = 4
 def problem_of(source, settings):
     """Read what to plan for; return it with the seconds that took."""
     begin = time.perf_counter()
-    if zipfile.is_zipfile(source):
+    if is_artifact(source):
         from mimo_compile.runtime.container import open_artifact
 
         parts = open_artifact(source, for_this_machine=False)

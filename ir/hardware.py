@@ -162,6 +162,19 @@ matrix units count as cores, the level behind them is its SRAM.
 """
 
 
+def built_for(name: str, kind: str, features: frozenset[str], threads: int) -> Hardware:
+    """Return the hardware that something was compiled for: a preset, this machine, or another one.
+
+    Of another machine only what is given is known; it has at least as many cores as ``threads``.
+    """
+    base = PRESETS.get(name)
+    if base is None and local_cpu().features == features:
+        base = local_cpu()
+    if base is None or threads > base.cores:
+        return Hardware(name, kind, features, threads, threads)
+    return base.with_threads(threads)
+
+
 def resolve_target(text: str, threads: int | None = None) -> Hardware:
     """Return the hardware that ``--target`` names: ``cpu`` (this machine), a preset, or a simulated machine.
 

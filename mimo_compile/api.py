@@ -76,6 +76,7 @@ def compile(
     Raises:
         UsageError: an option is wrong or does not fit the source.
         InputError: an input file is missing, damaged or not supported.
+        ArtifactError: an artifact is damaged, or was built for another machine or by another version.
         MissingExtra: the ``[compile]`` packages are not installed.
     """
     from mimo_compile.ir.hardware import resolve_target
@@ -91,20 +92,20 @@ def compile(
             "dynamic_shapes are not supported in this version",
             remedy="compile once for each shape",
         )
+    if is_artifact(source):
+        asked = (quant, attention, target, max_context, example_inputs, calibrate, adapter_format)
+        if adapters or asked != ("none", "model", "cpu", None, None, "rtn", "exact"):
+            raise UsageError(
+                "an artifact keeps its target, formats, context and adapters: only its plan can change",
+                remedy="compile it from its source",
+            )
+        return _replanned(source, objective, trials, seconds, db, threads, seed, progress)
     hardware = resolve_target(target, threads)
     if hardware.kind == "sim":
         raise UsageError(
             f"{target} is simulated: nothing can be compiled for it or run on it",
             remedy=f"`mimo-compile tune --target {target}` ranks schedules for it",
         )
-    if is_artifact(source):
-        asked = (quant, attention, target, max_context, example_inputs, calibrate)
-        if adapters or asked != ("none", "model", "cpu", None, None, "rtn"):
-            raise UsageError(
-                "an artifact keeps its target, formats, context and adapters: only its plan can change",
-                remedy="compile it from its source",
-            )
-        return _replanned(source, objective, trials, seconds, db, threads, seed, progress)
     if isinstance(calibrate, str):
         calibrate = parse_calibration(calibrate, seed=seed)
     opened = open_source(
@@ -152,7 +153,7 @@ def tune(
     """Search the best kernels of a model, or of one op, and keep every measurement in the database.
 
     Args:
-        source: as for `compile`, or the text of one workload such as
+        source: as for `compile`, but no artifact; or the text of one workload such as
             ``"mpgemm:m=1,n=4096,k=4096,w=w4g64,a=a8"``.
         target: as for `compile`, as are the other options that are not described here; or a simulated
             machine, ``"sim:lut-tensor-core"`` or ``"sim:roma"``, whose times are modelled.
@@ -188,6 +189,11 @@ def tune(
     from mimo_compile.search.meters import AUTO, MODELLED, open_meter
     from mimo_compile.search.strategies import get_strategy
 
+    if is_artifact(source):
+        raise UsageError(
+            f"{source} is an artifact, which is tuned while it gets another plan",
+            remedy="`mimo-compile compile` it with --trials or --time, or tune its source",
+        )
     hardware = resolve_target(target, threads)
     get_strategy(strategy)  # wrong names are refused before a model is loaded
     counter = meter if meter in (AUTO, MODELLED) else open_meter(hardware, meter)
@@ -226,9 +232,9 @@ def _supported(workloads: dict[Workload, float], hardware: Hardware) -> dict[Wor
 
 
 def is_artifact(source: Any) -> bool:
-    """Say whether a source is an artifact that was compiled before."""
-    named = isinstance(source, str | os.PathLike) and os.fspath(source).endswith(".mimo")
-    return named and Path(source).is_file()
+    """Say whether a source names an artifact, whatever is in the file or whether there is one."""
+    named = isinstance(source, str | os.PathLike) and Path(source).suffix == ".mimo"
+    return named and not Path(source).is_dir()
 
 
 def _replanned(
@@ -238,10 +244,11 @@ def _replanned(
     """Plan an artifact again, after a search if a budget is given."""
     from mimo_compile.artifact import Artifact
     from mimo_compile.pipeline.plans import problem_of_artifact
-    from mimo_compile.pipeline.replan import replan
+    from mimo_compile.pipeline.replan import check, replan
 
     artifact = Artifact.load(source)
     problem = problem_of_artifact(artifact, threads)
+    check(artifact, problem, objective)
     tuning = trials is not None or seconds is not None
     with _database(db, write=tuning) as database:
         if tuning:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 
+from mimo_compile.errors import InputError
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.workload import Workload
 from mimo_compile.search.database import Database
 from mimo_compile.search.objective import Objective, Point, pareto_front
-from mimo_compile.search.records import Record, Verdict, decode, versions
+from mimo_compile.search.records import Record, Verdict, decode, encode, versions
 from mimo_compile.search.space import Candidate, JointSpace
 
 LASTING = (Verdict.WRONG, Verdict.SUSPICIOUS)
@@ -139,34 +141,58 @@ def pareto(results: Sequence[Result], meter: str = "") -> list[Result]:
     return pareto_front(results, lambda r: r.point_by(by))
 
 
+Kept = Mapping[str, Sequence[Record]]
+"""Records by workload that came with something that was compiled before."""
+
+
+def kept_records(text: bytes | None) -> dict[str, list[Record]]:
+    """Return the records in JSON lines by workload; those of a newer version are left out."""
+    out: dict[str, list[Record]] = {}
+    for line in (text or b"").splitlines():
+        with contextlib.suppress(InputError):
+            record = decode(line)
+            out.setdefault(record.workload, []).append(record)
+    return out
+
+
 def results_for(
-    workload: Workload | str, hardware: Hardware, db: Database | None = None, *, near: bool = False
-) -> list[Result]:
+    workload: Workload | str, hardware: Hardware, db: Database | None = None, *, near: bool = False,
+    kept: Kept | None = None,
+) -> list[Result]:  # fmt: skip
     """Return the results known for a workload on a target: own records first, else packaged ones.
 
     Only records made with the installed compiler count, and only of one cache state (cold before hot: times
     in different states cannot be compared). Simulated times count for simulated targets only, and nothing
     else counts there.
 
+    ``kept`` ones of this very target count beside own ones, and where no others are known.
+
     With ``near``, when nothing was measured on this very target, results of other machines whose code
     this one can run (same thread count preferred) stand in for them.
     """
     own = db.records(workload, hardware) if db is not None else []
+    more = list((kept or {}).get(str(workload), ()))
     now = versions()
     if hardware.kind == "sim":
         return summarise(r for r in own if r.versions == now and r.simulated)
-    if found := _one_state(r for r in own if r.versions == now):
-        return found
     features = tuple(sorted(hardware.features))
-    packaged = _packaged().get(str(workload), [])
-    same = [
-        r
-        for r in packaged
-        if (r.hardware, r.threads, r.features) == (hardware.id, hardware.threads, features)
-    ]
-    if (found := _one_state(r for r in same if r.versions == now)) or not near:
+
+    def here(records: Iterable[Record]) -> list[Record]:
+        same = (hardware.id, hardware.threads, features)
+        return [
+            r for r in records if (r.hardware, r.threads, r.features) == same and r.versions == now
+        ]
+
+    # kept ones were measured here too: a few new readings do not make the best known one unknown
+    own, more_here = here(own), here(more)
+    if own and (found := _one_state(_joined(own, more_here))):
         return found
-    others = [*(db.records(workload) if db is not None else ()), *packaged]
+    packaged = _packaged().get(str(workload), [])
+    if found := _one_state(here(packaged)) or _one_state(more_here):
+        return found
+    if not near:
+        return []
+    others = [*_joined(db.records(workload) if db is not None else (), more), *packaged]
     fit = [r for r in others if hardware.features.issuperset(r.requires)]
     groups: dict[tuple[bool, str], list[Record]] = {}
     for r in fit:
@@ -177,7 +203,14 @@ def results_for(
     return []
 
 
-def known_results(space: JointSpace, db: Database | None = None) -> list[tuple[Candidate, Result]]:
+def _joined(first: Iterable[Record], then: Iterable[Record]) -> list[Record]:
+    """Return all records, each once."""
+    return list({encode(r): r for r in (*first, *then)}.values()) if then else list(first)
+
+
+def known_results(
+    space: JointSpace, db: Database | None = None, kept: Kept | None = None
+) -> list[tuple[Candidate, Result]]:
     """Return the measured candidates of a space, fastest first; records of older code do not count.
 
     Where there are only records of another machine or number of threads (`measured_here` tells), these are
@@ -188,7 +221,7 @@ def known_results(space: JointSpace, db: Database | None = None) -> list[tuple[C
     results = sorted(
         (
             r
-            for r in results_for(space.workload, space.hardware, db, near=True)
+            for r in results_for(space.workload, space.hardware, db, near=True, kept=kept)
             if versions.get(r.record.schedule) == r.record.schedule_version
         ),
         key=lambda r: r.latency_us,

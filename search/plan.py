@@ -21,12 +21,10 @@ from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.base import Schedule
 from mimo_compile.search.database import Database
 from mimo_compile.search.knapsack import Infeasible, Knapsack
+from mimo_compile.search.lookup import Kept
 from mimo_compile.search.objective import Objective, parse_objective
-from mimo_compile.search.plan_options import Option, Tensor, gather_options, layout_links
+from mimo_compile.search.plan_options import Layouts, Option, Tensor, gather_options, layout_links
 from mimo_compile.search.space import JointSpace
-
-Layouts = tuple[tuple[str, str], ...]
-"""Sorted (tensor, its layout)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +50,8 @@ class Plan:
     """The meter behind all of the energies, or ``modelled``: plans never mix the two."""
     seconds: float = 0.0
     """What choosing took, without gathering the options."""
+    proved: bool = True
+    """False if the solver ran out of time before it could prove that no plan is better."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values for the manifest and ``--json``."""
@@ -83,24 +83,22 @@ class Planner:
         schedules: Sequence[Schedule] | None = None,
         device: DeviceModel | None = None,
         packed: Mapping[Workload, Layouts] | None = None,
+        kept: Kept | None = None,
     ) -> None:
         """Gather the options; see `make_plan` for the arguments.
 
         ``packed``: layouts that a workload's tensors have already; options with others are left out.
+        ``kept``: records of something that was compiled before.
 
         Raises:
-            UsageError: no schedule for a workload, or none that reads the tensors as they are packed.
+            UsageError: no schedule for a workload.
+            EnvironmentMismatch: no schedule reads the tensors as they are packed.
         """
         begin = time.perf_counter()
         spaces = {w: JointSpace(w, hardware, schedules) for w in workloads}
         self._uses, groups = gather_options(
-            spaces, workloads, shared, db, device or DeviceModel.guess(hardware)
+            spaces, workloads, shared, db, device or DeviceModel.guess(hardware), packed, kept
         )
-        for workload, layouts in (packed or {}).items():
-            use = self._uses[workload]
-            use.options = [o for o in use.options if o.layouts == layouts]
-            if not use.options:
-                raise UsageError(f"no kernel of {workload} reads its tensors as they are packed")
         self._links = layout_links(self._uses, groups)
         uses = list(self._uses.values())
         self._knapsack = Knapsack(
@@ -149,6 +147,7 @@ class Planner:
             sum(c.calls * c.option.energy_mj for c in choices.values()),
             sources.pop() if len(sources) == 1 else "modelled",
             time.perf_counter() - begin,
+            self._knapsack.proved,
         )
 
     def _explained(self, error: Infeasible, goal: Objective) -> MimoError:

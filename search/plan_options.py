@@ -11,14 +11,17 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from mimo_compile.cost_models.analytic import DeviceModel
+from mimo_compile.errors import EnvironmentMismatch
 from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.base import KnobValue, Schedule, Space
 from mimo_compile.search.database import Database
-from mimo_compile.search.lookup import known_results, measured_here, use_measured
+from mimo_compile.search.lookup import Kept, known_results, measured_here, use_measured
 from mimo_compile.search.objective import pareto_front
 from mimo_compile.search.space import Candidate, JointSpace
 
+Layouts = tuple[tuple[str, str], ...]
+"""Sorted (tensor, its layout)."""
 Source = Literal["measured", "modelled", "default"]
 Tensor = tuple[Workload, str]
 """A tensor as one workload sees it: the workload and a name in its schedules' ``layouts``."""
@@ -36,7 +39,7 @@ class Option:
     candidate: Candidate
     latency_us: float
     energy_mj: float
-    layouts: tuple[tuple[str, str], ...]
+    layouts: Layouts
     source: Source
     energy_source: str
     """Meter that measured the energy, or ``modelled``."""
@@ -59,6 +62,8 @@ def gather_options(
     shared: Iterable[Sequence[Tensor]],
     db: Database | None,
     device: DeviceModel,
+    packed: Mapping[Workload, Layouts] | None = None,
+    kept: Kept | None = None,
 ) -> tuple[dict[Workload, Use], list[list[Tensor]]]:
     """Return each workload's options, and the groups of tensors among them that must agree.
 
@@ -68,8 +73,15 @@ def gather_options(
         shared: Groups of tensors that are one tensor and so must have one layout.
         db: Records (packaged ones are used besides).
         device: Rates for what was not measured.
+        packed: Layouts that a workload's tensors have already: it has options in no other ones.
+        kept: Records of something that was compiled before.
+
+    Raises:
+        EnvironmentMismatch: no kernel reads tensors as they are packed.
     """
-    uses = {w: _use(space, calls[w], db, device) for w, space in workloads.items()}
+    uses = {w: _use(space, calls[w], db, device, kept) for w, space in workloads.items()}
+    for workload, layouts in (packed or {}).items():
+        _keep_layouts(uses[workload], layouts, device)
     groups = [[t for t in group if t[0] in uses] for group in shared]
     groups = [g for g in groups if len({w for w, _ in g}) > 1]
     _level_energy(uses)
@@ -102,8 +114,10 @@ def _modelled(space: JointSpace, c: Candidate, device: DeviceModel, source: Sour
     return _option(space, c, latency, (energy, energy), source, "modelled")
 
 
-def _use(space: JointSpace, calls: float, db: Database | None, device: DeviceModel) -> Use:
-    found = known_results(space, db)
+def _use(
+    space: JointSpace, calls: float, db: Database | None, device: DeviceModel, kept: Kept | None
+) -> Use:
+    found = known_results(space, db, kept)
     measured = use_measured([r for _, r in found])
     options = []
     for candidate, r in found:
@@ -151,6 +165,22 @@ def _offer_layouts(
                 use.options.append(_behind(option, measured) if measured else option)
 
 
+def _keep_layouts(use: Use, layouts: Layouts, device: DeviceModel) -> None:
+    """Leave only options with these layouts; without one, the config nearest to the default stands in."""
+    measured = [o for o in use.options if o.source == "measured"]
+    use.options = [o for o in use.options if o.layouts == layouts]
+    if use.options:
+        return
+    candidate = _nearest(use.space, layouts)
+    if candidate is None:
+        raise EnvironmentMismatch(
+            f"no kernel of {use.space.workload} reads its tensors as they are packed",
+            remedy="compile it from its source",
+        )
+    option = _modelled(use.space, candidate, device, "modelled")
+    use.options = [_behind(option, measured) if measured else option]
+
+
 def _behind(option: Option, measured: Sequence[Option]) -> Option:
     """Cost an unmeasured option at least twice the best measured one: hopes must not beat measurements."""
     return replace(
@@ -168,21 +198,28 @@ def nearest_with(space: JointSpace, name: str, layouts: set[str]) -> list[Candid
     the config nearest to the default: fewest knobs changed, and those by the fewest steps.
     """
     found: dict[str, Candidate] = {}
-
-    def look(candidate: Candidate) -> None:
+    for candidate in _nearest_first(space):
         layout = space.layouts(candidate).get(name, "")
         if layout in layouts:
             found.setdefault(layout, candidate)
+        if len(found) == len(layouts):
+            break
+    return [found[k] for k in sorted(found)]
 
-    for default in space.defaults():
-        look(default)
+
+def _nearest(space: JointSpace, layouts: Layouts) -> Candidate | None:
+    """Return the first candidate, in the order of `nearest_with`, whose tensors all have these layouts."""
+    every = _nearest_first(space)
+    return next((c for c in every if tuple(sorted(space.layouts(c).items())) == layouts), None)
+
+
+def _nearest_first(space: JointSpace) -> Iterator[Candidate]:
+    """Yield the defaults, then for each schedule the configs nearest to its own."""
+    yield from space.defaults()
     for schedule, configs in space.spaces.items():
         default_knobs = space.schedules[schedule].config_to_json(configs.default)
         for config in itertools.islice(_outwards(configs, default_knobs), _MANY):
-            if len(found) == len(layouts):
-                break
-            look(space.candidate(schedule, config))
-    return [found[k] for k in sorted(found)]
+            yield space.candidate(schedule, config)
 
 
 def _outwards(space: Space, default: Mapping[str, KnobValue]) -> Iterator[Any]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from mimo_compile import _tvm
 from mimo_compile.errors import UsageError, VerificationError
-from mimo_compile.ir.hardware import PRESETS, Hardware, local_cpu
+from mimo_compile.ir.hardware import Hardware, built_for
 from mimo_compile.ir.ops import OPS, get_op
 from mimo_compile.ir.ops.base import Array
 from mimo_compile.ir.workload import Workload
@@ -146,10 +146,8 @@ def _copy(source: Array) -> Array:
 
 def hardware_of(manifest: Manifest) -> Hardware:
     """Return the hardware description that an artifact's kernels were generated for."""
-    name = manifest.target.name
-    return (PRESETS[name] if name in PRESETS else local_cpu()).with_threads(
-        min(manifest.target.threads, local_cpu().cores)
-    )
+    target = manifest.target
+    return built_for(target.name, target.kind, frozenset(target.features), target.threads)
 
 
 def kernel_of(choice: Choice, manifest: Manifest) -> Kernel | None:

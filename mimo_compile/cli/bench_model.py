@@ -76,10 +76,11 @@ def run_model(args: argparse.Namespace) -> int:
 
 def _artifact(args: argparse.Namespace, scratch: Path) -> tuple[Path, Path | None]:
     """Return the artifact to run and the checkpoint folder of its peers (None: unknown)."""
+    from mimo_compile.api import is_artifact
     from mimo_compile.frontend.huggingface import resolve_source
 
     source = args.source or "tiny"
-    if Path(source).suffix == ".mimo":
+    if is_artifact(source):
         from mimo_compile.runtime.container import open_artifact
         from mimo_compile.verify import builtin_source
 

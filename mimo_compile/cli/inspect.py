@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mimo_compile.cli.options import need_extra, positive
-from mimo_compile.errors import InputError, MissingExtra, UsageError
+from mimo_compile.errors import MissingExtra, UsageError
 
 if TYPE_CHECKING:
     from mimo_compile.cli.console import Console
@@ -119,9 +118,9 @@ def _check(args: argparse.Namespace) -> None:
     if not (args.plan or args.op) and (args.target != "cpu" or args.objective is not None):
         raise UsageError("--target and --objective go with --op or --plan, not with OUT.mimo")
     if args.op is None and args.limit != _LIMIT:
-        raise UsageError("--target and --limit go with --op, not with OUT.mimo")
-    if not (args.plan or args.op or args.kernel) and args.db is not None:
-        raise UsageError("--db goes with --op, --plan or --kernel")
+        raise UsageError("--limit goes with --op, not with OUT.mimo")
+    if args.db is not None and (code or not (args.plan or args.op or args.kernel)):
+        raise UsageError("--db goes with --op, --plan or --kernel without --tir and --asm")
     if args.dot and args.kernel:
         raise UsageError("--dot draws an entry: it does not go with --kernel")
     if args.entry is not None and not args.dot:
@@ -260,9 +259,8 @@ def _explained(args: argparse.Namespace, parts: Parts, choice: Choice) -> Explan
     from mimo_compile.search.calibrate import device_model
     from mimo_compile.search.database import open_records
     from mimo_compile.search.explain import explain
-    from mimo_compile.search.lookup import summarise
+    from mimo_compile.search.lookup import kept_records, summarise
     from mimo_compile.search.objective import parse_objective
-    from mimo_compile.search.records import decode
     from mimo_compile.search.space import JointSpace
 
     workload = Workload.parse(choice.workload)
@@ -273,11 +271,8 @@ def _explained(args: argparse.Namespace, parts: Parts, choice: Choice) -> Explan
     chosen = space.adopt(choice.schedule, choice.config)
     if chosen is None:
         return None
-    kept = []
-    for line in (parts.texts.get("records.jsonl") or b"").splitlines():
-        with contextlib.suppress(InputError):  # of a newer version
-            kept.append(decode(line))
-    results = summarise(r for r in kept if r.workload == choice.workload)
+    kept = kept_records(parts.texts.get("records.jsonl"))
+    results = summarise(kept.get(choice.workload, ()))
     named = ((space.adopt(r.record.schedule, r.record.config), r) for r in results)
     extra = {c: r for c, r in named if c is not None}
     goal = parse_objective(parts.manifest.objective)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import zipfile
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mimo_compile.errors import UsageError
@@ -21,8 +19,13 @@ def run_plan(args: argparse.Namespace) -> int:
     """Plan for several objectives from records, without measuring; return 0."""
     from mimo_compile.pipeline.plans import OBJECTIVES, compare_plans
     from mimo_compile.search.database import open_records
+    from mimo_compile.search.objective import parse_objective
 
     console: Console = args.console
+    if args.objective is not None and parse_objective(args.objective).kind == "pareto":
+        raise UsageError(
+            "a plan needs one objective, not pareto (--objective)", remedy="pareto is for `tune`"
+        )
     problem = _problem(args)
     if not problem.calls:
         raise UsageError(f"{args.artifact} has generic kernels only: there is nothing to plan")
@@ -37,9 +40,10 @@ def run_plan(args: argparse.Namespace) -> int:
 
 
 def _problem(args: argparse.Namespace) -> Problem:
+    from mimo_compile.api import is_artifact
     from mimo_compile.pipeline.plans import problem_of_artifact, problem_of_model
 
-    if zipfile.is_zipfile(args.artifact) and Path(args.artifact).suffix != ".pt2":
+    if is_artifact(args.artifact):
         if args.quant is not None or args.target != "cpu" or args.max_context is not None:
             raise UsageError(
                 "--quant, --target and --max-context go with SRC: an artifact has its own"
@@ -86,7 +90,7 @@ def _show(console: Console, found: Comparison) -> None:
         rows.append(["other kernels than built", *(found.unlike_built(p) for p in plans)])
     rows.append(["times come from", *(_sources(p) for p in plans)])
     rows.append(["part of the time measured", *(f"{100 * measured_share(p):.0f} %" for p in plans)])
-    rows.append(["planned in", *(f"{p.seconds * 1e3:.1f} ms" for p in plans)])
+    rows.append(["planned in", *(_seconds(p) for p in plans)])
     header = ["", *(str(p.objective) for p in plans)]
     console.say("\n" + table(rows, header, right="l" + "r" * len(plans)))
     console.say(
@@ -102,6 +106,10 @@ def _show(console: Console, found: Comparison) -> None:
         console.say("\n" + _difference(difference, plans, problem))
     if len(differences) > _SHOWN:
         console.say(f"\n... and {len(differences) - _SHOWN} more, which take less time")
+
+
+def _seconds(plan: Plan) -> str:
+    return f"{plan.seconds * 1e3:.1f} ms" + ("" if plan.proved else ", not proved best")
 
 
 def _beside(value: float, first: float) -> str:

@@ -92,7 +92,7 @@ def build_artifact(
         target=Target(
             hardware.kind, hardware.name, tuple(sorted(hardware.features)), hardware.threads
         ),
-        versions=_versions(),
+        versions=built_with(),
         quant=extras.quant,
         objective=extras.objective,
         entries=tuple(entries),
@@ -134,7 +134,8 @@ def _final_choice(
     )  # fmt: skip
 
 
-def _versions() -> dict[str, str]:
+def built_with() -> dict[str, str]:
+    """Return the installed packages that decide what an artifact holds, with their versions."""
     from importlib.metadata import version
 
     return {

@@ -11,7 +11,7 @@ from mimo_compile.ir.workload import Workload
 from mimo_compile.pipeline.graphs import ModelGraphs
 from mimo_compile.runtime.program import Choice
 from mimo_compile.search.database import Database
-from mimo_compile.search.lookup import results_for
+from mimo_compile.search.lookup import Kept, results_for
 from mimo_compile.search.objective import parse_objective
 from mimo_compile.search.plan import Plan, make_plan
 from mimo_compile.search.records import encode
@@ -95,8 +95,10 @@ def choose(
     return with_records(plan, hardware, db)
 
 
-def with_records(plan: Plan, hardware: Hardware, db: Database | None) -> ModelPlan:
-    """Return a plan's choices as an artifact holds them, with the records they rest on."""
+def with_records(
+    plan: Plan, hardware: Hardware, db: Database | None, kept: Kept | None = None
+) -> ModelPlan:
+    """Return a plan's choices as an artifact holds them, with the records they rest on and ``kept`` ones."""
     choices: dict[Workload, Choice] = {}
     lines: dict[str, None] = {}
     for workload, chosen in plan.choices.items():
@@ -107,9 +109,10 @@ def with_records(plan: Plan, hardware: Hardware, db: Database | None) -> ModelPl
         )  # fmt: skip
         if option.source == "measured":
             default = chosen.schedule.space(workload, hardware).default
-            kept = (option.candidate.config, chosen.schedule.config_to_json(default))
-            for result in results_for(workload, hardware, db):
+            both = (option.candidate.config, chosen.schedule.config_to_json(default))
+            for result in results_for(workload, hardware, db, kept=kept):
                 r = result.record
-                if r.schedule == option.candidate.schedule and r.config in kept:
+                if r.schedule == option.candidate.schedule and r.config in both:
                     lines[encode(r)] = None
+    lines.update(dict.fromkeys(encode(r) for rows in (kept or {}).values() for r in rows))
     return ModelPlan(choices, "".join(f"{line}\n" for line in lines).encode())

@@ -10,16 +10,22 @@ from typing import Any
 
 from mimo_compile import _tvm
 from mimo_compile.artifact import Artifact
-from mimo_compile.ir.hardware import PRESETS, Hardware, local_cpu
+from mimo_compile.errors import EnvironmentMismatch, UsageError
+from mimo_compile.ir.hardware import Hardware, built_for
 from mimo_compile.ir.ops import OPS, get_op
 from mimo_compile.ir.workload import Workload
 from mimo_compile.pipeline.choose import call_weights, shared_tensors, tunable
 from mimo_compile.pipeline.graphs import ModelGraphs
 from mimo_compile.runtime.container import Parts
 from mimo_compile.runtime.program import Choice as Built
+from mimo_compile.schedules import get_schedule
 from mimo_compile.search.database import Database
-from mimo_compile.search.plan import Choice, Layouts, Plan, Planner
+from mimo_compile.search.lookup import Kept, kept_records
+from mimo_compile.search.plan import Choice, Plan, Planner
+from mimo_compile.search.plan_options import Layouts
 
+FROM_SOURCE = "compile it from its source"
+"""The remedy where an artifact does not hold what another plan would take."""
 SLACK = "energy@latency:1.05"
 OBJECTIVES = ("latency", SLACK, "energy")
 """What is compared unless told otherwise: fastest, least energy within 5 % of it, least energy."""
@@ -36,17 +42,28 @@ class Problem:
     hardware: Hardware
     built: dict[Workload, Built] = field(default_factory=dict)
     """What an artifact holds."""
+    kept: Kept = field(default_factory=dict)
+    """The records that an artifact's plan rests on, by workload."""
 
     @property
     def weights(self) -> dict[Workload, float]:
         """Calls per token, summed over the entry points: what totals of a plan count."""
         return {w: call_weights(calls) for w, calls in self.calls.items()}
 
-    def planner(
-        self, db: Database | None, packed: Mapping[Workload, Layouts] | None = None
-    ) -> Planner:
-        """Gather the options from records; ``packed``: layouts that tensors have already."""
-        return Planner(self.weights, self.hardware, db=db, shared=self.shared, packed=packed)
+    def packed(self) -> dict[Workload, Layouts]:
+        """Return the layouts that an artifact's tensors have already.
+
+        Raises:
+            EnvironmentMismatch: a schedule is gone or has other knobs now.
+        """
+        return {w: _layouts(w, c) for w, c in self.built.items()}
+
+    def planner(self, db: Database | None) -> Planner:
+        """Gather the options from records, those of an artifact included, in the layouts that it holds."""
+        return Planner(
+            self.weights, self.hardware, db=db, shared=self.shared, packed=self.packed(),
+            kept=self.kept,
+        )  # fmt: skip
 
 
 def problem_of_model(model: ModelGraphs, hardware: Hardware) -> Problem:
@@ -67,10 +84,11 @@ def problem_of_artifact(parts: Parts | Artifact, threads: int | None = None) -> 
         threads: To plan for another number of threads than it was built for.
     """
     manifest = parts.manifest
-    base = PRESETS.get(manifest.target.name) or local_cpu()
-    hardware = base.with_threads(
-        min(manifest.target.threads, base.cores) if threads is None else threads
-    )
+    target = manifest.target
+    hardware = built_for(
+        target.name, target.kind, frozenset(target.features),
+        target.threads if threads is None else min(threads, target.threads),
+    ).with_threads(threads)  # fmt: skip
     built = {
         Workload.parse(c.workload): c for c in manifest.plan if c.workload.split(":")[0] in OPS
     }
@@ -90,7 +108,21 @@ def problem_of_artifact(parts: Parts | Artifact, threads: int | None = None) -> 
                     users.setdefault((buffer.source, ""), {})[workload, next(states)] = None
     groups = {frozenset(g): list(g) for g in users.values() if len(g) > 1}
     calls = {w: dict(c.calls) for w, c in built.items()}
-    return Problem(manifest.name, calls, list(groups.values()), hardware, built)
+    text = parts.records if isinstance(parts, Artifact) else parts.texts.get("records.jsonl")
+    return Problem(manifest.name, calls, list(groups.values()), hardware, built, kept_records(text))
+
+
+def _layouts(workload: Workload, choice: Built) -> Layouts:
+    try:
+        schedule = get_schedule(choice.schedule)
+        config = schedule.config_from_json(choice.config)
+        return tuple(sorted(schedule.layouts(workload, config).items()))
+    except (UsageError, TypeError, ValueError, KeyError) as error:  # of another version
+        raise EnvironmentMismatch(
+            f"schedule {choice.schedule} has changed since the artifact was compiled",
+            where=str(workload),
+            remedy=FROM_SOURCE,
+        ) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +235,7 @@ def compare_plans(
 
     Raises:
         UsageError: an objective is none, or its budget cannot be kept.
+        EnvironmentMismatch: an artifact's schedules have changed.
     """
     begin = time.perf_counter()
     _tvm.compiler()

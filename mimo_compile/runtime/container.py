@@ -177,7 +177,7 @@ def check_machine(manifest: Manifest, where: str) -> None:
     _tvm.check_versions()
     for name in ("apache-tvm", "apache-tvm-ffi"):
         built, here = manifest.versions.get(name), importlib.metadata.version(name)
-        if built is None or _series(built) != _series(here):
+        if built is None or series(built) != series(here):
             raise EnvironmentMismatch(
                 f"the code was built with {name} {built or 'of unknown version'}, "
                 f"{here} is installed",
@@ -201,7 +201,7 @@ def check_machine(manifest: Manifest, where: str) -> None:
         )
 
 
-def _series(version: str) -> str:
+def series(version: str) -> str:
     """Return major and minor number: within them compiled code and libraries fit."""
     found = re.match(r"\d+\.\d+(?=\D|$)", version)
     return found[0] if found else version

@@ -11,10 +11,12 @@ import pytest
 import torch
 
 import mimo_compile as mc
+from mimo_compile import api
 from mimo_compile.artifact import Artifact
 from mimo_compile.cli import main
-from mimo_compile.errors import UsageError
-from mimo_compile.ir.hardware import local_cpu
+from mimo_compile.errors import EnvironmentMismatch, UsageError
+from mimo_compile.ir.hardware import PRESETS, local_cpu
+from mimo_compile.ir.ops import parse_workload
 from mimo_compile.pipeline import build
 from mimo_compile.pipeline import replan as replan_module
 from mimo_compile.pipeline.choose import choose
@@ -29,6 +31,7 @@ from mimo_compile.pipeline.replan import replan
 from mimo_compile.pipeline.source import open_source
 from mimo_compile.runtime.container import Parts
 from mimo_compile.search.database import Database
+from mimo_compile.search.plan import Planner
 from mimo_compile.search.records import Record, Verdict, record_key, versions
 from mimo_compile.search.space import JointSpace
 
@@ -190,7 +193,7 @@ def test_another_plan_keeps_programs_and_weights(model, two_plans, monkeypatch) 
         made.manifest, target=msgspec.structs.replace(made.manifest.target, features=("avx2",))
     )
     elsewhere = Artifact(cut, made.programs, b"")
-    with pytest.raises(UsageError, match="was built for"):
+    with pytest.raises(EnvironmentMismatch, match="was built for"):
         replan(elsewhere, problem_of_artifact(elsewhere), "energy", db)
 
 
@@ -210,6 +213,130 @@ def test_an_artifact_with_another_plan_computes_the_same(
     )
     with pytest.raises(UsageError, match="only its plan can change"):
         mc.compile(path, quant="w8a8")
+
+
+@pytest.fixture
+def made(model, two_plans, monkeypatch):
+    """An artifact that was planned with the records of `two_plans`; nothing is compiled."""
+    for module in (build, replan_module):
+        monkeypatch.setattr(module, "compile_isolated", lambda kernels, *_: b"%d" % len(kernels))
+    plan = choose(model, local_cpu(), "latency", two_plans[2])
+    return build.build_artifact(
+        model, plan.choices, local_cpu(), build.Extras(records=plan.records)
+    )
+
+
+def _with(made: Artifact, target: dict | None = None, **fields: object) -> Artifact:
+    if target is not None:
+        fields["target"] = msgspec.structs.replace(made.manifest.target, **target)
+    changed = msgspec.structs.replace(made.manifest, **fields)
+    return Artifact(changed, made.programs, made.code, made.weights, records=made.records)
+
+
+def test_an_artifact_brings_its_own_records(made, two_plans, tmp_path) -> None:
+    """Without the database it was tuned with, also beside a few new readings, its plan stays."""
+    workload, second, db = two_plans
+    (chosen,) = [c for c in made.manifest.plan if c.workload == str(workload)]
+    assert chosen.source == "measured" and chosen.latency_us == 10.0
+    same = replan(made, problem_of_artifact(made), "latency", None)
+    assert same.manifest.plan == made.manifest.plan and same.code is made.code
+    assert same.records == made.records
+    comparison = compare_plans(problem_of_artifact(made), None, ["latency"])
+    assert comparison.unlike_built(comparison.plans[0]) == 0
+    with Database(tmp_path / "few.db") as few:
+        few.add(*(r for r in db.records(workload) if r.config == second.config))
+        again = replan(made, problem_of_artifact(made), "latency", few)
+        frugal = replan(made, problem_of_artifact(made), "energy", few)
+    assert again.manifest.plan == made.manifest.plan
+    (other,) = [c for c in frugal.manifest.plan if c.workload == str(workload)]
+    assert dict(other.config) == second.config and other.source == "measured"
+    assert set(made.records.splitlines()) < set(frugal.records.splitlines())
+
+
+def test_code_and_the_versions_that_built_it_go_together(made) -> None:
+    old = {**made.manifest.versions, "apache-tvm": "0.1.0"}
+    stale = _with(made, versions=old)
+    stale.code = b"old"
+    fresh = replan(stale, problem_of_artifact(stale), "latency", None)
+    assert fresh.code != b"old" and fresh.manifest.versions == made.manifest.versions
+
+
+def test_what_cannot_be_planned_again_is_refused_with_code_3(made) -> None:
+    here = local_cpu()
+    choice = made.manifest.plan[0]
+    cases = {
+        "was built for": _with(made, {"features": ("avx2",)}),
+        f"--threads {here.cores}": _with(made, {"threads": here.cores + 7}),
+        "built by mimo_compile 9.1.0": _with(made, versions={"mimo_compile": "9.1.0"}),
+        "has changed since": _with(
+            made, plan=(msgspec.structs.replace(choice, config={"old": 1}), *made.manifest.plan[1:])
+        ),
+        "gone.schedule has changed": _with(
+            made, plan=(msgspec.structs.replace(choice, schedule="gone.schedule"), *made.manifest.plan[1:])
+        ),
+    }  # fmt: skip
+    for text, artifact in cases.items():
+        with pytest.raises(EnvironmentMismatch, match=text) as refused:
+            replan(artifact, problem_of_artifact(artifact), "latency", None)
+        assert refused.value.exit_code == 3 and refused.value.remedy
+
+
+def test_what_is_refused_is_refused_before_the_search(made, monkeypatch) -> None:
+    def searched(*_: object, **__: object) -> None:
+        raise AssertionError("it was tuned first")
+
+    monkeypatch.setattr(api, "_tune", searched)
+    monkeypatch.setattr(Artifact, "load", classmethod(lambda cls, path: loaded[path]))
+    loaded = {
+        "other.mimo": _with(made, {"features": ("avx2",)}),
+        "none.mimo": _with(made, plan=()),
+        "good.mimo": made,
+    }
+    with pytest.raises(EnvironmentMismatch, match="was built for"):
+        mc.compile("other.mimo", trials=4)
+    with pytest.raises(UsageError, match="generic"):
+        mc.compile("none.mimo", trials=4)
+    with pytest.raises(UsageError, match="not pareto"):
+        mc.compile("good.mimo", trials=4, objective="pareto")
+    with pytest.raises(UsageError, match="only its plan can change"):
+        mc.compile("good.mimo", adapter_format="bf16")
+    with pytest.raises(AssertionError, match="tuned first"):
+        mc.compile("good.mimo", trials=4)
+    with pytest.raises(UsageError, match="is an artifact"):
+        mc.tune("good.mimo", trials=4)
+
+
+def test_an_artifact_of_a_preset_has_the_presets_cores(made, monkeypatch) -> None:
+    """More threads than this machine has are no error for an artifact of a larger one."""
+    preset = PRESETS["x86-64-v4"]
+    features = tuple(sorted(preset.features))
+    theirs = _with(made, {"name": preset.name, "features": features, "threads": 16})
+    problem = problem_of_artifact(theirs)
+    assert problem.hardware == preset
+    monkeypatch.setattr(Artifact, "load", classmethod(lambda cls, path: theirs))
+    other = mc.compile("preset.mimo", threads=12)
+    assert other.manifest.target.threads == 12 and other.manifest.target.name == preset.name
+    with pytest.raises(UsageError, match=r"outside 1\.\.16"):
+        mc.compile("preset.mimo", threads=17)
+
+
+def test_weights_packed_for_a_kernel_that_was_never_measured(tmp_path) -> None:
+    """Records of other layouts only: a config that reads the packed one stands in, behind these."""
+    hardware = local_cpu()
+    workload = parse_workload("mpgemm:m=1,n=256,k=256,w=w4g32,a=a8")
+    space = JointSpace(workload, hardware)
+    found = {space.layouts(c).get("weight"): c for _, c in zip(range(4000), space, strict=False)}
+    (_, first), (packed, second) = list(found.items())[:2]
+    with Database(tmp_path / "r.db") as db:
+        db.add(*_records(workload, first, first)[:1])
+        layouts = {workload: tuple(sorted(space.layouts(second).items()))}
+        planner = Planner({workload: 1.0}, hardware, db=db, packed=layouts)
+    (option,) = planner.options[workload]
+    assert dict(option.layouts)["weight"] == packed and option.source == "modelled"
+    assert option.latency_us >= 20
+    gone = {workload: (("weight", "no-such-layout"),)}
+    with pytest.raises(EnvironmentMismatch, match="as they are packed"):
+        Planner({workload: 1.0}, hardware, packed=gone)
 
 
 def test_generic_kernels_need_the_source() -> None:
