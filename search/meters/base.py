@@ -1,8 +1,8 @@
 """What a joules meter is, and how energy of one kernel call is taken with it.
 
 A meter is a counter that only grows. A kernel is called for a window of seconds; the counter's difference
-over the calls is its energy. Windows shorter than 20 steps of the counter are refused, and so are counters
-that stand still or run backwards: energy is then absent, never 0.
+over the calls is its energy. Windows shorter than 20 steps of the counter are refused (of a meter that is
+watched: stretched), and so are counters that stand still or run backwards: energy is then absent, never 0.
 """
 
 from __future__ import annotations
@@ -53,16 +53,6 @@ class Reading:
     spread_mj: float | None
     window_s: float
     reason: str = ""
-    idle_w: float | None = None
-    """Power of the device without a kernel, where the meter knows it."""
-    seconds_per_call: float | None = None
-
-    @property
-    def net_mj(self) -> float | None:
-        """Energy beyond what the device would have used in that time anyway; None where it is not known."""
-        if self.energy_mj is None or self.idle_w is None or self.seconds_per_call is None:
-            return None
-        return self.energy_mj - self.idle_w * self.seconds_per_call * 1e3
 
 
 def measure_energy(
@@ -76,7 +66,8 @@ def measure_energy(
         window_s: Seconds in all, divided among the repeats; at least `MIN_STEPS` counter steps for each.
         repeats: Windows; their standard deviation is the spread.
 
-    Meters with coarse steps are read while the kernel runs (`watched.Watched`).
+    Meters with coarse steps are read while the kernel runs (`watched.Watched`), and longer if they need it;
+    the reading's ``window_s`` says how long.
     """
     from mimo_compile.search.meters.watched import measure_watched, watched
 

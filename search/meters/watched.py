@@ -33,6 +33,10 @@ MAX_WARMING_C = 5.0
 """How far the temperature may rise in a window."""
 MAX_DISAGREEMENT = 0.1
 """How far the device's own power reading may lie from the counter's."""
+STRETCH = 10
+"""Times the seconds asked for that windows may take, so that there are two of them with enough steps."""
+_SLACK = 1.1
+"""Times the seconds of the least steps that a window takes: the step's length was measured, too."""
 _SETTLE = 0.1
 """Part at the start of a window that does not count: power rises for a while."""
 _STATES = 8
@@ -165,16 +169,10 @@ class _Watch(threading.Thread):
         self.samples = [s for s in self.samples if s[0] >= start]
 
 
-@dataclass(frozen=True, slots=True)
-class _Window:
-    energy_mj: float
-    seconds_per_call: float
-
-
 def _window(
     meter: Watched, spin: Callable[[float], tuple[int, float]], seconds: float
-) -> _Window | str:
-    """Measure one window; a string says why there is no number."""
+) -> float | str:
+    """Return millijoules of a call in one window; a string says why there is no number."""
     watch = _Watch(meter, seconds)
     watch.start()
     try:
@@ -191,7 +189,7 @@ def _window(
         return f"the {meter.name} counter moved {count} times only in a window of {seconds:g} s"
     if reason := unsound(watch.states, watts):
         return reason
-    return _Window(watts * spent / calls * 1e3, spent / calls)
+    return watts * spent / calls * 1e3
 
 
 def measure_watched(
@@ -201,14 +199,19 @@ def measure_watched(
     repeats: int = 3,
     rng: random.Random | None = None,
 ) -> Reading:
-    """Measure millijoules of one call; arguments as in `measure_energy`."""
+    """Measure millijoules of one call; arguments as in `measure_energy`.
+
+    Where the steps turn out longer than ``window_s`` allows for, it is stretched to two windows with enough
+    of them (one has no spread), up to `STRETCH` times.
+    """
     try:
         meter.prepare()
-        least = MIN_STEPS * meter.step_s
+        least = _SLACK * MIN_STEPS * meter.step_s
+        asked, window_s = window_s, max(window_s, min(repeats, 2) * least)
+        if window_s > STRETCH * asked:
+            text = f"a window of {asked:g} s is below {MIN_STEPS} counter steps of {meter.name}"
+            return Reading(None, None, asked, f"{text} ({MIN_STEPS * meter.step_s:g} s)")
         repeats = max(1, min(repeats, math.floor(window_s / least + 1e-9)))
-        if window_s + 1e-9 < least:
-            text = f"a window of {window_s:g} s is below {MIN_STEPS} counter steps of {meter.name}"
-            return Reading(None, None, window_s, f"{text} ({least:g} s)")
         if spin(meter.warm_s)[0] < 1:
             return Reading(None, None, window_s, "the kernel did not run")
         return _windows(meter, spin, window_s, repeats, rng or random.Random())
@@ -224,21 +227,18 @@ def _windows(
     repeats: int,
     rng: random.Random,
 ) -> Reading:
-    found: list[_Window] = []
+    energies: list[float] = []
     for attempt in range(2):  # windows that differ get as many more, once
         for _ in range(repeats):
             spin(rng.random() * meter.step_s)  # another phase of the sensor, without growing cold
             window = _window(meter, spin, window_s / repeats)
             if isinstance(window, str):
                 return Reading(None, None, window_s, window)
-            found.append(window)
-        energies = [w.energy_mj for w in found]
+            energies.append(window)
         energy = statistics.median(energies)
-        spread = statistics.stdev(energies) if len(found) > 1 else None
+        spread = statistics.stdev(energies) if len(energies) > 1 else None
         if spread is None or spread <= meter.max_spread * energy:
-            seconds = statistics.median(w.seconds_per_call for w in found)
-            total = window_s * (attempt + 1)
-            return Reading(energy, spread, total, "", meter.idle_w, seconds)
+            return Reading(energy, spread, window_s * (attempt + 1))
     text = f"its windows differ by {100 * (spread or 0.0) / energy:.2g} %"
     return Reading(None, None, 2 * window_s, f"{text}, more than {100 * meter.max_spread:g} %")
 
