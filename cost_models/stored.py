@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -19,19 +20,31 @@ def _text(content: Any) -> str:
 
 
 def write(path: str | os.PathLike[str], content: dict[str, Any]) -> str:
-    """Write the content of a model; return its SHA-256."""
+    """Write the content of a model; return its SHA-256.
+
+    Raises:
+        InputError: the file cannot be written; what was there stays.
+    """
     text = _text(content)
     digest = hashlib.sha256(text.encode()).hexdigest()
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w") as out:
-            out.write(f'{{"schema":{SCHEMA},"sha256":"{digest}","content":{text}}}\n')
-            out.flush()
-            os.fsync(out.fileno())
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+        try:
+            with temporary.open("w") as out:
+                out.write(f'{{"schema":{SCHEMA},"sha256":"{digest}","content":{text}}}\n')
+                out.flush()
+                os.fsync(out.fileno())
+            temporary.replace(target)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"the cost model cannot be written: {error.strerror or error}",
+            file=target,
+            remedy="Check the folder, its permissions and the free space",
+        ) from error
     return digest
 
 

@@ -77,13 +77,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         rows = [r for path in args.files or packaged() for r in read_records(path)]
-        rows = [r for r in rows if r.cache == "cold" and not r.simulated]
-        written = _train_each(rows, args.output, args.seed)
+        written = _train_each(_usable(rows), args.output, args.seed)
     except MimoError as error:
         print(error, file=sys.stderr)
         return error.exit_code
     print(written)
     return 0
+
+
+def _usable(rows: Sequence[Record]) -> list[Record]:
+    """Return the records that a packaged model may learn from.
+
+    Raises:
+        UsageError: there are none; it says what the others are.
+    """
+    found = [r for r in rows if r.cache == "cold" and not r.simulated]
+    if found:
+        return found
+    simulated = sum(r.simulated for r in rows)
+    others = {"of simulated targets": simulated, "of hot caches": len(rows) - simulated}
+    why = ", ".join(f"{n} are {text}" for text, n in others.items() if n)
+    raise UsageError(
+        "there are no records to learn from" + (f": {why}" if why else ""),
+        remedy="give databases or JSON lines of kernels timed with cold caches",
+    )
+
+
+def _file_of(machine: str) -> Path:
+    """Return where the model of a machine is put in the package; its name comes from records.
+
+    Raises:
+        InputError: the name is none of a file.
+    """
+    name = f"{machine}.json"
+    if Path(name).name != name or not machine or machine.startswith(".") or not name.isprintable():
+        raise InputError(
+            f"the records are of a machine called {machine!r}, which names no file",
+            file=Path(pretrained.__file__).parent,
+            remedy="give -o FILE",
+        )
+    return Path(pretrained.__file__).parent / name
 
 
 def _train_each(rows: Sequence[Record], output: Path | None, seed: int) -> str:
@@ -93,7 +126,7 @@ def _train_each(rows: Sequence[Record], output: Path | None, seed: int) -> str:
         groups.setdefault("" if output is not None else r.hardware, []).append(r)
     lines = []
     for machine, mine in sorted(groups.items()):
-        path = output or Path(pretrained.__file__).parent / f"{machine}.json"
+        path = output or _file_of(machine)
         model = train(mine, seed=seed)
         if not model.trained:
             raise InputError(
@@ -102,10 +135,6 @@ def _train_each(rows: Sequence[Record], output: Path | None, seed: int) -> str:
         digest = model.save(path)
         lines.append(
             f"{path}: {model.samples} candidates of {model.meta['workloads']} workloads, sha256 {digest}"
-        )
-    if not lines:
-        raise UsageError(
-            "there are no records to learn from", remedy="give databases or JSON lines"
         )
     return "\n".join(lines)
 

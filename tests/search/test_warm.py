@@ -246,3 +246,31 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         bad.write_bytes(b"not packed")
         with pytest.raises(InputError, match="cannot be read"):
             list(training.read_records(bad))
+
+
+def test_what_the_command_cannot_do_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines, out = tmp_path / "some.jsonl", tmp_path / "model.json"
+    rows, replace = many(), msgspec.structs.replace
+
+    def train(*more: str, **changes) -> str:
+        lines.write_text("".join(encode(replace(r, **changes)) + "\n" for r in rows))
+        assert training.main([str(lines), *more]) != 0
+        return capsys.readouterr().err
+
+    hot = train("-o", str(out), cache="hot")
+    assert f"{len(rows)} are of hot caches" in hot and "simulated" not in hot
+    lines.write_text("")
+    assert training.main([str(lines), "-o", str(out)]) != 0
+    assert "no records to learn from." in capsys.readouterr().err
+    assert not out.exists()
+    (tmp_path / "sub").mkdir()
+    assert "cannot be written" in train("-o", str(tmp_path / "absent" / "m.json"))
+    assert "cannot be written" in train("-o", str(tmp_path / "sub"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["some.jsonl", "sub"]
+    package = tmp_path / "sub" / "__init__.py"
+    monkeypatch.setattr(training.pretrained, "__file__", str(package))
+    for name in ("../evil.4c", f"{tmp_path}/evil.4c", ".4c", "a\nb.4c"):
+        assert "names no file" in train(hardware=name)
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["some.jsonl", "sub"]
