@@ -1,7 +1,7 @@
 """When is one more energy measurement worth its seconds? Quality of predictions, and the rule for k.
 
 Raw SNR (signal-to-noise ratio) flatters: a constant prediction of energies with 10 % spread scores 20 dB. So
-decisions use the *centred* SNR, or the accuracy of pairwise order.
+decisions use the *centred* SNR.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,12 +33,6 @@ def _db(signal: float, noise: float) -> float:
     if noise <= signal * 10 ** (-CAP_DB / 10):
         return CAP_DB
     return max(-CAP_DB, 10 * math.log10(signal / noise)) if signal > 0 else -CAP_DB
-
-
-def raw_snr_db(measured: Sequence[float], predicted: Sequence[float]) -> float | None:
-    """Return ``10 log10(sum E^2 / sum (E - P)^2)``; None without values. For reports only."""
-    e, p = _pair(measured, predicted)
-    return _db(float((e**2).sum()), float(((e - p) ** 2).sum())) if e.size else None
 
 
 def centred_snr_db(measured: Sequence[float], predicted: Sequence[float]) -> float | None:
@@ -74,9 +68,8 @@ class DynamicShare:
     k: float = 1.0
     least: float = 0.05
     step: float = 0.1
-    gate: Literal["snr", "order"] = "snr"
     threshold: float = 1.0
-    """Decibels of centred SNR, or the share of pairs in the right order."""
+    """Decibels of centred SNR."""
     explore: float = 0.2
     """Share of the measured ones that is drawn at random rather than predicted best."""
 
@@ -109,11 +102,7 @@ class DynamicShare:
 
         Where quality is undefined (one value, equal energies) k stays.
         """
-        quality = (
-            centred_snr_db(measured, predicted)
-            if self.gate == "snr"
-            else pairwise_accuracy(measured, predicted)
-        )
+        quality = centred_snr_db(measured, predicted)
         if quality is None:
             return False
         poor = quality < self.threshold

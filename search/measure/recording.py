@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import lzma
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -206,7 +206,17 @@ class Recording:
                 **{**header["hardware"], "features": frozenset(header["hardware"]["features"])}
             )
             records = tuple(decode(line, file=path) for line in rest)
-            schedules = header["schedules"]
+            schedules, traits = header["schedules"], tuple(header["traits"])
+            if not records or len(traits) != len(records):
+                raise InputError(
+                    f"a recorded space with {len(records)} records and the traits of {len(traits)}",
+                    file=path,
+                    remedy="Record or download it again",
+                )
+            if strange := {r.schedule for r in records} - {s["name"] for s in schedules}:
+                raise InputError(
+                    f"a recorded space without the knobs of {', '.join(sorted(strange))}", file=path
+                )
             return cls(
                 Workload.parse(header["workload"]),
                 hardware,
@@ -215,7 +225,7 @@ class Recording:
                 {s["name"]: {k: tuple(v) for k, v in s["knobs"]} for s in schedules},
                 {s["name"]: RecordedSchedule.config_of(**s["default"]) for s in schedules},
                 records,
-                tuple(header["traits"]),
+                traits,
             )
         except OSError as error:
             raise InputError(f"cannot read it: {error.strerror}", file=path) from error
@@ -228,8 +238,3 @@ def _device(values: Mapping[str, Any]) -> DeviceModel:
     kept = {k: v for k, v in values.items() if k in known}
     levels = {k: tuple(v) for k, v in kept["bytes_per_s"].items()}
     return DeviceModel(**{**kept, "bytes_per_s": levels, "measured": frozenset(kept["measured"])})
-
-
-def load_all(paths: Iterable[Path]) -> dict[str, Recording]:
-    """Read recordings; names are those of the files."""
-    return {p.name.partition(".")[0]: Recording.load(p) for p in sorted(paths)}

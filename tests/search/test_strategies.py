@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from toy_schedules import Tiled
 
 from mimo_compile.errors import InputError, MimoError
 from mimo_compile.schedules.base import Schedule
-from mimo_compile.search.measure.recording import Recording, load_all
+from mimo_compile.search.measure.recording import Recording
 from mimo_compile.search.objective import BEHIND
 from mimo_compile.search.space import Candidate, JointSpace
 from mimo_compile.search.strategies import (
@@ -334,7 +335,7 @@ def test_a_recording_survives_its_file(tmp_path: Path) -> None:
     written = recording()
     path = tmp_path / "small.jsonl.xz"
     assert written.save(path) == path.stat().st_size < 100 * len(written.records)
-    read = load_all([path])["small"]
+    read = Recording.load(path)
     assert read == written and read.best_us == written.best_us
     live, replayed = JointSpace(SMALL, HW, schedules()), read.space()
     assert {c.key for c in live} == {c.key for c in replayed}
@@ -360,3 +361,12 @@ def test_damaged_recordings_are_refused(tmp_path: Path) -> None:
             Recording.load(path)
     with pytest.raises(InputError, match="cannot read"):
         Recording.load(tmp_path / "none")
+    sound = recording()
+    for changes, words in (
+        ({"traits": sound.traits[:-1]}, f"{len(sound.records)} records and the traits of"),
+        ({"records": (), "traits": ()}, "0 records and the traits of 0"),
+        ({"knobs": {}}, "without the knobs of swiglu"),
+    ):
+        dataclasses.replace(sound, **changes).save(path)
+        with pytest.raises(InputError, match=words):
+            Recording.load(path)
