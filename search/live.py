@@ -59,7 +59,7 @@ class _Row:
         record = event.record
         if record is None or not record.ok or record.latency_us is None:
             return
-        if event.predicted_us:
+        if event.kind == "measured" and event.predicted_us:  # later readings were learned from
             self.errors.append(math.log(record.latency_us / event.predicted_us))
         if self.best is None or record.latency_us <= (self.best.latency_us or 0.0):
             self.best = record

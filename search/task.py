@@ -119,21 +119,25 @@ class Task:
             goal = min(good, default=math.inf)
         self.share.learn(trials, best, goal)
 
-    def leaders(self, done: set[str], default_key: str) -> list[str]:
+    def leaders(self, done: set[str], failed: set[str], default_key: str) -> list[str]:
         """Return the keys of candidates to compare, the best first; none if the leader was compared.
+
+        Args:
+            done: Keys of those that were compared.
+            failed: Keys of those that failed when they were to be.
+            default_key: That of the default.
 
         The best of each algorithm that came near takes part as well, the default, and where joules decide
         the fastest one, from which limits are counted.
         """
         results = self.results()
         scores = self.scores(results)
-        keys = sorted(scores, key=lambda k: (scores[k], k))
+        keys = sorted((k for k in scores if k not in failed), key=lambda k: (scores[k], k))
         if not keys or keys[0] in done:
             return []
-        if done:
+        if compared := [k for k in keys if k in done]:
             new = [k for k in keys if k not in done]
-            # none is left of those compared before if all of them failed in it
-            return [*new[: CONFIRM - 1], *[k for k in keys if k in done][:1]]
+            return [*new[: CONFIRM - 1], compared[0]]
         best: dict[str, str] = {}
         for key in keys:
             best.setdefault(self.candidates[key].schedule, key)

@@ -222,8 +222,11 @@ class Tuner:
             batch = [task.candidates[k] for k in chosen]
             for m in self.measurer.measure(task.space, batch, self._next_seed()):
                 record = self._store(task, m, "energy")
+                # an old record may spell a config otherwise, and so have another key
+                keys = [k for k in chosen if task.candidates[k].key == m.candidate.key]
+                task.joules.tried.update(k for k in keys if k != record.key)
                 if not blind and (mj := task.joules.known().get(record.key)) is not None:
-                    pairs[record.key] = (mj, energies[record.key])
+                    pairs[record.key] = (mj, energies[keys[0]])
                 if clock.budget.seconds is not None and clock.seconds > clock.budget.seconds:
                     break
         self._train(now=task.joules.judge(pairs))
@@ -253,17 +256,20 @@ class Tuner:
         """Time the leaders and the default against each other: single readings flatter the lucky.
 
         Afterwards the leader is one of them; if another that was read once still leads, it is compared too.
+        One that fails may end the comparison before the others were timed: it is repeated without it.
         """
         done: set[str] = set()
+        failed: set[str] = set()
         default_key = self._key(task, task.space.defaults()[0])
         for _ in range(1 + CONFIRM_AGAIN):
-            chosen = task.leaders(done, default_key)
+            chosen = task.leaders(done, failed, default_key)
             if len(chosen) < 2:
                 return
             batch = [task.candidates[k] for k in chosen]
             for m in self.measurer.confirm(task.space, batch, self._next_seed()):
-                self._store(task, m, "confirm")
-            done.update(chosen)
+                ok = self._store(task, m, "confirm").ok
+                keys = [k for k in chosen if task.candidates[k].key == m.candidate.key]
+                (done if ok else failed).update(keys)
 
     # -- telling -------------------------------------------------------------------------------
 
@@ -406,19 +412,19 @@ def tune_workloads(
     counter = _counter(meter, hardware, own=measurer is None)
     clock = Clock(budget, counter)
     used = counter if asked or goal.needs_energy or joules is not None else None
-    if len(pairs) == 1:
-        goal = goal.for_one(pairs[0][1])
+    own_goal = goal.for_one(pairs[0][1]) if len(pairs) == 1 else goal
+    cache = measurer.cache if measurer is not None else (timing or Timing()).cache
+    prior = find_prior(hardware, [w for w, _ in pairs], db, cache) if warm_start else None
     own = measurer or Measurer(hardware, device=device, meter=used, timing=timing)
-    prior = find_prior(hardware, [w for w, _ in pairs], db, own.cache) if warm_start else None
     try:
         tuner = Tuner(
-            hardware, db, own, goal, seed=seed, device=device, strategy=strategy, progress=progress,
+            hardware, db, own, own_goal, seed=seed, device=device, strategy=strategy, progress=progress,
             options=options, meter=MODELLED if used is None else used.name, prior=prior,
         )  # fmt: skip
         tuner._total = trials
         for workload, weight in pairs:
             tuner.add(workload, weight, schedules)
-        return tuner.run(clock)
+        return replace(tuner.run(clock), objective=goal)
     finally:
         if measurer is None:
             own.close()

@@ -102,6 +102,14 @@ def test_joules_are_shown_with_their_source() -> None:
     assert "7.5 rapl" in row and "mod" not in row and row.count(" - ") >= 1
 
 
+def test_predictions_of_what_was_learned_from_are_not_counted() -> None:
+    live = view(120, 30)
+    for kind, predicted in (("measured", 20.0), ("confirm", 40.0), ("confirm", 40.0)):
+        live(Event(kind, BIG, 1, None, 40.0, None, record(BIG, 40.0), predicted_us=predicted))
+    (row,) = (line for line in shown(live) if BIG in line)
+    assert "2.00x" in row and "1.00x" not in row
+
+
 def test_a_limit_of_time_counts_down() -> None:
     live = view(100, 20, seconds=90)
     live(Event("measured", BIG, 1, None, 40.0))

@@ -17,6 +17,7 @@ from recordings import DEVICE, HW, LARGE, SMALL, recorded, schedules
 from mimo_compile.errors import InputError, UsageError
 from mimo_compile.ir.hardware import PRESETS
 from mimo_compile.ir.ops import parse_workload
+from mimo_compile.search import tuner
 from mimo_compile.search.budget import Budget, Clock, Share, mark_heavy, next_share, patience
 from mimo_compile.search.database import Database
 from mimo_compile.search.lookup import Result, best, meter_of, pareto
@@ -183,6 +184,50 @@ def test_leaders_that_all_fail_in_the_comparison_end_no_search(tmp_path: Path) -
     assert not {c.key for c in first} & {c.key for c in second}
     (w,) = result.workloads
     assert w.best is not None and w.best.record.key not in {c.key for c in first}
+
+
+@pytest.mark.parametrize("verdict", [Verdict.WRONG, Verdict.TIMEOUT])
+def test_one_that_fails_in_the_comparison_does_not_spare_the_others(
+    tmp_path: Path, verdict: Verdict
+) -> None:
+    class Stops(Confirms):
+        bad = ""
+
+        def confirm(self, space, candidates, seed):
+            self.bad = self.bad or candidates[0].key
+            for m in super().confirm(space, candidates, seed):
+                if m.candidate.key == self.bad:
+                    yield dataclasses.replace(m, verdict=verdict, latency_us=None)
+                    return
+            yield from super().confirm(space, candidates, seed)
+
+        def of(self, number: int) -> set[str]:
+            return {c.key for c in self.compared[number]}
+
+    measurer = Stops(recorded(LARGE, bad=0.0))
+    with Database(tmp_path / "db") as db:
+        result = tune(db, measurer)
+        confirmed = {r.key for r in db if r.phase == "confirm" and r.ok}
+    assert measurer.of(0) - {measurer.bad} <= measurer.of(1) and measurer.bad not in measurer.of(1)
+    assert len(confirmed) >= 3
+    (w,) = result.workloads
+    assert w.best is not None and w.best.record.key in confirmed
+
+
+def test_the_past_is_searched_for_a_model_before_anything_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = []
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tuner, "find_prior", interrupted)
+    monkeypatch.setattr(tuner, "runnable_here", lambda _: True)
+    monkeypatch.setattr(tuner, "Measurer", lambda *_, **__: opened.append(True))
+    with Database(tmp_path / "db") as db, pytest.raises(KeyboardInterrupt):
+        tune_workloads({LARGE: 1.0}, HW, db=db, schedules=schedules(), device=DEVICE, trials=8)
+    assert not opened
 
 
 # -- the tuner on recorded spaces --------------------------------------------------------------
@@ -558,6 +603,7 @@ def test_one_kernel_is_searched_within_its_energy(tmp_path: Path) -> None:
             db, ReplayMeasurer(rows), {LARGE: 4.0}, objective=f"latency@energy:{limit}mJ", trials=64
         )
     (w,) = result.workloads
+    assert result.objective == parse_objective(f"latency@energy:{limit}mJ"), "as it was asked for"
     assert w.best is not None and w.best.modelled_mj is not None
     assert 4 * w.best.modelled_mj <= limit * 1.0001
     within = [r.latency_us for r in w.results if 4 * r.modelled_mj <= limit]
