@@ -168,7 +168,8 @@ def results_for(
     ``kept`` ones of this very target count beside own ones, and where no others are known.
 
     With ``near``, when nothing was measured on this very target, results of other machines whose code
-    this one can run (same thread count preferred) stand in for them.
+    this one can run stand in for them, all of one machine and number of threads (the same number preferred,
+    then the nearest).
     """
     own = db.records(workload, hardware) if db is not None else []
     more = list((kept or {}).get(str(workload), ()))
@@ -193,10 +194,11 @@ def results_for(
     if not near:
         return []
     others = [*_joined(db.records(workload) if db is not None else (), more), *packaged]
-    fit = [r for r in others if hardware.features.issuperset(r.requires)]
-    groups: dict[tuple[bool, str], list[Record]] = {}
-    for r in fit:
-        groups.setdefault((r.threads != hardware.threads, r.hardware), []).append(r)
+    groups: dict[tuple[bool, str, int, int], list[Record]] = {}
+    for r in others:
+        if r.versions == now and hardware.features.issuperset(r.requires):
+            away = abs(r.threads - hardware.threads)
+            groups.setdefault((away > 0, r.hardware, away, r.threads), []).append(r)
     for name in sorted(groups):
         if found := _one_state(groups[name]):
             return found

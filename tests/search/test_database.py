@@ -365,3 +365,17 @@ def test_lookup(tmp_path: Path) -> None:
         bigger = replace(HW, name="another", features=HW.features | {"avx512f"}).with_threads(4)
         assert lookup.results_for(WORKLOAD, bigger, db) == []
         assert len(lookup.results_for(WORKLOAD, bigger, db, near=True)) == 4
+
+
+def test_near_results_are_of_one_number_of_threads_and_of_this_compiler(tmp_path: Path) -> None:
+    with Database(tmp_path / "a.db") as db:
+        db.add(
+            record(1, 12.0), record(2, 13.0), record(1, 3.0, threads=8), record(2, 3.5, threads=8),
+            record(3, 1.0, versions={"apache-tvm": "0.1"}),
+        )  # fmt: skip
+
+        def near(threads: int) -> list[float]:
+            found = lookup.results_for(WORKLOAD, HW.with_threads(threads), db, near=True)
+            return sorted(r.latency_us for r in found)
+
+        assert near(2) == near(4) == [12.0, 13.0] and near(6) == near(8) == [3.0, 3.5]
