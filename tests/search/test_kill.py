@@ -163,7 +163,7 @@ def kill_children(zygote: Zygote, folder: Path, kills: int, seed: int) -> None:
                 continue
             done += 1
     after = len(stored(folder))
-    wait_for_lines(folder, mark, after + 6, pid)
+    wait_for_lines(folder, mark, after + 16, pid)  # behind the batches that were being built or run
     assert alive(pid), log_of(folder)[-2000:]
     os.kill(pid, signal.SIGINT)
     wait_for_end(pid)
