@@ -9,9 +9,13 @@ import pytest
 from mimo_compile.errors import MimoError
 from mimo_compile.ir.hardware import local_cpu
 from mimo_compile.report import MOST_BYTES, gather, page, write_report
+from mimo_compile.report.charts import by_kernel
+from mimo_compile.report.data import Subject
 from mimo_compile.report.parts import Bar, bars
 from mimo_compile.report.svg import Axis, Plot, duration, short
+from mimo_compile.runtime.program import Choice
 from mimo_compile.search.database import Database
+from mimo_compile.search.lookup import summarise
 from mimo_compile.search.records import Record, Verdict
 
 OUTSIDE = {"script", "img", "link", "iframe", "object", "embed", "base", "form"}
@@ -113,6 +117,31 @@ def test_measured_joules_are_never_mixed_with_modelled_ones(tmp_path) -> None:
     assert third in rest and some not in rest and other not in rest
     assert front.count("1 without measured joules left out") == 1
     assert "14 rapl" not in text and "11 rapl, 2 nvml" in text, "where joules come from"
+
+
+def test_bars_of_joules_are_of_one_meter_or_modelled() -> None:
+    """A kernel without joules, or with another meter's, is not left out of the measured ones in silence."""
+
+    def subject(name: str, **energy: object) -> Subject:
+        fields = {"energy_mj": 4.0, "energy_source": "rapl", "modelled_mj": 1.0, **energy}
+        results = summarise([make_record(name, 0, **fields)])
+        joules = results[0].measured_mj is not None
+        return Subject(name, [], results, results, joules, results[0], None, {"step_1": 2})
+
+    first, second = (f"mpgemm:m=1,n={n},k=64,w=w4g64,a=a8" for n in (64, 128))
+    both = by_kernel([subject(first), subject(second)])
+    assert "Energy by kernel, measured" in both and both.count("4 mJ") == 0 and "8 mJ" in both
+    planned = Subject(
+        second, [], [], [], False, None, None, {"step_1": 2},
+        Choice(second, "s", {}, "k", "modelled", 10.0, 0.5, "modelled"),
+    )  # fmt: skip
+    for other in (
+        subject(second, energy_source="nvml"),
+        subject(second, energy_mj=None, energy_source=""),
+        planned,
+    ):
+        page = by_kernel([subject(first), other])
+        assert "Energy by kernel, modelled" in page and second in page.split("Energy by kernel")[1]
 
 
 HOSTILE = """</style></title>"><img src=x onerror=alert(1)><script>alert('1')</script>&lt;b>"""

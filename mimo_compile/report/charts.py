@@ -29,12 +29,14 @@ def by_kernel(subjects: Sequence[Subject]) -> str:
     if guessed:
         text += " Pale bars were not measured but predicted."
     out = [section("time", "Time by kernel", text, _bars(used, lambda s: s.weight, "µs", "bar"))]
-    measured = bool(used) and all(s.measured_energy for s in used if s.results)
-    if measured and any(s.measured_energy for s in used):
+    # one bar without joules, or with another meter's, would make the others' parts of the whole wrong
+    meters = {s.meter for s in used}
+    measured = len(meters) == 1 and None not in meters
+    if measured:
         title, kind = "Energy by kernel, measured", "bar2"
         text = "Millijoules of one decoding step, from a meter."
     else:
-        measured, title, kind = False, "Energy by kernel, modelled", "bar3"
+        title, kind = "Energy by kernel, modelled", "bar3"
         text = "Millijoules of one decoding step by the analytic model: for ranking, not absolute figures."
 
     def joules(s: Subject) -> float:

@@ -73,6 +73,15 @@ class Subject:
         return planned.energy_mj
 
     @property
+    def meter(self) -> str | None:
+        """The meter behind ``energy_mj(True)``; None where there are no measured joules."""
+        if self.energy_mj(True) is None:
+            return None
+        if self.best is not None:
+            return self.best.energy_source if self.measured_energy else None
+        return None if self.choice is None else self.choice.energy_source
+
+    @property
     def timed(self) -> bool:
         """True when the latency was measured, False when it is only predicted."""
         return self.choice is None or self.choice.source == "measured"
