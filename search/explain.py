@@ -141,6 +141,12 @@ class Explanation:
     """Where the chosen one's time comes from."""
 
     @property
+    def elsewhere(self) -> bool:
+        """True when all that is known was measured on other machines or numbers of threads."""
+        hardware = self.space.hardware
+        return bool(self.known) and not any(measured_here(k.result, hardware) for k in self.known)
+
+    @property
     def analytic_rank(self) -> int | None:
         """The chosen one's place by the analytic model."""
         return self._place(lambda k: k.analytic_us)
@@ -235,7 +241,7 @@ def explain(
         rank_correlation([k.analytic_us for k in known], times),
         rank_correlation(learned, times) if len(learned) == len(times) else None,
         what_matters(_samples(space, known, device)),
-        _losers(space, known, mine, chosen, bound, device),
+        _losers(space, known, mine, chosen, bound, device, objective),
         _origin(space, mine, db, kept),
     )  # fmt: skip
 
@@ -274,9 +280,14 @@ def _samples(space: JointSpace, known: Sequence[Known], device: DeviceModel) -> 
 
 def _losers(
     space: JointSpace, known: Sequence[Known], mine: Known | None, chosen: Candidate, bound: Bound,
-    device: DeviceModel,
+    device: DeviceModel, objective: Objective,
 ) -> list[Loser]:  # fmt: skip
-    """Return the best of each other algorithm, the nearest first; those never measured come last."""
+    """Return the best of each other algorithm by the objective, the nearest first; unmeasured ones come last.
+
+    ``known`` is in the order of the objective.
+    """
+    measured = use_measured([k.result for k in known])
+    place = {k.candidate: i for i, k in enumerate(known)}
     best: dict[str, Known] = {}
     for k in known:
         best.setdefault(k.candidate.schedule, k)
@@ -288,7 +299,8 @@ def _losers(
             out.append(
                 Loser(
                     known_best.candidate, known_best.result.latency_us, known_best.analytic_us,
-                    known_best.bound, _why(known_best, mine, bound),
+                    known_best.bound,
+                    _why(known_best, mine, bound, objective, measured),
                 )
             )  # fmt: skip
             continue
@@ -301,17 +313,24 @@ def _losers(
             f"{predicted / bound.total_us:.2f} x what it expects of the chosen one: {theirs}"
         )
         out.append(Loser(candidate, None, predicted, theirs, reason))
-    return sorted(out, key=lambda x: (x.measured_us is None, x.measured_us or x.predicted_us))
+    return sorted(out, key=lambda x: (place.get(x.candidate, len(known)), x.predicted_us))
 
 
-def _why(loser: Known, winner: Known | None, winner_bound: Bound) -> str:
+def _why(
+    loser: Known, winner: Known | None, winner_bound: Bound, objective: Objective, measured: bool
+) -> str:
     """Say in one line why a measured candidate lost."""
     text = str(loser.bound)
     if winner is None:
         return text
     ratio = loser.result.latency_us / winner.result.latency_us
     same = abs(ratio - 1) < CLOSE
-    parts = ["as fast to within 2 %" if same else f"{ratio:.2f} x the time", text]
+    parts = ["as fast to within 2 %" if same else f"{ratio:.2f} x the time"]
+    theirs, ours = loser.result.point(measured)[1], winner.result.point(measured)[1]
+    if objective.kind != "latency" and theirs is not None and ours:
+        kind = "measured" if measured else "modelled"
+        parts.append(f"{theirs / ours:.2f} x the energy, {kind}")
+    parts.append(text)
     excess = _excess(loser, winner)
     if excess:
         parts.append(excess)

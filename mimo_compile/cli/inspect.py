@@ -267,7 +267,11 @@ def _explained(args: argparse.Namespace, parts: Parts, choice: Choice) -> Explan
     if workload.op not in OPS:
         return None
     hardware = hardware_of(parts.manifest)
-    space = JointSpace(workload, hardware)
+    try:
+        space = JointSpace(workload, hardware)
+    except UsageError as error:  # a machine that this version has no kernels for
+        args.console.log(f"why it was chosen is not told: {error}", 1)
+        return None
     chosen = space.adopt(choice.schedule, choice.config)
     if chosen is None:
         return None

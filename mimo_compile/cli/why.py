@@ -44,7 +44,8 @@ def _rank(found: Explanation) -> str:
     if found.rank is None:
         others = f"{len(found.known)} others were" if found.known else "nothing was"
         return f"not measured ({others}, with the code of this version)"
-    text = f"{found.rank} of {len(found.known)} measured"
+    where = " elsewhere, none on this target" if found.elsewhere else ""
+    text = f"{found.rank} of {len(found.known)} measured{where}"
     places = []
     if found.analytic_rank is not None:
         places.append(f"{found.analytic_rank} by the analytic model")

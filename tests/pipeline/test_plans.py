@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import msgspec
@@ -15,7 +16,7 @@ from mimo_compile import api
 from mimo_compile.artifact import Artifact
 from mimo_compile.cli import main
 from mimo_compile.errors import EnvironmentMismatch, UsageError
-from mimo_compile.ir.hardware import PRESETS, local_cpu
+from mimo_compile.ir.hardware import PRESETS, built_for, local_cpu
 from mimo_compile.ir.ops import parse_workload
 from mimo_compile.pipeline import build
 from mimo_compile.pipeline import replan as replan_module
@@ -123,6 +124,8 @@ def test_what_changes_in_a_config() -> None:
         (["x.mimo", "--quant", "w8a8"], "--plan SRC"),
         (["x.mimo", "--objective", "edp"], "go with --op or --plan"),
         (["--op", "swiglu:t=1,f=64", "--plan"], "not with --op"),
+        (["x.mimo", "--limit", "3"], "--limit goes with --op"),
+        (["x.mimo", "--kernel", "k", "--asm", "--db", "r.db"], "without --tir and --asm"),
     ],
 )
 def test_options_that_do_not_go_together(arguments, text, capsys) -> None:
@@ -318,6 +321,75 @@ def test_an_artifact_of_a_preset_has_the_presets_cores(made, monkeypatch) -> Non
     assert other.manifest.target.threads == 12 and other.manifest.target.name == preset.name
     with pytest.raises(UsageError, match=r"outside 1\.\.16"):
         mc.compile("preset.mimo", threads=17)
+
+
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "command-line.md").read_text()
+
+
+def _documented(verb: str) -> set[str]:
+    text = PAGE.split(f"\n## {verb}\n")[1].split("\n## ")[0]
+    return set(re.findall(r"`(\w+)`", text[text.index("\nJSON") :]))
+
+
+def _keys(value: object) -> set[str]:
+    """All keys of objects in objects, but for those that are data."""
+    if isinstance(value, list):
+        return set().union(*(_keys(v) for v in value))
+    if not isinstance(value, dict):
+        return set()
+    data = {"config", "calls", "entries", "choices"}
+    return {*value}.union(*(_keys(v) for k, v in value.items() if k not in data))
+
+
+def test_what_the_commands_print_of_an_artifact(made, monkeypatch, tmp_path, capsys) -> None:
+    """JSON and exit codes of `compile OUT.mimo` and `inspect OUT.mimo --plan`, no records but its own."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    path, out = made.save(tmp_path / "a.mimo"), tmp_path / "b.mimo"
+
+    def call(code: int, *arguments: object) -> dict:
+        assert main([*map(str, arguments), "--json"]) == code
+        return json.loads(capsys.readouterr().out)
+
+    found = call(0, "compile", path, "-o", out)
+    assert _keys(found) <= _documented("compile") and found["choices"]["measured"] >= 1
+    assert found["objective"] == "latency" and Artifact.load(out).records == made.records
+    found = call(0, "inspect", path, "--plan")
+    assert _keys(found) <= _documented("inspect")
+    assert [p["objective"] for p in found["plans"]] == [*OBJECTIVES]
+    assert found["plans"][0]["unlike_built"] == 0 and found["plans"][0]["measured_share"] > 0
+    for text in ("nonsense", "pareto"):
+        assert call(2, "inspect", path, "--plan", "--objective", text)["exit_code"] == 2
+        assert call(2, "compile", path, "-o", out, "--objective", text)["exit_code"] == 2
+    assert call(2, "compile", path, "-o", out, "--adapter-format", "bf16")["exit_code"] == 2
+    _with(made, {"features": ("avx2",)}).save(path)
+    refused = call(3, "compile", path, "-o", out)
+    assert refused["exit_code"] == 3 and "was built for" in refused["error"]
+    path.write_bytes(path.read_bytes()[:-100])
+    for command in (("inspect", path, "--plan"), ("compile", path, "-o", out)):
+        assert call(3, *command)["exit_code"] == 3
+    path.unlink()
+    assert "No such file" in call(1, "inspect", path, "--plan")["error"]
+
+
+def test_a_kernel_of_a_larger_machine_is_shown(made, monkeypatch, tmp_path, capsys) -> None:
+    """More threads than there are cores here, of a preset and of a machine that is not known."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    kernel = next(c.kernel for c in made.manifest.plan if c.source != "measured")
+    features = made.manifest.target.features
+    for name, threads in (("x86-64-v4", 64), ("some larger cpu", 96)):
+        assert built_for(name, "cpu", frozenset(features), threads).threads == threads
+        path = _with(made, {"name": name, "threads": threads}).save(tmp_path / "a.mimo")
+        assert main(["inspect", str(path), "--kernel", kernel]) == 0, capsys.readouterr().err
+        assert "why" in capsys.readouterr().out
+
+
+def test_an_objective_is_read_before_the_model(monkeypatch, capsys) -> None:
+    def opened(*_: object, **__: object) -> None:
+        raise AssertionError("the model was read first")
+
+    monkeypatch.setattr("mimo_compile.pipeline.source.open_source", opened)
+    assert main(["inspect", "tiny", "--plan", "--objective", "nonsense"]) == 2
+    assert "nonsense" in capsys.readouterr().err
 
 
 def test_weights_packed_for_a_kernel_that_was_never_measured(tmp_path) -> None:

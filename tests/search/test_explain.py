@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from recordings import DEVICE, HW, LARGE, recorded, schedules
 
+from mimo_compile.cli.why import show_why
 from mimo_compile.cost_models.learned import Sample
 from mimo_compile.ir.counts import Counts
 from mimo_compile.search.database import Database
@@ -46,6 +50,35 @@ def test_the_chosen_one_leads_and_the_others_are_told_apart(found) -> None:
     assert any("rows" in n for n in names) and any("cols" in n for n in names)
     value = why.to_json()
     assert value["rank"] == 1 and value["roof_share"] == pytest.approx(why.roofline_us / times[0])
+
+
+def test_a_loser_by_another_objective_is_told_its_joules(found) -> None:
+    """What lost for its energy may well be the faster one."""
+    space, _, _ = found
+    (result,) = summarise(recorded(LARGE, bad=0)[:1])
+    extra = {
+        next(c for c in space if (c.schedule == "swiglu.other") == other): replace(
+            result, latency_us=us, modelled_mj=mj, measured_mj=None
+        )
+        for other, us, mj in ((True, 10.0, 9.0), (False, 20.0, 1.0))
+    }
+    why = explain(space, None, DEVICE, parse_objective("energy"), extra=extra)
+    assert why.rank == 1 and why.chosen.result.modelled_mj == 1.0
+    (loser,) = [x for x in why.losers if x.candidate.schedule == "swiglu.other"]
+    assert "9.00 x the energy, modelled" in loser.reason and "0.50 x the time" in loser.reason
+    plain = explain(space, None, DEVICE, LATENCY, why.candidate, extra=extra)
+    assert not any("the energy" in x.reason for x in plain.losers)
+
+
+def test_what_was_measured_elsewhere_is_called_so(found) -> None:
+    _, db, why = found
+    assert not why.elsewhere
+    other = JointSpace(LARGE, HW.with_threads(1), schedules())
+    there = explain(other, db, DEVICE, LATENCY)
+    assert there.known and there.elsewhere
+    said = []
+    show_why(SimpleNamespace(say=said.append), there)
+    assert any("measured elsewhere, none on this target" in line for line in said)
 
 
 def test_any_candidate_can_be_explained(found) -> None:
