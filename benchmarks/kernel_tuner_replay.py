@@ -51,7 +51,8 @@ class Space:
                  "framework_time"), 0.0,
             )  # fmt: skip
             self.cache[",".join(map(str, key))] = entry
-        self.file = Path(tempfile.mkdtemp()) / "cache.json"
+        self._folder = tempfile.TemporaryDirectory()  # goes with the space, or with the process
+        self.file = Path(self._folder.name) / "cache.json"
         self.file.write_text(
             json.dumps(
                 {

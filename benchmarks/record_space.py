@@ -28,6 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mimo_compile.errors import InputError, MimoError
 from mimo_compile.ir.hardware import Hardware, local_cpu
 from mimo_compile.ir.ops import parse_workload
 from mimo_compile.schedules import get_schedule
@@ -83,6 +84,29 @@ def narrowed(space: Space, only: dict[str, tuple[KnobValue, ...]]) -> Space:
     return replace(space, knobs=knobs)
 
 
+def journal(path: Path) -> list[dict]:
+    """Return the rows of a file of JSON lines; a last one without its end (a run was killed) is cut off.
+
+    Raises:
+        InputError: another line is damaged.
+    """
+    if not path.exists():
+        return []
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        os.truncate(path, len(whole))  # what is written next begins a line
+    rows = []
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise InputError(
+                f"line {number} is damaged: {error}", file=path, remedy="Delete that line"
+            ) from error
+    return rows
+
+
 class KeepingBuilder(Builder):
     """Keeps all object code in a folder, from one run to the next."""
 
@@ -90,13 +114,11 @@ class KeepingBuilder(Builder):
         super().__init__(limits, scratch, count)
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        self._journal = (folder / "built.jsonl").open("a+")
-        self._journal.seek(0)
         self.replies: dict[str, Reply] = {}
-        for line in self._journal:
-            row = json.loads(line)
+        for row in journal(folder / "built.jsonl"):
             key = row.pop("key")
             self.replies[key] = Reply(**row)
+        self._journal = (folder / "built.jsonl").open("a")
 
     def build(self, space: JointSpace, candidates: Sequence[Candidate]) -> list[Reply]:
         new = [c for c in candidates if c.key not in self.replies]
@@ -157,9 +179,7 @@ class Session:
         self.candidates = list(self.space)
         self.timing = timing
         self.visits: dict[str, list[dict]] = {}
-        path = self.folder / "visits.jsonl"
-        for line in path.read_text().splitlines() if path.exists() else ():
-            row = json.loads(line)
+        for row in journal(self.folder / "visits.jsonl"):
             self.visits.setdefault(row["key"], []).append(row)
 
     def keeper(self) -> Keeper:
@@ -290,6 +310,9 @@ class Session:
 
 def describe(name: str, recording: Recording, size: int | None = None) -> None:
     ok = [r for r in recording.records if r.ok]
+    if not ok:
+        print(f"{name}: {recording.workload}: {len(recording.records)} configs, none of them ok")
+        return
     best = min(ok, key=lambda r: r.latency_us)
     by = {}
     for r in ok:
@@ -366,4 +389,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except MimoError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)

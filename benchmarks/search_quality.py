@@ -5,7 +5,9 @@
 
 A space holds the time of each legal config, so a search is replayed in seconds and nothing is measured.
 Counted are distinct legal configs until one is within 2 % (5 %) of the least time of all; the median and
-quartiles over seeds are shown. A config that is illegal, or was asked for before, costs a peer no trial. Ours
+quartiles over seeds are shown. A config that is illegal, or was asked for before, costs a peer no trial, but
+a search that asked `4 * limit + 400` times in all is given up like one that spent its trials: it counts as
+missed, and how many ended so is shown (`cut`). Ours
 runs as in the product (tuner, strategy, cost model), with an empty database and without its early stop. The
 schedules' defaults, with which it begins, are given to a peer that takes starting points; `ours-blind` begins
 without them.
@@ -62,12 +64,16 @@ class Lookup:
         self.reached: list[int | None] = [None] * len(LEVELS)
         self.seen: set = set()
         self.asked = 0
+        self.most = 4 * limit + 400
+        """Times that it may ask, repeated and illegal configs included."""
+        self.cut = False
 
     def __call__(self, schedule: str, knobs: dict) -> float | None:
         """Return the time, None for an illegal config."""
         key = schedule, tuple(sorted(knobs.items()))
         self.asked += 1
-        if self.asked > 4 * self.limit + 400:
+        if self.asked > self.most:
+            self.cut = True
             raise Enough
         time_us = self.times.get(key)
         if time_us is None or key in self.seen:
@@ -178,13 +184,13 @@ def versions_of(peers: list[str]) -> dict[str, str]:
     return {p: version(package[p]) for p in peers}
 
 
-def one(job: tuple[str, str, int, int, list[str]]) -> list[int | None]:
-    """Run one search; return the trials at each level (None: not reached)."""
+def one(job: tuple[str, str, int, int, list[str]]) -> tuple[list[int | None], bool]:
+    """Run one search; return the trials at each level (None: not reached), and whether it asked too often."""
     path, name, seed, limit, peers = job
     lookup = Lookup(_load(path), limit)
     with contextlib.suppress(Enough):
         contestants(peers)[name](lookup, seed)
-    return lookup.reached
+    return lookup.reached, lookup.cut
 
 
 _LOADED: dict[str, Recording] = {}
@@ -221,8 +227,14 @@ def main() -> None:
     args = parser.parse_args()
     sys.path.insert(0, str(Path(__file__).parent))
     paths = args.spaces or sorted(SPACES.glob("*.jsonl.xz"))
+    if not paths:
+        parser.error(
+            f"there are no recordings in {SPACES}: give files, or make some with record_space.py"
+        )
     peers = [p for p in args.peers.split(",") if p]
     names = [n for n in contestants(peers) if not args.only or n in args.only.split(",")]
+    if not names:
+        parser.error(f"no search is called {args.only}: {', '.join(contestants(peers))}")
     result = {
         "versions": versions_of(peers), "seeds": args.seeds, "limit": args.limit, "spaces": {},
     }  # fmt: skip
@@ -239,18 +251,22 @@ def main() -> None:
             result["spaces"][path.name.partition(".")[0]] = entry
             print(f"\n{path.name}: {recording.workload}, {len(recording.records)} configs, "
                   f"{100 * recording.share_within(1.02):.2f} % within 2 %", flush=True)  # fmt: skip
-            print(f"{'':26}{'2 %':>7} {'quartiles':>13} {'missed':>6} {'5 %':>7} {'seconds':>8}")
+            print(
+                f"{'':26}{'2 %':>7} {'quartiles':>13} {'missed':>6} {'cut':>4} {'5 %':>7} {'seconds':>8}"
+            )
             for name in names:
                 begin = time.perf_counter()
                 limit = len(recording.records) if name == "random" else args.limit
                 jobs = [(str(path), name, s, limit, peers) for s in range(args.seeds)]
-                got = list(pool.map(one, jobs))
+                got, cut = zip(*pool.map(one, jobs), strict=True)
                 loose, tight = (quartiles([g[i] for g in got], limit) for i in (0, 1))
                 took = (time.perf_counter() - begin) / args.seeds
-                entry["searches"][name] = {"within_2": tight, "within_5": loose, "trials": got}
+                entry["searches"][name] = {
+                    "within_2": tight, "within_5": loose, "trials": got, "cut": sum(cut),
+                }  # fmt: skip
                 spread = f"{_show(tight['p25'])}..{_show(tight['p75'])}"
                 print(f"{name:26}{_show(tight['median']):>7} {spread:>13} {tight['missed']:>6} "
-                      f"{_show(loose['median']):>7} {took:8.2f}", flush=True)  # fmt: skip
+                      f"{sum(cut):>4} {_show(loose['median']):>7} {took:8.2f}", flush=True)  # fmt: skip
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
 
