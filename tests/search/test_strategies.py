@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from recordings import DEVICE, HW, LARGE, SMALL, recorded, schedules
+from recordings import HW, LARGE, SMALL, recorded, recording, schedules
 from toy_schedules import Tiled
 
 from mimo_compile.errors import InputError, MimoError
@@ -312,23 +312,6 @@ def test_flattened_scores_and_expected_gain() -> None:
 
 
 # -- recordings --------------------------------------------------------------------------------
-
-
-def recording() -> Recording:
-    rows = recorded(SMALL)
-    space = JointSpace(SMALL, HW, schedules())
-    works = [
-        space.schedules[r.schedule].work(
-            SMALL, space.schedules[r.schedule].config_from_json(r.config), HW
-        )
-        for r in rows
-    ]
-    return Recording(
-        SMALL, HW, DEVICE, {"passes": 1},
-        {n: {k: tuple(v) for k, v in s.knobs.items()} for n, s in space.spaces.items()},
-        {c.schedule: c.knobs for c in space.defaults()}, tuple(rows),
-        tuple(dict(w.traits) for w in works),
-    )  # fmt: skip
 
 
 def test_a_recording_survives_its_file(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from mimo_compile.cost_models.analytic import DeviceModel
 from mimo_compile.ir.hardware import PRESETS
 from mimo_compile.ir.ops import parse_workload
 from mimo_compile.ir.workload import Workload
+from mimo_compile.search.measure.recording import Recording
 from mimo_compile.search.records import Record, Verdict, record_key, versions
 from mimo_compile.search.space import JointSpace
 
@@ -40,3 +41,21 @@ def recorded(workload: Workload, scale: float = 1.0, bad: float = 0.05) -> list[
             )
         )  # fmt: skip
     return out
+
+
+def recording() -> Recording:
+    """The whole space of the small workload."""
+    rows = recorded(SMALL)
+    space = JointSpace(SMALL, HW, schedules())
+    works = [
+        space.schedules[r.schedule].work(
+            SMALL, space.schedules[r.schedule].config_from_json(r.config), HW
+        )
+        for r in rows
+    ]
+    return Recording(
+        SMALL, HW, DEVICE, {"passes": 1},
+        {n: {k: tuple(v) for k, v in s.knobs.items()} for n, s in space.spaces.items()},
+        {c.schedule: c.knobs for c in space.defaults()}, tuple(rows),
+        tuple(dict(w.traits) for w in works),
+    )  # fmt: skip
