@@ -106,7 +106,7 @@ def test_no_arguments_show_the_help_and_are_wrong_usage(cli) -> None:
         (["inspect", "x.mimo", "--asm"], "need --kernel"),
         (["inspect", "x.mimo", "--entry", "main"], "goes with --dot"),
         (["inspect", "x.mimo", "--dot", "--kernel", "k"], "does not go with --kernel"),
-        (["inspect", "x.mimo", "--limit", "3"], "go with --op"),
+        (["inspect", "x.mimo", "--limit", "3"], "--limit goes with --op"),
         (["inspect", "--op", "mpgemm:m=1,n=64", "--limit", "3"], "needs k="),
         (["inspect", "--op", "mpgemm;m=1"], "malformed workload"),
         (["inspect", "--op", "frob:m=1"], "unknown op 'frob'"),
