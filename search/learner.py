@@ -82,8 +82,10 @@ class Learner:
         self.energy = EnergyModel(meter, seed=seed)
         self.prior = prior
         self._guess = DeviceModel.guess(hardware)
-        self._works: dict[str, Work] = {}
+        self._known: dict[str, Work] = {}
         """Of measured candidates, by their records' keys."""
+        self._noted: dict[str, tuple[JointSpace, Candidate, Counts]] = {}
+        """Measured candidates whose features nobody needed yet."""
         self._ranked: dict[str, Work] = {}
         """Of candidates that were ranked lately, by their keys."""
         self._extractors: dict[tuple[Workload, bool], Extractor] = {}
@@ -117,14 +119,31 @@ class Learner:
 
     def note(self, space: JointSpace, candidate: Candidate, record: Record) -> None:
         """Remember a correct candidate for training; its work as ranking sees it: records keep no traits."""
-        if record.key in self._works:
-            return
-        schedule = space.schedules[candidate.schedule]
-        if type(schedule).work is Schedule.work:
-            counts = Counts(record.ops, record.bytes)
-        else:
-            counts = schedule.work(space.workload, space.config(candidate), self.hardware)
-        (self._works[record.key],) = self._described(space, [(candidate, counts)])
+        if record.key not in self._known and record.key not in self._noted:
+            self._noted[record.key] = space, candidate, Counts(record.ops, record.bytes)
+
+    @property
+    def _works(self) -> dict[str, Work]:
+        """All measured candidates; features of what was noted are made now, those of a space together."""
+        groups: dict[Workload, dict[str, tuple[JointSpace, Candidate, Counts]]] = {}
+        for key, noted in self._noted.items():
+            groups.setdefault(noted[0].workload, {})[key] = noted
+        self._noted.clear()
+        for group in groups.values():
+            pairs, keys = [], []
+            for key, (space, candidate, recorded) in group.items():
+                counts = recorded
+                schedule = space.schedules[candidate.schedule]
+                if type(schedule).work is not Schedule.work:
+                    if (ranked := self._ranked.get(candidate.key)) is not None:
+                        self._known[key] = ranked
+                        continue
+                    counts = schedule.work(space.workload, space.config(candidate), self.hardware)
+                pairs.append((candidate, counts))
+                keys.append(key)
+            if pairs:
+                self._known.update(zip(keys, self._described(space, pairs), strict=True))
+        return self._known
 
     def _ranking(
         self, space: JointSpace, candidates: Sequence[Candidate]
@@ -143,6 +162,14 @@ class Learner:
 
     # -- learning ------------------------------------------------------------------------------
 
+    def due(self, times: int, joules: int, *, now: bool = False) -> bool:
+        """Say whether `train` has something to do, from the numbers of values known."""
+        had = self.latency.samples
+        least = max(self.latency.min_samples, had + max(4, had // 10))
+        return times >= least or joules >= self._joules + (
+            1 if now or not self.energy.trained else 4
+        )
+
     def train(
         self,
         times: Mapping[Workload, Mapping[str, float]],
@@ -157,13 +184,15 @@ class Learner:
             joules: Millijoules by the meter, likewise.
             now: Fit the energy model to even one new value: its predictions were poor.
         """
+        works = self._works
         samples = [
-            Sample((self._works[key].row,), us, str(workload))
+            Sample((works[key].row,), us, str(workload))
             for workload, values in times.items()
             for key, us in values.items()
-            if key in self._works
+            if key in works
         ]
-        if len(samples) >= max(self.latency.min_samples, self.latency.samples + 4):
+        had = self.latency.samples
+        if len(samples) >= max(self.latency.min_samples, had + max(4, had // 10)):
             self.latency.fit(samples)
             self._last = None
         known = sum(len(values) for values in joules.values())
@@ -173,7 +202,7 @@ class Learner:
                     Sample((self._with_energy(key, times[w][key]),), mj, str(w), self.energy.source)
                     for w, values in joules.items()
                     for key, mj in values.items()
-                    if key in self._works and key in times[w]
+                    if key in works and key in times[w]
                 ]
             )
             self._joules = known
@@ -192,7 +221,8 @@ class Learner:
 
     def energies(self, workload: Workload, times: Mapping[str, float]) -> dict[str, float]:
         """Predict millijoules of candidates whose microseconds are measured, by their records' keys."""
-        keys = [k for k in times if k in self._works]
+        works = self._works
+        keys = [k for k in times if k in works]
         rows = [(self._with_energy(k, times[k]),) for k in keys]
         found = self.energy.predict_mj(rows, str(workload)).value
         return {k: float(v) for k, v in zip(keys, found, strict=True)}

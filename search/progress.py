@@ -34,7 +34,7 @@ class Event:
     simulated: bool = False
     """True when the times are a model's."""
     predicted_us: float | None = None
-    """What was predicted of the record before it was measured."""
+    """What was predicted of the record before it was measured (``measured``)."""
     weight: float = 0.0
     """Calls of the workload in one run of the model."""
     gain_us: float | None = None
@@ -46,6 +46,7 @@ class Event:
 
 
 Progress = Callable[[Event], None]
+"""Called with each event. One with an attribute ``predicted`` that is false gets no `Event.predicted_us`."""
 
 
 def _speed(event: Event) -> str:
@@ -57,6 +58,9 @@ def _speed(event: Event) -> str:
 
 class PlainProgress:
     """One line now and then, for logs and pipes."""
+
+    predicted = False
+    """Shows no predictions, which take time to make (a display without this attribute is given them)."""
 
     def __init__(self, stream: TextIO | None = None, every_s: float = 2.0) -> None:
         """Write to ``stream`` (standard error)."""

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -28,6 +28,8 @@ class Candidate:
     schedule: str
     knobs: tuple[tuple[str, KnobValue], ...]
     """The config's JSON form, sorted by name."""
+    _named: list[str] = field(default_factory=list, init=False, repr=False, compare=False)
+    """The key, once it was asked for."""
 
     @property
     def config(self) -> dict[str, KnobValue]:
@@ -37,18 +39,15 @@ class Candidate:
     @property
     def key(self) -> str:
         """Structural identity within one search (16 hex digits)."""
-        return _key(self)
+        if not self._named:
+            parts = [str(self.workload), self.schedule, self.knobs]
+            text = json.dumps(parts, separators=(",", ":"))
+            self._named.append(hashlib.sha256(text.encode()).hexdigest()[:16])
+        return self._named[0]
 
     def __str__(self) -> str:
         """Return ``schedule(knob=value, ...)``."""
         return f"{self.schedule}({', '.join(f'{k}={v}' for k, v in self.knobs)})"
-
-
-@lru_cache(maxsize=1 << 16)
-def _key(candidate: Candidate) -> str:
-    parts = [str(candidate.workload), candidate.schedule, candidate.knobs]
-    text = json.dumps(parts, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @lru_cache(maxsize=4096, typed=True)

@@ -43,6 +43,11 @@ class Task:
     """Crashes and the like by schedule, while it has no correct candidate."""
     told: dict[str, float] = field(default_factory=dict)
     """Scores that the strategy knows."""
+    default_key: str = ""
+    best_us: float = math.inf
+    """Of the correct candidates; between two rounds without what a comparison says of single readings."""
+    default_us: float | None = None
+    _results: list[Result] | None = None
 
     @property
     def trials(self) -> int:
@@ -57,7 +62,9 @@ class Task:
 
     def results(self) -> list[Result]:
         """Return the correct candidates."""
-        return summarise(r for rows in self.records.values() for r in rows)
+        if self._results is None:
+            self._results = summarise(r for rows in self.records.values() for r in rows)
+        return list(self._results)
 
     def learn(self, record: Record) -> Candidate | None:
         """Take in a record and tell the strategy; None if its candidate does not belong here."""
@@ -66,6 +73,11 @@ class Task:
             return None
         self.candidates[record.key] = candidate
         self.records.setdefault(record.key, []).append(record)
+        self._results = None
+        if record.ok and record.latency_us is not None:
+            self.best_us = min(self.best_us, record.latency_us)
+            if record.key == self.default_key:
+                self.default_us = record.latency_us
         # the first joules: scores told so far stood on modelled ones, which no longer count
         self.tell(self.records if self.joules.learn(record) else [record.key], again=record.key)
         if record.ok:
@@ -112,7 +124,9 @@ class Task:
     def close_round(self, trials: int) -> None:
         """Tell the split of the budget what a round brought."""
         results = self.results()
-        best = min((r.latency_us for r in results), default=math.inf)
+        self.best_us = best = min((r.latency_us for r in results), default=math.inf)
+        default = [r.latency_us for r in results if r.record.key == self.default_key]
+        self.default_us = default[0] if default else None
         goal = None
         if self.objective.needs_energy:
             good = [s for s in self.scores(results).values() if s < BEHIND]

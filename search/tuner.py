@@ -104,6 +104,7 @@ class Tuner:
             space, make_strategy(self.strategy, setting), share, self.objective, joules,
             np.random.default_rng([self.seed, len(self.tasks), 1]),
         )  # fmt: skip
+        task.default_key = self._key(task, space.defaults()[0])
         self.tasks.append(task)
         old = [r for r in self.db.records(workload, self.hardware) if self._usable(task, r)]
         for record in old:
@@ -136,6 +137,9 @@ class Tuner:
             self.learner.note(task.space, candidate, record)
 
     def _train(self, *, now: bool = False) -> None:
+        known = sum(len(t.joules.values) for t in self.tasks)
+        if not self.learner.due(sum(len(t.results()) for t in self.tasks), known, now=now):
+            return
         times = {
             t.space.workload: {r.record.key: r.latency_us for r in t.results()} for t in self.tasks
         }
@@ -213,7 +217,12 @@ class Tuner:
     def _read_joules(self, task: Task, clock: Clock) -> None:
         """Measure the energy of those that deserve it, and correct the scores of the others."""
         results = {r.record.key: r for r in task.results()}
-        waiting = {k: r.latency_us for k, r in results.items() if k not in task.joules.tried}
+        limit = self.objective.window * min((r.latency_us for r in results.values()), default=0.0)
+        waiting = {
+            k: r.latency_us
+            for k, r in results.items()
+            if k not in task.joules.tried and r.latency_us <= limit
+        }
         energies = self.learner.energies(task.space.workload, waiting)
         blind = not (task.joules.measured or self.learner.energy.trained)
         chosen = task.joules.choose(results, energies, task.knobs(), task.rng)
@@ -260,9 +269,8 @@ class Tuner:
         """
         done: set[str] = set()
         failed: set[str] = set()
-        default_key = self._key(task, task.space.defaults()[0])
         for _ in range(1 + CONFIRM_AGAIN):
-            chosen = task.leaders(done, failed, default_key)
+            chosen = task.leaders(done, failed, task.default_key)
             if len(chosen) < 2:
                 return
             batch = [task.candidates[k] for k in chosen]
@@ -279,12 +287,12 @@ class Tuner:
     ) -> None:  # fmt: skip
         if self._progress is None:
             return
-        best = default = None
+        best = default = predicted = None
         if task is not None and kind in ("measured", "workload"):
-            results = task.results()
-            best = min((r.latency_us for r in results), default=None)
-            key = self._key(task, task.space.defaults()[0])
-            default = next((r.latency_us for r in results if r.record.key == key), None)
+            best = task.best_us if math.isfinite(task.best_us) else None
+            default = task.default_us
+        if record is not None and kind == "measured" and getattr(self._progress, "predicted", True):
+            predicted = self.learner.expected_us(record.key)
         name = str(task.space.workload) if task is not None else ""
         trials = sum(t.trials for t in self.tasks)
         simulated = self.measurer.cache == SIMULATED
@@ -292,7 +300,7 @@ class Tuner:
         self._progress(
             Event(
                 kind, name, trials, total or self._total, best, default, record, text, simulated,  # type: ignore[arg-type]
-                predicted_us=None if record is None else self.learner.expected_us(record.key),
+                predicted_us=predicted,
                 weight=0.0 if task is None else task.share.weight,
                 gain_us=gain if gain is not None and math.isfinite(gain) else None,
                 own_trials=0 if task is None else task.trials, workloads=len(self.tasks),
@@ -312,7 +320,7 @@ class Tuner:
                     t.share.weight,
                     t.space.size,
                     t.results(),
-                    self._key(t, t.space.defaults()[0]),
+                    t.default_key,
                     self.objective,
                     (t.trials, t.new),
                     Counter(str(r.verdict) for r in newest),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import itertools
 import math
 from collections import Counter
@@ -14,12 +15,14 @@ import numpy as np
 import pytest
 from recordings import DEVICE, HW, LARGE, SMALL, recorded, schedules
 
+from mimo_compile.cost_models.learned import LatencyModel
 from mimo_compile.errors import InputError, UsageError
 from mimo_compile.ir.hardware import PRESETS
 from mimo_compile.ir.ops import parse_workload
 from mimo_compile.search import tuner
 from mimo_compile.search.budget import Budget, Clock, Share, mark_heavy, next_share, patience
 from mimo_compile.search.database import Database
+from mimo_compile.search.learner import Learner
 from mimo_compile.search.lookup import Result, best, meter_of, pareto
 from mimo_compile.search.measure.replay import ReplayMeasurer
 from mimo_compile.search.meters.replay import ReplayMeter
@@ -681,6 +684,42 @@ def test_plain_progress_writes_lines(capsys: pytest.CaptureFixture[str]) -> None
     out = capsys.readouterr()
     assert out.out == "" and "tune 3/8  swiglu:t=1,f=2  best 2.5 us, 2.00x default" in out.err
     assert len(out.err.splitlines()) == 4
+
+
+def test_displays_without_predictions_cost_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(Learner, "expected_us", lambda _, key: asked.append(key))
+    events: list[Event] = []
+    rows = recorded(LARGE)
+    for name, progress in (("a", PlainProgress(io.StringIO())), ("b", events.append)):
+        with Database(tmp_path / name) as db:
+            tune(db, ReplayMeasurer(rows), trials=24, progress=progress)
+        assert bool(asked) == (name == "b")
+    measured = [e for e in events if e.kind == "measured"]
+    assert len(asked) == len(measured), "comparisons are of what was learned from"
+    best = math.inf
+    for e in measured:
+        assert e.record is not None
+        best = min(best, e.record.latency_us or math.inf)
+        assert e.best_us == (best if math.isfinite(best) else None)
+    assert measured[-1].default_us is not None
+
+
+def test_models_are_fitted_as_what_is_known_grows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    fit = LatencyModel.fit
+    monkeypatch.setattr(
+        LatencyModel, "fit", lambda self, s: (sizes.append(len(s)), fit(self, s))[1]
+    )
+    with Database(tmp_path / "db") as db:
+        rows = [*recorded(LARGE, bad=0.0), *recorded(SMALL, bad=0.0)]
+        tune(db, ReplayMeasurer(rows), {LARGE: 1.0, SMALL: 1.0}, trials=160)
+    assert len(sizes) > 5 and sizes[-1] > 110
+    assert all(b >= a + max(4, a // 10) for a, b in itertools.pairwise(sizes))
 
 
 def test_tuner_uses_the_learned_model(tmp_path: Path) -> None:
