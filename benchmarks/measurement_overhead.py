@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import statistics
 import sys
@@ -31,6 +32,7 @@ from mimo_compile.search.learner import Learner
 from mimo_compile.search.measure import Measurer, Timing, build_worker, run_worker
 from mimo_compile.search.measure.replay import ReplayMeasurer
 from mimo_compile.search.measure.worker import Reply
+from mimo_compile.search.progress import PlainProgress
 from mimo_compile.search.records import Record, Verdict, record_key, versions
 from mimo_compile.search.space import JointSpace
 from mimo_compile.search.tuner import tune_workloads
@@ -84,6 +86,7 @@ def scheduling(replay, hardware, device, trials, folder, strategy, learns=True):
         result = tune_workloads(
             {parse_workload(w): 1.0 for w in WORKLOADS}, hardware, trials=trials, db=db, device=device,
             measurer=replay, strategy=strategy, warm_start=learns,
+            progress=PlainProgress(io.StringIO()),
         )  # fmt: skip
         seconds, busy = time.perf_counter() - begin, time.process_time() - cpu
         count = len(db)
