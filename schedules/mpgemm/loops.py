@@ -28,6 +28,20 @@ ADD_ALONE = 256 << 10
 Blocks = list[tuple[Any, ...]]
 
 
+def panels(
+    problem: Problem, rows: int, emit: Callable[[Any, int], None], *, parallel: bool
+) -> None:
+    """Emit the loop over panels of ``rows`` row blocks; ``emit(first, count)``: blocks from ``first`` on."""
+    full, part = divmod(problem.row_blocks, rows)
+    with loop(full + (part > 0), parallel=parallel) as index:
+        if not part:
+            emit(index * rows, rows)
+        elif not full:
+            emit(index * rows, part)
+        else:
+            choose(index < full, lambda: emit(index * rows, rows), lambda: emit(index * rows, part))
+
+
 def tiles(problem: Problem, config: GemmConfig, tile: Callable[[Blocks, list[Any]], None]) -> None:
     """Emit the loops around register tiles over all columns; see `tiles_of_pieces`."""
     tiles_of_pieces(problem, config, lambda blocks, tokens, _: tile(blocks, tokens))

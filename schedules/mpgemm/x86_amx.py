@@ -16,11 +16,11 @@ from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.base import KnobValue, Space
 from mimo_compile.schedules.emit.amx import NEEDS, SIDE, TILES, AmxTiles, Tiles
-from mimo_compile.schedules.emit.build import choose, loop
 from mimo_compile.schedules.emit.dot import MAX_ACTIVATION, exact
 from mimo_compile.schedules.emit.tile import Weights
 from mimo_compile.schedules.emit.unpack import unpack_cost
 from mimo_compile.schedules.mpgemm.gemm import X86Gemm
+from mimo_compile.schedules.mpgemm.loops import panels
 from mimo_compile.schedules.mpgemm.panel import Panel, quantise_tiles
 from mimo_compile.schedules.mpgemm.problem import Problem
 from mimo_compile.schedules.work import Stream, Tile, busiest, work
@@ -98,25 +98,15 @@ class X86Amx(X86Gemm):
             bias = packed.pop() if problem.bias else None
             weights = Weights(*packed)
             activations = quantise_tiles(problem, x, depth(problem), parallel=config.parallel)
-            full, part = divmod(problem.row_blocks, config.rows)
 
-            def panel(index: Any, rows: int) -> None:
-                first = index * config.rows
+            def panel(first: Any, rows: int) -> None:
                 tiles = type(self).tiles_class()
                 Panel(
                     problem, tiles, activations, weights, bias, y, first, rows,
                     config.tokens, config.columns, depth(problem),
                 ).emit()  # fmt: skip
 
-            with loop(full + (part > 0), parallel=config.parallel) as index:
-                if not part:
-                    panel(index, config.rows)
-                elif not full:
-                    panel(index, part)
-                else:
-                    choose(
-                        index < full, lambda: panel(index, config.rows), lambda: panel(index, part)
-                    )
+            panels(problem, config.rows, panel, parallel=config.parallel)
 
         return emit
 

@@ -16,9 +16,10 @@ from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.base import KnobValue, Space
 from mimo_compile.schedules.emit.amx import NEEDS_BF16, SIDE, TILES, AmxTiles, Row, Tiles
 from mimo_compile.schedules.emit.bf16 import bf16_rows
-from mimo_compile.schedules.emit.build import bind, choose, load, loop, when, workspace
+from mimo_compile.schedules.emit.build import bind, load, loop, when, workspace
 from mimo_compile.schedules.emit.pairs import DEPTH
 from mimo_compile.schedules.emit.tile import store_rows
+from mimo_compile.schedules.mpgemm.loops import panels
 from mimo_compile.schedules.mpgemm.problem import Problem
 from mimo_compile.schedules.mpgemm.x86_bf16 import X86Bf16
 from mimo_compile.schedules.work import Stream, Tile, busiest, work
@@ -80,23 +81,12 @@ class X86AmxBf16(X86Bf16):
             bias, y = rest if problem.bias else (None, *rest)
             room, parallel = _padded(m), config.parallel
             pairs = bf16_rows(None, x, m, problem.k, columns, parallel=parallel, room=room).pairs
-            full, part = divmod(problem.row_blocks, config.rows)
 
-            def panel(index: Any, rows: int) -> None:
+            def panel(first: Any, rows: int) -> None:
                 tiles = type(self).tiles_class()
-                _Panel(problem, tiles, pairs, w, bias, y, index * config.rows, rows).emit(
-                    config.tokens, columns
-                )
+                _Panel(problem, tiles, pairs, w, bias, y, first, rows).emit(config.tokens, columns)
 
-            with loop(full + (part > 0), parallel=parallel) as index:
-                if not part:
-                    panel(index, config.rows)
-                elif not full:
-                    panel(index, part)
-                else:
-                    choose(
-                        index < full, lambda: panel(index, config.rows), lambda: panel(index, part)
-                    )
+            panels(problem, config.rows, panel, parallel=parallel)
 
         return emit
 

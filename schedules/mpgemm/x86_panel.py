@@ -18,7 +18,7 @@ from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.base import KnobValue, Space
-from mimo_compile.schedules.emit.build import choose, loop
+from mimo_compile.schedules.emit.build import loop
 from mimo_compile.schedules.emit.dot import DOTS, exact
 from mimo_compile.schedules.emit.layout import ROWS
 from mimo_compile.schedules.emit.matrix import PARALLEL_BYTES
@@ -26,6 +26,7 @@ from mimo_compile.schedules.emit.quantize import alloc_activations, quantize_row
 from mimo_compile.schedules.emit.tile import Weights
 from mimo_compile.schedules.mpgemm.gemm import X86Gemm
 from mimo_compile.schedules.mpgemm.integer import QUANTIZE_ALONE
+from mimo_compile.schedules.mpgemm.loops import panels
 from mimo_compile.schedules.mpgemm.problem import Problem
 from mimo_compile.schedules.mpgemm.unpacked import UnpackedPanel
 from mimo_compile.schedules.work import Stream, Tile, busiest, work
@@ -143,25 +144,15 @@ class PanelGemm(X86Gemm):
             shared = config.parallel and problem.m * problem.k > QUANTIZE_ALONE
             with loop(problem.m, parallel=shared) as m:
                 quantize_row(problem.layout, x, (m,), rows, m)
-            full, part = divmod(problem.row_blocks, config.rows)
 
-            def panel(index: Any, count: int) -> None:
-                first = index * config.rows
+            def panel(first: Any, count: int) -> None:
                 UnpackedPanel(
                     problem, dot, rows, weights, bias, y, first, count,
                     config.tokens, config.columns, config.unroll,
                     config.rows if config.prefetch else 0,
                 ).emit()  # fmt: skip
 
-            with loop(full + (part > 0), parallel=config.parallel) as index:
-                if not part:
-                    panel(index, config.rows)
-                elif not full:
-                    panel(index, part)
-                else:
-                    choose(
-                        index < full, lambda: panel(index, config.rows), lambda: panel(index, part)
-                    )
+            panels(problem, config.rows, panel, parallel=config.parallel)
 
         return emit
 
