@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mimo_compile.errors import UsageError
@@ -21,6 +21,7 @@ def spread(scale: np.ndarray, size: int, k: int) -> np.ndarray:
 @pytest.mark.parametrize("name", BOOKS)
 @given(st.integers(0, 10_000), st.integers(1, 80), st.sampled_from(["normal", "skew", "one side"]))
 @settings(max_examples=12)
+@example(117, 1, "normal")  # a scale below float16's normal numbers
 def test_each_weight_gets_the_nearest_value(name: str, seed: int, k: int, kind: str) -> None:
     rng = np.random.default_rng(seed)
     w = rng.standard_normal((3, k)).astype(np.float32)
@@ -43,12 +44,13 @@ def test_each_weight_gets_the_nearest_value(name: str, seed: int, k: int, kind: 
     np.testing.assert_allclose(error, best, atol=1e-6 * np.abs(w).max())
     # half the widest gap, and the extremes but for the scale's rounding to float16
     gap = np.diff(np.unique(values)).max() / 2
-    assert np.all(error <= gap * scale + np.abs(w) * 2**-10)
+    tiny = 2**-25 * np.abs(values).max()  # half a step of the smallest scales
+    assert np.all(error <= gap * scale + np.abs(w) * 2**-10 + tiny)
     if fmt.two_sided:
         group = slice(0, min(32, k))
         for row in range(3):
             at = np.abs(w[row, group]).argmax()
-            assert error[row, group][at] <= 2**-10 * np.abs(w[row, group][at])
+            assert error[row, group][at] <= 2**-10 * np.abs(w[row, group][at]) + tiny
 
 
 @pytest.mark.parametrize(
