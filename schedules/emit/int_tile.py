@@ -213,20 +213,7 @@ def _step_sums(
                 values = [dot.columns(x.codes, t, b * layout.block) for t in tokens]
                 for r, block in enumerate(blocks):
                     for h in range(ROWS // lanes):
-                        lines = [
-                            load(
-                                weights.codes,
-                                *block,
-                                b * layout.lines + i,
-                                h * 4 * lanes,
-                                lanes=4 * lanes,
-                            )
-                            for i in range(layout.lines)
-                        ]
-                        words = dot.unpacked(
-                            [bind(T.reinterpret(vector_type("int32", lanes), i)) for i in lines],
-                            constants,
-                        )
+                        words = _unpacked(dot, weights, (*block, b * layout.lines), h, constants)
                         for m in range(len(tokens)):
                             chains = acc[r, h, m]
                             count = len(chains)
@@ -271,6 +258,19 @@ def _step_sums(
         with in_last(piece):
             part(base + whole * runs, rest)
     return {v: sums[v].get() for v in grid}
+
+
+def _unpacked(
+    dot: Dot, weights: Weights, at: tuple[Any, ...], part: int, constants: list[Any]
+) -> list[Any]:
+    """Load a part of the rows of a block of columns, whose first line is ``at``, and unpack it."""
+    *block, line = at
+    lines = [
+        load(weights.codes, *block, line + i, part * 4 * dot.lanes, lanes=4 * dot.lanes)
+        for i in range(dot.codes.lines)
+    ]
+    words = [bind(T.reinterpret(vector_type("int32", dot.lanes), i)) for i in lines]
+    return dot.unpacked(words, constants)
 
 
 def minus_zero(value: Any, zero: Any, x_sum: Any, layout: CodeLayout, lanes: int) -> Any:
