@@ -12,6 +12,7 @@ import os
 import queue
 import sqlite3
 import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -27,6 +28,8 @@ APPLICATION_ID = 0x6D696D6F
 SCHEMA = 1
 PAGE = 8192
 """Bytes; large enough that a record never leaves its page, which `salvage` relies on."""
+BUSY = 30.0
+"""Seconds to wait for another process's lock."""
 
 _TABLES = """
 CREATE TABLE records (
@@ -83,6 +86,19 @@ def _row(record: Record) -> tuple[object, ...]:
     )  # fmt: skip
 
 
+def _log_ahead(db: sqlite3.Connection) -> None:
+    """Switch the file to a write-ahead log; SQLite waits for others' locks in all but this statement."""
+    until = time.monotonic() + BUSY
+    while True:
+        try:
+            db.execute("PRAGMA journal_mode=WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > until:
+                raise
+            time.sleep(0.01)
+
+
 class Database:
     """Tuning records in one file; safe for threads and for several processes at once."""
 
@@ -122,15 +138,15 @@ class Database:
             mode = "ro" if self.read_only else "rwc"
             uri = f"{self.path.absolute().as_uri()}?mode={mode}"
             db = sqlite3.connect(
-                uri, uri=True, timeout=30.0, check_same_thread=False, isolation_level=None
+                uri, uri=True, timeout=BUSY, check_same_thread=False, isolation_level=None
             )
         except sqlite3.Error as error:
             raise self.unusable(error) from error
         try:
-            db.execute("PRAGMA busy_timeout=30000")
+            db.execute(f"PRAGMA busy_timeout={BUSY * 1000:.0f}")
             self._check_header(db)
             if not self.read_only:
-                db.execute("PRAGMA journal_mode=WAL")
+                _log_ahead(db)
                 db.execute("PRAGMA synchronous=FULL")
         except sqlite3.Error as error:
             db.close()
@@ -144,7 +160,7 @@ class Database:
         """Refuse what is not ours; lay out a new file (two processes may try at once)."""
         if not self.read_only and self._is_blank(db):
             db.execute(f"PRAGMA page_size={PAGE}")
-            db.execute("PRAGMA journal_mode=WAL")
+            _log_ahead(db)
             db.execute("BEGIN IMMEDIATE")
             try:
                 if self._is_blank(db):

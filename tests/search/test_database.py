@@ -7,6 +7,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -230,6 +231,20 @@ def none_lost_or_misattributed(path: Path, writers: int, each: int) -> None:
 def test_three_writers_at_once(tmp_path: Path) -> None:
     write_at_once(tmp_path / "shared.db", 3, 50)
     none_lost_or_misattributed(tmp_path / "shared.db", 3, 50)
+
+
+def test_a_new_file_waits_for_who_is_writing_it(tmp_path: Path) -> None:
+    """The switch to a write-ahead log fails at once where another process lays out the same file."""
+    path = tmp_path / "shared.db"
+    other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    other.execute("BEGIN IMMEDIATE")
+    released = threading.Timer(0.3, other.execute, ("ROLLBACK",))
+    released.start()
+    with Database(path) as db:
+        db.add(record(1))
+    released.join()
+    other.close()
+    assert check(path).ok
 
 
 @pytest.mark.slow
