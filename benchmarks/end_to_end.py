@@ -75,7 +75,9 @@ def make_checkpoint(folder, name):
         }  # fmt: skip
         save_file(tensors, out / file, metadata={"format": "pt"})
         where |= dict.fromkeys(tensors, file)
-    (out / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    (out / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": where})
+    )
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
         "tie_word_embeddings": False, "torch_dtype": "bfloat16", **sizes,
