@@ -248,6 +248,10 @@ def check_kernels(parts: Parts, threads: int, seed: int) -> Iterable[KernelCheck
         except UsageError:
             yield _unchecked(choice, "this version has no such schedule")
             continue
+        if choice.schedule_version not in (None, schedule.version):
+            both = f"{choice.schedule_version} made it, {schedule.version} is installed"
+            yield _unchecked(choice, f"its schedule has changed: version {both}")
+            continue
         digest = hashlib.sha256(f"{workload}|{seed}".encode()).digest()
         rng = np.random.default_rng(np.frombuffer(digest, np.uint32))
         op = get_op(workload.op)

@@ -147,7 +147,8 @@ def _plain(record: Any) -> dict[str, Any] | None:
 def plan_row(choice: Any) -> dict[str, Any]:
     """Return one choice of a plan as plain values."""
     return {
-        "workload": choice.workload, "schedule": choice.schedule, "config": choice.config,
+        "workload": choice.workload, "schedule": choice.schedule,
+        "schedule_version": choice.schedule_version, "config": choice.config,
         "kernel": choice.kernel, "source": choice.source, "latency_us": choice.latency_us,
         "energy_mj": choice.energy_mj, "energy_source": choice.energy_source, "calls": choice.calls,
     }  # fmt: skip

@@ -132,6 +132,7 @@ def _check(args: argparse.Namespace) -> None:
 def _artifact(args: argparse.Namespace, parts: Parts) -> int:
     from mimo_compile.cli.compile import summary
     from mimo_compile.cli.console import number, size, table
+    from mimo_compile.cli.energy import NOTE, energy_columns, title
 
     console: Console = args.console
     manifest = parts.manifest
@@ -155,18 +156,18 @@ def _artifact(args: argparse.Namespace, parts: Parts) -> int:
     if states:
         console.say(f"\n{len(states)} states, for example {states[0][0]} {states[0][1]}")
     plan = sorted(manifest.plan, key=lambda c: (c.workload.partition(":")[0], c.workload))
+    titles, joules = energy_columns([(c.energy_mj, c.energy_source) for c in plan])
     lines = [
         (
             c.workload, c.schedule, _config(c), sum(c.calls.values()), number(c.latency_us),
-            number(c.energy_mj), c.source,
+            *mj, c.source,
         )
-        for c in plan
+        for c, mj in zip(plan, joules, strict=True)
     ]  # fmt: skip
-    header = ("workload", "schedule", "config", "calls", "us", "mJ", "source")
-    console.say("\n" + table(lines, header, right="lllrrrl"))
-    if any(c.energy_mj is not None for c in plan):
-        kinds = sorted({c.energy_source for c in plan if c.energy_source})
-        console.say(f"mJ: {', '.join(kinds)}")
+    header = ("workload", "schedule", "config", "calls", "us", *titles, "source")
+    console.say("\n" + table(lines, header, right="lllrr" + "r" * len(titles) + "l"))
+    if title(None) in titles:
+        console.say(NOTE)
     console.result(
         {
             "ok": True, "path": args.artifact, **summary(manifest),
@@ -216,7 +217,7 @@ def _kernel(args: argparse.Namespace, parts: Parts) -> int:
 
         row = plan_row(choice)
         for name, value in row.items():
-            console.say(f"{name:<13} {value if value is not None else '-'}")
+            console.say(f"{name:<16} {value if value is not None else '-'}")
         found = _explained(args, parts, choice)
         if found is not None:
             from mimo_compile.cli.why import show_why
@@ -235,6 +236,8 @@ def _kernel(args: argparse.Namespace, parts: Parts) -> int:
         raise UsageError(
             f"{choice.workload} has no schedule in this version, so its code cannot be shown again"
         )
+    if kernel.name != choice.kernel:  # which is made of all that shapes the code
+        console.log(f"note: {choice.schedule} has changed since, {choice.kernel} was other code")
     text = kernel.func.script() if args.tir else assembly([kernel], hardware)
     console.say(f"# {choice.workload}\n# {choice.schedule} {_config(choice)}")
     console.say(text)
@@ -278,7 +281,11 @@ def _explained(args: argparse.Namespace, parts: Parts, choice: Choice) -> Explan
     kept = kept_records(parts.texts.get("records.jsonl"))
     results = summarise(kept.get(choice.workload, ()))
     named = ((space.adopt(r.record.schedule, r.record.config), r) for r in results)
-    extra = {c: r for c, r in named if c is not None}
+    extra = {
+        c: r
+        for c, r in named
+        if c is not None and space.schedules[c.schedule].version == r.record.schedule_version
+    }
     goal = parse_objective(parts.manifest.objective)
     with open_records(args.db) as db:
         return explain(space, db, device_model(hardware), goal, chosen, extra)

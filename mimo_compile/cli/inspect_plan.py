@@ -68,6 +68,7 @@ def _problem(args: argparse.Namespace) -> Problem:
 
 def _show(console: Console, found: Comparison) -> None:
     from mimo_compile.cli.console import number, table
+    from mimo_compile.cli.energy import MODELLED, NOTE, title
     from mimo_compile.pipeline.plans import measured_share
 
     problem, plans = found.problem, found.plans
@@ -80,11 +81,16 @@ def _show(console: Console, found: Comparison) -> None:
     first = plans[0]
     rows: list[list[object]] = [
         ["latency us", *(_beside(p.latency_us, first.latency_us) for p in plans)],
-        [f"energy mJ ({energy})", *(_beside(p.energy_mj, first.energy_mj) for p in plans)],
+        [f"energy {title(energy)}", *(_beside(p.energy_mj, first.energy_mj) for p in plans)],
     ]
     for entry in entries:
         rows.append([f"  {entry} us", *(number(found.entry_totals(p)[entry][0]) for p in plans)])
-        rows.append([f"  {entry} mJ", *(number(found.entry_totals(p)[entry][1]) for p in plans)])
+        rows.append(
+            [
+                f"  {entry} {title(energy)}",
+                *(number(found.entry_totals(p)[entry][1]) for p in plans),
+            ]
+        )
     rows.append(["other kernels than the first", *(found.changed(p) for p in plans)])
     if problem.built:
         rows.append(["other kernels than built", *(found.unlike_built(p) for p in plans)])
@@ -97,8 +103,8 @@ def _show(console: Console, found: Comparison) -> None:
         f"\nTotals count a kernel's calls per token, over all entry points. Libraries were loaded in "
         f"{found.loaded_s:.1f} s, records read in {found.gathered_s:.2f} s; nothing was measured."
     )
-    if energy == "modelled":
-        console.say("Energies are modelled, not measured: they rank plans, no more.")
+    if energy == MODELLED:
+        console.say(NOTE)
     differences = found.differences()
     if not differences:
         console.say("All plans take the same kernels.")
@@ -128,6 +134,7 @@ def _sources(plan: Plan) -> str:
 def _difference(found: Difference, plans: tuple[Plan, ...], problem: Problem) -> str:
     """Show a workload's kernel in each plan: whole for the first, then what differs from it."""
     from mimo_compile.cli.console import number, table
+    from mimo_compile.cli.energy import title
     from mimo_compile.pipeline.plans import config_change
 
     first = found.choices[0].option.candidate
@@ -147,6 +154,5 @@ def _difference(found: Difference, plans: tuple[Plan, ...], problem: Problem) ->
             [f"  {plan.objective}", number(option.latency_us), number(option.energy_mj), option.source, how]
         )  # fmt: skip
     calls = ", ".join(f"{n} in {e}" for e, n in problem.calls[found.workload].items())
-    return f"{found.workload}  ({calls})\n" + table(
-        rows, ["  plan", "us", "mJ", "source", "kernel"], right="lrrll"
-    )
+    header = ["  plan", "us", title(found.choices[0].option.energy_source), "source", "kernel"]
+    return f"{found.workload}  ({calls})\n" + table(rows, header, right="lrrll")

@@ -44,7 +44,8 @@ def lower_model(
     functions = model.functions()
     lowered: dict[Workload, Lowered] = {}
     for workload in model.workloads():
-        if workload in functions:
+        choice = choices.get(workload)
+        if choice is None:
             from mimo_compile.schedules.generic.x86_tir import default_config, lower_tir
 
             func, name = functions[workload], workload.text("name")
@@ -52,7 +53,6 @@ def lower_model(
             kernel = lower_tir(func, f"{name[:40]}_{workload.text('hash')}", config, hardware)
             lowered[workload] = Lowered(kernel)
             continue
-        choice = choices[workload]
         schedule = get_schedule(choice.schedule)
         chosen = schedule.config_from_json(choice.config)
         lowered[workload] = Lowered(schedule.lower(workload, chosen, hardware), schedule, chosen)
@@ -128,9 +128,10 @@ def _final_choice(
 ) -> Choice:
     if choice is None:
         return Choice(str(workload), "generic.x86_tir", {}, low.kernel.name, "default", calls=calls)
+    version = None if low.schedule is None else low.schedule.version
     return Choice(
         choice.workload, choice.schedule, choice.config, low.kernel.name, choice.source,
-        choice.latency_us, choice.energy_mj, choice.energy_source, calls,
+        choice.latency_us, choice.energy_mj, choice.energy_source, calls, version,
     )  # fmt: skip
 
 

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.ops import get_op
+from mimo_compile.ir.ops.tir import Tir
 from mimo_compile.ir.workload import Workload
 from mimo_compile.pipeline.graphs import ModelGraphs
 from mimo_compile.runtime.program import Choice
+from mimo_compile.schedules import schedules_for
 from mimo_compile.search.database import Database
 from mimo_compile.search.lookup import Kept, results_for
 from mimo_compile.search.objective import parse_objective
+from mimo_compile.search.plan import Choice as Chosen
 from mimo_compile.search.plan import Plan, make_plan
 from mimo_compile.search.records import encode
+
+_LOG = logging.getLogger(__name__)
 
 
 def entry_tokens(entry: str) -> int:
@@ -35,11 +41,39 @@ def call_weights(calls: Mapping[str, int]) -> float:
     )
 
 
-def tunable(model: ModelGraphs) -> dict[Workload, float]:
-    """Return the dialect workloads of a model with their weights, heaviest first."""
-    generic = model.functions()
-    weights = {w: call_weights(c) for w, c in model.workloads().items() if w not in generic}
+def tunable(
+    model: ModelGraphs,
+    hardware: Hardware | None = None,
+    *,
+    search: bool = False,
+    generic: bool = True,
+) -> dict[Workload, float]:
+    """Return the workloads of a model that have a choice of kernels with their weights, heaviest first.
+
+    Args:
+        model: Entry points as kernel graphs.
+        hardware: The target; generic functions without a schedule for it are left out (None: they all are).
+        search: They are to be measured: generic functions that cannot be verified are left out, too.
+        generic: Whether generic functions count.
+    """
+    functions = model.functions()
+    weights = {
+        w: call_weights(c)
+        for w, c in model.workloads().items()
+        if w not in functions
+        or (generic and hardware is not None and _has_choice(w, hardware, search=search))
+    }
     return dict(sorted(weights.items(), key=lambda item: -item[1]))
+
+
+def _has_choice(workload: Workload, hardware: Hardware, *, search: bool) -> bool:
+    """Say whether a generic function has schedules, and for a search a reference."""
+    if not schedules_for(workload, hardware):
+        return False
+    if search and (reason := Tir().reason(workload)):
+        _LOG.info("not tuned: %s", reason)
+        return False
+    return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +121,8 @@ def choose(
     Raises:
         UsageError: an op has no kernel for the hardware, or the objective's budget cannot be kept.
     """
-    workloads = tunable(model)
-    if not workloads:  # generic kernels only: nothing to choose among
+    workloads = tunable(model, hardware)
+    if not workloads:  # nothing to choose among
         parse_objective(objective)
         return ModelPlan({}, b"")
     plan = make_plan(workloads, hardware, objective=objective, db=db, shared=shared_tensors(model))
@@ -98,21 +132,44 @@ def choose(
 def with_records(
     plan: Plan, hardware: Hardware, db: Database | None, kept: Kept | None = None
 ) -> ModelPlan:
-    """Return a plan's choices as an artifact holds them, with the records they rest on and ``kept`` ones."""
+    """Return a plan's choices as an artifact holds them, with the records they rest on and ``kept`` ones.
+
+    Records of other versions of the chosen schedules are of other code, and are left out.
+    """
     choices: dict[Workload, Choice] = {}
     lines: dict[str, None] = {}
     for workload, chosen in plan.choices.items():
         option = chosen.option
         choices[workload] = Choice(
             str(workload), option.candidate.schedule, option.candidate.config, "", option.source,
-            option.latency_us, option.energy_mj, option.energy_source,
+            option.latency_us, option.energy_mj, option.energy_source, {}, chosen.schedule.version,
         )  # fmt: skip
         if option.source == "measured":
             default = chosen.schedule.space(workload, hardware).default
             both = (option.candidate.config, chosen.schedule.config_to_json(default))
             for result in results_for(workload, hardware, db, kept=kept):
                 r = result.record
-                if r.schedule == option.candidate.schedule and r.config in both:
+                mine = (r.schedule, r.schedule_version) == (
+                    chosen.schedule.name,
+                    chosen.schedule.version,
+                )
+                if mine and r.config in both:
                     lines[encode(r)] = None
-    lines.update(dict.fromkeys(encode(r) for rows in (kept or {}).values() for r in rows))
+    lines.update(dict.fromkeys(_still_true(plan, kept or {})))
     return ModelPlan(choices, "".join(f"{line}\n" for line in lines).encode())
+
+
+def _still_true(plan: Plan, kept: Kept) -> list[str]:
+    """Return kept records but for those of schedules that were changed since."""
+    chosen: dict[str, Chosen] = {str(w): c for w, c in plan.choices.items()}
+    out = []
+    for workload, rows in kept.items():
+        schedule = chosen[workload].schedule if workload in chosen else None
+        out += [
+            encode(r)
+            for r in rows
+            if schedule is None
+            or r.schedule != schedule.name
+            or r.schedule_version == schedule.version
+        ]
+    return out

@@ -18,7 +18,7 @@ from mimo_compile.pipeline.choose import call_weights, shared_tensors, tunable
 from mimo_compile.pipeline.graphs import ModelGraphs
 from mimo_compile.runtime.container import Parts
 from mimo_compile.runtime.program import Choice as Built
-from mimo_compile.schedules import get_schedule
+from mimo_compile.schedules import Schedule, get_schedule
 from mimo_compile.search.database import Database
 from mimo_compile.search.lookup import Kept, kept_records
 from mimo_compile.search.plan import Choice, Plan, Planner
@@ -54,9 +54,10 @@ class Problem:
         """Return the layouts that an artifact's tensors have already.
 
         Raises:
-            EnvironmentMismatch: a schedule is gone or has other knobs now.
+            EnvironmentMismatch: a schedule is gone, has other knobs now, or is of another version than the
+                one that packed weights.
         """
-        return {w: _layouts(w, c) for w, c in self.built.items()}
+        return {w: _layouts(w, c, self.kept) for w, c in self.built.items()}
 
     def planner(self, db: Database | None) -> Planner:
         """Gather the options from records, those of an artifact included, in the layouts that it holds."""
@@ -70,7 +71,7 @@ def problem_of_model(model: ModelGraphs, hardware: Hardware) -> Problem:
     """Return what to plan for a model that was read from its source."""
     calls = model.workloads()
     return Problem(
-        model.name, {w: calls[w] for w in tunable(model)}, shared_tensors(model), hardware
+        model.name, {w: calls[w] for w in tunable(model, hardware)}, shared_tensors(model), hardware
     )
 
 
@@ -112,17 +113,47 @@ def problem_of_artifact(parts: Parts | Artifact, threads: int | None = None) -> 
     return Problem(manifest.name, calls, list(groups.values()), hardware, built, kept_records(text))
 
 
-def _layouts(workload: Workload, choice: Built) -> Layouts:
+def _layouts(workload: Workload, choice: Built, kept: Kept) -> Layouts:
+    """Return the layouts of a built kernel's tensors, as its schedule names them now.
+
+    A name says how weights are packed only for the version of the schedule that packed them. Without
+    weights nothing is packed: states are made anew by kernels that are all made anew.
+    """
     try:
         schedule = get_schedule(choice.schedule)
         config = schedule.config_from_json(choice.config)
-        return tuple(sorted(schedule.layouts(workload, config).items()))
+        layouts = tuple(sorted(schedule.layouts(workload, config).items()))
     except (UsageError, TypeError, ValueError, KeyError) as error:  # of another version
-        raise EnvironmentMismatch(
-            f"schedule {choice.schedule} has changed since the artifact was compiled",
-            where=str(workload),
-            remedy=FROM_SOURCE,
-        ) from error
+        raise _changed(workload, choice) from error
+    if any(a.role == "weight" for a in get_op(workload.op).args(workload)):
+        built = built_version(choice, kept)
+        # one that was never raised cannot have been another
+        if built != schedule.version and (built is not None or schedule.version > 1):
+            raise _changed(workload, choice, built, schedule)
+    return layouts
+
+
+def built_version(choice: Built, kept: Kept) -> int | None:
+    """Return the version of the schedule that made a kernel; None if an older artifact does not tell.
+
+    Where the choice does not name it, the artifact's own records of this very config may.
+    """
+    if choice.schedule_version is not None:
+        return choice.schedule_version
+    same = (r for r in kept.get(choice.workload, ()) if r.schedule == choice.schedule)
+    found = {r.schedule_version for r in same if r.config == choice.config}
+    return found.pop() if len(found) == 1 else None
+
+
+def _changed(
+    workload: Workload, choice: Built, built: int | None = None, schedule: Schedule | None = None
+) -> EnvironmentMismatch:
+    what = f"schedule {choice.schedule} has changed since the artifact was compiled"
+    if schedule is not None:
+        what += (
+            f": version {built or 'unknown'} packed its weights, {schedule.version} is installed"
+        )
+    return EnvironmentMismatch(what, where=str(workload), remedy=FROM_SOURCE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,8 +195,8 @@ class Comparison:
         built = self.problem.built
         if not built:
             return None
-        pairs = ((c.option.candidate, built[w]) for w, c in plan.choices.items())
-        return sum((c.schedule, c.config) != (b.schedule, dict(b.config)) for c, b in pairs)
+        pairs = ((c, built[w]) for w, c in plan.choices.items())
+        return sum(_unlike(c, b) for c, b in pairs)
 
     def entry_totals(self, plan: Plan) -> dict[str, tuple[float, float]]:
         """Return microseconds and millijoules in kernels of one run of each entry point."""
@@ -203,9 +234,16 @@ class Comparison:
             "measured_share": measured_share(plan),
             "seconds": plan.seconds,
             "entries": {
-                e: {"latency_us": t, "energy_mj": j} for e, (t, j) in self.entry_totals(plan).items()
+                e: {"latency_us": t, "energy_mj": j, "energy_source": plan.energy_source}
+                for e, (t, j) in self.entry_totals(plan).items()
             },
         }  # fmt: skip
+
+
+def _unlike(choice: Choice, built: Built) -> bool:
+    candidate, known = choice.option.candidate, built.schedule_version
+    same = (candidate.schedule, candidate.config) == (built.schedule, dict(built.config))
+    return not same or (known is not None and known != choice.schedule.version)
 
 
 def sources(plan: Plan) -> Counter[str]:
@@ -222,7 +260,8 @@ def measured_share(plan: Plan) -> float:
 def _choice_json(choice: Choice) -> dict[str, Any]:
     option = choice.option
     return {
-        "schedule": option.candidate.schedule, "config": option.candidate.config,
+        "schedule": option.candidate.schedule, "schedule_version": choice.schedule.version,
+        "config": option.candidate.config,
         "latency_us": option.latency_us, "energy_mj": option.energy_mj, "source": option.source,
         "energy_source": option.energy_source,
     }  # fmt: skip

@@ -111,6 +111,9 @@ class Choice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Name of the meter that measured the energy (``nvml``, ``rapl``, ...), or ``modelled``."""
     calls: dict[str, int] = {}
     """Entry name to number of calls."""
+    schedule_version: int | None = None
+    """Of the schedule that made the kernel and packed its weights; None for generic kernels, and in artifacts
+    that were made before it was noted."""
 
 
 class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

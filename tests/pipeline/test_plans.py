@@ -23,6 +23,7 @@ from mimo_compile.pipeline import replan as replan_module
 from mimo_compile.pipeline.choose import choose
 from mimo_compile.pipeline.plans import (
     OBJECTIVES,
+    built_version,
     compare_plans,
     config_change,
     problem_of_artifact,
@@ -30,11 +31,13 @@ from mimo_compile.pipeline.plans import (
 )
 from mimo_compile.pipeline.replan import replan
 from mimo_compile.pipeline.source import open_source
-from mimo_compile.runtime.container import Parts
+from mimo_compile.runtime.container import Parts, read_manifest
+from mimo_compile.schedules import get_schedule
 from mimo_compile.search.database import Database
 from mimo_compile.search.plan import Planner
-from mimo_compile.search.records import Record, Verdict, record_key, versions
+from mimo_compile.search.records import Record, Verdict, encode, record_key, versions
 from mimo_compile.search.space import JointSpace
+from mimo_compile.verify import check_kernels
 
 pytestmark = pytest.mark.compile
 
@@ -103,7 +106,7 @@ def test_the_command_shows_plans_of_a_checkpoint(
     shown = capsys.readouterr().out
     for text in (
         "energy@latency:1.05",
-        "energy mJ (modelled)",
+        "energy mJ, modelled",
         "planned in",
         "nothing was measured",
     ):
@@ -415,3 +418,91 @@ def test_generic_kernels_need_the_source() -> None:
     made = mc.compile(torch.nn.GELU(), example_inputs=(torch.zeros(2, 3),))
     with pytest.raises(UsageError, match=r"generic.*from its source"):
         replan(made, problem_of_artifact(made), "energy", None)
+
+
+# -- versions of schedules ---------------------------------------------------------------------
+
+
+def _raised(monkeypatch, name: str, by: int = 1) -> int:
+    """Install another version of a schedule; return the one before."""
+    schedule = get_schedule(name)
+    before = schedule.version
+    monkeypatch.setattr(type(schedule), "version", before + by)
+    return before
+
+
+def test_weights_of_another_version_are_not_read(made, two_plans, monkeypatch, capsys) -> None:
+    """A layout's name may mean another packing now: no kernel of today reads weights of then."""
+    workload, _, db = two_plans
+    (choice,) = [c for c in made.manifest.plan if c.workload == str(workload)]
+    before = _raised(monkeypatch, choice.schedule)
+    assert choice.schedule_version == before
+    text = f"version {before} packed its weights, {before + 1} is installed"
+    for again in (
+        lambda: replan(made, problem_of_artifact(made), "latency", db),
+        lambda: compare_plans(problem_of_artifact(made), db, ["latency"]),
+    ):
+        with pytest.raises(EnvironmentMismatch, match=text) as refused:
+            again()
+        assert "from its source" in (refused.value.remedy or "")
+    monkeypatch.undo()
+    assert (
+        replan(made, problem_of_artifact(made), "latency", db).manifest.plan == made.manifest.plan
+    )
+
+
+def test_a_kernel_without_weights_is_made_by_the_new_version(made, monkeypatch) -> None:
+    """Nothing is packed for it: it gets new code, which says so, and no old record speaks for it."""
+    plan = made.manifest.plan
+    (choice,) = [c for c in plan if c.workload.startswith("swiglu") and c.calls.get("step_1")]
+    workload = parse_workload(choice.workload)
+    old = next(r for r in _records(workload, *JointSpace(workload, local_cpu()).defaults()[:1] * 2))
+    kept = made.records + (encode(old) + "\n").encode()
+    artifact = Artifact(made.manifest, made.programs, b"old", made.weights, records=kept)
+    same = replan(artifact, problem_of_artifact(artifact), "latency", None)
+    (measured,) = [c for c in same.manifest.plan if c.workload == choice.workload]
+    assert measured.source == "measured" and encode(old).encode() in same.records
+    before = _raised(monkeypatch, choice.schedule)
+    problem = problem_of_artifact(artifact)
+    other = replan(artifact, problem, "latency", None)
+    (fresh,) = [c for c in other.manifest.plan if c.workload == choice.workload]
+    assert (choice.schedule_version, fresh.schedule_version) == (before, before + 1)
+    assert fresh.kernel != choice.kernel and other.code != b"old"
+    assert fresh.source != "measured" and encode(old).encode() not in other.records
+    comparison = compare_plans(problem, None, ["latency"])
+    assert comparison.unlike_built(comparison.plans[0]) >= 1
+
+
+def test_artifacts_from_before_versions_were_noted(made, two_plans, monkeypatch) -> None:
+    workload, _, db = two_plans
+    bare = tuple(msgspec.structs.replace(c, schedule_version=None) for c in made.manifest.plan)
+    text = msgspec.json.encode(msgspec.structs.replace(made.manifest, plan=bare))
+    plain = json.loads(text)
+    for choice in plain["plan"]:
+        del choice["schedule_version"]
+    manifest = read_manifest(json.dumps(plain).encode(), "old.mimo")
+    assert manifest.plan == bare
+    (choice,) = [c for c in bare if c.workload == str(workload)]
+    kept = problem_of_artifact(made).kept
+    assert built_version(choice, {}) is None
+    assert built_version(choice, kept) == get_schedule(choice.schedule).version
+    older = Artifact(manifest, made.programs, made.code, made.weights)  # no records either
+    names = {c.schedule for c in bare}
+    for name in names:
+        monkeypatch.setattr(type(get_schedule(name)), "version", 1)
+    assert problem_of_artifact(older).packed()  # never raised: it cannot have been another
+    monkeypatch.setattr(type(get_schedule(choice.schedule)), "version", 2)
+    with pytest.raises(EnvironmentMismatch, match="version unknown packed its weights, 2 is"):
+        replan(older, problem_of_artifact(older), "latency", db)
+
+
+def test_old_kernels_are_not_verified_by_new_schedules(made, monkeypatch) -> None:
+    """They would be given weights that are packed in another way."""
+    choice = next(c for c in made.manifest.plan if c.schedule_version is not None)
+    before = _raised(monkeypatch, choice.schedule)
+    monkeypatch.setattr("mimo_compile.verify._tvm.load_object", lambda code: None)
+    parts = Parts(
+        msgspec.structs.replace(made.manifest, plan=(choice,)), made.programs, b"", None, {}, "x"
+    )
+    (check,) = check_kernels(parts, 1, 0)
+    assert check.skipped and f"version {before} made it" in check.message
