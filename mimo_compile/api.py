@@ -149,6 +149,7 @@ def tune(
     max_context: int | None = None,
     example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
     progress: Callable[[Any], None] | None = None,
+    on: str | None = None,
 ) -> TuningResult:
     """Search the best kernels of a model, or of one op, and keep every measurement in the database.
 
@@ -172,6 +173,8 @@ def tune(
         max_context: positions that KV caches provide for.
         example_inputs: tensors that fix a module's input shapes.
         progress: called with each `search.progress.Event`.
+        on: where candidates are built and measured: None is this machine, ``"ray"`` a Ray cluster of this
+            machine alone, ``"ray:HOST:PORT"`` one that runs and of which this machine is a node.
 
     Returns:
         What is known afterwards: ``.best`` and ``.pareto`` by workload. Ctrl-C ends the search and
@@ -180,7 +183,8 @@ def tune(
     Raises:
         UsageError: an option is wrong, or the target cannot run here.
         InputError: an input file is missing, damaged or not supported.
-        MissingExtra: the ``[compile]`` packages are not installed.
+        MissingExtra: the ``[compile]`` packages are not installed, or Ray for ``on``.
+        DeviceLost: no measuring node is left; what was measured is kept.
         EnvironmentMismatch: a plug-in that is used is broken.
     """
     from mimo_compile.ir.hardware import resolve_target
@@ -196,7 +200,12 @@ def tune(
         )
     hardware = resolve_target(target, threads)
     get_strategy(strategy)  # wrong names are refused before a model is loaded
-    counter = meter if meter in (AUTO, MODELLED) else open_meter(hardware, meter)
+    if on is not None:
+        from mimo_compile.search.farm.tuning import check_on
+
+        meter = check_on(on, hardware, objective, joules, meter)
+    local = on is None and meter not in (AUTO, MODELLED)
+    counter = open_meter(hardware, meter) if local else meter
     workloads: dict[Workload, float]
     if is_op_spec(source):
         require_compile_extra()
@@ -211,11 +220,21 @@ def tune(
         workloads = tunable(opened.graphs)
         if hardware.kind == "sim":
             workloads = _supported(workloads, hardware)
-    with _database(db) as database:
+    with _farm(on, hardware, meter) as farm, _database(db) as database:
+        how = {"meter": counter} if farm is None else farm.how()
         return _tune(
             workloads, hardware, trials, seconds, joules, objective, database, seed, progress,
-            strategy=strategy, meter=counter,
+            strategy=strategy, **how,
         )  # fmt: skip
+
+
+def _farm(on: str | None, hardware: Hardware, meter: str) -> Any:
+    """Open the farm that a search is to run on; None is this machine."""
+    if on is None:
+        return contextlib.nullcontext()
+    from mimo_compile.search.farm.tuning import open_farm
+
+    return open_farm(on, hardware, meter=meter)
 
 
 def _supported(workloads: dict[Workload, float], hardware: Hardware) -> dict[Workload, float]:

@@ -17,6 +17,7 @@ from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.simulated import SIMULATED
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.base import Schedule
+from mimo_compile.search.ahead import LookAhead
 from mimo_compile.search.budget import Budget, Clock, Share, mark_heavy, next_share, patience
 from mimo_compile.search.database import Database
 from mimo_compile.search.joules import Joules
@@ -40,8 +41,6 @@ from mimo_compile.search.transfer import similar_seeds
 from mimo_compile.search.warm import find_prior
 
 BATCH = 8
-FIRST = 4
-"""Size of a workload's first round: defaults, and the best of similar shapes."""
 CONFIRM_S = 2.0
 """Seconds of a time budget kept for the comparison at the end, for each workload; at most a quarter of it."""
 CONFIRM_AGAIN = 2
@@ -71,6 +70,7 @@ class Tuner:
         )
         self.versions = versions()
         self.tasks: list[Task] = []
+        self._ahead = LookAhead(measurer)
         self._progress = progress
         self._round = 0
 
@@ -190,7 +190,7 @@ class Tuner:
 
     def _one_round(self, task: Task, count: int, clock: Clock) -> bool:
         """Measure one batch of a workload; return whether anything was measured."""
-        batch = task.strategy.ask(count if task.share.rounds else min(count, FIRST))
+        batch = self._ahead.batch(self.tasks, task, count)
         if not batch:
             task.share.exhausted = True
             return False

@@ -99,6 +99,20 @@ class Measures(Protocol):
 
 
 @runtime_checkable
+class Ahead(Protocol):
+    """What a measurer has besides when it can build one batch while it measures another."""
+
+    @property
+    def overlaps(self) -> bool:
+        """True where that disturbs no clock."""
+        ...
+
+    def prepare(self, space: JointSpace, candidates: Sequence[Candidate]) -> None:
+        """Begin to build candidates of one workload, which are to be measured after others."""
+        ...
+
+
+@runtime_checkable
 class Predicts(Protocol):
     """What a measurer has besides when it knows times without measuring: the search ranks by them."""
 

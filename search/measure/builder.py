@@ -83,6 +83,15 @@ class Builder:
         while len(self._built) > _KEPT:
             self.forget(next(iter(self._built)))
 
+    def adopt(self, candidate: Candidate, built: Reply, code: bytes) -> None:
+        """Take code that was built elsewhere, as if it had been built here.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        code_path(self._scratch, candidate).write_bytes(code)
+        self.keep(candidate, built)
+
     def keeps(self, candidate: Candidate) -> bool:
         """Say whether a candidate's code is kept."""
         return candidate.key in self._built

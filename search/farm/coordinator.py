@@ -1,0 +1,311 @@
+"""Carries out what the scheduler decides: starts actions, takes in how they end, watches nodes and limits.
+
+Everything happens inside `Farm.next`, in the caller's thread: while the caller works, nothing new starts. So
+a tuner that computes between two results disturbs no clock on its own machine.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from mimo_compile.errors import DeviceLost, MimoError
+from mimo_compile.search.farm.scheduling import Action, Node, Refuse, Scheduler, Start
+
+GRACE_S = 60.0
+"""Seconds that actions wait for a node which could run them, after the last such node has gone."""
+_POLL_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How one start of an action ended.
+
+    ``done``: ``value`` is the answer. ``lost``: the worker died. ``broken``: the node cannot do its work
+    (``error`` says why), whatever the action was.
+    """
+
+    action: int
+    status: Literal["done", "lost", "broken"]
+    value: Any = None
+    error: MimoError | None = None
+
+
+class Executor(Protocol):
+    """Where actions run."""
+
+    home: str
+    """The node on which the caller runs; "" where that is none of them."""
+
+    def nodes(self) -> Mapping[str, Node]:
+        """Return the nodes that are there now."""
+        ...
+
+    def start(self, start: Start, payload: Any) -> None:
+        """Begin an action; its end is told by `wait`."""
+        ...
+
+    def wait(self, timeout_s: float) -> list[Outcome]:
+        """Return what has ended; when nothing has, wait up to ``timeout_s`` for the first."""
+        ...
+
+    def kill(self, action: int) -> None:
+        """End a running action and its worker; `wait` does not tell of it any more."""
+        ...
+
+    def exclude(self, node: str) -> None:
+        """Give a node no more work: it is broken."""
+        ...
+
+    def close(self) -> None:
+        """End everything."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """How an action ended for good."""
+
+    action: Action
+    status: Literal["done", "crash", "timeout", "refused"]
+    value: Any = None
+    message: str = ""
+    node: str = ""
+
+
+@dataclass(slots=True)
+class Statistics:
+    """What a farm did so far. Times are seconds."""
+
+    ended: Counter[str] = field(default_factory=Counter)
+    """Actions by how they ended."""
+    rerun: int = 0
+    """Starts that came to nothing because a worker or a node was lost."""
+    completion_s: float = 0.0
+    """Sum over ended actions of the time from submission to end."""
+    busy_s: dict[str, float] = field(default_factory=dict)
+    """Time that devices were in use, by node and device."""
+    overlapped: int = 0
+    """Builds started while a device was in use."""
+
+
+class Farm:
+    """One queue for all nodes; see the module."""
+
+    def __init__(
+        self,
+        executor: Executor,
+        scheduler: Scheduler | None = None,
+        *,
+        grace_s: float = GRACE_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Take the nodes in that are there.
+
+        Args:
+            executor: Where actions run; it is closed with the farm.
+            scheduler: What decides (None: a new one).
+            grace_s: How long actions wait for a node that could run them.
+            clock: Seconds.
+        """
+        self.executor = executor
+        self.scheduler = scheduler or Scheduler()
+        self.statistics = Statistics()
+        self._grace_s = grace_s
+        self._clock = clock
+        self._payloads: dict[int, Any] = {}
+        self._submitted: dict[int, float] = {}
+        self._began: dict[int, float] = {}
+        self._done: deque[Result] = deque()
+        self._unwanted: set[int] = set()
+        """Running actions whose results nobody waits for any more."""
+        self._broken: dict[str, MimoError] = {}
+        self._stranded_since = math.inf
+        self._serial = 0
+        self._look()
+
+    # -- the caller's side -----------------------------------------------------------------------
+
+    def number(self) -> int:
+        """Return the id of a new action."""
+        self._serial += 1
+        return self._serial
+
+    def submit(self, action: Action, payload: Any) -> None:
+        """Queue an action with what its worker needs to know."""
+        now = self._clock()
+        self._payloads[action.id] = payload
+        self._submitted[action.id] = now
+        self.scheduler.arrived(action, now)
+
+    def cancel(self, action: int) -> None:
+        """Forget an action: one that runs goes on to its end, and its result is dropped."""
+        if self.scheduler.cancelled(action):
+            self._forget(action)
+        elif action in self.scheduler.running:
+            self._unwanted.add(action)
+        else:
+            self._done = deque(r for r in self._done if r.action.id != action)
+
+    def next(self) -> Result:
+        """Start what can start and return the next result.
+
+        Raises:
+            DeviceLost: no node is left that could measure.
+            MimoError: no node is left for what waits, or there is nothing to wait for.
+        """
+        while (result := self.poll(_POLL_S)) is None:
+            pass
+        return result
+
+    def poll(self, timeout_s: float) -> Result | None:
+        """Do what `next` does, but come back without a result when there was none for so long."""
+        if self._done and self._measures_here() and not self._clock_runs_here():
+            return self._done.popleft()  # before another clock is started
+        self._look()
+        self._obey()
+        if self._done and not self._clock_runs_here():
+            return self._done.popleft()
+        if not self.scheduler.running and not self.scheduler.waiting:
+            raise MimoError("nothing is left to wait for")
+        self._check_stranded()
+        for outcome in self.executor.wait(timeout_s):
+            self._take(outcome)
+        for number in self.scheduler.overdue(self._clock()):
+            self._overdue(number)
+        return None
+
+    def close(self) -> None:
+        """End everything that runs."""
+        self.executor.close()
+
+    # -- nodes -----------------------------------------------------------------------------------
+
+    def _look(self) -> None:
+        """Tell the scheduler which nodes came, changed and went."""
+        now = self._clock()
+        present = {k: n for k, n in self.executor.nodes().items() if k not in self._broken}
+        for name in [n for n in self.scheduler.nodes if n not in present]:
+            here = [i for i, r in self.scheduler.running.items() if r.start.node == name]
+            for number in here:
+                self.executor.kill(number)
+                self._ended(number, now)
+            self.statistics.rerun += len(here)
+            self.scheduler.node_lost(name)
+            for number in self._unwanted.intersection(here):
+                self._drop(number)
+        for name, node in present.items():
+            if self.scheduler.nodes.get(name) != node:
+                self.scheduler.node_added(node)
+
+    def _measures_here(self) -> bool:
+        node = self.scheduler.nodes.get(self.executor.home)
+        return node is not None and bool(node.devices)
+
+    def _clock_runs_here(self) -> bool:
+        """Say whether a measurement runs on the caller's own machine, which it should not disturb."""
+        return any(
+            r.start.action.exclusive and r.start.node == self.executor.home
+            for r in self.scheduler.running.values()
+        )
+
+    def _check_stranded(self) -> None:
+        """Give up when what waits has no node, nothing runs, and none has come for a while."""
+        now = self._clock()
+        stranded = self.scheduler.stranded()
+        if self.scheduler.running or len(stranded) < len(self.scheduler.waiting) or self._done:
+            self._stranded_since = math.inf
+            return
+        self._stranded_since = min(self._stranded_since, now)
+        if not stranded or now - self._stranded_since < (0 if self._broken else self._grace_s):
+            return
+        error = next(iter(self._broken.values()), None)
+        if error is not None:
+            raise error
+        what = "the last node that could measure has" if stranded[0].exclusive else "all nodes have"
+        raise DeviceLost(
+            f"{what} gone and none came within {self._grace_s:g} s",
+            remedy="What was measured is kept: run again when the cluster is back",
+        )
+
+    # -- actions ---------------------------------------------------------------------------------
+
+    def _obey(self) -> None:
+        now = self._clock()
+        for decision in self.scheduler.decide(now):
+            number = decision.action.id
+            if isinstance(decision, Refuse):
+                dead = "died" in decision.reason or "killed" in decision.reason
+                status: Literal["crash", "refused"] = "crash" if dead else "refused"
+                self._finish(Result(decision.action, status, message=decision.reason))
+                continue
+            self._began[number] = now
+            if not decision.action.exclusive:
+                self.statistics.overlapped += any(
+                    r.start.device for r in self.scheduler.running.values()
+                )
+            self.executor.start(decision, self._payloads[number])
+
+    def _take(self, outcome: Outcome) -> None:
+        number, now = outcome.action, self._clock()
+        running = self.scheduler.running.get(number)
+        if running is None:
+            return
+        self._ended(number, now)
+        node, action = running.start.node, running.start.action
+        if outcome.status == "done":
+            self.scheduler.finished(number, now)
+            self._finish(Result(action, "done", outcome.value, node=node))
+        elif outcome.status == "lost":
+            self.statistics.rerun += 1
+            self.scheduler.failed(number)
+            if number in self._unwanted:
+                self._drop(number)
+        else:
+            assert outcome.error is not None
+            self._broken[node] = outcome.error
+            self.executor.exclude(node)
+            self._look()
+
+    def _overdue(self, number: int) -> None:
+        running = self.scheduler.running[number]
+        limit = running.start.action.timeout_s
+        self.executor.kill(number)
+        self._ended(number, self._clock())
+        self.scheduler.timed_out(number)
+        message = f"no answer from its worker within {limit:g} s"
+        self._finish(
+            Result(running.start.action, "timeout", message=message, node=running.start.node)
+        )
+
+    def _ended(self, number: int, now: float) -> None:
+        """Count the time for which a device was in use."""
+        began = self._began.pop(number, now)
+        start = self.scheduler.running[number].start
+        if start.device:
+            name, busy = f"{start.node}/{start.device}", self.statistics.busy_s
+            busy[name] = busy.get(name, 0.0) + now - began
+
+    def _finish(self, result: Result) -> None:
+        number = result.action.id
+        self.statistics.ended[result.status] += 1
+        self.statistics.completion_s += self._clock() - self._submitted[number]
+        self._forget(number)
+        if number in self._unwanted:
+            self._unwanted.discard(number)
+        else:
+            self._done.append(result)
+
+    def _drop(self, number: int) -> None:
+        """Do not repeat what nobody waits for."""
+        if self.scheduler.cancelled(number):
+            self._unwanted.discard(number)
+            self._forget(number)
+
+    def _forget(self, number: int) -> None:
+        self._payloads.pop(number, None)
+        self._submitted.pop(number, None)

@@ -1,0 +1,295 @@
+"""A farm on a Ray cluster: a local one, which is started and ended with the search, or one that runs already.
+
+Ray carries orders and answers and says which nodes there are. What runs where is decided by our scheduler:
+Ray's resources are admission tickets, they isolate nothing. Workers are actors that stay warm; a dead one is
+replaced at the next start.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from mimo_compile.errors import MimoError, MissingExtra, UsageError
+from mimo_compile.search.farm.coordinator import Outcome
+from mimo_compile.search.farm.scheduling import Node, Start
+from mimo_compile.search.measure.cases import Scratch
+
+POLL_S = 1.0
+"""Seconds between two looks at the list of nodes."""
+_CONNECT_S = 5.0
+_OBJECTS = 256 << 20
+"""Bytes of a local cluster's object store: object code is small."""
+
+
+def parse_on(text: str) -> str | None:
+    """Return the address of ``ray:HOST:PORT``, or None for ``ray``, a cluster of this machine alone.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    kind, colon, address = text.partition(":")
+    host, _, port = address.rpartition(":")
+    if kind == "ray" and (not colon or (host and port.isdecimal() and 0 < int(port) < 65536)):
+        return address or None
+    raise UsageError(f"--on {text!r} is not understood", remedy="write ray, or ray:HOST:PORT")
+
+
+def require_ray() -> None:
+    """Check that Ray is installed.
+
+    Raises:
+        MissingExtra: it is not.
+    """
+    if find_spec("ray") is None:
+        raise MissingExtra("tune --on ray", extra="ray", missing="ray")
+
+
+def _check_answers(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_S).close()
+    except OSError as error:
+        raise MimoError(
+            f"no Ray cluster answers: {error.strerror or error}",
+            where=address,
+            remedy="Start one there with: ray start --head --port " + port,
+        ) from error
+
+
+@contextlib.contextmanager
+def _own_signals() -> Iterator[None]:
+    """Keep our own handlers: Ray installs one for SIGTERM that ends the process."""
+    import threading
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Cluster:
+    """A connection to Ray. One that was made by others is left as it is."""
+
+    def __init__(self, address: str | None = None, *, cpus: int | None = None) -> None:
+        """Connect, or start a cluster here, without dashboard and without telemetry.
+
+        Args:
+            address: ``HOST:PORT`` of a running cluster, of which this machine is a node; None: start one.
+            cpus: CPUs that a cluster started here offers (None: all open to this process).
+
+        Raises:
+            MissingExtra: Ray is not installed.
+            MimoError: the address does not answer, or Ray cannot be started or joined.
+        """
+        require_ray()
+        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        import ray
+
+        self.ray: Any = ray
+        self._scratch: Scratch | None = None
+        self._joined = ray.is_initialized()
+        if self._joined:
+            return
+        options: dict[str, Any] = {
+            "log_to_driver": False, "configure_logging": False, "namespace": "mimo-compile",
+        }  # fmt: skip
+        if address is None:
+            self._scratch = Scratch(Path(tempfile.gettempdir()))
+            options |= {
+                "address": "local", "num_cpus": cpus or len(os.sched_getaffinity(0)), "num_gpus": 0,
+                "include_dashboard": False, "object_store_memory": _OBJECTS,
+                "_temp_dir": str(self._scratch.path),
+            }  # fmt: skip
+        else:
+            _check_answers(address)
+            options["address"] = address
+        try:
+            with _own_signals():
+                ray.init(**options)
+        except (ConnectionError, RuntimeError, OSError, ValueError, TimeoutError) as error:
+            self.close()
+            first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            raise MimoError(
+                f"Ray cannot be {'started' if address is None else 'joined'}: {first}",
+                where=address or "",
+                remedy=""
+                if address is None
+                else "This machine must be a node of it: ray start --address " + address,
+            ) from error
+
+    @property
+    def home(self) -> str:
+        """The node of this process."""
+        return str(self.ray.get_runtime_context().get_node_id())
+
+    def nodes(self) -> dict[str, dict[str, Any]]:
+        """Return what Ray knows of the nodes that are alive, by id."""
+        return {n["NodeID"]: n for n in self.ray.nodes() if n["Alive"]}
+
+    def on(self, node: str) -> Any:
+        """Return the strategy that places something on one node and nowhere else."""
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        return NodeAffinitySchedulingStrategy(node_id=node, soft=False)
+
+    def close(self) -> None:
+        """Disconnect; a cluster that was started here ends."""
+        if not self._joined:
+            with contextlib.suppress(Exception), _own_signals():  # it may be half started, or gone
+                self.ray.shutdown()
+        if self._scratch is not None:
+            self._scratch.close()
+            Scratch().close()  # which sweeps away what killed workers left
+
+
+Factory = Callable[[str], tuple[type, tuple[Any, ...]]]
+"""Kind of action -> class of the host that serves it, and what it is made from."""
+
+
+@dataclass(slots=True)
+class _Host:
+    actor: Any
+    node: str
+    role: str
+
+
+class RayExecutor:
+    """Starts actions on warm actors, one for each that runs at a time on a node."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        describe: Callable[[], Mapping[str, Node]],
+        factory: Factory,
+        *,
+        settle: Callable[[], list[Any]] = list,
+        cpus: Mapping[str, float] | None = None,
+    ) -> None:
+        """Use a cluster, which is closed with this.
+
+        Args:
+            cluster: Where actors run.
+            describe: Says which nodes there are and what each takes; it is asked every `POLL_S` seconds.
+            factory: Host classes by kind; a host has ``run(order)``, which returns a `hosts.Answer`.
+            settle: Returns references besides results to wait on (probes of nodes).
+            cpus: Ray CPUs that an actor of a kind claims (default: none).
+        """
+        self._cluster = cluster
+        self._ray = cluster.ray
+        self._describe = describe
+        self._factory = factory
+        self._settle = settle
+        self._cpus = dict(cpus or {})
+        self.home = cluster.home
+        self._idle: dict[tuple[str, str], list[_Host]] = {}
+        self._running: dict[Any, tuple[int, _Host]] = {}
+        self._looked = -POLL_S
+        self._nodes: Mapping[str, Node] = {}
+
+    def nodes(self) -> Mapping[str, Node]:
+        """Return the nodes that are there now."""
+        if self._looked < 0 or time.monotonic() - self._looked >= POLL_S:
+            self._nodes = dict(self._describe())
+            self._looked = time.monotonic()
+            for node, role in [k for k in self._idle if k[0] not in self._nodes]:
+                del self._idle[node, role]
+        return self._nodes
+
+    def start(self, start: Start, payload: Any) -> None:
+        """Send an order to an idle actor of the node, or to a new one."""
+        role = start.action.kind
+        waiting = self._idle.setdefault((start.node, role), [])
+        host = waiting.pop() if waiting else self.spawn(start.node, role)
+        self._running[host.actor.run.remote(payload)] = (start.action.id, host)
+
+    def spawn(self, node: str, role: str) -> _Host:
+        """Create an actor on a node."""
+        cls, args = self._factory(role)
+        options = {
+            "num_cpus": self._cpus.get(role, 0), "max_restarts": 0, "max_task_retries": 0,
+            "scheduling_strategy": self._cluster.on(node),
+        }  # fmt: skip
+        return _Host(self._ray.remote(cls).options(**options).remote(*args), node, role)
+
+    def adopt(self, host: _Host) -> None:
+        """Use an actor that `spawn` made for something else before."""
+        self._idle.setdefault((host.node, host.role), []).append(host)
+
+    def wait(self, timeout_s: float) -> list[Outcome]:
+        """Return what has ended within ``timeout_s``."""
+        watched = [*self._running, *self._settle()]
+        if not watched:
+            time.sleep(min(timeout_s, 0.1))
+            return []
+        ready, _ = self._ray.wait(watched, num_returns=1, timeout=timeout_s, fetch_local=False)
+        if ready:  # and whatever else has ended by now
+            ready, _ = self._ray.wait(
+                watched, num_returns=len(watched), timeout=0, fetch_local=False
+            )
+        if any(ref not in self._running for ref in ready):
+            self._looked = -POLL_S  # a node has answered
+        return [self._outcome(ref) for ref in ready if ref in self._running]
+
+    def _outcome(self, ref: Any) -> Outcome:
+        number, host = self._running.pop(ref)
+        errors = self._ray.exceptions
+        try:
+            status, value = self._ray.get(ref)
+        except errors.RayTaskError as error:  # a defect of ours
+            self._ray.kill(host.actor)
+            last = str(error).strip().splitlines()[-1]
+            return Outcome(number, "broken", error=MimoError(f"a worker failed: {last}"))
+        except errors.RayError:  # the worker is dead, its node too perhaps, or the answer is lost
+            with contextlib.suppress(Exception):
+                self._ray.kill(host.actor)
+            return Outcome(number, "lost")
+        if status == "broken":
+            self._ray.kill(host.actor)
+            return Outcome(number, "broken", error=value)
+        self.adopt(host)
+        return Outcome(number, "done", value)
+
+    def kill(self, action: int) -> None:
+        """End a running action and its actor."""
+        for ref, (number, host) in list(self._running.items()):
+            if number == action:
+                del self._running[ref]
+                with contextlib.suppress(Exception):
+                    self._ray.kill(host.actor)
+
+    def exclude(self, node: str) -> None:
+        """End the actors of a node."""
+        for key in [k for k in self._idle if k[0] == node]:
+            for host in self._idle.pop(key):
+                with contextlib.suppress(Exception):
+                    self._ray.kill(host.actor)
+
+    def close(self) -> None:
+        """End all actors and the connection."""
+        hosts = [h for hs in self._idle.values() for h in hs]
+        closing = [h.actor.close.remote() for h in hosts]
+        with contextlib.suppress(Exception):  # they end in any case
+            if closing:
+                self._ray.wait(closing, num_returns=len(closing), timeout=5)
+        for host in [*hosts, *(h for _, h in self._running.values())]:
+            with contextlib.suppress(Exception):
+                self._ray.kill(host.actor)
+        self._idle.clear()
+        self._running.clear()
+        self._cluster.close()

@@ -1,0 +1,253 @@
+"""On a real Ray cluster of this machine: a whole search, workers killed in the middle, nodes that join."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mimo_compile.errors import MimoError, UsageError
+from mimo_compile.ir.hardware import local_cpu
+from mimo_compile.ir.ops import parse_workload
+from mimo_compile.search.database import Database
+from mimo_compile.search.farm.measurer import FarmMeasurer
+from mimo_compile.search.farm.tuning import Membership, open_farm
+from mimo_compile.search.measure import Limits, Timing
+from mimo_compile.search.records import Verdict
+from mimo_compile.search.space import JointSpace
+
+pytest.importorskip("ray", reason="needs the [ray] extra")
+pytestmark = [pytest.mark.compile, pytest.mark.slow, pytest.mark.timeout(280)]
+QUICK = Timing(warm_up_s=0.001, batches=3, batch_s=0.001, budget_s=0.05, repeats=0)
+LIMITS = Limits(build_s=60, run_s=4, time_s=10, memory_bytes=24 << 30)
+WORKLOAD = parse_workload("embed:t=4,v=24,d=32")
+ZOO = os.pathsep.join([str(Path(__file__).parents[1] / "zoo"), os.environ.get("PYTHONPATH", "")])
+
+
+@pytest.fixture(scope="module")
+def paths() -> Iterator[None]:
+    """Let the cluster's workers find the zoo."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = ZOO
+    yield
+    if before is None:
+        del os.environ["PYTHONPATH"]
+    else:
+        os.environ["PYTHONPATH"] = before
+
+
+@pytest.fixture
+def farm(paths: None) -> Iterator[FarmMeasurer]:
+    with open_farm(
+        "ray", local_cpu(), limits=LIMITS, timing=QUICK, calibrate=False, cpus=2
+    ) as opened:
+        yield opened
+
+
+def hosts_of(farm: FarmMeasurer) -> list[Any]:
+    executor = farm.farm.executor
+    idle = [h for hs in executor._idle.values() for h in hs]
+    return [*idle, *(h for _, h in executor._running.values())]
+
+
+def search(db: Database, farm: FarmMeasurer, trials: int, **more: Any) -> Any:
+    from zoo_schedules import Many
+
+    from mimo_compile.search import tune_workloads
+
+    return tune_workloads(
+        {WORKLOAD: 1.0}, local_cpu(), trials=trials, db=db, schedules=[Many()], strategy="random",
+        warm_start=False, **farm.how(), **more,
+    )  # fmt: skip
+
+
+def test_verdicts_are_those_of_a_search_at_home(farm: FarmMeasurer) -> None:
+    from zoo_schedules import Zoo, ZooConfig
+
+    faults = ["honest", "half", "lower_raises", "aborts", "honest_parallel"]
+    space = JointSpace(WORKLOAD, local_cpu(), [Zoo()])
+    some = [space.candidate("embed.zoo", ZooConfig(f)) for f in faults]
+    found = {str(m.candidate.config["fault"]): m for m in farm.measure(space, some, 5)}
+    assert {k: m.verdict for k, m in found.items()} == {
+        "honest": Verdict.OK, "half": Verdict.WRONG, "lower_raises": Verdict.BUILD_FAILED,
+        "aborts": Verdict.CRASH, "honest_parallel": Verdict.OK,
+    }  # fmt: skip
+    compared = list(farm.confirm(space, [some[0], some[4]], 6))
+    assert [m.verdict for m in compared] == [Verdict.OK] * 2 and compared[0].latency_us > 0
+    assert farm.farm.statistics.overlapped == 0  # one node: no build beside a clock
+
+
+@pytest.mark.fault
+def test_workers_killed_in_the_middle_cost_no_record(farm: FarmMeasurer, tmp_path: Path) -> None:
+    """kill -9 of Ray's workers, one of each kind and then some, while the search goes on."""
+    import ray
+
+    stored: list[str] = []
+    killed: list[int] = []
+    stop = threading.Event()
+
+    def show(event: Any) -> None:
+        if event.record is not None:
+            stored.append(event.record.key)
+            if len(stored) in (6, 14, 22, 30):  # the search's own thread: it may ask Ray
+                hosts = hosts_of(farm)
+                host = hosts[len(killed) % len(hosts)]
+                pid = ray.get(host.actor.pid.remote(), timeout=60)
+                os.kill(pid, signal.SIGKILL)
+                killed.append(pid)
+
+    with Database(tmp_path / "r.db") as db:
+        result = search(db, farm, 40, progress=show)
+        stop.set()
+        assert len(killed) == 4 and len(set(killed)) == 4
+        assert result.stopped == "trials" and result.trials == 40
+        assert Counter(stored) == Counter(r.key for r in db)
+        assert not [r for r in db if r.verdict is not Verdict.OK]
+    assert not any(Path(f"/proc/{pid}").exists() for pid in killed)
+
+
+@pytest.mark.fault
+def test_workers_killed_while_they_work(farm: FarmMeasurer, tmp_path: Path) -> None:
+    """The action that a worker was at is run again; what kills its worker twice is a crash."""
+    from zoo_schedules import Zoo, ZooConfig
+
+    space = JointSpace(WORKLOAD, local_cpu(), [Zoo()])
+    good = space.candidate("embed.zoo", ZooConfig("honest"))
+    list(farm.measure(space, [good], 1))
+    import ray
+
+    pids = [ray.get(h.actor.pid.remote()) for h in hosts_of(farm)]
+
+    def kill() -> None:
+        time.sleep(0.7)
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    slow = [space.candidate("embed.zoo", ZooConfig(f)) for f in ("hangs", "honest_parallel")]
+    found = {str(m.candidate.config["fault"]): m for m in farm.measure(space, slow, 2)}
+    thread.join()
+    assert found["honest_parallel"].verdict is Verdict.OK
+    assert found["hangs"].verdict is Verdict.TIMEOUT
+    assert farm.farm.statistics.rerun >= 1
+
+
+def test_builders_elsewhere_work_while_the_device_measures(paths: None, tmp_path: Path) -> None:
+    """Two nodes: the second joins while the search runs, takes the builds over, and leaves again."""
+    import ray
+    from ray.cluster_utils import Cluster as TestCluster
+
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    cluster = TestCluster(
+        initialize_head=True,
+        head_node_args={
+            "num_cpus": 1,
+            "include_dashboard": False,
+            "object_store_memory": 100 << 20,
+        },
+    )
+    try:
+        ray.init(address=cluster.address, log_to_driver=False, namespace="mimo-compile")
+        _joined_and_left(cluster, tmp_path)
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def _joined_and_left(cluster: Any, tmp_path: Path) -> None:
+    added: list[Any] = []
+    seen: Counter[str] = Counter()
+    with (
+        open_farm(
+            f"ray:{cluster.address}", local_cpu(), limits=LIMITS, timing=QUICK, calibrate=False
+        ) as farm,
+        Database(tmp_path / "r.db") as db,
+    ):
+        assert not farm.overlaps
+
+        def show(event: Any) -> None:
+            if event.record is None:
+                return
+            seen["stored"] += 1
+            if seen["stored"] == 4:
+                added.append(cluster.add_node(num_cpus=1, object_store_memory=100 << 20))
+                time.sleep(1.5)
+            if farm.overlaps:
+                seen["overlapping"] += 1
+            if seen["overlapping"] == 30 and added:
+                cluster.remove_node(added.pop(), allow_graceful=False)
+
+        result = search(db, farm, 80, progress=show)
+        assert result.stopped == "trials" and result.trials == 80
+        assert seen["overlapping"] >= 30 and not added
+        assert farm.farm.statistics.overlapped >= 1
+        assert len({r.key for r in db}) == 80
+        assert not [r for r in db if r.verdict is not Verdict.OK]
+
+
+def test_a_cluster_that_is_not_the_target_is_refused(paths: None) -> None:
+    from dataclasses import replace
+
+    from mimo_compile.search.farm.ray_farm import Cluster
+
+    other = replace(local_cpu(), name="Another CPU")
+    cluster = Cluster(cpus=1)
+    try:
+        with pytest.raises(UsageError, match="no node of the cluster can measure for Another CPU"):
+            Membership(cluster, other).settled()
+        assert list(Membership(cluster, local_cpu()).settled()) == [cluster.home]
+    finally:
+        cluster.close()
+
+
+def test_the_command_line(tmp_path: Path) -> None:
+    """`tune --on ray` from the shell, interrupted by Ctrl-C: what was measured is kept, nothing is left."""
+    db = tmp_path / "r.db"
+    command = [
+        sys.executable, "-m", "mimo_compile.cli", "tune", "--op", "rms_norm:t=4,d=256", "--on", "ray",
+        "--time", "10m", "--db", str(db), "--json",
+    ]  # fmt: skip
+    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "MIMO_TEST_MARK": str(tmp_path)}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env,
+        start_new_session=True,
+    )  # fmt: skip
+    end = time.monotonic() + 120
+    while time.monotonic() < end and process.poll() is None:
+        if db.exists():
+            with Database(db) as opened:
+                if len(opened) >= 3:
+                    break
+        time.sleep(0.5)
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    answer = json.loads(out)
+    assert process.returncode in (0, 130), err
+    with Database(db) as opened:
+        assert answer["new_trials"] == len({r.key for r in opened}) >= 3
+    left = [p for p in Path("/proc").iterdir() if p.name.isdigit() and marked(p, str(tmp_path))]
+    assert not left, [(p / "cmdline").read_bytes() for p in left]
+
+
+def marked(folder: Path, mark: str) -> bool:
+    try:
+        return f"MIMO_TEST_MARK={mark}".encode() in (folder / "environ").read_bytes()
+    except OSError:
+        return False
+
+
+def test_no_cluster_at_an_address() -> None:
+    with pytest.raises(MimoError, match="no Ray cluster answers"):
+        open_farm("ray:127.0.0.1:9", local_cpu())
