@@ -64,13 +64,14 @@ class _Row:
         if self.best is None or record.latency_us <= (self.best.latency_us or 0.0):
             self.best = record
 
-    def cells(self, total_us: float) -> dict[str, str]:
+    def cells(self, total_us: float, measured: bool) -> dict[str, str]:
+        """Return the texts of the columns; ``measured``: joules by a meter only, else modelled ones."""
         best, record = self.best_us, self.best
         faster = self.default_us / best if best and self.default_us else None
         energy = ""
-        if record is not None and record.energy_mj is not None:
+        if record is not None and measured and record.energy_mj is not None:
             energy = f"{record.energy_mj:.3g} {record.energy_source}"
-        elif record is not None and record.modelled_mj is not None:
+        elif record is not None and not measured and record.modelled_mj is not None:
             energy = f"{record.modelled_mj:.3g} mod"
         gain = 100 * self.gain_us / total_us if self.gain_us is not None and total_us else None
         error = statistics.median(abs(e) for e in self.errors) if self.errors else None
@@ -88,8 +89,9 @@ class LiveProgress:
     """A table that is redrawn in place, and taken away at the end: the command then prints its own.
 
     ``vs default``: how much faster the best is than what is used without tuning. ``mJ``: of the best, by
-    its meter, ``mod`` where modelled. ``off by``: factor between the latest candidates' times and what
-    was predicted of them (median). ``to gain``: what the next round is expected to save, of the model's time.
+    its meter; ``mod``, modelled, until any kernel has joules by a meter. ``off by``: factor between the
+    latest candidates' times and what was predicted of them (median). ``to gain``: what the next round is
+    expected to save, of the model's time.
     """
 
     def __init__(self, stream: TextIO | None = None, *, seconds: float | None = None) -> None:
@@ -136,6 +138,7 @@ class LiveProgress:
             active, total_us = self._active, sum(r.cost_us for r in rows)
             head = self._head()
         space = max(1, height - 5)
+        measured = any(r.best is not None and r.best.energy_mj is not None for r in rows)
         shown = rows[:space]
         if active and active not in {r.workload for r in shown}:
             shown = shown[:-1] + [r for r in rows if r.workload == active]
@@ -147,7 +150,7 @@ class LiveProgress:
             table.add_column(title, justify="right", no_wrap=True, min_width=min(size, len(title)))
         for row in shown:
             mark = "> " if row.workload == active else "  "
-            cells = row.cells(total_us)
+            cells = row.cells(total_us, measured)
             style = "bold" if row.workload == active else ""
             table.add_row(
                 Text(mark + _middle(row.workload, max(4, names))),

@@ -9,6 +9,7 @@ from typing import Any
 from mimo_compile.errors import MimoError
 from mimo_compile.ir.workload import Workload
 from mimo_compile.search.lookup import Result, best, meter_of, pareto
+from mimo_compile.search.meters import MODELLED
 from mimo_compile.search.objective import Objective
 
 
@@ -45,15 +46,19 @@ class WorkloadResult:
             return None
         return self.default.latency_us / self.best.latency_us
 
+    def energy(self, result: Result) -> tuple[float | None, str]:
+        """Return the millijoules that results are compared by, with their source: a meter, or the model."""
+        meter = meter_of(self.results, self.meter)
+        return result.point_by(meter)[1], meter or MODELLED
+
     def to_json(self) -> dict[str, Any]:
         """Return plain values for ``--json``."""
-        meter = meter_of(self.results, self.meter)
 
         def show(r: Result) -> dict[str, Any]:
-            latency, energy = r.point_by(meter)
+            energy, source = self.energy(r)
             return {
-                "schedule": r.record.schedule, "config": r.record.config, "latency_us": latency,
-                "energy_mj": energy, "energy_source": meter or "modelled",
+                "schedule": r.record.schedule, "config": r.record.config, "latency_us": r.latency_us,
+                "energy_mj": energy, "energy_source": source,
                 "time_source": "simulated" if r.record.simulated else "measured",
             }  # fmt: skip
 

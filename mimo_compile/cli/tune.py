@@ -60,12 +60,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what reads joules: auto (default: where joules decide), nvml, rapl, a plug-in's "
         "(see `targets`), or modelled to read none",
     )
-    parser.add_argument(
-        "--on",
-        metavar="WHERE",
-        help="build and measure on a Ray cluster: ray (one of this machine alone), or ray:HOST:PORT "
-        "(one that runs, and of which this machine is a node)",
-    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -93,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
             source, target=args.target, quant=args.quant, attention=args.attention,
             objective=args.objective, trials=args.trials, seconds=args.time, joules=args.joules,
             db=args.db, threads=args.threads, seed=args.seed, max_context=args.max_context,
-            strategy=args.strategy, meter=args.meter, progress=progress, on=args.on,
+            strategy=args.strategy, meter=args.meter, progress=progress,
         )  # fmt: skip
     path = args.db or default_path()
     show(console, result)
@@ -109,28 +103,28 @@ def run(args: argparse.Namespace) -> int:
 def show(console: Console, result: Any) -> None:
     """Print one line for each workload: default, best, speed-up, schedule."""
     from mimo_compile.cli.console import number, table
+    from mimo_compile.cli.energy import NOTE, energy_columns, title
 
-    lines = []
-    for w in sorted(
+    ranked = sorted(
         result.workloads, key=lambda w: -w.weight * (w.best.latency_us if w.best else 0)
-    ):
-        energy = None
-        if w.best is not None:
-            energy = w.best.measured_mj if w.best.measured_mj is not None else w.best.modelled_mj
+    )
+    energies = [w.energy(w.best) if w.best else (None, None) for w in ranked]
+    titles, cells = energy_columns(energies)
+    lines = []
+    for w, mj in zip(ranked, cells, strict=True):
         lines.append(
             (
                 str(w.workload), f"{w.new_trials}/{w.trials}",
                 number(w.default.latency_us) if w.default else None,
                 number(w.best.latency_us) if w.best else None,
                 f"{w.speedup:.2f}x" if w.speedup else None,
-                None if energy is None or w.best is None
-                else f"{number(energy)}{'' if w.best.measured_mj is not None else ' mod'}",
+                *mj,
                 w.best.record.schedule if w.best else None,
             )
         )  # fmt: skip
     us = "sim us" if result.simulated else "us"
-    header = ("workload", "new/all", f"default {us}", f"best {us}", "speed-up", "mJ", "schedule")
-    console.say(table(lines, header, right="lrrrrrl"))
+    header = ("workload", "new/all", f"default {us}", f"best {us}", "speed-up", *titles, "schedule")
+    console.say(table(lines, header, right="lrrrr" + "r" * len(titles) + "l"))
     failed: dict[str, int] = {}
     for w in result.workloads:
         for verdict, count in w.verdicts.items():
@@ -142,7 +136,7 @@ def show(console: Console, result: Any) -> None:
         f"{result.seconds:.0f} s, stopped by {result.stopped}"
         + (f"; rejected: {text}" if text else "")
     )
-    if any("mod" in str(line[5]) for line in lines):
-        console.say("mJ marked mod are modelled, not measured (`mimo-compile targets` says why)")
+    if title(None) in titles:
+        console.say(f"{NOTE} (`mimo-compile targets` says why)")
     if result.simulated:
         console.say("all times are simulated: a model's cycles of a machine that does not exist")

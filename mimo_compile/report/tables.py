@@ -82,11 +82,12 @@ def _order(kind: str) -> tuple[str, str, int]:
 def workloads(subjects: Sequence[Subject]) -> str:
     """Return one line for each workload."""
     rows = []
+    metered = any(s.meter for s in subjects)
+    alone = metered and all(s.meter for s in subjects)
     for s in subjects[:_MOST_ROWS]:
         choice = s.choice
         schedule = choice.schedule if choice else s.best.record.schedule if s.best else ""
         config = choice.config if choice else s.best.record.config if s.best else {}
-        energy = s.energy_mj(s.measured_energy)
         rows.append(
             [
                 f"<code>{escape(s.workload)}</code>",
@@ -96,17 +97,26 @@ def workloads(subjects: Sequence[Subject]) -> str:
                 "–" if s.default is None else short(s.default.latency_us),
                 "–" if s.latency_us is None else short(s.latency_us),
                 "–" if s.speedup is None else f"{s.speedup:.2f}×",
-                "–" if energy is None else f"{short(energy)}{'' if s.measured_energy else ' mod.'}",
+                *([_joules(s)] if metered else []),
+                *([] if alone else ["–" if (mj := s.energy_mj(False)) is None else short(mj)]),
             ]
         )
     if not rows:
         return ""
-    names = ("workload", "kernel", "time is", "records", "default µs", "µs", "speed-up", "mJ")
+    names = ["workload", "kernel", "time is", "records", "default µs", "µs", "speed-up"]
+    names += ["mJ, measured"] if metered else []
+    names += [] if alone else ["mJ, modelled"]
     header = [(n, "n" if i > 2 else "c" if i < 2 else "") for i, n in enumerate(names)]
-    text = "Microseconds and millijoules of one call. “mod.”: modelled, not measured."
+    text = "Microseconds and millijoules of one call."
     if len(subjects) > _MOST_ROWS:
         text += f" {len(subjects) - _MOST_ROWS} of least weight are left out."
     return section("workloads", "All workloads", text, table(header, rows))
+
+
+def _joules(subject: Subject) -> str:
+    """Return measured millijoules with their meter."""
+    mj = subject.energy_mj(True) if subject.meter else None
+    return "–" if mj is None else f"{short(mj)} {escape(subject.meter or '')}"
 
 
 def _how_timed(subject: Subject) -> str:
