@@ -60,6 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what reads joules: auto (default: where joules decide), nvml, rapl, a plug-in's "
         "(see `targets`), or modelled to read none",
     )
+    parser.add_argument(
+        "--on",
+        metavar="WHERE",
+        help="build and measure on a Ray cluster: ray (one of this machine alone), or ray:HOST:PORT "
+        "(one that runs, and of which this machine is a node)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -87,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
             source, target=args.target, quant=args.quant, attention=args.attention,
             objective=args.objective, trials=args.trials, seconds=args.time, joules=args.joules,
             db=args.db, threads=args.threads, seed=args.seed, max_context=args.max_context,
-            strategy=args.strategy, meter=args.meter, progress=progress,
+            strategy=args.strategy, meter=args.meter, progress=progress, on=args.on,
         )  # fmt: skip
     path = args.db or default_path()
     show(console, result)
