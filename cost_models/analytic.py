@@ -104,6 +104,8 @@ class DeviceModel:
         Counts without traits are taken as spread evenly over all threads, by vectors that keep the
         units busy; traits say by how much a kernel falls short of that.
         """
+        if counts.parts:
+            return sum(self.latency_us(p, hardware) for p in counts.parts)
         units = self.units_us(counts, hardware)
         return units.pop("launch") + max(units.values())
 

@@ -102,6 +102,24 @@ class Extractor:
             raise ValueError(f"features {bad} of {self.workload} are not finite")
         return out
 
+    def blocks(
+        self, counts: Counts, schedule: str, knobs: Mapping[str, int | float | str | bool]
+    ) -> tuple[Features, ...]:
+        """Return a row for each part of a candidate's kernel, whose costs models add up.
+
+        A part sees its own knobs, without its name, and those of the whole kernel. A kernel without parts is
+        one.
+        """
+        if not counts.parts:
+            return (self(counts, schedule, knobs),)
+        whole = {n: v for n, v in knobs.items() if "." not in n}
+        rows = []
+        for part in counts.parts:
+            head = f"{part.name}."
+            own = {n.removeprefix(head): v for n, v in knobs.items() if n.startswith(head)}
+            rows.append(self(part, schedule, whole | own))
+        return tuple(rows)
+
     def _work(self, counts: Counts) -> Features:
         total = sum(counts.ops.values())
         out = {f"work.{k}": math.log1p(counts.ops.get(k, 0.0)) for k in OP_KINDS}

@@ -7,7 +7,7 @@ workload, which give the roofline and the physical floor no honest measurement c
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 OP_KINDS = (
     "fma_f32", "dot_i8", "tile_i8", "add_f32", "exp_f32", "unpack_u8", "shuffle_u8", "int_op",
@@ -36,6 +36,10 @@ class Counts:
     ops: Mapping[str, float] = field(default_factory=dict)
     bytes: Mapping[str, float] = field(default_factory=dict)
     traits: Mapping[str, float] = field(default_factory=dict)
+    parts: tuple[Counts, ...] = ()
+    """Those of the blocks of a kernel that run one after the other, whose sum this is."""
+    name: str = ""
+    """Of a part: knobs `name.knob` are its own."""
 
     def __post_init__(self) -> None:
         """Refuse unknown kinds, so that a misspelt count cannot pass as zero."""
@@ -53,6 +57,10 @@ class Counts:
                 for k in {*self.bytes, *other.bytes}
             },
         )
+
+    def named(self, name: str) -> Counts:
+        """Return these counts as a part called so."""
+        return replace(self, name=name)
 
     @property
     def flops(self) -> float:

@@ -15,6 +15,7 @@ import numpy as np
 
 from mimo_compile import _tvm
 from mimo_compile.errors import InputError
+from mimo_compile.ir.functions import workload_of
 from mimo_compile.ir.importer import PREFIX, Imported
 from mimo_compile.ir.ops import get_op, parse_workload
 from mimo_compile.ir.workload import Workload
@@ -295,10 +296,6 @@ class _Reader:
     def _generic(self, var: Any, args: Any, outputs: tuple[Value, ...]) -> Any:
         func = self.module[var]
         given = args if isinstance(args, tuple) else (args,)
-        tvm = _tvm.compiler()
-        digest = hashlib.sha256(
-            tvm.ir.save_json(func.without_attr("global_symbol")).encode()
-        ).hexdigest()[:16]
         name = str(var.name_hint)  # TVM's own string type cannot be written to an artifact
-        workload = Workload.make("tir", {"hash": f"h{digest}", "name": name})
+        workload = workload_of(func, name)
         return self._emit(Node(workload, given, outputs, func, name))

@@ -117,8 +117,8 @@ def compile(
     with _database(db, write=tuning) as database:
         if tuning:
             found = _tune(
-                tunable(opened.graphs), hardware, trials, seconds, None, objective, database, seed,
-                progress,
+                tunable(opened.graphs, hardware, search=True), hardware, trials, seconds, None,
+                objective, database, seed, progress,
             )  # fmt: skip
             if found.failure is not None:
                 raise found.failure
@@ -217,7 +217,8 @@ def tune(
             source, quant=quant, attention=attention, max_context=max_context,
             example_inputs=example_inputs, hardware=hardware,
         )  # fmt: skip
-        workloads = tunable(opened.graphs)
+        # other machines do not know the functions of this model
+        workloads = tunable(opened.graphs, hardware, search=True, generic=on is None)
         if hardware.kind == "sim":
             workloads = _supported(workloads, hardware)
     with _farm(on, hardware, meter) as farm, _database(db) as database:
@@ -315,8 +316,11 @@ def _tune(
     workloads: Any, hardware: Any, trials: int | None, seconds: float | None, joules: float | None,
     objective: str, database: Any, seed: int, progress: Callable[[Any], None] | None, **how: Any,
 ) -> TuningResult:  # fmt: skip
+    from mimo_compile.search import kept_functions
     from mimo_compile.search.tuner import tune_workloads
 
+    kept_functions.use(database.path)
+    kept_functions.keep(database.path, workloads)
     return tune_workloads(
         workloads, hardware, trials=trials, seconds=seconds, joules=joules, objective=objective,
         db=database, seed=seed, progress=progress, **how,

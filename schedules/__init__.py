@@ -60,6 +60,11 @@ SCHEDULES: dict[str, dict[str, str]] = {
     "rope_table": {"rope_table.x86": "elementwise.x86_rope_table:X86RopeTable"},
     "swiglu": {"swiglu.x86": "elementwise.x86_swiglu:X86SwiGlu"},
     "embed": {"embed.x86": "elementwise.x86_embed:X86Embed"},
+    "tir": {
+        "tir.x86_rules": "generic.x86_rules:X86Rules",
+        "tir.x86_trace": "generic.x86_trace:X86Trace",
+        "tir.x86_meta": "generic.x86_meta:X86Meta",
+    },
 }
 """Op -> schedule name -> where its class lives; modules are imported on use."""
 SCHEDULES["lora_mpgemm"] = {

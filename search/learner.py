@@ -11,7 +11,14 @@ import numpy.typing as npt
 
 from mimo_compile.cost_models.analytic import DeviceModel
 from mimo_compile.cost_models.features import ANALYTIC, Extractor, Features, with_energy
-from mimo_compile.cost_models.learned import PRIOR, EnergyModel, LatencyModel, Prediction, Sample
+from mimo_compile.cost_models.learned import (
+    PRIOR,
+    Blocks,
+    EnergyModel,
+    LatencyModel,
+    Prediction,
+    Sample,
+)
 from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.workload import Workload
@@ -35,6 +42,13 @@ class Work:
 
     row: Features
     counts: Counts
+    blocks: Blocks = ()
+    """Rows of its blocks, if there are several: their times add up."""
+
+    @property
+    def rows(self) -> Blocks:
+        """What models of time see."""
+        return self.blocks or (self.row,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,14 +121,22 @@ class Learner:
     ) -> list[Work]:
         """Return what models see, with the prior's opinion."""
         extract = self._extractor(space.workload)
-        works = [Work(extract(w, c.schedule, c.config), w) for c, w in pairs]
+        works = [
+            Work(
+                extract(w, c.schedule, c.config), w,
+                extract.blocks(w, c.schedule, c.config) if w.parts else (),
+            )
+            for c, w in pairs
+        ]  # fmt: skip
         prior = self.prior
         if works and prior is not None and prior.knows(space):
             guess = self._extractor(space.workload, guessed=True)
-            rows = [(guess(w, c.schedule, c.config),) for c, w in pairs]
+            rows = [guess.blocks(w, c.schedule, c.config) for c, w in pairs]
             found = prior.model.predict(rows)
             for work, value in zip(works, found.value, strict=True):
-                work.row[PRIOR] = math.log(float(value)) - work.row[ANALYTIC]
+                total = math.log(sum(math.exp(row[ANALYTIC]) for row in work.rows))
+                for row in work.rows:  # of all blocks alike, so that their sum is what it says
+                    row[PRIOR] = math.log(float(value)) - total
         return works
 
     def note(self, space: JointSpace, candidate: Candidate, record: Record) -> None:
@@ -186,7 +208,7 @@ class Learner:
         """
         works = self._works
         samples = [
-            Sample((works[key].row,), us, str(workload))
+            Sample(works[key].rows, us, str(workload))
             for workload, values in times.items()
             for key, us in values.items()
             if key in works
@@ -217,7 +239,7 @@ class Learner:
     def expected_us(self, key: str) -> float | None:
         """Return what is predicted of a candidate that was measured since the last training."""
         work = self._works.get(key)
-        return None if work is None else float(self.latency.predict([(work.row,)]).value[0])
+        return None if work is None else float(self.latency.predict([work.rows]).value[0])
 
     def energies(self, workload: Workload, times: Mapping[str, float]) -> dict[str, float]:
         """Predict millijoules of candidates whose microseconds are measured, by their records' keys."""
@@ -239,7 +261,7 @@ class Learner:
         if costly and not (self.latency.trained or hopeful):
             return None
         indices, works = self._ranking(space, candidates)
-        times = self.latency.predict([(w.row,) for w in works])
+        times = self.latency.predict([w.rows for w in works])
         energy = self._energy_at(space, works, times) if self.objective.needs_energy else None
         spread = self._spread(times.spread, None if energy is None else energy.spread)
         out = Predicted(times.value, None if energy is None else energy.value, spread)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from mimo_compile.cost_models.analytic import DeviceModel
 from mimo_compile.errors import EnvironmentMismatch
+from mimo_compile.ir import functions
 from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.base import KnobValue, Schedule, Space
@@ -132,7 +133,10 @@ def _use(
         both = (modelled if energy is None else energy, modelled)
         options.append(_option(space, candidate, r.latency_us, both, source, meter))
     if not options:
-        options = [_modelled(space, c, device, "default") for c in space.defaults()]
+        defaults = space.defaults()
+        if functions.is_function(space.workload):  # the model of them is too coarse to choose by
+            defaults = defaults[:1]
+        options = [_modelled(space, c, device, "default") for c in defaults]
     return Use(space, calls, options)
 
 

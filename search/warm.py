@@ -85,15 +85,15 @@ def samples_of(records: Iterable[Record]) -> tuple[list[Sample], dict[str, int]]
     for key, rows in groups.items():
         try:
             workload, hardware = parse_workload(key[0]), hardware_of(rows[0])
-        except (MimoError, ValueError):
+            extract = Extractor(workload, hardware, DeviceModel.guess(hardware))
+        except (MimoError, ValueError):  # a generic function that is not known here, say
             continue
-        extract = Extractor(workload, hardware, DeviceModel.guess(hardware))
         for result in summarise(rows):
             r = result.record
             if (counts := work_of(r, workload, hardware)) is not None:
-                row = extract(counts, r.schedule, r.config)
+                rows_of = extract.blocks(counts, r.schedule, r.config)
                 group = f"{key[0]}@{key[1]}/{key[2]}/{key[3]}"
-                out.append(Sample((row,), result.latency_us, group))
+                out.append(Sample(rows_of, result.latency_us, group))
                 seen[r.schedule] = r.schedule_version
     return out, seen
 

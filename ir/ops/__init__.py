@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 
 from mimo_compile.errors import UsageError
+from mimo_compile.ir import functions
 from mimo_compile.ir.ops.base import Arg, OpDef, Param
 from mimo_compile.ir.workload import Workload
 
@@ -20,7 +21,7 @@ OPS: dict[str, str] = {
     "swiglu": "SwiGlu",
     "embed": "Embed",
 }
-"""Op name (also its module's name) to the class that defines it."""
+"""Op name (also its module's name) to the class that defines it; `functions.OP` is none of them."""
 
 
 def get_op(name: str) -> OpDef:
@@ -29,11 +30,19 @@ def get_op(name: str) -> OpDef:
     Raises:
         UsageError: no op has this name.
     """
+    if name == functions.OP:
+        return _generic()
     if name not in OPS:
         raise UsageError(f"unknown op {name!r}", remedy=f"known ops: {', '.join(OPS)}")
     module = import_module(f"mimo_compile.ir.ops.{name}")
     op: OpDef = getattr(module, OPS[name])()
     return op
+
+
+def _generic() -> OpDef:
+    from mimo_compile.ir.ops.tir import Tir
+
+    return Tir()
 
 
 def load_all() -> None:

@@ -23,7 +23,7 @@ from mimo_compile.schedules import Kernel, Schedule
 
 @dataclass(frozen=True, slots=True)
 class Lowered:
-    """The kernel of one workload, and the schedule that packs its constants (None: generic TIR)."""
+    """The kernel of one workload, and the schedule that packs its constants (None: a generic one untuned)."""
 
     kernel: Kernel
     schedule: Schedule | None = None
@@ -168,7 +168,7 @@ class _EntryBuilder:
 
     def _call(self, node: Node) -> Call:
         low = self.emitter.lowered[node.workload]
-        if low.schedule is None:
+        if node.func is not None:
             values = [*node.args, *node.outputs]
             args = [self._value(v, a) for v, a in zip(values, low.kernel.args, strict=True)]
             return Call(low.kernel.name, tuple(args), node.label)

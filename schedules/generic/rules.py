@@ -6,15 +6,29 @@ A rule takes the schedule, the facts of its block, the config, and whether threa
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 from mimo_compile.schedules.generic.blocks import BlockFacts, extent
 
-if TYPE_CHECKING:
-    from mimo_compile.schedules.generic.x86_tir import TirConfig
-
 ENOUGH_TASKS = 8
 """Outer iterations that keep threads evenly busy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Knobs:
+    """What the rules can be told about one block; each listens to what concerns it."""
+
+    vector: int = 16
+    """Lanes; 1 leaves vectorisation to LLVM."""
+    unroll: int = 4
+    """Vectors of a register tile along the output axis."""
+    tile: int = 4
+    """Rows of a register tile."""
+    order: str = "auto"
+    """Register tiles pass ``columns`` outermost (a panel of columns stays in cache) or ``rows``."""
+    steps: int = 1
+    """Steps of the innermost reduced loop that are written out."""
 
 
 def divisor(n: int, most: int) -> int:
@@ -33,7 +47,7 @@ def _spread(schedule: Any, loops: list[Any], wide: bool) -> None:
         schedule.parallel(schedule.fuse(*loops) if len(loops) > 1 else loops[0])
 
 
-def outer_rule(schedule: Any, facts: BlockFacts, config: TirConfig, wide: bool) -> bool:
+def outer_rule(schedule: Any, facts: BlockFacts, config: Knobs, wide: bool) -> bool:
     """Only threads: over the leading spatial loops."""
     loops = schedule.get_loops(schedule.get_sblock(facts.name))
     leading = []
@@ -45,7 +59,7 @@ def outer_rule(schedule: Any, facts: BlockFacts, config: TirConfig, wide: bool) 
     return True
 
 
-def spatial_rule(schedule: Any, facts: BlockFacts, config: TirConfig, wide: bool) -> bool:
+def spatial_rule(schedule: Any, facts: BlockFacts, config: Knobs, wide: bool) -> bool:
     """Vectorise the last axis of an element-wise block, or all axes together where that is one axis."""
     block = schedule.get_sblock(facts.name)
     loops = schedule.get_loops(block)
@@ -70,7 +84,7 @@ def spatial_rule(schedule: Any, facts: BlockFacts, config: TirConfig, wide: bool
     return True
 
 
-def tiled_rule(schedule: Any, facts: BlockFacts, config: TirConfig, wide: bool) -> bool:
+def tiled_rule(schedule: Any, facts: BlockFacts, config: Knobs, wide: bool) -> bool:
     """Register tile: vectors over an output axis that all operands follow, rows over the one before."""
     axis = facts.vector_axis
     if axis is None or config.vector == 1:
@@ -100,7 +114,10 @@ def tiled_rule(schedule: Any, facts: BlockFacts, config: TirConfig, wide: bool) 
         part, within = schedule.split(loops[row], [None, config.tile if ragged else rows])
         inner.append(within)
         # a panel of columns stays in cache while the rows pass, if the columns can feed the threads
-        if ragged or chunks // vectors >= ENOUGH_TASKS:
+        panels = ragged or chunks // vectors >= ENOUGH_TASKS
+        if config.order != "auto" and not ragged:
+            panels = config.order == "columns"
+        if panels:
             outer.append(column)
             last.append(part)
         else:
@@ -108,9 +125,14 @@ def tiled_rule(schedule: Any, facts: BlockFacts, config: TirConfig, wide: bool) 
         if ragged:  # whole tiles without the test for the end, then the last one
             schedule.annotate(part, "pragma_loop_partition_hint", 1)
     reduced = [loops[i] for i, k in enumerate(facts.kinds) if k == "R"]
-    schedule.reorder(*outer, *last, *reduced, *inner, column_in, lane)
+    written_out = []
+    if config.steps > 1:
+        *rest, deepest = reduced
+        deep, step = schedule.split(deepest, [None, config.steps])
+        reduced, written_out = [*rest, deep], [step]
+    schedule.reorder(*outer, *last, *reduced, *written_out, *inner, column_in, lane)
     schedule.reverse_compute_at(cached, (outer + last)[-1])
-    for loop in (*inner, column_in):
+    for loop in (*written_out, *inner, column_in):
         schedule.unroll(loop)
     schedule.vectorize(lane)
     _spread(schedule, outer, wide)  # before the block stops to be a reduction as a whole
@@ -126,7 +148,7 @@ def tiled_rule(schedule: Any, facts: BlockFacts, config: TirConfig, wide: bool) 
     return True
 
 
-def columns_rule(schedule: Any, facts: BlockFacts, config: TirConfig, wide: bool) -> bool:
+def columns_rule(schedule: Any, facts: BlockFacts, config: Knobs, wide: bool) -> bool:
     """The last output axis innermost, in memory, for LLVM to vectorise with whatever tail it has."""
     axis = facts.vector_axis
     if axis is None or facts.extents[axis] < 8:
@@ -141,7 +163,7 @@ def columns_rule(schedule: Any, facts: BlockFacts, config: TirConfig, wide: bool
     return True
 
 
-def lanes_rule(schedule: Any, facts: BlockFacts, config: TirConfig, wide: bool) -> bool:
+def lanes_rule(schedule: Any, facts: BlockFacts, config: Knobs, wide: bool) -> bool:
     """Partial sums in lanes over the innermost reduced axis, then the sum of the lanes."""
     if facts.kinds[-1] != "R" or config.vector == 1 or not facts.vectorisable:
         return False

@@ -29,6 +29,7 @@ from mimo_compile.schedules.generic.blocks import (
 from mimo_compile.schedules.generic.intrinsics import expand, widen_inside
 from mimo_compile.schedules.generic.row_chain import row_chain
 from mimo_compile.schedules.generic.rules import (
+    Knobs,
     columns_rule,
     lanes_rule,
     outer_rule,
@@ -94,7 +95,7 @@ def lower_tir(func: Any, name: str, config: TirConfig, hardware: Hardware) -> Ke
     )
     schedule = chained or _block_by_block(schedule, config, threads, notes)
     scheduled = widen_inside(schedule.mod["main"]).with_attr("global_symbol", name)
-    if refused := _pass_error(scheduled, hardware):
+    if refused := pass_error(scheduled, hardware):
         notes.append(f"{name}: passes refused the schedule, so it runs as it came: {refused}")
         scheduled = func.with_attr("global_symbol", name).with_attr("tirx.noalias", True)
     counts = Counts({"fma_f32": float(work)}, {"dram": float(loaded)})
@@ -103,6 +104,7 @@ def lower_tir(func: Any, name: str, config: TirConfig, hardware: Hardware) -> Ke
 
 def _block_by_block(schedule: Any, config: TirConfig, threads: bool, notes: list[str]) -> Any:
     """Apply to each block the first rule that fits it."""
+    knobs = Knobs(config.vector, config.unroll, config.tile)
     for facts in block_facts(schedule):
         wide = threads and facts.work >= PARALLEL_WORK
         reducing: list[Callable[..., Any]] = [tiled_rule, lanes_rule, columns_rule, outer_rule]
@@ -112,7 +114,7 @@ def _block_by_block(schedule: Any, config: TirConfig, threads: bool, notes: list
         for rule in reducing if facts.reduced else [spatial_rule, outer_rule]:
             label = f"{facts.name}: {getattr(rule, '__name__', 'rule')}"
             done = _attempt(
-                schedule, label, notes, partial(rule, facts=facts, config=config, wide=wide)
+                schedule, label, notes, partial(rule, facts=facts, config=knobs, wide=wide)
             )
             if done is not None:
                 schedule = done
@@ -120,7 +122,7 @@ def _block_by_block(schedule: Any, config: TirConfig, threads: bool, notes: list
     return schedule
 
 
-def _pass_error(func: Any, hardware: Hardware) -> str:
+def pass_error(func: Any, hardware: Hardware) -> str:
     """Return why TVM's passes refuse what its primitives allowed; empty if they do not."""
     target = tvm.target.Target(hardware.tvm_target())
     pipeline = tvm.tirx.get_default_tir_pipeline(target)[0]
@@ -128,11 +130,11 @@ def _pass_error(func: Any, hardware: Hardware) -> str:
     try:
         pipeline(tvm.tirx.transform.BindTarget(target.with_host(target))(module))
     except _PASSES_RAISE as error:
-        return _reason(error)
+        return reason_of(error)
     return ""
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """Return the line of an error that says why."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     said = next((x for x in lines if x.startswith("Error message:")), lines[-1] if lines else "")
@@ -158,12 +160,22 @@ def _attempt(schedule: Any, what: str, notes: list[str], rule: Callable[[Any], b
     try:
         return copy if rule(copy) else None
     except REFUSED as error:
-        notes.append(f"{what}: {_reason(error)}")
+        notes.append(f"{what}: {reason_of(error)}")
         return None
 
 
-def _inline(schedule: Any, notes: list[str]) -> Any:
-    """Inline producers into their only consumer, or into all of them when they are cheap."""
+def inlined_by_rule(schedule: Any) -> list[str]:
+    """Return the names of the blocks that are inlined, in order."""
+    names: list[str] = []
+    _inline(schedule, [], names)
+    return names
+
+
+def _inline(schedule: Any, notes: list[str], names: list[str] | None = None) -> Any:
+    """Inline producers into their only consumer, or into all of them when they are cheap.
+
+    ``names`` takes the names of those that were inlined.
+    """
     for facts in block_facts(schedule):
         if facts.reduced or facts.output:
             continue
@@ -180,7 +192,9 @@ def _inline(schedule: Any, notes: list[str]) -> Any:
             try:
                 copy.compute_inline(copy.get_sblock(facts.name))
             except REFUSED as error:
-                notes.append(f"{facts.name}: inline: {_reason(error)}")
+                notes.append(f"{facts.name}: inline: {reason_of(error)}")
                 continue
             schedule = copy
+            if names is not None:
+                names.append(facts.name)
     return schedule

@@ -9,6 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from mimo_compile.ir import functions
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.base import Kernel, Schedule
@@ -30,10 +31,17 @@ def _hardware(values: dict[str, Any]) -> Hardware:
     return Hardware(**{**values, "features": frozenset(values["features"])})
 
 
+def _workload(request: dict[str, Any]) -> Workload:
+    workload = Workload.parse(request["workload"])
+    if "function" in request:
+        functions.learn(workload, request["function"])
+    return workload
+
+
 def _lower(request: dict[str, Any]) -> tuple[Kernel, Hardware]:
     schedule, hardware = _schedule(request["schedule"]), _hardware(request["hardware"])
     config = schedule.config_from_json(request["config"])
-    return schedule.lower(Workload.parse(request["workload"]), config, hardware), hardware
+    return schedule.lower(_workload(request), config, hardware), hardware
 
 
 def _facts(kernel: Kernel) -> dict[str, Any]:
@@ -51,7 +59,7 @@ def describe(request: dict[str, Any]) -> dict[str, Any]:
     """Return the work that the kernel declares, without compiling it."""
     schedule, hardware = _schedule(request["schedule"]), _hardware(request["hardware"])
     config = schedule.config_from_json(request["config"])
-    counts = schedule.work(Workload.parse(request["workload"]), config, hardware)
+    counts = schedule.work(_workload(request), config, hardware)
     return {"ops": dict(counts.ops), "bytes": dict(counts.bytes)}
 
 

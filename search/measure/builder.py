@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mimo_compile.ir import functions
 from mimo_compile.ir.counts import Counts
 from mimo_compile.schedules.base import Schedule
 from mimo_compile.search.measure.base import Limits
@@ -39,12 +40,15 @@ class Builder:
     def _request(self, space: JointSpace, candidate: Candidate, do: str) -> dict[str, Any]:
         kind = type(space.schedules[candidate.schedule])
         hardware = {**asdict(space.hardware), "features": sorted(space.hardware.features)}
-        return {
+        request = {
             "do": do, "schedule": f"{kind.__module__}:{kind.__qualname__}",
             "workload": str(candidate.workload),
             "config": candidate.config, "hardware": hardware,
             "out": str(code_path(self._scratch, candidate)),
         }  # fmt: skip
+        if functions.is_function(candidate.workload):
+            request["function"] = functions.text_of(candidate.workload)
+        return request
 
     def build(self, space: JointSpace, candidates: Sequence[Candidate]) -> list[Reply]:
         """Build candidates not built before; the object code is in the file that `code_path` names."""

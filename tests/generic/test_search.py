@@ -1,0 +1,152 @@
+"""Generic functions through the whole chain: tuned, kept, found again, compiled into a module."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from generic_cases import legalised, made
+
+import mimo_compile as mc
+from mimo_compile.cost_models.analytic import DeviceModel
+from mimo_compile.cost_models.features import ANALYTIC, Extractor
+from mimo_compile.ir import functions
+from mimo_compile.ir.hardware import local_cpu
+from mimo_compile.pipeline.choose import tunable
+from mimo_compile.pipeline.graphs import module_graphs
+from mimo_compile.schedules import get_schedule
+from mimo_compile.search import kept_functions, tune_workloads
+from mimo_compile.search.database import Database
+from mimo_compile.search.measure import Measurer, Timing
+from mimo_compile.search.space import JointSpace
+from mimo_compile.search.warm import samples_of
+
+pytestmark = pytest.mark.compile
+CPU = local_cpu().with_threads(1)
+QUICK = Timing(warm_up_s=0.001, batches=3, batch_s=0.001, budget_s=0.02, repeats=1, cache="hot")
+
+
+class Mix(torch.nn.Module):
+    """Nothing that an op of the dialect covers."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 16, 3, padding=1)
+        self.norm = torch.nn.LayerNorm(12)
+
+    def forward(self, x):
+        y = torch.relu(self.conv(x))
+        scores = torch.softmax(y @ y.transpose(-1, -2), -1)
+        return self.norm(scores), torch.cumsum(x, -1)
+
+
+def workload(name):
+    return functions.workload_of(legalised(name)[0][0], name)
+
+
+def test_every_schedule_is_measured_right():
+    space = JointSpace(workload("softmax"), CPU)
+    rng = np.random.default_rng(0)
+    drawn = [*space.defaults(), *(made(space, n, rng) for n in space.schedules)]
+    with Measurer(CPU, timing=QUICK, builders=1) as measurer:
+        found = list(measurer.measure(space, drawn, 3, energy=False))
+    assert {m.verdict.value for m in found} <= {"ok", "build_failed"}
+    assert [m.verdict.value for m in found[:3]] == ["ok"] * 3
+    assert all(m.error_ratio <= 1 for m in found if m.verdict.value == "ok")
+
+
+def test_a_module_is_tuned_and_compiled_with_what_was_found(tmp_path):
+    torch.manual_seed(0)
+    module, x = Mix().eval(), torch.randn(1, 3, 12, 12)
+    db = tmp_path / "records.db"
+    result = mc.tune(module, example_inputs=(x,), trials=24, threads=1, db=db, meter="modelled")
+    names = [w.workload for w in result.workloads]
+    assert names and all(w.op == "tir" for w in names)
+    assert result.new_trials >= 12
+    best = {str(w.workload): w.best.record for w in result.workloads if w.best}
+    artifact = mc.compile(module, example_inputs=(x,), threads=1, db=db)
+    plan = {c.workload: c for c in artifact.manifest.plan}
+    assert any(c.source == "measured" for c in plan.values())
+    for name, record in best.items():
+        assert (plan[name].schedule, dict(plan[name].config)) == (record.schedule, record.config)
+    with torch.no_grad():
+        expected = module(x)
+    for got, want in zip(artifact.module()(x), expected, strict=True):
+        assert np.allclose(got, want.numpy(), rtol=1e-4, atol=1e-5)
+    # the same functions in another model, and without any model
+    graphs = module_graphs(module, (x,))
+    assert set(names) == set(tunable(graphs, CPU, search=True))
+    kept = {p.stem for p in kept_functions.folder_of(db).iterdir()}
+    assert kept == {w.text("hash") for w in names}
+
+
+def test_a_kept_function_is_tuned_by_its_name(tmp_path, monkeypatch):
+    w, db = workload("mean"), tmp_path / "r.db"
+    assert kept_functions.keep(db, [w]) == 1 and kept_functions.keep(db, [w]) == 0
+    monkeypatch.setattr(functions, "_KNOWN", {})
+    monkeypatch.setattr(functions, "_SOURCES", [])
+    monkeypatch.setattr(kept_functions, "_USED", set())
+    result = mc.tune(str(w), trials=3, threads=1, db=db, meter="modelled")
+    assert result.workloads[0].best is not None
+
+
+def test_without_records_the_rules_decide(tmp_path):
+    torch.manual_seed(0)
+    module, x = Mix().eval(), torch.randn(1, 3, 12, 12)
+    artifact = mc.compile(module, example_inputs=(x,), db=tmp_path / "none.db")
+    for choice in artifact.manifest.plan:
+        assert choice.schedule in ("tir.x86_rules", "generic.x86_tir")
+        assert choice.source == "default"
+
+
+def test_the_same_answers_and_seed_give_the_same_search():
+    """The strategy is asked in turn with a stand-in for the clock: a time from the config alone."""
+    from mimo_compile.search.strategies import Setting, make_strategy
+    from mimo_compile.search.strategies.base import Observation
+
+    def asked(seed):
+        space = JointSpace(workload("conv"), CPU)
+        strategy = make_strategy(
+            "evolutionary", Setting(space, np.random.default_rng(seed), space.defaults())
+        )
+        keys = []
+        for _ in range(5):
+            batch = strategy.ask(6)
+            keys += [c.key for c in batch]
+            strategy.tell([Observation(c, 1.0 + int(c.key[:6], 16) / 2**24) for c in batch])
+        return keys
+
+    first = asked(4)
+    assert len(set(first)) == len(first) > 12
+    assert asked(4) == first
+
+
+def test_features_are_of_each_block_with_its_own_knobs():
+    w = workload("softmax")
+    space = JointSpace(w, CPU, [get_schedule("tir.x86_trace")])
+    candidate = space.candidate("tir.x86_trace", space.spaces["tir.x86_trace"].default)
+    knobs = {**candidate.config, "chain": 0}
+    counts = space.schedules["tir.x86_trace"].work(w, space.config(candidate), CPU)
+    extract = Extractor(w, CPU, DeviceModel.guess(CPU))
+    rows = extract.blocks(counts, "tir.x86_trace", knobs)
+    assert len(rows) == len(counts.parts) > 1
+    for part, row in zip(counts.parts, rows, strict=True):
+        rule = knobs[f"{part.name}.rule"]
+        assert row[f"knobs.tir.x86_trace.rule={rule}"] == 1.0
+        assert not any(".b" in k for k in row if k.startswith("knobs."))
+        assert np.isfinite(row[ANALYTIC])
+    # what takes no blocks apart is one
+    single = extract.blocks(counts.parts[0], "tir.x86_trace", {})
+    assert len(single) == 1
+
+
+def test_records_of_unknown_functions_teach_nothing(tmp_path, monkeypatch):
+    w = workload("gelu")
+    with Database(tmp_path / "r.db") as db:
+        tune_workloads({w: 1.0}, CPU, trials=3, db=db, timing=QUICK, meter="modelled")
+        records = list(db.records(w))
+    samples, seen = samples_of(records)
+    assert len(samples) == len({r.key for r in records if r.ok}) > 0 and seen
+    monkeypatch.setattr(functions, "_KNOWN", {})
+    monkeypatch.setattr(functions, "_SOURCES", [])
+    assert samples_of(records) == ([], {})
