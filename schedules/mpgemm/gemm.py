@@ -269,10 +269,9 @@ class X86Gemm(Schedule):
         if problem.m == 1:
             unroll = 1 if problem.fmt.is_float or problem.layout.quads == 1 else 2
             return ((4, 1, unroll), (2, 1, unroll), (1, 1, unroll), (4, 1, 1), (2, 1, 1))
-        best = (3, 4, 1) if grouped else (4, 4, 2)
-        if problem.fmt.is_float or not problem.acts.is_int8:
-            best = (3, 4, 1)
-        return (best, (3, 4, 1), (2, 4, 1), (1, 4, 1), (2, 2, 1), (1, 2, 1))
+        small = grouped or problem.fmt.is_float or not problem.acts.is_int8
+        tiles = ((3, 4, 1), (2, 4, 1), (1, 4, 1), (2, 2, 1), (1, 2, 1))
+        return tiles if small else ((4, 4, 1), *tiles)
 
     def lower(self, workload: Workload, config: GemmConfig, hardware: Hardware) -> Kernel:
         """Generate the kernel of one config."""
