@@ -35,7 +35,7 @@ from mimo_compile.search.measure.worker import Reply
 from mimo_compile.search.progress import PlainProgress
 from mimo_compile.search.records import Record, Verdict, record_key, versions
 from mimo_compile.search.space import JointSpace
-from mimo_compile.search.tuner import tune_workloads
+from mimo_compile.search.tune import tune_workloads
 
 WORKLOADS = tuple(
     f"mpgemm:m={m},n={n},k=4096,w=w4g64,a=a8" for m in (1, 4, 16, 64) for n in (4096, 6144, 11008)

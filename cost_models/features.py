@@ -64,6 +64,10 @@ class Extractor:
         self.hardware = hardware
         self.device = device
         self.need = get_op(workload.op).counts(workload)
+        self._need_ops = sum(self.need.ops.values())
+        self._caches = [float(getattr(hardware, size)) for size in _CACHES]
+        self._knobs: dict[tuple[str, str, type, int | float | str | bool], Features] = {}
+        """Features of values that configs had."""
         self._shared = {
             f"identity.op={workload.op}": 1.0,
             **_workload(workload),
@@ -83,20 +87,17 @@ class Extractor:
         Raises:
             ValueError: a number is not finite.
         """
-        out = {**self._shared, f"identity.schedule={schedule}": 1.0}
-        out.update(self._work(counts))
-        out.update(self._traffic(counts))
-        units = self.device.units_us(counts, self.hardware)
-        launch = units.pop("launch")
-        longest = max(*units.values(), 1e-9)
-        out[ANALYTIC] = math.log(launch + longest)
-        for unit, us in units.items():
-            out[f"roof.{unit}"] = math.log(max(us, 1e-9) / longest)
-        out["launch.us"] = launch
-        out["launch.part"] = launch / (launch + longest)
-        out.update(self._traits(counts))
+        out = self._shared.copy()
+        out[f"identity.schedule={schedule}"] = 1.0
+        self._work(counts, out)
+        self._traffic(counts, out)
+        self._roof(counts, out)
+        self._traits(counts, out)
         for name, value in knobs.items():
-            out.update(_value(f"knobs.{schedule}.{name}", value))
+            key = schedule, name, type(value), value
+            if key not in self._knobs:
+                self._knobs[key] = _value(f"knobs.{schedule}.{name}", value)
+            out.update(self._knobs[key])
         if not all(map(math.isfinite, out.values())):
             bad = sorted(k for k, v in out.items() if not math.isfinite(v))
             raise ValueError(f"features {bad} of {self.workload} are not finite")
@@ -120,42 +121,58 @@ class Extractor:
             rows.append(self(part, schedule, whole | own))
         return tuple(rows)
 
-    def _work(self, counts: Counts) -> Features:
-        total = sum(counts.ops.values())
-        out = {f"work.{k}": math.log1p(counts.ops.get(k, 0.0)) for k in OP_KINDS}
-        if total > 0:
-            out.update({f"work.share.{k}": n / total for k, n in counts.ops.items()})
-        if (need := sum(self.need.ops.values())) > 0:
-            out["work.extra"] = math.log(max(total, 1.0) / need)
-        out["work.flops"] = math.log1p(counts.flops)
+    def retold(self, row: Features, counts: Counts) -> Features:
+        """Return a row of another extractor of the same workload with this one's rates of the machine."""
+        out = row | self._shared
+        self._roof(counts, out)
         return out
 
-    def _traffic(self, counts: Counts) -> Features:
+    def _roof(self, counts: Counts, out: Features) -> None:
+        units = self.device.units_us(counts, self.hardware)
+        launch = units.pop("launch")
+        longest = max(*units.values(), 1e-9)
+        out[ANALYTIC] = math.log(launch + longest)
+        for unit, us in units.items():
+            out[_ROOF[unit]] = math.log(max(us, 1e-9) / longest)
+        out["launch.us"] = launch
+        out["launch.part"] = launch / (launch + longest)
+
+    def _work(self, counts: Counts, out: Features) -> None:
+        total = sum(counts.ops.values())
+        out.update(_NO_WORK)
+        for kind, n in counts.ops.items():
+            work, share = _WORK[kind]
+            out[work] = math.log1p(n)
+            if total > 0:
+                out[share] = n / total
+        if (need := self._need_ops) > 0:
+            out["work.extra"] = math.log(max(total, 1.0) / need)
+        out["work.flops"] = math.log1p(counts.flops)
+
+    def _traffic(self, counts: Counts, out: Features) -> None:
         moved = counts.bytes
-        out = {f"traffic.{k}": math.log1p(moved.get(k, 0.0)) for k in LEVELS}
+        for level, name in _TRAFFIC.items():
+            out[name] = math.log1p(moved.get(level, 0.0))
         far = max(moved.get("dram", 0.0), 1.0)
         if (need := self.need.bytes.get("dram", 0.0)) > 0:
             out["traffic.extra"] = math.log(far / need)
         out["reuse.intensity"] = math.log1p(counts.flops / far)
         out["reuse.total"] = math.log1p(max(moved.values(), default=0.0) / far)
-        for behind, near in pairwise(LEVELS):
+        for behind, near, name in _REUSE:
             if behind in moved and near in moved:
                 ratio = max(moved[near], 1.0) / max(moved[behind], 1.0)
-                out[f"reuse.{near}"] = math.log(ratio)
-        for size in _CACHES:
-            out[f"tiles.all.{size}"] = math.log(far / getattr(self.hardware, size))
-        return out
+                out[name] = math.log(ratio)
+        for (all_of, _), size in zip(_TILES, self._caches, strict=True):
+            out[all_of] = math.log(far / size)
 
-    def _traits(self, counts: Counts) -> Features:
-        """Return what a kernel says of how it works; absent where it says nothing."""
+    def _traits(self, counts: Counts, out: Features) -> None:
+        """Add what a kernel says of how it works; absent where it says nothing."""
         traits, threads = counts.traits, self.hardware.threads
-        out: Features = {}
-        for name, group in _TRAITS.items():
-            if name in traits:
-                out[f"{group}.{name}"] = math.log2(traits[name]) if traits[name] > 0 else 0.0
+        for name, value in traits.items():
+            out[_TRAITS[name]] = math.log2(value) if value > 0 else 0.0
         if tile := traits.get("tile_bytes"):
-            for size in _CACHES:
-                out[f"tiles.one.{size}"] = math.log(tile / getattr(self.hardware, size))
+            for (_, one), size in zip(_TILES, self._caches, strict=True):
+                out[one] = math.log(tile / size)
         if lanes := traits.get("lanes"):
             native = 16.0 if self.hardware.has_avx512 else 8.0
             out["vector.filled"] = math.log2(lanes / native)
@@ -165,13 +182,19 @@ class Extractor:
             out["parallel.tail"] = 1.0 - tasks / (waves * threads)
         if share := traits.get("share"):
             out["parallel.uneven"] = math.log2(max(share * threads, 1.0))
-        return out
 
 
 _TRAITS = {
-    "tasks": "parallel", "share": "parallel", "useful": "tiles", "lanes": "vector", "sums": "vector",
-    "loads": "vector", "tile_bytes": "tiles",
+    "tasks": "parallel.tasks", "share": "parallel.share", "useful": "tiles.useful",
+    "lanes": "vector.lanes", "sums": "vector.sums", "loads": "vector.loads",
+    "tile_bytes": "tiles.tile_bytes",
 }  # fmt: skip
+_WORK = {k: (f"work.{k}", f"work.share.{k}") for k in OP_KINDS}
+_NO_WORK = {work: 0.0 for work, _ in _WORK.values()}
+_TRAFFIC = {k: f"traffic.{k}" for k in LEVELS}
+_REUSE = [(behind, near, f"reuse.{near}") for behind, near in pairwise(LEVELS)]
+_TILES = [(f"tiles.all.{size}", f"tiles.one.{size}") for size in _CACHES]
+_ROOF = {unit: f"roof.{unit}" for unit in ("compute", *LEVELS)}
 
 
 def extract(

@@ -317,7 +317,7 @@ def _tune(
     objective: str, database: Any, seed: int, progress: Callable[[Any], None] | None, **how: Any,
 ) -> TuningResult:  # fmt: skip
     from mimo_compile.search import kept_functions
-    from mimo_compile.search.tuner import tune_workloads
+    from mimo_compile.search.tune import tune_workloads
 
     kept_functions.use(database.path)
     kept_functions.keep(database.path, workloads)

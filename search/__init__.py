@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from mimo_compile.search.plan import Plan, make_plan
     from mimo_compile.search.records import Record, Verdict
     from mimo_compile.search.result import TuningResult
-    from mimo_compile.search.tuner import tune_workloads
+    from mimo_compile.search.tune import tune_workloads
 
 __all__ = [
     "Database",
@@ -35,7 +35,7 @@ _HOMES = {
     "Verdict": "records",
     "make_plan": "plan",
     "parse_objective": "objective",
-    "tune_workloads": "tuner",
+    "tune_workloads": "tune",
 }
 
 

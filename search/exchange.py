@@ -30,7 +30,8 @@ def export_records(
     Args:
         db: Where they come from.
         path: The file to write.
-        best_only: Keep only this many fastest candidates of each workload and target.
+        best_only: Keep only this many fastest candidates of each workload and target, of those that are
+            the same code the one that was timed.
 
     Raises:
         InputError: the file is the database itself, or cannot be written (what was there stays).
@@ -102,7 +103,9 @@ def _fastest(db: Database, count: int) -> list[Record]:
         groups.setdefault((r.workload, r.hardware, r.threads, r.features), []).append(r)
     out: list[Record] = []
     for rows in groups.values():
-        order = sorted(summarise(rows), key=lambda s: s.latency_us)[:count]
+        mine = {r.key for r in rows}
+        results = [s for s in summarise(rows) if s.record.twin not in mine]
+        order = sorted(results, key=lambda s: s.latency_us)[:count]
         keys = {s.record.key for s in order}
         out += [r for r in rows if r.key in keys]
     return out

@@ -368,6 +368,8 @@ def _origin(space: JointSpace, mine: Known | None, db: Database | None, kept: bo
     how = (
         "compared with the other leaders" if record.phase == "confirm" else "read once in a search"
     )
+    if record.twin:
+        how = "by the same code under another config"
     where = f"{record.hardware}, {record.threads} threads"
     here = (
         ""

@@ -131,7 +131,10 @@ class Learner:
         prior = self.prior
         if works and prior is not None and prior.knows(space):
             guess = self._extractor(space.workload, guessed=True)
-            rows = [guess.blocks(w, c.schedule, c.config) for c, w in pairs]
+            rows = [
+                tuple(map(guess.retold, work.rows, work.counts.parts or (work.counts,)))
+                for work in works
+            ]
             found = prior.model.predict(rows)
             for work, value in zip(works, found.value, strict=True):
                 total = math.log(sum(math.exp(row[ANALYTIC]) for row in work.rows))

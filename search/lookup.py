@@ -53,11 +53,20 @@ def summarise(records: Iterable[Record]) -> list[Result]:
     once, maybe luckily or on a quieter machine. Such a reading makes none of them the fastest: those that
     look faster than the fastest confirmed one, but did not when both were read once, are scaled by what
     that one's time rose.
+
+    A candidate that was not timed, because another one is the same code, gets that one's figures, whatever
+    they are by now; without that one's records, those of its own record. Such results come last.
     """
     groups: dict[str, list[Record]] = {}
     once: dict[str, float] = {}
+    twins: dict[str, Record] = {}
     for record in records:
-        groups.setdefault(record.key, []).append(record)
+        if record.twin:
+            twins[record.key] = record
+        else:
+            groups.setdefault(record.key, []).append(record)
+    alone = {k: [r] for k, r in twins.items() if k not in groups and r.twin not in groups}
+    groups |= alone
     out = []
     for rows in groups.values():
         good = [r for r in rows if r.ok and r.latency_us is not None]
@@ -89,7 +98,13 @@ def summarise(records: Iterable[Record]) -> list[Result]:
                 modelled_mj=statistics.median(models) if models else None,
             )
         )
-    return _scaled(out, once)
+    out = _scaled(out, once)
+    results = {r.record.key: r for r in out}
+    return out + [
+        replace(results[r.twin], record=r)
+        for key, r in twins.items()
+        if key not in groups and r.twin in results
+    ]
 
 
 def _scaled(results: list[Result], once: dict[str, float]) -> list[Result]:

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from mimo_compile.errors import UsageError
 from mimo_compile.ir.hardware import Hardware
@@ -48,18 +43,6 @@ class Candidate:
     def __str__(self) -> str:
         """Return ``schedule(knob=value, ...)``."""
         return f"{self.schedule}({', '.join(f'{k}={v}' for k, v in self.knobs)})"
-
-
-@lru_cache(maxsize=4096, typed=True)
-def _neighbours(
-    values: tuple[KnobValue, ...], old: KnobValue | None
-) -> tuple[tuple[KnobValue, ...], npt.NDArray[np.float64]]:
-    """Return a knob's other values with the running sum of their shares; neighbours count twice."""
-    at = values.index(old) if old in values else -2
-    others = [i for i, v in enumerate(values) if v != old]
-    weight = np.array([2.0 if abs(i - at) == 1 else 1.0 for i in others])
-    shares = (weight / weight.sum()).cumsum()
-    return tuple(values[i] for i in others), shares / shares[-1]
 
 
 class JointSpace:
@@ -135,70 +118,8 @@ class JointSpace:
         inside = all(candidate.config.get(k) in values for k, values in space.knobs.items())
         return candidate if inside or made == space.default else None
 
-    def _made(self, schedule: str, knobs: Mapping[str, KnobValue]) -> Candidate | None:
-        space = self.spaces[schedule]
-        try:
-            config = space.make(**knobs)
-        except ValueError:
-            return None
-        return self.candidate(schedule, config) if space.legal(config) else None
-
-    def sample(self, rng: np.random.Generator, tries: int = 64) -> Candidate | None:
-        """Draw a legal candidate: a schedule by the logarithm of its size, then each knob uniformly."""
-        names = list(self.spaces)
-        weight = np.cumsum([1.0 + math.log2(max(1, self.spaces[n].size)) for n in names])
-        for _ in range(tries):
-            at = weight.searchsorted(rng.random() * weight[-1], side="right")
-            name = names[int(at)]
-            knobs = self.spaces[name].knobs
-            draws = rng.random(len(knobs)).tolist()
-            drawn = {k: v[int(x * len(v))] for (k, v), x in zip(knobs.items(), draws, strict=True)}
-            if (made := self._made(name, drawn)) is not None:
-                return made
-        return None
-
-    def mutate(self, parent: Candidate, rng: np.random.Generator) -> Candidate | None:
-        """Change one knob; values near the old one in the knob's order are twice as likely."""
-        space = self.spaces[parent.schedule]
-        open_knobs = [k for k, v in space.knobs.items() if len(v) > 1]
-        if not open_knobs:
-            return None
-        config = parent.config
-        name = open_knobs[int(rng.integers(len(open_knobs)))]
-        others, shares = _neighbours(space.knobs[name], config.get(name))
-        # What rng.choice(len(others), p=...) does, without its checks: a search mutates very often.
-        pick = others[int(shares.searchsorted(rng.random(), side="right"))]
-        knobs = {k: config.get(k, v[0]) for k, v in space.knobs.items()}
-        return self._made(parent.schedule, {**knobs, name: pick})
-
-    def neighbours(self, parent: Candidate) -> Iterator[Candidate]:
-        """Enumerate the legal candidates that differ from ``parent`` in one knob."""
-        space, config = self.spaces[parent.schedule], parent.config
-        knobs = {k: config.get(k, v[0]) for k, v in space.knobs.items()}
-        for name, values in space.knobs.items():
-            for value in values:
-                if value == knobs[name]:
-                    continue
-                if (made := self._made(parent.schedule, {**knobs, name: value})) is not None:
-                    yield made
-
-    def crossover(self, a: Candidate, b: Candidate, rng: np.random.Generator) -> Candidate | None:
-        """Take each knob from one of two configs of the same schedule."""
-        if a.schedule != b.schedule:
-            return None
-        left, right = a.config, b.config
-        knobs = {
-            k: (left if rng.random() < 0.5 else right).get(k, v[0])
-            for k, v in self.spaces[a.schedule].knobs.items()
-        }
-        return self._made(a.schedule, knobs)
-
     def __iter__(self) -> Iterator[Candidate]:
         """Enumerate all legal candidates."""
         for name, space in self.spaces.items():
             for config in space:
                 yield self.candidate(name, config)
-
-    def enumerate(self, limit: int = 512) -> list[Candidate] | None:
-        """Return all legal candidates, or None when there may be more than ``limit``."""
-        return list(self) if self.size <= limit else None

@@ -99,11 +99,12 @@ class Task:
         """Score a record; a workload's scores rest on joules of one source, measured or modelled."""
         if not record.ok or record.latency_us is None:
             return math.inf
-        return self._score(record.key, record.latency_us, record.modelled_mj, self.share.best_us)
+        return self._score(record, record.latency_us, record.modelled_mj, self.share.best_us)
 
-    def _score(self, key: str, us: float, modelled_mj: float | None, best_us: float) -> float:
+    def _score(self, record: Record, us: float, modelled_mj: float | None, best_us: float) -> float:
         if not self.objective.needs_energy:
             return us
+        key = record.twin if self.doubled(record) else record.key  # whose joules are read
         return self.joules.score(key, us, modelled_mj, best_us)
 
     def scores(self, results: Iterable[Result]) -> dict[str, float]:
@@ -111,7 +112,7 @@ class Task:
         rows = list(results)
         best = min((r.latency_us for r in rows), default=math.inf)
         return {
-            r.record.key: self._score(r.record.key, r.latency_us, r.modelled_mj, best) for r in rows
+            r.record.key: self._score(r.record, r.latency_us, r.modelled_mj, best) for r in rows
         }
 
     def knobs(self) -> dict[str, list[Knob]]:
@@ -133,18 +134,21 @@ class Task:
             goal = min(good, default=math.inf)
         self.share.learn(trials, best, goal)
 
-    def leaders(self, done: set[str], failed: set[str], default_key: str) -> list[str]:
+    def doubled(self, record: Record) -> bool:
+        """Say whether a record only repeats another one here, whose code it is."""
+        return record.twin in self.records
+
+    def leaders(self, done: set[str], failed: set[str]) -> list[str]:
         """Return the keys of candidates to compare, the best first; none if the leader was compared.
 
         Args:
             done: Keys of those that were compared.
             failed: Keys of those that failed when they were to be.
-            default_key: That of the default.
 
         The best of each algorithm that came near takes part as well, the default, and where joules decide
-        the fastest one, from which limits are counted.
+        the fastest one, from which limits are counted. What is the same code takes part once.
         """
-        results = self.results()
+        results = [r for r in self.results() if not self.doubled(r.record)]
         scores = self.scores(results)
         keys = sorted((k for k in scores if k not in failed), key=lambda k: (scores[k], k))
         if not keys or keys[0] in done:
@@ -156,7 +160,8 @@ class Task:
         for key in keys:
             best.setdefault(self.candidates[key].schedule, key)
         near = {k for k in best.values() if scores[k] <= NEAR * scores[keys[0]]}
-        near.add(default_key)
+        near.add(self.default_key)
+        near.update(r.twin for r in self.records.get(self.default_key, ()))
         if self.objective.needs_energy:
             near.add(min(results, key=lambda r: (r.latency_us, r.record.key)).record.key)
         return keys[: CONFIRM - 1] + [k for k in keys[CONFIRM - 1 :] if k in near]

@@ -5,40 +5,33 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from mimo_compile.cost_models.analytic import DeviceModel
-from mimo_compile.errors import InputError, MimoError, UsageError
+from mimo_compile.errors import InputError, MimoError
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.simulated import SIMULATED
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.base import Schedule
 from mimo_compile.search.ahead import LookAhead
-from mimo_compile.search.budget import Budget, Clock, Share, mark_heavy, next_share, patience
+from mimo_compile.search.budget import Clock, Share, mark_heavy, next_share, patience
 from mimo_compile.search.database import Database
 from mimo_compile.search.joules import Joules
 from mimo_compile.search.learner import Learner, Prior
-from mimo_compile.search.measure import Measurement, Measurer, Measures, Timing, runnable_here
-from mimo_compile.search.meters import AUTO, MODELLED, Meter, open_meter
-from mimo_compile.search.objective import Objective, parse_objective
+from mimo_compile.search.measure import Measurement, Measures, Recalls
+from mimo_compile.search.meters import MODELLED
+from mimo_compile.search.objective import Objective
 from mimo_compile.search.progress import Event, Progress
 from mimo_compile.search.records import Record, record_key, versions
 from mimo_compile.search.result import TuningResult, collect
 from mimo_compile.search.space import Candidate, JointSpace
-from mimo_compile.search.strategies import (
-    DEFAULT,
-    Options,
-    Setting,
-    get_strategy,
-    make_strategy,
-)
+from mimo_compile.search.strategies import DEFAULT, Options, Setting, make_strategy
 from mimo_compile.search.task import Task
 from mimo_compile.search.transfer import similar_seeds
-from mimo_compile.search.warm import find_prior
 
 BATCH = 8
 CONFIRM_S = 2.0
@@ -71,6 +64,9 @@ class Tuner:
         self.versions = versions()
         self.tasks: list[Task] = []
         self._ahead = LookAhead(measurer)
+        self.total: int | None = None
+        """Trials that there are to be, for who watches."""
+        self._failure: MimoError | None = None
         self._progress = progress
         self._round = 0
 
@@ -133,8 +129,12 @@ class Tuner:
 
     def _learn(self, task: Task, record: Record) -> None:
         candidate = task.learn(record)
-        if candidate is not None and record.ok:
+        if candidate is None:
+            return
+        if record.ok:
             self.learner.note(task.space, candidate, record)
+        if isinstance(self.measurer, Recalls):
+            self.measurer.recall(task.space, candidate, record)
 
     def _train(self, *, now: bool = False) -> None:
         known = sum(len(t.joules.values) for t in self.tasks)
@@ -216,7 +216,7 @@ class Tuner:
 
     def _read_joules(self, task: Task, clock: Clock) -> None:
         """Measure the energy of those that deserve it, and correct the scores of the others."""
-        results = {r.record.key: r for r in task.results()}
+        results = {r.record.key: r for r in task.results() if not task.doubled(r.record)}
         limit = self.objective.window * min((r.latency_us for r in results.values()), default=0.0)
         waiting = {
             k: r.latency_us
@@ -252,7 +252,7 @@ class Tuner:
             energy_mj=m.energy_mj, energy_spread_mj=m.energy_spread_mj, energy_source=m.energy_source,
             energy_window_s=m.energy_window_s, modelled_mj=m.modelled_mj, error_ratio=m.error_ratio,
             message=m.message, code_hash=m.code_hash, requires=m.requires, ops=dict(m.counts.ops),
-            bytes=dict(m.counts.bytes), time=time.time(),
+            bytes=dict(m.counts.bytes), time=time.time(), twin=m.twin,
         )  # fmt: skip
         self.db.add(record)
         new = record.key not in task.records
@@ -270,7 +270,7 @@ class Tuner:
         done: set[str] = set()
         failed: set[str] = set()
         for _ in range(1 + CONFIRM_AGAIN):
-            chosen = task.leaders(done, failed, task.default_key)
+            chosen = task.leaders(done, failed)
             if len(chosen) < 2:
                 return
             batch = [task.candidates[k] for k in chosen]
@@ -299,16 +299,13 @@ class Tuner:
         gain = None if task is None else task.share.expected_gain_us()
         self._progress(
             Event(
-                kind, name, trials, total or self._total, best, default, record, text, simulated,  # type: ignore[arg-type]
+                kind, name, trials, total or self.total, best, default, record, text, simulated,  # type: ignore[arg-type]
                 predicted_us=predicted,
                 weight=0.0 if task is None else task.share.weight,
                 gain_us=gain if gain is not None and math.isfinite(gain) else None,
                 own_trials=0 if task is None else task.trials, workloads=len(self.tasks),
             )
         )  # fmt: skip
-
-    _total: int | None = None
-    _failure: MimoError | None = None
 
     def _result(self, stopped: str, clock: Clock) -> TuningResult:
         workloads = []
@@ -331,108 +328,3 @@ class Tuner:
         return TuningResult(
             tuple(workloads), self.objective, stopped, clock.seconds, clock.joules, self._failure
         )
-
-
-def _counter(meter: Meter | str | None, hardware: Hardware, *, own: bool) -> Meter | None:
-    """Open the meter asked for; another measurer than this machine's brings its own readings."""
-    if meter is None and not own:
-        return None
-    return open_meter(hardware, meter) if meter is None or isinstance(meter, str) else meter
-
-
-def tune_workloads(
-    workloads: Mapping[Workload, float] | Sequence[tuple[Workload, float]],
-    hardware: Hardware,
-    *,
-    trials: int | None = None,
-    seconds: float | None = None,
-    joules: float | None = None,
-    objective: str | Objective = "latency",
-    db: Database,
-    seed: int = 0,
-    strategy: str = DEFAULT,
-    progress: Progress | None = None,
-    schedules: Sequence[Schedule] | None = None,
-    measurer: Measures | None = None,
-    meter: Meter | str | None = None,
-    device: DeviceModel | None = None,
-    timing: Timing | None = None,
-    options: Options | None = None,
-    warm_start: bool = True,
-) -> TuningResult:
-    """Search the best kernel of each workload; every measurement is stored as soon as it is taken.
-
-    Args:
-        workloads: Each with its weight: how often the model calls the kernel.
-        hardware: The target, with the thread count to tune for.
-        trials: Candidates to measure over all workloads; records of earlier runs count.
-        seconds: Wall-clock limit.
-        joules: Limit of energy used (needs a meter).
-        objective: What is best, see `objective.parse_objective`.
-        db: Where records go, and where an earlier search is taken up.
-        seed: Decides inputs and random choices.
-        strategy: A name of `strategies.strategy_names`.
-        progress: Called with each `progress.Event`.
-        schedules: Algorithms to choose from (None: all that are registered).
-        measurer: Measures candidates (None: on this machine, in child processes; for simulated targets
-            their models).
-        meter: Joules counter, or a name of `meters.meter_names` (None: ``auto``). One that is asked for
-            is read for every objective, ``auto`` only where joules decide.
-        device: Rates of the machine (None: calibrated if that was done before, else guessed).
-        timing: How time is taken.
-        options: Settings of the strategy.
-        warm_start: Begin with a cost model trained on records of other shapes and machines, see
-            `warm.find_prior`.
-
-    Returns:
-        All that is known, also after Ctrl-C, or when the database could not be written any more (see
-        `TuningResult.failure`).
-
-    Raises:
-        UsageError: no workloads, a bad budget, an unknown strategy or objective, an unsupported workload,
-            an unknown or unusable meter, a target that cannot run here.
-        EnvironmentMismatch: a plug-in that is used is broken.
-    """
-    get_strategy(strategy)
-    pairs = list(workloads.items()) if isinstance(workloads, Mapping) else list(workloads)
-    if not pairs:
-        raise UsageError("nothing to tune: no workloads were given")
-    budget = Budget(trials, seconds, joules)
-    goal = parse_objective(objective) if isinstance(objective, str) else objective
-    if measurer is None and hardware.kind == "sim":
-        if goal.needs_energy or joules is not None:
-            raise UsageError(
-                f"the energy of {hardware.name} is not modelled", remedy="use --objective latency"
-            )
-        from mimo_compile.search.measure.simulated import SimulatedMeasurer
-
-        measurer = SimulatedMeasurer(hardware)
-    elif measurer is None and not runnable_here(hardware):
-        raise UsageError(
-            f"kernels for {hardware.name} cannot run here, so they cannot be tuned",
-            remedy="tune on such a machine and share the records (`mimo-compile db export`)",
-        )
-    if device is None:
-        from mimo_compile.search.calibrate import device_model
-
-        device = device_model(hardware, measure=measurer is None)
-    asked = meter not in (None, AUTO)
-    counter = _counter(meter, hardware, own=measurer is None)
-    clock = Clock(budget, counter)
-    used = counter if asked or goal.needs_energy or joules is not None else None
-    own_goal = goal.for_one(pairs[0][1]) if len(pairs) == 1 else goal
-    cache = measurer.cache if measurer is not None else (timing or Timing()).cache
-    prior = find_prior(hardware, [w for w, _ in pairs], db, cache) if warm_start else None
-    own = measurer or Measurer(hardware, device=device, meter=used, timing=timing)
-    try:
-        tuner = Tuner(
-            hardware, db, own, own_goal, seed=seed, device=device, strategy=strategy, progress=progress,
-            options=options, meter=MODELLED if used is None else used.name, prior=prior,
-        )  # fmt: skip
-        tuner._total = trials
-        for workload, weight in pairs:
-            tuner.add(workload, weight, schedules)
-        return replace(tuner.run(clock), objective=goal)
-    finally:
-        if measurer is None:
-            own.close()

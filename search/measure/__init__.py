@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from mimo_compile.search.measure.base import Limits, Measurement, Measures, Predicts, Timing
+from mimo_compile.search.measure.base import (
+    Limits,
+    Measurement,
+    Measures,
+    Predicts,
+    Recalls,
+    Timing,
+)
 from mimo_compile.search.measure.measurer import Measurer, runnable_here
 
 __all__ = [
@@ -11,6 +18,7 @@ __all__ = [
     "Measurer",
     "Measures",
     "Predicts",
+    "Recalls",
     "Timing",
     "runnable_here",
 ]

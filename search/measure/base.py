@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 from mimo_compile.ir.counts import Counts
-from mimo_compile.search.records import Verdict
+from mimo_compile.search.records import Record, Verdict
 from mimo_compile.search.space import Candidate, JointSpace
 
 
@@ -66,6 +66,7 @@ class Measurement:
     code_hash: str = ""
     requires: tuple[str, ...] = ()
     counts: Counts = field(default_factory=Counts)
+    twin: str = ""
 
 
 class Measures(Protocol):
@@ -95,6 +96,15 @@ class Measures(Protocol):
 
     def close(self) -> None:
         """Release everything."""
+        ...
+
+
+@runtime_checkable
+class Recalls(Protocol):
+    """What a measurer has besides when it compiles: what is the same code as before is not timed again."""
+
+    def recall(self, space: JointSpace, candidate: Candidate, record: Record) -> None:
+        """Note what is recorded of a candidate, from this search or an earlier one."""
         ...
 
 

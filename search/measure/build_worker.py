@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -14,6 +14,9 @@ from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.base import Kernel, Schedule
 from mimo_compile.search.measure.child import serve
+
+SYMBOL = "candidate"
+"""Name of every kernel that is measured: its own, which tells the config, would make any two codes differ."""
 
 
 @cache
@@ -68,6 +71,7 @@ def build(request: dict[str, Any]) -> dict[str, Any]:
     from mimo_compile.schedules.compile import compile_kernel
 
     kernel, hardware = _lower(request)
+    kernel = replace(kernel, name=SYMBOL)
     code = compile_kernel(kernel, hardware)
     Path(request["out"]).write_bytes(code)
     return {**_facts(kernel), "code_hash": hashlib.sha256(code).hexdigest()}

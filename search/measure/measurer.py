@@ -23,9 +23,10 @@ from mimo_compile.search.measure.base import Limits, Measurement, Timing
 from mimo_compile.search.measure.builder import Builder, code_path
 from mimo_compile.search.measure.cases import Case, Scratch
 from mimo_compile.search.measure.runner import Runner, failed
+from mimo_compile.search.measure.twins import Twins
 from mimo_compile.search.measure.worker import Reply
 from mimo_compile.search.meters.base import Meter
-from mimo_compile.search.records import Verdict
+from mimo_compile.search.records import Record, Verdict
 from mimo_compile.search.space import Candidate, JointSpace
 
 
@@ -61,6 +62,7 @@ class Measurer:
         self.device = device or DeviceModel.guess(hardware)
         self._best_us: dict[str, float] = {}
         """Fastest so far by workload: what takes twice as long is timed only briefly."""
+        self.twins = Twins()
         self._scratch = Scratch(scratch)
         count = builders or max(1, min(4, hardware.cores))
         self.builder = Builder(self.limits, self._scratch, count)
@@ -74,10 +76,16 @@ class Measurer:
         """Return the work each candidate's kernel declares (None where lowering fails)."""
         return self.builder.describe(space, candidates)
 
+    def recall(self, space: JointSpace, candidate: Candidate, record: Record) -> None:
+        """Note what is recorded of a candidate: from then on the same code is not timed again."""
+        self.twins.learn(space, candidate, record)
+
     def measure(
         self, space: JointSpace, candidates: Sequence[Candidate], seed: int, *, energy: bool = True
     ) -> Iterator[Measurement]:
         """Build, verify and measure candidates of one workload on the fresh inputs of one seed.
+
+        What becomes the same code as something that was recalled gets its figures.
 
         ``energy``: read joules too, where there is a meter.
 
@@ -106,6 +114,9 @@ class Measurer:
     ) -> Measurement:
         if built.status != "ok":
             return failed(candidate, built, case.seed, "build")
+        meter = self.runner.meter.name if energy and self.runner.meter is not None else ""
+        if twin := self.twins.find(space, candidate, built.value, case.seed, meter=meter):
+            return twin
         checked = self.runner.verified(space, candidate, built, case)
         if checked.verdict is Verdict.OK:
             limit = 2.0 * self._best_us.get(str(space.workload), math.inf)

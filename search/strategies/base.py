@@ -14,6 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
+from mimo_compile.search.grid import Grid
 from mimo_compile.search.space import Candidate, JointSpace
 
 Predict = Callable[[Sequence[Candidate]], Sequence[float] | None]
@@ -95,16 +96,21 @@ class Known:
     def __init__(self, setting: Setting) -> None:
         """Start with nothing known."""
         self.setting = setting
-        self.seen: set[str] = set()
+        self.grid = Grid(setting.space)
+        self.seen: set[int] = set()
+        """Numbers of what was proposed or reported."""
         self.banned: set[str] = set()
         self._seeds = list(setting.seeds)
+        self._all = iter(setting.space)
 
     def fresh(self, candidate: Candidate | None) -> bool:
         """True for a candidate that may be proposed; marks it as proposed."""
-        if candidate is None or candidate.schedule in self.banned or candidate.key in self.seen:
+        if candidate is None or candidate.schedule in self.banned:
             return False
-        self.seen.add(candidate.key)
-        return True
+        number = self.grid.number(candidate)
+        new = number not in self.seen
+        self.seen.add(number)
+        return new
 
     def seeds(self, count: int) -> list[Candidate]:
         """Return up to ``count`` seeds that are still new."""
@@ -117,27 +123,25 @@ class Known:
     def random(self, count: int) -> list[Candidate]:
         """Draw up to ``count`` new candidates (fewer when almost all are known)."""
         out: list[Candidate] = []
-        for _ in range(32 * count):
+        for _ in range(32):
             if len(out) == count:
                 break
-            draw = self.setting.space.sample(self.setting.rng)
-            if draw is not None and self.fresh(draw):
-                out.append(draw)
+            for number in self.grid.sample(self.setting.rng, count - len(out)):
+                if self.fresh(draw := self.grid.known(number)):
+                    out.append(draw)
         return out
 
     def rest(self, limit: int) -> list[Candidate]:
         """Return new candidates by enumeration, for spaces in which sampling no longer finds any."""
         out: list[Candidate] = []
-        for candidate in self.setting.space:
-            if len(out) == limit:
-                break
+        while len(out) < limit and (candidate := next(self._all, None)) is not None:
             if self.fresh(candidate):
                 out.append(candidate)
         return out
 
     def tell(self, observations: Sequence[Observation]) -> None:
         """Remember what was reported."""
-        self.seen.update(o.candidate.key for o in observations)
+        self.seen.update(self.grid.number(o.candidate) for o in observations)
 
     def ban(self, schedule: str) -> None:
         """Propose no more candidates of a schedule."""

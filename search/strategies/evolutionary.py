@@ -51,20 +51,20 @@ class EvolutionarySearch(Known):
     def __init__(self, setting: Setting) -> None:
         """Start with an empty population."""
         super().__init__(setting)
-        self._scores: dict[str, Observation] = {}
-        self._encoder = Encoder(setting.space)
+        self._scores: dict[int, Observation] = {}
+        self._encoder = Encoder(self.grid)
         self._surrogate = Surrogate(self._encoder.tables)
-        self._stock: dict[str, Candidate] = {}
-        self._all = setting.space.enumerate(setting.options.enumerate_below)
+        self._stock: list[int] = []
+        self._whole = self.grid.legal(setting.options.enumerate_below)
         self._trust = _Trust()
 
     def tell(self, observations: Sequence[Observation]) -> None:
         """Remember scores; what was measured again is taken at its newest value."""
         super().tell(observations)
-        self._scores.update((o.candidate.key, o) for o in observations)
         for o in observations:
-            self._stock.pop(o.candidate.key, None)
-            self._trust.tell(o.candidate.key, o.score)
+            number = self.grid.number(o.candidate)
+            self._scores[number] = o
+            self._trust.tell(number, o.score)
 
     def ask(self, count: int) -> list[Candidate]:
         """Propose up to ``count`` new candidates, fewer while little is known."""
@@ -86,8 +86,12 @@ class EvolutionarySearch(Known):
 
     # -- what is ranked -------------------------------------------------------------------------
 
-    def _is_open(self, c: Candidate) -> bool:
-        return c.key not in self.seen and c.schedule not in self.banned
+    def _open(self, numbers: Sequence[int]) -> list[int]:
+        """Return those that may be proposed."""
+        seen, out = self.seen, self.banned
+        if not out:
+            return [n for n in numbers if n not in seen]
+        return [n for n in numbers if n not in seen and self.grid.part(n).name not in out]
 
     def _rivals(self) -> list[str]:
         """Return the algorithms near the best that got less than their part, the least tried first.
@@ -110,109 +114,104 @@ class EvolutionarySearch(Known):
         ]
         return sorted((n for n in near if tried[n] < part), key=lambda n: (tried[n], n))
 
-    def _parents(self) -> list[Candidate]:
+    def _parents(self) -> list[int]:
         good = [
-            o for o in self._scores.values() if o.ok and o.candidate.schedule not in self.banned
+            (o.score, n)
+            for n, o in self._scores.items()
+            if o.ok and o.candidate.schedule not in self.banned
         ]
-        good.sort(key=lambda o: (o.score, o.candidate.key))
-        return [o.candidate for o in good[: self.setting.options.population]]
+        good.sort()
+        return [n for _, n in good[: self.setting.options.population]]
 
-    def _pool(self) -> list[Candidate]:
+    def _pool(self) -> list[int]:
         """Return distinct new candidates to be ranked (not yet marked as proposed)."""
-        if self._all is not None:
-            return [c for c in self._all if self._is_open(c)]
-        rng, space = self.setting.rng, self.setting.space
-        stock = self._stock
-        for key in [k for k, c in stock.items() if not self._is_open(c)]:
-            del stock[key]
-        for _ in range(_STOCK - len(stock) if len(stock) < _STOCK else _FRESH):
-            draw = space.sample(rng)
-            if draw is not None and self._is_open(draw):
-                stock.setdefault(draw.key, draw)
-        for key in list(stock)[: max(0, len(stock) - _STOCK)]:
-            del stock[key]
-        found = dict(stock)
+        if self._whole is not None:
+            return self._open(self._whole)
+        stock = self._open(self._stock)
+        wanted = _STOCK - len(stock) if len(stock) < _STOCK else _FRESH
+        drawn = self._open(self.grid.sample(self.setting.rng, wanted))
+        stock = list(dict.fromkeys(stock + drawn))
+        self._stock = stock[max(0, len(stock) - _STOCK) :]
         parents = self._parents()
-        near = [n for p in parents[:_LEADERS] for n in space.neighbours(p)]
+        near = [n for p in parents[:_LEADERS] for n in self.grid.neighbours(p)]
         for _ in range(self.setting.options.pool if parents else 0):
             if (child := self._child(parents)) is not None:
                 near.append(child)
-        for c in near:
-            if self._is_open(c):
-                found.setdefault(c.key, c)
-        return list(found.values())
+        return list(dict.fromkeys(self._stock + self._open(near)))
 
-    def _child(self, parents: Sequence[Candidate]) -> Candidate | None:
-        rng, space = self.setting.rng, self.setting.space
+    def _child(self, parents: Sequence[int]) -> int | None:
+        rng, grid = self.setting.rng, self.grid
 
-        def pick() -> Candidate:  # a tournament of two; parents are sorted
-            return parents[int(min(rng.random(2)) * len(parents))]
+        def pick() -> int:  # a tournament of two; parents are sorted
+            return parents[int(min(rng.random(), rng.random()) * len(parents))]
 
         if len(parents) > 1 and rng.random() < self.setting.options.crossover:
-            return space.crossover(pick(), pick(), rng)
-        child = space.mutate(pick(), rng)
+            return grid.crossover(pick(), pick(), rng)
+        child = grid.mutate(pick(), rng)
         if child is not None and rng.random() < 0.5:
-            child = space.mutate(child, rng)
+            child = grid.mutate(child, rng)
         return child
 
     # -- how it is ranked -----------------------------------------------------------------------
+
+    def _observed(self) -> tuple[list[int], list[float], int]:
+        """Return what the surrogate rests on: numbers, scores, and how many there are in all."""
+        seen = [(n, o.score) for n, o in self._scores.items() if o.ok]
+        told = len(seen)
+        if told > _FEW:
+            best = sorted(seen, key=lambda s: (s[1], s[0]))[: _FEW // 2]
+            kept = {n for n, _ in best}
+            seen = best + [s for s in seen if s[0] not in kept][-(_FEW - len(best)) :]
+        return [n for n, _ in seen], [score for _, score in seen], told
 
     def _promising(self, want: int) -> list[Candidate]:
         """Choose up to ``want`` of the pool, and mark them as proposed."""
         pool = self._pool() if want > 0 else []
         if not pool:
             return []
-        seen = [o for o in self._scores.values() if o.ok]
-        told = len(seen)
-        self._trust.begin(min(o.score for o in seen))
-        if len(seen) > _FEW:
-            best = sorted(seen, key=lambda o: (o.score, o.candidate.key))[: _FEW // 2]
-            kept = {o.candidate.key for o in best}
-            late = [o for o in seen if o.candidate.key not in kept][-(_FEW - len(best)) :]
-            seen = best + late
-        rows = self._encoder.rows(pool)
-        y = flattened([o.score for o in seen])
+        numbers, scores, told = self._observed()
+        self._trust.begin(min(scores))
         s = self._surrogate
-        s.fit(self._encoder.rows([o.candidate for o in seen]), y, told)
-        mean, variance, half = s.predict(rows)
-        drafted = mean.copy()
-        order = np.argsort(-expected_gain(mean, np.sqrt(variance), 0.0), kind="stable").tolist()
-        mean, variance = self._verified(pool, order, mean, variance)
+        s.fit(self._encoder.rows(numbers), flattened(scores), told)
+        rows = self._encoder.rows(pool)
+        drafted = s.predict(rows)
+        draft = expected_gain(drafted.mean, np.sqrt(drafted.variance), 0.0)
+        order = np.argsort(-draft, kind="stable").tolist()
+        mean, variance = self._verified(pool, order, drafted.mean, drafted.variance)
         out: list[Candidate] = []
         taken = np.zeros(len(pool), bool)
+        names = {p.name: i for i, p in enumerate(self.grid.parts)}
         rivals = self._rivals()[: max(1, want - 1)]
         while len(out) < want and not taken.all():
             gain = np.where(taken, -1.0, expected_gain(mean, np.sqrt(variance), 0.0))
             rival = rivals.pop(0) if rivals else None
-            own = [i for i, c in enumerate(pool) if c.schedule == rival and not taken[i]]
-            at = max(own, key=lambda i: float(gain[i])) if own else int(gain.argmax())
+            own = np.flatnonzero((rows[:, -1] == names.get(rival or "", -1)) & ~taken)
+            at = int(own[gain[own].argmax()]) if len(own) else int(gain.argmax())
             taken[at] = True
-            if self.fresh(pool[at]):
-                out.append(pool[at])
-                self._trust.said(pool[at].key, "surrogate", float(drafted[at]))
-            shared = s.shared(rows, at, half)
-            variance = np.maximum(variance - shared**2 / (shared[at] + s.noise), 1e-9)
+            if self.fresh(chosen := self.grid.known(pool[at])):
+                out.append(chosen)
+                self._trust.said(pool[at], "surrogate", float(drafted.mean[at]))
+            if len(out) < want:
+                shared = drafted.shared(at)
+                less = shared**2 / (shared[at] + s.noise)
+                variance = np.maximum(variance - less, 1e-9)
         return out
 
     def _verified(
-        self,
-        pool: Sequence[Candidate],
-        order: Sequence[int],
-        mean: Array,
-        variance: Array,
+        self, pool: Sequence[int], order: Sequence[int], mean: Array, variance: Array
     ) -> tuple[Array, Array]:
         """Mix in what the learned model says of the most promising; the others fall behind."""
         predict, spread = self.setting.predict, self.setting.spread
         top = order[: min(_VERIFIED, self.setting.options.pool)]
-        chosen = [pool[i] for i in top]
+        chosen = [self.grid.known(pool[i]) for i in top]
         scores = predict(chosen) if predict is not None else None
         if scores is None:
             return mean, variance
         best = self._trust.base
         said = np.minimum(np.log(np.maximum(np.asarray(scores), 1e-30) / best), 2.0)
         own = spread(chosen) if spread is not None else None
-        for c, value in zip(chosen, said, strict=True):
-            self._trust.said(c.key, "model", float(value))
+        for i, value in zip(top, said.tolist(), strict=True):
+            self._trust.said(pool[i], "model", value)
         w = self._trust.of_surrogate()
         deviation = np.zeros(len(top)) if own is None else np.nan_to_num(np.asarray(own))
         mixed, wide = mean.copy(), variance.copy()
@@ -229,26 +228,26 @@ class _Trust:
     def __init__(self) -> None:
         self.base = 1.0
         """Score that predictions are logarithms over."""
-        self._said: dict[str, dict[str, tuple[float, float]]] = {}
+        self._said: dict[int, dict[str, tuple[float, float]]] = {}
         self._errors: dict[str, list[float]] = {"surrogate": [], "model": []}
 
     def begin(self, base: float) -> None:
         """Start a round at its best score; what was said of candidates that nobody proposed is forgotten."""
         self.base = base
-        self._said = {key: said for key, said in self._said.items() if len(said) == 2}
+        self._said = {n: said for n, said in self._said.items() if len(said) == 2}
 
-    def said(self, key: str, who: str, value: float) -> None:
+    def said(self, number: int, who: str, value: float) -> None:
         """Note a prediction of a candidate that may be measured next."""
-        self._said.setdefault(key, {})[who] = (value, self.base)
+        self._said.setdefault(number, {})[who] = (value, self.base)
 
-    def tell(self, key: str, score: float) -> None:
+    def tell(self, number: int, score: float) -> None:
         """Compare with what was said, once there is a score to compare with.
 
         One from `BEHIND` on stands for a candidate beyond a limit, or whose joules are still to be read.
         """
         if BEHIND <= score < math.inf:
             return
-        said = self._said.pop(key, {})
+        said = self._said.pop(number, {})
         if not math.isfinite(score):
             return
         if len(said) == 2:

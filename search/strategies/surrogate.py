@@ -8,19 +8,23 @@ knobs that only one of two algorithms has, are equal or not. With ``d_j`` these 
 the first term for what knobs do together, the second for what each does by itself, whatever the others are,
 so that one algorithm learns from another. Weights are fitted to the marginal likelihood with a prior
 (Rasmussen and Williams 2006, chapter 5).
+
+A knob has few values, so a candidate is a row of marks, one for each knob, and the sums over knobs are matrix
+products with these.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from mimo_compile.schedules.base import KnobValue
-from mimo_compile.search.space import Candidate, JointSpace
+from mimo_compile.search.grid import Grid, Part
 
 Array = npt.NDArray[np.floating[Any]]
 Rows = npt.NDArray[np.intp]
@@ -35,11 +39,12 @@ _DECAY = 2.0
 class Encoder:
     """Turns candidates into rows of small integers: a column for each knob, one for the schedule."""
 
-    def __init__(self, space: JointSpace) -> None:
+    def __init__(self, grid: Grid) -> None:
         """Read the values that the space offers."""
+        self.grid = grid
         values: dict[str, set[KnobValue]] = {}
-        for knobs in (s.knobs for s in space.spaces.values()):
-            for name, offered in knobs.items():
+        for part in grid.parts:
+            for name, offered in zip(part.knobs, part.values, strict=True):
                 values.setdefault(name, set()).update(offered)
         self.names = [n for n, v in values.items() if len(v) > 1]
         self._codes: list[dict[Any, int]] = []
@@ -49,24 +54,46 @@ class Encoder:
             known = sorted(values[name], key=lambda v: (str(type(v)), v))
             self._codes.append({(type(v), v): i for i, v in enumerate(known)})
             self.tables.append(_distances(known))
-        self._schedules = {n: i for i, n in enumerate(space.spaces)}
-        self.tables.append(1.0 - np.eye(len(self._schedules) + 1))
-        self._rows: dict[str, list[int]] = {}
+        self.tables.append(1.0 - np.eye(len(grid.parts) + 1))
+        self._of_parts = [self._columns(p) for p in grid.parts]
 
-    def rows(self, candidates: Sequence[Candidate]) -> Rows:
-        """Return ``[candidates, columns]``; rows once made are kept."""
-        known = self._rows
-        for c in candidates:
-            if c.key not in known:
-                config = c.config
-                known[c.key] = [
-                    codes.get((type(config[n]), config[n]), len(codes))
-                    if n in config
-                    else len(codes)
-                    for n, codes in zip(self.names, self._codes, strict=True)
-                ] + [self._schedules.get(c.schedule, len(self._schedules))]
-        out: Rows = np.array([known[c.key] for c in candidates], dtype=np.intp)
-        return out.reshape(len(candidates), len(self.tables))
+    def _columns(self, part: Part) -> list[tuple[int, int, Rows]]:
+        """Return (numbers between two values, values, code of each value) for each knob's column."""
+        out = []
+        for name, codes in zip(self.names, self._codes, strict=True):
+            if name in part.knobs:
+                i = part.knobs.index(name)
+                stride, values = part.strides[i], part.values[i]
+            else:  # the same for all
+                stride, values = 1, tuple(part.fixed[name] for _ in range(name in part.fixed))
+            found = [codes.get((type(v), v), len(codes)) for v in values] or [len(codes)]
+            out.append((stride, len(found), np.array(found, dtype=np.intp)))
+        return out
+
+    def rows(self, numbers: Sequence[int]) -> Rows:
+        """Return ``[numbers, columns]``."""
+        known = np.array(numbers, dtype=np.int64)
+        out = np.empty((len(known), len(self.tables)), dtype=np.intp)
+        out[:, -1] = part_of = self.grid.parts_of(known)
+        for i, (part, columns) in enumerate(zip(self.grid.parts, self._of_parts, strict=True)):
+            mine = np.flatnonzero(part_of == i)
+            if len(mine):
+                rest = known[mine] - part.start
+                for j, (stride, count, codes) in enumerate(columns):
+                    out[mine, j] = codes[rest // stride % count] if count > 1 else codes[0]
+        names = [p.name for p in self.grid.parts]
+        for i in np.flatnonzero(part_of == len(names)).tolist():
+            outside = self.grid.known(int(known[i]))
+            out[i, :-1] = self._row(outside.config)
+            if outside.schedule in names:
+                out[i, -1] = names.index(outside.schedule)
+        return out
+
+    def _row(self, config: Mapping[str, KnobValue]) -> list[int]:
+        return [
+            codes.get((type(config[n]), config[n]), len(codes)) if n in config else len(codes)
+            for n, codes in zip(self.names, self._codes, strict=True)
+        ]
 
 
 def _distances(values: Sequence[KnobValue]) -> Array:
@@ -78,13 +105,33 @@ def _distances(values: Sequence[KnobValue]) -> Array:
     return out
 
 
+@dataclass(frozen=True, slots=True)
+class Posterior:
+    """What a process says of ``m`` candidates, given ``n`` observations."""
+
+    mean: Array
+    variance: Array
+    _half: Array
+    """``[n, m]``"""
+    _marks: Array
+    _rows: Rows
+    _process: Surrogate
+
+    def shared(self, at: int) -> Array:
+        """Return the posterior covariance ``[m]`` of all with the one at ``at``."""
+        k = self._process.covariance(self._rows[at : at + 1], self._marks)[0]
+        return np.asarray(k - self._half[:, at] @ self._half)
+
+
 class Surrogate:
-    """The process; `fit`, then `predict` and `shared`."""
+    """The process; `fit`, then `predict`."""
 
     def __init__(self, tables: Sequence[Array]) -> None:
         """Start with the prior's weights; ``tables``: distances of each column's codes."""
         self.tables = tables
         self._alone = [np.exp(-_DECAY * t) / len(tables) for t in tables]
+        self._first = np.cumsum([0] + [len(t) for t in tables])
+        """Where each column's marks begin."""
         columns = len(tables)
         self._start = np.concatenate([np.zeros(columns), np.log([0.15, 0.15, 0.003])])
         self._spread = np.concatenate([np.full(columns, 1.2), [1.0, 1.0, 1.0]])
@@ -108,20 +155,32 @@ class Surrogate:
         if told >= max(6, _REFIT * self._fitted):
             self._tune(target)
             self._fitted = told
-        k = self._covariance(rows, rows)
+        k = self.covariance(rows, self.marks(rows))
         k[np.diag_indices(len(y))] += self.noise
         self._low = np.linalg.cholesky(k)
         self._alpha = _solve(self._low, target)
 
-    def _covariance(self, a: Rows, b: Rows) -> Array:
-        """Return the covariance ``[rows of a, rows of b]``."""
+    def marks(self, rows: Rows) -> Array:
+        """Return ``[codes of all columns, rows]``: 1 for the codes of each row."""
+        out = np.zeros((int(self._first[-1]), len(rows)))
+        out[rows + self._first[:-1], np.arange(len(rows))[:, None]] = 1.0
+        return out
+
+    def covariance(self, rows: Rows, marks: Array) -> Array:
+        """Return the covariance ``[rows, rows of the marks]``."""
         w, (together, alone, _) = self._weights(self.theta)
-        far = np.zeros((len(a), len(b)))
-        each = np.zeros((len(a), len(b)))
+        n = len(rows)
+        left = np.empty((2 * n, int(self._first[-1])))
         for j, (t, e) in enumerate(zip(self.tables, self._alone, strict=True)):
-            far += (-w[j] * t)[a[:, j]][:, b[:, j]]
-            each += e[a[:, j]][:, b[:, j]]
-        return np.asarray(together * np.exp(far) + alone * each)
+            here = slice(self._first[j], self._first[j + 1])
+            left[:n, here] = (-w[j] * t)[rows[:, j]]
+            left[n:, here] = (alone * e)[rows[:, j]]
+        out = left @ marks
+        far, each = out[:n], out[n:]
+        np.exp(far, out=far)
+        far *= together
+        far += each
+        return np.asarray(far)
 
     def _weights(self, theta: Array) -> tuple[Array, Array]:
         columns = len(self.tables)
@@ -138,45 +197,54 @@ class Surrogate:
         self.theta = np.asarray(found.x)
 
     def loss_of(self, target: Array) -> Any:
-        """Return the negative log posterior density of the weights, with its gradient, as a function."""
-        rows, n, columns = self._rows, len(target), len(self.tables)
-        gaps = np.array([t[rows[:, j]][:, rows[:, j]] for j, t in enumerate(self.tables)])
-        shape = sum(e[rows[:, j]][:, rows[:, j]] for j, e in enumerate(self._alone))
-        flat = gaps.reshape(columns, -1)
+        """Return the negative log posterior density of the weights, with its gradient, as a function.
+
+        Matrices are symmetric: only pairs below the diagonal are computed, where no distance is 0 by itself.
+        """
+        from scipy.linalg import lapack
+
+        rows, n = self._rows, len(target)
+        down, across = np.tril_indices(n, -1)
+        gaps = np.array([t[rows[down, j], rows[across, j]] for j, t in enumerate(self.tables)])
+        shape = np.zeros(len(down))
+        for j, e in enumerate(self._alone):
+            shape += e[rows[down, j], rows[across, j]]
+        diagonal = np.diag_indices(n)
 
         def loss(theta: Array) -> tuple[float, Array]:
             w, (a, b, noise) = self._weights(theta)
-            together = a * np.exp(-(w @ flat)).reshape(n, n)
-            k = together + b * shape
-            k[np.diag_indices(n)] += noise + 1e-6
-            try:
-                low = np.linalg.cholesky(k)
-            except np.linalg.LinAlgError:
+            together = a * np.exp(-(w @ gaps))
+            k = np.zeros((n, n), order="F")
+            k[down, across] = together + b * shape
+            k[diagonal] = a + b + noise + 1e-6
+            low, failed = lapack.dpotrf(k, lower=1, clean=0, overwrite_a=1)
+            if failed:
                 return 1e10, np.zeros_like(theta)
-            inverse = _solve(low, np.eye(n))
-            alpha = inverse @ target
+            half = float(np.log(np.diag(low)).sum())
+            inverse, _ = lapack.dpotri(low, lower=1, overwrite_c=1)
+            below, own = inverse[down, across], np.diag(inverse)
+            alpha = own * target
+            alpha += np.bincount(down, below * target[across], n)
+            alpha += np.bincount(across, below * target[down], n)
             pull = (theta - self._start) / self._spread
-            value = 0.5 * float(target @ alpha) + float(np.log(np.diag(low)).sum())
-            g = 0.5 * (inverse - np.outer(alpha, alpha))
+            g = below - alpha[down] * alpha[across]
             gt = g * together
-            own = [gt.sum(), b * (g * shape).sum(), noise * np.trace(g)]
-            grad = np.concatenate([-w * (flat @ gt.reshape(-1)), own])
-            return value + 0.5 * float(pull @ pull), grad + pull / self._spread
+            trace = 0.5 * float((own - alpha * alpha).sum())
+            rest = [gt.sum() + a * trace, b * (g @ shape + trace), noise * trace]
+            grad = np.concatenate([-w * (gaps @ gt), rest])
+            value = 0.5 * float(target @ alpha) + half + 0.5 * float(pull @ pull)
+            return value, grad + pull / self._spread
 
         return loss
 
-    def predict(self, rows: Rows) -> tuple[Array, Array, Array]:
-        """Return mean and variance of ``[m]`` candidates, and ``[n, m]`` for `shared`."""
-        k = self._covariance(self._rows, rows)
+    def predict(self, rows: Rows) -> Posterior:
+        """Return what is known of ``[m]`` candidates."""
+        marks = self.marks(rows)
+        k = self.covariance(self._rows, marks)
         half = _half(self._low, k)
         a, b, _ = np.exp(self.theta[len(self.tables) :])
-        variance = a + b - np.einsum("ij,ij->j", half, half)
-        return self._mean + k.T @ self._alpha, np.maximum(variance, 1e-9), half
-
-    def shared(self, rows: Rows, at: int, half: Array) -> Array:
-        """Return the posterior covariance ``[m]`` of predicted candidates with the one at ``at``."""
-        k = self._covariance(rows[at : at + 1], rows)[0]
-        return np.asarray(k - half[:, at] @ half)
+        variance = np.maximum(a + b - np.einsum("ij,ij->j", half, half), 1e-9)
+        return Posterior(self._mean + self._alpha @ k, variance, half, marks, rows, self)
 
 
 def _solve(low: Array, right: Array) -> Array:

@@ -13,7 +13,7 @@ from mimo_compile.ir.simulated import RomaConfig
 from mimo_compile.schedules import get_schedule, schedules_for
 from mimo_compile.search.database import Database
 from mimo_compile.search.measure.simulated import witness
-from mimo_compile.search.tuner import tune_workloads
+from mimo_compile.search.tune import tune_workloads
 
 pytestmark = pytest.mark.compile
 

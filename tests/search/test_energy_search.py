@@ -23,7 +23,7 @@ from mimo_compile.search.objective import BEHIND, parse_objective
 from mimo_compile.search.records import Record
 from mimo_compile.search.result import WorkloadResult
 from mimo_compile.search.space import JointSpace
-from mimo_compile.search.tuner import tune_workloads
+from mimo_compile.search.tune import tune_workloads
 
 pytestmark = pytest.mark.compile
 

@@ -19,9 +19,10 @@ from mimo_compile.cost_models.learned import LatencyModel
 from mimo_compile.errors import InputError, UsageError
 from mimo_compile.ir.hardware import PRESETS
 from mimo_compile.ir.ops import parse_workload
-from mimo_compile.search import tuner
+from mimo_compile.search import tune as front
 from mimo_compile.search.budget import Budget, Clock, Share, mark_heavy, next_share, patience
 from mimo_compile.search.database import Database
+from mimo_compile.search.grid import Grid
 from mimo_compile.search.learner import Learner
 from mimo_compile.search.lookup import Result, best, meter_of, pareto
 from mimo_compile.search.measure.replay import ReplayMeasurer
@@ -33,7 +34,8 @@ from mimo_compile.search.result import TuningResult
 from mimo_compile.search.space import Candidate, JointSpace
 from mimo_compile.search.strategies import STRATEGIES, Observation, Options, Setting, make_strategy
 from mimo_compile.search.transfer import distance
-from mimo_compile.search.tuner import Tuner, tune_workloads
+from mimo_compile.search.tune import tune_workloads
+from mimo_compile.search.tuner import Tuner
 
 pytestmark = pytest.mark.compile
 
@@ -56,27 +58,21 @@ def tune(db: Database, measurer: ReplayMeasurer, workloads=None, **more) -> Tuni
 
 def test_joint_space() -> None:
     space = JointSpace(LARGE, HW, schedules())
-    rng = np.random.default_rng(0)
     everything = {c.key: c for c in space}
     assert len(everything) == sum(1 for s in space.spaces.values() for _ in s)
     assert [c.schedule for c in space.defaults()] == ["swiglu.tiled", "swiglu.other"]
-    seen = Counter()
-    for _ in range(300):
-        c = space.sample(rng)
-        seen[c.schedule] += 1
-        m = space.mutate(c, rng)
-        assert c.key in everything and (m is None or m.key in everything)
-        if m is not None:
+    grid, rng = Grid(space), np.random.default_rng(0)
+    draws = grid.sample(rng, 300)
+    for number, other in zip(draws[::2], draws[1::2], strict=True):
+        c, o = grid.known(number), grid.known(other)
+        if (moved := grid.mutate(number, rng)) is not None:
+            m = grid.known(moved)
             assert sum(c.config[k] != m.config[k] for k in c.config) == 1
-        other = space.sample(rng)
-        x = space.crossover(c, other, rng)
-        if c.schedule != other.schedule:
-            assert x is None
-        elif x is not None:
-            assert x.key in everything
-            assert all(x.config[k] in (c.config[k], other.config[k]) for k in x.config)
-    assert min(seen.values()) > 30  # the small schedule is not drowned
-    assert space.enumerate(10) is None and len(space.enumerate(10**6)) == len(everything)
+        child = grid.crossover(number, other, rng)
+        assert child is None or c.schedule == o.schedule
+        if child is not None:
+            x = grid.known(child)
+            assert all(x.config[k] in (c.config[k], o.config[k]) for k in x.config)
     assert space.adopt("swiglu.tiled", {"rows": 3}) is None  # not a value of the knob
     assert space.adopt("swiglu.tiled", {"rows": 32, "cols": 32}) is None  # not legal
     assert (
@@ -225,9 +221,9 @@ def test_the_past_is_searched_for_a_model_before_anything_is_opened(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tuner, "find_prior", interrupted)
-    monkeypatch.setattr(tuner, "runnable_here", lambda _: True)
-    monkeypatch.setattr(tuner, "Measurer", lambda *_, **__: opened.append(True))
+    monkeypatch.setattr(front, "find_prior", interrupted)
+    monkeypatch.setattr(front, "runnable_here", lambda _: True)
+    monkeypatch.setattr(front, "Measurer", lambda *_, **__: opened.append(True))
     with Database(tmp_path / "db") as db, pytest.raises(KeyboardInterrupt):
         tune_workloads({LARGE: 1.0}, HW, db=db, schedules=schedules(), device=DEVICE, trials=8)
     assert not opened

@@ -23,7 +23,7 @@ from mimo_compile.search.plan import make_plan
 from mimo_compile.search.progress import Event
 from mimo_compile.search.records import Verdict, decode, encode
 from mimo_compile.search.space import JointSpace
-from mimo_compile.search.tuner import tune_workloads
+from mimo_compile.search.tune import tune_workloads
 
 pytestmark = pytest.mark.compile
 

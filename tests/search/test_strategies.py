@@ -14,10 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from recordings import HW, LARGE, SMALL, recorded, recording, schedules
-from toy_schedules import Tiled
+from toy_schedules import Tile, Tiled
 
 from mimo_compile.errors import InputError, MimoError
-from mimo_compile.schedules.base import Schedule
+from mimo_compile.ir.hardware import Hardware
+from mimo_compile.ir.workload import Workload
+from mimo_compile.schedules.base import Schedule, Space
+from mimo_compile.search.grid import Grid
 from mimo_compile.search.measure.recording import Recording
 from mimo_compile.search.objective import BEHIND
 from mimo_compile.search.space import Candidate, JointSpace
@@ -72,13 +75,16 @@ def make(name: str, seed: int, space: JointSpace = SPACE, **more) -> object:
 @given(st.integers(0, 2**32 - 1))
 def test_moves_stay_legal(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    legal = {c.key for c in SPACE}
-    a, b = SPACE.sample(rng), SPACE.sample(rng)
-    assert a is not None and b is not None
-    moved = [SPACE.mutate(a, rng), SPACE.crossover(a, b, rng), *SPACE.neighbours(a)]
-    for c in (a, b, *moved):
-        assert c is None or (c.key in legal and SPACE.adopt(c.schedule, c.config) == c)
-    near = list(SPACE.neighbours(a))
+    legal, grid = {c.key for c in SPACE}, Grid(SPACE)
+    first, second = grid.sample(rng, 2)
+    moved = [grid.mutate(first, rng), grid.crossover(first, second, rng), *grid.neighbours(first)]
+    for number in (first, second, *moved):
+        if number is not None:
+            c = grid.known(number)
+            assert c.key in legal and SPACE.adopt(c.schedule, c.config) == c
+            assert grid.number(c) == number
+    a = grid.known(first)
+    near = [grid.known(n) for n in grid.neighbours(first)]
     assert len({c.key for c in near}) == len(near)
     assert all(sum(a.config[k] != c.config[k] for k in a.config) == 1 for c in near)
     one = {
@@ -87,6 +93,56 @@ def test_moves_stay_legal(seed: int) -> None:
         if c.schedule == a.schedule and sum(a.config[k] != c.config[k] for k in a.config) == 1
     }
     assert {c.key for c in near} == one
+
+
+def test_numbers_stand_for_the_space() -> None:
+    grid = Grid(SPACE)
+    legal = [n for n in range(grid.size) if grid.candidate(n) is not None]
+    assert [grid.known(n) for n in legal] == list(SPACE) and grid.legal(grid.size) == legal
+    assert grid.legal(grid.size - 1) is None and grid.size == SPACE.size
+    again = Grid(SPACE)  # numbers do not depend on what was asked before
+    assert [again.number(c) for c in SPACE] == legal
+    rng = np.random.default_rng(0)
+    shares = Counter(grid.known(n).schedule for n in grid.sample(rng, 300))
+    assert len(shares) == 2 and min(shares.values()) > 30  # the small schedule is not drowned
+
+
+def test_a_default_outside_the_knobs_has_a_number_and_neighbours() -> None:
+    class Odd(Tiled):
+        def space(self, workload: Workload, hardware: Hardware) -> Space:
+            return dataclasses.replace(super().space(workload, hardware), default=Tile(rows=3))
+
+    space = JointSpace(LARGE, HW, [Odd()])
+    grid = Grid(space)
+    (odd,) = space.defaults()
+    number = grid.number(odd)
+    assert number >= grid.size and grid.known(number) == odd
+    near = [grid.known(n) for n in grid.neighbours(number)]
+    inside = {c.key for c in space}
+    assert near and {c.key for c in near} <= inside
+    moved = grid.mutate(number, np.random.default_rng(0))
+    assert moved is not None and grid.known(moved).key in inside
+    (row,) = Encoder(grid).rows([number])
+    encoder = Encoder(grid)
+    rows = encoder.names.index("rows")
+    assert row[rows] == len(encoder.tables[rows]) - 1, "no value of the knob"
+    asked = search(make("evolutionary", 0, space), dict.fromkeys((*inside, odd.key), 1.0), 24)
+    assert asked[0] == odd and len({c.key for c in asked}) == len(asked)
+
+
+def test_configs_that_come_out_the_same_have_one_number() -> None:
+    def make_tile(**knobs: object) -> Tile:
+        return Tile(**{**knobs, "unroll": 1})  # whatever was asked for
+
+    class Blunt(Tiled):
+        def space(self, workload: Workload, hardware: Hardware) -> Space:
+            return dataclasses.replace(super().space(workload, hardware), make=make_tile)
+
+    space = JointSpace(LARGE, HW, [Blunt()])
+    grid = Grid(space)
+    legal = grid.legal(grid.size)
+    assert legal is not None and len(legal) == len({c.key for c in space}) < len(list(space))
+    assert all(grid.number(c) in legal for c in space)
 
 
 # -- strategies --------------------------------------------------------------------------------
@@ -238,8 +294,10 @@ def test_a_models_own_doubt_draws_the_search() -> None:
 
 
 def test_encoder() -> None:
-    encoder = Encoder(SPACE)
-    everything = list(SPACE)
+    grid = Grid(SPACE)
+    encoder = Encoder(grid)
+    everything = grid.legal(grid.size)
+    assert everything is not None
     rows = encoder.rows(everything)
     assert rows.shape == (len(everything), len(encoder.tables))
     assert len({tuple(r) for r in rows}) == len(everything)
@@ -251,8 +309,8 @@ def test_encoder() -> None:
 @given(st.integers(0, 2**32 - 1))
 def test_the_gradient_of_the_likelihood_is_the_numeric_one(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    encoder = Encoder(SPACE)
-    draws = [c for c in (SPACE.sample(rng) for _ in range(12)) if c is not None]
+    encoder = Encoder(Grid(SPACE))
+    draws = encoder.grid.sample(rng, 12)
     s = Surrogate(encoder.tables)
     y = rng.standard_normal(len(draws))
     s.fit(encoder.rows(draws), y)
@@ -268,30 +326,47 @@ def test_the_gradient_of_the_likelihood_is_the_numeric_one(seed: int) -> None:
 
 def test_the_surrogate_knows_what_it_saw_and_learns_from_it() -> None:
     scores = {k: v for k, v in times().items() if math.isfinite(v)}
-    space = [c for c in SPACE if c.key in scores]
+    grid = Grid(SPACE)
+    times_of = {grid.number(c): scores[c.key] for c in SPACE if c.key in scores}
     rng = np.random.default_rng(0)
-    order = [space[int(i)] for i in rng.permutation(len(space))]
+    order = rng.permutation(list(times_of)).tolist()
     seen, rest = order[:48], order[48:]
-    encoder = Encoder(SPACE)
+    encoder = Encoder(grid)
     s = Surrogate(encoder.tables)
-    y = np.log([scores[c.key] for c in seen])
+    y = np.log([times_of[n] for n in seen])
     s.fit(encoder.rows(seen), y)
-    mean, variance, half = s.predict(encoder.rows(seen))
-    assert np.abs(mean - y).max() < 0.3 and half.shape == (48, 48)
-    truth = np.log([scores[c.key] for c in rest])
-    away, wide, half = s.predict(encoder.rows(rest))
-    assert np.corrcoef(away, truth)[0, 1] > 0.6
-    assert wide.mean() > variance.mean()
-    shared = s.shared(encoder.rows(rest), 3, half)
-    assert shared[3] == pytest.approx(wide[3], rel=1e-6) and (shared[3] + 1e-9 >= shared).all()
+    near = s.predict(encoder.rows(seen))
+    assert np.abs(near.mean - y).max() < 0.3
+    truth = np.log([times_of[n] for n in rest])
+    away = s.predict(encoder.rows(rest))
+    assert np.corrcoef(away.mean, truth)[0, 1] > 0.6
+    assert away.variance.mean() > near.variance.mean()
+    shared = away.shared(3)
+    assert shared[3] == pytest.approx(away.variance[3], rel=1e-6)
+    assert (shared[3] + 1e-9 >= shared).all()
+
+
+def test_covariances_are_those_of_the_formula() -> None:
+    encoder = Encoder(Grid(SPACE))
+    s = Surrogate(encoder.tables)
+    rng = np.random.default_rng(1)
+    s.theta = s._start + 0.3 * rng.standard_normal(len(s._start))
+    a, b = (encoder.rows(encoder.grid.sample(rng, n)) for n in (5, 7))
+    got = s.covariance(a, s.marks(b))
+    *w, together, alone, _ = np.exp(s.theta)
+    for i, x in enumerate(a):
+        for j, y in enumerate(b):
+            d = [t[p, q] for t, p, q in zip(encoder.tables, x, y, strict=True)]
+            far = sum(v * u for v, u in zip(w, d, strict=True))
+            each = sum(math.exp(-2.0 * u) for u in d) / len(d)
+            assert got[i, j] == pytest.approx(together * math.exp(-far) + alone * each, rel=1e-9)
 
 
 def test_weights_are_fitted_again_as_observations_grow_beyond_those_given() -> None:
-    candidates = list(SPACE)[:40]
-    encoder = Encoder(SPACE)
+    encoder = Encoder(Grid(SPACE))
     s = Surrogate(encoder.tables)
     rng = np.random.default_rng(0)
-    rows, y = encoder.rows(candidates), rng.random(40)
+    rows, y = encoder.rows([encoder.grid.number(c) for c in list(SPACE)[:40]]), rng.random(40)
     s.fit(rows, y, 200)
     first = s.theta.copy()
     s.fit(rows, y[::-1].copy(), 220)

@@ -22,7 +22,7 @@ from mimo_compile.ir.hardware import local_cpu
 from mimo_compile.ir.ops import parse_workload
 from mimo_compile.search.database import Database
 from mimo_compile.search.measure import Measurer, Timing
-from mimo_compile.search.tuner import tune_workloads
+from mimo_compile.search.tune import tune_workloads
 
 QUICK = Timing(warm_up_s=0.001, batches=3, batch_s=0.001, budget_s=0.05, repeats=0)
 

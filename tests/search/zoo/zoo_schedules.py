@@ -339,10 +339,16 @@ class Honest(Zoo):
 
 
 class Many(Zoo):
-    """One correct kernel under thousands of names."""
+    """Thousands of correct kernels that are equally fast; each is other code than all others."""
 
     name = "embed.many"
 
     def space(self, workload: Workload, hardware: Hardware) -> Space:
         knobs = {"fault": ("honest",), "knob": tuple(range(5000))}
         return Space(ZooConfig, knobs, ZooConfig("honest"))
+
+    def lower(self, workload: Workload, config: ZooConfig, hardware: Hardware) -> Kernel:
+        p, name = get_op("embed").full(workload), f"many_{config.knob}"
+        func = _then_call(p["t"], p["d"], p["v"], "srand", config.knob)
+        args, counts = get_op("embed").args(workload), get_op("embed").counts(workload)
+        return Kernel(name, func.with_attr("global_symbol", name), args, counts)
