@@ -1,7 +1,7 @@
-"""Trials that searches need on recorded spaces: ours, chance, Kernel Tuner, Optuna.
+"""Trials that searches need on recorded spaces: ours, chance, Kernel Tuner, Optuna, TVM MetaSchedule.
 
     python benchmarks/search_quality.py                             # ours and chance, all of spaces/
-    python benchmarks/search_quality.py --peers kernel_tuner,optuna --seeds 20 --json results.json
+    python benchmarks/search_quality.py --peers kernel_tuner,optuna,metaschedule --seeds 20 --json r.json
 
 A space holds the time of each legal config, so a search is replayed in seconds and nothing is measured.
 Counted are distinct legal configs until one is within 2 % (5 %) of the least time of all; the median and
@@ -16,6 +16,9 @@ How a joint space is offered: Kernel Tuner gets one parameter for the algorithm 
 those that an algorithm does not have fixed, with the legal configs as its restriction, in simulation mode on
 the same numbers (`kernel_tuner_replay.py`). Optuna gets a categorical parameter for the algorithm and then
 that algorithm's knobs; it cannot be told what is legal, so illegal trials are reported to it as failed.
+MetaSchedule gets a sketch for each algorithm, whose trace samples one category a knob, and a postprocessor
+that refuses what is illegal (`metaschedule_replay.py`). It takes no starting points, and runs with rounds of
+its own 64 candidates and of 8.
 """
 
 from __future__ import annotations
@@ -176,11 +179,16 @@ def contestants(peers: list[str]) -> dict[str, Search]:
 
         for strategy in kt.STRATEGIES:
             out[f"kernel_tuner {strategy}"] = lambda lk, s, n=strategy: kt.search(lk, s, n)
+    if "metaschedule" in peers:
+        import metaschedule_replay as ms
+
+        for name in ms.ROUNDS:
+            out[name] = lambda lk, s, n=name: ms.search(lk, s, n, Enough)
     return out
 
 
 def versions_of(peers: list[str]) -> dict[str, str]:
-    package = {"kernel_tuner": "kernel-tuner", "optuna": "optuna"}
+    package = {"kernel_tuner": "kernel-tuner", "optuna": "optuna", "metaschedule": "apache-tvm"}
     return {p: version(package[p]) for p in peers}
 
 
@@ -220,7 +228,7 @@ def main() -> None:
     parser.add_argument(
         "--limit", type=int, default=1000, help="trials after which a search is given up"
     )
-    parser.add_argument("--peers", default="", help="kernel_tuner,optuna")
+    parser.add_argument("--peers", default="", help="kernel_tuner,optuna,metaschedule")
     parser.add_argument("--only", default="", help="comma-separated names of searches to run")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--json", type=Path)
