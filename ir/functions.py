@@ -1,9 +1,9 @@
 """Generic functions by their content: a workload names one, and this process knows what it stands for.
 
-``tir:hash=h0123456789abcdef,name=softmax,out=f32.3x5x48``: the hash is of the function's structure, so
-functions that differ in names alone are one workload, in any model and on any machine. Name and output are
-there to be read. Looking records up needs the hash alone; building or verifying a kernel needs the function,
-which comes from the model, or as text from another process.
+``tir:hash=h0123456789abcdef,does=max_map_sum_map,out=f32.3x5x48``: the hash is of the function's structure,
+so functions that differ in names alone are one workload, in any model and on any machine. The rest follows
+from the function too, and is there to be read. Looking records up needs the hash alone; building or verifying
+a kernel needs the function, which comes from the model, or as text from another process.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from mimo_compile.ir.workload import Workload
 
 OP = "tir"
 """The op of workloads that name a function."""
+LONGEST = 6
+"""Blocks that a workload's name tells of."""
 _SHORT = {"float": "f", "bfloat": "bf", "int": "i", "uint": "u", "bool": "b"}
 _KNOWN: dict[str, Any] = {}
 _SOURCES: list[Callable[[str], str | None]] = []
@@ -46,23 +48,46 @@ def written(func: Any) -> list[Any]:
     return [p for p in func.params if hash(p) in stores]
 
 
-def workload_of(func: Any, name: str) -> Workload:
+def kinds_of(func: Any) -> str:
+    """Return what a function's blocks do, in order and each run once: ``max_map_sum_map`` is a softmax."""
+    from tvm_ffi import structural_walk
+
+    found: list[Any] = []
+    structural_walk(func.body, (_tvm.compiler().s_tir.SBlock, found.append))
+    kinds: list[str] = []
+    for block in found:
+        if block.iter_vars and (not kinds or kinds[-1] != _kind(block)):
+            kinds.append(_kind(block))
+    word = "_".join(kinds[:LONGEST]) or "whole"
+    return word if len(kinds) <= LONGEST else f"{word}_more"
+
+
+def _kind(block: Any) -> str:
+    if not any(int(v.iter_type) == 2 for v in block.iter_vars):
+        return "map"
+    value = getattr(block.body, "value", None)
+    kind = type(value).__name__
+    if value is not None and kind in ("Add", "Max", "Min"):
+        terms = {type(value.a).__name__, type(value.b).__name__}
+        return "dot" if kind == "Add" and "Mul" in terms else {"Add": "sum"}.get(kind, kind.lower())
+    return "fold"
+
+
+def workload_of(func: Any) -> Workload:
     """Return a function's workload, and remember the function.
 
     Args:
         func: A PrimFunc with static shapes.
-        name: What to call it; numbers at its end do not count.
     """
     func = plain(func)
     digest = f"h{_tvm.runtime().structural_hash(func) & (2**64 - 1):016x}"
-    word = re.sub(r"[^A-Za-z0-9_]", "_", str(name)).rstrip("0123456789_") or "function"
     outs = [
         ".".join([short_dtype(str(p.dtype)), "x".join(_extent(n) for n in p.shape) or "1"])
         for p in written(func)
     ]
     _KNOWN.setdefault(digest, func)
     out = re.sub(r"[^A-Za-z0-9_.+\-]", "_", "+".join(outs)) or "none"
-    return Workload.make(OP, {"hash": digest, "name": word, "out": out})
+    return Workload.make(OP, {"hash": digest, "does": kinds_of(func), "out": out})
 
 
 def _extent(value: Any) -> str:
@@ -131,7 +156,7 @@ def learn(workload: Workload, text: str) -> None:
         return
     try:
         func = _tvm.compiler().ir.load_json(text)
-        found = workload_of(func, workload.text("name")).text("hash")
+        found = workload_of(func).text("hash")
     except (ValueError, TypeError, RuntimeError, AttributeError) as error:
         raise InputError("this is not the text of a function", file=workload) from error
     if found != digest:

@@ -297,5 +297,5 @@ class _Reader:
         func = self.module[var]
         given = args if isinstance(args, tuple) else (args,)
         name = str(var.name_hint)  # TVM's own string type cannot be written to an artifact
-        workload = workload_of(func, name)
+        workload = workload_of(func)
         return self._emit(Node(workload, given, outputs, func, name))

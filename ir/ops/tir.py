@@ -29,10 +29,10 @@ _WIDE = 127
 
 
 class Tir(OpDef):
-    """``tir:hash=h0123456789abcdef,name=softmax,out=f32.3x5x48``."""
+    """``tir:hash=h0123456789abcdef,does=max_map_sum_map,out=f32.3x5x48``."""
 
     name = functions.OP
-    params = (Param("hash", str), Param("name", str), Param("out", str))
+    params = (Param("hash", str), Param("does", str), Param("out", str))
 
     def __init__(self) -> None:
         """Start with nothing computed."""

@@ -48,7 +48,7 @@ def lower_model(
         if choice is None:
             from mimo_compile.schedules.generic.x86_tir import default_config, lower_tir
 
-            func, name = functions[workload], workload.text("name")
+            func, name = functions[workload], workload.text("does")
             config = default_config(func)
             kernel = lower_tir(func, f"{name[:40]}_{workload.text('hash')}", config, hardware)
             lowered[workload] = Lowered(kernel)

@@ -13,6 +13,7 @@ from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.tir_numbers import Num, Unsupported
 from mimo_compile.ir.tir_reference import evaluate
 from mimo_compile.ir.workload import Workload
+from mimo_compile.search.measure.verify import judge
 
 tvm = compiler()
 from tvm_ffi import structural_equal
@@ -45,7 +46,7 @@ def test_reference_is_what_numpy_says(name):
 def test_bound_holds_for_float32_and_refuses_a_wrong_element(name):
     case = CASES[name]
     ((func, _, _),) = legalised(name)
-    workload = functions.workload_of(func, name)
+    workload = functions.workload_of(func)
     op = get_op("tir")
     inputs = op.make_inputs(workload, np.random.default_rng(3))
     expected, bound = op.reference(workload, inputs), None
@@ -57,6 +58,31 @@ def test_bound_holds_for_float32_and_refuses_a_wrong_element(name):
     # a thousandth of the typical size is no rounding
     typical = np.sqrt(np.mean(expected["out0"] ** 2))
     assert np.median(bound["out0"]) < 1e-3 * typical
+
+
+def test_wrong_kernels_are_refused():
+    """What a kernel may get wrong: a term, a tail, a neighbour's element, sums of low precision."""
+    ((func, _, _),) = legalised("matmul_odd")
+    workload = functions.workload_of(func)
+    op = get_op("tir")
+    inputs = op.make_inputs(workload, np.random.default_rng(1))
+    expected = op.reference(workload, inputs)
+    bound = op.bound(workload, inputs, expected)
+    a, b = inputs["in0"], inputs["in1"]
+    right = a @ b
+    tail = right.copy()
+    tail[..., -1] = 0
+    wrong = {
+        "a term": a[..., :-1] @ b[:, :-1], "the tail": tail, "a neighbour": np.roll(right, 1, -1),
+        "half precision": (a.astype(np.float16) @ b.astype(np.float16)).astype(np.float32),
+        "bfloat16": ((a.view(np.uint32) & 0xFFFF0000).view(np.float32)) @ b,
+    }  # fmt: skip
+    args = op.args(workload)
+    assert judge(args, {"out0": right}, expected, bound, inputs)[0] <= 1
+    backwards = np.einsum("bik,bkj->bij", a[..., ::-1], b[:, ::-1])
+    assert judge(args, {"out0": backwards}, expected, bound, inputs)[0] <= 1
+    for what, result in wrong.items():
+        assert judge(args, {"out0": result}, expected, bound, inputs)[0] > 1, what
 
 
 def test_errors_of_a_sum_grow_with_its_length_in_any_order():
@@ -97,17 +123,17 @@ def test_a_workload_is_its_content_and_not_its_names():
     ((first, _, _),) = legalised("softmax")
     ((again, _, _),) = legalised("softmax")
     ((other, _, _),) = legalised("softmax_odd")
-    a = functions.workload_of(first.with_attr("global_symbol", "one"), "softmax")
-    b = functions.workload_of(again.with_attr("global_symbol", "two"), "softmax12")
-    c = functions.workload_of(other, "softmax")
+    a = functions.workload_of(first.with_attr("global_symbol", "one"))
+    b = functions.workload_of(again.with_attr("global_symbol", "two"))
+    c = functions.workload_of(other)
     assert a == b != c
     assert str(a) == str(Workload.parse(str(a)))
-    assert a.text("name") == "softmax" and a.text("out") == "f32.3x5x48"
+    assert a.text("does") == "max_map_sum_map" and a.text("out") == "f32.3x5x48"
 
 
 def test_a_function_travels_as_text(monkeypatch):
     ((func, _, _),) = legalised("matmul")
-    workload = functions.workload_of(func, "matmul")
+    workload = functions.workload_of(func)
     text = functions.text_of(workload)
     monkeypatch.setattr(functions, "_KNOWN", {})
     with pytest.raises(UsageError, match="not known here"):
@@ -115,7 +141,7 @@ def test_a_function_travels_as_text(monkeypatch):
     assert not functions.known(workload)
     with pytest.raises(InputError, match="not the text"):
         functions.learn(workload, "{}")
-    wrong = functions.workload_of(legalised("gelu")[0][0], "gelu")
+    wrong = functions.workload_of(legalised("gelu")[0][0])
     with pytest.raises(InputError, match="another function"):
         functions.learn(wrong.replace(hash="h0000000000000000"), text)
     functions.learn(workload, text)
@@ -124,7 +150,7 @@ def test_a_function_travels_as_text(monkeypatch):
 
 def test_functions_come_from_a_source_that_was_added(monkeypatch):
     ((func, _, _),) = legalised("mean")
-    workload = functions.workload_of(func, "mean")
+    workload = functions.workload_of(func)
     text = functions.text_of(workload)
     monkeypatch.setattr(functions, "_KNOWN", {})
     monkeypatch.setattr(functions, "_SOURCES", [])
@@ -134,7 +160,7 @@ def test_functions_come_from_a_source_that_was_added(monkeypatch):
 
 def test_variances_are_drawn_positive():
     ((func, _, _),) = legalised("rsqrt")
-    workload = functions.workload_of(func, "rsqrt")
+    workload = functions.workload_of(func)
     inputs = get_op("tir").make_inputs(workload, np.random.default_rng(0))
     assert (inputs["in0"] > 0).all()
     same = get_op("tir").make_inputs(workload, np.random.default_rng(0))
@@ -143,7 +169,7 @@ def test_variances_are_drawn_positive():
 
 def test_what_cannot_be_verified_says_why():
     ((func, _, _),) = legalised("cancelled")
-    workload = functions.workload_of(func, "cancelled")
+    workload = functions.workload_of(func)
     reason = get_op("tir").reason(workload)
     assert "cannot be verified" in reason and "rounding" in reason
     with pytest.raises(Unsupported):
@@ -152,6 +178,6 @@ def test_what_cannot_be_verified_says_why():
 
 def test_necessary_counts_of_a_matmul():
     ((func, _, _),) = legalised("matmul")
-    counts = get_op("tir").counts(functions.workload_of(func, "matmul"))
+    counts = get_op("tir").counts(functions.workload_of(func))
     assert counts.ops == {"fma_f32": 2 * 12 * 7 * 64}
     assert counts.bytes["dram"] == 4 * 2 * (12 * 7 + 7 * 64 + 12 * 64)

@@ -15,9 +15,10 @@ from mimo_compile.ir.hardware import local_cpu
 from mimo_compile.pipeline.choose import tunable
 from mimo_compile.pipeline.graphs import module_graphs
 from mimo_compile.schedules import get_schedule
-from mimo_compile.search import kept_functions, tune_workloads
+from mimo_compile.search import kept_functions
 from mimo_compile.search.database import Database
 from mimo_compile.search.measure import Measurer, Timing
+from mimo_compile.search.records import Record, Verdict, record_key, versions
 from mimo_compile.search.space import JointSpace
 from mimo_compile.search.warm import samples_of
 
@@ -40,8 +41,15 @@ class Mix(torch.nn.Module):
         return self.norm(scores), torch.cumsum(x, -1)
 
 
+class Scores(torch.nn.Module):
+    """Two functions."""
+
+    def forward(self, x):
+        return torch.softmax(x @ x, -1)
+
+
 def workload(name):
-    return functions.workload_of(legalised(name)[0][0], name)
+    return functions.workload_of(legalised(name)[0][0])
 
 
 def test_every_schedule_is_measured_right():
@@ -55,6 +63,7 @@ def test_every_schedule_is_measured_right():
     assert all(m.error_ratio <= 1 for m in found if m.verdict.value == "ok")
 
 
+@pytest.mark.slow
 def test_a_module_is_tuned_and_compiled_with_what_was_found(tmp_path):
     torch.manual_seed(0)
     module, x = Mix().eval(), torch.randn(1, 3, 12, 12)
@@ -80,6 +89,7 @@ def test_a_module_is_tuned_and_compiled_with_what_was_found(tmp_path):
     assert kept == {w.text("hash") for w in names}
 
 
+@pytest.mark.slow
 def test_a_kept_function_is_tuned_by_its_name(tmp_path, monkeypatch):
     w, db = workload("mean"), tmp_path / "r.db"
     assert kept_functions.keep(db, [w]) == 1 and kept_functions.keep(db, [w]) == 0
@@ -91,12 +101,48 @@ def test_a_kept_function_is_tuned_by_its_name(tmp_path, monkeypatch):
 
 
 def test_without_records_the_rules_decide(tmp_path):
-    torch.manual_seed(0)
-    module, x = Mix().eval(), torch.randn(1, 3, 12, 12)
-    artifact = mc.compile(module, example_inputs=(x,), db=tmp_path / "none.db")
-    for choice in artifact.manifest.plan:
-        assert choice.schedule in ("tir.x86_rules", "generic.x86_tir")
-        assert choice.source == "default"
+    artifact = mc.compile(Scores(), example_inputs=(torch.randn(1, 12, 12),), db=tmp_path / "no.db")
+    assert {(c.schedule, c.source) for c in artifact.manifest.plan} == {
+        ("tir.x86_rules", "default")
+    }
+
+
+def record_of(space, candidate, latency_us):
+    """Return a record as a search would have stored it."""
+    schedule = space.schedules[candidate.schedule]
+    facts = {
+        "workload": str(space.workload), "schedule": schedule.name,
+        "schedule_version": schedule.version, "config": candidate.config, "cache": "cold",
+    }  # fmt: skip
+    return Record(
+        key=record_key(
+            str(space.workload), schedule.name, schedule.version, candidate.config,
+            space.hardware, "cold", versions(),
+        ),
+        **facts, hardware=space.hardware.id, features=tuple(sorted(space.hardware.features)),
+        threads=space.hardware.threads, versions=versions(), verdict=Verdict.OK,
+        latency_us=latency_us,
+    )  # fmt: skip
+
+
+def test_the_best_record_of_a_function_is_compiled(tmp_path):
+    x = torch.randn(1, 12, 12)
+    graphs = module_graphs(Scores(), (x,))
+    rng = np.random.default_rng(0)
+    chosen = {}
+    with Database(tmp_path / "r.db") as db:
+        for n, w in enumerate(tunable(graphs, CPU)):
+            space = JointSpace(w, CPU)
+            name = list(space.schedules)[1 + n % 2]
+            best = made(space, name, rng)
+            db.add(record_of(space, space.defaults()[0], 5.0))
+            db.add(record_of(space, best, 3.0))
+            chosen[str(w)] = name, best.config
+    artifact = mc.compile(Scores(), example_inputs=(x,), db=tmp_path / "r.db", threads=1)
+    plan = {c.workload: (c.schedule, dict(c.config)) for c in artifact.manifest.plan}
+    assert plan == chosen
+    got = artifact.module()(x)
+    assert np.allclose(got, Scores()(x).numpy(), rtol=1e-4, atol=1e-6)
 
 
 def test_the_same_answers_and_seed_give_the_same_search():
@@ -140,13 +186,13 @@ def test_features_are_of_each_block_with_its_own_knobs():
     assert len(single) == 1
 
 
-def test_records_of_unknown_functions_teach_nothing(tmp_path, monkeypatch):
-    w = workload("gelu")
-    with Database(tmp_path / "r.db") as db:
-        tune_workloads({w: 1.0}, CPU, trials=3, db=db, timing=QUICK, meter="modelled")
-        records = list(db.records(w))
+def test_records_of_unknown_functions_teach_nothing(monkeypatch):
+    space = JointSpace(workload("gelu"), CPU)
+    rng = np.random.default_rng(0)
+    drawn = [made(space, n, rng) for n in space.schedules]
+    records = [record_of(space, c, 2.0 + n) for n, c in enumerate(drawn)]
     samples, seen = samples_of(records)
-    assert len(samples) == len({r.key for r in records if r.ok}) > 0 and seen
+    assert len(samples) == len(drawn) and set(seen) == set(space.schedules)
     monkeypatch.setattr(functions, "_KNOWN", {})
     monkeypatch.setattr(functions, "_SOURCES", [])
     assert samples_of(records) == ([], {})
