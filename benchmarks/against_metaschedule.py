@@ -49,7 +49,7 @@ GRACE = 300.0
 
 def search_ours(case, hardware, job):
     """Search as `mimo-compile tune` does, in an empty database."""
-    from metaschedule_spaces import SharedTir
+    from metaschedule_spaces import SharedSketches
 
     from mimo_compile.ir.ops import parse_workload
     from mimo_compile.search import tune_workloads
@@ -62,7 +62,7 @@ def search_ours(case, hardware, job):
     with tempfile.TemporaryDirectory() as folder, Database(Path(folder) / "records.db") as db:
         result = tune_workloads(
             {parse_workload(case.op): 1.0}, hardware, db=db, seconds=job["seconds"],
-            schedules=[SharedTir()] if case.shared else None, timing=Timing(cache="hot"),
+            schedules=[SharedSketches()] if case.shared else None, timing=Timing(cache="hot"),
             device=device, warm_start=False, seed=job["seed"],
         )  # fmt: skip
     (found,) = result.workloads
@@ -79,7 +79,7 @@ def search_ours(case, hardware, job):
 
 def search_metaschedule(case, hardware, job):
     """Search with `tune_tir`."""
-    from metaschedule_spaces import register_intrinsics
+    from metaschedule_integer import register_intrinsics
     from metaschedule_tune import as_json, search
 
     register_intrinsics()
@@ -123,7 +123,8 @@ class Theirs:
 
 def contest(case, hardware, job):
     """Check what was found and time it in turns."""
-    from metaschedule_spaces import SharedTir, register_intrinsics
+    from metaschedule_integer import register_intrinsics
+    from metaschedule_spaces import SharedSketches
 
     from mimo_compile import _tvm
     from mimo_compile.bench.contest import Contestant, compete, ratio_of
@@ -148,7 +149,11 @@ def contest(case, hardware, job):
         )  # fmt: skip
 
     (ours,) = job["ours"]
-    schedule = SharedTir() if ours["schedule"] == SharedTir.name else get_schedule(ours["schedule"])
+    schedule = (
+        SharedSketches()
+        if ours["schedule"] == SharedSketches.name
+        else get_schedule(ours["schedule"])
+    )
     _tvm.set_threads(hardware.threads)
     runnable = Runnable(workload, schedule, ours["config"], hardware, inputs)
     error = {"ours": runnable.check()}
@@ -273,7 +278,7 @@ def table(lines):
     right = [c for c in contests if "ratio" in c]
     groups = {
         "all": right, "integer kernels": [c for c in right if c["kernel"] in INTEGER],
-        "the shared function": [c for c in right if c["kernel"] == "matmul_f32"],
+        "the shared space": [c for c in right if c["kernel"] == "matmul_f32"],
     }  # fmt: skip
     means = [
         "{}: **{:.2f}x** ({:.2f} to {:.2f})".format(name, *summary(some))

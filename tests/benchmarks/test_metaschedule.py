@@ -37,7 +37,7 @@ def test_every_sketch_computes_the_op(tool: Any, name: str) -> None:
 
     spaces, tune = tool("metaschedule_spaces"), tool("metaschedule_tune")
     against = tool("against_metaschedule")
-    spaces.register_intrinsics()
+    tool("metaschedule_integer").register_intrinsics()
     case, hardware = spaces.cases(smoke=True)[name], local_cpu().with_threads(2)
     workload = parse_workload(case.op)
     op = get_op(workload.op)
@@ -58,20 +58,33 @@ def test_every_sketch_computes_the_op(tool: Any, name: str) -> None:
         assert not message and worst <= 1
 
 
-def test_our_side_of_the_shared_function_computes_the_op(tool: Any) -> None:
+def test_our_side_of_the_shared_space_is_that_space(tool: Any) -> None:
     from mimo_compile.bench.runnable import Runnable
     from mimo_compile.ir.ops import get_op, parse_workload
 
     spaces = tool("metaschedule_spaces")
-    workload, hardware = parse_workload(spaces.cases(smoke=True)["matmul_f32"].op), local_cpu()
-    schedule = spaces.SharedTir()
+    case = spaces.cases(smoke=True)["matmul_f32"]
+    workload, hardware = parse_workload(case.op), local_cpu()
+    schedule = spaces.SharedSketches()
     assert schedule.supports(workload, hardware)
     assert not schedule.supports(parse_workload("mpgemm:m=1,n=16,k=16,w=w4g16,a=a8"), hardware)
     space = schedule.space(workload, hardware)
-    assert space.default in list(space)
+    configs = list(space)
+    assert space.default in configs
     inputs = get_op(workload.op).make_inputs(workload, np.random.default_rng(1))
-    config = schedule.config_to_json(space.default)
-    assert Runnable(workload, schedule, config, hardware, inputs).check() <= 1
+    for number, _ in enumerate(case.sketches):
+        config = schedule.config(number, 2, 4, 2, 2, 4)
+        assert config in configs
+        values = schedule.config_to_json(config)
+        assert Runnable(workload, schedule, values, hardware, inputs).check() <= 1
+    # what MetaSchedule samples is one of our configs
+    tvm, drawn = spaces.tvm, set()
+    for seed in range(1, 9):
+        first = tvm.s_tir.Schedule(tvm.IRModule({"main": case.func()}), seed=seed)
+        for number, sketch in enumerate(case.space(first)):
+            i, b, a = ([int(x) for x in d] for d in sketch.trace.decisions.values())
+            drawn.add(schedule.config(number, *i[1:], *b[1:], *a[1:]))
+    assert len(drawn) > 8 and drawn <= set(configs)
 
 
 def test_the_replay_counts_what_was_asked_and_ends_when_the_lookup_does(
