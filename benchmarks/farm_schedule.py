@@ -190,7 +190,7 @@ def simulated(seeds: int) -> None:
 
 # -- for real ------------------------------------------------------------------------------------
 
-SHORT = (Search(0.3, 0.2, 4, 4), Search(2.0, 0.4, 2, 4))
+SHORT = (Search(0.3, 0.2, 8, 4), Search(2.0, 0.4, 3, 4))
 SCALE = 0.5
 
 
@@ -282,11 +282,11 @@ def sleep_through(cluster: object, way: Way, seed: int) -> Trace:
             farm.submit(job.action, job.seconds)
 
     submit(work.start())
-    while farm.scheduler.waiting or farm.scheduler.running or later:
+    while arrived.keys() - {span.start.action.id for span in spans} or later:
         due = [j for j in later if j.at <= time.monotonic() - begin]
         later = [j for j in later if j not in due]
         submit(due)
-        if not farm.scheduler.waiting and not farm.scheduler.running:
+        if len(spans) == len(arrived):
             time.sleep(0.001)
             continue
         wait = min((j.at for j in later), default=1e9) - (time.monotonic() - begin)

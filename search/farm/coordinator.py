@@ -25,12 +25,12 @@ _POLL_S = 1.0
 class Outcome:
     """How one start of an action ended.
 
-    ``done``: ``value`` is the answer. ``lost``: the worker died. ``broken``: the node cannot do its work
-    (``error`` says why), whatever the action was.
+    ``done``: ``value`` is the answer. ``lost``: the worker died, and its node lives. ``vanished``: the node
+    has gone. ``broken``: the node cannot do its work (``error`` says why), whatever the action was.
     """
 
     action: int
-    status: Literal["done", "lost", "broken"]
+    status: Literal["done", "lost", "vanished", "broken"]
     value: Any = None
     error: MimoError | None = None
 
@@ -260,9 +260,12 @@ class Farm:
         if outcome.status == "done":
             self.scheduler.finished(number, now)
             self._finish(Result(action, "done", outcome.value, node=node))
-        elif outcome.status == "lost":
+        elif outcome.status in ("lost", "vanished"):
             self.statistics.rerun += 1
-            self.scheduler.failed(number)
+            if outcome.status == "lost":
+                self.scheduler.failed(number)
+            else:
+                self.scheduler.displaced(number)
             if number in self._unwanted:
                 self._drop(number)
         else:

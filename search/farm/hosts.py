@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mimo_compile.errors import MimoError
+from mimo_compile.ir import functions
 from mimo_compile.ir.hardware import Hardware, local_cpu
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.base import Schedule
@@ -135,6 +136,8 @@ class BuildOrder:
     """See `reference`."""
     candidate: Candidate
     hardware: Hardware
+    function: str = ""
+    """Text of the function that a generic workload names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +160,8 @@ class MeasureOrder:
     energy: bool = True
     compare: bool = False
     """Time them against each other (`Measures.confirm`) rather than one by one."""
+    function: str = ""
+    """As in `BuildOrder`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +177,13 @@ class Setup:
     calibrate: bool = True
     """Measure the machine's rates, where that was not done before."""
     locks: Path = LOCKS
+
+
+def _workload(order: BuildOrder | MeasureOrder) -> Workload:
+    workload = Workload.parse(order.workload)
+    if order.function:
+        functions.learn(workload, order.function)
+    return workload
 
 
 def guarded(serve: Callable[[], Any]) -> Answer:
@@ -205,9 +217,8 @@ class BuildHost:
         if self._builder is None:
             self._scratch = Scratch()
             self._builder = Builder(self._limits, self._scratch, 1)
-        space = JointSpace(
-            Workload.parse(order.workload), order.hardware, [find_schedule(order.schedule)]
-        )
+        schedules = [find_schedule(order.schedule)]
+        space = JointSpace(_workload(order), order.hardware, schedules)
         (reply,) = self._builder.build(space, [order.candidate])
         path = code_path(self._scratch, order.candidate)
         try:
@@ -290,8 +301,7 @@ class MeasureHost:
         key = (order.workload, order.schedules)
         if key not in self._spaces:
             schedules: Sequence[Schedule] = [find_schedule(s) for s in order.schedules]
-            workload = Workload.parse(order.workload)
-            self._spaces[key] = JointSpace(workload, self._setup.hardware, schedules)
+            self._spaces[key] = JointSpace(_workload(order), self._setup.hardware, schedules)
         return self._spaces[key]
 
     def pid(self) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 
 from mimo_compile.cost_models.analytic import DeviceModel
 from mimo_compile.errors import MimoError
+from mimo_compile.ir import functions
 from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.search.farm.coordinator import Farm, Result
@@ -20,9 +21,10 @@ from mimo_compile.search.farm.scheduling import Action
 from mimo_compile.search.measure.base import Limits, Measurement, Timing
 from mimo_compile.search.measure.builder import Builder
 from mimo_compile.search.measure.cases import Scratch
+from mimo_compile.search.measure.twins import Twins
 from mimo_compile.search.measure.worker import Reply
 from mimo_compile.search.meters import MODELLED
-from mimo_compile.search.records import Verdict
+from mimo_compile.search.records import Record, Verdict
 from mimo_compile.search.space import Candidate, JointSpace
 
 _KEPT = 1024
@@ -75,6 +77,7 @@ class FarmMeasurer:
         self.cache = self.timing.cache
         self.meter = meter
         self._overlaps = overlaps
+        self.twins = Twins()
         self._known: dict[str, Built] = {}
         """Builds that came back, by the candidate's key."""
         self._building: dict[int, Candidate] = {}
@@ -98,6 +101,10 @@ class FarmMeasurer:
         meter = RemoteMeter(self.meter, self.hardware.kind) if self.meter else MODELLED
         return {"measurer": self, "device": self.device, "meter": meter}
 
+    def recall(self, space: JointSpace, candidate: Candidate, record: Record) -> None:
+        """Note what is recorded of a candidate: from then on the same code is not timed again."""
+        self.twins.learn(space, candidate, record)
+
     # -- building --------------------------------------------------------------------------------
 
     def prepare(self, space: JointSpace, candidates: Sequence[Candidate]) -> None:
@@ -112,7 +119,7 @@ class FarmMeasurer:
         number = self.farm.number()
         order = BuildOrder(
             str(space.workload), reference(space.schedules[candidate.schedule]), candidate,
-            space.hardware,
+            space.hardware, _function(space),
         )  # fmt: skip
         action = Action(
             number, "build", str(space.workload), key, weight=weight,
@@ -177,6 +184,10 @@ class FarmMeasurer:
         if built.reply.status != "ok":
             del self._known[candidate.key]
             return [failed(candidate, built.reply, batch.seed, "build")]
+        meter = self.meter if batch.energy else ""
+        facts = built.reply.value
+        if twin := self.twins.find(batch.space, candidate, facts, batch.seed, meter=meter):
+            return [twin]
         number = self._order(batch, [candidate], [built])
         running[number] = candidate
         return []
@@ -193,7 +204,7 @@ class FarmMeasurer:
         names = sorted({c.schedule for c in candidates})
         order = MeasureOrder(
             str(space.workload), tuple(reference(space.schedules[n]) for n in names),
-            tuple(candidates), tuple(built), batch.seed, batch.energy, compare,
+            tuple(candidates), tuple(built), batch.seed, batch.energy, compare, _function(space),
         )  # fmt: skip
         limits, timing = self.limits, self.timing
         rounds = timing.confirm_rounds if compare else 1
@@ -283,6 +294,12 @@ class FarmMeasurer:
     def __exit__(self, *error: Any) -> None:
         """Close."""
         self.close()
+
+
+def _function(space: JointSpace) -> str:
+    """Return the text of the function that a generic workload names."""
+    generic = functions.is_function(space.workload)
+    return functions.text_of(space.workload) if generic else ""
 
 
 def _gave_up(candidate: Candidate, result: Result, seed: int) -> Measurement:

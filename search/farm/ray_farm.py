@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import signal
 import socket
 import tempfile
@@ -99,6 +100,8 @@ class Cluster:
         require_ray()
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        if address is None and "RAY_AUTH_MODE" not in os.environ:
+            os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": _TOKEN}
         import ray
 
         self.ray: Any = ray
@@ -158,8 +161,14 @@ class Cluster:
             Scratch().close()  # which sweeps away what killed workers left
 
 
+_TOKEN = secrets.token_hex(32)
+"""Opens the clusters that this process starts to this process, and to no other user of the machine."""
 Factory = Callable[[str], tuple[type, tuple[Any, ...]]]
 """Kind of action -> class of the host that serves it, and what it is made from."""
+
+
+def _alive() -> bool:
+    return True
 
 
 @dataclass(slots=True)
@@ -199,6 +208,8 @@ class RayExecutor:
         self.home = cluster.home
         self._idle: dict[tuple[str, str], list[_Host]] = {}
         self._running: dict[Any, tuple[int, _Host]] = {}
+        self._suspects: dict[Any, list[tuple[int, _Host]]] = {}
+        """By the question whether their node lives: actions whose workers are dead."""
         self._looked = -POLL_S
         self._nodes: Mapping[str, Node] = {}
 
@@ -233,7 +244,7 @@ class RayExecutor:
 
     def wait(self, timeout_s: float) -> list[Outcome]:
         """Return what has ended within ``timeout_s``."""
-        watched = [*self._running, *self._settle()]
+        watched = [*self._running, *self._suspects, *self._settle()]
         if not watched:
             time.sleep(min(timeout_s, 0.1))
             return []
@@ -242,11 +253,17 @@ class RayExecutor:
             ready, _ = self._ray.wait(
                 watched, num_returns=len(watched), timeout=0, fetch_local=False
             )
-        if any(ref not in self._running for ref in ready):
-            self._looked = -POLL_S  # a node has answered
-        return [self._outcome(ref) for ref in ready if ref in self._running]
+        out: list[Outcome] = []
+        for ref in ready:
+            if ref in self._running:
+                out += self._outcome(ref)
+            elif ref in self._suspects:
+                out += self._cleared(ref)
+            else:
+                self._looked = -POLL_S  # a new node has answered
+        return out
 
-    def _outcome(self, ref: Any) -> Outcome:
+    def _outcome(self, ref: Any) -> list[Outcome]:
         number, host = self._running.pop(ref)
         errors = self._ray.exceptions
         try:
@@ -254,16 +271,43 @@ class RayExecutor:
         except errors.RayTaskError as error:  # a defect of ours
             self._ray.kill(host.actor)
             last = str(error).strip().splitlines()[-1]
-            return Outcome(number, "broken", error=MimoError(f"a worker failed: {last}"))
-        except errors.RayError:  # the worker is dead, its node too perhaps, or the answer is lost
+            return [Outcome(number, "broken", error=MimoError(f"a worker failed: {last}"))]
+        except errors.RayError:  # the worker is dead, or with its node the answer
             with contextlib.suppress(Exception):
                 self._ray.kill(host.actor)
-            return Outcome(number, "lost")
+            self._suspect(number, host)
+            return []
         if status == "broken":
             self._ray.kill(host.actor)
-            return Outcome(number, "broken", error=value)
+            return [Outcome(number, "broken", error=value)]
         self.adopt(host)
-        return Outcome(number, "done", value)
+        return [Outcome(number, "done", value)]
+
+    def _suspect(self, number: int, host: _Host) -> None:
+        """Ask whether a dead worker's node lives: Ray itself notices the end of a node only after a while.
+
+        Idle workers of its kind may have died with it: whoever runs the action again is a new one.
+        """
+        for other in self._idle.pop((host.node, host.role), []):
+            with contextlib.suppress(Exception):
+                self._ray.kill(other.actor)
+        for waiting in self._suspects.values():
+            if waiting[0][1].node == host.node:
+                waiting.append((number, host))
+                return
+        task = self._ray.remote(_alive).options(
+            num_cpus=0, max_retries=0, scheduling_strategy=self._cluster.on(host.node)
+        )
+        self._suspects[task.remote()] = [(number, host)]
+
+    def _cleared(self, ref: Any) -> list[Outcome]:
+        waiting = self._suspects.pop(ref)
+        self._looked = -POLL_S
+        try:
+            self._ray.get(ref)
+        except self._ray.exceptions.RayError:
+            return [Outcome(number, "vanished") for number, _ in waiting]
+        return [Outcome(number, "lost") for number, _ in waiting]
 
     def kill(self, action: int) -> None:
         """End a running action and its actor."""
@@ -272,6 +316,10 @@ class RayExecutor:
                 del self._running[ref]
                 with contextlib.suppress(Exception):
                     self._ray.kill(host.actor)
+        for ref, waiting in list(self._suspects.items()):
+            self._suspects[ref] = [w for w in waiting if w[0] != action]
+            if not self._suspects[ref]:
+                del self._suspects[ref]
 
     def exclude(self, node: str) -> None:
         """End the actors of a node."""

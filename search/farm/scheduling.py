@@ -29,6 +29,7 @@ LIVES = 2
 """Workers that an action may lose before it is given up, and its content with it."""
 NODE_LOSSES = 4
 """Nodes that may vanish below an action, which is seldom its fault, before it is given up."""
+_VANISHED = "nodes vanished below it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +154,7 @@ class Scheduler:
         self.nodes.pop(name, None)
         for number, running in list(self.running.items()):
             if running.start.node == name:
-                self._again(number, "nodes vanished below it", node=True)
+                self._again(number, _VANISHED, node=True)
 
     def arrived(self, action: Action, now: float) -> None:
         """Queue an action; one that no node so far could run, or that is quarantined, is refused at once."""
@@ -186,6 +187,10 @@ class Scheduler:
             self._refused.append(Refuse(action, reason))
         else:
             self._again(number, "")
+
+    def displaced(self, number: int) -> None:
+        """The node of an action has gone, and is about to be told of: the action waits again."""
+        self._again(number, _VANISHED, node=True)
 
     def timed_out(self, number: int) -> None:
         """An action was ended from outside because it took too long."""

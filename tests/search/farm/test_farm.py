@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from inline import HOSTS, Inline
@@ -14,8 +16,11 @@ from mimo_compile.ir.hardware import PRESETS
 from mimo_compile.ir.ops import parse_workload
 from mimo_compile.search.database import Database
 from mimo_compile.search.farm.coordinator import Farm
+from mimo_compile.search.farm.hosts import Answer, Built
 from mimo_compile.search.farm.measurer import FarmMeasurer
 from mimo_compile.search.farm.scheduling import Action, Node
+from mimo_compile.search.measure.base import Measurement
+from mimo_compile.search.measure.worker import Reply
 from mimo_compile.search.records import Verdict
 from mimo_compile.search.result import TuningResult
 from mimo_compile.search.space import Candidate, JointSpace
@@ -96,6 +101,26 @@ def test_code_is_built_once_and_compared_on_one_node() -> None:
     built = Counter(content for kind, _, content in executor.log if kind == "build")
     assert set(built.values()) == {1} and len(built) == 3
     assert executor.log[-1][0] == "measure" and sum(k == "measure" for k, *_ in executor.log) == 3
+
+
+def test_the_same_code_is_timed_once(db: Database) -> None:
+    def build(order: Any) -> Answer:
+        value = {"code_hash": str(order.candidate.config["rows"]), "ops": {}, "bytes": {}}
+        return "ok", Built(Reply("ok", value), b"code")
+
+    executor = Inline([ONE], {**HOSTS, "build": build})
+    executor.hosts["measure"] = lambda o: ("ok", [_with_hash(m) for m in HOSTS["measure"](o)[1]])
+    with measurer(executor) as m:
+        result = search(db, m, trials=60)
+    assert result.trials == 60
+    twins = [r for r in db if r.twin]
+    assert twins and all("the same code as" in r.message for r in twins)
+    timed = [r for r in db if not r.twin and r.phase == "search"]
+    assert len(twins) + len(timed) == 60 and len(timed) < 45
+
+
+def _with_hash(m: Measurement) -> Measurement:
+    return replace(m, code_hash=str(m.candidate.config["rows"]))
 
 
 def test_the_next_batch_is_built_while_this_one_is_measured(db: Database) -> None:

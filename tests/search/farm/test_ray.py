@@ -46,7 +46,7 @@ def paths() -> Iterator[None]:
         os.environ["PYTHONPATH"] = before
 
 
-@pytest.fixture
+@pytest.fixture(scope="class")
 def farm(paths: None) -> Iterator[FarmMeasurer]:
     with open_farm(
         "ray", local_cpu(), limits=LIMITS, timing=QUICK, calibrate=False, cpus=2
@@ -71,76 +71,77 @@ def search(db: Database, farm: FarmMeasurer, trials: int, **more: Any) -> Any:
     )  # fmt: skip
 
 
-def test_verdicts_are_those_of_a_search_at_home(farm: FarmMeasurer) -> None:
-    from zoo_schedules import Zoo, ZooConfig
+class TestOneNode:
+    def test_verdicts_are_those_of_a_search_at_home(self, farm: FarmMeasurer) -> None:
+        from zoo_schedules import Zoo, ZooConfig
 
-    faults = ["honest", "half", "lower_raises", "aborts", "honest_parallel"]
-    space = JointSpace(WORKLOAD, local_cpu(), [Zoo()])
-    some = [space.candidate("embed.zoo", ZooConfig(f)) for f in faults]
-    found = {str(m.candidate.config["fault"]): m for m in farm.measure(space, some, 5)}
-    assert {k: m.verdict for k, m in found.items()} == {
-        "honest": Verdict.OK, "half": Verdict.WRONG, "lower_raises": Verdict.BUILD_FAILED,
-        "aborts": Verdict.CRASH, "honest_parallel": Verdict.OK,
-    }  # fmt: skip
-    compared = list(farm.confirm(space, [some[0], some[4]], 6))
-    assert [m.verdict for m in compared] == [Verdict.OK] * 2 and compared[0].latency_us > 0
-    assert farm.farm.statistics.overlapped == 0  # one node: no build beside a clock
+        faults = ["honest", "half", "lower_raises", "aborts", "honest_parallel"]
+        space = JointSpace(WORKLOAD, local_cpu(), [Zoo()])
+        some = [space.candidate("embed.zoo", ZooConfig(f)) for f in faults]
+        found = {str(m.candidate.config["fault"]): m for m in farm.measure(space, some, 5)}
+        assert {k: m.verdict for k, m in found.items()} == {
+            "honest": Verdict.OK, "half": Verdict.WRONG, "lower_raises": Verdict.BUILD_FAILED,
+            "aborts": Verdict.CRASH, "honest_parallel": Verdict.OK,
+        }  # fmt: skip
+        compared = list(farm.confirm(space, [some[0], some[4]], 6))
+        assert [m.verdict for m in compared] == [Verdict.OK] * 2 and compared[0].latency_us > 0
+        assert farm.farm.statistics.overlapped == 0  # one node: no build beside a clock
 
+    @pytest.mark.fault
+    def test_workers_killed_in_the_middle_cost_no_record(
+        self, farm: FarmMeasurer, tmp_path: Path
+    ) -> None:
+        """kill -9 of Ray's workers, one of each kind and then some, while the search goes on."""
+        import ray
 
-@pytest.mark.fault
-def test_workers_killed_in_the_middle_cost_no_record(farm: FarmMeasurer, tmp_path: Path) -> None:
-    """kill -9 of Ray's workers, one of each kind and then some, while the search goes on."""
-    import ray
+        stored: list[str] = []
+        killed: list[int] = []
+        stop = threading.Event()
 
-    stored: list[str] = []
-    killed: list[int] = []
-    stop = threading.Event()
+        def show(event: Any) -> None:
+            if event.record is not None:
+                stored.append(event.record.key)
+                if len(stored) in (6, 12, 18, 24):  # the search's own thread: it may ask Ray
+                    hosts = hosts_of(farm)
+                    host = hosts[len(killed) % len(hosts)]
+                    pid = ray.get(host.actor.pid.remote(), timeout=60)
+                    os.kill(pid, signal.SIGKILL)
+                    killed.append(pid)
 
-    def show(event: Any) -> None:
-        if event.record is not None:
-            stored.append(event.record.key)
-            if len(stored) in (6, 14, 22, 30):  # the search's own thread: it may ask Ray
-                hosts = hosts_of(farm)
-                host = hosts[len(killed) % len(hosts)]
-                pid = ray.get(host.actor.pid.remote(), timeout=60)
+        with Database(tmp_path / "r.db") as db:
+            result = search(db, farm, 32, progress=show)
+            stop.set()
+            assert len(killed) == 4 and len(set(killed)) == 4
+            assert result.stopped == "trials" and result.trials == 32
+            assert Counter(stored) == Counter(r.key for r in db)
+            assert not [r for r in db if r.verdict is not Verdict.OK]
+        assert not any(Path(f"/proc/{pid}").exists() for pid in killed)
+
+    @pytest.mark.fault
+    def test_workers_killed_while_they_work(self, farm: FarmMeasurer, tmp_path: Path) -> None:
+        """The action that a worker was at is run again; what kills its worker twice is a crash."""
+        from zoo_schedules import Zoo, ZooConfig
+
+        space = JointSpace(WORKLOAD, local_cpu(), [Zoo()])
+        good = space.candidate("embed.zoo", ZooConfig("honest"))
+        list(farm.measure(space, [good], 1))
+        import ray
+
+        pids = [ray.get(h.actor.pid.remote()) for h in hosts_of(farm)]
+
+        def kill() -> None:
+            time.sleep(0.7)
+            for pid in pids:
                 os.kill(pid, signal.SIGKILL)
-                killed.append(pid)
 
-    with Database(tmp_path / "r.db") as db:
-        result = search(db, farm, 40, progress=show)
-        stop.set()
-        assert len(killed) == 4 and len(set(killed)) == 4
-        assert result.stopped == "trials" and result.trials == 40
-        assert Counter(stored) == Counter(r.key for r in db)
-        assert not [r for r in db if r.verdict is not Verdict.OK]
-    assert not any(Path(f"/proc/{pid}").exists() for pid in killed)
-
-
-@pytest.mark.fault
-def test_workers_killed_while_they_work(farm: FarmMeasurer, tmp_path: Path) -> None:
-    """The action that a worker was at is run again; what kills its worker twice is a crash."""
-    from zoo_schedules import Zoo, ZooConfig
-
-    space = JointSpace(WORKLOAD, local_cpu(), [Zoo()])
-    good = space.candidate("embed.zoo", ZooConfig("honest"))
-    list(farm.measure(space, [good], 1))
-    import ray
-
-    pids = [ray.get(h.actor.pid.remote()) for h in hosts_of(farm)]
-
-    def kill() -> None:
-        time.sleep(0.7)
-        for pid in pids:
-            os.kill(pid, signal.SIGKILL)
-
-    thread = threading.Thread(target=kill)
-    thread.start()
-    slow = [space.candidate("embed.zoo", ZooConfig(f)) for f in ("hangs", "honest_parallel")]
-    found = {str(m.candidate.config["fault"]): m for m in farm.measure(space, slow, 2)}
-    thread.join()
-    assert found["honest_parallel"].verdict is Verdict.OK
-    assert found["hangs"].verdict is Verdict.TIMEOUT
-    assert farm.farm.statistics.rerun >= 1
+        thread = threading.Thread(target=kill)
+        thread.start()
+        slow = [space.candidate("embed.zoo", ZooConfig(f)) for f in ("hangs", "honest_parallel")]
+        found = {str(m.candidate.config["fault"]): m for m in farm.measure(space, slow, 2)}
+        thread.join()
+        assert found["honest_parallel"].verdict is Verdict.OK
+        assert found["hangs"].verdict is Verdict.TIMEOUT
+        assert farm.farm.statistics.rerun >= 1
 
 
 def test_builders_elsewhere_work_while_the_device_measures(paths: None, tmp_path: Path) -> None:
@@ -185,14 +186,14 @@ def _joined_and_left(cluster: Any, tmp_path: Path) -> None:
                 time.sleep(1.5)
             if farm.overlaps:
                 seen["overlapping"] += 1
-            if seen["overlapping"] == 30 and added:
+            if seen["overlapping"] == 16 and added:
                 cluster.remove_node(added.pop(), allow_graceful=False)
 
-        result = search(db, farm, 80, progress=show)
-        assert result.stopped == "trials" and result.trials == 80
-        assert seen["overlapping"] >= 30 and not added
+        result = search(db, farm, 56, progress=show)
+        assert result.stopped == "trials" and result.trials == 56
+        assert seen["overlapping"] >= 16 and not added
         assert farm.farm.statistics.overlapped >= 1
-        assert len({r.key for r in db}) == 80
+        assert len({r.key for r in db}) == 56
         assert not [r for r in db if r.verdict is not Verdict.OK]
 
 
