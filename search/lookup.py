@@ -51,8 +51,8 @@ def summarise(records: Iterable[Record]) -> list[Result]:
 
     The leaders of a search were timed against each other at its end (phase ``confirm``), the others read
     once, maybe luckily or on a quieter machine. Such a reading makes none of them the fastest: those that
-    look faster than the fastest confirmed one, but did not when both were read once, are scaled by what
-    that one's time rose.
+    look faster than the fastest confirmed one of their schedule (of all, if it has none), but did not when
+    both were read once, are scaled by what that one's time rose.
 
     A candidate that was not timed, because another one is the same code, gets that one's figures, whatever
     they are by now; without that one's records, those of its own record. Such results come last.
@@ -109,17 +109,22 @@ def summarise(records: Iterable[Record]) -> list[Result]:
 
 def _scaled(results: list[Result], once: dict[str, float]) -> list[Result]:
     """See `summarise`; ``once``: what confirmed candidates took when they were read once."""
-    confirmed = [r for r in results if r.record.key in once]
+    confirmed = sorted(
+        (r for r in results if r.record.key in once), key=lambda r: r.latency_us, reverse=True
+    )
     if not confirmed:
         return results
-    fastest = min(confirmed, key=lambda r: r.latency_us)
-    then, now = once[fastest.record.key], fastest.latency_us
-    return [
-        replace(r, latency_us=r.latency_us * now / then)
-        if r.record.key not in once and then <= r.latency_us < now
-        else r
-        for r in results
-    ]
+    fastest = confirmed[-1]
+    own = {r.record.schedule: r for r in confirmed}
+
+    def scaled(result: Result) -> Result:
+        anchor = own.get(result.record.schedule, fastest)
+        then, now = once[anchor.record.key], anchor.latency_us
+        if result.record.key in once or not then <= result.latency_us < now:
+            return result
+        return replace(result, latency_us=result.latency_us * now / then)
+
+    return [scaled(r) for r in results]
 
 
 def use_measured(results: Sequence[Result]) -> bool:

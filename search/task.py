@@ -146,16 +146,20 @@ class Task:
             failed: Keys of those that failed when they were to be.
 
         The best of each algorithm that came near takes part as well, the default, and where joules decide
-        the fastest one, from which limits are counted. What is the same code takes part once.
+        the fastest one, from which limits are counted. What is the same code takes part once. After a
+        comparison it is the turn of those that it left in front, and of `_unseen` algorithms.
         """
         results = [r for r in self.results() if not self.doubled(r.record)]
         scores = self.scores(results)
         keys = sorted((k for k in scores if k not in failed), key=lambda k: (scores[k], k))
-        if not keys or keys[0] in done:
+        if not keys:
             return []
         if compared := [k for k in keys if k in done]:
-            new = [k for k in keys if k not in done]
-            return [*new[: CONFIRM - 1], compared[0]]
+            times = {r.record.key: r.latency_us for r in results}
+            new = self._unseen(keys, done, NEAR * times[compared[0]])
+            if keys[0] not in done:
+                new += [k for k in keys if k not in done and k not in new][: CONFIRM - 1]
+            return [*new, compared[0]] if new else []
         best: dict[str, str] = {}
         for key in keys:
             best.setdefault(self.candidates[key].schedule, key)
@@ -165,3 +169,19 @@ class Task:
         if self.objective.needs_energy:
             near.add(min(results, key=lambda r: (r.latency_us, r.record.key)).record.key)
         return keys[: CONFIRM - 1] + [k for k in keys[CONFIRM - 1 :] if k in near]
+
+    def _unseen(self, keys: list[str], done: set[str], limit_us: float) -> list[str]:
+        """Return the best of each algorithm that was never compared, though it was read below a limit.
+
+        A machine that is slower in one minute than in the next makes whole algorithms look hopeless.
+        """
+        seen = {self.candidates[k].schedule for k in done}
+        read: dict[str, tuple[float, str]] = {}
+        for key in keys:
+            name = self.candidates[key].schedule
+            if name not in seen:
+                us = min(
+                    r.latency_us for r in self.records[key] if r.ok and r.latency_us is not None
+                )
+                read[name] = min((us, key), read.get(name, (limit_us, "")))
+        return [key for _, key in sorted(read.values()) if key]
