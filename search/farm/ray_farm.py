@@ -8,6 +8,7 @@ replaced at the next start.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import secrets
 import signal
@@ -100,8 +101,15 @@ class Cluster:
         require_ray()
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        os.environ.setdefault(
+            "RAY_NUM_REDIS_GET_RETRIES", "90"
+        )  # seconds for a busy machine to start
         if address is None and "RAY_AUTH_MODE" not in os.environ:
-            os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": _TOKEN}
+            os.environ.setdefault("RAY_AUTH_TOKEN", _TOKEN)
+            quiet = (
+                "ray._private.authentication.authentication_token_setup"  # it says that it does so
+            )
+            logging.getLogger(quiet).setLevel(logging.ERROR)
         import ray
 
         self.ray: Any = ray
