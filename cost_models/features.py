@@ -291,8 +291,14 @@ def columns_of(rows: Iterable[Features]) -> tuple[str, ...]:
 
 def matrix(rows: Sequence[Features], columns: Sequence[str]) -> npt.NDArray[np.float32]:
     """Return ``[rows, columns]`` float32; unknown names are dropped, missing values are NaN."""
-    absent = [0.0 if "=" in c else math.nan for c in columns]
-    out = np.empty((len(rows), len(columns)), np.float32)
+    absent = np.array([0.0 if "=" in c else math.nan for c in columns], np.float32)
+    out = np.tile(absent, (len(rows), 1))
+    place = {c: i for i, c in enumerate(columns)}
+    alike: dict[tuple[str, ...], list[int]] = {}
     for i, row in enumerate(rows):
-        out[i] = [row.get(c, a) for c, a in zip(columns, absent, strict=True)]
+        alike.setdefault(tuple(row), []).append(i)
+    for names, mine in alike.items():
+        known = [i for i, name in enumerate(names) if name in place]
+        values = np.array([list(rows[i].values()) for i in mine], np.float64)
+        out[np.ix_(mine, [place[names[i]] for i in known])] = values[:, known]
     return out

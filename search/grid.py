@@ -12,6 +12,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -36,12 +37,30 @@ class Part:
         """Numbers between two values of each knob; the last knob changes fastest."""
         self.open = [i for i, n in enumerate(sizes) if n > 1]
         """Knobs that have a choice."""
+        self._steps = list(zip(self.strides, sizes, strict=True))
+        self._offers = list(zip(self.knobs, self.values, self._steps, strict=True))
         self._at = [{(type(x), x): i for i, x in enumerate(v)} for v in self.values]
 
     def digits(self, number: int) -> list[int]:
         """Return the place of each knob's value."""
         rest = number - self.start
-        return [rest // s % len(v) for s, v in zip(self.strides, self.values, strict=True)]
+        return [rest // stride % size for stride, size in self._steps]
+
+    def digit(self, number: int, knob: int) -> int:
+        """Return the place of one knob's value."""
+        stride, size = self._steps[knob]
+        return (number - self.start) // stride % size
+
+    def config(self, number: int) -> Any:
+        """Return the config of a number, None where it is illegal."""
+        rest = number - self.start
+        try:
+            made = self.space.make(
+                **{k: v[rest // stride % size] for k, v, (stride, size) in self._offers}
+            )
+        except ValueError:
+            return None
+        return made if self.space.legal(made) else None
 
     def places(self, config: Mapping[str, KnobValue]) -> list[int | None]:
         """Return the place of each knob's value in a config; None where the knob does not offer it."""
@@ -72,7 +91,8 @@ class Grid:
         self._starts = [p.start for p in self.parts]
         self._parts = {p.name: p for p in self.parts}
         self._shares = np.cumsum([1.0 + math.log2(max(1, p.space.size)) for p in self.parts])
-        self._made: dict[int, Candidate | None] = {}
+        self._configs: dict[int, Any] = {}
+        self._made: dict[int, Candidate] = {}
         self._numbers: dict[tuple[str, tuple[tuple[str, KnobValue], ...]], int] = {}
         self._outside: list[Candidate] = []
         self._near: dict[int, list[int]] = {}
@@ -80,27 +100,24 @@ class Grid:
     # -- numbers and candidates ----------------------------------------------------------------
 
     def candidate(self, number: int) -> Candidate | None:
-        """Return the candidate of a number; None where it is illegal, or the same as one met before."""
+        """Return the candidate of a number, None where it is illegal."""
         if number >= self.size:
             return self._outside[number - self.size]
         if number not in self._made:
-            self._made[number] = self._make(number)
+            if not self.is_legal(number):
+                return None
+            made = self.space.candidate(self.part(number).name, self._configs.pop(number))
+            self._made[number] = made
+            self._numbers.setdefault((made.schedule, made.knobs), number)
         return self._made[number]
 
-    def _make(self, number: int) -> Candidate | None:
-        part = self.part(number)
-        places = zip(part.values, part.digits(number), strict=True)
-        try:
-            config = part.space.make(
-                **dict(zip(part.knobs, (v[d] for v, d in places), strict=True))
-            )
-        except ValueError:
-            return None
-        if not part.space.legal(config):
-            return None
-        made = self.space.candidate(part.name, config)
-        first = self._numbers.setdefault((made.schedule, made.knobs), number)
-        return made if first == number else None
+    def is_legal(self, number: int) -> bool:
+        """Say whether a number stands for a candidate."""
+        if number >= self.size or number in self._made:
+            return True
+        if number not in self._configs:
+            self._configs[number] = self.part(number).config(number)
+        return self._configs[number] is not None
 
     def number(self, candidate: Candidate) -> int:
         """Return the number of a candidate."""
@@ -135,7 +152,7 @@ class Grid:
         """Return all legal numbers, or None when there may be more than ``limit``."""
         if self.size > limit:
             return None
-        return [n for n in range(self.size) if self.candidate(n) is not None]
+        return [n for n in range(self.size) if self.is_legal(n)]
 
     # -- moves ---------------------------------------------------------------------------------
 
@@ -153,59 +170,60 @@ class Grid:
             at = self._shares.searchsorted(which * self._shares[-1], side="right")
             for i, x in zip(at.tolist(), where.tolist(), strict=True):
                 number = self._starts[i] + int(x * self.parts[i].space.size)
-                if self.candidate(number) is not None:
+                if self.is_legal(number):
                     out.append(number)
         return out
 
     def neighbours(self, number: int) -> list[int]:
         """Return the legal numbers that differ in one knob."""
         if number not in self._near:
-            part, digits = self._place(number)
-            base = part.number(digits)
+            base = number if number < self.size else self._inside(number)
+            part = self.part(base)
+            digits = part.digits(base)
             near = [
                 base + (v - digits[i]) * part.strides[i]
                 for i in part.open
                 for v in range(len(part.values[i]))
                 if v != digits[i]
             ]
-            self._near[number] = [n for n in near if self.candidate(n) is not None]
+            self._near[number] = [n for n in near if self.is_legal(n)]
         return self._near[number]
 
     def mutate(self, number: int, rng: np.random.Generator) -> int | None:
         """Change one knob; values next to the old one in the knob's order are twice as likely."""
-        part, digits = self._place(number)
+        if number >= self.size:
+            number = self._inside(number)
+        part = self.part(number)
         if not part.open:
             return None
         i = part.open[int(rng.random() * len(part.open))]
-        others, shares = _others(len(part.values[i]), digits[i])
-        digits[i] = others[bisect_right(shares, rng.random())]
-        child = part.number(digits)
-        return child if self.candidate(child) is not None else None
+        old = part.digit(number, i)
+        others, shares = _others(len(part.values[i]), old)
+        child = number + (others[bisect_right(shares, rng.random())] - old) * part.strides[i]
+        return child if self.is_legal(child) else None
 
     def crossover(self, a: int, b: int, rng: np.random.Generator) -> int | None:
         """Take each knob from one of two candidates of the same schedule."""
-        (part, left), (other, right) = self._place(a), self._place(b)
-        if part is not other:
+        a, b = (n if n < self.size else self._inside(n) for n in (a, b))
+        part = self.part(a)
+        if part is not self.part(b):
             return None
-        chosen = rng.random(len(left)) < 0.5
-        child = part.number(
-            [x if c else y for x, y, c in zip(left, right, chosen.tolist(), strict=True)]
-        )
-        return child if self.candidate(child) is not None else None
+        child, draws = b, rng.random(len(part.strides)).tolist()
+        for x, y, stride, draw in zip(
+            part.digits(a), part.digits(b), part.strides, draws, strict=True
+        ):
+            if draw < 0.5:
+                child += (x - y) * stride
+        return child if self.is_legal(child) else None
 
-    def _place(self, number: int) -> tuple[Part, list[int]]:
-        """Return the part and digits of a number; outside the knobs' values those nearest to it."""
-        if number < self.size:
-            part = self.part(number)
-            return part, part.digits(number)
+    def _inside(self, number: int) -> int:
+        """Return the number nearest to one outside the knobs' values; it may be illegal."""
         candidate = self._outside[number - self.size]
         part, config = self._parts[candidate.schedule], candidate.config
-        return part, [
-            _nearest(values, config.get(knob)) if place is None else place
-            for knob, values, place in zip(
-                part.knobs, part.values, part.places(config), strict=True
-            )
-        ]
+        places = zip(part.knobs, part.values, part.places(config), strict=True)
+        return part.number(
+            [_nearest(v, config.get(knob)) if at is None else at for knob, v, at in places]
+        )
 
 
 def _nearest(values: Sequence[KnobValue], wanted: KnobValue | None) -> int:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import msgspec
 
 from mimo_compile.errors import UsageError
 from mimo_compile.ir.hardware import Hardware
@@ -35,9 +36,8 @@ class Candidate:
     def key(self) -> str:
         """Structural identity within one search (16 hex digits)."""
         if not self._named:
-            parts = [str(self.workload), self.schedule, self.knobs]
-            text = json.dumps(parts, separators=(",", ":"))
-            self._named.append(hashlib.sha256(text.encode()).hexdigest()[:16])
+            text = msgspec.json.encode((str(self.workload), self.schedule, self.knobs))
+            self._named.append(hashlib.sha256(text).hexdigest()[:16])
         return self._named[0]
 
     def __str__(self) -> str:

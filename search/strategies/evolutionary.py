@@ -17,6 +17,7 @@ from mimo_compile.search.strategies.surrogate import (
     Surrogate,
     expected_gain,
     flattened,
+    one_thread,
 )
 
 _STOCK = 768
@@ -79,7 +80,8 @@ class EvolutionarySearch(Known):
         else:
             lucky = sum(rng.random() < options.epsilon * 32 / (32 + good) for _ in range(want))
             out = self.random(lucky)
-            out += self._promising(want - len(out))
+            with one_thread():
+                out += self._promising(want - len(out))
         if len(out) < want:
             out += self.random(want - len(out))
         return out + self.rest(want - len(out)) if len(out) < want else out
@@ -188,7 +190,9 @@ class EvolutionarySearch(Known):
             own = np.flatnonzero((rows[:, -1] == names.get(rival or "", -1)) & ~taken)
             at = int(own[gain[own].argmax()]) if len(own) else int(gain.argmax())
             taken[at] = True
-            if self.fresh(chosen := self.grid.known(pool[at])):
+            new = self.fresh(chosen := self.grid.known(pool[at]))
+            self.seen.add(pool[at])  # whatever other number stands for the same
+            if new:
                 out.append(chosen)
                 self._trust.said(pool[at], "surrogate", float(drafted.mean[at]))
             if len(out) < want:

@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -245,6 +247,23 @@ class Surrogate:
         a, b, _ = np.exp(self.theta[len(self.tables) :])
         variance = np.maximum(a + b - np.einsum("ij,ij->j", half, half), 1e-9)
         return Posterior(self._mean + self._alpha @ k, variance, half, marks, rows, self)
+
+
+@cache
+def _pools() -> Any:
+    import scipy.linalg  # noqa: F401  (what is not loaded yet cannot be limited)
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController()
+
+
+def one_thread() -> AbstractContextManager[Any]:
+    """Keep linear algebra on this thread for a while: such matrices are too small for several.
+
+    Beside other load threads that wait for each other cost several times what they save.
+    """
+    limited: AbstractContextManager[Any] = _pools().limit(limits=1, user_api="blas")
+    return limited
 
 
 def _solve(low: Array, right: Array) -> Array:
