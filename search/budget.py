@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from mimo_compile.errors import UsageError
 from mimo_compile.search.meters.base import Meter
+
+RECENT = 16
+"""Candidates by whose joules those of the next are judged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +57,8 @@ class Clock:
         self._meter = meter
         self._start = now()
         self._first_mj = self._read()
+        self._last = 0.0
+        self._steps: deque[float] = deque(maxlen=RECENT)
 
     def _read(self) -> float | None:
         if self._meter is None:
@@ -73,18 +79,46 @@ class Clock:
         last = self._read()
         return None if last is None or self._first_mj is None else (last - self._first_mj) / 1000
 
+    @property
+    def _step(self) -> float:
+        """Joules that a candidate may cost; with the very first one, children start too."""
+        known = list(self._steps)
+        return max(known[1:] or known, default=0.0)
+
+    def note(self) -> None:
+        """Take in that a candidate was measured: the costliest lately says what the next may cost."""
+        if self.budget.joules is not None and (joules := self.joules) is not None:
+            self._steps.append(joules - self._last)
+            self._last = joules
+
+    def affords(self, count: int = 1) -> bool:
+        """Say whether so many further candidates fit the limits of time and joules.
+
+        Joules as if each cost what the costliest one lately did. Time is over when it is over: a candidate
+        takes little of it.
+        """
+        b = self.budget
+        if b.seconds is not None and self.seconds > b.seconds:
+            return False
+        if b.joules is None or (joules := self.joules) is None:
+            return True
+        return joules + count * self._step <= b.joules
+
     def reached(self, trials: int, reserve_s: float = 0.0) -> str:
         """Return the name of the limit that is reached, or "".
 
-        ``reserve_s`` of the time limit are kept for later, at most a quarter of it.
+        ``reserve_s`` of the time limit are kept for later, at most a quarter of it, and likewise of joules
+        what was used in as much time. Joules are reached where the next candidate may pass them.
         """
         b = self.budget
         if b.trials is not None and trials >= b.trials:
             return "trials"
         if b.seconds is not None and self.seconds >= b.seconds - min(reserve_s, b.seconds / 4):
             return "seconds"
-        if b.joules is not None and (joules := self.joules) is not None and joules >= b.joules:
-            return "joules"
+        if b.joules is not None and (joules := self.joules) is not None:
+            kept = min(reserve_s * joules / max(self.seconds, 1e-3), b.joules / 4)
+            if joules + max(kept, self._step) >= b.joules:
+                return "joules"
         return ""
 
 

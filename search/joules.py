@@ -1,9 +1,10 @@
 """Whose energy is worth a measurement: time first, for all; joules then, for few of the near-fastest.
 
 A trustworthy reading of joules takes seconds, one of time milliseconds. So after each round those within the
-objective's window of the best time are looked at, a model says what they need, and `DynamicShare` says how
-many of them are measured: fewer, the better held-out predictions were. A candidate that was passed over is
-looked at again only while it is predicted to beat the best measured one.
+objective's window of the best time are looked at, two models say what they need and how sure that is, and
+`DynamicShare` says how many of those that may turn out to be the best are measured: fewer, the better
+held-out predictions were. A candidate that was passed over is looked at again only while it is predicted to
+beat the best measured one.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from mimo_compile.cost_models.overlap import OverlapModel
 from mimo_compile.cost_models.updating import DynamicShare
 from mimo_compile.search.lookup import Result
 from mimo_compile.search.objective import Objective
@@ -34,6 +36,12 @@ HELD = 16
 """Latest readings by which predictions are judged: those of one round are too few."""
 GIVE_UP = 4
 """Readings that may fail before one succeeds."""
+LEAST = 4
+"""Readings from which candidates are told by what they have in common with those that were read."""
+GAIN = 0.005
+"""Part of the best score that a reading must promise, at best, to be worth its seconds."""
+STRETCH = 3.0
+"""Most by which doubts are enlarged when held-out errors exceed them."""
 
 
 @dataclass(slots=True)
@@ -56,6 +64,12 @@ class Joules:
     """Of those passed over, by a model of the same meter."""
     held: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=HELD))
     """(measured, predicted before it was learned)."""
+    doubt: dict[str, float] = field(default_factory=dict)
+    """Standard deviations of the logarithm of predicted joules, where they are known."""
+    rivals: dict[str, tuple[float, float, float]] = field(default_factory=dict)
+    """Logarithms predicted from common knobs and from features, and of the two together."""
+    errors: deque[tuple[float, float, float]] = field(default_factory=lambda: deque(maxlen=HELD))
+    """Held out: of the first and the second, and of both together over the doubt."""
     seen: set[str] = field(default_factory=set)
     """Candidates that had their chance."""
     owed: float = 0.0
@@ -103,6 +117,53 @@ class Joules:
             return self.objective.behind(latency_us / best_us)
         return self.objective.score((latency_us, energy), best_us)
 
+    def refine(
+        self,
+        results: Mapping[str, Result],
+        energies: Mapping[str, float],
+        knobs: Mapping[str, Collection[Knob]],
+    ) -> dict[str, float]:
+        """Return predicted millijoules that also follow what candidates have in common with those read.
+
+        A model over features needs many readings for what one value of a knob does; one over the knobs
+        themselves needs few, and knows how little it knows. Each counts as far as it was right before.
+
+        Args:
+            results: Correct candidates.
+            energies: Millijoules of those without measured ones, predicted from features.
+            knobs: What each candidate is made of.
+        """
+        known = self.known()
+        read = [k for k in known if k in results and k in knobs]
+        keys = [k for k in energies if k in results and k in knobs]
+        self.doubt, self.rivals = {}, {}
+        if len(read) < LEAST or not keys:
+            return dict(energies)
+        model = OverlapModel()
+        model.fit(
+            [knobs[k] for k in read], [math.log(known[k] / results[k].latency_us) for k in read]
+        )
+        means, deviations = model.predict([knobs[k] for k in keys])
+        trust, stretch = self._trust()
+        out = dict(energies)
+        for key, mean, deviation in zip(keys, means, deviations, strict=True):
+            first = float(mean) + math.log(results[key].latency_us)
+            second = math.log(energies[key])
+            both = trust * first + (1 - trust) * second
+            self.rivals[key] = (first, second, both)
+            self.doubt[key] = stretch * float(deviation)
+            out[key] = math.exp(both)
+        return out
+
+    def _trust(self) -> tuple[float, float]:
+        """Return the weight of the model over knobs, and by what its doubts are to be enlarged."""
+        if len(self.errors) < LEAST:
+            return 1.0, 1.0
+        first, second, ratio = (
+            statistics.fmean(e[i] ** 2 for e in self.errors) + 1e-12 for i in range(3)
+        )
+        return second / (first + second), min(STRETCH, max(1.0, math.sqrt(ratio)))
+
     def choose(
         self,
         results: Mapping[str, Result],
@@ -145,13 +206,18 @@ class Joules:
         self.seen.update(results)
         self.predicted = {k: energies[k] for k in near if k in energies} if self.measured else {}
         fresh.sort(key=lambda k: (scores[k], k))
-        hope = [k for k in fresh if scores[k] <= self._margin() * least]
+        margin = self._margin()
+        at_best = {
+            k: self.objective.score((near[k], energies[k] / self._factor(k, margin)), best_us)
+            for k in fresh
+        }
+        hope = [k for k in fresh if at_best[k] <= (1 - GAIN) * least]
         self.owed += self.share.k * len(hope)
         count = math.floor(self.owed + 1e-9)
         self.owed -= count
         if not self.measured:
             count = max(count, 1)
-        chosen = [hope[i] for i in self.share.choose([scores[k] for k in hope], rng, count)]
+        chosen = [hope[i] for i in self.share.choose([at_best[k] for k in hope], rng, count)]
         covered = {v for k in (*self.tried, *chosen) for v in knobs.get(k, ())}
         for key in sorted(scores, key=lambda k: (scores[k], k)):
             if not covered.issuperset(knobs.get(key, ())):
@@ -163,6 +229,12 @@ class Joules:
         ):  # lest the model's disdain is never put to the test
             chosen.append(poor[int(rng.integers(len(poor)))])
         return chosen
+
+    def _factor(self, key: str, margin: float) -> float:
+        """Return by what a candidate's joules may be overestimated."""
+        if key not in self.doubt or self.objective.kind == "pareto":
+            return margin
+        return math.exp(SURE * self.doubt[key])
 
     def _margin(self) -> float:
         """Return the times the best score up to which a prediction may still turn out to be the best.
@@ -180,4 +252,8 @@ class Joules:
         if not pairs:
             return False
         self.held.extend(pairs.values())
+        for key, (measured, _) in pairs.items():
+            if key in self.rivals:
+                first, second, both = (math.log(measured) - p for p in self.rivals[key])
+                self.errors.append((first, second, both / self.doubt[key] * self._trust()[1]))
         return self.share.update([m for m, _ in self.held], [p for _, p in self.held])

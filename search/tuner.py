@@ -169,7 +169,7 @@ class Tuner:
                 self._train()
             for index in sorted(touched, key=lambda i: -self.tasks[i].cost):
                 if not clock.reached(0):
-                    self._confirm(self.tasks[index])
+                    self._confirm(self.tasks[index], clock)
         except KeyboardInterrupt:
             stopped = "interrupted"
         except InputError as error:  # the database takes no more; tell what was found
@@ -203,7 +203,8 @@ class Tuner:
         for measurement in found:
             self._store(task, measurement, "search")
             fresh += 1
-            if clock.budget.seconds is not None and clock.seconds > clock.budget.seconds:
+            clock.note()
+            if not clock.affords():
                 break
         if task.joules.staged:
             self._read_joules(task, clock)
@@ -224,6 +225,7 @@ class Tuner:
             if k not in task.joules.tried and r.latency_us <= limit
         }
         energies = self.learner.energies(task.space.workload, waiting)
+        energies = task.joules.refine(results, energies, task.knobs())
         blind = not (task.joules.measured or self.learner.energy.trained)
         chosen = task.joules.choose(results, energies, task.knobs(), task.rng)
         pairs = {}
@@ -236,7 +238,8 @@ class Tuner:
                 task.joules.tried.update(k for k in keys if k != record.key)
                 if not blind and (mj := task.joules.known().get(record.key)) is not None:
                     pairs[record.key] = (mj, energies[keys[0]])
-                if clock.budget.seconds is not None and clock.seconds > clock.budget.seconds:
+                clock.note()
+                if not clock.affords():
                     break
         self._train(now=task.joules.judge(pairs))
         task.tell(task.records)
@@ -261,7 +264,7 @@ class Tuner:
         self._tell("measured" if phase == "search" else "confirm", task, record=record)
         return record
 
-    def _confirm(self, task: Task) -> None:
+    def _confirm(self, task: Task, clock: Clock) -> None:
         """Time the leaders and the default against each other: single readings flatter the lucky.
 
         Afterwards the leader is one of them; if another that was read once still leads, it is compared too.
@@ -271,13 +274,16 @@ class Tuner:
         failed: set[str] = set()
         for _ in range(1 + CONFIRM_AGAIN):
             chosen = task.leaders(done, failed)
-            if len(chosen) < 2:
+            if len(chosen) < 2 or not clock.affords(len(chosen)):
                 return
             batch = [task.candidates[k] for k in chosen]
             for m in self.measurer.confirm(task.space, batch, self._next_seed()):
-                ok = self._store(task, m, "confirm").ok
+                record = self._store(task, m, "confirm")
                 keys = [k for k in chosen if task.candidates[k].key == m.candidate.key]
-                (done if ok else failed).update(keys)
+                (done if record.ok else failed).update(keys)
+                if record.ok and record.energy_mj is None and task.joules.staged:
+                    task.joules.tried.update(keys)  # its reading failed: no prediction stands for it
+                    task.tell(keys)
 
     # -- telling -------------------------------------------------------------------------------
 

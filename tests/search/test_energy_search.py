@@ -12,9 +12,11 @@ import pytest
 from recordings import DEVICE, HW, LARGE, recorded, schedules
 from simulated_machine import WORKLOAD, Machine, Wide, energy_mj, latency_us
 
+from mimo_compile.cost_models.overlap import OverlapModel
 from mimo_compile.cost_models.updating import DynamicShare
 from mimo_compile.search import joules
 from mimo_compile.search.database import Database
+from mimo_compile.search.grid import Grid
 from mimo_compile.search.joules import Joules
 from mimo_compile.search.lookup import Result
 from mimo_compile.search.measure.replay import ReplayMeasurer
@@ -212,6 +214,51 @@ def test_candidates_without_hope_are_left_alone() -> None:
     assert chosen == ["near"]  # predictions are right within 1 %, "far" would need 10 %
 
 
+def made_of(index: int) -> list[tuple[str, str, object]]:
+    """Knobs of a candidate; of every twelve one has layout `q`."""
+    layout = "q" if index % 12 == 5 else "p"
+    return [("s", "layout", layout), *(("s", f"k{j}", index // 3**j % 3) for j in range(4))]
+
+
+def test_what_one_value_saves_is_learned_from_few_readings() -> None:
+    """Three of 40 readings have the frugal layout, all too slow to win: it is known all the same."""
+    rule = Joules(parse_objective("energy@latency:1.05"), "rapl", True, DynamicShare(explore=0.0))
+    rng, knobs, results = np.random.default_rng(0), {}, {}
+    for i in range(40):
+        key, frugal = f"read{i}", made_of(i)[0][2] == "q"
+        us = 120.0 if frugal else 100.0 + i / 20
+        results[key], knobs[key] = result(key, us), made_of(i)
+        rule.learn(reading(key, us * 1e-2 * (0.8 if frugal else 1.0)))
+    for i in (41, 42, 43):
+        results[f"new{i}"], knobs[f"new{i}"] = result(f"new{i}", 101.0), made_of(i)
+    blind = dict.fromkeys(("new41", "new42", "new43"), 1.01)  # a model that knows of no layout
+    energies = rule.refine(results, blind, knobs)
+    assert energies["new41"] == pytest.approx(0.808, rel=0.02)
+    assert energies["new42"] == pytest.approx(1.01, rel=0.01) and rule.doubt["new42"] < 0.02
+    assert rule.choose(results, energies, knobs, rng) == ["new41"]
+    # predictions that turn out wrong cost trust, and are doubted
+    for i in range(joules.LEAST):
+        rule.refine(results, blind, knobs)
+        rule.judge({"new41": (1.01 + i / 1000, energies["new41"])})
+    assert rule.refine(results, blind, knobs)["new41"] > 1.0
+    assert rule.doubt["new42"] > 0.002
+    few = Joules(parse_objective("energy"), "rapl", True)
+    assert few.refine(results, blind, knobs) == blind and not few.doubt
+
+
+def test_a_value_that_was_never_read_is_doubted() -> None:
+    rng = np.random.default_rng(0)
+    words = [[("k", int(a)), ("m", int(b))] for a, b in rng.integers(0, 4, (40, 2))]
+    values = [0.1 * w[0][1] - 0.05 * w[1][1] + 0.001 * rng.normal() for w in words]
+    model = OverlapModel()
+    model.fit(words, values)
+    mean, deviation = model.predict([[("k", 3), ("m", 0)], [("k", 9), ("m", 0)]])
+    assert mean[0] == pytest.approx(0.3, abs=0.01)
+    assert deviation[0] < 0.02 and deviation[1] > 5 * deviation[0]
+    model.fit(words[:1], values[:1])
+    assert model.predict(words[:1])[0] == pytest.approx(values[0])
+
+
 def test_a_meter_that_never_answers_is_left_alone() -> None:
     rule = Joules(parse_objective("energy"), "rapl", True)
     rng = np.random.default_rng(0)
@@ -238,7 +285,8 @@ def test_hidden_energy_is_not_the_modelled_one() -> None:
     """The test machine would be no test if its joules could be had from the model."""
     space, rng = JointSpace(WORKLOAD, HW, [Wide()]), np.random.default_rng(0)
     assert space.size > 1e5
-    some = [c for c in (space.sample(rng) for _ in range(200)) if c is not None]
+    grid = Grid(space)
+    some = [grid.known(number) for number in grid.sample(rng, 200)]
     ratio = [
         energy_mj(c) / DEVICE.energy_mj(Wide().work(WORKLOAD, c.knobs, HW), latency_us(c))
         for c in some

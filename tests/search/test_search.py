@@ -586,7 +586,7 @@ def test_a_search_without_gain_ends_early(tmp_path: Path) -> None:
 
 def test_a_budget_of_joules_ends_a_search(tmp_path: Path) -> None:
     class Draining:
-        """Each look at the counter finds half a joule more."""
+        """Each look at the counter finds a tenth of a joule more."""
 
         name, step_s = "replay", 0.1
 
@@ -594,14 +594,14 @@ def test_a_budget_of_joules_ends_a_search(tmp_path: Path) -> None:
             self.mj = 0.0
 
         def read_mj(self) -> float:
-            self.mj += 500.0
+            self.mj += 100.0
             return self.mj
 
     with Database(tmp_path / "a.db") as db:
         result = tune(
             db, ReplayMeasurer(recorded(LARGE)), joules=3.0, meter=Draining(), trials=None
         )
-    assert result.stopped == "joules" and result.joules is not None and result.joules >= 3.0
+    assert result.stopped == "joules" and result.joules is not None and 2.0 < result.joules <= 3.1
     assert 8 <= result.new_trials < 96 and result.best
 
 
