@@ -249,7 +249,7 @@ def test_plug_in_page_has_every_group() -> None:
 def test_limits_that_pages_state() -> None:
     """Numbers in prose go stale first."""
     from mimo_compile.runtime import container, weights
-    from mimo_compile.search import budget, task, tuner
+    from mimo_compile.search import ahead, budget, task, tuner
     from mimo_compile.search.measure import Limits, Timing
     from mimo_compile.search.measure.buffers import GUARD
     from mimo_compile.search.meters.base import MIN_STEPS
@@ -261,7 +261,7 @@ def test_limits_that_pages_state() -> None:
         f"{GUARD >> 10} KiB of guard bytes", f"At least {timing.warm_up_s * 1e3:g} ms of warm-up",
         f"{timing.batches} batches of about {timing.batch_s * 1e3:g} ms",
         f"a window of {timing.energy_window_s:g} s", f"at least {MIN_STEPS} steps",
-        f"a first round of up to {tuner.FIRST} candidates", f"the next round of up to {tuner.BATCH}",
+        f"a first round of up to {ahead.FIRST} candidates", f"the next round of up to {tuner.BATCH}",
     ):  # fmt: skip
         assert part in text, part
     assert (task.CONFIRM, timing.budget_s) == (4, 0.5)
