@@ -54,7 +54,7 @@ class TimedBuilder(ms.builder.PyBuilder):
         for start in range(0, len(build_inputs), CHUNK):
             chunk = build_inputs[start : start + CHUNK]
             if time.monotonic() > self.deadline:
-                out += [ms.builder.BuilderResult(None, OVER) for _ in chunk]
+                out.extend(ms.builder.BuilderResult(None, OVER) for _ in chunk)
                 continue
             jobs = [(plain_build, None, b.mod, b.target, None) for b in chunk]
             for result in self.pool.map_with_error_catching(lambda job: build_one(*job), jobs):
@@ -84,7 +84,7 @@ class TimedRunner(ms.runner.PyRunner):
             if time.monotonic() > self.deadline:
                 out.append(LocalRunnerFuture(res=None, error_message=OVER))
             else:
-                out += self.inner.run([one])
+                out.extend(self.inner.run([one]))
         return out
 
 
@@ -171,7 +171,7 @@ def search(
                 runner=TimedRunner(deadline),
                 database=ms.database.MemoryDatabase(),
                 cost_model=ms.cost_model.XGBModel(
-                    num_warmup_samples=batch, num_tuning_cores=hardware.cores
+                    num_warmup_samples=batch, num_tuning_cores=1
                 ),
                 measure_callbacks=[
                     Watch(found, deadline),  # first: the model need not learn what came last
