@@ -217,8 +217,7 @@ def tune(
             source, quant=quant, attention=attention, max_context=max_context,
             example_inputs=example_inputs, hardware=hardware,
         )  # fmt: skip
-        # other machines do not know the functions of this model
-        workloads = tunable(opened.graphs, hardware, search=True, generic=on is None)
+        workloads = tunable(opened.graphs, hardware, search=True)
         if hardware.kind == "sim":
             workloads = _supported(workloads, hardware)
     with _farm(on, hardware, meter) as farm, _database(db) as database:

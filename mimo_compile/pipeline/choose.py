@@ -54,14 +54,12 @@ def tunable(
         model: Entry points as kernel graphs.
         hardware: The target; generic functions without a schedule for it are left out (None: they all are).
         search: They are to be measured: generic functions that cannot be verified are left out, too.
-        generic: Whether generic functions count.
     """
     functions = model.functions()
     weights = {
         w: call_weights(c)
         for w, c in model.workloads().items()
-        if w not in functions
-        or (generic and hardware is not None and _has_choice(w, hardware, search=search))
+        if w not in functions or (hardware is not None and _has_choice(w, hardware, search=search))
     }
     return dict(sorted(weights.items(), key=lambda item: -item[1]))
 
