@@ -46,7 +46,6 @@ def tunable(
     hardware: Hardware | None = None,
     *,
     search: bool = False,
-    generic: bool = True,
 ) -> dict[Workload, float]:
     """Return the workloads of a model that have a choice of kernels with their weights, heaviest first.
 
