@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -291,14 +292,16 @@ def columns_of(rows: Iterable[Features]) -> tuple[str, ...]:
 
 def matrix(rows: Sequence[Features], columns: Sequence[str]) -> npt.NDArray[np.float32]:
     """Return ``[rows, columns]`` float32; unknown names are dropped, missing values are NaN."""
-    absent = np.array([0.0 if "=" in c else math.nan for c in columns], np.float32)
-    out = np.tile(absent, (len(rows), 1))
-    place = {c: i for i, c in enumerate(columns)}
-    alike: dict[tuple[str, ...], list[int]] = {}
+    wanted = tuple(columns)
+    out = np.empty((len(rows), len(wanted)), np.float32)
     for i, row in enumerate(rows):
-        alike.setdefault(tuple(row), []).append(i)
-    for names, mine in alike.items():
-        known = [i for i, name in enumerate(names) if name in place]
-        values = np.array([list(rows[i].values()) for i in mine], np.float64)
-        out[np.ix_(mine, [place[names[i]] for i in known])] = values[:, known]
+        values = [*row.values(), 0.0, math.nan]
+        out[i] = np.array(values)[_places(tuple(row), wanted)]
     return out
+
+
+@lru_cache(maxsize=1024)
+def _places(names: tuple[str, ...], columns: tuple[str, ...]) -> npt.NDArray[np.intp]:
+    """Return where each column's value stands among those of the names, followed by 0 and NaN."""
+    known = {name: i for i, name in enumerate(names)}
+    return np.array([known.get(c, len(names) + ("=" not in c)) for c in columns], np.intp)

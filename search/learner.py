@@ -190,7 +190,7 @@ class Learner:
     def due(self, times: int, joules: int, *, now: bool = False) -> bool:
         """Say whether `train` has something to do, from the numbers of values known."""
         had = self.latency.samples
-        least = max(self.latency.min_samples, had + max(4, had // 10))
+        least = max(self.latency.min_samples, had + max(4, had // 8))
         return times >= least or joules >= self._joules + (
             1 if now or not self.energy.trained else 4
         )
@@ -217,7 +217,7 @@ class Learner:
             if key in works
         ]
         had = self.latency.samples
-        if len(samples) >= max(self.latency.min_samples, had + max(4, had // 10)):
+        if len(samples) >= max(self.latency.min_samples, had + max(4, had // 8)):
             self.latency.fit(samples)
             self._last = None
         known = sum(len(values) for values in joules.values())

@@ -38,6 +38,7 @@ from mimo_compile.search.strategies.surrogate import (
     Surrogate,
     expected_gain,
     flattened,
+    one_thread,
 )
 
 pytestmark = pytest.mark.compile
@@ -373,6 +374,26 @@ def test_weights_are_fitted_again_as_observations_grow_beyond_those_given() -> N
     assert np.array_equal(s.theta, first)
     s.fit(rows, y[::-1].copy(), 250)
     assert not np.array_equal(s.theta, first)
+
+
+def test_linear_algebra_is_kept_on_one_thread_only_while_a_search_ranks() -> None:
+    from threadpoolctl import threadpool_info
+
+    def threads() -> list[int]:
+        return [p["num_threads"] for p in threadpool_info() if p["user_api"] == "blas"]
+
+    with one_thread():
+        inside = threads()
+    before = threads()
+    seen: list[list[int]] = []
+
+    def looks(candidates: Sequence[Candidate]) -> list[float]:
+        seen.append(threads())
+        return [1.0] * len(candidates)
+
+    search(make("evolutionary", 0, predict=looks), times(), 16)
+    assert inside and set(inside) == {1}
+    assert seen and all(set(s) == {1} for s in seen) and threads() == before
 
 
 def test_flattened_scores_and_expected_gain() -> None:
