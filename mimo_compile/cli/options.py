@@ -172,7 +172,7 @@ def need_extra(feature: str) -> None:
     Raises:
         MissingExtra: names the one pip line that helps.
     """
-    for package in ("torch", "scipy", "networkx", "xgboost", "safetensors"):
+    for package in ("torch", "scipy", "networkx", "xgboost", "safetensors", "threadpoolctl"):
         if find_spec(package) is None:
             raise MissingExtra(feature, missing=package)
 

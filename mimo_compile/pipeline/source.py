@@ -42,7 +42,7 @@ def require_compile_extra() -> None:
     """
     from importlib.util import find_spec
 
-    for name in ("torch", "xgboost", "scipy", "networkx", "safetensors"):
+    for name in ("torch", "xgboost", "scipy", "networkx", "safetensors", "threadpoolctl"):
         if find_spec(name) is None:
             raise MissingExtra("compiling and tuning", extra="compile", missing=name)
 
