@@ -83,7 +83,7 @@ def search_metaschedule(case, hardware, job):
     from metaschedule_tune import as_json, search
 
     register_intrinsics()
-    small = {"batch": 8, "population": 16} if job["smoke"] else {}
+    small = {"batch": 8, "population": 16, "least": 1} if job["smoke"] else {}
     found = search(case.func(), case.space, hardware, job["seconds"], job["seed"], **small)
     best = [
         {"us": seconds * 1e6, "trace": as_json(trace)} for seconds, trace in found.best(FINALISTS)
@@ -393,7 +393,9 @@ def main():
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=21, help="batches of each finalist (21)")
-    parser.add_argument("--smoke", action="store_true", help="small shapes, to see that it works")
+    parser.add_argument(
+        "--smoke", action="store_true", help="small shapes and rounds, to see that it works"
+    )
     parser.add_argument("--out", type=Path, default=Path("against_metaschedule.jsonl"))
     parser.add_argument("--show", action="store_true", help="print the table of what is there")
     parser.add_argument("--write", action="store_true", help=f"put the table into {PAGE.name}")

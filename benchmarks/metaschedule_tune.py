@@ -40,20 +40,44 @@ def plain_build(mod: Any, target: Any, _params: Any) -> Any:
     return tvm.tirx.build(mod, target=target)
 
 
+@dataclass
+class Found:
+    """What a search found."""
+
+    timed: list[tuple[float, Any]] = field(default_factory=list)
+    """Seconds (median of the repeats) and trace of each candidate that ran."""
+    errors: Counter = field(default_factory=Counter)
+    rounds: int = 0
+    over: bool = False
+    """Ended by the clock (else by itself: it found no new candidates)."""
+    seconds: float = 0.0
+    deadline: float = 0.0
+    least: int = 0
+    """Rounds that it gets even if the time is over."""
+
+    def late(self) -> bool:
+        """Say whether the time is over."""
+        return self.rounds >= self.least and time.monotonic() > self.deadline
+
+    def best(self, count: int) -> list[tuple[float, Any]]:
+        """Return the fastest candidates."""
+        return sorted(self.timed, key=lambda t: t[0])[:count]
+
+
 @derived_object
 class TimedBuilder(ms.builder.PyBuilder):
     """Builds in processes that stay, until the time is over."""
 
-    def __init__(self, workers: int, deadline: float) -> None:
+    def __init__(self, workers: int, found: Found) -> None:
         super().__init__()
         self.pool = PopenPoolExecutor(max_workers=workers, timeout=60)
-        self.deadline = deadline
+        self.found = found
 
     def build(self, build_inputs: list[Any]) -> list[Any]:
         out = []
         for start in range(0, len(build_inputs), CHUNK):
             chunk = build_inputs[start : start + CHUNK]
-            if time.monotonic() > self.deadline:
+            if self.found.late():
                 out.extend(ms.builder.BuilderResult(None, OVER) for _ in chunk)
                 continue
             jobs = [(plain_build, None, b.mod, b.target, None) for b in chunk]
@@ -70,18 +94,18 @@ class TimedBuilder(ms.builder.PyBuilder):
 class TimedRunner(ms.runner.PyRunner):
     """Its own local runner, until the time is over."""
 
-    def __init__(self, deadline: float) -> None:
+    def __init__(self, found: Found) -> None:
         super().__init__()
         config = ms.runner.EvaluatorConfig(
             number=1, repeat=3, min_repeat_ms=20, enable_cpu_cache_flush=False
         )
         self.inner = ms.runner.LocalRunner(timeout_sec=20, evaluator_config=config)
-        self.deadline = deadline
+        self.found = found
 
     def run(self, runner_inputs: list[Any]) -> list[Any]:
         out = []
         for one in runner_inputs:
-            if time.monotonic() > self.deadline:
+            if self.found.late():
                 out.append(LocalRunnerFuture(res=None, error_message=OVER))
             else:
                 out.extend(self.inner.run([one]))
@@ -92,9 +116,9 @@ class TimedRunner(ms.runner.PyRunner):
 class Watch(ms.measure_callback.PyMeasureCallback):
     """Counts what came back, and ends the search."""
 
-    def __init__(self, found: Found, deadline: float) -> None:
+    def __init__(self, found: Found) -> None:
         super().__init__()
-        self.found, self.deadline = found, deadline
+        self.found = found
 
     def apply(self, scheduler, task_id, candidates, built, results) -> None:
         for candidate, result in zip(candidates, results, strict=True):
@@ -104,26 +128,9 @@ class Watch(ms.measure_callback.PyMeasureCallback):
             elif OVER not in str(result.error_msg):
                 self.found.errors[first_reason(str(result.error_msg))] += 1
         self.found.rounds += 1
-        if time.monotonic() > self.deadline:
+        if self.found.late():
             self.found.over = True
             raise RuntimeError(OVER)
-
-
-@dataclass
-class Found:
-    """What a search found."""
-
-    timed: list[tuple[float, Any]] = field(default_factory=list)
-    """Seconds (median of the repeats) and trace of each candidate that ran."""
-    errors: Counter = field(default_factory=Counter)
-    rounds: int = 0
-    over: bool = False
-    """Ended by the clock (else by itself: it found no new candidates)."""
-    seconds: float = 0.0
-
-    def best(self, count: int) -> list[tuple[float, Any]]:
-        """Return the fastest candidates."""
-        return sorted(self.timed, key=lambda t: t[0])[:count]
 
 
 def first_reason(message: str) -> str:
@@ -141,6 +148,7 @@ def search(
     seed: int,
     batch: int = BATCH,
     population: int = POPULATION,
+    least: int = 0,
 ) -> Found:
     """Run `tune_tir` on one PrimFunc.
 
@@ -152,10 +160,10 @@ def search(
         seed: Of its random choices.
         batch: Candidates of a round.
         population: Traces that it evolves.
+        least: Rounds that it gets however long they take.
     """
     begin = time.monotonic()
-    deadline = begin + seconds
-    found = Found()
+    found = Found(deadline=begin + seconds, least=least)
     generator = ms.space_generator.ScheduleFn(
         space, sch_rules=[], postprocs=[], mutator_probs={ms.mutator.MutateTileSize(): 1.0}
     )
@@ -167,14 +175,12 @@ def search(
                 work_dir=folder,
                 max_trials_global=100_000,
                 num_trials_per_iter=batch,
-                builder=TimedBuilder(hardware.cores, deadline),
-                runner=TimedRunner(deadline),
+                builder=TimedBuilder(hardware.cores, found),
+                runner=TimedRunner(found),
                 database=ms.database.MemoryDatabase(),
-                cost_model=ms.cost_model.XGBModel(
-                    num_warmup_samples=batch, num_tuning_cores=1
-                ),
+                cost_model=ms.cost_model.XGBModel(num_warmup_samples=batch, num_tuning_cores=1),
                 measure_callbacks=[
-                    Watch(found, deadline),  # first: the model need not learn what came last
+                    Watch(found),  # first: the model need not learn what came last
                     ms.measure_callback.AddToDatabase(),
                     ms.measure_callback.UpdateCostModel(),
                     ms.measure_callback.RemoveBuildArtifact(),

@@ -146,7 +146,7 @@ def test_a_line_without_its_end_is_done_again(tool: Any, tmp_path: Path) -> None
 def test_a_small_run_from_the_search_to_the_table(tmp_path: Path) -> None:
     out = tmp_path / "smoke.jsonl"
     command = [
-        sys.executable, str(BENCHMARKS / "against_metaschedule.py"), "gemv_w4", "--smoke", "--seconds", "8",
+        sys.executable, str(BENCHMARKS / "against_metaschedule.py"), "gemv_w4", "--smoke", "--seconds", "3",
         "--rounds", "3", "--out", str(out),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
