@@ -239,8 +239,7 @@ class Farm:
         for decision in self.scheduler.decide(now):
             number = decision.action.id
             if isinstance(decision, Refuse):
-                dead = "died" in decision.reason or "killed" in decision.reason
-                status: Literal["crash", "refused"] = "crash" if dead else "refused"
+                status: Literal["crash", "refused"] = "crash" if decision.deadly else "refused"
                 self._finish(Result(decision.action, status, message=decision.reason))
                 continue
             self._began[number] = now

@@ -88,6 +88,8 @@ class Refuse:
 
     action: Action
     reason: str
+    deadly: bool = False
+    """True when workers or nodes were lost by it, false when nothing here could run it."""
 
 
 Decision = Start | Refuse
@@ -159,7 +161,7 @@ class Scheduler:
     def arrived(self, action: Action, now: float) -> None:
         """Queue an action; one that no node so far could run, or that is quarantined, is refused at once."""
         if action.content and action.content in self.quarantined:
-            self._refused.append(Refuse(action, "it has killed its worker before"))
+            self._refused.append(Refuse(action, "it has killed its worker before", True))
         elif reason := self._impossible(action, self._ever):
             self._refused.append(Refuse(action, reason))
         else:
@@ -184,7 +186,7 @@ class Scheduler:
             if action.content:
                 self.quarantined.add(action.content)
             reason = f"its worker died {self._killed.pop(at)} times"
-            self._refused.append(Refuse(action, reason))
+            self._refused.append(Refuse(action, reason, True))
         else:
             self._again(number, "")
 
@@ -204,7 +206,7 @@ class Scheduler:
         old = self.running.pop(number).waiting
         old.node_losses += node
         if old.node_losses >= NODE_LOSSES:
-            self._refused.append(Refuse(old.action, f"{old.node_losses} {reason}"))
+            self._refused.append(Refuse(old.action, f"{old.node_losses} {reason}", True))
         else:
             self.waiting[number] = old
 

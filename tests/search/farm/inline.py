@@ -28,6 +28,8 @@ class Inline:
         """What was started: kind, node, content."""
         self.deaths: Counter[tuple[str, str]] = Counter()
         """Times that workers of a kind and content still die."""
+        self.vanishing: Counter[str] = Counter()
+        """Times that the node vanishes below a content."""
         self.stuck: set[str] = set()
         """Contents that never end."""
         self.broken: dict[str, Exception] = {}
@@ -59,6 +61,9 @@ class Inline:
         number, key = start.action.id, (start.action.kind, start.action.content)
         if start.node in self.broken:
             return Outcome(number, "broken", error=self.broken[start.node])
+        if self.vanishing[start.action.content] > 0:
+            self.vanishing[start.action.content] -= 1
+            return Outcome(number, "vanished")
         if self.deaths[key] > 0:
             self.deaths[key] -= 1
             return Outcome(number, "lost")

@@ -18,7 +18,7 @@ from mimo_compile.search.database import Database
 from mimo_compile.search.farm.coordinator import Farm
 from mimo_compile.search.farm.hosts import Answer, Built
 from mimo_compile.search.farm.measurer import FarmMeasurer
-from mimo_compile.search.farm.scheduling import Action, Node
+from mimo_compile.search.farm.scheduling import NODE_LOSSES, Action, Node
 from mimo_compile.search.measure.base import Measurement
 from mimo_compile.search.measure.worker import Reply
 from mimo_compile.search.records import Verdict
@@ -169,6 +169,17 @@ def test_a_dead_worker_s_action_is_run_again_once(kind: str) -> None:
         (again,) = m.measure(found, [b], 2)  # it is not tried any more
         assert again.verdict is Verdict.CRASH and "before" in again.message
         assert all(content != b.key or k != kind for k, _, content in executor.log[starts:])
+
+
+@pytest.mark.fault
+def test_a_vanished_node_is_blamed_on_a_candidate_only_in_the_end() -> None:
+    executor = Inline([ONE], HOSTS)
+    with measurer(executor) as m:
+        found, (a, b, *_) = space()
+        executor.vanishing.update({a.key: NODE_LOSSES - 1, b.key: NODE_LOSSES})
+        answers = {x.candidate: x for x in m.measure(found, [a, b], 1)}
+    assert answers[a].verdict is Verdict.OK and answers[b].verdict is Verdict.CRASH
+    assert "4 nodes vanished below it" in answers[b].message
 
 
 @pytest.mark.fault
