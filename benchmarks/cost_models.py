@@ -15,7 +15,8 @@ others. Per held-out workload and thread count, all in logarithms:
   than ten candidates); loss: how much slower than the best the predicted best is.
 
 `own` samples are measured candidates of the workload itself that the model has seen too; they are drawn five
-times, and the figures are of the rest.
+times, and the figures are of the rest. All is done for each seed anew: other parts, other draws, other
+ensembles; after ± stands the standard deviation over seeds.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -99,10 +100,10 @@ def drawn(samples: Sequence[Sample], most: int) -> list[Sample]:
     ]
 
 
-def folds(samples: Sequence[Sample]) -> list[set[str]]:
+def folds(samples: Sequence[Sample], seed: int = 0) -> list[set[str]]:
     """Deal the workloads out."""
     names = sorted({s.group.partition("@")[0] for s in samples})
-    order = np.random.default_rng(0).permutation(len(names))
+    order = np.random.default_rng(seed).permutation(len(names))
     return [{names[i] for i in order[k::FOLDS]} for k in range(FOLDS)]
 
 
@@ -119,9 +120,9 @@ def split(
     return rest, groups
 
 
-def trained(samples: Sequence[Sample]) -> LatencyModel:
+def trained(samples: Sequence[Sample], seed: int = 0) -> LatencyModel:
     """Train as a warm start does."""
-    model = LatencyModel(rounds=PRIOR_ROUNDS)
+    model = LatencyModel(rounds=PRIOR_ROUNDS, seed=seed)
     model.fit(samples)
     return model
 
@@ -135,12 +136,12 @@ def with_prior(samples: Sequence[Sample], model: LatencyModel) -> list[Sample]:
     ]
 
 
-def cold_and_warm(samples: Sequence[Sample], least: int) -> dict[str, list[Score]]:
+def cold_and_warm(samples: Sequence[Sample], least: int, seed: int = 0) -> dict[str, list[Score]]:
     """Score the roofline and a warm start on held-out workloads with at least ``least`` candidates."""
     out: dict[str, list[Score]] = {"roofline": [], "warm start": []}
-    for held in folds(samples):
+    for held in folds(samples, seed):
         rest, groups = split(samples, held)
-        model = trained(rest)
+        model = trained(rest, seed)
         for mine in groups.values():
             if len(mine) < least:
                 continue
@@ -151,16 +152,16 @@ def cold_and_warm(samples: Sequence[Sample], least: int) -> dict[str, list[Score
 
 
 def with_own(
-    samples: Sequence[Sample], numbers: Sequence[int] = OWN
+    samples: Sequence[Sample], numbers: Sequence[int] = OWN, seed: int = 0
 ) -> dict[tuple[int, str], list[Score]]:
     """Score models that have seen some candidates of the held-out workload, cold and warm."""
     out: dict[tuple[int, str], list[Score]] = {}
-    rng = np.random.default_rng(1)
-    for held in folds(samples):
+    rng = np.random.default_rng([1, seed])
+    for held in folds(samples, seed):
         rest, groups = split(samples, held)
         if not any(len(mine) >= numbers[0] + REST for mine in groups.values()):
             continue
-        prior = trained(rest)
+        prior = trained(rest, seed)
         for mine in groups.values():
             warm = with_prior(mine, prior)
             for own in numbers:
@@ -169,7 +170,7 @@ def with_own(
                 for _ in range(DRAWS):
                     order = rng.permutation(len(mine))
                     for kind, some in (("cold", mine), ("warm", warm)):
-                        model = LatencyModel(min_samples=4)
+                        model = LatencyModel(min_samples=4, seed=seed)
                         model.fit([some[i] for i in order[:own]])
                         left = [some[i] for i in order[own:]]
                         got = model.predict([s.blocks for s in left]).value
@@ -177,12 +178,12 @@ def with_own(
     return out
 
 
-def ablation(samples: Sequence[Sample], least: int) -> dict[str, list[Score]]:
+def ablation(samples: Sequence[Sample], least: int, seed: int = 0) -> dict[str, list[Score]]:
     """Score models that lack one group of features each, with own samples where there are enough."""
 
     def scores(some: Sequence[Sample]) -> list[Score]:
-        own = with_own(some, [ABLATED])
-        return own.get((ABLATED, "warm")) or cold_and_warm(some, least)["warm start"]
+        own = with_own(some, [ABLATED], seed)
+        return own.get((ABLATED, "warm")) or cold_and_warm(some, least, seed)["warm start"]
 
     out = {"all": scores(samples)}
     for group in GROUPS:
@@ -191,16 +192,48 @@ def ablation(samples: Sequence[Sample], least: int) -> dict[str, list[Score]]:
     return out
 
 
-def row(name: str, m: dict[str, float]) -> str:
+def tables(
+    samples: Sequence[Sample], least: int, seeds: Sequence[int]
+) -> dict[str, dict[str, Row]]:
+    """Score everything once for each seed: other parts held out, other draws, other ensembles."""
+    runs: dict[str, dict[str, list[dict[str, float]]]] = {}
+
+    def take(title: str, found: Mapping[str, Sequence[Score]]) -> None:
+        for name, scores in found.items():
+            runs.setdefault(title, {}).setdefault(name, []).append(mean_of(scores))
+
+    for seed in seeds:
+        take("held-out workloads", cold_and_warm(samples, least, seed))
+        own = with_own(samples, seed=seed)
+        take("own samples", {f"{n}, {kind}": v for (n, kind), v in sorted(own.items())})
+        take("features", ablation(samples, least, seed))
+    return {t: {n: spread_of(m) for n, m in rows.items()} for t, rows in runs.items()}
+
+
+Row = dict[str, tuple[float, float]]
+"""Mean and standard deviation over seeds of each figure."""
+
+
+def spread_of(runs: Sequence[dict[str, float]]) -> Row:
+    """Return mean and standard deviation of each figure."""
+    return {
+        k: (statistics.fmean(r[k] for r in runs), statistics.pstdev(r[k] for r in runs))
+        for k in runs[0]
+    }
+
+
+def row(name: str, m: Row) -> str:
     """Return a line of a Markdown table."""
-    return (
-        f"| {name} | {m['workloads']:.0f} | {m['rank']:.2f} | {m['pairs']:.2f} | {m['snr_db']:.1f} | "
-        f"{m['off']:.2f} | {100 * m['top1']:.0f} % | {_percent(m['top5'])} | {100 * m['loss']:.1f} % |"
-    )
 
+    def both(figure: str, digits: int, scale: float = 1.0, unit: str = "") -> str:
+        mean, sd = (scale * x for x in m[figure])
+        return "-" if math.isnan(mean) else f"{mean:.{digits}f} ± {sd:.{digits}f}{unit}"
 
-def _percent(share: float) -> str:
-    return "-" if math.isnan(share) else f"{100 * share:.0f} %"
+    cells = [
+        name, f"{m['workloads'][0]:.0f}", both("rank", 2), both("pairs", 2), both("snr_db", 1),
+        both("off", 2), both("top1", 0, 100, " %"), both("top5", 0, 100, " %"), both("loss", 1, 100, " %"),
+    ]  # fmt: skip
+    return "| " + " | ".join(cells) + " |"
 
 
 HEAD = """| {} | workloads | rank | pairs | SNR, dB | off | top 1 | top 5 | loss |
@@ -219,29 +252,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--most", type=int, default=256, help="candidates of one workload (default: 256)"
     )
+    parser.add_argument(
+        "--seeds", type=int, default=5, help="times that all is done, otherwise dealt (default: 5)"
+    )
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args(arguments)
     records = [r for path in args.files or packaged() for r in read_records(path)]
     samples = drawn(samples_of(records)[0], args.most)
-    tables = {
-        "held-out workloads": {
-            k: mean_of(v) for k, v in cold_and_warm(samples, args.least).items()
-        },
-        "own samples": {
-            f"{own}, {kind}": mean_of(v) for (own, kind), v in sorted(with_own(samples).items())
-        },
-        "features": {k: mean_of(v) for k, v in ablation(samples, args.least).items()},
-    }
+    found = tables(samples, args.least, range(args.seeds))
     if args.json:
-        json.dump({"samples": len(samples), "tables": tables}, sys.stdout, indent=1)
+        json.dump(
+            {"samples": len(samples), "seeds": args.seeds, "tables": found}, sys.stdout, indent=1
+        )
         return 0
     print(
-        f"{len(samples)} candidates, {len({s.group for s in samples})} workloads and thread counts"
+        f"{len(samples)} candidates, {len({s.group for s in samples})} workloads and thread counts, "
+        f"{args.seeds} seeds"
     )
-    for title, lines in tables.items():
-        if lines:
-            print("\n" + HEAD.format(title))
-            print("\n".join(row(name, m) for name, m in lines.items()))
+    for title, lines in found.items():
+        print("\n" + HEAD.format(title))
+        print("\n".join(row(name, m) for name, m in lines.items()))
     return 0
 
 
