@@ -216,10 +216,8 @@ Row = dict[str, tuple[float, float]]
 
 def spread_of(runs: Sequence[dict[str, float]]) -> Row:
     """Return mean and standard deviation of each figure."""
-    return {
-        k: (statistics.fmean(r[k] for r in runs), statistics.pstdev(r[k] for r in runs))
-        for k in runs[0]
-    }
+    values = {k: np.array([r[k] for r in runs]) for k in runs[0]}
+    return {k: (float(v.mean()), float(v.std())) for k, v in values.items()}
 
 
 def row(name: str, m: Row) -> str:
