@@ -22,7 +22,7 @@ from mimo_compile.search.budget import Clock, Share, mark_heavy, next_share, pat
 from mimo_compile.search.database import Database
 from mimo_compile.search.joules import Joules
 from mimo_compile.search.learner import Learner, Prior
-from mimo_compile.search.measure import Measurement, Measures, Recalls
+from mimo_compile.search.measure import Measurement, Measures, Predicts, Recalls
 from mimo_compile.search.meters import MODELLED
 from mimo_compile.search.objective import Objective
 from mimo_compile.search.progress import Event, Progress
@@ -87,7 +87,10 @@ class Tuner:
         rng = np.random.default_rng([self.seed, len(self.tasks)])
         options = self.options
         if any(type(s).work is Schedule.work for s in space.schedules.values()):
-            options = replace(options, pool=options.costly_pool)
+            few = options.costly_pool
+            options = replace(options, pool=few, verified=min(few, options.verified))
+        elif isinstance(self.measurer, Predicts):  # which knows: it may look at all that is ranked
+            options = replace(options, verified=1 << 30)
         share = Share(weight, floor)
         setting = Setting(
             space, rng, seeds,
@@ -282,7 +285,9 @@ class Tuner:
                 keys = [k for k in chosen if task.candidates[k].key == m.candidate.key]
                 (done if record.ok else failed).update(keys)
                 if record.ok and record.energy_mj is None and task.joules.staged:
-                    task.joules.tried.update(keys)  # its reading failed: no prediction stands for it
+                    task.joules.tried.update(
+                        keys
+                    )  # its reading failed: no prediction stands for it
                     task.tell(keys)
 
     # -- telling -------------------------------------------------------------------------------

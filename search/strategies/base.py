@@ -32,9 +32,11 @@ class Options:
     population: int = 16
     """Best candidates that offspring come from."""
     pool: int = 96
-    """Offspring made for each ask; the learned model looks at as many candidates (some 0.2 ms each)."""
+    """Offspring made for each ask."""
+    verified: int = 64
+    """Candidates that the learned model looks at for each ask, after the surrogate has (some 0.2 ms each)."""
     costly_pool: int = 16
-    """The same where a candidate's work is known only after generating its code."""
+    """Both of these where a candidate's work is known only after generating its code."""
     epsilon: float = 0.05
     """Share of candidates that are drawn at random; it falls as more is known."""
     crossover: float = 0.3

@@ -30,8 +30,6 @@ _FEW = 192
 """Observations that the surrogate rests on at most: the best ones and the latest."""
 _PART = 1 / 8
 """Part of the trials that each algorithm near the best gets, whatever the models say."""
-_VERIFIED = 64
-"""Candidates that the learned model looks at, after the surrogate has."""
 
 
 class EvolutionarySearch(Known):
@@ -206,7 +204,7 @@ class EvolutionarySearch(Known):
     ) -> tuple[Array, Array]:
         """Mix in what the learned model says of the most promising; the others fall behind."""
         predict, spread = self.setting.predict, self.setting.spread
-        top = order[: min(_VERIFIED, self.setting.options.pool)]
+        top = order[: self.setting.options.verified]
         chosen = [self.grid.known(pool[i]) for i in top]
         scores = predict(chosen) if predict is not None else None
         if scores is None:
