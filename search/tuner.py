@@ -285,9 +285,8 @@ class Tuner:
                 keys = [k for k in chosen if task.candidates[k].key == m.candidate.key]
                 (done if record.ok else failed).update(keys)
                 if record.ok and record.energy_mj is None and task.joules.staged:
-                    task.joules.tried.update(
-                        keys
-                    )  # its reading failed: no prediction stands for it
+                    # its reading failed: no prediction stands for it
+                    task.joules.tried.update(keys)
                     task.tell(keys)
 
     # -- telling -------------------------------------------------------------------------------
