@@ -109,12 +109,18 @@ class Extractor:
     ) -> tuple[Features, ...]:
         """Return a row for each part of a candidate's kernel, whose costs models add up.
 
-        A part sees its own knobs, without its name, and those of the whole kernel. A kernel without parts is
-        one.
+        A part sees its own knobs, without its name, and those of the whole kernel: whatever is not named
+        after a part, or after one that would be counted on from there (a block that was inlined). A kernel
+        without parts is one.
         """
         if not counts.parts:
             return (self(counts, schedule, knobs),)
-        whole = {n: v for n, v in knobs.items() if "." not in n}
+        stems = {_stem(part.name) for part in counts.parts}
+        whole = {
+            n: v
+            for n, v in knobs.items()
+            if "." not in n or _stem(n.partition(".")[0]) not in stems
+        }
         rows = []
         for part in counts.parts:
             head = f"{part.name}."
@@ -230,6 +236,11 @@ def without(row: Features, groups: Collection[str]) -> Features:
         for k, v in row.items()
         if k.partition(".")[0] not in groups or k in (ANALYTIC, MODELLED)
     }
+
+
+def _stem(name: str) -> str:
+    """Return the name of a part without its number."""
+    return name.rstrip("0123456789")
 
 
 def _workload(workload: Workload) -> Features:

@@ -186,6 +186,34 @@ def test_features_are_of_each_block_with_its_own_knobs():
     assert len(single) == 1
 
 
+def test_features_tell_the_tiles_of_a_sketch():
+    w, name = workload("matmul"), "tir.x86_meta"
+    space = JointSpace(w, CPU, [get_schedule(name)])
+    kind, knobs = space.schedules[name], space.spaces[name].knobs["t0.1"]
+    base = space.candidate(name, space.spaces[name].default).config
+    extract, rows = Extractor(w, CPU, DeviceModel.guess(CPU)), []
+    for value in knobs[:2]:
+        told = {**base, "t0.1": value}
+        counts = kind.work(w, kind.config_from_json(told), CPU)
+        rows.append(extract.blocks(counts, name, told))
+    assert len(rows[0]) == len(rows[1]) > 0
+    for one, other in zip(*rows, strict=True):
+        assert {k for k in one.keys() | other.keys() if one.get(k) != other.get(k)} == {
+            f"knobs.{name}.t0.1"
+        }
+
+
+def test_knobs_of_inlined_blocks_are_of_no_other():
+    w, name = workload("linear_gelu"), "tir.x86_trace"
+    space = JointSpace(w, CPU, [get_schedule(name)])
+    config = space.spaces[name].default
+    assert config.inlined()
+    counts = space.schedules[name].work(w, config, CPU)
+    knobs = space.candidate(name, config).config
+    for row in Extractor(w, CPU, DeviceModel.guess(CPU)).blocks(counts, name, knobs):
+        assert not any(k.startswith(f"knobs.{name}.b") for k in row)
+
+
 def test_records_of_unknown_functions_teach_nothing(monkeypatch):
     space = JointSpace(workload("gelu"), CPU)
     rng = np.random.default_rng(0)
