@@ -8,16 +8,17 @@ replaced at the next start.
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import secrets
 import signal
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ def parse_on(text: str) -> str | None:
     """
     kind, colon, address = text.partition(":")
     host, _, port = address.rpartition(":")
-    if kind == "ray" and (not colon or (host and port.isdecimal() and 0 < int(port) < 65536)):
+    number = int(port) if port.isascii() and port.isdecimal() and len(port) <= 5 else 0
+    if kind == "ray" and (not colon or (host and 0 < number < 65536)):
         return address or None
     raise UsageError(f"--on {text!r} is not understood", remedy="write ray, or ray:HOST:PORT")
 
@@ -60,9 +62,10 @@ def _check_answers(address: str) -> None:
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), _CONNECT_S).close()
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the latter: what no host can be called
+        reason = getattr(error, "strerror", None) or error
         raise MimoError(
-            f"no Ray cluster answers: {error.strerror or error}",
+            f"no Ray cluster answers: {reason}",
             where=address,
             remedy="Start one there with: ray start --head --port " + port,
         ) from error
@@ -84,6 +87,55 @@ def _own_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def _has_token() -> bool:
+    """Say whether this user has a token for Ray clusters, where Ray itself looks for one."""
+    given = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
+    return bool(given) or Path("~/.ray/auth_token").expanduser().is_file()
+
+
+def _variables(own: bool) -> dict[str, str]:
+    """Return what Ray is to find in the environment of a process that starts a cluster or joins one."""
+    out = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    if own:
+        out["RAY_NUM_REDIS_GET_RETRIES"] = "90"  # seconds for a busy machine to start
+    if "RAY_AUTH_MODE" not in os.environ and (own or _has_token()):
+        # `ray start` does the same where there is a token, whoever joins by an address must do it himself
+        out["RAY_AUTH_MODE"] = "token"
+        if own:
+            out["RAY_AUTH_TOKEN"] = _TOKEN
+    return {k: v for k, v in out.items() if k == "RAY_USAGE_STATS_ENABLED" or k not in os.environ}
+
+
+def _reread() -> None:
+    """Have Ray look at the environment again: it keeps what it read."""
+    raylet = sys.modules.get("ray._raylet")
+    if raylet is not None:
+        raylet.AuthenticationTokenLoader.instance().reset_cache()
+        raylet.Config.initialize("")
+
+
+def _places(address: str, ray: Any) -> set[tuple[str, int]]:
+    """Return the numeric addresses that an address stands for, those of this machine by its node's."""
+    host, _, port = address.rpartition(":")
+    found = {str(i[4][0]) for i in socket.getaddrinfo(host.strip("[]"), int(port))}
+    if any(ip_address(f.partition("%")[0]).is_loopback for f in found):
+        found.add(str(ray.util.get_node_ip_address()))
+    return {(f, int(port)) for f in found}
+
+
+def _check_same(address: str | None, ray: Any) -> None:
+    """Refuse another cluster than the one to which this process is connected already."""
+    there = str(ray.get_runtime_context().gcs_address)
+    with contextlib.suppress(OSError, UnicodeError, ValueError):
+        if address is not None and _places(address, ray) & _places(there, ray):
+            return
+    raise UsageError(
+        f"this process is connected to the Ray cluster at {there} already",
+        where="ray" if address is None else f"ray:{address}",
+        remedy=f"use ray:{there}, or call ray.shutdown() before",
+    )
+
+
 class Cluster:
     """A connection to Ray. One that was made by others is left as it is."""
 
@@ -96,27 +148,26 @@ class Cluster:
 
         Raises:
             MissingExtra: Ray is not installed.
+            UsageError: this process is connected to another cluster.
             MimoError: the address does not answer, or Ray cannot be started or joined.
         """
         require_ray()
-        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        os.environ.setdefault(
-            "RAY_NUM_REDIS_GET_RETRIES", "90"
-        )  # seconds for a busy machine to start
-        if address is None and "RAY_AUTH_MODE" not in os.environ:
-            os.environ.setdefault("RAY_AUTH_TOKEN", _TOKEN)
-            quiet = (
-                "ray._private.authentication.authentication_token_setup"  # it says that it does so
-            )
-            logging.getLogger(quiet).setLevel(logging.ERROR)
+        self._scratch: Scratch | None = None
+        self._before: dict[str, str | None] = {}
+        self.ray: Any = sys.modules.get("ray")
+        self._joined = self.ray is not None and self.ray.is_initialized()
+        if self._joined:
+            _check_same(address, self.ray)
+            return
+        if address is not None:
+            _check_answers(address)
+        changed = _variables(own=address is None)
+        self._before = {k: os.environ.get(k) for k in changed}
+        os.environ.update(changed)
         import ray
 
-        self.ray: Any = ray
-        self._scratch: Scratch | None = None
-        self._joined = ray.is_initialized()
-        if self._joined:
-            return
+        _reread()
+        self.ray = ray
         options: dict[str, Any] = {
             "log_to_driver": False, "configure_logging": False, "namespace": "mimo-compile",
         }  # fmt: skip
@@ -128,12 +179,11 @@ class Cluster:
                 "_temp_dir": str(self._scratch.path),
             }  # fmt: skip
         else:
-            _check_answers(address)
             options["address"] = address
         try:
             with _own_signals():
                 ray.init(**options)
-        except (ConnectionError, RuntimeError, OSError, ValueError, TimeoutError) as error:
+        except (RuntimeError, OSError, ValueError, ray.exceptions.RayError) as error:
             self.close()
             first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
             raise MimoError(
@@ -141,7 +191,8 @@ class Cluster:
                 where=address or "",
                 remedy=""
                 if address is None
-                else "This machine must be a node of it: ray start --address " + address,
+                else f"This machine must be a node of it: ray start --address {address}. If the cluster has "
+                "a token, the same must be in ~/.ray/auth_token or RAY_AUTH_TOKEN here",
             ) from error
 
     @property
@@ -164,6 +215,14 @@ class Cluster:
         if not self._joined:
             with contextlib.suppress(Exception), _own_signals():  # it may be half started, or gone
                 self.ray.shutdown()
+        for name, value in self._before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        if self._before:
+            self._before = {}
+            _reread()
         if self._scratch is not None:
             self._scratch.close()
             Scratch().close()  # which sweeps away what killed workers left
@@ -196,7 +255,6 @@ class RayExecutor:
         factory: Factory,
         *,
         settle: Callable[[], list[Any]] = list,
-        cpus: Mapping[str, float] | None = None,
     ) -> None:
         """Use a cluster, which is closed with this.
 
@@ -205,14 +263,12 @@ class RayExecutor:
             describe: Says which nodes there are and what each takes; it is asked every `POLL_S` seconds.
             factory: Host classes by kind; a host has ``run(order)``, which returns a `hosts.Answer`.
             settle: Returns references besides results to wait on (probes of nodes).
-            cpus: Ray CPUs that an actor of a kind claims (default: none).
         """
         self._cluster = cluster
         self._ray = cluster.ray
         self._describe = describe
         self._factory = factory
         self._settle = settle
-        self._cpus = dict(cpus or {})
         self.home = cluster.home
         self._idle: dict[tuple[str, str], list[_Host]] = {}
         self._running: dict[Any, tuple[int, _Host]] = {}
@@ -241,7 +297,7 @@ class RayExecutor:
         """Create an actor on a node."""
         cls, args = self._factory(role)
         options = {
-            "num_cpus": self._cpus.get(role, 0), "max_restarts": 0, "max_task_retries": 0,
+            "num_cpus": 0, "max_restarts": 0, "max_task_retries": 0,
             "scheduling_strategy": self._cluster.on(node),
         }  # fmt: skip
         return _Host(self._ray.remote(cls).options(**options).remote(*args), node, role)

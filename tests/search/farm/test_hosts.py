@@ -216,7 +216,16 @@ def test_a_node_describes_itself() -> None:
 def test_where_to_run() -> None:
     assert parse_on("ray") is None and parse_on("ray:10.0.0.1:6379") == "10.0.0.1:6379"
     assert parse_on("ray:[::1]:6379") == "[::1]:6379"
-    for wrong in ("", "slurm", "ray:", "ray:host", "ray:host:x", "ray::6379", "ray:h:99999"):
+    for wrong in (
+        "",
+        "slurm",
+        "ray:",
+        "ray:host",
+        "ray:host:x",
+        "ray::6379",
+        "ray:h:99999",
+        "ray:h:٦٣٧٩",
+    ):
         with pytest.raises(UsageError, match="ray:HOST:PORT"):
             parse_on(wrong)
 
@@ -241,3 +250,26 @@ def test_what_no_farm_can_do_is_refused_early(monkeypatch: pytest.MonkeyPatch) -
 def test_an_address_that_does_not_answer() -> None:
     with pytest.raises(MimoError, match=r"no Ray cluster answers: .*\(127\.0\.0\.1:9\).*ray start"):
         ray_farm._check_answers("127.0.0.1:9")
+    for host in ("a..b", "x" * 70):  # what no host can be called
+        with pytest.raises(MimoError, match="no Ray cluster answers"):
+            ray_farm._check_answers(f"{host}:6379")
+
+
+def test_a_token_that_is_there_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """`ray start` asks for a token where it finds one: who joins has to send it."""
+    for name in [k for k in os.environ if k.startswith("RAY_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert "RAY_AUTH_MODE" not in ray_farm._variables(own=False)
+    own = ray_farm._variables(own=True)
+    assert own["RAY_AUTH_MODE"] == "token" and len(own["RAY_AUTH_TOKEN"]) == 64
+    joining = {"RAY_USAGE_STATS_ENABLED", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"}
+    assert set(ray_farm._variables(own=False)) == joining
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("0" * 32)
+    assert ray_farm._variables(own=False)["RAY_AUTH_MODE"] == "token"
+    monkeypatch.setenv("HOME", str(tmp_path / "other"))
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "1" * 32)
+    assert set(ray_farm._variables(own=False)) == {*joining, "RAY_AUTH_MODE"}
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    assert "RAY_AUTH_MODE" not in ray_farm._variables(own=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -96,7 +98,6 @@ class TestOneNode:
 
         stored: list[str] = []
         killed: list[int] = []
-        stop = threading.Event()
 
         def show(event: Any) -> None:
             if event.record is not None:
@@ -110,7 +111,6 @@ class TestOneNode:
 
         with Database(tmp_path / "r.db") as db:
             result = search(db, farm, 32, progress=show)
-            stop.set()
             assert len(killed) == 4 and len(set(killed)) == 4
             assert result.stopped == "trials" and result.trials == 32
             assert Counter(stored) == Counter(r.key for r in db)
@@ -136,12 +136,13 @@ class TestOneNode:
 
         thread = threading.Thread(target=kill)
         thread.start()
+        before = farm.farm.statistics.rerun
         slow = [space.candidate("embed.zoo", ZooConfig(f)) for f in ("hangs", "honest_parallel")]
         found = {str(m.candidate.config["fault"]): m for m in farm.measure(space, slow, 2)}
         thread.join()
         assert found["honest_parallel"].verdict is Verdict.OK
         assert found["hangs"].verdict is Verdict.TIMEOUT
-        assert farm.farm.statistics.rerun >= 1
+        assert farm.farm.statistics.rerun > before
 
 
 def test_builders_elsewhere_work_while_the_device_measures(paths: None, tmp_path: Path) -> None:
@@ -210,6 +211,71 @@ def test_a_cluster_that_is_not_the_target_is_refused(paths: None) -> None:
         assert list(Membership(cluster, local_cpu()).settled()) == [cluster.home]
     finally:
         cluster.close()
+
+
+JOIN = """
+import os, sys
+from mimo_compile.errors import UsageError
+from mimo_compile.search.farm.ray_farm import Cluster
+before = {k: v for k, v in os.environ.items() if k.startswith("RAY_A")}
+for address in (sys.argv[1], None, sys.argv[1]):  # joined, started here, joined again
+    cluster = Cluster(address, cpus=1)
+    assert cluster.home in cluster.nodes()
+    for other in (None, "10.255.0.1:9"):
+        try:
+            Cluster(other)
+        except UsageError as error:
+            assert "connected to the Ray cluster at" in str(error), error
+        else:
+            raise AssertionError(other)
+    cluster.close()
+    assert {k: v for k, v in os.environ.items() if k.startswith("RAY_A")} == before
+print("well")
+"""
+
+
+def test_a_cluster_with_a_token_is_joined(tmp_path: Path) -> None:
+    """`ray start` turns tokens on where it finds one; our environment is as before in the end."""
+    import tempfile
+
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text("0123456789abcdef" * 2)
+    env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    env |= {"HOME": str(tmp_path), "RAY_USAGE_STATS_ENABLED": "0"}
+    address = f"127.0.0.1:{free_port()}"
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as short:  # for names of sockets
+        head = subprocess.Popen(
+            [
+                str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--port",
+                address.rpartition(":")[2], "--num-cpus", "1", "--include-dashboard", "false",
+                "--object-store-memory", str(100 << 20), "--temp-dir", short,
+            ],
+            env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        try:
+            end = time.monotonic() + 60
+            while time.monotonic() < end and not answers(address):
+                time.sleep(0.2)
+            done = subprocess.run(
+                [sys.executable, "-c", JOIN, address],
+                env=env, capture_output=True, text=True, timeout=120,
+            )  # fmt: skip
+        finally:
+            head.terminate()
+            head.wait(60)
+    assert done.stdout == "well\n", done.stderr
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def answers(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    with contextlib.suppress(OSError), socket.create_connection((host, int(port)), 1):
+        return True
+    return False
 
 
 def test_the_command_line(tmp_path: Path) -> None:
