@@ -10,6 +10,7 @@ from mimo_compile.errors import UsageError
 if TYPE_CHECKING:
     from mimo_compile.cli.console import Console
     from mimo_compile.pipeline.plans import Comparison, Difference, Problem
+    from mimo_compile.search.database import Database
     from mimo_compile.search.plan import Plan
 
 _SHOWN = 12  # workloads whose kernels differ
@@ -26,20 +27,22 @@ def run_plan(args: argparse.Namespace) -> int:
         raise UsageError(
             "a plan needs one objective, not pareto (--objective)", remedy="pareto is for `tune`"
         )
-    problem = _problem(args)
-    if not problem.calls:
-        raise UsageError(f"{args.artifact} has generic kernels only: there is nothing to plan")
     objectives = [*OBJECTIVES]
     if args.objective is not None and args.objective not in objectives:
         objectives.append(args.objective)
     with open_records(args.db) as db:
+        problem = _problem(args, db)
+        if not problem.calls:
+            raise UsageError(
+                f"{args.artifact} has only generic kernels without records: there is nothing to plan"
+            )
         found = compare_plans(problem, db, objectives)
     _show(console, found)
     console.result({"ok": True, "source": args.artifact, **found.to_json()})
     return 0
 
 
-def _problem(args: argparse.Namespace) -> Problem:
+def _problem(args: argparse.Namespace, db: Database | None) -> Problem:
     from mimo_compile.api import is_artifact
     from mimo_compile.pipeline.plans import problem_of_artifact, problem_of_model
 
@@ -63,7 +66,7 @@ def _problem(args: argparse.Namespace) -> Problem:
         str(args.artifact), quant=args.quant or "none", attention="model",
         max_context=args.max_context,
     )  # fmt: skip
-    return problem_of_model(opened.graphs, hardware)
+    return problem_of_model(opened.graphs, hardware, db)
 
 
 def _show(console: Console, found: Comparison) -> None:

@@ -12,15 +12,19 @@ from mimo_compile.ir.ops.tir import Tir
 from mimo_compile.ir.workload import Workload
 from mimo_compile.pipeline.graphs import ModelGraphs
 from mimo_compile.runtime.program import Choice
-from mimo_compile.schedules import schedules_for
+from mimo_compile.schedules import get_schedule, schedules_for
 from mimo_compile.search.database import Database
-from mimo_compile.search.lookup import Kept, results_for
+from mimo_compile.search.lookup import Kept, known_results, results_for
 from mimo_compile.search.objective import parse_objective
 from mimo_compile.search.plan import Choice as Chosen
 from mimo_compile.search.plan import Plan, make_plan
 from mimo_compile.search.records import encode
+from mimo_compile.search.space import JointSpace
 
 _LOG = logging.getLogger(__name__)
+
+GENERIC = "tir.x86_rules"
+"""Schedule of generic functions without records."""
 
 
 def entry_tokens(entry: str) -> int:
@@ -60,6 +64,31 @@ def tunable(
         for w, c in model.workloads().items()
         if w not in functions or (hardware is not None and _has_choice(w, hardware, search=search))
     }
+    return dict(sorted(weights.items(), key=lambda item: -item[1]))
+
+
+def planned(
+    model: ModelGraphs, hardware: Hardware, db: Database | None = None
+) -> dict[Workload, float]:
+    """Return the workloads to choose kernels for with their weights, heaviest first.
+
+    Generic functions of which nothing is known are left out. They take their default, and neither is a
+    space made for them nor does their modelled energy stand among measured ones.
+
+    Args:
+        model: Entry points as kernel graphs.
+        hardware: The target.
+        db: Records to choose from, beside the packaged ones.
+    """
+    weights = tunable(model)
+    for workload in model.functions():
+        # looked up by name first: a space of a function takes long to make
+        if not results_for(workload, hardware, db, near=True):
+            continue
+        if not schedules_for(workload, hardware):
+            continue
+        if known_results(JointSpace(workload, hardware), db):
+            weights[workload] = call_weights(model.workloads()[workload])
     return dict(sorted(weights.items(), key=lambda item: -item[1]))
 
 
@@ -118,12 +147,28 @@ def choose(
     Raises:
         UsageError: an op has no kernel for the hardware, or the objective's budget cannot be kept.
     """
-    workloads = tunable(model, hardware)
+    untuned = _defaults(model, hardware, workloads := planned(model, hardware, db))
     if not workloads:  # nothing to choose among
         parse_objective(objective)
-        return ModelPlan({}, b"")
+        return ModelPlan(untuned, b"")
     plan = make_plan(workloads, hardware, objective=objective, db=db, shared=shared_tensors(model))
-    return with_records(plan, hardware, db)
+    chosen = with_records(plan, hardware, db)
+    return ModelPlan(untuned | chosen.choices, chosen.records)
+
+
+def _defaults(
+    model: ModelGraphs, hardware: Hardware, planned: Mapping[Workload, float]
+) -> dict[Workload, Choice]:
+    """Return the default of each generic function that is not planned, if a schedule supports it."""
+    schedule = get_schedule(GENERIC)
+    out = {}
+    for workload in model.functions():
+        if workload not in planned and schedule.supports(workload, hardware):
+            default = schedule.config_to_json(schedule.space(workload, hardware).default)
+            out[workload] = Choice(
+                str(workload), GENERIC, default, "", "default", schedule_version=schedule.version
+            )
+    return out
 
 
 def with_records(

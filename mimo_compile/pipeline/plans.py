@@ -11,10 +11,11 @@ from typing import Any
 from mimo_compile import _tvm
 from mimo_compile.artifact import Artifact
 from mimo_compile.errors import EnvironmentMismatch, UsageError
+from mimo_compile.ir import functions
 from mimo_compile.ir.hardware import Hardware, built_for
 from mimo_compile.ir.ops import OPS, get_op
 from mimo_compile.ir.workload import Workload
-from mimo_compile.pipeline.choose import call_weights, shared_tensors, tunable
+from mimo_compile.pipeline.choose import call_weights, planned, shared_tensors
 from mimo_compile.pipeline.graphs import ModelGraphs
 from mimo_compile.runtime.container import Parts
 from mimo_compile.runtime.program import Choice as Built
@@ -67,18 +68,18 @@ class Problem:
         )  # fmt: skip
 
 
-def problem_of_model(model: ModelGraphs, hardware: Hardware) -> Problem:
-    """Return what to plan for a model that was read from its source."""
+def problem_of_model(model: ModelGraphs, hardware: Hardware, db: Database | None = None) -> Problem:
+    """Return what to plan for a model that was read from its source: see `choose.planned`."""
     calls = model.workloads()
-    return Problem(
-        model.name, {w: calls[w] for w in tunable(model, hardware)}, shared_tensors(model), hardware
-    )
+    chosen = planned(model, hardware, db)
+    return Problem(model.name, {w: calls[w] for w in chosen}, shared_tensors(model), hardware)
 
 
 def problem_of_artifact(parts: Parts | Artifact, threads: int | None = None) -> Problem:
     """Return what to plan for an artifact; neither its code nor its weights are read.
 
-    Kernels that read one packed tensor share it; kernels without a schedule (generic ones) have no choice.
+    Kernels that read one packed tensor share it; generic kernels have no choice where their functions
+    are not at hand: an artifact does not hold them.
 
     Args:
         parts: The artifact.
@@ -90,9 +91,10 @@ def problem_of_artifact(parts: Parts | Artifact, threads: int | None = None) -> 
         target.name, target.kind, frozenset(target.features),
         target.threads if threads is None else min(threads, target.threads),
     ).with_threads(threads)  # fmt: skip
-    built = {
+    named = {
         Workload.parse(c.workload): c for c in manifest.plan if c.workload.split(":")[0] in OPS
     }
+    built = {w: c for w, c in named.items() if not functions.is_function(w) or functions.known(w)}
     by_kernel = {c.kernel: w for w, c in built.items()}
     users: dict[tuple[str, str], dict[tuple[Workload, str], None]] = {}
     for entry in parts.programs.entries.values():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -12,9 +13,11 @@ from mimo_compile.cost_models.analytic import DeviceModel
 from mimo_compile.cost_models.features import ANALYTIC, Extractor
 from mimo_compile.ir import functions
 from mimo_compile.ir.hardware import local_cpu
-from mimo_compile.pipeline.choose import tunable
+from mimo_compile.pipeline.build import lower_model
+from mimo_compile.pipeline.choose import choose, planned, tunable
 from mimo_compile.pipeline.graphs import module_graphs
 from mimo_compile.schedules import get_schedule
+from mimo_compile.schedules.generic.sketches import sketches_of
 from mimo_compile.search import kept_functions
 from mimo_compile.search.database import Database
 from mimo_compile.search.measure import Measurer, Timing
@@ -123,6 +126,28 @@ def record_of(space, candidate, latency_us):
         threads=space.hardware.threads, versions=versions(), verdict=Verdict.OK,
         latency_us=latency_us,
     )  # fmt: skip
+
+
+def test_functions_without_records_keep_out_of_the_plan(tmp_path):
+    """Their modelled energy would make the whole plan's joules modelled ones, and their spaces take long."""
+    graphs = module_graphs(Scores(), (torch.randn(1, 20, 20),))
+    made_before = sketches_of.cache_info().misses
+    assert planned(graphs, CPU) == {}
+    plan = choose(graphs, CPU, "energy", None)
+    assert {(c.schedule, c.source) for c in plan.choices.values()} == {("tir.x86_rules", "default")}
+    assert sketches_of.cache_info().misses == made_before
+    first, second = graphs.functions()
+    with Database(tmp_path / "r.db") as db:
+        space = JointSpace(first, CPU)
+        record = record_of(space, space.defaults()[0], 5.0)
+        db.add(msgspec.structs.replace(record, energy_mj=0.25, energy_source="rapl"))
+        old = record_of(JointSpace(second, CPU), JointSpace(second, CPU).defaults()[0], 5.0)
+        db.add(msgspec.structs.replace(old, schedule_version=99))  # of other code: nothing is known
+        assert set(planned(graphs, CPU, db)) == {first}
+        choices = choose(graphs, CPU, "energy", db).choices
+    assert (choices[first].energy_source, choices[first].energy_mj) == ("rapl", 0.25)
+    assert (choices[second].schedule, choices[second].source) == ("tir.x86_rules", "default")
+    assert set(lower_model(graphs, choices, CPU)) == {first, second}
 
 
 def test_the_best_record_of_a_function_is_compiled(tmp_path):
