@@ -3,6 +3,9 @@
 A number stands for a schedule and a value of each of its knobs, in the order in which the space enumerates
 them. Objects are made only of numbers that somebody looks at, and once. Candidates outside the knobs' values
 (a schedule's default may be) get numbers behind all others.
+
+A schedule may settle knobs that others make meaningless, so that many numbers give the same config. The first
+that is looked at stands for all of them: draws and moves lead to it.
 """
 
 from __future__ import annotations
@@ -40,6 +43,8 @@ class Part:
         self._steps = list(zip(self.strides, sizes, strict=True))
         self._offers = list(zip(self.knobs, self.values, self._steps, strict=True))
         self._at = [{(type(x), x): i for i, x in enumerate(v)} for v in self.values]
+        self.standing: dict[Any, int] = {}
+        """The number that stands for each config that was looked at."""
 
     def digits(self, number: int) -> list[int]:
         """Return the place of each knob's value."""
@@ -92,6 +97,8 @@ class Grid:
         self._parts = {p.name: p for p in self.parts}
         self._shares = np.cumsum([1.0 + math.log2(max(1, p.space.size)) for p in self.parts])
         self._configs: dict[int, Any] = {}
+        """Of numbers whose candidates nobody has asked for yet."""
+        self._stands: dict[int, int | None] = {}
         self._made: dict[int, Candidate] = {}
         self._numbers: dict[tuple[str, tuple[tuple[str, KnobValue], ...]], int] = {}
         self._outside: list[Candidate] = []
@@ -100,7 +107,7 @@ class Grid:
     # -- numbers and candidates ----------------------------------------------------------------
 
     def candidate(self, number: int) -> Candidate | None:
-        """Return the candidate of a number, None where it is illegal."""
+        """Return the candidate of a number, None where it is not legal."""
         if number >= self.size:
             return self._outside[number - self.size]
         if number not in self._made:
@@ -112,24 +119,39 @@ class Grid:
         return self._made[number]
 
     def is_legal(self, number: int) -> bool:
-        """Say whether a number stands for a candidate."""
+        """Say whether a number stands for a candidate, which one number does of those that mean the same."""
+        return self.standing(number) == number
+
+    def standing(self, number: int) -> int | None:
+        """Return the number that stands for what a number means, None where that is illegal."""
         if number >= self.size or number in self._made:
-            return True
-        if number not in self._configs:
-            self._configs[number] = self.part(number).config(number)
-        return self._configs[number] is not None
+            return number
+        if number not in self._stands:
+            part = self.part(number)
+            config = part.config(number)
+            found = None if config is None else part.standing.setdefault(config, number)
+            self._stands[number] = found
+            if found == number:
+                self._configs[number] = config
+        return self._stands[number]
 
     def number(self, candidate: Candidate) -> int:
         """Return the number of a candidate."""
         name = candidate.schedule, candidate.knobs
         if name not in self._numbers:
             part = self._parts.get(candidate.schedule)
-            places = part.places(candidate.config) if part is not None else [None]
-            known = [p for p in places if p is not None]
-            if part is not None and len(known) == len(places):
-                self.candidate(part.number(known))  # which notes its number
-            if name not in self._numbers:
+            if part is not None:
+                places = part.places(candidate.config)
+                known = [p for p in places if p is not None]
+                if len(known) == len(places):
+                    self.standing(part.number(known))
+                found = part.standing.setdefault(
+                    self.space.config(candidate), self.size + len(self._outside)
+                )
+                self._numbers[name] = found
+            else:
                 self._numbers[name] = self.size + len(self._outside)
+            if self._numbers[name] == self.size + len(self._outside):
                 self._outside.append(candidate)
         return self._numbers[name]
 
@@ -170,12 +192,12 @@ class Grid:
             at = self._shares.searchsorted(which * self._shares[-1], side="right")
             for i, x in zip(at.tolist(), where.tolist(), strict=True):
                 number = self._starts[i] + int(x * self.parts[i].space.size)
-                if self.is_legal(number):
-                    out.append(number)
+                if (found := self.standing(number)) is not None:
+                    out.append(found)
         return out
 
     def neighbours(self, number: int) -> list[int]:
-        """Return the legal numbers that differ in one knob."""
+        """Return the numbers of the legal candidates that differ in one knob."""
         if number not in self._near:
             base = number if number < self.size else self._inside(number)
             part = self.part(base)
@@ -186,11 +208,15 @@ class Grid:
                 for v in range(len(part.values[i]))
                 if v != digits[i]
             ]
-            self._near[number] = [n for n in near if self.is_legal(n)]
+            found = dict.fromkeys(self.standing(n) for n in near)
+            self._near[number] = [n for n in found if n is not None and n != number]
         return self._near[number]
 
     def mutate(self, number: int, rng: np.random.Generator) -> int | None:
-        """Change one knob; values next to the old one in the knob's order are twice as likely."""
+        """Change one knob; values next to the old one in the knob's order are twice as likely.
+
+        None where that gives nothing legal or nothing new.
+        """
         if number >= self.size:
             number = self._inside(number)
         part = self.part(number)
@@ -200,7 +226,8 @@ class Grid:
         old = part.digit(number, i)
         others, shares = _others(len(part.values[i]), old)
         child = number + (others[bisect_right(shares, rng.random())] - old) * part.strides[i]
-        return child if self.is_legal(child) else None
+        found = self.standing(child)
+        return found if found != number else None
 
     def crossover(self, a: int, b: int, rng: np.random.Generator) -> int | None:
         """Take each knob from one of two candidates of the same schedule."""
@@ -214,7 +241,7 @@ class Grid:
         ):
             if draw < 0.5:
                 child += (x - y) * stride
-        return child if self.is_legal(child) else None
+        return self.standing(child)
 
     def _inside(self, number: int) -> int:
         """Return the number nearest to one outside the knobs' values; it may be illegal."""

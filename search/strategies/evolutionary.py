@@ -188,9 +188,7 @@ class EvolutionarySearch(Known):
             own = np.flatnonzero((rows[:, -1] == names.get(rival or "", -1)) & ~taken)
             at = int(own[gain[own].argmax()]) if len(own) else int(gain.argmax())
             taken[at] = True
-            new = self.fresh(chosen := self.grid.known(pool[at]))
-            self.seen.add(pool[at])  # whatever other number stands for the same
-            if new:
+            if self.fresh(chosen := self.grid.known(pool[at])):
                 out.append(chosen)
                 self._trust.said(pool[at], "surrogate", float(drafted.mean[at]))
             if len(out) < want:

@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -106,6 +107,35 @@ def test_numbers_stand_for_the_space() -> None:
     rng = np.random.default_rng(0)
     shares = Counter(grid.known(n).schedule for n in grid.sample(rng, 300))
     assert len(shares) == 2 and min(shares.values()) > 30  # the small schedule is not drowned
+
+
+def test_numbers_that_mean_the_same_are_one() -> None:
+    class Settled(Tiled):
+        """Prefetches and unrolls in layout b only."""
+
+        def space(self, workload: Workload, hardware: Hardware) -> Space:
+            def make(**values: Any) -> Tile:
+                plain = {"prefetch": 0, "unroll": 1} if values["layout"] == "a" else {}
+                return Tile(**{**values, **plain})
+
+            return dataclasses.replace(super().space(workload, hardware), make=make)
+
+    space = JointSpace(LARGE, HW, [Settled()])
+    different = {c.key for c in space}
+    grid, rng = Grid(space), np.random.default_rng(0)
+    drawn = grid.sample(rng, 400)
+    assert len({grid.known(n).key for n in drawn}) == len(set(drawn)) < 300
+    for number in drawn[:50]:
+        near = grid.neighbours(number)
+        assert len({grid.known(n).key for n in (number, *near)}) == 1 + len(near)
+        assert grid.mutate(number, rng) != number
+    whole = grid.legal(grid.size)
+    assert whole is not None and len(whole) == len(different) < grid.size / 2
+    assert all(grid.number(grid.known(n)) == n for n in whole)
+    strategy = make("evolutionary", 0, space)
+    asked = search(strategy, {k: 1.0 + int(k[:4], 16) / 2**16 for k in different}, 64)
+    assert len({c.key for c in asked}) == len(asked) >= 64
+    assert not {c.key for c in asked} & {strategy.grid.known(n).key for n in strategy._pool()}
 
 
 def test_a_default_outside_the_knobs_has_a_number_and_neighbours() -> None:
