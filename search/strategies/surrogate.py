@@ -19,7 +19,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cache
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -44,16 +44,17 @@ class Encoder:
     def __init__(self, grid: Grid) -> None:
         """Read the values that the space offers."""
         self.grid = grid
-        values: dict[str, set[KnobValue]] = {}
+        # by type too: False of one algorithm is not 0 of another
+        values: dict[str, dict[tuple[type, KnobValue], KnobValue]] = {}
         for part in grid.parts:
             for name, offered in zip(part.knobs, part.values, strict=True):
-                values.setdefault(name, set()).update(offered)
+                values.setdefault(name, {}).update({(type(v), v): v for v in offered})
         self.names = [n for n, v in values.items() if len(v) > 1]
         self._codes: list[dict[Any, int]] = []
         self.tables: list[Array] = []
         """Of each column, the distances ``[codes, codes]``; the last code stands for absent."""
         for name in self.names:
-            known = sorted(values[name], key=lambda v: (str(type(v)), v))
+            known = sorted(values[name].values(), key=lambda v: (str(type(v)), v))
             self._codes.append({(type(v), v): i for i, v in enumerate(known)})
             self.tables.append(_distances(known))
         self.tables.append(1.0 - np.eye(len(grid.parts) + 1))
@@ -103,7 +104,8 @@ def _distances(values: Sequence[KnobValue]) -> Array:
     out = 1.0 - np.eye(len(values) + 1)
     if all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
         logs = np.array([math.copysign(math.log2(1.0 + abs(float(v))), float(v)) for v in values])
-        out[:-1, :-1] = np.abs(logs[:, None] - logs[None, :]) / np.ptp(logs)
+        if (span := np.ptp(logs)) > 0:
+            out[:-1, :-1] = np.abs(logs[:, None] - logs[None, :]) / span
     return out
 
 
@@ -249,21 +251,45 @@ class Surrogate:
         return Posterior(self._mean + self._alpha @ k, variance, half, marks, rows, self)
 
 
-@cache
-def _pools() -> Any:
-    import scipy.linalg  # noqa: F401  (what is not loaded yet cannot be limited)
-    from threadpoolctl import ThreadpoolController
+class _OneThread:
+    """Limits the threads of linear algebra from the first that enters to the last that leaves.
 
-    return ThreadpoolController()
+    The limit is the process's: searches in several threads share it, and only the last to leave may lift it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._inside = 0
+        self._limit: Any = None
+        self._pools: Any = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                if self._pools is None:
+                    import scipy.linalg  # noqa: F401  (what is not loaded yet cannot be limited)
+                    from threadpoolctl import ThreadpoolController
+
+                    self._pools = ThreadpoolController()
+                self._limit = self._pools.limit(limits=1, user_api="blas")
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._limit.restore_original_limits()
 
 
-def one_thread() -> AbstractContextManager[Any]:
-    """Keep linear algebra on this thread for a while: such matrices are too small for several.
+_ONE_THREAD = _OneThread()
+
+
+def one_thread() -> AbstractContextManager[None]:
+    """Keep linear algebra on its caller's thread for a while: such matrices are too small for several.
 
     Beside other load threads that wait for each other cost several times what they save.
     """
-    limited: AbstractContextManager[Any] = _pools().limit(limits=1, user_api="blas")
-    return limited
+    return _ONE_THREAD
 
 
 def _solve(low: Array, right: Array) -> Array:

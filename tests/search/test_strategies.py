@@ -426,6 +426,38 @@ def test_linear_algebra_is_kept_on_one_thread_only_while_a_search_ranks() -> Non
     assert seen and all(set(s) == {1} for s in seen) and threads() == before
 
 
+def test_searches_beside_each_other_share_the_limit_of_threads() -> None:
+    from threadpoolctl import threadpool_info, threadpool_limits
+
+    def threads() -> set[int]:
+        return {p["num_threads"] for p in threadpool_info() if p["user_api"] == "blas"}
+
+    with threadpool_limits(2, "blas"):
+        first, second = one_thread(), one_thread()
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert threads() == {1}, "the second still ranks"
+        second.__exit__(None, None, None)
+        assert threads() == {2}
+
+
+def test_values_that_compare_equal_are_kept_apart() -> None:
+    class Flag(Tiled):
+        name = "swiglu.flag"
+
+        def space(self, workload: Workload, hardware: Hardware) -> Space:
+            return Space(Tile, {"rows": (1, 2), "prefetch": (False, True)}, Tile())
+
+    grid = Grid(JointSpace(LARGE, HW, [Tiled(), Flag()]))
+    encoder = Encoder(grid)
+    column = encoder.names.index("prefetch")
+    numbers, flags = ({n for n in range(p.start, p.start + p.space.size)} for p in grid.parts)
+    codes = [set(encoder.rows(sorted(n))[:, column].tolist()) for n in (numbers, flags)]
+    assert [len(c) for c in codes] == [4, 2] and not codes[0] & codes[1]
+    assert len(encoder.tables[column]) == 7
+
+
 def test_flattened_scores_and_expected_gain() -> None:
     y = flattened([1.0, 1.1, 3.0, 1e6])
     assert y[0] == 0 and y[1] == pytest.approx(math.log(1.1)) and (np.diff(y) > 0).all()
