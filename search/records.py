@@ -26,6 +26,10 @@ _SUM = b',"sum":"'
 _NO_TWIN = b',"twin":""}'
 
 
+NODES_VANISHED = "nodes vanished below it"
+"""Part of the message of a crash that need not be the candidate's fault."""
+
+
 class Verdict(StrEnum):
     """How the trial of a candidate ended; every one is stored."""
 

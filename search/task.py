@@ -13,7 +13,7 @@ from mimo_compile.search.budget import Share
 from mimo_compile.search.joules import Joules, Knob
 from mimo_compile.search.lookup import Result, summarise
 from mimo_compile.search.objective import BEHIND, Objective
-from mimo_compile.search.records import Record, Verdict
+from mimo_compile.search.records import NODES_VANISHED, Record, Verdict
 from mimo_compile.search.space import Candidate, JointSpace
 from mimo_compile.search.strategies import Observation, Strategy
 from mimo_compile.search.strategies.base import NEAR
@@ -82,7 +82,7 @@ class Task:
         self.tell(self.records if self.joules.learn(record) else [record.key], again=record.key)
         if record.ok:
             self.fatal[record.schedule] = -(10**6)
-        elif record.verdict in _FATAL:
+        elif record.verdict in _FATAL and NODES_VANISHED not in record.message:
             self.fatal[record.schedule] += 1
             if self.fatal[record.schedule] >= _FATALITIES:
                 self.strategy.ban(record.schedule)

@@ -6,6 +6,7 @@ a tuner that computes between two results disturbs no clock on its own machine.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections import Counter, deque
@@ -16,9 +17,14 @@ from typing import Any, Literal, Protocol
 from mimo_compile.errors import DeviceLost, MimoError
 from mimo_compile.search.farm.scheduling import Action, Node, Refuse, Scheduler, Start
 
+_LOG = logging.getLogger(__name__)
 GRACE_S = 60.0
 """Seconds that actions wait for a node which could run them, after the last such node has gone."""
 _POLL_S = 1.0
+_AT_ONCE_S = 0.05
+"""Seconds of waiting that say that nothing had ended before."""
+_UNSURE = 0.1
+"""Part of an action's time that may be unknown where durations are learned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +91,6 @@ class Statistics:
     """Actions by how they ended."""
     rerun: int = 0
     """Starts that came to nothing because a worker or a node was lost."""
-    completion_s: float = 0.0
-    """Sum over ended actions of the time from submission to end."""
-    busy_s: dict[str, float] = field(default_factory=dict)
-    """Time that devices were in use, by node and device."""
     overlapped: int = 0
     """Builds started while a device was in use."""
 
@@ -103,6 +105,7 @@ class Farm:
         *,
         grace_s: float = GRACE_S,
         clock: Callable[[], float] = time.monotonic,
+        broken: Mapping[str, MimoError] | None = None,
     ) -> None:
         """Take the nodes in that are there.
 
@@ -111,6 +114,7 @@ class Farm:
             scheduler: What decides (None: a new one).
             grace_s: How long actions wait for a node that could run them.
             clock: Seconds.
+            broken: Nodes that get no work from the beginning, and what is wrong with them.
         """
         self.executor = executor
         self.scheduler = scheduler or Scheduler()
@@ -118,14 +122,17 @@ class Farm:
         self._grace_s = grace_s
         self._clock = clock
         self._payloads: dict[int, Any] = {}
-        self._submitted: dict[int, float] = {}
-        self._began: dict[int, float] = {}
         self._done: deque[Result] = deque()
         self._unwanted: set[int] = set()
         """Running actions whose results nobody waits for any more."""
         self._broken: dict[str, MimoError] = {}
+        self._broken_nodes: dict[str, Node] = {}
+        self._waited = self._clock()
+        """When the last wait ended."""
         self._stranded_since = math.inf
         self._serial = 0
+        for name, error in (broken or {}).items():
+            self._break(name, error)
         self._look()
 
     # -- the caller's side -----------------------------------------------------------------------
@@ -137,10 +144,8 @@ class Farm:
 
     def submit(self, action: Action, payload: Any) -> None:
         """Queue an action with what its worker needs to know."""
-        now = self._clock()
         self._payloads[action.id] = payload
-        self._submitted[action.id] = now
-        self.scheduler.arrived(action, now)
+        self.scheduler.arrived(action, self._clock())
 
     def cancel(self, action: int) -> None:
         """Forget an action: one that runs goes on to its end, and its result is dropped."""
@@ -173,8 +178,13 @@ class Farm:
         if not self.scheduler.running and not self.scheduler.waiting:
             raise MimoError("nothing is left to wait for")
         self._check_stranded()
-        for outcome in self.executor.wait(timeout_s):
-            self._take(outcome)
+        before, last = self._clock(), self._waited
+        outcomes = self.executor.wait(timeout_s)
+        self._waited = self._clock()
+        # what is found at once may have ended at any time since the last look
+        unseen = (last if self._waited - before < _AT_ONCE_S else before, before)
+        for outcome in outcomes:
+            self._take(outcome, unseen)
         for number in self.scheduler.overdue(self._clock()):
             self._overdue(number)
         return None
@@ -187,20 +197,26 @@ class Farm:
 
     def _look(self) -> None:
         """Tell the scheduler which nodes came, changed and went."""
-        now = self._clock()
-        present = {k: n for k, n in self.executor.nodes().items() if k not in self._broken}
+        there = self.executor.nodes()
+        self._broken_nodes |= {k: n for k, n in there.items() if k in self._broken}
+        present = {k: n for k, n in there.items() if k not in self._broken}
         for name in [n for n in self.scheduler.nodes if n not in present]:
             here = [i for i, r in self.scheduler.running.items() if r.start.node == name]
             for number in here:
                 self.executor.kill(number)
-                self._ended(number, now)
             self.statistics.rerun += len(here)
-            self.scheduler.node_lost(name)
+            self.scheduler.node_lost(name, counts=name not in self._broken)
             for number in self._unwanted.intersection(here):
                 self._drop(number)
         for name, node in present.items():
             if self.scheduler.nodes.get(name) != node:
                 self.scheduler.node_added(node)
+
+    def _break(self, name: str, error: MimoError) -> None:
+        """Give a node no more work."""
+        _LOG.warning("node %.8s gets no more work: %s", name, error)
+        self._broken[name] = error
+        self.executor.exclude(name)
 
     def _measures_here(self) -> bool:
         node = self.scheduler.nodes.get(self.executor.home)
@@ -221,11 +237,13 @@ class Farm:
             self._stranded_since = math.inf
             return
         self._stranded_since = min(self._stranded_since, now)
-        if not stranded or now - self._stranded_since < (0 if self._broken else self._grace_s):
+        if not stranded:
             return
-        error = next(iter(self._broken.values()), None)
-        if error is not None:
-            raise error
+        for name, node in self._broken_nodes.items():
+            if any(self.scheduler.suits(a, node) for a in stranded):
+                raise self._broken[name]  # it was the last of its sort
+        if now - self._stranded_since < self._grace_s:
+            return
         what = "the last node that could measure has" if stranded[0].exclusive else "all nodes have"
         raise DeviceLost(
             f"{what} gone and none came within {self._grace_s:g} s",
@@ -242,22 +260,22 @@ class Farm:
                 status: Literal["crash", "refused"] = "crash" if decision.deadly else "refused"
                 self._finish(Result(decision.action, status, message=decision.reason))
                 continue
-            self._began[number] = now
             if not decision.action.exclusive:
                 self.statistics.overlapped += any(
                     r.start.device for r in self.scheduler.running.values()
                 )
             self.executor.start(decision, self._payloads[number])
 
-    def _take(self, outcome: Outcome) -> None:
+    def _take(self, outcome: Outcome, unseen: tuple[float, float]) -> None:
+        """Take in how an action ended, perhaps while nobody looked."""
         number, now = outcome.action, self._clock()
         running = self.scheduler.running.get(number)
         if running is None:
             return
-        self._ended(number, now)
         node, action = running.start.node, running.start.action
         if outcome.status == "done":
-            self.scheduler.finished(number, now)
+            unsure_s = unseen[1] - max(unseen[0], running.since)
+            self.scheduler.finished(number, now, learn=unsure_s <= _UNSURE * (now - running.since))
             self._finish(Result(action, "done", outcome.value, node=node))
         elif outcome.status in ("lost", "vanished"):
             self.statistics.rerun += 1
@@ -269,33 +287,22 @@ class Farm:
                 self._drop(number)
         else:
             assert outcome.error is not None
-            self._broken[node] = outcome.error
-            self.executor.exclude(node)
+            self._break(node, outcome.error)
             self._look()
 
     def _overdue(self, number: int) -> None:
         running = self.scheduler.running[number]
         limit = running.start.action.timeout_s
         self.executor.kill(number)
-        self._ended(number, self._clock())
         self.scheduler.timed_out(number)
         message = f"no answer from its worker within {limit:g} s"
         self._finish(
             Result(running.start.action, "timeout", message=message, node=running.start.node)
         )
 
-    def _ended(self, number: int, now: float) -> None:
-        """Count the time for which a device was in use."""
-        began = self._began.pop(number, now)
-        start = self.scheduler.running[number].start
-        if start.device:
-            name, busy = f"{start.node}/{start.device}", self.statistics.busy_s
-            busy[name] = busy.get(name, 0.0) + now - began
-
     def _finish(self, result: Result) -> None:
         number = result.action.id
         self.statistics.ended[result.status] += 1
-        self.statistics.completion_s += self._clock() - self._submitted[number]
         self._forget(number)
         if number in self._unwanted:
             self._unwanted.discard(number)
@@ -310,4 +317,3 @@ class Farm:
 
     def _forget(self, number: int) -> None:
         self._payloads.pop(number, None)
-        self._submitted.pop(number, None)

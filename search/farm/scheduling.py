@@ -24,12 +24,12 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 from mimo_compile.search.farm.estimates import Estimates
+from mimo_compile.search.records import NODES_VANISHED
 
 LIVES = 2
 """Workers that an action may lose before it is given up, and its content with it."""
 NODE_LOSSES = 4
 """Nodes that may vanish below an action, which is seldom its fault, before it is given up."""
-_VANISHED = "nodes vanished below it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,12 +151,17 @@ class Scheduler:
         if node not in self._ever:
             self._ever.append(node)
 
-    def node_lost(self, name: str) -> None:
-        """A node has gone; what ran there waits again."""
+    def node_lost(self, name: str, *, counts: bool = True) -> None:
+        """A node has gone; what ran there waits again.
+
+        Args:
+            name: Which.
+            counts: False when it is known that no action is to blame.
+        """
         self.nodes.pop(name, None)
         for number, running in list(self.running.items()):
             if running.start.node == name:
-                self._again(number, _VANISHED, node=True)
+                self._again(number, node=counts)
 
     def arrived(self, action: Action, now: float) -> None:
         """Queue an action; one that no node so far could run, or that is quarantined, is refused at once."""
@@ -167,13 +172,14 @@ class Scheduler:
         else:
             self.waiting[action.id] = _Waiting(action, now)
 
-    def finished(self, number: int, now: float) -> None:
-        """An action ended, well or not, by itself: its time counts."""
+    def finished(self, number: int, now: float, *, learn: bool = True) -> None:
+        """An action ended, well or not, by itself: its time counts, if it is known when (``learn``)."""
         running = self.running.pop(number)
         action = running.start.action
-        self.estimates.learn(
-            action.kind, action.label, action.parallel, running.start.units, now - running.since
-        )
+        if learn:
+            self.estimates.learn(
+                action.kind, action.label, action.parallel, running.start.units, now - running.since
+            )
         self._killed.pop((action.kind, action.content), None)
 
     def failed(self, number: int) -> None:
@@ -188,25 +194,27 @@ class Scheduler:
             reason = f"its worker died {self._killed.pop(at)} times"
             self._refused.append(Refuse(action, reason, True))
         else:
-            self._again(number, "")
+            self._again(number)
 
     def displaced(self, number: int) -> None:
         """The node of an action has gone, and is about to be told of: the action waits again."""
-        self._again(number, _VANISHED, node=True)
+        self._again(number, node=True)
 
     def timed_out(self, number: int) -> None:
         """An action was ended from outside because it took too long."""
         self.running.pop(number)
 
     def cancelled(self, number: int) -> bool:
-        """Forget an action that still waits; return whether it did."""
-        return self.waiting.pop(number, None) is not None
+        """Forget an action that still waits, or is about to be refused; return whether there is one."""
+        kept = [r for r in self._refused if r.action.id != number]
+        refused, self._refused = len(kept) < len(self._refused), kept
+        return self.waiting.pop(number, None) is not None or refused
 
-    def _again(self, number: int, reason: str, *, node: bool = False) -> None:
+    def _again(self, number: int, *, node: bool = False) -> None:
         old = self.running.pop(number).waiting
         old.node_losses += node
-        if old.node_losses >= NODE_LOSSES:
-            self._refused.append(Refuse(old.action, f"{old.node_losses} {reason}", True))
+        if node and old.node_losses >= NODE_LOSSES:
+            self._refused.append(Refuse(old.action, f"{old.node_losses} {NODES_VANISHED}", True))
         else:
             self.waiting[number] = old
 

@@ -293,6 +293,63 @@ def test_a_broken_node_is_left_out() -> None:
             list(m.measure(found, some[4:8], 2))
 
 
+@pytest.mark.fault
+def test_what_runs_on_a_node_that_breaks_is_not_to_blame() -> None:
+    """Each disk that fills up takes a candidate's builds with it: it is built all the same."""
+    many = [Node(f"b{i}", 1, kinds=frozenset({"build"})) for i in range(NODE_LOSSES + 1)]
+    executor = Inline([DEVICE, *many], HOSTS)
+    with measurer(executor) as m:
+        found, (a, *_) = space()
+        for node in many[:-1]:
+            executor.broken[node.name] = MimoError("no space left", where=node.name)
+        (answer,) = m.measure(found, [a], 1)
+    assert answer.verdict is Verdict.OK
+
+
+@pytest.mark.fault
+def test_vanished_nodes_do_not_bar_a_schedule(db: Database) -> None:
+    executor = Inline([ONE], HOSTS)
+    doomed: set[str] = set()
+
+    def vanish() -> None:
+        for start, order in executor.queue:
+            c = getattr(order, "candidate", None)
+            if c is not None and c.schedule == Tiled.name and c.workload == BIG and len(doomed) < 4:
+                doomed.add(c.key)
+            executor.vanishing[start.action.content] = start.action.content in doomed
+
+    executor.on_wait = vanish
+    with measurer(executor) as m:
+        search(db, m, trials=40)
+    lost = [r for r in db if "nodes vanished" in r.message]
+    assert len(lost) == len(doomed) == 4 and {r.verdict for r in lost} == {Verdict.CRASH}
+    assert any(r.ok for r in db if (r.schedule, r.workload) == (Tiled.name, str(BIG)))
+
+
+@pytest.mark.fault
+def test_a_broken_builder_does_not_end_the_wait_for_a_device(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    now = [0.0]
+    more = Node("more", 1, kinds=frozenset({"build"}))
+    executor = Inline([DEVICE, BUILDERS, more], HOSTS)
+    executor.broken["more"] = MimoError("no space left", where="more")
+
+    def lose() -> None:
+        now[0] += 5.0
+        if now[0] == 20.0:
+            executor.present.pop("device")
+            executor.queue = [(s, p) for s, p in executor.queue if s.node != "device"]
+        if now[0] == 60.0:
+            executor.present["device"] = DEVICE
+
+    executor.on_wait = lose
+    with measurer(executor, clock=lambda: now[0], grace_s=60.0) as m:
+        found, some = space()
+        assert len(list(m.measure(found, some[:12], 1))) == 12
+    assert ["more" in r.message and "no space" in r.message for r in caplog.records] == [True]
+
+
 # -- the coordinator alone -----------------------------------------------------------------------
 
 
@@ -326,6 +383,31 @@ def test_what_is_cancelled_is_not_told() -> None:
     executor.on_wait = lambda: farm.cancel(1)  # it runs by then
     assert farm.next().action.id == 3 and [k for k, *_ in executor.log] == ["build", "build"]
     assert farm.statistics.ended["done"] == 2
+
+
+def test_what_is_about_to_be_refused_can_be_cancelled() -> None:
+    executor = Inline([Node("n", 1)], HOSTS)
+    farm = Farm(executor)
+    farm.submit(Action(1, "measure", exclusive=True), None)  # no node could
+    farm.cancel(1)
+    with pytest.raises(MimoError, match="nothing is left"):
+        farm.next()
+
+
+def test_the_caller_s_own_time_is_not_learned() -> None:
+    """A build that ended while the tuner computed took nobody knows how long."""
+    now = [0.0]
+    executor = Inline([Node("n", 2)], {"build": lambda o: ("ok", o)})
+    executor.on_wait = lambda: now.__setitem__(0, now[0] + 1.0)
+    farm = Farm(executor, clock=lambda: now[0])
+    for number in (1, 2):
+        farm.submit(Action(number, "build", "w"), number)
+    farm.next()
+    before = farm.scheduler.estimates.seconds("build", "w", 0.0, 1)
+    executor.on_wait = lambda: None
+    now[0] += 100.0  # the tuner's
+    farm.next()
+    assert farm.scheduler.estimates.seconds("build", "w", 0.0, 1) == before == pytest.approx(1.0)
 
 
 def test_early_batches_are_used_in_their_turn(db: Database) -> None:
