@@ -110,11 +110,20 @@ def cut_mod(a: Num, b: Num, dtype: str) -> Num:
 
 
 def extreme(pick: Callable[..., Any]) -> Callable[[Num, Num, str], Num]:
-    """Return ``max`` or ``min`` of two: nothing is rounded."""
+    """Return ``max`` or ``min`` of two: nothing is rounded.
+
+    The error of one that certainly loses does not count: that of the rounded lowest number, say, which a
+    maximum starts from.
+    """
 
     def apply(a: Num, b: Num, dtype: str) -> Num:
-        error = None if a.error is None and b.error is None else np.maximum(a.err, b.err)
-        return Num(np.asarray(pick(a.value, b.value)), error)
+        value = np.asarray(pick(a.value, b.value))
+        if a.error is None and b.error is None:
+            return Num(value)
+        x, y = np.asarray(a.value, np.float64), np.asarray(b.value, np.float64)
+        apart, unsure = (x - y if pick is np.maximum else y - x), a.err + b.err
+        error = np.where(apart > unsure, a.err, np.maximum(a.err, b.err))
+        return Num(value, np.where(apart < -unsure, b.err, error))
 
     return apply
 

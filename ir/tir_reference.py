@@ -353,11 +353,19 @@ class Evaluator:
 
 def constant(value: float, dtype: str) -> Num:
     """Return a constant as it is written; the kernel holds it rounded."""
-    exact = dtype == "float64" or not math.isfinite(value)
-    if dtype == "float32":
-        exact = exact or float(np.float32(value)) == value
-    error = None if exact else np.asarray(UNITS[dtype] * abs(value))
+    error = None if holds_exactly(value, dtype) else np.asarray(UNITS[dtype] * abs(value))
     return Num(np.asarray(value, np.float64), error)
+
+
+def holds_exactly(value: float, dtype: str) -> bool:
+    """Say whether a type has a number, as all have what their maxima start from."""
+    if dtype == "float64" or not math.isfinite(value):
+        return True
+    with np.errstate(over="ignore"):
+        held = np.asarray(value, "float32" if dtype == "bfloat16" else dtype)
+    if dtype == "bfloat16" and int(held.view(np.uint32)) & 0xFFFF:
+        return False
+    return float(held) == value
 
 
 def plus(x: Num, start: Num) -> Num:

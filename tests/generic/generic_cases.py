@@ -8,8 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from mimo_compile._tvm import compiler
+from mimo_compile._tvm import compiler, empty_aligned, from_numpy, load_object, set_threads
+from mimo_compile.ir.hardware import local_cpu
 from mimo_compile.ir.passes.lower import lower_generic
+from mimo_compile.schedules.compile import compile_kernels
+from mimo_compile.search.measure.cases import make_case
+from mimo_compile.search.measure.verify import judge
 
 compiler()
 from tvm import relax
@@ -114,7 +118,11 @@ def legalised(name: str) -> list[tuple[Any, list[int], int]]:
 
     Each with the places of its arguments (inputs first, then results) and of its result.
     """
-    case = CASES[name]
+    return legalised_case(CASES[name])
+
+
+def legalised_case(case: Case) -> list[tuple[Any, list[int], int]]:
+    """Return the PrimFuncs of a case as `legalised` does."""
     builder = relax.BlockBuilder()
     inputs = [
         relax.Var(f"x{i}", script.Tensor(s, case.dtype(i))) for i, s in enumerate(case.shapes)
@@ -146,3 +154,26 @@ def made(joint, schedule, rng):
         if space.legal(config):
             return joint.candidate(schedule, config)
     raise AssertionError("no legal config")
+
+
+def check(w, kernel):
+    """Build, run on fresh inputs and compare with the reference within its bound."""
+    case = make_case(w, 5)
+    code = load_object(compile_kernels([kernel], local_cpu()))
+    arrays = {}
+    for arg in kernel.args:
+        arrays[arg.name] = empty_aligned(arg.shape, arg.dtype)
+        if arg.role == "output":
+            arrays[arg.name].view(np.uint8)[...] = 0xFF
+        else:
+            into = arrays[arg.name]  # bfloat16 travels as its bits
+            (into.view(np.uint16) if arg.dtype == "bfloat16" else into)[...] = case.inputs[arg.name]
+    set_threads(1)
+    code[kernel.name](*(from_numpy(a) for a in arrays.values()))
+    arrays = {
+        a.name: arrays[a.name].view(np.uint16) if a.dtype == "bfloat16" else arrays[a.name]
+        for a in case.args
+    }
+    ratio, message = judge(case.args, arrays, case.expected, case.bound, case.inputs)
+    assert ratio <= 1, message
+    return arrays

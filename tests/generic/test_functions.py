@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from generic_cases import CASES, legalised
+from generic_cases import CASES, Case, check, legalised, legalised_case
 
 from mimo_compile._tvm import compiler
 from mimo_compile.errors import InputError, UsageError
 from mimo_compile.ir import functions, tir_numbers
+from mimo_compile.ir.hardware import local_cpu
 from mimo_compile.ir.ops import get_op
-from mimo_compile.ir.tir_numbers import Num, Unsupported
-from mimo_compile.ir.tir_reference import evaluate
+from mimo_compile.ir.ops.numerics import bf16_to_f32
+from mimo_compile.ir.tir_numbers import FLOORS, UNITS, Num, Unsupported
+from mimo_compile.ir.tir_reference import constant, evaluate
 from mimo_compile.ir.workload import Workload
+from mimo_compile.schedules import get_schedule
 from mimo_compile.search.measure.verify import judge
 
 tvm = compiler()
+from tvm.relax import op as R
 from tvm_ffi import structural_equal
+
+CPU = local_cpu().with_threads(1)
 
 U32 = 2.0**-24
 
@@ -58,6 +64,11 @@ def test_bound_holds_for_float32_and_refuses_a_wrong_element(name):
     # a thousandth of the typical size is no rounding
     typical = np.sqrt(np.mean(expected["out0"] ** 2))
     assert np.median(bound["out0"]) < 1e-3 * typical
+    args = op.args(workload)
+    assert judge(args, {"out0": single}, expected, bound, inputs)[0] <= 1
+    wrong = single.copy()
+    wrong.flat[wrong.size // 2] += np.float32(1e-2 * typical)
+    assert judge(args, {"out0": wrong}, expected, bound, inputs)[0] > 1
 
 
 def test_wrong_kernels_are_refused():
@@ -83,6 +94,34 @@ def test_wrong_kernels_are_refused():
     assert judge(args, {"out0": backwards}, expected, bound, inputs)[0] <= 1
     for what, result in wrong.items():
         assert judge(args, {"out0": result}, expected, bound, inputs)[0] > 1, what
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("make", [lambda x: R.max(x, -1), lambda x: R.nn.softmax(x, -1)])
+def test_lowest_numbers_of_short_types_are_exact(make, dtype):
+    """What a maximum starts from; were it taken for rounded, no maximum could be verified."""
+    ((func, _, _),) = legalised_case(Case(make, [(4, 8)], dtypes=(dtype,)))
+    workload = functions.workload_of(func)
+    op = get_op("tir")
+    assert op.reason(workload) == ""
+    inputs = op.make_inputs(workload, np.random.default_rng(0))
+    expected = op.reference(workload, inputs)
+    bound = op.bound(workload, inputs, expected)["out0"]
+    if workload.text("does") == "max":
+        x = bf16_to_f32(inputs["in0"]) if dtype == "bfloat16" else inputs["in0"]
+        assert (expected["out0"] == x.max(-1)).all() and bound.max() <= 4 * FLOORS[dtype]
+    kind = get_schedule("tir.x86_rules")
+    check(workload, kind.lower(workload, kind.space(workload, CPU).default, CPU))
+
+
+def test_constants_are_exact_where_a_type_has_them():
+    has = {"float16": (65504.0, 0.5, 2.0**-24), "bfloat16": (-(2.0**127) * (2 - 2**-7), 1.5)}
+    lacks = {"float16": (0.1, 65505.0, 1e6), "bfloat16": (0.1, 257.0, 1e-5), "float32": (0.1,)}
+    for dtype, values in has.items():
+        assert all(constant(v, dtype).error is None for v in values)
+    for dtype, values in lacks.items():
+        for v in values:
+            assert constant(v, dtype).error == pytest.approx(UNITS[dtype] * abs(v))
 
 
 def test_errors_of_a_sum_grow_with_its_length_in_any_order():
@@ -117,6 +156,17 @@ def test_uncertain_comparisons_widen_what_they_choose_between():
     assert less.value.tolist() == [True, True] and less.error.tolist() == [1.0, 0.0]
     chosen = tir_numbers.select(less, Num(np.array([5.0, 5.0])), Num(np.array([9.0, 9.0])))
     assert chosen.value.tolist() == [5.0, 5.0] and chosen.err.tolist() == [4.0, 0.0]
+
+
+def test_errors_of_what_loses_do_not_count():
+    x = Num(np.array([1.0, 1.0, np.nan]), np.array([0.25, 0.25, 0.25]))
+    y = Num(np.array([-9.0, 0.5, 0.0]), np.array([2.0, 2.0, 2.0]))
+    assert tir_numbers.BINARY["Max"](x, y, "float32").err.tolist() == [0.25, 2.0, 2.0]
+    assert tir_numbers.BINARY["Max"](y, x, "float32").err.tolist() == [0.25, 2.0, 2.0]
+    assert tir_numbers.BINARY["Min"](x, y, "float32").err.tolist() == [2.0, 2.0, 2.0]
+    assert tir_numbers.BINARY["Min"](Num(-x.value, x.error), Num(-y.value, y.error), "float32").err[
+        0
+    ] == pytest.approx(0.25)
 
 
 def test_a_workload_is_its_content_and_not_its_names():

@@ -6,19 +6,16 @@ import json
 
 import numpy as np
 import pytest
-from generic_cases import CASES, legalised, made
+from generic_cases import CASES, check, legalised, made
 
-from mimo_compile._tvm import compiler, empty_aligned, from_numpy, load_object, set_threads
+from mimo_compile._tvm import compiler
 from mimo_compile.ir import functions
 from mimo_compile.ir.counts import LEVELS, TRAITS
 from mimo_compile.ir.hardware import PRESETS, local_cpu
 from mimo_compile.ir.ops import get_op
 from mimo_compile.schedules import get_schedule, names_for
-from mimo_compile.schedules.compile import compile_kernels
 from mimo_compile.schedules.generic.outline import MOST_BITS
 from mimo_compile.schedules.generic.x86_tir import default_config
-from mimo_compile.search.measure.cases import make_case
-from mimo_compile.search.measure.verify import judge
 from mimo_compile.search.space import JointSpace
 
 tvm = compiler()
@@ -32,24 +29,6 @@ REDUCING = ("softmax", "softmax_odd", "layer_norm", "conv", "matmul", "matmul_od
 
 def workload(name, at=0):
     return functions.workload_of(legalised(name)[at][0])
-
-
-def check(w, kernel):
-    """Build, run on fresh inputs and compare with the reference within its bound."""
-    case = make_case(w, 5)
-    code = load_object(compile_kernels([kernel], CPU))
-    arrays = {}
-    for arg in kernel.args:
-        arrays[arg.name] = empty_aligned(arg.shape, arg.dtype)
-        if arg.role == "output":
-            arrays[arg.name].view(np.uint8)[...] = 0xFF
-        else:
-            arrays[arg.name][...] = case.inputs[arg.name]
-    set_threads(1)
-    code[kernel.name](*(from_numpy(a) for a in arrays.values()))
-    ratio, message = judge(case.args, arrays, case.expected, case.bound, case.inputs)
-    assert ratio <= 1, message
-    return arrays
 
 
 def drawn(schedule, w, hardware, seed):
