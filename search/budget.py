@@ -58,6 +58,8 @@ class Clock:
         self._start = now()
         self._first_mj = self._read()
         self._last = 0.0
+        self._first_step: float | None = None
+        """Joules of the very first candidate, with which children started."""
         self._steps: deque[float] = deque(maxlen=RECENT)
 
     def _read(self) -> float | None:
@@ -81,15 +83,20 @@ class Clock:
 
     @property
     def _step(self) -> float:
-        """Joules that a candidate may cost; with the very first one, children start too."""
-        known = list(self._steps)
-        return max(known[1:] or known, default=0.0)
+        """Joules that a candidate may cost: as the very first one only as long as there is no other."""
+        return max(self._steps, default=self._first_step or 0.0)
 
-    def note(self) -> None:
-        """Take in that a candidate was measured: the costliest lately says what the next may cost."""
+    def note(self, count: int = 1) -> None:
+        """Take in that candidates were measured: the costliest lately says what the next may cost.
+
+        ``count``: how many since the last time, where they were measured in turns.
+        """
         if self.budget.joules is not None and (joules := self.joules) is not None:
-            self._steps.append(joules - self._last)
-            self._last = joules
+            step, self._last = (joules - self._last) / count, joules
+            if self._first_step is None:
+                self._first_step = step
+            else:
+                self._steps.append(step)
 
     def affords(self, count: int = 1) -> bool:
         """Say whether so many further candidates fit the limits of time and joules.

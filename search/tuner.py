@@ -280,7 +280,9 @@ class Tuner:
             if len(chosen) < 2 or not clock.affords(len(chosen)):
                 return
             batch = [task.candidates[k] for k in chosen]
+            measured = 0
             for m in self.measurer.confirm(task.space, batch, self._next_seed()):
+                measured += 1
                 record = self._store(task, m, "confirm")
                 keys = [k for k in chosen if task.candidates[k].key == m.candidate.key]
                 (done if record.ok else failed).update(keys)
@@ -288,6 +290,8 @@ class Tuner:
                     # its reading failed: no prediction stands for it
                     task.joules.tried.update(keys)
                     task.tell(keys)
+            if measured:
+                clock.note(measured)
 
     # -- telling -------------------------------------------------------------------------------
 

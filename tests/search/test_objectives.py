@@ -176,3 +176,24 @@ def test_the_costliest_candidate_says_what_the_next_may_cost() -> None:
     assert clock.affords(1) and not clock.affords(2)
     assert clock.reached(0) == "joules", "the next one may pass the budget"
     assert not Clock(Budget(seconds=1), None, iter([0.0, 2.0]).__next__).affords()
+
+
+def test_no_costly_candidate_but_the_first_is_forgotten_early() -> None:
+    used = [0.0, 500.0]  # children start with the first one
+    for step in (300.0, *[100.0] * 15):
+        used.append(used[-1] + step)
+    readings = iter([*used, used[-1], used[-1] + 100, used[-1] + 100])
+    clock = Clock(Budget(joules=2.5), replay.ReplayMeter(readings), lambda: 0.0)
+    for _ in range(17):
+        clock.note()
+    assert not clock.affords(), "2.3 J used, and 0.3 J is one of the last sixteen"
+    clock.note()
+    assert clock.affords(), "2.4 J used; it no longer is"
+
+
+def test_candidates_measured_in_turns_are_one_step_each() -> None:
+    readings = iter([0.0, 100.0, 500.0, 500.0, 500.0])
+    clock = Clock(Budget(joules=1.0), replay.ReplayMeter(readings), lambda: 0.0)
+    clock.note()
+    clock.note(4)
+    assert clock.affords(5) and not clock.affords(6)
