@@ -29,6 +29,8 @@ SKETCHES = 12
 """Most sketches of a function."""
 PLACES = 8
 """Loops that a block may be computed at."""
+CORES = 16
+"""What the rules are told of, whatever the machine has: sketches, and so configs, mean the same on all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +49,7 @@ class Opening:
 
 @dataclass(frozen=True, slots=True)
 class Sketches:
-    """The sketches of one function for one number of cores."""
+    """The sketches of one function."""
 
     module: Any
     traces: tuple[Any, ...]
@@ -55,7 +57,7 @@ class Sketches:
     processors: tuple[Any, ...]
 
 
-def rules(cores: int) -> list[Any]:
+def rules() -> list[Any]:
     """Return MetaSchedule's rules for CPUs, without those that need tensor intrinsics."""
     from tvm.s_tir.meta_schedule import schedule_rule as rule
     from tvm.s_tir.meta_schedule.schedule_rule.multi_level_tiling import ReuseType
@@ -81,7 +83,7 @@ def rules(cores: int) -> list[Any]:
 
 
 @lru_cache(maxsize=64)
-def sketches_of(workload: Workload, cores: int) -> Sketches:
+def sketches_of(workload: Workload) -> Sketches:
     """Return the sketches that MetaSchedule's rules make of a function.
 
     Raises:
@@ -93,7 +95,7 @@ def sketches_of(workload: Workload, cores: int) -> Sketches:
 
     module = tvm.IRModule({"main": outline_of(workload).func.with_attr("global_symbol", "main")})
     space = PostOrderApply(
-        sch_rules=rules(cores),
+        sch_rules=rules(),
         postprocs=[
             postproc.DisallowDynamicLoop(), postproc.RewriteParallelVectorizeUnroll(),
             postproc.RewriteReductionBlock(),
@@ -101,7 +103,7 @@ def sketches_of(workload: Workload, cores: int) -> Sketches:
         mutator_probs={},
     )  # fmt: skip
     context = ms.TuneContext(
-        mod=module, target=tvm.target.Target({"kind": "llvm", "num-cores": cores}),
+        mod=module, target=tvm.target.Target({"kind": "llvm", "num-cores": CORES}),
         space_generator=space, num_threads=1, rand_state=SEED, logger=_silent(),
     )  # fmt: skip
     try:

@@ -2,7 +2,7 @@
 
 A config is the sketch and a decision for each of its openings (`sketches`). Factors that do not divide
 are taken down to ones that do; places that do not exist are adapted by TVM, in a way that depends on
-nothing else.
+nothing else. The sketches are the same for any number of threads.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ class X86Meta(Schedule):
     name = "tir.x86_meta"
     op = functions.OP
     config = Decisions
+    version = 2
 
     def supports(self, workload: Workload, hardware: Hardware) -> bool:
         """Functions that MetaSchedule's rules make a sketch of."""
         if not supported(workload, hardware):
             return False
         try:
-            return any(sketches_of(workload, hardware.threads).openings)
+            return any(sketches_of(workload).openings)
         except ValueError:
             return False
 
@@ -51,7 +52,7 @@ class X86Meta(Schedule):
 
     def space(self, workload: Workload, hardware: Hardware) -> Space:
         """The sketch, and a knob for each part of a decision: ``t0.2`` is a factor of the first tiling."""
-        sketches = sketches_of(workload, hardware.threads)
+        sketches = sketches_of(workload)
         values: dict[str, set[int]] = {}
         for sketch in sketches.openings:
             for name, offered in named(sketch).items():
@@ -71,7 +72,11 @@ class X86Meta(Schedule):
             out |= {n: kept.get(n, v[0]) for n, v in knobs.items() if n in values}
             return Decisions(tuple(sorted(out.items())))
 
-        return Space(make, knobs, make(**usual), lambda c: {n for n, _ in c.made} == set(knobs))
+        def legal(config: Decisions) -> bool:
+            made = dict(config.made)
+            return made.keys() == knobs.keys() and make(**made) == config
+
+        return Space(make, knobs, make(**usual), legal)
 
     def lower(self, workload: Workload, config: Decisions, hardware: Hardware) -> Kernel:
         """Replay the sketch with the decisions, and let MetaSchedule finish it.
@@ -79,7 +84,7 @@ class X86Meta(Schedule):
         Raises:
             ValueError: TVM refuses the result.
         """
-        sketches = sketches_of(workload, hardware.threads)
+        sketches = sketches_of(workload)
         name = kernel_name(self, workload, config, hardware)
         try:
             scheduled = replayed(sketches, config)

@@ -114,6 +114,32 @@ def test_decisions_of_other_functions_are_refused():
     assert other.adopt("tir.x86_trace", {**joint.defaults()[0].config, "b9.tile": 4}) is None
 
 
+def test_sketches_mean_the_same_on_any_number_of_threads():
+    w, kind = workload("softmax"), get_schedule("tir.x86_meta")
+    spaces = [kind.space(w, CPU.with_threads(1)), kind.space(w, TWO)]
+    plain = [{n: v for n, v in s.knobs.items() if n != "parallel"} for s in spaces]
+    assert plain[0] == plain[1]
+    rng = np.random.default_rng(0)
+    drawn = {n: v[rng.integers(len(v))] for n, v in spaces[0].knobs.items()}
+    one = JointSpace(w, CPU.with_threads(1), [kind])
+    config = spaces[0].make(**drawn)
+    assert JointSpace(w, TWO, [kind]).adopt(kind.name, one.candidate(kind.name, config).config, 1)
+    a, b = (kind.lower(w, config, CPU.with_threads(n)) for n in (1, TWO.threads))
+    assert a.name == b.name and structural_equal(a.func, b.func)
+
+
+def test_factors_that_do_not_divide_are_refused():
+    w, kind = workload("matmul"), get_schedule("tir.x86_meta")
+    space = kind.space(w, TWO)
+    assert space.legal(space.default)
+    values = dict(space.default.made)
+    tiles = sorted(n for n in values if n.startswith("t0."))
+    for wrong in ({n: space.knobs[n][-1] for n in tiles}, {tiles[0]: 5}, {tiles[-1]: 1 << 20}):
+        config = kind.config_from_json({**values, **wrong})
+        assert not space.legal(config)
+        assert JointSpace(w, TWO, [kind]).adopt(kind.name, dict(config.made)) is None
+
+
 def test_the_default_is_what_the_rules_do():
     for name in REDUCING:
         w = workload(name)
