@@ -35,6 +35,7 @@ _IN_ORDER = 1 << 15
 """Most steps of a reduction that has to be followed one by one."""
 _MOST_WORK = 1 << 34
 """Most innermost iterations of a function that a reference is computed of."""
+_DIVISIONS = ("Div", "Mod", "FloorDiv", "FloorMod")
 _REDUCERS = {"Add": "sum", "Max": "max", "Min": "min"}
 
 
@@ -86,6 +87,9 @@ class Evaluator:
     buffers: dict[int, Num] = field(default_factory=dict)
     env: dict[int, Num] = field(default_factory=dict)
     guarded: int = 0
+    """Conditions that choose what is looked at around an expression."""
+    branched: int = 0
+    """Those of them that are branches: the processor does not compute what is not chosen."""
 
     # -- statements ----------------------------------------------------------------------------
 
@@ -304,7 +308,11 @@ class Evaluator:
         kind = type(expr).__name__
         dtype = str(expr.ty)
         if kind in BINARY:
-            return BINARY[kind](self.evaluate(expr.a), self.evaluate(expr.b), dtype)
+            a, b = self.evaluate(expr.a), self.evaluate(expr.b)
+            zero = kind in _DIVISIONS and dtype not in UNITS and not np.all(b.value)
+            if zero and not self.branched:  # ends the process
+                raise Unsupported("a division by zero")
+            return BINARY[kind](a, b, dtype)
         if kind == "IntImm":
             return Num(np.asarray(int(expr.value), "bool" if dtype == "bool" else dtype))
         if kind == "FloatImm":
@@ -339,7 +347,11 @@ class Evaluator:
         """Return the values of a function."""
         name = str(getattr(expr.op, "name", expr.op)).rpartition(".")[2]
         if name == "if_then_else":
-            return self.choice(*expr.args)
+            self.branched += 1
+            try:
+                return self.choice(*expr.args)
+            finally:
+                self.branched -= 1
         if name == "likely":
             return self.evaluate(expr.args[0])
         args = [self.evaluate(a) for a in expr.args]

@@ -22,7 +22,7 @@ from mimo_compile.ir.tir_reference import Num, Unsupported, evaluate
 from mimo_compile.ir.workload import Workload
 
 DISTRIBUTIONS = ("normal", "positive", "small")
-"""How float inputs are drawn, in order: the first that gives results that can be verified counts."""
+"""How inputs are drawn, in order: the first that gives results that can be verified counts."""
 VAGUE = 0.125
 """Share of the results' typical magnitude that the typical bound may be, lest anything passes."""
 _WIDE = 127
@@ -60,7 +60,8 @@ class Tir(OpDef):
         """Draw numbers for which the function has finite results.
 
         Whole numbers may be indices: they stay below every extent of a parameter. Floats are normal;
-        where that gives no result (a logarithm, a variance) positive, and else in [0, 1).
+        where that gives no result (a logarithm, a variance, a divisor) all numbers are positive; where that
+        gives none either, floats are in [0, 1).
 
         Raises:
             UsageError: no results can be verified.
@@ -82,6 +83,7 @@ class Tir(OpDef):
         args = [a for a in self.args(workload) if a.role == "input"]
         extents = [n for a in self.args(workload) for n in a.shape if n > 1]
         below = min(extents, default=1)
+        least = int(how == "positive")
         out: dict[str, Array] = {}
         for a in args:
             if a.dtype == "bool":
@@ -94,10 +96,11 @@ class Tir(OpDef):
                     x = rng.random(a.shape)
                 out[a.name] = f32_to_bf16(x) if a.dtype == "bfloat16" else x.astype(a.dtype)
             elif np.dtype(a.dtype).itemsize == 1:
-                low = 0 if a.dtype.startswith("u") else -_WIDE
+                low = least if least or a.dtype.startswith("u") else -_WIDE
                 out[a.name] = rng.integers(low, _WIDE + 1, a.shape).astype(a.dtype)
             else:
-                out[a.name] = rng.integers(0, below, a.shape).astype(a.dtype)
+                high = max(below, least + 1)
+                out[a.name] = rng.integers(least, high, a.shape).astype(a.dtype)
         return out
 
     def _computed(self, workload: Workload, inputs: Mapping[str, Array]) -> dict[str, Num]:

@@ -13,7 +13,7 @@ from mimo_compile.ir.hardware import local_cpu
 from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.ops.numerics import bf16_to_f32
 from mimo_compile.ir.tir_numbers import FLOORS, UNITS, Num, Unsupported
-from mimo_compile.ir.tir_reference import constant, evaluate
+from mimo_compile.ir.tir_reference import Evaluator, constant, evaluate
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules import get_schedule
 from mimo_compile.search.measure.verify import judge
@@ -215,6 +215,37 @@ def test_variances_are_drawn_positive():
     assert (inputs["in0"] > 0).all()
     same = get_op("tir").make_inputs(workload, np.random.default_rng(0))
     assert (inputs["in0"] == same["in0"]).all()
+
+
+@pytest.mark.parametrize("make", [R.floor_divide, R.floor_mod, R.mod])
+def test_whole_divisors_are_not_zero(make):
+    """A processor stops the process at one."""
+    case = Case(make, [(5, 16), (5, 16)], dtypes=("int32", "int32"))
+    ((func, _, _),) = legalised_case(case)
+    workload = functions.workload_of(func)
+    op = get_op("tir")
+    assert op.reason(workload) == ""
+    inputs = op.make_inputs(workload, np.random.default_rng(0))
+    assert inputs["in1"].min() >= 1
+    zeros = {**inputs, "in1": np.zeros_like(inputs["in1"])}
+    with pytest.raises(Unsupported, match="a division by zero"):
+        op.reference(workload, zeros)
+    kind = get_schedule("tir.x86_rules")
+    check(workload, kind.lower(workload, kind.space(workload, CPU).default, CPU))
+
+
+def test_a_division_that_a_branch_guards_may_have_zeros():
+    x = [tvm.tirx.Var(n, "int32") for n in "ab"]
+    divided = tvm.tirx.floordiv(*x)
+    follow = Evaluator()
+    for v, n in zip(x, ([6, 7], [0, 2]), strict=True):
+        follow.env[hash(v)] = Num(np.array(n, "int32"))
+    guarded = tvm.tirx.if_then_else(x[1] != 0, divided, tvm.tirx.IntImm("int32", -1))
+    assert follow.evaluate(guarded).value.tolist() == [-1, 3]
+    both = tvm.tirx.Select(x[1] != 0, divided, tvm.tirx.IntImm("int32", -1))
+    for computed in (divided, both):  # a select computes both
+        with pytest.raises(Unsupported, match="a division by zero"):
+            follow.evaluate(computed)
 
 
 def test_what_cannot_be_verified_says_why():
