@@ -28,7 +28,7 @@ from mimo_compile.search.records import Record, Verdict
 from mimo_compile.search.space import Candidate, JointSpace
 
 _KEPT = 1024
-"""Most candidates whose object code is kept here."""
+"""Most candidates whose object code is kept here, besides those that are wanted now."""
 _START_S = 180.0
 """Seconds beyond all limits of its own that a worker may take, for starting its processes."""
 _LATER = 0.25
@@ -80,6 +80,8 @@ class FarmMeasurer:
         self.twins = Twins()
         self._known: dict[str, Built] = {}
         """Builds that came back, by the candidate's key."""
+        self._wanted: set[str] = set()
+        """Keys of what is to be measured or compared next."""
         self._building: dict[int, Candidate] = {}
         self._builds: dict[str, int] = {}
         self._lost: dict[str, Result] = {}
@@ -135,8 +137,9 @@ class FarmMeasurer:
         if result.status != "done":
             self._lost[candidate.key] = result
         self._known[candidate.key] = result.value or Built(Reply("crash", {}, result.message))
-        while len(self._known) > _KEPT:
-            self._known.pop(next(iter(self._known)))
+        if (more := len(self._known) - _KEPT) > 0:
+            for key in [k for k in self._known if k not in self._wanted][:more]:
+                del self._known[key]
         return candidate
 
     # -- measuring -------------------------------------------------------------------------------
@@ -153,9 +156,10 @@ class FarmMeasurer:
         batch = _Batch(space, seed, energy)
         wanted = {c.key: c for c in candidates}
         running: dict[int, Candidate] = {}
-        for candidate in candidates:
-            self._build(space, candidate)
+        self._wanted |= wanted.keys()
         try:
+            for candidate in candidates:
+                self._build(space, candidate)
             for key in [k for k in wanted if k in self._known]:
                 yield from self._next_step(batch, wanted.pop(key), running)
             while wanted or running:
@@ -168,6 +172,7 @@ class FarmMeasurer:
                 elif number in running:
                     yield self._measured(running.pop(number), result, seed)
         finally:
+            self._wanted.difference_update(c.key for c in candidates)
             for number in running:
                 self.farm.cancel(number)
 
@@ -178,6 +183,7 @@ class FarmMeasurer:
         from mimo_compile.search.measure.runner import failed
 
         built = self._known[candidate.key]
+        self._wanted.discard(candidate.key)
         if (lost := self._lost.pop(candidate.key, None)) is not None:
             del self._known[candidate.key]
             return [_gave_up(candidate, lost, batch.seed)]
@@ -237,18 +243,26 @@ class FarmMeasurer:
     def confirm(
         self, space: JointSpace, candidates: Sequence[Candidate], seed: int
     ) -> Iterator[Measurement]:
-        """Time candidates against each other, all on one node.
+        """Time candidates against each other, all on one node; one that cannot be built again is left out.
 
         Raises:
             DeviceLost: no node is left that could measure.
             MimoError: every node that could serve failed.
         """
-        for candidate in candidates:
-            self._build(space, candidate)
-        while any(c.key in self._builds for c in candidates):
-            self._take(self.farm.next())
-        built = [self._known[c.key] for c in candidates]
-        number = self._order(_Batch(space, seed, True), candidates, built, compare=True)
+        keys = {c.key for c in candidates}
+        self._wanted |= keys
+        try:
+            for candidate in candidates:
+                self._build(space, candidate)
+            while not keys.isdisjoint(self._builds):
+                self._take(self.farm.next())
+            there = [c for c in candidates if not self._gone(c, seed)]
+            built = [self._known[c.key] for c in there]
+        finally:
+            self._wanted -= keys
+        if not there:
+            return
+        number = self._order(_Batch(space, seed, True), there, built, compare=True)
         result = self._wait(number)
         if result.status == "done":
             yield from result.value
@@ -256,6 +270,15 @@ class FarmMeasurer:
             raise MimoError(f"the comparison cannot run: {result.message}")
         else:  # whichever of them it was: single readings stand
             yield from ()
+
+    def _gone(self, candidate: Candidate, seed: int) -> bool:
+        """Say whether the workers of a candidate's build never answered; then it is forgotten."""
+        lost = self._lost.pop(candidate.key, None)
+        if lost is None:
+            return False
+        del self._known[candidate.key]
+        _gave_up(candidate, lost, seed)  # raises where no node could build it
+        return True
 
     def _wait(self, number: int) -> Result:
         try:

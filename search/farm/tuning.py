@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
+from dataclasses import replace
 from typing import Any
 
 from mimo_compile.cost_models.analytic import DeviceModel
@@ -18,6 +20,7 @@ from mimo_compile.search.measure.base import Limits, Timing
 from mimo_compile.search.meters import AUTO, MODELLED
 from mimo_compile.search.objective import parse_objective
 
+_LOG = logging.getLogger(__name__)
 PROBE_S = 60.0
 """Seconds that nodes have at the start to say what they are."""
 
@@ -36,6 +39,7 @@ class Membership:
         self._alive: dict[str, dict[str, Any]] = {}
         self.failures: dict[str, str] = {}
         """Why nodes did not answer, by name."""
+        self._told: set[str] = set()
 
     def questions(self) -> list[Any]:
         """Return references to answers that have not come."""
@@ -73,10 +77,14 @@ class Membership:
         return Member(name, cpus, resources.get(MARK, 0) > 0, self._known.get(name))
 
     def __call__(self) -> dict[str, Node]:
-        """Return the nodes with their roles."""
-        nodes = assign(
-            self.members(), self._hardware, self.own, self._cluster.home, self._measuring
-        )
+        """Return the nodes with their roles; of each that cannot have one the log tells once."""
+        members = self.members()
+        unfit = problems(members, self._hardware, self.own)
+        for name, why in {**self.failures, **unfit}.items():
+            if name not in self._told:
+                _LOG.warning("node %.8s of the cluster is left out: %s", name, why)
+                self._told.add(name)
+        nodes = assign(members, self._hardware, self.own, self._cluster.home, self._measuring)
         self._measuring = measuring_nodes(nodes)
         return nodes
 
@@ -175,33 +183,52 @@ def open_farm(
             return (BuildHost, (limits,)) if kind == "build" else (MeasureHost, (setup,))
 
         executor = RayExecutor(cluster, membership, factory, settle=membership.questions)
-        device, name = _warm(executor, cluster, measuring_nodes(nodes))
-        farm = Farm(executor)
+        (device, name), broken = _warm(executor, cluster, measuring_nodes(nodes))
+        setup = replace(
+            setup, meter=name or MODELLED
+        )  # nodes that come read the same meter, or none
+        farm = Farm(executor, broken=broken)
     except BaseException:
         cluster.close()
         raise
     return FarmMeasurer(farm, hardware, device=device, limits=limits, timing=timing, meter=name)
 
 
-def _warm(executor: RayExecutor, cluster: Cluster, nodes: list[str]) -> tuple[DeviceModel, str]:
-    """Start the measuring actors; return the first device's rates and its meter's name."""
+def _warm(
+    executor: RayExecutor, cluster: Cluster, nodes: list[str]
+) -> tuple[tuple[DeviceModel, str], dict[str, MimoError]]:
+    """Start the measuring actors.
+
+    Returns:
+        The first device's rates and its meter's name (the first with a meter, if any has one), and what is
+        wrong with nodes that cannot measure: they do not work, or read another meter, whose joules cannot be
+        compared.
+
+    Raises:
+        MimoError: no node works.
+    """
     ray = cluster.ray
     hosts = [executor.spawn(n, "measure") for n in nodes]
     questions = [h.actor.ready.remote() for h in hosts]
-    found: tuple[DeviceModel, str] | None = None
-    failure: MimoError | None = None
+    greeted: list[tuple[Any, tuple[DeviceModel, str]]] = []
+    broken: dict[str, MimoError] = {}
     for host, question in zip(hosts, questions, strict=True):
         try:
             status, value = ray.get(question)
         except ray.exceptions.RayError as error:
             status, value = "broken", MimoError(f"a measuring worker died: {error}")
         if status == "ok":
-            found = found or value
+            greeted.append((host, value))
+        else:
+            broken[host.node] = value
+    if not greeted:
+        raise next(iter(broken.values()))
+    found = next((v for _, v in greeted if v[1]), greeted[0][1])
+    for host, (_, meter) in greeted:
+        if meter == found[1]:
             executor.adopt(host)
         else:
-            failure = value
-            executor.exclude(host.node)
-    if found is None:
-        assert failure is not None
-        raise failure
-    return found
+            text = f"it reads joules with {meter or 'no meter'}, others with {found[1]}"
+            broken[host.node] = MimoError(text)
+            ray.kill(host.actor)
+    return found, broken

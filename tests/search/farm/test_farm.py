@@ -15,6 +15,7 @@ from mimo_compile.errors import DeviceLost, MimoError
 from mimo_compile.ir.hardware import PRESETS
 from mimo_compile.ir.ops import parse_workload
 from mimo_compile.search.database import Database
+from mimo_compile.search.farm import measurer as farm_measurer
 from mimo_compile.search.farm.coordinator import Farm
 from mimo_compile.search.farm.hosts import Answer, Built
 from mimo_compile.search.farm.measurer import FarmMeasurer
@@ -348,6 +349,31 @@ def test_a_broken_builder_does_not_end_the_wait_for_a_device(
         found, some = space()
         assert len(list(m.measure(found, some[:12], 1))) == 12
     assert ["more" in r.message and "no space" in r.message for r in caplog.records] == [True]
+
+
+def test_code_that_is_wanted_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(farm_measurer, "_KEPT", 3)
+    executor = Inline([ONE], HOSTS)
+    with measurer(executor) as m:
+        found, some = space()
+        assert len(list(m.measure(found, some[:6], 1))) == 6
+        assert [x.candidate for x in m.confirm(found, some[:6], 2)] == some[:6]
+        m.prepare(found, some[6:12])
+        assert len(list(m.measure(found, some[12:24], 1))) == 12
+        assert len(m._known) <= 3 and not m._wanted
+
+
+@pytest.mark.fault
+def test_what_cannot_be_built_again_is_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(farm_measurer, "_KEPT", 0)
+    executor = Inline([ONE], HOSTS)
+    with measurer(executor) as m:
+        found, (a, b, *_) = space()
+        assert len(list(m.measure(found, [a, b], 1))) == 2
+        executor.deaths["build", a.key] = 2
+        assert [x.candidate for x in m.confirm(found, [a, b], 2)] == [b]
+        assert not m._lost
+        assert list(m.confirm(found, [a], 2)) == []
 
 
 # -- the coordinator alone -----------------------------------------------------------------------

@@ -10,13 +10,15 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from mimo_compile.errors import MimoError, MissingExtra, UsageError
 from mimo_compile.ir.hardware import PRESETS, Hardware, local_cpu
 from mimo_compile.ir.ops import parse_workload
-from mimo_compile.search.farm import ray_farm
+from mimo_compile.search.farm import ray_farm, tuning
 from mimo_compile.search.farm.hosts import (
     BuildHost,
     BuildOrder,
@@ -208,6 +210,58 @@ def test_a_node_describes_itself() -> None:
     own = facts()
     assert own.hardware == local_cpu() and "mimo-compile" in own.versions
     assert "apache-tvm" in own.versions
+
+
+class Warming:
+    """A cluster and an executor whose hosts answer what their nodes' names say."""
+
+    exceptions = SimpleNamespace(RayError=ConnectionError)
+
+    def __init__(self) -> None:
+        self.ray = self
+        self.adopted: list[str] = []
+
+    def spawn(self, node: str, role: str) -> Any:
+        ready = SimpleNamespace(remote=lambda: node)
+        return SimpleNamespace(node=node, actor=SimpleNamespace(ready=ready))
+
+    def get(self, node: str) -> Any:
+        if node.startswith("dead"):
+            raise ConnectionError("gone")
+        if node.startswith("full"):
+            return "broken", MimoError("no space left")
+        return "ok", (f"rates of {node}", node.partition(" ")[2])
+
+    def kill(self, actor: Any) -> None:
+        pass
+
+    def adopt(self, host: Any) -> None:
+        self.adopted.append(host.node)
+
+
+@pytest.mark.fault
+def test_nodes_that_fail_to_warm_up_or_read_another_meter_do_not_measure() -> None:
+    warm: Any = Warming()
+    found, broken = tuning._warm(warm, warm, ["full", "a", "b rapl", "c rapl", "d nvml", "dead"])
+    assert found == ("rates of b rapl", "rapl") and warm.adopted == ["b rapl", "c rapl"]
+    assert set(broken) == {"full", "a", "d nvml", "dead"}
+    assert "no space" in str(broken["full"]) and "nvml, others with rapl" in str(broken["d nvml"])
+    assert tuning._warm(warm, warm, ["x", "y"]) == (("rates of x", ""), {})
+    with pytest.raises(MimoError, match="no space left"):
+        tuning._warm(warm, warm, ["full", "dead"])
+
+
+@pytest.mark.fault
+def test_nodes_that_are_left_out_are_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    members = [member("a"), replace(member("b"), facts=replace(OWN, host="b", versions={}))]
+    membership = tuning.Membership.__new__(tuning.Membership)
+    membership.__dict__.update(
+        _hardware=HW, own=OWN, _cluster=SimpleNamespace(home="a"), _measuring=[], _told=set(),
+        failures={"c": "no such module"}, members=lambda: members,
+    )  # fmt: skip
+    assert list(membership()) == list(membership()) == ["a"]
+    assert len(caplog.records) == 2
+    assert "no such module" in caplog.text and "mimo-compile absent" in caplog.text
 
 
 # -- words ---------------------------------------------------------------------------------------
