@@ -65,8 +65,14 @@ def summarise(records: Iterable[Record]) -> list[Result]:
             twins[record.key] = record
         else:
             groups.setdefault(record.key, []).append(record)
-    alone = {k: [r] for k, r in twins.items() if k not in groups and r.twin not in groups}
+    # a crash or timeout of its own leaves it what it was; own times and lasting verdicts do not
+    own = {
+        k for k in twins.keys() & groups.keys()
+        if any((r.ok and r.latency_us is not None) or r.verdict in LASTING for r in groups[k])
+    }  # fmt: skip
+    alone = {k: [r] for k, r in twins.items() if k not in own and r.twin not in groups}
     groups |= alone
+    own |= alone.keys()
     out = []
     for rows in groups.values():
         good = [r for r in rows if r.ok and r.latency_us is not None]
@@ -103,7 +109,7 @@ def summarise(records: Iterable[Record]) -> list[Result]:
     return out + [
         replace(results[r.twin], record=r)
         for key, r in twins.items()
-        if key not in groups and r.twin in results
+        if key not in own and r.twin in results
     ]
 
 

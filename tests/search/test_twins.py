@@ -33,6 +33,7 @@ def code_of(measurer: Measurer, space: JointSpace, *candidates: Candidate) -> li
     return [str(r.value["code_hash"]) for r in measurer.build(space, candidates)]
 
 
+@pytest.mark.slow
 def test_code_differs_exactly_where_a_knob_has_an_effect(measurer: Measurer) -> None:
     """The zoo's second knob changes the kernel's name only."""
     from zoo_schedules import Many, Zoo, ZooConfig
@@ -68,6 +69,7 @@ def test_knobs_of_a_real_schedule(measurer: Measurer) -> None:
     assert first == again != different
 
 
+@pytest.mark.slow
 def test_a_search_times_the_same_code_once(
     tmp_path: Path, measurer: Measurer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,6 +196,10 @@ def test_records_without_a_twin_are_what_they_were() -> None:
     assert decode(encode(twin)) == twin and json.loads(encode(twin))["twin"] == sample(1).key
 
 
+def wrong_one() -> Record:
+    return sample(3, verdict="wrong", phase="confirm")
+
+
 def test_twins_follow_the_one_that_was_timed() -> None:
     first, second = sample(1, 9.0), sample(2, 10.0)
     twin = sample(3, 9.0, twin=first.key)
@@ -206,6 +212,11 @@ def test_twins_follow_the_one_that_was_timed() -> None:
     barred = [*rows, sample(1, verdict="wrong")]
     assert {r.record.config["tile"] for r in summarise(barred)} == {2}
     assert [r.latency_us for r in summarise([twin])] == [9.0], "the other record was left behind"
+    crash = sample(3, verdict="crash", phase="confirm")
+    for also in (first, second):  # with the records of the one that was timed, and without
+        left = {r.record.config["tile"]: r.latency_us for r in summarise([also, twin, crash])}
+        assert left[3] == 9.0, "a crash of its own only adds no time"
+        assert all(r.record.config["tile"] != 3 for r in summarise([also, twin, wrong_one()]))
     own = [*rows, sample(3, 13.0, phase="confirm")]
     assert {r.record.config["tile"]: r.latency_us for r in summarise(own)}[3] == 13.0
 

@@ -92,6 +92,43 @@ def test_holders_of_a_lock_take_turns(tmp_path: Path) -> None:
 
 
 @pytest.mark.compile
+def test_a_building_host_sends_the_code_and_keeps_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from toy_schedules import Tiled
+
+    from mimo_compile.search.measure import builder
+    from mimo_compile.search.measure.worker import Reply
+
+    class Compiler:
+        def __init__(self, limits: Limits, scratch: Any, parallel: int) -> None:
+            self.scratch, self.forgotten = scratch, []
+
+        def build(self, space: JointSpace, candidates: list[Any]) -> list[Reply]:
+            (c,) = candidates
+            assert c in list(space)
+            if c.config["rows"] == 32:
+                return [Reply("error", {}, "no such tile", "ValueError")]
+            builder.code_path(self.scratch, c).write_bytes(c.key.encode())
+            return [Reply("ok", {})]
+
+        def forget(self, key: str) -> None:
+            self.forgotten.append(key)
+
+    monkeypatch.setattr(builder, "Builder", Compiler)
+    space = JointSpace(parse_workload("swiglu:t=8,f=512"), PRESETS["x86-64-v3"], [Tiled()])
+    host, some = BuildHost(Limits()), list(space)[:40]
+    for c in some:
+        order = BuildOrder(str(space.workload), reference(Tiled()), c, space.hardware)
+        status, built = host.run(order)
+        fine = c.config["rows"] != 32
+        assert status == "ok" and built.code == (c.key.encode() if fine else b"")
+    assert host._builder.forgotten == [c.key for c in some]
+    host._scratch.close()
+
+
+@pytest.mark.compile
+@pytest.mark.slow
 def test_code_built_in_one_place_is_measured_in_another(tmp_path: Path) -> None:
     from zoo_schedules import Zoo, ZooConfig
 
