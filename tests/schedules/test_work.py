@@ -75,7 +75,12 @@ WORKLOADS = [
     "embed:t=3,v=50,d=70",
 ]
 # simulated targets have cycle models of their own; generic functions have no text that says what they are
-NAMES = [name for entries in SCHEDULES.values() for name in entries if ".sim_" not in name and not name.startswith("tir.")]
+NAMES = [
+    name
+    for entries in SCHEDULES.values()
+    for name in entries
+    if ".sim_" not in name and not name.startswith("tir.")
+]
 
 
 def fits(schedule, text, hardware):
