@@ -220,7 +220,7 @@ def tune(
         workloads = tunable(opened.graphs, hardware, search=True)
         if hardware.kind == "sim":
             workloads = _supported(workloads, hardware)
-    with _farm(on, hardware, meter) as farm, _database(db) as database:
+    with _database(db) as database, _farm(on, hardware, meter) as farm:
         how = {"meter": counter} if farm is None else farm.how()
         return _tune(
             workloads, hardware, trials, seconds, joules, objective, database, seed, progress,

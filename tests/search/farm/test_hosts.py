@@ -364,3 +364,16 @@ def test_a_token_that_is_there_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert set(ray_farm._variables(own=False)) == {*joining, "RAY_AUTH_MODE"}
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     assert "RAY_AUTH_MODE" not in ray_farm._variables(own=True)
+
+
+@pytest.mark.compile
+def test_no_cluster_is_opened_for_a_database_that_cannot_be(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from mimo_compile import api
+
+    monkeypatch.setattr(ray_farm, "find_spec", lambda name: object())
+    monkeypatch.setattr(tuning, "open_farm", lambda *a, **k: pytest.fail("a cluster was opened"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MimoError, match="file"):
+        api.tune("swiglu:t=8,f=512", on="ray", trials=1, db=tmp_path / "file" / "r.db")
