@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from mimo_compile import __version__
 from mimo_compile.artifact import Artifact
+from mimo_compile.errors import MimoError
+from mimo_compile.ir import functions
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.workload import Workload
+from mimo_compile.pipeline.choose import GENERIC
 from mimo_compile.pipeline.emit import Emitter, Lowered
 from mimo_compile.pipeline.graphs import DRAFT_STEPS, HEADS, ModelGraphs, within_context
 from mimo_compile.pipeline.isolate import Origin, compile_isolated
@@ -22,7 +27,9 @@ from mimo_compile.runtime.program import (
     Programs,
     Target,
 )
-from mimo_compile.schedules import get_schedule
+from mimo_compile.schedules import Schedule, get_schedule
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,23 +47,56 @@ class Extras:
 def lower_model(
     model: ModelGraphs, choices: Mapping[Workload, Choice], hardware: Hardware
 ) -> dict[Workload, Lowered]:
-    """Generate the kernel of each workload as chosen."""
-    functions = model.functions()
+    """Generate the kernel of each workload as chosen.
+
+    Raises:
+        MimoError: a schedule refuses what was chosen.
+    """
+    generic = model.functions()
     lowered: dict[Workload, Lowered] = {}
     for workload in model.workloads():
         choice = choices.get(workload)
         if choice is None:
             from mimo_compile.schedules.generic.x86_tir import default_config, lower_tir
 
-            func, name = functions[workload], workload.text("does")
+            func, name = generic[workload], workload.text("does")
             config = default_config(func)
             kernel = lower_tir(func, f"{name[:40]}_{workload.text('hash')}", config, hardware)
             lowered[workload] = Lowered(kernel)
             continue
         schedule = get_schedule(choice.schedule)
         chosen = schedule.config_from_json(choice.config)
-        lowered[workload] = Lowered(schedule.lower(workload, chosen, hardware), schedule, chosen)
+        lowered[workload] = lower_choice(workload, schedule, chosen, hardware)
     return lowered
+
+
+def lower_choice(
+    workload: Workload, schedule: Schedule, config: Any, hardware: Hardware
+) -> Lowered:
+    """Generate the kernel of one choice.
+
+    A generic function takes the rules' kernel where the compiler refuses the decisions of a record: another
+    version of it may have taken them, and no other kernel depends on them.
+
+    Raises:
+        MimoError: a schedule refuses what was chosen; names workload, schedule and config.
+    """
+    try:
+        return Lowered(schedule.lower(workload, config, hardware), schedule, config)
+    except ValueError as error:
+        if not functions.is_function(workload) or schedule.name == GENERIC:
+            values = json.dumps(schedule.config_to_json(config))
+            raise MimoError(
+                f"no kernel for {workload}: {error}",
+                where=f"schedule {schedule.name}, config {values}",
+                remedy=f"Search for kernels that can be built: mimo-compile tune --op {workload}",
+            ) from error
+        _LOG.warning(
+            "%s takes its default: %s refuses a record: %s", workload, schedule.name, error
+        )
+    rules = get_schedule(GENERIC)
+    default = rules.space(workload, hardware).default
+    return Lowered(rules.lower(workload, default, hardware), rules, default, stands_in=True)
 
 
 def build_artifact(
@@ -66,12 +106,12 @@ def build_artifact(
 
     Args:
         model: Entry points as kernel graphs.
-        choices: Schedule and config for each dialect workload.
+        choices: Schedule and config for each workload but functions that no schedule supports.
         hardware: What to compile for.
         extras: Other members and the texts that the manifest repeats.
 
     Raises:
-        MimoError: a kernel cannot be compiled; names workload, schedule and config.
+        MimoError: a kernel cannot be made or compiled; names workload, schedule and config.
     """
     lowered = lower_model(model, choices, hardware)
     emitter = Emitter(lowered, model.tensors)
@@ -82,9 +122,7 @@ def build_artifact(
     kernels = [low.kernel for low in lowered.values()]
     origins = [origin_of(w, low) for w, low in lowered.items()]
     calls = model.workloads()
-    plan = [
-        _final_choice(w, choices.get(w), lowered[w], calls[w]) for w in sorted(lowered, key=str)
-    ]
+    plan = [final_choice(w, choices.get(w), lowered[w], calls[w]) for w in sorted(lowered, key=str)]
     manifest = Manifest(
         schema=SCHEMA,
         name=model.name,
@@ -123,12 +161,18 @@ def origin_of(workload: Workload, low: Lowered) -> Origin:
     )
 
 
-def _final_choice(
+def final_choice(
     workload: Workload, choice: Choice | None, low: Lowered, calls: dict[str, int]
 ) -> Choice:
-    if choice is None:
+    """Return what the manifest says of a kernel, once it is made."""
+    if choice is None or low.schedule is None:
         return Choice(str(workload), "generic.x86_tir", {}, low.kernel.name, "default", calls=calls)
-    version = None if low.schedule is None else low.schedule.version
+    version = low.schedule.version
+    if low.stands_in:
+        return Choice(
+            choice.workload, low.schedule.name, low.schedule.config_to_json(low.config),
+            low.kernel.name, "default", calls=calls, schedule_version=version,
+        )  # fmt: skip
     return Choice(
         choice.workload, choice.schedule, choice.config, low.kernel.name, choice.source,
         choice.latency_us, choice.energy_mj, choice.energy_source, calls, version,

@@ -23,11 +23,16 @@ from mimo_compile.schedules import Kernel, Schedule
 
 @dataclass(frozen=True, slots=True)
 class Lowered:
-    """The kernel of one workload, and the schedule that packs its constants (None: a generic one untuned)."""
+    """The kernel of one workload, and the schedule that packs its constants.
+
+    None: a function that no schedule supports.
+    """
 
     kernel: Kernel
     schedule: Schedule | None = None
     config: Any = None
+    stands_in: bool = False
+    """The rules' kernel of a generic function, in place of a choice that the compiler refuses."""
 
 
 def to_numpy(tensor: Any) -> Array:

@@ -14,9 +14,8 @@ from mimo_compile.artifact import Artifact
 from mimo_compile.errors import EnvironmentMismatch, UsageError
 from mimo_compile.ir.hardware import PRESETS, local_cpu
 from mimo_compile.ir.workload import Workload
-from mimo_compile.pipeline.build import built_with, origin_of
+from mimo_compile.pipeline.build import built_with, final_choice, lower_choice, origin_of
 from mimo_compile.pipeline.choose import with_records
-from mimo_compile.pipeline.emit import Lowered
 from mimo_compile.pipeline.isolate import compile_isolated
 from mimo_compile.pipeline.plans import FROM_SOURCE, Problem
 from mimo_compile.runtime.container import series
@@ -87,10 +86,7 @@ def replan(artifact: Artifact, problem: Problem, objective: str, db: Database | 
     check(artifact, problem, objective)
     plan = problem.planner(db).plan(objective)
     chosen = with_records(plan, hardware, db, problem.kept)
-    lowered = {
-        w: Lowered(c.schedule.lower(w, c.config, hardware), c.schedule, c.config)
-        for w, c in plan.choices.items()
-    }
+    lowered = {w: lower_choice(w, c.schedule, c.config, hardware) for w, c in plan.choices.items()}
     kernels = {problem.built[w].kernel: low.kernel for w, low in lowered.items()}
     programs = Programs({n: _entry(e, kernels) for n, e in artifact.programs.entries.items()})
     code, versions = artifact.code, manifest.versions
@@ -99,9 +95,7 @@ def replan(artifact: Artifact, problem: Problem, objective: str, db: Database | 
         code = compile_isolated([low.kernel for low in lowered.values()], origins, hardware)
         versions = built_with()
     rows = [
-        msgspec.structs.replace(
-            chosen.choices[w], kernel=lowered[w].kernel.name, calls=problem.built[w].calls
-        )
+        final_choice(w, chosen.choices[w], lowered[w], problem.built[w].calls)
         for w in sorted(lowered, key=str)
     ]
     changed = msgspec.structs.replace(

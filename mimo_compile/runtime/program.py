@@ -11,7 +11,11 @@ from typing import Literal
 import msgspec
 
 SCHEMA = 1
-"""Version of the artifact's schema; a newer one is refused."""
+"""Version of the artifact's schema; a newer one is refused.
+
+What is at its default is not written in manifests, choices and decoders. So a new field there need not raise
+the schema if whoever does not know the field acts as its default says; anything else raises it.
+"""
 
 
 class Buffer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -60,7 +64,7 @@ class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dtype: str
 
 
-class Decoder(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Decoder(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """How to generate text with the entry points.
 
     ``step_T(ids int32 [T], pos int32 [2]) -> hidden float32 [T, D]`` (and, with draft heads, ``prenorm``)
@@ -97,7 +101,7 @@ class Member(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     chunk_bytes: int = 1 << 20
 
 
-class Choice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Choice(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """Why one workload got its kernel."""
 
     workload: str
@@ -112,8 +116,8 @@ class Choice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     calls: dict[str, int] = {}
     """Entry name to number of calls."""
     schedule_version: int | None = None
-    """Of the schedule that made the kernel and packed its weights; None for generic kernels, and in artifacts
-    that were made before it was noted."""
+    """Of the schedule that made the kernel and packed its weights; None for functions that no schedule
+    supports (``generic.x86_tir``), and in artifacts that were made before it was noted."""
 
 
 class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -140,7 +144,7 @@ class Calibrated(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Of the calibration tokens, int32 little-endian."""
 
 
-class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """The first member of an artifact (``manifest.json``), read and checked before any other byte."""
 
     schema: int
