@@ -2,8 +2,9 @@
 
 ``tir:hash=h0123456789abcdef,does=max_map_sum_map,out=f32.3x5x48``: the hash is of the function's structure,
 so functions that differ in names alone are one workload, in any model and on any machine. The rest follows
-from the function too, and is there to be read. Looking records up needs the hash alone; building or verifying
-a kernel needs the function, which comes from the model, or as text from another process.
+from the function too (`canonical`), and is there to be read. Looking records up needs a workload's text
+alone; building or verifying a kernel needs the function, which comes from the model, or as text from another
+process.
 """
 
 from __future__ import annotations
@@ -135,6 +136,11 @@ def function_of(workload: Workload) -> Any:
     return _KNOWN[digest]
 
 
+def canonical(workload: Workload) -> Workload:
+    """Return a workload with what follows from its hash put right, where its function is at hand."""
+    return workload_of(function_of(workload)) if known(workload) else workload
+
+
 def text_of(workload: Workload) -> str:
     """Return a function as text (JSON), for another process or a later one.
 
@@ -155,9 +161,20 @@ def learn(workload: Workload, text: str) -> None:
     if digest in _KNOWN:
         return
     try:
-        func = _tvm.compiler().ir.load_json(text)
-        found = workload_of(func).text("hash")
-    except (ValueError, TypeError, RuntimeError, AttributeError) as error:
-        raise InputError("this is not the text of a function", file=workload) from error
+        found = hash_of(text)
+    except ValueError as error:
+        raise InputError(str(error), file=workload) from error
     if found != digest:
         raise InputError(f"this is the text of another function, {found}", file=workload)
+
+
+def hash_of(text: str) -> str:
+    """Remember the function that a text is of, and return its hash.
+
+    Raises:
+        ValueError: the text is none.
+    """
+    try:
+        return workload_of(_tvm.compiler().ir.load_json(text)).text("hash")
+    except (ValueError, TypeError, RuntimeError, AttributeError) as error:
+        raise ValueError("this is not the text of a function") from error

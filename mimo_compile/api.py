@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from mimo_compile.search import TuningResult
     from mimo_compile.search.database import Database
 
+_LOG = logging.getLogger(__name__)
 DbLike = "str | os.PathLike[str] | Database | None"
 
 
@@ -115,11 +117,13 @@ def compile(
     )  # fmt: skip
     tuning = trials is not None or seconds is not None
     with _database(db, write=tuning) as database:
-        if tuning:
+        wanted = tunable(opened.graphs, hardware, search=True) if tuning else {}
+        if tuning and not wanted:
+            _LOG.warning("no kernel of %s can be tuned: defaults are used", opened.graphs.name)
+        if wanted:
             found = _tune(
-                tunable(opened.graphs, hardware, search=True), hardware, trials, seconds, None,
-                objective, database, seed, progress,
-            )  # fmt: skip
+                wanted, hardware, trials, seconds, None, objective, database, seed, progress
+            )
             if found.failure is not None:
                 raise found.failure
         plan = choose(opened.graphs, hardware, objective, database)
@@ -315,10 +319,14 @@ def _tune(
     workloads: Any, hardware: Any, trials: int | None, seconds: float | None, joules: float | None,
     objective: str, database: Any, seed: int, progress: Callable[[Any], None] | None, **how: Any,
 ) -> TuningResult:  # fmt: skip
+    from mimo_compile.ir import functions
     from mimo_compile.search import kept_functions
     from mimo_compile.search.tune import tune_workloads
 
     kept_functions.use(database.path)
+    workloads = {
+        functions.canonical(w) if functions.is_function(w) else w: n for w, n in workloads.items()
+    }
     kept_functions.keep(database.path, workloads)
     return tune_workloads(
         workloads, hardware, trials=trials, seconds=seconds, joules=joules, objective=objective,

@@ -21,6 +21,7 @@ from types import TracebackType
 from mimo_compile.errors import InputError, MimoError, UsageError
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.workload import Workload
+from mimo_compile.search import kept_functions
 from mimo_compile.search.records import Record, checksum, decode, encode
 
 APPLICATION_ID = 0x6D696D6F
@@ -66,6 +67,8 @@ def open_records(
 ) -> contextlib.AbstractContextManager[Database | None]:
     """Open records for reading; None where the user has no database yet, or no place for one.
 
+    Generic functions that are kept beside them are found from now on.
+
     Raises:
         InputError: the path that is given does not exist, or the file is damaged.
     """
@@ -75,6 +78,7 @@ def open_records(
         return contextlib.nullcontext()
     if path is None and not file.exists():
         return contextlib.nullcontext()
+    kept_functions.use(file)
     return Database(file, read_only=True)
 
 

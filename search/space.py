@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from mimo_compile.errors import UsageError
+from mimo_compile.ir import functions
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules import schedules_for
@@ -54,7 +55,8 @@ class JointSpace:
         """Collect the spaces of all schedules that support the workload (or of those given).
 
         Raises:
-            UsageError: no schedule supports the workload on the hardware.
+            UsageError: no schedule supports the workload on the hardware, or it is a function that is not
+                known here.
         """
         given = schedules_for(workload, hardware) if schedules is None else schedules
         self.workload = workload
@@ -63,6 +65,8 @@ class JointSpace:
             s.name: s for s in given if s.op == workload.op and s.supports(workload, hardware)
         }
         if not self.schedules:
+            if functions.is_function(workload):
+                functions.function_of(workload)
             raise UsageError(
                 f"no schedule supports {workload} on {hardware.name}",
                 remedy="`mimo-compile targets --formats` lists what has kernels where",

@@ -19,7 +19,7 @@ from mimo_compile.ir.ops.base import Arg, Array, OpDef, Param
 from mimo_compile.ir.ops.numerics import bf16_to_f32, f32_to_bf16
 from mimo_compile.ir.tir_numbers import FUNCTIONS, UNITS
 from mimo_compile.ir.tir_reference import Num, Unsupported, evaluate
-from mimo_compile.ir.workload import Workload
+from mimo_compile.ir.workload import Value, Workload
 
 DISTRIBUTIONS = ("normal", "positive", "small")
 """How inputs are drawn, in order: the first that gives results that can be verified counts."""
@@ -37,6 +37,10 @@ class Tir(OpDef):
     def __init__(self) -> None:
         """Start with nothing computed."""
         self._last: tuple[Mapping[str, Array], dict[str, Num]] | None = None
+
+    def workload(self, **values: Value) -> Workload:
+        """Build a canonical workload: where the function is known, it says what follows from the hash."""
+        return functions.canonical(super().workload(**values))
 
     def args(self, workload: Workload) -> tuple[Arg, ...]:
         """Return the function's parameters: ``in0``, ``in1``, ..., and ``out0``, ....

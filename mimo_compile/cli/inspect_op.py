@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 def run_op(args: argparse.Namespace) -> int:
     """Show what can be tried for a workload and what is known of it; return 0."""
+    from mimo_compile.ir import functions
     from mimo_compile.ir.hardware import resolve_target
     from mimo_compile.ir.ops import get_op, parse_workload
     from mimo_compile.search.calibrate import device_model
@@ -23,11 +24,13 @@ def run_op(args: argparse.Namespace) -> int:
     console: Console = args.console
     workload = parse_workload(args.op)
     hardware = resolve_target(args.target, args.threads)
-    space = JointSpace(workload, hardware)
     goal = parse_objective(args.objective or "latency")
     device, simulated = device_model(hardware), hardware.kind == "sim"
-    counts = get_op(workload.op).counts(workload)
-    with open_records(args.db) as db:
+    with open_records(args.db) as db:  # a function may be kept beside the records
+        if functions.is_function(workload):
+            workload = functions.canonical(workload)
+        space = JointSpace(workload, hardware)
+        counts = get_op(workload.op).counts(workload)
         results = sorted(results_for(workload, hardware, db), key=lambda r: r.latency_us)
         found = None if simulated else explain(space, db, device, goal)
     front = {r.record.key for r in pareto(results)}

@@ -151,9 +151,10 @@ def gather(path: str | os.PathLike[str]) -> ReportData:
     except OSError as error:
         raise InputError(f"cannot be read: {error.strerror}", file=file) from error
     if start.startswith(b"SQLite format 3"):
-        from mimo_compile.search.database import Database
+        from mimo_compile.search.database import open_records
 
-        with Database(file, read_only=True) as db:
+        with open_records(file) as db:
+            assert db is not None  # of a path that is given
             return ReportData(file.name, str(file), _machines(db, {}))
     if not start.startswith(b"PK"):
         raise InputError(

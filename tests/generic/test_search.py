@@ -92,17 +92,6 @@ def test_a_module_is_tuned_and_compiled_with_what_was_found(tmp_path):
     assert kept == {w.text("hash") for w in names}
 
 
-@pytest.mark.slow
-def test_a_kept_function_is_tuned_by_its_name(tmp_path, monkeypatch):
-    w, db = workload("mean"), tmp_path / "r.db"
-    assert kept_functions.keep(db, [w]) == 1 and kept_functions.keep(db, [w]) == 0
-    monkeypatch.setattr(functions, "_KNOWN", {})
-    monkeypatch.setattr(functions, "_SOURCES", [])
-    monkeypatch.setattr(kept_functions, "_USED", set())
-    result = mc.tune(str(w), trials=3, threads=1, db=db, meter="modelled")
-    assert result.workloads[0].best is not None
-
-
 def test_without_records_the_rules_decide(tmp_path):
     artifact = mc.compile(Scores(), example_inputs=(torch.randn(1, 12, 12),), db=tmp_path / "no.db")
     assert {(c.schedule, c.source) for c in artifact.manifest.plan} == {
