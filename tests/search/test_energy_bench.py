@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.util
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -15,9 +17,19 @@ pytestmark = pytest.mark.compile
 CAP = "energy@latency:1.05"
 
 
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
 @pytest.fixture(scope="module")
-def bench() -> ModuleType:
-    path = Path(__file__).parents[2] / "benchmarks" / "energy_search.py"
+def machines() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        yield importlib.import_module("energy_machines")
+
+
+@pytest.fixture(scope="module")
+def bench(machines) -> ModuleType:
+    path = BENCHMARKS / "energy_search.py"
     spec = importlib.util.spec_from_file_location("benchmark_energy_search", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -36,22 +48,25 @@ def test_figures_of_a_row(bench) -> None:
     assert "| twins | energy | 2 | 30 % | 30 % | 50 % | 12.50 %" in bench.row("twins", "energy", m)
 
 
-def test_machines_differ_by_seed_and_hide_their_joules(bench) -> None:
-    space = bench.Paper().space(bench.WORKLOAD, bench.HW)
-    some = bench.Candidate(bench.WORKLOAD, bench.Paper.name, space.default)
-    one, other = (bench.Machine(bench.LAWS["rugged"], seed) for seed in (1, 2))
+def test_machines_differ_by_seed_and_hide_their_joules(machines) -> None:
+    space = machines.Paper().space(machines.WORKLOAD, machines.HW)
+    some = machines.Candidate(machines.WORKLOAD, machines.Paper.name, space.default)
+    one, other = (machines.Machine(machines.LAWS["rugged"], seed) for seed in (1, 2))
     assert one._find(some).latency_us != other._find(some).latency_us
-    assert one._find(some).energy_mj == bench.Machine(bench.LAWS["rugged"], 1)._find(some).energy_mj
-    twin = bench.Machine(bench.LAWS["twins"], 3)
+    assert (
+        one._find(some).energy_mj
+        == machines.Machine(machines.LAWS["rugged"], 1)._find(some).energy_mj
+    )
+    twin = machines.Machine(machines.LAWS["twins"], 3)
     config = {**dict(space.default), "layout": twin.frugal}
-    frugal = bench.Candidate(bench.WORKLOAD, bench.Paper.name, bench.make(**config))
-    plain = {v for v in bench.CHOICES["layout"] if v != twin.frugal}
+    frugal = machines.Candidate(machines.WORKLOAD, machines.Paper.name, machines.make(**config))
+    plain = {v for v in machines.CHOICES["layout"] if v != twin.frugal}
     for layout in plain:
-        c = bench.Candidate(
-            bench.WORKLOAD, bench.Paper.name, bench.make(**{**config, "layout": layout})
+        c = machines.Candidate(
+            machines.WORKLOAD, machines.Paper.name, machines.make(**{**config, "layout": layout})
         )
         ratio = twin._find(frugal).energy_mj / twin._find(c).energy_mj
-        assert ratio == pytest.approx(1 - bench.GAP, abs=0.02)
+        assert ratio == pytest.approx(1 - machines.GAP, abs=0.02)
 
 
 def test_a_search_without_a_meter_reads_nothing(bench) -> None:
