@@ -14,16 +14,14 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from mimo_compile.errors import MimoError
-from mimo_compile.ir import functions
 from mimo_compile.ir.hardware import Hardware, local_cpu
-from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.base import Schedule
 from mimo_compile.search.measure.base import Limits, Measurement, Timing
+from mimo_compile.search.measure.build_worker import find_schedule, find_workload
 from mimo_compile.search.measure.worker import Reply
 from mimo_compile.search.records import versions
 from mimo_compile.search.space import Candidate, JointSpace
@@ -117,16 +115,6 @@ def reference(schedule: Schedule) -> str:
     return f"{kind.__module__}:{kind.__qualname__}"
 
 
-def find_schedule(text: str) -> Schedule:
-    """Import ``module:Class``. The tuner names classes of its own process, never text from a record."""
-    module, _, name = text.partition(":")
-    cls: Any = import_module(module)
-    for part in name.split("."):
-        cls = getattr(cls, part)
-    schedule: Schedule = cls()
-    return schedule
-
-
 @dataclass(frozen=True, slots=True)
 class BuildOrder:
     """A candidate to build."""
@@ -179,13 +167,6 @@ class Setup:
     locks: Path = LOCKS
 
 
-def _workload(order: BuildOrder | MeasureOrder) -> Workload:
-    workload = Workload.parse(order.workload)
-    if order.function:
-        functions.learn(workload, order.function)
-    return workload
-
-
 def guarded(serve: Callable[[], Any]) -> Answer:
     """Return what a function returns, or what is wrong with the node."""
     try:
@@ -218,7 +199,7 @@ class BuildHost:
             self._scratch = Scratch()
             self._builder = Builder(self._limits, self._scratch, 1)
         schedules = [find_schedule(order.schedule)]
-        space = JointSpace(_workload(order), order.hardware, schedules)
+        space = JointSpace(find_workload(order.workload, order.function), order.hardware, schedules)
         (reply,) = self._builder.build(space, [order.candidate])
         path = code_path(self._scratch, order.candidate)
         try:
@@ -301,7 +282,9 @@ class MeasureHost:
         key = (order.workload, order.schedules)
         if key not in self._spaces:
             schedules: Sequence[Schedule] = [find_schedule(s) for s in order.schedules]
-            self._spaces[key] = JointSpace(_workload(order), self._setup.hardware, schedules)
+            self._spaces[key] = JointSpace(
+                find_workload(order.workload, order.function), self._setup.hardware, schedules
+            )
         return self._spaces[key]
 
     def pid(self) -> int:

@@ -15,7 +15,7 @@ BOTH_MOST = 4
 """Builds at a time on a node that measures too, as a local search has them."""
 _MOST = 32
 _BUILD = frozenset({"build"})
-_MEASURE = frozenset({"measure", "energy", "check"})
+_MEASURE = frozenset({"measure"})
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,7 +38,7 @@ class Action:
 
     id: int
     kind: str
-    """``build``, ``check``, ``measure`` or ``energy``."""
+    """Such as ``build`` or ``measure``."""
     label: str = ""
     """What durations are learned by, besides the kind: the workload."""
     content: str = ""

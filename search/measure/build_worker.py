@@ -20,7 +20,7 @@ SYMBOL = "candidate"
 
 
 @cache
-def _schedule(reference: str) -> Schedule:
+def find_schedule(reference: str) -> Schedule:
     """Import ``module:Class``. The parent names classes of its own process, never text from a record."""
     module, _, name = reference.partition(":")
     cls: Any = import_module(module)
@@ -34,17 +34,20 @@ def _hardware(values: dict[str, Any]) -> Hardware:
     return Hardware(**{**values, "features": frozenset(values["features"])})
 
 
-def _workload(request: dict[str, Any]) -> Workload:
-    workload = Workload.parse(request["workload"])
-    if "function" in request:
-        functions.learn(workload, request["function"])
+def find_workload(text: str, function: str = "") -> Workload:
+    """Parse a workload; a generic one is known by the text of its function."""
+    workload = Workload.parse(text)
+    if function:
+        functions.learn(workload, function)
     return workload
 
 
 def _lower(request: dict[str, Any]) -> tuple[Kernel, Hardware]:
-    schedule, hardware = _schedule(request["schedule"]), _hardware(request["hardware"])
+    schedule, hardware = find_schedule(request["schedule"]), _hardware(request["hardware"])
     config = schedule.config_from_json(request["config"])
-    return schedule.lower(_workload(request), config, hardware), hardware
+    return schedule.lower(
+        find_workload(request["workload"], request.get("function", "")), config, hardware
+    ), hardware
 
 
 def _facts(kernel: Kernel) -> dict[str, Any]:
@@ -60,9 +63,11 @@ def _facts(kernel: Kernel) -> dict[str, Any]:
 
 def describe(request: dict[str, Any]) -> dict[str, Any]:
     """Return the work that the kernel declares, without compiling it."""
-    schedule, hardware = _schedule(request["schedule"]), _hardware(request["hardware"])
+    schedule, hardware = find_schedule(request["schedule"]), _hardware(request["hardware"])
     config = schedule.config_from_json(request["config"])
-    counts = schedule.work(_workload(request), config, hardware)
+    counts = schedule.work(
+        find_workload(request["workload"], request.get("function", "")), config, hardware
+    )
     return {"ops": dict(counts.ops), "bytes": dict(counts.bytes)}
 
 

@@ -28,13 +28,13 @@ from mimo_compile.search.farm.hosts import (
     MeasureOrder,
     Setup,
     facts,
-    find_schedule,
     reference,
 )
 from mimo_compile.search.farm.ray_farm import parse_on
 from mimo_compile.search.farm.roles import Member, assign, problems
 from mimo_compile.search.farm.tuning import check_on
 from mimo_compile.search.measure import Limits, Timing
+from mimo_compile.search.measure.build_worker import find_schedule
 from mimo_compile.search.records import Verdict
 from mimo_compile.search.space import JointSpace
 
@@ -201,7 +201,7 @@ def roles(*members: Member, home: str = "a", before: tuple[str, ...] = ()) -> di
 
 def test_roles_of_nodes() -> None:
     assert roles(member("a")) == {"a": "4 all +"}
-    measures = "4 check energy measure +"
+    measures = "4 measure +"
     assert roles(member("a"), member("b")) == {"a": measures, "b": "8 build"}
     assert roles(member("a"), member("b"), home="b") == {"b": measures, "a": "8 build"}
     assert roles(member("a"), member("b"), home="x", before=("b",)) == {
