@@ -14,6 +14,8 @@ from mimo_compile.errors import UsageError
 from mimo_compile.ir import functions
 from mimo_compile.ir.hardware import local_cpu
 from mimo_compile.ir.ops import parse_workload
+from mimo_compile.pipeline.plans import problem_of_artifact
+from mimo_compile.pipeline.replan import check
 from mimo_compile.search import kept_functions
 from mimo_compile.search.database import Database, open_records
 from mimo_compile.search.space import JointSpace
@@ -77,6 +79,20 @@ def test_damaged_kept_functions_are_absent_and_made_anew(tmp_path, caplog, damag
     assert str(path) in caplog.text
     assert kept_functions.keep(db, [w]) == 1 and kept_functions.keep(db, [w]) == 0
     assert path.read_text() == functions.text_of(w)
+
+
+def test_functions_of_an_artifact_that_are_not_at_hand_have_no_choice(tmp_path, monkeypatch):
+    artifact = mc.compile(
+        Cancelled(), example_inputs=(torch.ones(4, 16),), threads=1, db=tmp_path / "no.db"
+    )
+    problem = problem_of_artifact(artifact)
+    assert [w.op for w in problem.built] == ["tir"]
+    monkeypatch.setattr(functions, "_KNOWN", {})
+    monkeypatch.setattr(functions, "_SOURCES", [])
+    problem = problem_of_artifact(artifact)
+    assert problem.built == {}
+    with pytest.raises(UsageError, match="1 kernels of .* are generic"):
+        check(artifact, problem, "energy")
 
 
 class Cancelled(torch.nn.Module):
