@@ -11,7 +11,6 @@ from typing import Any
 from mimo_compile import _tvm
 from mimo_compile.artifact import Artifact
 from mimo_compile.errors import EnvironmentMismatch, UsageError
-from mimo_compile.ir import functions
 from mimo_compile.ir.hardware import Hardware, built_for
 from mimo_compile.ir.ops import OPS, get_op
 from mimo_compile.ir.workload import Workload
@@ -78,8 +77,8 @@ def problem_of_model(model: ModelGraphs, hardware: Hardware, db: Database | None
 def problem_of_artifact(parts: Parts | Artifact, threads: int | None = None) -> Problem:
     """Return what to plan for an artifact; neither its code nor its weights are read.
 
-    Kernels that read one packed tensor share it; generic kernels have no choice where their functions
-    are not at hand: an artifact does not hold them.
+    Kernels that read one packed tensor share it; generic kernels have no choice: an artifact does not
+    hold their functions.
 
     Args:
         parts: The artifact.
@@ -91,10 +90,9 @@ def problem_of_artifact(parts: Parts | Artifact, threads: int | None = None) -> 
         target.name, target.kind, frozenset(target.features),
         target.threads if threads is None else min(threads, target.threads),
     ).with_threads(threads)  # fmt: skip
-    named = {
+    built = {
         Workload.parse(c.workload): c for c in manifest.plan if c.workload.split(":")[0] in OPS
     }
-    built = {w: c for w, c in named.items() if not functions.is_function(w) or functions.known(w)}
     by_kernel = {c.kernel: w for w, c in built.items()}
     users: dict[tuple[str, str], dict[tuple[Workload, str], None]] = {}
     for entry in parts.programs.entries.values():
