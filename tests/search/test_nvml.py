@@ -134,15 +134,20 @@ def test_idle_power_is_measured_with_the_step() -> None:
 
 def test_windows_are_stretched_to_the_steps_that_were_found() -> None:
     """Two windows with enough steps each, whatever was asked for: one alone has no spread."""
-    gpu, spun = FakeNvml(), []
+    for _ in range(8):  # a machine that is busy with other things may not look often enough
+        gpu, spun = FakeNvml(), []
 
-    def spin(seconds: float) -> tuple[int, float]:
-        spun.append(seconds)
-        return gpu.spin(seconds)
+        def spin(
+            seconds: float, gpu: FakeNvml = gpu, spun: list[float] = spun
+        ) -> tuple[int, float]:
+            spun.append(seconds)
+            return gpu.spin(seconds)
 
-    meter = NvmlMeter(library=gpu)
-    meter.warm_s, meter.poll_s, meter.longest_s, meter.max_spread = 0.02, 0.001, 0.3, 10.0
-    reading = measure_energy(meter, spin, 0.075)  # below 20 steps of 4 ms
+        meter = NvmlMeter(library=gpu)
+        meter.warm_s, meter.poll_s, meter.longest_s, meter.max_spread = 0.02, 0.001, 0.3, 10.0
+        reading = measure_energy(meter, spin, 0.075)  # below 20 steps of 4 ms
+        if "times only" not in reading.reason:
+            break
     least = 1.1 * 20 * meter.step_s
     assert not reading.reason, reading
     assert reading.window_s == pytest.approx(2 * least) and reading.spread_mj is not None
