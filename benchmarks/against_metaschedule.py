@@ -31,10 +31,10 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+from pages import add_line, read_lines, write_part
 
 HERE = Path(__file__).resolve().parent
-PAGE = HERE.parent / "docs" / "search-quality.md"
-BEGIN, END = "<!-- against metaschedule: begin -->\n", "<!-- against metaschedule: end -->\n"
+PAGE = "search-quality.md"
 SIDES = ("ours", "metaschedule")
 KERNELS = ("matmul_f32", "gemm_int8", "gemv_w4", "gemm_w4", "gemm_f32")
 INTEGER = ("gemm_int8", "gemv_w4", "gemm_w4")
@@ -303,23 +303,6 @@ def table(lines):
     return "\n".join(out) + "\n"
 
 
-def write(text):
-    """Put the table between its marks in the documentation."""
-    page = PAGE.read_text()
-    before, rest = page.split(BEGIN)
-    PAGE.write_text(before + BEGIN + text + END + rest.split(END)[1])
-
-
-def read_lines(path):
-    if not path.exists():
-        return []
-    data = path.read_text()
-    whole = data[: data.rfind("\n") + 1]  # a run that was killed may have left part of a line
-    if whole != data:
-        path.write_text(whole)
-    return [json.loads(line) for line in whole.splitlines() if line.strip()]
-
-
 # -- the run ---------------------------------------------------------------------------------------
 
 
@@ -345,8 +328,7 @@ class Run:
     def add(self, line, job):
         shared = ("kernel", "threads", "seconds", "seed", "smoke")
         line |= {k: job[k] for k in shared}
-        with self.args.out.open("a") as out:
-            out.write(json.dumps(line) + "\n")
+        add_line(self.args.out, line)
         self.lines.append(line)
 
     def search(self, kernel, side):
@@ -398,7 +380,7 @@ def main():
     )
     parser.add_argument("--out", type=Path, default=Path("against_metaschedule.jsonl"))
     parser.add_argument("--show", action="store_true", help="print the table of what is there")
-    parser.add_argument("--write", action="store_true", help=f"put the table into {PAGE.name}")
+    parser.add_argument("--write", action="store_true", help=f"put the table into {PAGE}")
     parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -416,7 +398,7 @@ def main():
                 run.search(kernel, side)
             run.contest(kernel)
     if args.write:
-        write(table(run.lines))
+        write_part(PAGE, "against metaschedule", table(run.lines))
     else:
         print(table(run.lines), end="")
 

@@ -18,12 +18,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+from pages import add_line, read_lines, write_part
+
 from mimo_compile.bench.suites import suite
 from mimo_compile.ir.hardware import local_cpu
 from mimo_compile.ir.ops import get_op, parse_workload
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "lowbit-cells.md"
-BEGIN, END = "<!-- cells: begin -->\n", "<!-- cells: end -->\n"
+PAGE = "lowbit-cells.md"
 SAME_BITS = 0.75
 """Bits a weight that a peer may store more than we do, and still count as one of the same bits."""
 
@@ -104,12 +105,6 @@ def table(lines):
     return "\n".join(out) + "\n"
 
 
-def read_lines(path):
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-
-
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -123,7 +118,7 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("cells.jsonl"))
     parser.add_argument("--again", action="store_true", help="measure cells anew that lag")
     parser.add_argument("--show", action="store_true", help="print the table of what is there")
-    parser.add_argument("--write", action="store_true", help=f"put it into docs/{PAGE.name}")
+    parser.add_argument("--write", action="store_true", help=f"put it into docs/{PAGE}")
     args = parser.parse_args()
     lines = read_lines(args.out)
     texts = suite("mpgemm", args.suite) if args.suite else []
@@ -136,8 +131,7 @@ def main():
     for op, threads, cache in todo:
         line = measure(op, threads, cache, args)
         lines.append(line)
-        with args.out.open("a") as out:
-            out.write(json.dumps(line) + "\n")
+        add_line(args.out, line)
         print(
             f"{op} {threads}T {cache}: {line['median_us']:.0f} us, {line['roof_share']:.0%} of roof; "
             f"{versus(same_bits(line))}",
@@ -146,8 +140,7 @@ def main():
     if args.show or not (todo or args.write):
         print(table(latest(lines)), end="")
     if args.write:
-        before, rest = PAGE.read_text().split(BEGIN)
-        PAGE.write_text(before + BEGIN + table(latest(lines)) + END + rest.split(END)[1])
+        write_part(PAGE, "cells", table(latest(lines)))
 
 
 if __name__ == "__main__":

@@ -13,12 +13,10 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
-from pathlib import Path
+
+from pages import write_part
 
 from mimo_compile.cost_models.simulated.published import Figure, densest_shape, figures
-
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "simulated-targets.md"
-BEGIN, END = "<!-- figures: begin -->\n", "<!-- figures: end -->\n"
 
 
 def table(rows: list[Figure]) -> str:
@@ -35,13 +33,6 @@ def table(rows: list[Figure]) -> str:
     return "\n".join(out) + "\n"
 
 
-def with_table(page: str, text: str) -> str:
-    """Return a page with the table between its marks replaced."""
-    before, rest = page.split(BEGIN)
-    after = rest.split(END)[1]
-    return before + BEGIN + text + END + after
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help="update the documentation's table")
@@ -54,7 +45,7 @@ def main() -> int:
         print(table(rows), end="")
         print("densest LMMA shape (published 2, 64, 4):", *densest_shape())
     if args.write:
-        PAGE.write_text(with_table(PAGE.read_text(), table(rows)))
+        write_part("simulated-targets.md", "figures", table(rows))
     off = [f for f in rows if abs(f.error) > f.tolerance]
     for f in off:
         print(f"further off than stated: {f.machine}, {f.what}", file=sys.stderr)

@@ -20,12 +20,12 @@ stopped goes on where it was.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
+from pages import add_line, read_lines, write_part
 
 from mimo_compile.bench.contest import compete, ratio_of
 from mimo_compile.bench.kernels import Pick, contestants
@@ -41,8 +41,6 @@ from mimo_compile.search.calibrate import device_model
 from mimo_compile.search.database import Database
 from mimo_compile.search.measure import Measurer
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "lowbit.md"
-BEGIN, END = "<!-- which algorithm: begin -->\n", "<!-- which algorithm: end -->\n"
 GOAL = 1.05
 """Times the fastest finalist that the search's pick may take."""
 MEMORY = 1 << 30
@@ -208,19 +206,6 @@ def table(lines):
     return "\n".join(out) + "\n"
 
 
-def write(text):
-    """Put the table between its marks in the documentation."""
-    page = PAGE.read_text()
-    before, rest = page.split(BEGIN)
-    PAGE.write_text(before + BEGIN + text + END + rest.split(END)[1])
-
-
-def read_lines(path):
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-
-
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -251,8 +236,7 @@ def main():
             if (str(workload), threads) in done:
                 continue
             line = cell(workload, threads, args)
-            with args.out.open("a") as out:
-                out.write(json.dumps(line) + "\n")
+            add_line(args.out, line)
             lines.append(line)
             cold = line["states"].get("cold") or next(iter(line["states"].values()))
             print(
@@ -263,7 +247,7 @@ def main():
     if args.show or not (texts or args.write):
         print(table(lines), end="")
     if args.write:
-        write(table(lines))
+        write_part("lowbit.md", "which algorithm", table(lines))
 
 
 if __name__ == "__main__":

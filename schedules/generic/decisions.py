@@ -10,7 +10,7 @@ from mimo_compile.errors import UsageError
 from mimo_compile.ir import functions
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.workload import Workload
-from mimo_compile.schedules.base import KnobValue
+from mimo_compile.schedules.base import KnobValue, Schedule
 from mimo_compile.schedules.generic.blocks import BlockFacts
 from mimo_compile.schedules.generic.outline import (
     LANES,
@@ -57,6 +57,22 @@ class Decisions:
         """Return the decisions about one block."""
         head = f"b{index}."
         return {n.removeprefix(head): v for n, v in self.made if n.startswith(head)}
+
+
+class DecisionSchedule(Schedule):
+    """A schedule of generic functions whose configs are decisions, in records by their names."""
+
+    op = functions.OP
+    config = Decisions
+
+    def config_from_json(self, values: Mapping[str, Any]) -> Decisions:
+        """Rebuild a config from its decisions."""
+        return Decisions(tuple(sorted(values.items())))
+
+    @staticmethod
+    def config_to_json(config: Decisions) -> dict[str, Any]:
+        """Return the decisions."""
+        return dict(config.made)
 
 
 def supported(workload: Workload, hardware: Hardware) -> bool:

@@ -7,29 +7,23 @@ nothing else. The sketches are the same for any number of threads.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from mimo_compile.ir import functions
 from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.workload import Workload
-from mimo_compile.schedules.base import Kernel, KnobValue, Schedule, Space, kernel_name
+from mimo_compile.schedules.base import Kernel, KnobValue, Space, kernel_name
 from mimo_compile.schedules.generic.block_work import joined, part
-from mimo_compile.schedules.generic.decisions import Decisions, supported
+from mimo_compile.schedules.generic.decisions import Decisions, DecisionSchedule, supported
 from mimo_compile.schedules.generic.intrinsics import widen_inside
 from mimo_compile.schedules.generic.outline import bounded, outline_of
 from mimo_compile.schedules.generic.sketches import adapted, named, replayed, sampled, sketches_of
 from mimo_compile.schedules.generic.x86_tir import REFUSED, pass_error, reason_of
 
 
-class X86Meta(Schedule):
+class X86Meta(DecisionSchedule):
     """Any generic function, in MetaSchedule's design space."""
 
     name = "tir.x86_meta"
-    op = functions.OP
-    config = Decisions
     version = 2
 
     def supports(self, workload: Workload, hardware: Hardware) -> bool:
@@ -40,15 +34,6 @@ class X86Meta(Schedule):
             return any(sketches_of(workload).openings)
         except ValueError:
             return False
-
-    def config_from_json(self, values: Mapping[str, Any]) -> Decisions:
-        """Rebuild a config from its decisions."""
-        return Decisions(tuple(sorted(values.items())))
-
-    @staticmethod
-    def config_to_json(config: Decisions) -> dict[str, Any]:
-        """Return the decisions."""
-        return dict(config.made)
 
     def space(self, workload: Workload, hardware: Hardware) -> Space:
         """The sketch, and a knob for each part of a decision: ``t0.2`` is a factor of the first tiling."""

@@ -12,18 +12,18 @@ from dataclasses import replace
 from typing import Any
 
 from mimo_compile._tvm import compiler
-from mimo_compile.ir import functions
 from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.workload import Workload
-from mimo_compile.schedules.base import Kernel, KnobValue, Schedule, Space, kernel_name
+from mimo_compile.schedules.base import Kernel, KnobValue, Space, kernel_name
 from mimo_compile.schedules.generic.block_work import joined, part
 from mimo_compile.schedules.generic.blocks import BlockFacts, block_facts
 from mimo_compile.schedules.generic.decisions import (
     SERIAL,
     USED,
     Decisions,
+    DecisionSchedule,
     all_knobs,
     default_values,
     fits,
@@ -52,25 +52,14 @@ RULES = {
 }  # fmt: skip
 
 
-class X86Trace(Schedule):
+class X86Trace(DecisionSchedule):
     """Any generic function, decision by decision."""
 
     name = "tir.x86_trace"
-    op = functions.OP
-    config = Decisions
 
     def supports(self, workload: Workload, hardware: Hardware) -> bool:
         """Functions that are known here and whose loops are of static extent."""
         return supported(workload, hardware)
-
-    def config_from_json(self, values: Mapping[str, Any]) -> Decisions:
-        """Rebuild a config from its decisions."""
-        return Decisions(tuple(sorted(values.items())))
-
-    @staticmethod
-    def config_to_json(config: Decisions) -> dict[str, Any]:
-        """Return the decisions."""
-        return dict(config.made)
 
     def space(self, workload: Workload, hardware: Hardware) -> Space:
         """All decisions; those that others make meaningless have one value only."""

@@ -134,10 +134,11 @@ def test_the_table_says_what_the_lines_say(tool: Any) -> None:
 
 
 def test_a_line_without_its_end_is_done_again(tool: Any, tmp_path: Path) -> None:
-    against, path = tool("against_metaschedule"), tmp_path / "lines.jsonl"
+    pages, path = tool("pages"), tmp_path / "lines.jsonl"
     path.write_text('{"a": 1}\n{"b": ')
-    assert against.read_lines(path) == [{"a": 1}]
-    assert path.read_text() == '{"a": 1}\n'
+    assert pages.read_lines(path) == [{"a": 1}]
+    pages.add_line(path, {"c": 2})
+    assert path.read_text() == '{"a": 1}\n{"c": 2}\n'
 
 
 @VNNI
