@@ -159,12 +159,14 @@ def test_builders_elsewhere_work_while_the_device_measures(paths: None, tmp_path
             "object_store_memory": 100 << 20,
         },
     )
+    before = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=cluster.address, log_to_driver=False, namespace="mimo-compile")
         _joined_and_left(cluster, tmp_path)
     finally:
         ray.shutdown()
         cluster.shutdown()
+        signal.signal(signal.SIGTERM, before)  # Ray's own would end this process
 
 
 def _joined_and_left(cluster: Any, tmp_path: Path) -> None:
