@@ -65,11 +65,11 @@ class Wanted:
 SPACES = {
     # whole joint spaces: all algorithms with all their knobs
     "gemm_w4": Wanted("mpgemm:m=4,n=2048,k=2048,w=w4g64,a=a8"),
-    "gemm_w2": Wanted("mpgemm:m=2,n=2048,k=2048,w=w2g64,a=a8"),
-    "gemv_ternary": Wanted("mpgemm:m=1,n=2048,k=2048,w=w1.58,a=a8"),
+    "gemm_w2": Wanted("mpgemm:m=2,n=2048,k=2048,w=w2g64,a=a8", threads=2),
+    "gemv_ternary": Wanted("mpgemm:m=1,n=2048,k=2048,w=w1.58,a=a8", threads=2),
     "gemv_w3": Wanted("mpgemm:m=1,n=2048,k=2048,w=w3g64,a=a8", threads=2),
     "gemm_bf16": Wanted("mpgemm:m=16,n=512,k=1024,w=bf16,a=abf16"),
-    # attention with both threads; its legal configs are fewer
+    # attention; its legal configs are fewer
     "attention_append": Wanted("cached_attention:t=16,h=8,kv=2,d=64,dv=64,cap=1024", threads=2),
     "attention_decode": Wanted("cached_attention:t=4,h=32,kv=2,d=64,dv=64,cap=2048", threads=2),
 }

@@ -1,7 +1,8 @@
 """Trials that searches need on recorded spaces: ours, chance, Kernel Tuner, Optuna, TVM MetaSchedule.
 
     python benchmarks/search_quality.py                             # ours and chance, all of spaces/
-    python benchmarks/search_quality.py --peers kernel_tuner,optuna,metaschedule --seeds 20 --json r.json
+    python benchmarks/search_quality.py --peers kernel_tuner,optuna,metaschedule --out q.jsonl
+    python benchmarks/search_quality.py --out q.jsonl --write       # -> docs/search-quality.md
 
 A space holds the time of each legal config, so a search is replayed in seconds and nothing is measured.
 Counted are distinct legal configs until one is within 2 % (5 %) of the least time of all; the median and
@@ -25,10 +26,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import math
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -37,6 +36,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+from pages import add_line, read_lines, write_part
 
 from mimo_compile.search import tuner as tuner_module
 from mimo_compile.search.budget import Budget, Clock
@@ -48,6 +48,8 @@ from mimo_compile.search.tuner import Tuner
 
 SPACES = Path(__file__).parent / "spaces"
 LEVELS = (1.05, 1.02)
+PAGE = "search-quality.md"
+OURS = ("ours", "ours-blind")
 
 
 class Enough(KeyboardInterrupt):
@@ -219,6 +221,77 @@ def quartiles(values: list[int | None], limit: int) -> dict[str, float | None]:
     return {"median": median, "p25": low, "p75": high, "missed": sum(v is None for v in values)}
 
 
+def summary(
+    name: str, recording: Recording, search: str, got: list, args: argparse.Namespace
+) -> dict:
+    """Return the line of one search on one space."""
+    limit = len(recording.records) if search == "random" else args.limit
+    reached, cut = zip(*got, strict=True)
+    loose, tight = (quartiles([r[i] for r in reached], limit) for i in (0, 1))
+    return {
+        "space": name, "workload": str(recording.workload), "threads": recording.hardware.threads,
+        "cache": recording.cache, "configs": len(recording.records), "best_us": recording.best_us,
+        "within_percent": {f"{f:g}": 100 * recording.share_within(f) for f in LEVELS},
+        "search": search, "seeds": args.seeds, "limit": limit, "within_2": tight, "within_5": loose,
+        "trials": reached, "cut": sum(cut),
+    }  # fmt: skip
+
+
+def by_space(lines: list[dict]) -> dict[str, dict[str, dict]]:
+    """Return lines by space and search, those with the fewest configs first; a later line counts."""
+    out: dict[str, dict[str, dict]] = {}
+    for line in sorted(lines, key=lambda x: (x["workload"].partition(":")[0], x["configs"])):
+        out.setdefault(line["space"], {})[line["search"]] = line
+    return out
+
+
+def median_of(line: dict) -> float:
+    value = line["within_2"]["median"]
+    return math.inf if value is None else value
+
+
+def table(lines: list[dict]) -> str:
+    """Return two tables: what the spaces are and who is best on them, and all medians."""
+    spaces = by_space(lines)
+    out = [
+        "| space | workload, threads | configs | within 2 % | ours | random | ours / random | next best |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    least = 0
+    for name, found in spaces.items():
+        own, chance_line = found["ours"], found["random"]
+        others = {n: x for n, x in found.items() if n not in OURS}
+        rival = min(others, key=lambda n: median_of(others[n]))
+        least += median_of(own) < median_of(others[rival])
+        out.append(
+            f"| {name} | `{own['workload']}`, {own['threads']} | {own['configs']} | "
+            f"{own['within_percent']['1.02']:.2f} % | {_spread(own)} | {_spread(chance_line)} | "
+            f"{100 * median_of(own) / median_of(chance_line):.0f} % | {rival}: {_spread(others[rival])} |"
+        )
+    most = max(x["limit"] for x in lines if x["search"] != "random")
+    out += [
+        "",
+        f"Ours needs fewer trials than every other search on {least} of {len(spaces)} spaces. All medians "
+        f"(-: less than half of the seeds got there in {most} trials):",
+        "", "| search | " + " | ".join(spaces) + " |", "|---|" + "---|" * len(spaces),
+    ]  # fmt: skip
+    for name in dict.fromkeys(line["search"] for line in lines):
+        cells = [
+            _show(x["within_2"]["median"]) if (x := s.get(name)) else "" for s in spaces.values()
+        ]
+        out.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(out) + "\n"
+
+
+def _show(value: float | None) -> str:
+    return "-" if value is None else f"{value:g}"
+
+
+def _spread(line: dict) -> str:
+    tight = line["within_2"]
+    return f"{_show(tight['median'])} ({_show(tight['p25'])} to {_show(tight['p75'])})"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument(
@@ -231,9 +304,13 @@ def main() -> None:
     parser.add_argument("--peers", default="", help="kernel_tuner,optuna,metaschedule")
     parser.add_argument("--only", default="", help="comma-separated names of searches to run")
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--out", type=Path, help="a line for each search; those there are left out")
+    parser.add_argument("--write", action="store_true", help=f"put the table into {PAGE}")
     args = parser.parse_args()
-    sys.path.insert(0, str(Path(__file__).parent))
+    lines = read_lines(args.out) if args.out else []
+    if args.write:
+        write_part(PAGE, "recorded spaces", table(lines))
+        return
     paths = args.spaces or sorted(SPACES.glob("*.jsonl.xz"))
     if not paths:
         parser.error(
@@ -243,44 +320,31 @@ def main() -> None:
     names = [n for n in contestants(peers) if not args.only or n in args.only.split(",")]
     if not names:
         parser.error(f"no search is called {args.only}: {', '.join(contestants(peers))}")
-    result = {
-        "versions": versions_of(peers), "seeds": args.seeds, "limit": args.limit, "spaces": {},
-    }  # fmt: skip
+    versions = versions_of(peers)
+    done = {(x["space"], x["search"]) for x in lines if x["seeds"] == args.seeds}
     with ProcessPoolExecutor(args.jobs) as pool:
         for path in paths:
-            recording = Recording.load(path)
-            entry = {
-                "workload": str(recording.workload), "cache": recording.cache,
-                "threads": recording.hardware.threads, "configs": len(recording.records),
-                "best_us": recording.best_us,
-                "within_percent": {f"{f:g}": 100 * recording.share_within(f) for f in LEVELS},
-                "searches": {},
-            }  # fmt: skip
-            result["spaces"][path.name.partition(".")[0]] = entry
+            recording, space = Recording.load(path), path.name.partition(".")[0]
             print(f"\n{path.name}: {recording.workload}, {len(recording.records)} configs, "
                   f"{100 * recording.share_within(1.02):.2f} % within 2 %", flush=True)  # fmt: skip
             print(
                 f"{'':26}{'2 %':>7} {'quartiles':>13} {'missed':>6} {'cut':>4} {'5 %':>7} {'seconds':>8}"
             )
             for name in names:
+                if (space, name) in done:
+                    continue
                 begin = time.perf_counter()
                 limit = len(recording.records) if name == "random" else args.limit
                 jobs = [(str(path), name, s, limit, peers) for s in range(args.seeds)]
-                got, cut = zip(*pool.map(one, jobs), strict=True)
-                loose, tight = (quartiles([g[i] for g in got], limit) for i in (0, 1))
+                line = summary(space, recording, name, list(pool.map(one, jobs)), args)
                 took = (time.perf_counter() - begin) / args.seeds
-                entry["searches"][name] = {
-                    "within_2": tight, "within_5": loose, "trials": got, "cut": sum(cut),
-                }  # fmt: skip
+                line["version"] = versions.get(name.split()[0], "")
+                tight, loose = line["within_2"], line["within_5"]
                 spread = f"{_show(tight['p25'])}..{_show(tight['p75'])}"
                 print(f"{name:26}{_show(tight['median']):>7} {spread:>13} {tight['missed']:>6} "
-                      f"{sum(cut):>4} {_show(loose['median']):>7} {took:8.2f}", flush=True)  # fmt: skip
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def _show(value: float | None) -> str:
-    return "-" if value is None else f"{value:g}"
+                      f"{line['cut']:>4} {_show(loose['median']):>7} {took:8.2f}", flush=True)  # fmt: skip
+                if args.out:
+                    add_line(args.out, line)
 
 
 if __name__ == "__main__":
