@@ -13,6 +13,8 @@ OPS: dict[str, str] = {
     "mpgemm": "MpGemm",
     "lora_mpgemm": "LoraMpGemm",
     "cached_attention": "CachedAttention",
+    "sparse_attention": "SparseAttention",
+    "select_blocks": "SelectBlocks",
     "kv_append": "KvAppend",
     "moe": "Moe",
     "route": "Route",

@@ -21,6 +21,12 @@ WORKLOADS = [
     "lora_mpgemm:m=3,n=40,k=100,w=bf16,bias=1,r=2,d=fp8,parts=8+32",
     "cached_attention:t=4,h=4,kv=2,d=32,dv=16,cap=64,sink=1,len=40",
     "cached_attention:t=4,h=4,kv=2,d=32,dv=16,cap=64,window=16,sink=1",
+    "sparse_attention:t=3,h=4,kv=2,d=32,dv=16,cap=70,hs=2,block=8,kmax=4,sink=1,len=45",
+    "sparse_attention:t=5,h=4,kv=1,d=8,dv=8,cap=64,hs=1,block=1,kmax=9,rows=2,window=4,page=16",
+    "select_blocks:t=3,hs=2,cap=200,block=8,k=6,first=1,last=2,len=150",
+    "select_blocks:t=3,hs=4,cap=200,block=1,k=20,first=2,last=4,merge=rank",
+    "select_blocks:t=5,hs=2,cap=200,block=8,rule=threshold,rows=4,last=1",
+    "select_blocks:t=3,hs=2,cap=200,block=8,k=2,rule=mass,last=1,kmax=9",
     "kv_append:t=4,h=4,kv=2,d=32,dv=16,cap=64,rot=16,norm=1,vscale=0.5",
     "moe:t=4,e=8,k=2,d=64,f=64,w=w4g64,a=a8",
     "moe:t=4,e=8,k=2,d=64,f=64,w=bf16",
@@ -119,6 +125,18 @@ def test_eager_ops_equal_their_references() -> None:
             got, slack = {"table": mimo.rope_table(t["pos"], t["inv_freq"], p["t"])}, 1
         elif workload.op == "swiglu":
             got, slack = {"y": mimo.swiglu(t["x"])}, 1
+        elif workload.op == "sparse_attention":
+            out, lse = mimo.sparse_attention(
+                t["q"], t["k_cache"], t["v_cache"], t["pos"], t["idx"], t["cnt"], t.get("sink"),
+                t.get("table"), p["block"], p["rows"], p["page"], p["d"] ** -0.5, p["window"],
+            )  # fmt: skip
+            got, slack = {"out": out, "lse": lse}, 1
+        elif workload.op == "select_blocks":
+            idx, cnt = mimo.select_blocks(
+                t["score"], t["pos"], t.get("value"), p["rule"], p["k"], p["share"], p["block"],
+                p["rows"], p["first"], p["last"], p["merge"], expected["idx"].shape[2],
+            )  # fmt: skip
+            got, slack = {"idx": idx, "cnt": cnt}, 1
         else:
             continue
         for name, value in got.items():

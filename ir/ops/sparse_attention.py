@@ -1,0 +1,253 @@
+"""Attention of T new tokens over the listed blocks of a KV cache (see `block_lists`).
+
+Token i of the call stands at position ``start + i`` (``pos = [start, valid]``; tokens ``i >= valid`` are
+padding) and sees the keys at positions up to its own that lie in a listed block or among the last
+``window`` positions, each once. A list that names every block gives dense attention. The cache never
+wraps; with pages (``page > 0``) position j lives in slot ``table[j // page] * page + j % page``.
+
+The sink is a phantom key with logit ``sink[h]`` and zero value. ``lse`` is the logarithm, base e, of the
+softmax denominator, the sink's share included. A row that sees nothing gives 0 and an lse of -inf (with a
+sink: the sink's logit); padding gives 0 and -inf.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mimo_compile.errors import UsageError
+from mimo_compile.ir.counts import Counts
+from mimo_compile.ir.ops.base import Arg, Array, OpDef, Param
+from mimo_compile.ir.ops.block_lists import blocks_of, check_lists, listed_keys, row_spans, to_lists
+from mimo_compile.ir.ops.numerics import U32
+from mimo_compile.ir.workload import Workload
+
+
+def attend_lists(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, pos: Tensor, idx: Tensor, cnt: Tensor,
+    sink: Tensor | None, table: Tensor | None,
+    block: int, rows: int, page: int, scale: float, window: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gather what each row sees and attend to it, in q's dtype; see `sparse_attention` for shapes."""
+    t, heads, _ = q.shape
+    cap, kv_heads = k_cache.shape[0], k_cache.shape[1]
+    lists = idx.shape[1]
+    check_lists(idx, cnt, blocks_of(cap, block))
+    out = q.new_zeros((t, heads, v_cache.shape[2]))
+    lse = q.new_full((t, heads), -math.inf)
+    start, valid = int(pos[0]), int(pos[1])
+    groups = max(lists, kv_heads)  # query heads that share both their list and their keys
+    per = heads // groups
+    for i in range(min(t, valid)):
+        for g in range(groups):
+            row, mine = (i // rows, g * lists // groups), slice(g * per, (g + 1) * per)
+            keys = listed_keys(idx[row][: int(cnt[row])], start + i, block, window)
+            slots = keys if table is None else table[keys // page] * page + keys % page
+            kv = g * kv_heads // groups
+            logits = q[i, mine] @ k_cache[slots, kv].to(q.dtype).T * scale
+            if sink is not None:  # the phantom key stands first; its value is left out below
+                logits = torch.cat([sink[mine].to(q.dtype)[:, None], logits], 1)
+            if logits.shape[1] == 0:
+                continue
+            top = logits.amax(1, keepdim=True)
+            weights = torch.exp(logits - top)
+            total = weights.sum(1, keepdim=True)
+            values = v_cache[slots, kv].to(q.dtype)
+            out[i, mine] = weights[:, logits.shape[1] - len(slots) :] @ values / total
+            lse[i, mine] = (top + total.log())[:, 0]
+    return out, lse
+
+
+@torch.library.custom_op("mimo::sparse_attention", mutates_args=())
+def sparse_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, pos: Tensor, idx: Tensor, cnt: Tensor,
+    sink: Tensor | None, table: Tensor | None,
+    block: int, rows: int, page: int, scale: float, window: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Attend to listed blocks.
+
+    Args:
+        q: ``[T, H, D]``.
+        k_cache: ``[cap, KV, D]``.
+        v_cache: ``[cap, KV, DV]``.
+        pos: int32 [2], start and valid.
+        idx: int32 ``[ceil(T / rows), HS, kmax]``, HS one of 1, KV, H.
+        cnt: int32 ``[ceil(T / rows), HS]``.
+        sink: ``[H]`` or None.
+        table: int32 ``[cap / page]``, the page that holds each page of positions, or None.
+        block: Positions in a block.
+        rows: Tokens that share a list.
+        page: Positions in a page; 0 without a table.
+        scale: Factor on q.k.
+        window: Last positions that are always seen; 0: none.
+
+    Returns:
+        ``out [T, H, DV]`` and ``lse [T, H]`` (base e).
+    """
+    return attend_lists(
+        q, k_cache, v_cache, pos, idx, cnt, sink, table, block, rows, page, scale, window
+    )
+
+
+@sparse_attention.register_fake
+def _(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, pos: Tensor, idx: Tensor, cnt: Tensor, sink: Any,
+    table: Any, block: int, rows: int, page: int, scale: float, window: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return q.new_empty((q.shape[0], q.shape[1], v_cache.shape[2])), q.new_empty(q.shape[:2])
+
+
+class SparseAttention(OpDef):
+    """``sparse_attention:t=1,h=32,kv=8,d=128,dv=128,cap=65536,hs=8,block=16,kmax=256``.
+
+    ``len`` is the KV length at which kernels are measured.
+    """
+
+    name = "sparse_attention"
+    params = (
+        Param("t", int, low=1),
+        Param("h", int, low=1),
+        Param("kv", int, low=1),
+        Param("d", int, low=1),
+        Param("dv", int, low=1),
+        Param("cap", int, low=1),
+        Param("hs", int, low=1),
+        Param("block", int, low=1),
+        Param("kmax", int, low=1),
+        Param("rows", int, 1, low=1),
+        Param("window", int, 0),
+        Param("sink", int, 0),
+        Param("page", int, 0),
+        Param("scale", float, 0.0),
+        Param("len", int, 0),
+    )
+
+    def check(self, p: Mapping[str, Any]) -> None:
+        """Refuse heads that do not group, lengths beyond the cache, pages that do not divide it."""
+        if p["h"] % p["kv"]:
+            raise UsageError(f"sparse_attention: h={p['h']} is not a multiple of kv={p['kv']}")
+        if p["hs"] not in (1, p["kv"], p["h"]):
+            raise UsageError(f"sparse_attention: hs={p['hs']} is none of 1, kv and h")
+        if not p["t"] <= self.kv_length(p) <= p["cap"]:
+            raise UsageError("sparse_attention: len (KV length) must lie between t and cap")
+        if p["page"] and p["cap"] % p["page"]:
+            raise UsageError("sparse_attention: cap is not a multiple of page")
+
+    def kv_length(self, p: Mapping[str, Any]) -> int:
+        """Return the KV length (including the new tokens) that inputs are made for."""
+        return int(p["len"] or p["cap"])
+
+    def softmax_scale(self, p: Mapping[str, Any]) -> float:
+        """Return the factor on q.k: the given one or ``1/sqrt(d)``."""
+        return float(p["scale"] or p["d"] ** -0.5)
+
+    def args(self, workload: Workload) -> tuple[Arg, ...]:
+        """Return q, pos, idx, cnt, table, sink, k_cache, v_cache, out, lse."""
+        p = self.full(workload)
+        lists = (blocks_of(p["t"], p["rows"]), p["hs"])
+        out = [
+            Arg("q", "input", (p["t"], p["h"], p["d"]), "float32"),
+            Arg("pos", "input", (2,), "int32"),
+            Arg("idx", "input", (*lists, p["kmax"]), "int32"),
+            Arg("cnt", "input", lists, "int32"),
+        ]
+        if p["page"]:
+            out.append(Arg("table", "input", (p["cap"] // p["page"],), "int32"))
+        if p["sink"]:
+            out.append(Arg("sink", "weight", (p["h"],), "float32"))
+        return (
+            *out,
+            Arg("k_cache", "state", (p["cap"], p["kv"], p["d"]), "float32"),
+            Arg("v_cache", "state", (p["cap"], p["kv"], p["dv"]), "float32"),
+            Arg("out", "output", (p["t"], p["h"], p["dv"]), "float32"),
+            Arg("lse", "output", (p["t"], p["h"]), "float32"),
+        )
+
+    def make_inputs(self, workload: Workload, rng: np.random.Generator) -> dict[str, Array]:
+        """Draw lists of the row's visible blocks, mostly full; all that no row lists holds NaN."""
+        p = self.full(workload)
+        length = self.kv_length(p)
+        out: dict[str, Array] = {
+            a.name: rng.standard_normal(a.shape, dtype=np.float32)
+            for a in self.args(workload)
+            if a.role != "output" and a.dtype == "float32"
+        }
+        out["pos"] = np.array([length - p["t"], p["t"]], np.int32)
+        rows = blocks_of(p["t"], p["rows"])
+        ends = row_spans(length - p["t"], p["t"], rows, p["rows"])[:, 1].tolist()
+        blocks = blocks_of(p["cap"], p["block"])
+        chosen = np.zeros((rows, p["hs"], blocks), bool)
+        for row, end in enumerate(ends):
+            seen = end // p["block"] + 1
+            for head in range(p["hs"]):
+                # one list falls short of kmax, as those of thresholds do
+                most = min(p["kmax"], seen) - int(row == rows - 1 and head == 0 and seen > 1)
+                chosen[row, head, rng.permutation(seen)[:most]] = True
+        idx, cnt = to_lists(torch.from_numpy(chosen), p["kmax"])
+        out["idx"], out["cnt"] = idx.numpy(), cnt.numpy()
+        if p["page"]:
+            out["table"] = rng.permutation(p["cap"] // p["page"]).astype(np.int32)
+        read = np.repeat(chosen.any((0, 1)), p["block"])[: p["cap"]]
+        read[length:] = False
+        if p["window"]:
+            read[max(0, length - p["t"] + 1 - p["window"]) : length] = True
+        slots = np.arange(p["cap"])
+        if p["page"]:
+            slots = out["table"][slots // p["page"]] * p["page"] + slots % p["page"]
+        out["k_cache"][slots[~read]] = np.nan
+        out["v_cache"][slots[~read]] = np.nan
+        return out
+
+    def _attend(
+        self, workload: Workload, inputs: Mapping[str, Array], dtype: torch.dtype
+    ) -> tuple[Array, Array]:
+        p = self.full(workload)
+        t = {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in inputs.items()}
+        out, lse = attend_lists(
+            t["q"].to(dtype), t["k_cache"], t["v_cache"], t["pos"], t["idx"], t["cnt"],
+            t["sink"] if p["sink"] else None, t["table"] if p["page"] else None,
+            p["block"], p["rows"], p["page"], self.softmax_scale(p), p["window"],
+        )  # fmt: skip
+        return out.double().numpy(), lse.double().numpy()
+
+    def reference(self, workload: Workload, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Compute in float64."""
+        out, lse = self._attend(workload, inputs, torch.float64)
+        return {"out": out, "lse": lse}
+
+    def bound(
+        self, workload: Workload, inputs: Mapping[str, Array], expected: Mapping[str, Array]
+    ) -> dict[str, Array]:
+        """Allow eight times the largest error of plain float32, head by head, as `cached_attention` does.
+
+        An infinite lse must be met exactly.
+        """
+        out, lse = self._attend(workload, inputs, torch.float32)
+        error = np.abs(out - expected["out"]).max(axis=(0, 2), keepdims=True)
+        vmax = np.nanmax(np.abs(inputs["v_cache"]), initial=0.0)
+        finite = np.isfinite(expected["lse"])
+        size = np.where(finite, np.abs(expected["lse"]), 0.0)
+        off = np.abs(np.where(finite, lse, 0.0) - np.where(finite, expected["lse"], 0.0))
+        lse_error = off.max(axis=0, keepdims=True)
+        return {
+            "out": np.broadcast_to(8 * error + 32 * U32 * vmax, expected["out"].shape).copy(),
+            "lse": np.where(finite, 8 * lse_error + 16 * U32 * (1 + size), 0.0),
+        }
+
+    def counts(self, workload: Workload) -> Counts:
+        """Listed keys and values once for each KV head, as if its lists agreed; q, out and lists once."""
+        p = self.full(workload)
+        length = self.kv_length(p)
+        keys = min(length, p["kmax"] * p["block"] + p["window"])
+        work = float(p["t"]) * p["h"] * keys
+        lists = blocks_of(p["t"], p["rows"]) * p["hs"] * (p["kmax"] + 1)
+        vectors = keys * p["kv"] + p["t"] * p["h"]
+        return Counts(
+            {"fma_f32": work * (p["d"] + p["dv"]), "exp_f32": work},
+            {"dram": 4.0 * (vectors * (p["d"] + p["dv"]) + lists + p["t"] * p["h"])},
+        )
