@@ -66,7 +66,7 @@ SPACES = {
     # whole joint spaces: all algorithms with all their knobs
     "gemm_w4": Wanted("mpgemm:m=4,n=2048,k=2048,w=w4g64,a=a8"),
     "gemm_w2": Wanted("mpgemm:m=2,n=2048,k=2048,w=w2g64,a=a8", threads=2),
-    "gemv_ternary": Wanted("mpgemm:m=1,n=2048,k=2048,w=w1.58,a=a8", threads=2),
+    "gemv_ternary": Wanted("mpgemm:m=1,n=2048,k=2048,w=w1.58,a=a8"),
     "gemv_w3": Wanted("mpgemm:m=1,n=2048,k=2048,w=w3g64,a=a8", threads=2),
     "gemm_bf16": Wanted("mpgemm:m=16,n=512,k=1024,w=bf16,a=abf16"),
     # attention; its legal configs are fewer
