@@ -67,7 +67,8 @@ def listed_keys(ids: Tensor, last: int, block: int, window: int) -> Tensor:
     keys = (ids.to(torch.int64)[:, None] * block + torch.arange(block)).reshape(-1)
     if window:
         keys = torch.cat([keys, torch.arange(max(0, last - window + 1), last + 1)])
-    return torch.unique(keys[keys <= last])
+    found: Tensor = torch.unique(keys[keys <= last])
+    return found
 
 
 def to_lists(chosen: Tensor, kmax: int) -> tuple[Tensor, Tensor]:

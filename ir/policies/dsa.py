@@ -1,0 +1,38 @@
+"""DSA (DeepSeek-V3.2): single tokens by a small indexer with a key of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from mimo_compile.ir.policies.base import AttentionPolicy, Geometry, Score, Select, State, arg
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dsa(AttentionPolicy):
+    """The ``k`` tokens with the highest ``sum_h w_h relu(q_h . key)``, one list for all heads.
+
+    The indexer has ``heads`` queries and weights of its own for each token, and one key.
+    """
+
+    name: ClassVar[str] = "dsa"
+    needs: ClassVar[tuple[str, ...]] = ("indexer",)
+
+    k: int = arg(2048, "tokens that are attended to", low=1)
+    heads: int = arg(64, "heads of the indexer", low=1)
+    width: int = arg(128, "width of an indexer's head", low=1)
+
+    @property
+    def score(self) -> Score:
+        """The indexer."""
+        options = (("h", self.heads), ("kv", 1), ("d", self.width))
+        return Score("score_blocks", "indexer", "all", "sum", options)
+
+    @property
+    def select(self) -> Select:
+        """The best tokens and the token itself."""
+        return Select(k=self.k)
+
+    def states(self, g: Geometry) -> tuple[State, ...]:
+        """One key of the indexer for each position."""
+        return (State("index_keys", "keys", (g.cap, 1, 1, self.width)),)

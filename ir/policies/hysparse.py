@@ -1,0 +1,71 @@
+"""HySparse (arXiv 2602.03560): a full layer is the oracle of sparse ones behind it and lends its cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from mimo_compile.ir.policies.base import (
+    AttentionPolicy,
+    Geometry,
+    LayerRole,
+    Score,
+    Select,
+    State,
+    arg,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HySparse(AttentionPolicy):
+    """Every ``every``-th layer and the last are full; the others follow the full layer before them.
+
+    A full layer's blocks are scored by the largest exact probability in each, maximum over the group after
+    normalising. A sparse layer reads the full layer's keys and values by that list, adds a window branch with
+    its own cache, each with its own softmax and sink, and weighs both by sigmoid gates.
+    """
+
+    name: ClassVar[str] = "hysparse"
+    needs: ClassVar[tuple[str, ...]] = ("trained sparse layers", "branch gates")
+    branches: ClassVar[tuple[str, ...]] = ("listed", "window")
+    alone: ClassVar[bool] = False
+
+    every: int = arg(12, "one layer in so many is full", low=1)
+    block: int = arg(64, "tokens of a block", low=1)
+    budget: int = arg(1024, "tokens of the chosen blocks", low=1)
+    window: int = arg(128, "positions of the window branch, the token's own included", low=1)
+    gate: str = arg("element", "width of the branch gates", choices=("element", "head"))
+
+    @property
+    def branch_window(self) -> int:
+        """The window branch."""
+        return self.window
+
+    @property
+    def score(self) -> Score:
+        """The oracle."""
+        return Score("score_keys", "oracle", "group", "max")
+
+    @property
+    def select(self) -> Select:
+        """The best blocks; nothing is forced, near tokens are the window's business."""
+        return Select(k=max(1, self.budget // self.block), last=0)
+
+    def roles(self, layers: int) -> tuple[LayerRole, ...]:
+        """A full layer selects for the sparse ones behind it."""
+        roles, source = [], 0
+        for i in range(layers):
+            if i % self.every == 0 or i == layers - 1:
+                source = i
+                roles.append(LayerRole("select", True, i, i))
+            else:
+                roles.append(LayerRole("reuse", False, source, source, self.window))
+        return tuple(roles)
+
+    def states(self, g: Geometry) -> tuple[State, ...]:
+        """The window branch's ring (of sparse layers)."""
+        ring = self.window + g.t - 1
+        return (
+            State("ring_k", "ring", (ring, g.kv, g.d)),
+            State("ring_v", "ring", (ring, g.kv, g.dv)),
+        )

@@ -1,0 +1,65 @@
+"""SeerAttention-R: blocks by gates that were distilled from the model itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from mimo_compile.ir.policies.base import (
+    AttentionPolicy,
+    Geometry,
+    LayerRole,
+    Score,
+    Select,
+    State,
+    arg,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seer(AttentionPolicy):
+    """``budget`` tokens of the blocks with the highest gate, or with ``tau`` every block at or above it.
+
+    Gates are a softmax over blocks, so a threshold means less the longer the context is. The running block
+    has no compressed key yet and is always attended to.
+    """
+
+    name: ClassVar[str] = "seer"
+    phases: ClassVar[tuple[str, ...]] = ("decode",)
+    needs: ClassVar[tuple[str, ...]] = ("gates",)
+
+    budget: int = arg(4096, "tokens that are attended to", low=1)
+    block: int = arg(64, "tokens of a block", low=1)
+    tau: float = arg(0.0, "threshold on the gate; 0: the budget decides")
+    gate: int = arg(128, "width of a gate's head", low=1)
+    sink: int = arg(0, "first blocks that are always attended to")
+    start: int = arg(0, "first layers that see everything")
+    block_pos: str = arg(
+        "first", "token whose position rotates a block's key", choices=("first", "last")
+    )
+
+    @property
+    def score(self) -> Score:
+        """The gate's logits (their order is the softmax's), or its softmax for a threshold."""
+        options = (("d", self.gate), ("soft", int(self.tau > 0)))
+        return Score("score_blocks", "gate", "group", options=options)
+
+    @property
+    def select(self) -> Select:
+        """The best blocks, the running one among them."""
+        if self.tau:
+            return Select(rule="threshold", value=self.tau, first=self.sink)
+        return Select(k=max(1, self.budget // self.block), first=self.sink)
+
+    def role_alone(self, layer: int) -> LayerRole:
+        """The first layers are dense."""
+        if layer < self.start:
+            return LayerRole("full", True, None, layer)
+        return LayerRole("select", False, layer, layer)
+
+    def states(self, g: Geometry) -> tuple[State, ...]:
+        """Compressed keys, and unrotated keys of the running block until it is complete."""
+        return (
+            State("gate_keys", "keys", (g.blocks(self.block), g.kv, self.gate)),
+            State("remainder", "remainder", (self.block, g.kv, g.d)),
+        )

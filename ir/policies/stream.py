@@ -1,0 +1,52 @@
+"""StreamingLLM (arXiv 2309.17453): the first positions and the most recent ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from mimo_compile.ir.policies.base import AttentionPolicy, Geometry, LayerRole, State, Steps, arg
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stream(AttentionPolicy):
+    """``sink`` first positions and the last ``recent``; nothing is scored.
+
+    With ``rolling=1`` keys are kept unrotated and rotated by their place in the cache when used, so that
+    positions never exceed ``sink + recent``; with 0 it is a mask over absolute positions: another function.
+    """
+
+    name: ClassVar[str] = "stream"
+
+    sink: int = arg(4, "first positions that stay")
+    recent: int = arg(1020, "last positions that stay, the token's own included", low=1)
+    rolling: int = arg(1, "1: positions are counted in the cache; 0: in the text")
+
+    @property
+    def kept_window(self) -> int:
+        """The recent positions."""
+        return self.recent
+
+    def role_alone(self, layer: int) -> LayerRole:
+        """Every layer is the same."""
+        return LayerRole("window", False, None, layer, self.recent)
+
+    def workloads(self, g: Geometry) -> Steps:
+        """One list for all heads whose only block holds the sinks; the window does the rest."""
+        if not self.sink:
+            return AttentionPolicy.workloads(self, g)
+        from mimo_compile.ir.ops import get_op
+
+        attend = get_op("sparse_attention").workload(
+            t=g.t, h=g.h, kv=g.kv, d=g.d, dv=g.dv, cap=g.cap, hs=1, block=self.sink, kmax=1,
+            window=self.recent, sink=g.sink, len=g.length or g.cap,
+        )  # fmt: skip
+        return Steps(None, None, attend)
+
+    def states(self, g: Geometry) -> tuple[State, ...]:
+        """The sinks and a ring, in place of a cache."""
+        kept = self.sink + self.recent + g.t - 1
+        return (
+            State("kept_k", "ring", (kept, g.kv, g.d)),
+            State("kept_v", "ring", (kept, g.kv, g.dv)),
+        )
