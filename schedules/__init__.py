@@ -38,7 +38,10 @@ SCHEDULES: dict[str, dict[str, str]] = {
         "mpgemm.sim_tensor_core": "simulated.tensor_core:TensorCore",
         "mpgemm.sim_roma": "simulated.roma:Roma",
     },
-    "cached_attention": {"cached_attention.x86_flash": "attention.x86_flash:X86Flash"},
+    "cached_attention": {
+        "cached_attention.x86_flash": "attention.x86_flash:X86Flash",
+        "cached_attention.x86_flash_pairs": "attention.x86_flash_pairs:X86FlashPairs",
+    },
     "kv_append": {"kv_append.x86": "attention.x86_append:X86Append"},
     "moe": {
         "moe.x86_planes": "moe.x86_dense:X86MoePlanes",

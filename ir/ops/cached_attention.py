@@ -5,12 +5,14 @@ ring. New keys and values are appended before the call (op `kv_append`). ``pos =
 of the call stands at position ``start + i``; tokens ``i >= valid`` are padding and give zeros.
 
 The sink is a phantom key with logit ``sink[h]`` and zero value: it only adds to the softmax denominator.
+
+Caches are float32, or (``c=bf16``) bfloat16, whose values are exact operands of float32 arithmetic.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,10 +20,14 @@ import torch
 from torch import Tensor
 
 from mimo_compile.errors import UsageError
+from mimo_compile.ir.caches import parse_cache_format
 from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.ops.base import Arg, Array, OpDef, Param
 from mimo_compile.ir.ops.numerics import U32
 from mimo_compile.ir.workload import Workload
+
+DRAWS = 4
+"""Of roundings, from which `CachedAttention.bound` follows."""
 
 
 def attend(
@@ -32,8 +38,13 @@ def attend(
     sink: Tensor | None,
     scale: float,
     window: int,
+    disturb: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Plain masked softmax attention; see `cached_attention` for shapes."""
+    """Plain masked softmax attention; see `cached_attention` for shapes.
+
+    ``disturb`` changes the weights of the keys ``[H, T, cap]``, relative to the largest logit; their sums are
+    those of the changed ones.
+    """
     t, heads, _ = q.shape
     cap, kv_heads = k_cache.shape[0], k_cache.shape[1]
     start, valid = int(pos[0]), int(pos[1])
@@ -57,7 +68,13 @@ def attend(
     if sink is not None:
         column = sink.to(q.dtype)[:, None, None].expand(heads, t, 1)
         logits = torch.cat([logits, column], dim=-1)
-    weights = torch.softmax(logits, dim=-1)[..., :cap]
+    if disturb is None:
+        weights = torch.softmax(logits, dim=-1)[..., :cap]
+    else:
+        logits = torch.exp(logits - logits.amax(-1, keepdim=True))
+        weights = disturb(logits[..., :cap])
+        total = weights.sum(-1, keepdim=True) + logits[..., cap:].sum(-1, keepdim=True)
+        weights = weights / total
     out = torch.einsum("hts,shd->thd", weights, v)
     out[valid:] = 0
     return out
@@ -102,10 +119,12 @@ class CachedAttention(OpDef):
         Param("sink", int, 0),
         Param("scale", float, 0.0),
         Param("len", int, 0),
+        Param("c", str, "f32"),
     )
 
     def check(self, p: Mapping[str, Any]) -> None:
-        """Refuse heads that do not group, rings too small for the window."""
+        """Refuse heads that do not group, rings too small for the window, unknown cache formats."""
+        parse_cache_format(p["c"])
         if p["h"] % p["kv"]:
             raise UsageError(f"cached_attention: h={p['h']} is not a multiple of kv={p['kv']}")
         if p["window"] and p["cap"] < p["window"] + p["t"] - 1:
@@ -126,6 +145,7 @@ class CachedAttention(OpDef):
     def args(self, workload: Workload) -> tuple[Arg, ...]:
         """Return q, pos, sink, k_cache, v_cache, out."""
         p = self.full(workload)
+        stored = parse_cache_format(p["c"]).dtype
         out = [
             Arg("q", "input", (p["t"], p["h"], p["d"]), "float32"),
             Arg("pos", "input", (2,), "int32"),
@@ -134,8 +154,8 @@ class CachedAttention(OpDef):
             out.append(Arg("sink", "weight", (p["h"],), "float32"))
         return (
             *out,
-            Arg("k_cache", "state", (p["cap"], p["kv"], p["d"]), "float32"),
-            Arg("v_cache", "state", (p["cap"], p["kv"], p["dv"]), "float32"),
+            Arg("k_cache", "state", (p["cap"], p["kv"], p["d"]), stored),
+            Arg("v_cache", "state", (p["cap"], p["kv"], p["dv"]), stored),
             Arg("out", "output", (p["t"], p["h"], p["dv"]), "float32"),
         )
 
@@ -152,22 +172,63 @@ class CachedAttention(OpDef):
         if length < p["cap"]:
             out["k_cache"][length:] = np.nan
             out["v_cache"][length:] = np.nan
+        for name in ("k_cache", "v_cache"):
+            out[name] = parse_cache_format(p["c"]).encode(out[name])
         return out
 
     def _attend(
-        self, workload: Workload, inputs: Mapping[str, Array], dtype: torch.dtype
+        self,
+        workload: Workload,
+        inputs: Mapping[str, Array],
+        dtype: torch.dtype,
+        disturb: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         p = self.full(workload)
-        q, k, v = (torch.from_numpy(inputs[n]).to(dtype) for n in ("q", "k_cache", "v_cache"))
+        stored = parse_cache_format(p["c"])
+        arrays = [inputs["q"], stored.decode(inputs["k_cache"]), stored.decode(inputs["v_cache"])]
+        q, k, v = (torch.from_numpy(a).to(dtype) for a in arrays)
         sink = torch.from_numpy(inputs["sink"]).to(dtype) if p["sink"] else None
         pos = torch.from_numpy(inputs["pos"])
-        return attend(q, k, v, pos, sink, self.softmax_scale(p), p["window"])
+        scale, window = self.softmax_scale(p), p["window"]
+        if disturb is None:
+            return attend(q, k, v, pos, sink, scale, window)
+        return attend(disturb(q), k, v, pos, sink, scale, window, disturb)
 
     def reference(self, workload: Workload, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Compute in float64."""
         return {"out": self._attend(workload, inputs, torch.float64).numpy()}
 
     def bound(
+        self, workload: Workload, inputs: Mapping[str, Array], expected: Mapping[str, Array]
+    ) -> dict[str, Array]:
+        """Allow what roundings of a kernel's arithmetic do, head by head.
+
+        Float32 caches: `exact_bound`. 16-bit caches: kernels may round q and the weights to bfloat16, by at
+        most ``u = 2**-8`` relative each. Weights ``w (1 + e)``, which are summed as they are rounded, move an
+        output by ``sum_j p_j e_j (v_j - o)`` at first order, so by at most ``u sum_j p_j |v_j - o|``, under
+        ``2**-7 max|V|``; a rounded q moves logit j by ``D_j = scale sum_i q_i e_i k_ji`` and the output by
+        ``sum_j p_j D_j (v_j - o)``. Over long contexts both are so far above what roundings do, whose signs
+        do not conspire, that the worst case would let a kernel miss keys. So they allow four times the
+        largest error of some runs in which each factor ``1 + e`` is drawn anew from {1 - u, 1 + u}, which is
+        2.4 times as far from 1, in the mean square, as roundings are.
+        """
+        p = self.full(workload)
+        out = self.exact_bound(workload, inputs, expected)["out"]
+        unit = parse_cache_format(p["c"]).unit
+        if unit:
+            draw = torch.Generator().manual_seed(0)
+
+            def disturb(x: Tensor) -> Tensor:
+                signs = torch.randint(0, 2, x.shape, generator=draw).to(x.dtype)
+                return x * (1 + unit * (2 * signs - 1))
+
+            for _ in range(DRAWS):
+                seen = self._attend(workload, inputs, torch.float32, disturb).double().numpy()
+                error = np.abs(seen - expected["out"]).max(axis=(0, 2), keepdims=True)
+                out = np.maximum(out, 4 * error)
+        return {"out": out}
+
+    def exact_bound(
         self, workload: Workload, inputs: Mapping[str, Array], expected: Mapping[str, Array]
     ) -> dict[str, Array]:
         """Allow eight times the largest error of plain float32 attention, head by head.
@@ -177,7 +238,8 @@ class CachedAttention(OpDef):
         """
         plain = self._attend(workload, inputs, torch.float32).double().numpy()
         error = np.abs(plain - expected["out"]).max(axis=(0, 2), keepdims=True)
-        vmax = np.nanmax(np.abs(inputs["v_cache"]))
+        stored = parse_cache_format(self.full(workload)["c"])
+        vmax = np.nanmax(np.abs(stored.decode(inputs["v_cache"])))
         return {"out": np.broadcast_to(8 * error + 32 * U32 * vmax, expected["out"].shape).copy()}
 
     def counts(self, workload: Workload) -> Counts:
@@ -190,7 +252,7 @@ class CachedAttention(OpDef):
         return Counts(
             {"fma_f32": work * (p["d"] + p["dv"]), "exp_f32": work},
             {
-                "dram": 4.0 * read * p["kv"] * (p["d"] + p["dv"])
+                "dram": parse_cache_format(p["c"]).bytes * read * p["kv"] * (p["d"] + p["dv"])
                 + 4.0 * p["t"] * p["h"] * (p["d"] + p["dv"])
             },
         )

@@ -3,7 +3,7 @@
 Input rows are ``[q heads | k heads | v heads]``. q and k are RMS-normalised per head when norms are given
 (Qwen3), the first ``2 * table.shape[2]`` dimensions are rotated (half-split pairing: dimension i pairs with
 i + r/2), v is multiplied by ``v_scale``; k and v rows go to slot ``(start + i) % cap`` for ``i < valid``.
-Returns the rotated q.
+Returns the rotated q. Rows are rounded to the caches' format (``c``), half to even.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mimo_compile.errors import UsageError
+from mimo_compile.ir.caches import parse_cache_format
 from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.ops.base import Arg, Array, OpDef, Param
 from mimo_compile.ir.ops.numerics import U32
@@ -89,10 +90,12 @@ class KvAppend(OpDef):
         Param("norm", int, 0),
         Param("eps", float, 1e-6),
         Param("vscale", float, 1.0),
+        Param("c", str, "f32"),
     )
 
     def check(self, p: Mapping[str, Any]) -> None:
-        """Refuse odd or too wide rotations and calls longer than the cache."""
+        """Refuse odd or too wide rotations, calls longer than the cache, unknown cache formats."""
+        parse_cache_format(p["c"])
         if p["rot"] % 2 or p["rot"] > p["d"] or p["t"] > p["cap"]:
             raise UsageError("kv_append: rot must be even and at most d, and t at most cap")
 
@@ -100,6 +103,7 @@ class KvAppend(OpDef):
         """Return qkv, table, pos, norms, k_cache, v_cache (both written), q."""
         p = self.full(workload)
         width = (p["h"] + p["kv"]) * p["d"] + p["kv"] * p["dv"]
+        stored = parse_cache_format(p["c"]).dtype
         out = [
             Arg("qkv", "input", (p["t"], width), "float32"),
             Arg("table", "input", (p["t"], 2, p["rot"] // 2), "float32"),
@@ -109,8 +113,8 @@ class KvAppend(OpDef):
             out += [Arg(n, "weight", (p["d"],), "float32") for n in ("q_norm", "k_norm")]
         return (
             *out,
-            Arg("k_cache", "state", (p["cap"], p["kv"], p["d"]), "float32", mutated=True),
-            Arg("v_cache", "state", (p["cap"], p["kv"], p["dv"]), "float32", mutated=True),
+            Arg("k_cache", "state", (p["cap"], p["kv"], p["d"]), stored, mutated=True),
+            Arg("v_cache", "state", (p["cap"], p["kv"], p["dv"]), stored, mutated=True),
             Arg("q", "output", (p["t"], p["h"], p["d"]), "float32"),
         )
 
@@ -126,12 +130,16 @@ class KvAppend(OpDef):
         out["table"] = np.stack([np.cos(angle), np.sin(angle)], axis=1).astype(np.float32)
         valid = int(rng.integers(1, p["t"] + 1))
         out["pos"] = np.array([2 * p["cap"] - valid // 2 - 1, valid], np.int32)
+        for name in ("k_cache", "v_cache"):
+            out[name] = parse_cache_format(p["c"]).encode(out[name])
         return out
 
     def reference(self, workload: Workload, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Compute in float64; unwritten slots keep their values."""
+        """Compute in float64, unrounded; unwritten slots keep their values."""
         p = self.full(workload)
-        arr = {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in inputs.items()}
+        decode = parse_cache_format(p["c"]).decode
+        arrays = {k: decode(v) if k.endswith("_cache") else v for k, v in inputs.items()}
+        arr = {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in arrays.items()}
         q, k, v, slots = prepare(
             arr["qkv"].double(), arr["table"], arr["pos"], arr.get("q_norm"), arr.get("k_norm"),
             p["h"], p["kv"], p["d"], p["dv"], p["eps"], p["vscale"], p["cap"],
@@ -143,8 +151,13 @@ class KvAppend(OpDef):
     def bound(
         self, workload: Workload, inputs: Mapping[str, Array], expected: Mapping[str, Array]
     ) -> dict[str, Array]:
-        """A few roundings of each product; copied slots must be exact."""
+        """A few roundings of each product, one more to the cache's format; kept slots must be exact.
+
+        The reference is not rounded: a float32 product next to a tie may round to either neighbour, and each
+        lies within half a step of it.
+        """
         p = self.full(workload)
+        stored = parse_cache_format(p["c"])
         biggest = float(np.abs(inputs["qkv"]).max()) * (
             max(np.abs(inputs["q_norm"]).max(), np.abs(inputs["k_norm"]).max()) * p["d"] ** 0.5
             if p["norm"]
@@ -153,15 +166,17 @@ class KvAppend(OpDef):
         tol = (8 + p["d"] ** 0.5 * p["norm"]) * U32 * max(biggest, 1.0) * max(abs(p["vscale"]), 1.0)
         out: dict[str, Array] = {"q": np.full(expected["q"].shape, 2 * tol)}
         for name in ("k_cache", "v_cache"):
-            same = expected[name] == inputs[name]
-            out[name] = np.where(same, 0.0, 2 * tol)
+            same = expected[name] == stored.decode(inputs[name])
+            allowed = 2 * tol + stored.unit * (np.abs(expected[name]) + 2 * tol)
+            out[name] = np.where(same, 0.0, allowed)
         return out
 
     def counts(self, workload: Workload) -> Counts:
         """Rows read once, rotated once, written once."""
         p = self.full(workload)
         width = (p["h"] + p["kv"]) * p["d"] + p["kv"] * p["dv"]
+        saved = (4.0 - parse_cache_format(p["c"]).bytes) * p["kv"] * (p["d"] + p["dv"])
         return Counts(
             {"fma_f32": 2.0 * p["t"] * (p["h"] + p["kv"]) * p["rot"]},
-            {"dram": 8.0 * p["t"] * width},
+            {"dram": p["t"] * (8.0 * width - saved)},
         )

@@ -116,9 +116,14 @@ class Tile:
             total = Register("float32", LANES, load(self.sum, row, 0, lanes=LANES) * splat(shrink))
             with loop(s.blocks) as u:
                 weight = bind(exp2(load(self.score, row, u * LANES, lanes=LANES) - splat(top)))
-                store(self.score, weight, row, u * LANES, lanes=LANES)
+                weight = self.weight(weight, row, u * LANES)
                 total.set(total.get() + weight)
             store(self.sum, total.get(), row, 0, lanes=LANES)
+
+    def weight(self, value: Any, row: Any, at: Any) -> Any:
+        """Keep 16 weights of a row from slot ``at`` on; returns them as they are summed."""
+        store(self.score, value, row, at, lanes=LANES)
+        return value
 
     def values(self, reach: Reach, step: Any) -> None:
         """Add the weighted values of the step's slots that were ever written."""

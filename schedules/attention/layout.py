@@ -2,6 +2,11 @@
 
 Keys ``k16``: ``[KV, ceil(cap/16), D, 16]``, so that the lanes of a vector are 16 slots and a score needs no
 sum over lanes. Values ``v16``: ``[KV, 16 * ceil(cap/16), 16 * ceil(DV/16)]``: whole vectors of a slot.
+
+16-bit caches lie in pairs, so that a 32-bit lane holds the two factors that a dot product takes at once, and
+tiles of matrix units load them as they lie. Keys ``k16.d2``: ``[KV, ceil(cap/16), ceil(D/2), 16, 2]``, pairs
+along d; the pad of an odd D is zero. Values ``v16.s2``: ``[KV, 8 * ceil(cap/16), 16 * ceil(DV/16), 2]``,
+pairs along slots. In memory the last two extents are one.
 """
 
 from __future__ import annotations
@@ -11,12 +16,21 @@ from typing import Any
 
 import numpy as np
 
+from mimo_compile.ir.caches import parse_cache_format
 from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.ops.base import Arg, Array
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.emit.vector import LANES
 
-LAYOUTS = {"k_cache": "k16", "v_cache": "v16"}
+_LAYOUTS = {
+    "f32": {"k_cache": "k16", "v_cache": "v16"},
+    "bf16": {"k_cache": "k16.d2", "v_cache": "v16.s2"},
+}
+
+
+def layouts(workload: Workload) -> dict[str, str]:
+    """Return the names of the cache layouts of a workload."""
+    return dict(_LAYOUTS[get_op(workload.op).full(workload)["c"]])
 
 
 def round_up(n: int) -> int:
@@ -25,8 +39,13 @@ def round_up(n: int) -> int:
 
 
 def cache_shapes(p: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return the packed shapes for an op's parameters ``cap``, ``kv``, ``d``, ``dv``."""
+    """Return the packed shapes for an op's parameters ``cap``, ``kv``, ``d``, ``dv``, ``c``."""
     slots = round_up(p["cap"])
+    if parse_cache_format(p["c"]).bits == 16:
+        return {
+            "k_cache": (p["kv"], slots // LANES, -(-p["d"] // 2), 2 * LANES),
+            "v_cache": (p["kv"], slots // 2, 2 * round_up(p["dv"])),
+        }
     return {
         "k_cache": (p["kv"], slots // LANES, p["d"], LANES),
         "v_cache": (p["kv"], slots, round_up(p["dv"])),
@@ -36,41 +55,48 @@ def cache_shapes(p: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 def kernel_args(workload: Workload) -> tuple[Arg, ...]:
     """Return the op's arguments with the caches in their packed shapes."""
     op = get_op(workload.op)
-    shapes = cache_shapes(op.full(workload))
+    p = op.full(workload)
+    shapes, stored = cache_shapes(p), parse_cache_format(p["c"]).stored
     return tuple(
-        Arg(a.name, a.role, shapes.get(a.name, a.shape), a.dtype, a.mutated)
+        Arg(a.name, a.role, shapes[a.name], stored, a.mutated) if a.name in shapes else a
         for a in op.args(workload)
     )
 
 
 def pack_caches(workload: Workload, arrays: Mapping[str, Array]) -> dict[str, Array]:
     """Lay out canonical caches (those given); slots and lanes of padding are zero."""
-    shapes = cache_shapes(get_op(workload.op).full(workload))
+    p = get_op(workload.op).full(workload)
+    shapes, pair = cache_shapes(p), 2 if parse_cache_format(p["c"]).bits == 16 else 1
     out = {}
     for name, array in arrays.items():
         if name not in shapes:
             out[name] = np.ascontiguousarray(array)
             continue
-        cap, _, width = array.shape
-        wide = width if name == "k_cache" else round_up(width)
+        cap, heads, width = array.shape
+        wide = -(-width // pair) * pair if name == "k_cache" else round_up(width)
         padded = np.pad(array, ((0, round_up(cap) - cap), (0, 0), (0, wide - width)))
-        heads = padded.transpose(1, 0, 2)
         if name == "k_cache":
-            heads = heads.reshape(heads.shape[0], -1, LANES, width).transpose(0, 1, 3, 2)
-        out[name] = np.ascontiguousarray(heads)
+            lanes = padded.reshape(-1, LANES, heads, wide // pair, pair).transpose(2, 0, 3, 1, 4)
+        else:
+            lanes = padded.reshape(-1, pair, heads, wide).transpose(2, 0, 3, 1)
+        out[name] = np.ascontiguousarray(lanes).reshape(shapes[name])
     return out
 
 
 def unpack_caches(workload: Workload, arrays: Mapping[str, Array]) -> dict[str, Array]:
     """Inverse of `pack_caches`: canonical ``[cap, KV, D]`` and ``[cap, KV, DV]``."""
     p = get_op(workload.op).full(workload)
+    pair = 2 if parse_cache_format(p["c"]).bits == 16 else 1
     out = {}
     for name, array in arrays.items():
         if name == "k_cache":
-            slots = array.transpose(1, 3, 0, 2).reshape(-1, p["kv"], p["d"])
-            out[name] = np.ascontiguousarray(slots[: p["cap"]])
+            lanes = array.reshape(p["kv"], -1, -(-p["d"] // pair), LANES, pair)
+            slots = lanes.transpose(1, 3, 0, 2, 4).reshape(round_up(p["cap"]), p["kv"], -1)
+            out[name] = np.ascontiguousarray(slots[: p["cap"], :, : p["d"]])
         elif name == "v_cache":
-            out[name] = np.ascontiguousarray(array.transpose(1, 0, 2)[: p["cap"], :, : p["dv"]])
+            lanes = array.reshape(p["kv"], -1, round_up(p["dv"]), pair).transpose(1, 3, 0, 2)
+            slots = lanes.reshape(round_up(p["cap"]), p["kv"], -1)
+            out[name] = np.ascontiguousarray(slots[: p["cap"], :, : p["dv"]])
         else:
             out[name] = array
     return out

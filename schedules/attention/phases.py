@@ -21,8 +21,9 @@ def emit(
     k: Any,
     v: Any,
     out: Any,
+    kind: type[Tile] = Tile,
 ) -> None:
-    """Emit both phases."""
+    """Emit both phases; ``kind`` says how the caches are read and multiplied."""
     p = s.p
     shape = (p["kv"] * s.tiles * splits, s.height)
     if splits > 1:
@@ -38,7 +39,7 @@ def emit(
         tile = bind(T.if_then_else(tile % 2 == 0, tile // 2, s.tiles - 1 - tile // 2))
         first = fixed(tile * s.tokens)
         reach = Reach(s, pos, first)
-        state = Tile(s, k, v, head)
+        state = kind(s, k, v, head)
         state.begin(q, first, scale)
         share = fixed(T.floordiv(reach.steps + (splits - 1), splits))
         begin = fixed(T.min(task % splits * share, reach.steps))

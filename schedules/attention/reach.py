@@ -32,6 +32,8 @@ class Tiling:
     """Accumulator vectors in flight."""
     ahead: int
     """Steps that keys and values are prefetched ahead, where a tile reads them once (0: none)."""
+    cell: float = 4.0
+    """Bytes of a cache's element."""
 
     @property
     def group(self) -> int:

@@ -14,7 +14,7 @@ from mimo_compile.schedules.work import Stream, Tile, work
 
 
 def flash_work(
-    s: Tiling, length: int, splits: int, hardware: Hardware, *, parallel: bool
+    s: Tiling, length: int, splits: int, hardware: Hardware, *, parallel: bool, arith: str = "f32"
 ) -> Counts:
     """Return the counts on whole steps: scores of every visited slot, values of the written ones.
 
@@ -24,24 +24,25 @@ def flash_work(
         splits: Parts of the keys.
         hardware: Whose caches and threads count.
         parallel: Tasks are spread over threads.
+        arith: ``f32``; or over bfloat16 caches ``widen``, ``dot``, ``dot2`` (see `pairs`).
     """
     p, height, width = s.p, float(s.height), float(s.columns * LANES)
     steps, live = visited(s, length - p["t"], p["t"], np.arange(0, p["t"], s.tokens))
     scored, valued = steps * s.blocks * LANES, live
     slots, values, turns = (float(n.sum()) for n in (scored, valued, steps))
     heads = float(p["kv"])
+    row_tiles = sum(count for _, count in s.row_tiles())
     ops = {
-        "fma_f32": heads * height * (slots * p["d"] + values * width),
+        **_products(s, arith, heads, slots, values, row_tiles),
         "exp_f32": heads * height * slots,
         # maximum and difference of each score; the output is scaled in each step
         "add_f32": heads * height * (2.0 * slots + turns * width),
     }
     if splits > 1:
-        ops["fma_f32"] += heads * s.tiles * height * splits * width
+        ops["fma_f32"] = ops.get("fma_f32", 0.0) + heads * s.tiles * height * splits * width
     tasks, share = _spread(s, steps + 1.0, splits, hardware.threads if parallel else 1)
-    row_tiles = sum(count for _, count in s.row_tiles())
     rows = min(s.rows, s.height)
-    step = 4.0 * s.blocks * LANES
+    step = s.cell * s.blocks * LANES
     useful = float(p["t"]) / (s.tiles * s.tokens) * (p["dv"] + p["d"]) / (p["d"] + width)
     return work(
         ops,
@@ -52,6 +53,25 @@ def flash_work(
         useful=useful,
         tile=Tile(max(1, s.registers // rows), rows, step * p["d"] + 4.0 * height * p["d"]),
     )
+
+
+def _products(
+    s: Tiling, arith: str, heads: float, slots: float, values: float, row_tiles: int
+) -> dict[str, float]:
+    """Return what multiplies queries with keys and weights with values, and turns pairs into operands."""
+    d, width, height = float(s.p["d"]), float(s.columns * LANES), float(s.height)
+    if arith == "f32":
+        return {"fma_f32": heads * height * (slots * d + values * width)}
+    if arith == "widen":  # one operation for each element that a row tile reads
+        read = heads * row_tiles * (slots * d + values * width)
+        return {"fma_f32": heads * height * (slots * d + values * width), "int_op": read}
+    even = d + d % 2
+    terms = 2.0 if arith == "dot2" else 1.0
+    return {
+        "dot_bf16": heads * height * (terms * slots * even + values * width),
+        # weights are rounded; of values, the half of a pair that was never written is masked
+        "int_op": heads * (6.0 * height * slots + 0.5 * row_tiles * values * width),
+    }
 
 
 def _spread(s: Tiling, cost: Any, splits: int, threads: int) -> tuple[int, float]:
@@ -74,11 +94,11 @@ def _streams(
     p = s.p
     width = s.columns * LANES
     read = min(length, p["window"] + p["t"] - 1) if p["window"] else length
-    once = 4.0 * p["kv"] * read
+    once = s.cell * p["kv"] * read
     keys, held = slots / read, values / read  # passes over the caches by all tiles together
-    between = 4.0 * (slots * p["d"] + values * width) / s.tiles / splits
+    between = s.cell * (slots * p["d"] + values * width) / s.tiles / splits
     state = 4.0 * s.height * (p["d"] + width + s.blocks * LANES)
-    step = 4.0 * s.blocks * LANES
+    step = s.cell * s.blocks * LANES
     out = [
         Stream(once * p["d"], ((keys, between + state), (row_tiles, step * p["d"] + state))),
         Stream(once * p["dv"], ((held, between + state), (row_tiles, step * width + state))),

@@ -2,7 +2,8 @@
 """Prepare one attention step: QK-norm, partial rotation, and k, v into their cache slots.
 
 One task is a KV head with its query heads, over all tokens: 16 neighbouring tokens share the cache lines of
-a key block, so tokens are never split over threads.
+a key block, so tokens are never split over threads. 16-bit caches take each row rounded, half to even, into
+its half of the pairs that lie there.
 """
 
 from __future__ import annotations
@@ -10,18 +11,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mimo_compile.ir.caches import parse_cache_format
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.ops.base import Arg, Array
 from mimo_compile.ir.workload import Workload
-from mimo_compile.schedules.attention.layout import (
-    LAYOUTS,
-    cache_shapes,
-    kernel_args,
-    pack_caches,
-    round_up,
-    unpack_caches,
-)
+from mimo_compile.schedules.attention import layout
+from mimo_compile.schedules.attention.half import every_other, upper_half
 from mimo_compile.schedules.base import Space
 from mimo_compile.schedules.elementwise.rows import PARALLEL_BYTES, RowConfig, RowSchedule
 from mimo_compile.schedules.emit.vector import LANES, T, ramp, splat
@@ -105,14 +101,48 @@ def _writing(p: dict[str, Any]) -> tuple[Any, Any]:
 
         over(dv, step)
 
-    return write_q, write_v
+    @T.inline
+    def write_pairs(qkv, v_cache, i, h, slot):
+        @T.inline
+        def step(j, lanes):
+            v: T.let = qkv[i, ramp(v_at + h * dv + j, lanes)]
+            v_cache[h, slot // 2, every_other(2 * j + slot % 2, lanes)] = upper_half(
+                v * splat(v_scale, lanes), lanes
+            )
+
+        over(dv, step)
+
+    return write_q, write_v if p["c"] == "f32" else write_pairs
+
+
+def _key_writer(p: dict[str, Any]) -> Any:
+    """Return the step that writes a key, which stands in ``row``, into its slot."""
+    d, odd = p["d"], p["d"] % 2 == 1
+
+    @T.inline
+    def write_k(row, k_cache, h, slot):
+        for j in range(d):
+            k_cache[h, slot // LANES, j, slot % LANES] = row[j]
+
+    @T.inline
+    def write_pairs(row, k_cache, h, slot):
+        for j in range(d // 2):
+            for half in T.unroll(2):
+                k_cache[h, slot // LANES, j, slot % LANES * 2 + half] = upper_half(
+                    row[2 * j + half], 1
+                )
+        if odd:
+            k_cache[h, slot // LANES, d // 2, slot % LANES * 2] = upper_half(row[d - 1], 1)
+            k_cache[h, slot // LANES, d // 2, slot % LANES * 2 + 1] = T.uint16(0)
+
+    return write_k if p["c"] == "f32" else write_pairs
 
 
 def _kv_head(p: dict[str, Any]) -> Any:
     """Return all that is done for one KV head and its query heads."""
     t, d, cap, group = p["t"], p["d"], p["cap"], p["h"] // p["kv"]
-    wide, k_at = round_up(d), p["h"] * d
-    head, (write_q, write_v) = _head(p), _writing(p)
+    wide, k_at = layout.round_up(d), p["h"] * d
+    head, (write_q, write_v), write_k = _head(p), _writing(p), _key_writer(p)
 
     @T.inline
     def task(qkv, table, pos, q_norm, k_norm, k_cache, v_cache, q, h):
@@ -126,8 +156,7 @@ def _kv_head(p: dict[str, Any]) -> Any:
             if i < pos[1]:
                 slot: T.let = (pos[0] + i) % cap
                 head(qkv, table, k_norm, row, acc, one, i, k_at + h * d)
-                for j in range(d):
-                    k_cache[h, slot // LANES, j, slot % LANES] = row[j]
+                write_k(row, k_cache, h, slot)
                 write_v(qkv, v_cache, i, h, slot)
 
     return task
@@ -136,7 +165,8 @@ def _kv_head(p: dict[str, Any]) -> Any:
 def _make(p: dict[str, Any], rows: Any) -> Any:
     t, heads, kv, d, half = p["t"], p["h"], p["kv"], p["d"], p["rot"] // 2
     width = (heads + kv) * d + kv * p["dv"]
-    k_shape, v_shape = cache_shapes(p).values()
+    k_shape, v_shape = layout.cache_shapes(p).values()
+    stored = parse_cache_format(p["c"]).stored
     # an empty table is not a tensor that a kernel can check: it is passed and not looked at
     angles = T.Buffer((t, 2, half), "float32") if half else T.handle
     task = _kv_head(p)
@@ -146,8 +176,8 @@ def _make(p: dict[str, Any], rows: Any) -> Any:
         def normed(
             qkv: T.Buffer((t, width), "float32"), table: angles,
             pos: T.Buffer((2,), "int32"), q_norm: T.Buffer((d,), "float32"),
-            k_norm: T.Buffer((d,), "float32"), k_cache: T.Buffer(k_shape, "float32"),
-            v_cache: T.Buffer(v_shape, "float32"), q: T.Buffer((t, heads, d), "float32"),
+            k_norm: T.Buffer((d,), "float32"), k_cache: T.Buffer(k_shape, stored),
+            v_cache: T.Buffer(v_shape, stored), q: T.Buffer((t, heads, d), "float32"),
         ):  # fmt: skip
             T.func_attr({"tirx.noalias": True})
             for h in rows(kv):
@@ -161,8 +191,8 @@ def _make(p: dict[str, Any], rows: Any) -> Any:
     @T.prim_func(s_tir=True)
     def plain(
         qkv: T.Buffer((t, width), "float32"), table: angles,
-        pos: T.Buffer((2,), "int32"), k_cache: T.Buffer(k_shape, "float32"),
-        v_cache: T.Buffer(v_shape, "float32"), q: T.Buffer((t, heads, d), "float32"),
+        pos: T.Buffer((2,), "int32"), k_cache: T.Buffer(k_shape, stored),
+        v_cache: T.Buffer(v_shape, stored), q: T.Buffer((t, heads, d), "float32"),
     ):  # fmt: skip
         T.func_attr({"tirx.noalias": True})
         for h in rows(kv):
@@ -197,20 +227,20 @@ class X86Append(RowSchedule):
 
     def kernel_args(self, workload: Workload) -> tuple[Arg, ...]:
         """Return the op's arguments with packed caches."""
-        return kernel_args(workload)
+        return layout.kernel_args(workload)
 
     def layouts(self, workload: Workload, config: RowConfig) -> dict[str, str]:
         """Return the names of the cache layouts."""
-        return LAYOUTS
+        return layout.layouts(workload)
 
     def pack(
         self, workload: Workload, config: RowConfig, arrays: Mapping[str, Array]
     ) -> dict[str, Array]:
         """Lay out the caches; norms stay as they are."""
-        return pack_caches(workload, arrays)
+        return layout.pack_caches(workload, arrays)
 
     def unpack_state(
         self, workload: Workload, config: RowConfig, arrays: Mapping[str, Array]
     ) -> dict[str, Array]:
         """Return canonical caches."""
-        return unpack_caches(workload, arrays)
+        return layout.unpack_caches(workload, arrays)

@@ -7,17 +7,20 @@ blocks that some query of a tile can see are visited.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+from mimo_compile.ir.caches import parse_cache_format
 from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.ops.base import Array
 from mimo_compile.ir.workload import Workload
+from mimo_compile.schedules.attention.flash import Tile
 from mimo_compile.schedules.attention.layout import (
-    LAYOUTS,
     kernel_args,
+    layouts,
     pack_caches,
     round_up,
     unpack_caches,
@@ -58,10 +61,14 @@ class X86Flash(Schedule):
     name = "cached_attention.x86_flash"
     op = "cached_attention"
     config = FlashConfig
+    stored = "f32"
+    """Format of the caches."""
 
     def supports(self, workload: Workload, hardware: Hardware) -> bool:
-        """Every workload of the op, on any x86-64."""
-        return workload.op == self.op and hardware.kind == "cpu"
+        """Every workload of the op with these caches, on any x86-64."""
+        if workload.op != self.op or hardware.kind != "cpu":
+            return False
+        return bool(get_op(self.op).full(workload)["c"] == self.stored)
 
     def space(self, workload: Workload, hardware: Hardware) -> Space:
         """Tiles of queries, length of a step, parts, register tile."""
@@ -120,10 +127,25 @@ class X86Flash(Schedule):
         """Return the compile-time sizes of a config."""
         tokens = min(c.tile, p["t"])
         blocks = min(c.block // LANES, round_up(p["cap"]) // LANES)
-        registers = 20 if hardware.has_avx512 else 6
-        return Tiling(
-            p, tokens, blocks, min(c.rows, tokens * (p["h"] // p["kv"])), registers, c.ahead
-        )
+        rows = min(c.rows, tokens * (p["h"] // p["kv"]))
+        cell = parse_cache_format(p["c"]).bytes
+        return Tiling(p, tokens, blocks, rows, self.registers(c, hardware), c.ahead, cell)
+
+    def registers(self, config: FlashConfig, hardware: Hardware) -> int:
+        """Return how many accumulator vectors are in flight."""
+        return 20 if hardware.has_avx512 else 6
+
+    def tile(self, config: FlashConfig) -> tuple[type[Tile], AbstractContextManager[Any] | None]:
+        """Return the arithmetic of a config, and the frame that its instructions need."""
+        return Tile, None
+
+    def features(self, config: FlashConfig) -> frozenset[str]:
+        """Return the features that a config's instructions need."""
+        return frozenset()
+
+    def arithmetic(self, config: FlashConfig) -> str:
+        """Return how `flash_work` counts."""
+        return "f32"
 
     def lower(self, workload: Workload, config: FlashConfig, hardware: Hardware) -> Kernel:
         """Generate the kernel of one config."""
@@ -136,7 +158,9 @@ class X86Flash(Schedule):
 
         def body(q: Any, pos: Any, *rest: Any) -> None:
             sink, (k, v, out) = (rest[0] if p["sink"] else None), rest[-3:]
-            emit(s, config.splits, config.parallel, scale, q, pos, sink, k, v, out)
+            kind, frame = self.tile(config)
+            with frame or nullcontext():
+                emit(s, config.splits, config.parallel, scale, q, pos, sink, k, v, out, kind)
 
         workspace_bytes = 0
         if config.splits > 1:
@@ -148,6 +172,7 @@ class X86Flash(Schedule):
             args,
             self.work(workload, config, hardware),
             workspace_bytes,
+            self.features(config),
         )
 
     def work(self, workload: Workload, config: FlashConfig, hardware: Hardware) -> Counts:
@@ -156,11 +181,14 @@ class X86Flash(Schedule):
         p = op.full(workload)
         s = self.tiling(p, config, hardware)
         length = op.kv_length(p)
-        return flash_work(s, length, config.splits, hardware, parallel=config.parallel)
+        return flash_work(
+            s, length, config.splits, hardware, parallel=config.parallel,
+            arith=self.arithmetic(config),
+        )  # fmt: skip
 
     def layouts(self, workload: Workload, config: FlashConfig) -> dict[str, str]:
         """Return the names of the cache layouts."""
-        return LAYOUTS
+        return layouts(workload)
 
     def pack(
         self, workload: Workload, config: FlashConfig, arrays: Mapping[str, Array]

@@ -28,6 +28,8 @@ WORKLOADS = [
     "select_blocks:t=5,hs=2,cap=200,block=8,rule=threshold,rows=4,last=1",
     "select_blocks:t=3,hs=2,cap=200,block=8,k=2,rule=mass,last=1,kmax=9",
     "kv_append:t=4,h=4,kv=2,d=32,dv=16,cap=64,rot=16,norm=1,vscale=0.5",
+    "cached_attention:t=4,h=4,kv=2,d=32,dv=16,cap=64,sink=1,len=40,c=bf16",
+    "kv_append:t=4,h=4,kv=2,d=32,dv=16,cap=64,rot=16,norm=1,vscale=0.5,c=bf16",
     "moe:t=4,e=8,k=2,d=64,f=64,w=w4g64,a=a8",
     "moe:t=4,e=8,k=2,d=64,f=64,w=bf16",
     "route:t=4,e=8,k=2,scoring=sigmoid,bias=1",
@@ -57,7 +59,8 @@ def test_definition_is_consistent(text: str) -> None:
     for arg in op.args(workload):
         if arg.role != "output":
             assert inputs[arg.name].shape == arg.shape
-            assert str(inputs[arg.name].dtype) == arg.dtype
+            carried = "uint16" if arg.dtype == "bfloat16" else arg.dtype
+            assert str(inputs[arg.name].dtype) == carried
             np.testing.assert_array_equal(inputs[arg.name], again[arg.name])
         if arg.name in expected:
             assert expected[arg.name].shape == bound[arg.name].shape == arg.shape
@@ -93,6 +96,9 @@ def test_eager_ops_equal_their_references() -> None:
         op, p = get_op(workload.op), get_op(workload.op).full(workload)
         inputs = op.make_inputs(workload, np.random.default_rng(3))
         t = {k: torch.from_numpy(v.copy()) for k, v in inputs.items()}
+        for arg in op.args(workload):
+            if arg.dtype == "bfloat16":
+                t[arg.name] = t[arg.name].view(torch.bfloat16)
         expected = op.reference(workload, inputs)
         bound = op.bound(workload, inputs, expected)
         mimo = torch.ops.mimo

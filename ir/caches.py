@@ -1,0 +1,100 @@
+"""Formats of KV caches: how kernels keep keys and values between calls."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from mimo_compile.errors import UsageError
+from mimo_compile.ir.ops.base import Array
+from mimo_compile.ir.ops.numerics import bf16_to_f32, f32_to_bf16
+
+
+@dataclass(frozen=True, slots=True)
+class CacheFormat:
+    """One storage format of keys and values."""
+
+    name: str
+    """As the ops' parameter ``c`` says it."""
+    bits: int
+    """Of one stored element."""
+    scheme: str
+    """Its spelling in ``--quant``, behind ``kv``; empty: the format of a scheme that names none."""
+    dtype: str
+    """Of the ops' arguments; `bfloat16` arrays travel as uint16 bit patterns."""
+    unit: float
+    """Largest relative error of storing a float32 number (0: none)."""
+
+    @property
+    def bytes(self) -> float:
+        """Bytes of one stored element."""
+        return self.bits / 8
+
+    @property
+    def stored(self) -> str:
+        """Element type of the arrays that kernels and artifacts hold."""
+        return "uint16" if self.dtype == "bfloat16" else self.dtype
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Element type of the caches of eager models."""
+        found: Any = getattr(torch, self.dtype)
+        assert isinstance(found, torch.dtype)
+        return found
+
+    def encode(self, values: Array) -> Array:
+        """Round float32 values (NaN too) to stored elements, half to even."""
+        if self.dtype == "float32":
+            return values.astype(np.float32)
+        bits = f32_to_bf16(values)
+        return np.where(np.isnan(values), np.uint16(0x7FC0), bits).astype(np.uint16)
+
+    def decode(self, stored: Array) -> Array:
+        """Return the float32 values of stored elements."""
+        return stored if self.dtype == "float32" else bf16_to_f32(stored)
+
+    def __str__(self) -> str:
+        """Return the format's name."""
+        return self.name
+
+
+FORMATS = {
+    f.name: f
+    for f in (
+        CacheFormat("f32", 32, "", "float32", 0.0),
+        CacheFormat("bf16", 16, "16", "bfloat16", 2.0**-8),
+    )
+}
+"""Every format that caches can have, by name."""
+
+
+def parse_cache_format(text: str) -> CacheFormat:
+    """Return the cache format of a name: ``f32`` or ``bf16``.
+
+    Raises:
+        UsageError: there is no such format.
+    """
+    if text not in FORMATS:
+        raise UsageError(
+            f"unknown format of KV caches {text!r}", remedy=f"use one of {', '.join(FORMATS)}"
+        )
+    return FORMATS[text]
+
+
+def scheme_cache_format(kv: str) -> CacheFormat:
+    """Return the cache format of a ``--quant`` value's KV part, e.g. ``16`` in ``w4g64a8kv16``.
+
+    Raises:
+        UsageError: no kernels keep caches in it.
+    """
+    for found in FORMATS.values():
+        if found.scheme == kv:
+            return found
+    have = ", ".join(f"kv{f.scheme}" for f in FORMATS.values() if f.scheme)
+    raise UsageError(
+        f"KV caches cannot be quantised to kv{kv} yet (--quant)",
+        remedy=f"use {have}, or leave kv... out of --quant for float32 caches",
+    )

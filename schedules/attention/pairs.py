@@ -1,0 +1,205 @@
+"""Flash attention over bfloat16 caches in pairs: what differs from `flash.Tile`.
+
+*Widened*: each 32-bit lane of a cache becomes two float32 numbers (a shift, a mask), then all arithmetic is
+that of float32 caches. *Dots*: ``vdpbf16ps`` takes pairs as they lie; q and the weights are rounded to
+bfloat16, or q is a sum of two. The rounded weights are summed, so that those of a row still add up to one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mimo_compile.schedules.attention.flash import Tile
+from mimo_compile.schedules.attention.reach import Reach, Tiling, fixed
+from mimo_compile.schedules.emit.bf16 import dot
+from mimo_compile.schedules.emit.build import (
+    Register,
+    T,
+    bind,
+    load,
+    loop,
+    prefetch,
+    store,
+    workspace,
+)
+from mimo_compile.schedules.emit.rounding import bf16_bits
+from mimo_compile.schedules.emit.vector import LANES, splat
+
+UPPER = -0x10000
+"""Mask of the second number of a pair."""
+
+
+def _words(buffer: Any, *index: Any) -> Any:
+    """Return 16 pairs, each in a lane of 32 bits, bound."""
+    return bind(T.reinterpret("int32x16", load(buffer, *index, lanes=2 * LANES)))
+
+
+def _first(words: Any) -> Any:
+    return bind(T.reinterpret("float32x16", T.shift_left(words, splat(T.int32(16)))))
+
+
+def _second(words: Any, mask: Any) -> Any:
+    return bind(T.reinterpret("float32x16", T.bitwise_and(words, mask)))
+
+
+class Widened(Tile):
+    """Pairs become float32 in registers: exact products, on any x86-64."""
+
+    def _scores(self, reach: Reach, step: Any, part: Any, wide: int, first: Any, rows: int) -> None:
+        blocks = [reach.block(step, part + u) for u in range(wide)]
+        acc = [[Register("float32", LANES, splat(0.0)) for _ in blocks] for _ in range(rows)]
+        d = int(self.s.p["d"])
+        if d > 1:
+            with loop(d // 2) as i:
+                self._score_pair(blocks, i, first, acc, 2)
+        if d % 2:
+            self._score_pair(blocks, d // 2, first, acc, 1)
+        for r in range(rows):
+            for u in range(wide):
+                store(self.score, acc[r][u].get(), first + r, (part + u) * LANES, lanes=LANES)
+
+    def _score_pair(
+        self, blocks: list[Any], i: Any, first: Any, acc: list[list[Register]], parts: int
+    ) -> None:
+        words = [_words(self.k, self.head, b, i, 0) for b in blocks]
+        self.ask_keys(blocks, i)
+        mask = splat(T.int32(UPPER))
+        keys = [[_first(w), _second(w, mask)][:parts] for w in words]
+        for r, row in enumerate(acc):
+            for half in range(parts):
+                query = bind(splat(self.q[first + r, 2 * i + half]))
+                for u, register in enumerate(row):
+                    register.set(register.get() + keys[u][half] * query)
+
+    def ask_keys(self, blocks: list[Any], i: Any) -> None:
+        """Prefetch the line of keys that comes some steps later."""
+        if self.streams:
+            for b in blocks:
+                prefetch(self.k, self.head, b + self.s.ahead * self.s.blocks, i, 0)
+
+    def ask_values(self, pair: Any, columns: list[Any]) -> None:
+        """Prefetch the lines of values that come some steps later."""
+        if self.streams:
+            ahead = self.s.ahead * self.s.blocks * (LANES // 2)
+            for j in columns:
+                prefetch(self.v, self.head, pair + ahead, 2 * j)
+
+    def _values(self, reach: Reach, step: Any, first: Any, rows: int, columns: list[Any]) -> None:
+        acc: list[list[Register]] = []
+        for r in range(rows):
+            shrink = bind(splat(self.shrink[first + r]))
+            row = [load(self.out, first + r, j, lanes=LANES) * shrink for j in columns]
+            acc.append([Register("float32", LANES, start) for start in row])
+        with loop(self.s.blocks) as u:
+            block, live = reach.block(step, u), reach.live(step, u)
+            with T.serial(0, fixed(T.shift_right(live + 1, T.int32(1)))) as i:
+                pair = fixed(block * (LANES // 2) + i)
+                # a slot that was never written may hold anything, beside one that was
+                both = 2 * i + 1 < live
+                self._value_pair(pair, u * LANES + 2 * i, both, first, acc, columns)
+        for r in range(rows):
+            for at, register in zip(columns, acc[r], strict=True):
+                store(self.out, register.get(), first + r, at, lanes=LANES)
+
+    def _value_pair(
+        self, pair: Any, slot: Any, both: Any, first: Any, acc: list[list[Register]], columns: list[Any]
+    ) -> None:  # fmt: skip
+        mask = bind(splat(T.Select(both, T.int32(UPPER), T.int32(0))))
+        words = [_words(self.v, self.head, pair, 2 * j) for j in columns]
+        self.ask_values(pair, columns)
+        values = [(_first(w), _second(w, mask)) for w in words]
+        for r, row in enumerate(acc):
+            for half in (0, 1):
+                weight = bind(splat(self.score[first + r, slot + half]))
+                for value, register in zip(values, row, strict=True):
+                    register.set(register.get() + value[half] * weight)
+
+
+class Dots(Widened):
+    """Two products at a time by ``vdpbf16ps``; ``terms`` bfloat16 numbers stand for each element of q."""
+
+    terms = 1
+
+    def __init__(self, s: Tiling, k: Any, v: Any, head: Any) -> None:
+        super().__init__(s, k, v, head)
+        self.wide = -(-int(s.p["d"]) // LANES) * LANES
+        self.queries = workspace((self.terms, s.height, self.wide), "int16")
+        self.weights = workspace((s.height, s.blocks * LANES), "int16")
+
+    def begin(self, q: Any, first: Any, scale: float) -> None:
+        """Load the queries as `Tile.begin` does, and round them."""
+        super().begin(q, first, scale)
+        d = int(self.s.p["d"])
+        with loop(self.s.height) as row:
+            for j in range(d // LANES * LANES, self.wide):
+                if j >= d:
+                    for term in range(self.terms):
+                        store(self.queries, T.int16(0), term, row, j)
+                else:
+                    self._round(row, j, 1)
+            if d >= LANES:
+                with loop(d // LANES) as j:
+                    self._round(row, j * LANES, LANES)
+
+    def _round(self, row: Any, at: Any, lanes: int) -> None:
+        value = bind(load(self.q, row, at, lanes=lanes))
+        for term in range(self.terms):
+            bits = bind(bf16_bits(value, lanes))
+            store(self.queries, _upper(bits, lanes), term, row, at, lanes=lanes)
+            if term + 1 < self.terms:
+                kind = "float32" if lanes == 1 else f"float32x{lanes}"
+                value = bind(value - T.reinterpret(kind, bits))
+
+    def _scores(self, reach: Reach, step: Any, part: Any, wide: int, first: Any, rows: int) -> None:
+        blocks = [reach.block(step, part + u) for u in range(wide)]
+        acc = [[Register("float32", LANES, splat(0.0)) for _ in blocks] for _ in range(rows)]
+        with loop(-(-int(self.s.p["d"]) // 2)) as i:
+            words = [_words(self.k, self.head, b, i, 0) for b in blocks]
+            self.ask_keys(blocks, i)
+            for r in range(rows):
+                for term in range(self.terms):
+                    query = _pair(self.queries, term, first + r, 2 * i)
+                    for register, keys in zip(acc[r], words, strict=True):
+                        register.set(dot(register.get(), keys, query))
+        for r in range(rows):
+            for u in range(wide):
+                store(self.score, acc[r][u].get(), first + r, (part + u) * LANES, lanes=LANES)
+
+    def weight(self, value: Any, row: Any, at: Any) -> Any:
+        """Round 16 weights of a row, keep them, and return what they are now."""
+        bits = bind(bf16_bits(value, LANES))
+        store(self.weights, _upper(bits, LANES), row, at, lanes=LANES)
+        return bind(T.reinterpret("float32x16", bits))
+
+    def _value_pair(
+        self, pair: Any, slot: Any, both: Any, first: Any, acc: list[list[Register]], columns: list[Any]
+    ) -> None:  # fmt: skip
+        mask = bind(splat(T.Select(both, T.int32(-1), T.int32(0xFFFF))))
+        words = [bind(T.bitwise_and(_words(self.v, self.head, pair, 2 * j), mask)) for j in columns]
+        self.ask_values(pair, columns)
+        for r, row in enumerate(acc):
+            weights = _pair(self.weights, first + r, slot)
+            for values, register in zip(words, row, strict=True):
+                register.set(dot(register.get(), values, weights))
+
+
+class ExactQueryDots(Dots):
+    """q as a sum of two bfloat16 numbers, to 2**-16 of it."""
+
+    terms = 2
+
+
+def _upper(bits: Any, lanes: int) -> Any:
+    kind = "int16" if lanes == 1 else f"int16x{lanes}"
+    return T.cast(T.shift_right(bits, splat(T.int32(16), lanes)), kind)
+
+
+def _pair(buffer: Any, *index: Any) -> Any:
+    """Return two neighbours in each lane, bound."""
+    return bind(splat(T.reinterpret("int32", load(buffer, *index, lanes=2))))
+
+
+TILES: dict[str, type[Tile]] = {"widen": Widened, "dot": Dots, "dot2": ExactQueryDots}
+"""By the knob ``arith`` of the schedule."""
+EXACT = frozenset({"widen"})
+"""Arithmetic whose products are exact in float32, so that `CachedAttention.exact_bound` holds."""

@@ -1,0 +1,64 @@
+"""Attention over a bfloat16 KV cache on x86: `x86_flash` with pairs in each 32-bit lane of the caches."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+from mimo_compile.ir.hardware import Hardware
+from mimo_compile.ir.workload import Workload
+from mimo_compile.schedules.attention.flash import Tile
+from mimo_compile.schedules.attention.pairs import TILES
+from mimo_compile.schedules.attention.x86_flash import FlashConfig, X86Flash
+from mimo_compile.schedules.base import Space
+from mimo_compile.schedules.emit.bf16 import NEEDS, imported
+
+
+@dataclass(frozen=True, slots=True)
+class PairsConfig(FlashConfig):
+    """Knobs of flash attention over bfloat16 caches."""
+
+    arith: str = "widen"
+    """``widen``: float32 after a shift or a mask; ``dot``: bfloat16 dots with rounded q and weights;
+    ``dot2``: with q as the sum of two bfloat16 numbers."""
+
+
+class X86FlashPairs(X86Flash):
+    """The same tiles, parts and masks; caches of half the bytes."""
+
+    name = "cached_attention.x86_flash_pairs"
+    config = PairsConfig
+    stored = "bf16"
+
+    def space(self, workload: Workload, hardware: Hardware) -> Space:
+        """Return the float32 kernel's space, and how pairs are multiplied."""
+        base = super().space(workload, hardware)
+        dots = hardware.features >= NEEDS
+        kinds = tuple(TILES) if dots else ("widen",)
+        default = PairsConfig(**self.config_to_json(base.default), arith="widen")
+        return Space(PairsConfig, {**base.knobs, "arith": kinds}, default, base.legal)
+
+    def registers(self, config: FlashConfig, hardware: Hardware) -> int:
+        """Return the accumulators in flight: both halves of the pairs need registers beside them."""
+        if self._arith(config) != "widen":
+            return 20
+        return 16 if hardware.has_avx512 else 4
+
+    def tile(self, config: FlashConfig) -> tuple[type[Tile], AbstractContextManager[Any] | None]:
+        """Return the arithmetic of a config, and the frame that its instructions need."""
+        arith = self._arith(config)
+        return TILES[arith], None if arith == "widen" else imported()
+
+    def features(self, config: FlashConfig) -> frozenset[str]:
+        """Return the features that a config's instructions need."""
+        return frozenset() if self._arith(config) == "widen" else NEEDS
+
+    def arithmetic(self, config: FlashConfig) -> str:
+        """Return how `flash_work` counts."""
+        return self._arith(config)
+
+    @staticmethod
+    def _arith(config: FlashConfig) -> str:
+        assert isinstance(config, PairsConfig)
+        return config.arith
