@@ -15,6 +15,8 @@ OPS: dict[str, str] = {
     "cached_attention": "CachedAttention",
     "sparse_attention": "SparseAttention",
     "select_blocks": "SelectBlocks",
+    "score_keys": "ScoreKeys",
+    "describe_blocks": "DescribeBlocks",
     "kv_append": "KvAppend",
     "moe": "Moe",
     "route": "Route",

@@ -170,15 +170,16 @@ class SelectBlocks(OpDef):
         """Return the largest number of forced blocks."""
         own = blocks_of(p["rows"] - 1, p["block"]) if p["last"] else 0
         most: int = p["first"] + p["last"] + own
-        return min(blocks_of(p["cap"], p["block"]), most)
+        blocks: int = blocks_of(p["cap"], p["block"])
+        return min(blocks, most)
 
     def list_length(self, p: Mapping[str, Any]) -> int:
         """Return kmax, the length of a list."""
         blocks = blocks_of(p["cap"], p["block"])
         if p["kmax"] or p["rule"] != "topk":
             return min(int(p["kmax"]) or blocks, blocks)
-        wanted = min(blocks, max(int(p["k"]), math.ceil(p["share"] * blocks)))
-        return max(wanted, self.most_forced(p), 1)
+        wanted = max(int(p["k"]), math.ceil(float(p["share"]) * blocks), 1)
+        return max(min(blocks, wanted), self.most_forced(p))
 
     def args(self, workload: Workload) -> tuple[Arg, ...]:
         """Return score, pos, value (not for topk), idx, cnt."""

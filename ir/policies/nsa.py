@@ -51,7 +51,8 @@ class Nsa(AttentionPolicy):
 
     def states(self, g: Geometry) -> tuple[State, ...]:
         """Compressed keys and values, and the window branch's ring."""
-        count, ring = max(0, (g.cap - self.compress) // self.stride + 1), self.window + g.t - 1
+        count = -(-max(g.cap - self.compress, 0) // self.stride) + 1
+        ring = self.window + g.t - 1
         return (
             State("compressed_k", "keys", (count, g.kv, g.d)),
             State("compressed_v", "keys", (count, g.kv, g.dv)),

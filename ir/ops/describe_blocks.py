@@ -1,0 +1,162 @@
+"""Keep descriptors of blocks of keys up to date: least and greatest key, mean, or all three.
+
+After tokens ``start ... start + valid - 1`` (``pos = [start, valid]``) were written, entry e, which describes
+positions ``e * stride ... e * stride + size - 1``, is made anew from those up to the last token, if it holds
+any of the written ones. It is never merged with what it was: positions may have been overwritten
+(rectified, rolled back), and a minimum cannot be taken back. Other entries keep their values.
+
+Kinds and their parts: ``bounds`` (least, greatest), ``mean``, ``peak`` (greatest magnitude), ``pool3``
+(greatest, least, mean: what SeerAttention's gates compress).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mimo_compile.errors import UsageError
+from mimo_compile.ir.counts import Counts
+from mimo_compile.ir.ops.base import Arg, Array, OpDef, Param
+from mimo_compile.ir.ops.block_lists import blocks_of
+from mimo_compile.ir.ops.numerics import U32
+from mimo_compile.ir.workload import Workload
+
+PARTS = {"bounds": 2, "mean": 1, "peak": 1, "pool3": 3}
+"""Kinds of descriptors and how many vectors each has."""
+
+
+def entries_of(cap: int, size: int, stride: int) -> int:
+    """Return how many entries describe a cache; the last one may be partial."""
+    return blocks_of(max(cap - size, 0), stride) + 1
+
+
+def describe(keys: Tensor, kind: str) -> Tensor:
+    """Describe ``[n, KV, D]`` keys by ``[KV, parts, D]``."""
+    if kind == "bounds":
+        return torch.stack([keys.amin(0), keys.amax(0)], 1)
+    if kind == "peak":
+        return keys.abs().amax(0)[:, None]
+    if kind == "mean":
+        return keys.mean(0)[:, None]
+    return torch.stack([keys.amax(0), keys.amin(0), keys.mean(0)], 1)
+
+
+def touched(pos: Tensor, entries: int, size: int, stride: int) -> range:
+    """Return the entries that hold a position that was written."""
+    start, end = int(pos[0]), int(pos[0]) + int(pos[1])
+    if end == start:
+        return range(0)
+    return range(max(0, (start - size) // stride + 1), min(entries, (end - 1) // stride + 1))
+
+
+@torch.library.custom_op("mimo::describe_blocks", mutates_args=("desc",))
+def describe_blocks(
+    k_cache: Tensor, pos: Tensor, desc: Tensor, kind: str, size: int, stride: int
+) -> None:
+    """Update descriptors in place.
+
+    Args:
+        k_cache: ``[cap, KV, D]``, which holds the new keys.
+        pos: int32 [2], start and valid.
+        desc: ``[entries, KV, parts, D]``.
+        kind: See the module's text.
+        size: Positions of an entry.
+        stride: Positions from one entry to the next.
+    """
+    end = int(pos[0]) + int(pos[1])
+    for e in touched(pos, desc.shape[0], size, stride):
+        keys = k_cache[e * stride : min(e * stride + size, end)]
+        desc[e] = describe(keys.to(desc.dtype), kind)
+
+
+@describe_blocks.register_fake
+def _(k_cache: Tensor, pos: Tensor, desc: Tensor, kind: str, size: int, stride: int) -> None:
+    return None
+
+
+class DescribeBlocks(OpDef):
+    """``describe_blocks:t=1,kv=8,d=128,cap=65536,kind=bounds,size=16``; ``stride`` defaults to ``size``."""
+
+    name = "describe_blocks"
+    params = (
+        Param("t", int, low=1),
+        Param("kv", int, low=1),
+        Param("d", int, low=1),
+        Param("cap", int, low=1),
+        Param("kind", str),
+        Param("size", int, low=1),
+        Param("stride", int, 0),
+        Param("len", int, 0),
+    )
+
+    def check(self, p: Mapping[str, Any]) -> None:
+        """Refuse unknown kinds and lengths beyond the cache."""
+        if p["kind"] not in PARTS:
+            raise UsageError(
+                f"describe_blocks: no kind={p['kind']}", remedy=f"choose from {', '.join(PARTS)}"
+            )
+        if not p["t"] <= int(p["len"] or p["cap"]) <= p["cap"]:
+            raise UsageError("describe_blocks: len (KV length) must lie between t and cap")
+
+    def _sizes(self, workload: Workload) -> tuple[int, int, int]:
+        """Return entries, size and stride."""
+        p = self.full(workload)
+        stride = p["stride"] or p["size"]
+        return entries_of(p["cap"], p["size"], stride), p["size"], stride
+
+    def args(self, workload: Workload) -> tuple[Arg, ...]:
+        """Return pos, k_cache, desc (written)."""
+        p = self.full(workload)
+        shape = (self._sizes(workload)[0], p["kv"], PARTS[p["kind"]], p["d"])
+        return (
+            Arg("pos", "input", (2,), "int32"),
+            Arg("k_cache", "state", (p["cap"], p["kv"], p["d"]), "float32"),
+            Arg("desc", "state", shape, "float32", mutated=True),
+        )
+
+    def make_inputs(self, workload: Workload, rng: np.random.Generator) -> dict[str, Array]:
+        """Draw keys, and wild descriptors that nothing may be merged with; later slots hold NaN."""
+        p = self.full(workload)
+        length = int(p["len"] or p["cap"])
+        _, cache, desc = self.args(workload)
+        keys = rng.standard_normal(cache.shape, dtype=np.float32)
+        keys[length:] = np.nan
+        wild = 100 * rng.standard_normal(desc.shape, dtype=np.float32)
+        return {"pos": np.array([length - p["t"], p["t"]], np.int32), "k_cache": keys, "desc": wild}
+
+    def reference(self, workload: Workload, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Compute in float64; untouched entries keep their values."""
+        desc = torch.from_numpy(inputs["desc"]).double()
+        keys, pos = (torch.from_numpy(np.ascontiguousarray(inputs[n])) for n in ("k_cache", "pos"))
+        describe_blocks(keys, pos, desc, self.full(workload)["kind"], *self._sizes(workload)[1:])
+        return {"desc": desc.numpy()}
+
+    def bound(
+        self, workload: Workload, inputs: Mapping[str, Array], expected: Mapping[str, Array]
+    ) -> dict[str, Array]:
+        """Least and greatest are exact; a mean of n rounds n times, relative to the mean magnitude."""
+        p, out = self.full(workload), np.zeros(expected["desc"].shape)
+        if p["kind"] in ("mean", "pool3"):
+            pos, (entries, size, stride) = torch.from_numpy(inputs["pos"]), self._sizes(workload)
+            end = int(inputs["pos"].sum())
+            for e in touched(pos, entries, size, stride):
+                keys = inputs["k_cache"][e * stride : min(e * stride + size, end)]
+                out[e, :, -1] = (len(keys) + 2) * U32 * np.abs(keys).mean(0)
+        return {"desc": out}
+
+    def counts(self, workload: Workload) -> Counts:
+        """Keys of the touched entries are read once, these are written once."""
+        p = self.full(workload)
+        entries, size, stride = self._sizes(workload)
+        length = int(p["len"] or p["cap"])
+        made = touched(torch.tensor([length - p["t"], p["t"]]), entries, size, stride)
+        keys = min(length, made.stop * stride - stride + size) - made.start * stride
+        parts = PARTS[p["kind"]]
+        row = float(p["kv"] * p["d"])
+        return Counts(
+            {"add_f32": keys * row * parts}, {"dram": 4 * row * (keys + len(made) * parts)}
+        )

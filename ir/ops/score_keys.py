@@ -1,0 +1,292 @@
+"""Scores of blocks of keys from the keys themselves.
+
+``kind`` says which; token i stands at ``start + i`` (``pos = [start, valid]``), heads of a group share a
+KV head:
+
+- ``oracle``: the largest exact attention probability in each block (HySparse, SeerAttention's target). Each
+  head is normalised before heads are brought together: raw maxima of different heads cannot be compared;
+- ``logits``: the largest logit ``scale * q.k`` in each block;
+- ``channels``: the largest ``q.k`` over the ``channels`` channels with the greatest ``|q_c| peak_c`` alone,
+  ties to the lower channel (TailorKV); with ``guess`` a predicted query chooses them and q itself scores.
+
+``agg`` brings the heads of a group together: ``none`` keeps a score for each, ``max``, ``mean`` and ``sum``
+give one for each KV head; for ``channels``, ``mean`` is that of the queries. A block scores over the positions up
+to the token's own; later blocks, and all blocks of padding tokens, have -inf.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mimo_compile.errors import UsageError
+from mimo_compile.ir.counts import Counts
+from mimo_compile.ir.ops.base import Arg, Array, OpDef, Param
+from mimo_compile.ir.ops.block_lists import blocks_of
+from mimo_compile.ir.ops.numerics import U32
+from mimo_compile.ir.workload import Workload
+
+KINDS = {
+    "oracle": ("none", "max", "mean", "sum"),
+    "logits": ("none", "max", "mean", "sum"),
+    "channels": ("none", "mean"),
+}
+"""Kinds and the ways in which each brings heads together."""
+
+
+def block_max(values: Tensor, block: int) -> Tensor:
+    """Return the largest of each ``block`` along the last axis; the last one may be shorter."""
+    short = -values.shape[-1] % block
+    padded = torch.nn.functional.pad(values, (0, short), value=-math.inf)
+    return padded.reshape(*padded.shape[:-1], -1, block).amax(-1)
+
+
+def bring_together(score: Tensor, kv_heads: int, agg: str) -> Tensor:
+    """Reduce ``[R, H, NB]`` to ``[R, KV, NB]``, or leave it as it is with ``none``."""
+    if agg == "none":
+        return score
+    per = score.reshape(score.shape[0], kv_heads, -1, score.shape[2])
+    if agg == "max":
+        return per.amax(2)
+    return per.mean(2) if agg == "mean" else per.sum(2)
+
+
+def best_channels(importance: Tensor, count: int) -> Tensor:
+    """Return the mask of the ``count`` greatest along the last axis, ties to the lower index."""
+    order = torch.sort(importance, dim=-1, descending=True, stable=True).indices[..., :count]
+    return torch.zeros_like(importance, dtype=torch.bool).scatter_(-1, order, True)
+
+
+def prepared(
+    q: Tensor, k_cache: Tensor, pos: Tensor, peak: Tensor | None, guess: Tensor | None,
+    kind: str, agg: str, channels: int, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return q as it is multiplied ``[T, HQ, D]``, keys ``[cap, HQ, D]`` and the mask ``[T, 1, cap]``.
+
+    Keys that no token sees are zero, whatever the cache holds there.
+    """
+    cap, kv_heads, _ = k_cache.shape
+    start, valid = int(pos[0]), int(pos[1])
+    token, slot = torch.arange(q.shape[0]), torch.arange(cap)
+    seen = (slot <= start + token[:, None]) & (token[:, None] < valid)
+    k = torch.where((slot < start + valid)[:, None, None], k_cache, 0).to(q.dtype)
+    if kind == "channels":
+        assert peak is not None
+        chooser = q if guess is None else guess.to(q.dtype)
+        if agg == "mean":
+            q, chooser = (x.unflatten(1, (kv_heads, -1)).mean(2) for x in (q, chooser))
+        peaks = peak.to(q.dtype).repeat_interleave(q.shape[1] // kv_heads, 0)
+        q = torch.where(best_channels(chooser.abs() * peaks, channels), q, 0)
+    else:
+        q = q * scale
+    return q, k.repeat_interleave(q.shape[1] // kv_heads, 1), seen[:, None]
+
+
+def key_scores(
+    q: Tensor, k_cache: Tensor, pos: Tensor, peak: Tensor | None, guess: Tensor | None,
+    kind: str, agg: str, block: int, channels: int, scale: float,
+) -> Tensor:  # fmt: skip
+    """Score in q's dtype; see the module's text and `score_keys`."""
+    kv_heads = k_cache.shape[1]
+    q, k, seen = prepared(q, k_cache, pos, peak, guess, kind, agg, channels, scale)
+    logits = torch.einsum("thd,shd->ths", q, k).masked_fill(~seen, -math.inf)
+    if kind == "oracle":
+        logits = torch.softmax(logits, -1).masked_fill(~seen, -math.inf)
+    score = block_max(logits, block)
+    return score if kind == "channels" else bring_together(score, kv_heads, agg)
+
+
+@torch.library.custom_op("mimo::score_keys", mutates_args=())
+def score_keys(
+    q: Tensor, k_cache: Tensor, pos: Tensor, peak: Tensor | None, guess: Tensor | None,
+    kind: str, agg: str, block: int, channels: int, scale: float,
+) -> Tensor:  # fmt: skip
+    """Score blocks of keys.
+
+    Args:
+        q: ``[T, H, D]``.
+        k_cache: ``[cap, KV, D]``.
+        pos: int32 [2], start and valid.
+        peak: ``[KV, D]``, greatest magnitude of each channel (`channels` only).
+        guess: ``[T, H, D]`` or None, the query that chooses channels.
+        kind: See the module's text.
+        agg: Likewise.
+        block: Positions in a block.
+        channels: Number of channels.
+        scale: Factor on q.k.
+
+    Returns:
+        ``[T, HS, ceil(cap / block)]``; HS is H with ``agg=none``, else KV.
+    """
+    return key_scores(q, k_cache, pos, peak, guess, kind, agg, block, channels, scale)
+
+
+@score_keys.register_fake
+def _(
+    q: Tensor, k_cache: Tensor, pos: Tensor, peak: Any, guess: Any,
+    kind: str, agg: str, block: int, channels: int, scale: float,
+) -> Tensor:  # fmt: skip
+    heads = q.shape[1] if agg == "none" else k_cache.shape[1]
+    return q.new_empty((q.shape[0], heads, blocks_of(k_cache.shape[0], block)))
+
+
+class ScoreKeys(OpDef):
+    """``score_keys:t=1,h=32,kv=8,d=128,cap=65536,kind=oracle,agg=max,block=64``."""
+
+    name = "score_keys"
+    params = (
+        Param("t", int, low=1),
+        Param("h", int, low=1),
+        Param("kv", int, low=1),
+        Param("d", int, low=1),
+        Param("cap", int, low=1),
+        Param("kind", str),
+        Param("agg", str, "none"),
+        Param("block", int, 1, low=1),
+        Param("channels", int, 0),
+        Param("guess", int, 0),
+        Param("scale", float, 0.0),
+        Param("len", int, 0),
+    )
+
+    def check(self, p: Mapping[str, Any]) -> None:
+        """Refuse unknown kinds, heads that do not group, channels that are not there."""
+        if p["kind"] not in KINDS or p["agg"] not in KINDS[p["kind"]]:
+            ways = "; ".join(f"{kind}: {', '.join(aggs)}" for kind, aggs in KINDS.items())
+            raise UsageError(f"score_keys: no kind={p['kind']}, agg={p['agg']}", remedy=ways)
+        if p["h"] % p["kv"]:
+            raise UsageError(f"score_keys: h={p['h']} is not a multiple of kv={p['kv']}")
+        if not p["t"] <= int(p["len"] or p["cap"]) <= p["cap"]:
+            raise UsageError("score_keys: len (KV length) must lie between t and cap")
+        if p["kind"] == "channels" and not 1 <= p["channels"] <= p["d"]:
+            raise UsageError(f"score_keys: channels={p['channels']} is outside of 1 ... d")
+        if p["kind"] != "channels" and (p["channels"] or p["guess"]):
+            raise UsageError("score_keys: channels and guess go with kind=channels only")
+
+    def args(self, workload: Workload) -> tuple[Arg, ...]:
+        """Return q, pos, guess, peak, k_cache, score."""
+        p = self.full(workload)
+        heads = p["h"] if p["agg"] == "none" else p["kv"]
+        out = [
+            Arg("q", "input", (p["t"], p["h"], p["d"]), "float32"),
+            Arg("pos", "input", (2,), "int32"),
+        ]
+        if p["guess"]:
+            out.append(Arg("guess", "input", (p["t"], p["h"], p["d"]), "float32"))
+        if p["kind"] == "channels":
+            out.append(Arg("peak", "state", (p["kv"], p["d"]), "float32"))
+        return (
+            *out,
+            Arg("k_cache", "state", (p["cap"], p["kv"], p["d"]), "float32"),
+            Arg("score", "output", (p["t"], heads, blocks_of(p["cap"], p["block"])), "float32"),
+        )
+
+    def make_inputs(self, workload: Workload, rng: np.random.Generator) -> dict[str, Array]:
+        """Draw normal queries and keys, channels of unequal size; slots beyond the length hold NaN."""
+        p = self.full(workload)
+        length = int(p["len"] or p["cap"])
+        shapes = {a.name: a.shape for a in self.args(workload) if a.role != "output"}
+        out: dict[str, Array] = {
+            name: rng.standard_normal(shape, dtype=np.float32)
+            for name, shape in shapes.items()
+            if name != "pos"
+        }
+        out["k_cache"] *= np.exp(rng.standard_normal(p["d"])).astype(np.float32)
+        out["k_cache"][length:] = np.nan
+        out["pos"] = np.array([length - p["t"], p["t"]], np.int32)
+        if p["kind"] == "channels":
+            out["peak"] = np.abs(out["k_cache"][:length]).max(0)
+        return out
+
+    def _tensors(self, inputs: Mapping[str, Array]) -> tuple[Any, ...]:
+        t = {n: torch.from_numpy(np.ascontiguousarray(a)) for n, a in inputs.items()}
+        return t["q"].double(), t["k_cache"].double(), t["pos"], t.get("peak"), t.get("guess")
+
+    def softmax_scale(self, p: Mapping[str, Any]) -> float:
+        """Return the factor on q.k: the given one or ``1/sqrt(d)``."""
+        return float(p["scale"] or p["d"] ** -0.5)
+
+    def reference(self, workload: Workload, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Compute in float64."""
+        p = self.full(workload)
+        q, k, pos, peak, guess = self._tensors(inputs)
+        scored = key_scores(
+            q, k, pos, peak, guess, p["kind"], p["agg"], p["block"], p["channels"],
+            self.softmax_scale(p),
+        )  # fmt: skip
+        return {"score": scored.numpy()}
+
+    def bound(
+        self, workload: Workload, inputs: Mapping[str, Array], expected: Mapping[str, Array]
+    ) -> dict[str, Array]:
+        """Follow the arithmetic; a maximum is off by no more than the greatest error of what it is over.
+
+        A float32 dot product of d terms, in any order, is off by ``D = (d + 4) U32 sum |q_c k_c|`` (four for
+        the scale and a mean of queries). Probabilities are off by a factor of ``exp(+-2 max D)`` and by the
+        sum's and the exponential's own roundings; sums of n positive terms in lanes by 4 sqrt(n) units.
+        Channels whose importance lies within rounding of the last one chosen may or may not be in.
+        """
+        p = self.full(workload)
+        q, k, pos, peak, guess = self._tensors(inputs)
+        scale, group = self.softmax_scale(p), p["h"] // p["kv"]
+        parts = (p["kind"], p["agg"], p["channels"], scale)
+        used, keys, seen = prepared(q, k, pos, peak, guess, *parts)
+        size = torch.einsum("thd,shd->ths", used.abs(), keys.abs())
+        if p["kind"] == "channels":
+            whole, _, _ = prepared(q.abs(), k, pos, peak, None, *parts[:2], p["d"], scale)
+            size = torch.einsum("thd,shd->ths", whole, keys.abs())  # a mean of queries may cancel
+        error = size.masked_fill(~seen, 0.0) * (p["d"] + 4) * U32
+        if p["kind"] == "channels":
+            assert peak is not None
+            error = error + self._contested(
+                p, q if guess is None else guess.double(), used, keys, peak
+            )
+        if p["kind"] == "oracle":
+            logits = torch.einsum("thd,shd->ths", used, keys).masked_fill(~seen, -math.inf)
+            lse = torch.logsumexp(logits, -1, keepdim=True)
+            arg = (logits - lse).abs().masked_fill(~seen, 0.0)
+            rho = 2 * error.amax(-1, keepdim=True) + (16 + 4 * p["cap"] ** 0.5 + 2 * arg) * U32
+            error = torch.exp(logits - lse).nan_to_num(0.0) * torch.expm1(rho) + 1e-37
+        bound = block_max(error, p["block"])
+        if p["kind"] != "channels":
+            bound = bring_together(bound, p["kv"], p["agg"])
+        if p["agg"] in ("mean", "sum"):
+            size = torch.from_numpy(expected["score"]).abs().nan_to_num(posinf=0.0)
+            bound = bound + group * U32 * size
+        return {"score": np.where(np.isfinite(expected["score"]), bound.numpy(), 0.0)}
+
+    def _contested(
+        self, p: Mapping[str, Any], chooser: Tensor, used: Tensor, keys: Tensor, peak: Tensor
+    ) -> Tensor:
+        """Return what channels at the edge of the choice can change, ``[T, HQ, cap]``."""
+        group = p["h"] // used.shape[1]
+        mean = chooser.unflatten(1, (used.shape[1], -1)).mean(2)
+        size = chooser.abs().unflatten(1, (used.shape[1], -1)).mean(2)
+        peaks = peak.double().repeat_interleave(used.shape[1] // p["kv"], 0)
+        importance, band = mean.abs() * peaks, size * peaks * (group + 4) * U32
+        chosen = best_channels(importance, p["channels"])
+        inf = math.inf
+        least = torch.where(chosen, importance - band, inf).amin(-1, keepdim=True)
+        most = torch.where(chosen, -inf, importance + band).amax(-1, keepdim=True)
+        edge = ((importance + band >= least) & ~chosen) | ((importance - band <= most) & chosen)
+        edge &= (most >= least).expand_as(edge)
+        return torch.einsum("thd,shd->ths", torch.where(edge, size, 0.0), keys.abs())
+
+    def counts(self, workload: Workload) -> Counts:
+        """Keys (of ``channels``: those channels) once for each KV head, scores written once."""
+        p = self.full(workload)
+        length = float(p["len"] or p["cap"])
+        heads = p["kv"] if p["kind"] == "channels" and p["agg"] == "mean" else p["h"]
+        deep = p["channels"] or p["d"]
+        work = p["t"] * heads * (length - (p["t"] - 1) / 2)
+        ops = {"fma_f32": work * deep, "int_op": work}
+        if p["kind"] == "oracle":
+            ops["exp_f32"] = work
+        written = p["t"] * (p["h"] if p["agg"] == "none" else p["kv"]) * length / p["block"]
+        read = length * p["kv"] * deep + p["t"] * p["h"] * p["d"]
+        return Counts(ops, {"dram": 4.0 * (read + written)})
