@@ -53,7 +53,8 @@ class Contestant:
     peer: str = ""
     """Name of the peer it belongs to; nothing for ours and for the roof."""
     bits_per_weight: float | None = None
-    """Stored bits of one weight, scales and zero points included; None where that means nothing."""
+    """Stored bits of one weight, scales and zero points included, or of one number of a KV cache; None where
+    that means nothing."""
 
 
 @dataclass(frozen=True, slots=True)

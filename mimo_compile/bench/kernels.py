@@ -8,6 +8,7 @@ from typing import Any
 
 from mimo_compile import _tvm
 from mimo_compile.bench.contest import Contestant
+from mimo_compile.bench.oracle import Oracle
 from mimo_compile.bench.runnable import Runnable
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.ops import get_op
@@ -59,6 +60,7 @@ def contestants(
     caches: Sequence[str],
     cold_bytes: int,
     memory_bytes: int,
+    oracle: Oracle | None = None,
 ) -> list[Contestant]:
     """Build and check candidates and return one contestant for each cache state.
 
@@ -74,7 +76,7 @@ def contestants(
     for pick in chosen:
         runnable = Runnable(workload, get_schedule(pick.schedule), pick.config, hardware, inputs)
         use_threads()
-        runnable.check()
+        runnable.check(oracle)
         for cache in caches:
             contestant = Contestant(
                 op=str(workload),
@@ -97,18 +99,21 @@ def contestants(
 def bits_per_weight(workload: Workload, runnable: Runnable) -> float | None:
     """Return the bits that a candidate stores for one weight, as packed, scales included.
 
-    None for ops without weights.
+    Of attention: for one number of the caches. None for ops without either.
     """
     p = get_op(workload.op).full(workload)
+    role = "weight"
     if workload.op == "mpgemm":
         count = p["n"] * p["k"]
     elif workload.op == "moe":
         count = 3 * p["e"] * p["d"] * p["f"]
+    elif workload.op == "cached_attention":
+        count, role = p["cap"] * p["kv"] * (p["d"] + p["dv"]), "state"
     else:
         return None
     stored = sum(
         runnable.arrays[a.name].nbytes
         for a in runnable.kernel.args
-        if a.role == "weight" and a.name != "bias"
+        if a.role == role and a.name != "bias"
     )
     return float(8 * stored / count)

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from mimo_compile.bench.contest import Contestant, Row, compete, ratio_of
-from mimo_compile.bench.kernels import contestants, picks
+from mimo_compile.bench.kernels import Pick, contestants, picks
+from mimo_compile.bench.memory import needed_bytes, too_large
+from mimo_compile.bench.oracle import Oracle
 from mimo_compile.bench.peers import Ask, LeftOut, get_peer
 from mimo_compile.bench.roof import read_contestant, work_contestant
 from mimo_compile.ir.hardware import Hardware
@@ -32,6 +34,8 @@ class Settings:
     """Let each schedule's default take part, beside the best known candidate."""
     memory_bytes: int = 1 << 30
     """Limit of the argument sets of one contestant."""
+    available_bytes: float | None = None
+    """Memory that a comparison may take; None: what is free."""
     meter: Meter | None = None
 
 
@@ -64,41 +68,56 @@ def bench_workload(
     """Compare everything that can compute one workload; peers without their package are skipped.
 
     Every candidate of ours was checked against the op's reference before it was timed, and every peer
-    against float64 over its own weights; what is wrong or impossible is named in ``left_out``.
+    against float64 over its own weights; what is wrong or impossible is named in ``left_out``, a workload
+    too large for the memory as well.
 
     Raises:
         VerificationError: one of our candidates is wrong.
     """
     op = get_op(workload.op)
+    limit, memory = cold_bytes(hardware), settings.memory_bytes
+    present = [n for n in settings.peers if get_peer(n).missing() is None]
+    largest = limit if "cold" in settings.caches else 0
+    need = needed_bytes(workload, present, largest, memory)
+    if refused := too_large(need, settings.available_bytes):
+        return Comparison(left_out=[refused])
     inputs = op.make_inputs(workload, np.random.default_rng(settings.seed))
     chosen = picks(workload, hardware, db, every_schedule=settings.every_schedule)
-    counts = op.counts(workload)
-    limit, memory = cold_bytes(hardware), settings.memory_bytes
+    oracle = Oracle(workload, inputs)
     found = Comparison()
     if not chosen:
         found.left_out.append(LeftOut("mimo", "no schedule computes it"))
     for cache in settings.caches:
-        entrants = contestants(workload, hardware, chosen, inputs, [cache], limit, memory)
-        for name in settings.peers:
-            peer = get_peer(name)
-            if peer.missing() is not None:
-                continue
-            log(f"{workload} {cache}: {name}")
-            ask = Ask(workload, hardware, inputs, cache, limit, memory)
-            entered, left_out = peer.enter(ask)
-            entrants += entered
-            found.left_out += [o for o in left_out if o not in found.left_out]
-        moved = counts.bytes.get("dram", 0.0)
-        entrants.append(read_contestant(str(workload), hardware, moved, cache, limit, memory))
-        entrants.append(replace(work_contestant(str(workload), hardware, counts), cache=cache))
-        rows = compete(
-            entrants, rounds=settings.rounds, batch_s=settings.batch_s, meter=settings.meter
-        )
-        found.rows += with_ratio(with_roof(rows, moved, counts.flops))
-        entrants.clear()
-        found.rows = [replace(r, contestant=_without_sets(r.contestant)) for r in found.rows]
+        ask = Ask(workload, hardware, inputs, cache, limit, memory, oracle)
+        found.rows += _one_state(ask, chosen, settings, present, found.left_out, log)
         gc.collect()
     return found
+
+
+def _one_state(
+    ask: Ask,
+    chosen: Sequence[Pick],
+    settings: Settings,
+    present: Sequence[str],
+    left_out: list[LeftOut],
+    log: Callable[[str], None],
+) -> list[Row]:
+    """Compare in one cache state; all arguments are let go on return, before those of the next are made."""
+    workload, hardware, inputs, cache = ask.workload, ask.hardware, ask.inputs, ask.cache
+    limit, memory = ask.cold_bytes, ask.memory_bytes
+    entrants = contestants(workload, hardware, chosen, inputs, [cache], limit, memory, ask.oracle)
+    for name in present:
+        log(f"{workload} {cache}: {name}")
+        entered, out = get_peer(name).enter(ask)
+        entrants += entered
+        left_out += [o for o in out if o not in left_out]
+    counts = get_op(workload.op).counts(workload)
+    moved = counts.bytes.get("dram", 0.0)
+    entrants.append(read_contestant(str(workload), hardware, moved, cache, limit, memory))
+    entrants.append(replace(work_contestant(str(workload), hardware, counts), cache=cache))
+    rows = compete(entrants, rounds=settings.rounds, batch_s=settings.batch_s, meter=settings.meter)
+    rows = with_ratio(with_roof(rows, moved, counts.flops))
+    return [replace(r, contestant=_without_sets(r.contestant)) for r in rows]
 
 
 def _without_sets(contestant: Contestant) -> Contestant:

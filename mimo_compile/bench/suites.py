@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from mimo_compile.errors import UsageError
 from mimo_compile.ir.ops import get_op, parse_workload
 
@@ -13,11 +15,31 @@ KINDS: dict[str, str] = {
 """Kind of `bench` -> op."""
 
 _SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (3200, 8640), (8640, 3200))
-_HEADS = "h=32,kv=8,d=128,dv=128"
+_HEADS = (
+    "h=32,kv=8,d=128,dv=128",
+    "h=32,kv=8,d=64,dv=64",
+    "h=32,kv=8,d=192,dv=128",
+    "h=32,kv=1,d=128,dv=128",
+)
+"""Groups of four heads, wide and narrow; values narrower than keys; one KV head for all."""
+_KEYS = (4096, 16384, 32768, 65536, 131072)
+_PROMPTS = (1024, 2048, 4096, 8192)
+_CHUNKS = (256, 512)
+_WINDOW = 128
 
 
 def _mpgemm(m: int, formats: tuple[str, ...], shapes: tuple[tuple[int, int], ...]) -> list[str]:
     return [f"mpgemm:m={m},n={n},k={k},{f}" for f in formats for n, k in shapes]
+
+
+def _attention(forms: Iterable[str]) -> list[str]:
+    """Return the workloads of every form at every geometry of heads; those of one form stay together."""
+    return [f"cached_attention:{form.format(heads)}" for form in forms for heads in _HEADS]
+
+
+def _ring(tokens: int) -> int:
+    """Return the slots of a ring that a call of so many tokens needs."""
+    return _WINDOW if tokens == 1 else _WINDOW + tokens
 
 
 _ALL = ("w=f32", "w=bf16", "w=w8,a=a8", "w=w4g64,a=a8", "w=w2g64,a=a8", "w=w1.58,a=a8")
@@ -52,10 +74,19 @@ _SUITES: dict[str, dict[str, list[str]]] = {
         "gemm": [s for m in (16, 256) for s in _mpgemm(m, ("w=w4g64,a=a8", "w=f32"), _SHAPES[:1])],
     },
     "attention": {
-        "quick": [f"cached_attention:t=1,{_HEADS},cap=4096"],
-        "decode": [f"cached_attention:t=1,{_HEADS},cap={n}" for n in (1024, 4096, 16384)],
-        "prefill": [f"cached_attention:t={t},{_HEADS},cap=4096" for t in (64, 256)],
-        "window": [f"cached_attention:t=1,{_HEADS},cap=128,window=128,sink=1,len=4096"],
+        "quick": [f"cached_attention:t=1,{_HEADS[0]},cap=4096"],
+        "decode": _attention(f"t=1,{{}},cap={n}" for n in _KEYS),
+        "prefill": _attention(
+            [f"t={n},{{}},cap={n}" for n in _PROMPTS] + [f"t={t},{{}},cap=4096" for t in _CHUNKS]
+        ),
+        # a ring that holds the window of each token of the call; most of a context went by
+        "window": [
+            *_attention(
+                f"t={t},{{}},cap={_ring(t)},window={_WINDOW},len={max(t, 4096)}"
+                for t in (1, *_CHUNKS, *_PROMPTS)
+            ),
+            f"cached_attention:t=1,{_HEADS[0]},cap=128,window=128,sink=1,len=4096",
+        ],
     },
     "moe": {
         "quick": ["moe:t=1,e=32,k=4,d=1024,f=512,w=w4g64,a=a8"],

@@ -23,6 +23,7 @@ EXAMPLE = """
 mimo-compile bench mpgemm --suite gemv --peers torch
 mimo-compile bench mpgemm --op mpgemm:m=1,n=4096,k=4096,w=w4g64,a=a8 --json
 mimo-compile bench mpgemm --suite llm:m=1+16,w=w4g64 --peers all --threads 1
+mimo-compile bench attention --suite decode:d=128,cap=32768 --peers torch-sdpa-folded,flexattention
 mimo-compile bench model tiny --quant w4g64a8
 """
 _KINDS = ("mpgemm", "attention", "moe", "model")
@@ -49,7 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--peers",
         default="torch",
         metavar="LIST",
-        help="torch (default), onnxruntime, openvino, llama.cpp; all, or none",
+        help="torch (default), onnxruntime, openvino, llama.cpp; all, or none; of attention also "
+        "torch-sdpa, torch-sdpa-folded, torch-matmul, torch-flex alone",
     )
     parser.add_argument(
         "--cache", default="hot,cold", metavar="LIST", help="hot, cold or both (default)"

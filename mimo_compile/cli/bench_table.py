@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from mimo_compile.bench.contest import Row
 from mimo_compile.bench.peers import LeftOut
 from mimo_compile.bench.summary import Cell
 from mimo_compile.cli.console import number, table
 
 _ROW_HEADER = (
-    "cache", "impl", "schedule", "bits/w", "us", "p10..p90", "ratio", "GB/s", "Gop/s", "of roof",
+    "cache", "impl", "schedule", "bits", "us", "p10..p90", "ratio", "GB/s", "Gop/s", "of roof",
 )  # fmt: skip
 _CELL_HEADER = (
-    "workload", "cache", "ours us", "bits/w", "of roof", "fastest peer", "bits/w", "ratio", "p10..p90",
+    "workload", "cache", "ours us", "bits", "of roof", "fastest peer", "bits", "ratio", "p10..p90",
 )  # fmt: skip
 _NOTABLE_CORES = 0.1
 
@@ -42,13 +44,14 @@ def render(rows: list[Row]) -> str:
 
 def render_summary(summary: list[Cell]) -> str:
     """Lay out our fastest beside the fastest peer in each cell, then name the cells where ours is slower."""
+    common, names = short_names([c.ours.contestant.op for c in summary])
     lines: list[tuple[object, ...]] = []
     for cell in summary:
         ours, peer = cell.ours.contestant, cell.peer
         ratio = None if peer is None else peer.ratio
         lines.append(
             (
-                ours.op, ours.cache, number(cell.ours.median_us), number(ours.bits_per_weight),
+                names[ours.op], ours.cache, number(cell.ours.median_us), number(ours.bits_per_weight),
                 _share(cell.ours), None if peer is None else peer.contestant.impl,
                 None if peer is None else number(peer.contestant.bits_per_weight),
                 None if ratio is None else f"{ratio[0]:.2f}x",
@@ -63,12 +66,27 @@ def render_summary(summary: list[Cell]) -> str:
     ]
     return "\n".join(
         [
-            "\nOurs beside the fastest peer",
+            "\nOurs beside the fastest peer" + (f": {common}" if common else ""),
             table(lines, _CELL_HEADER, right="llrrrlrrr"),
             f"slower than a peer in {len(slower)} of {len(summary)} cells",
             *slower,
         ]
     )
+
+
+def short_names(ops: Sequence[str]) -> tuple[str, dict[str, str]]:
+    """Split the texts of workloads into what all have and what tells each from the others.
+
+    Returns:
+        The op with the parameters that all have (nothing for a single workload), and what is left by text.
+    """
+    texts = list(dict.fromkeys(ops))
+    parts = {text: text.partition(":")[2].split(",") for text in texts}
+    if len(texts) < 2 or len({text.partition(":")[0] for text in texts}) > 1:
+        return "", {text: text for text in texts}
+    shared = [p for p in parts[texts[0]] if all(p in own for own in parts.values())]
+    rest = {t: ",".join(p for p in own if p not in shared) for t, own in parts.items()}
+    return f"{texts[0].partition(':')[0]}:{','.join(shared)}", {t: rest[t] or t for t in texts}
 
 
 def reason(entry: LeftOut) -> str:

@@ -8,7 +8,7 @@ work out cannot win. What cannot take part is named with the reason, never dropp
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mimo_compile.bench.contest import Contestant
+from mimo_compile.bench.oracle import Oracle
 from mimo_compile.bench.runnable import copies
 from mimo_compile.ir.formats import WeightFormat, parse_weight_format
 from mimo_compile.ir.hardware import Hardware
@@ -44,6 +45,10 @@ class Ask:
     """Bytes that the argument sets of a cold run hold together."""
     memory_bytes: int
     """Limit of the argument sets of one contestant."""
+    oracle: Oracle | None = None
+    """What the result must be, kept by the caller for all peers; computed on demand where None."""
+    shared: dict[Any, Any] = field(default_factory=dict)
+    """Operands that several peers or variants read; asks of one run may have it in common."""
 
     @property
     def params(self) -> Mapping[str, Any]:
@@ -83,11 +88,11 @@ class Variant:
     nbytes: float
     """Bytes of weights and scales of one set."""
     bits: float | None = None
-    """Stored bits of one weight, scales and zero points included."""
+    """Stored bits of one weight, scales and zero points included; of one number of a KV cache."""
     result: Callable[[Any], Array] | None = None
-    """Computes once with a set and returns y [M, N]; None where nothing is checked."""
+    """Computes once with a set and returns y [M, N], or the op's output; None where nothing is checked."""
     weights: Callable[[npt.NDArray[np.int64]], Array] | None = None
-    """Returns the real values of rows of the stored weights, [rows, K]."""
+    """Returns the real values of rows of the stored weights, [rows, K]; None: the op's reference holds."""
     error: float = 1e-4
     """Largest relative difference of y (root mean square) that the variant's arithmetic explains."""
 
@@ -125,7 +130,7 @@ class Peer:
 
     def enter(self, ask: Ask) -> tuple[list[Contestant], list[LeftOut]]:
         """Check the variants and return those that take part, and those that cannot."""
-        field: list[Contestant] = []
+        entered: list[Contestant] = []
         out: list[LeftOut] = []
         prepare = self.prepare(ask)
         prepare()
@@ -134,14 +139,14 @@ class Peer:
                 first = variant.make()
                 wrong = check(variant, ask, first)
                 if not wrong:
-                    field.append(self._contestant(variant, ask, first, prepare))
+                    entered.append(self._contestant(variant, ask, first, prepare))
             except Exception as error:  # whatever another library does on this processor
                 wrong = f"fails with {type(error).__name__}: {_first_line(error)}"
             if wrong:
                 out.append(LeftOut(f"{self.name} {variant.label}", wrong))
-        if not field and not out:
+        if not entered and not out:
             out.append(LeftOut(self.name, f"has no kernel for {ask.workload.op}"))
-        return field, out
+        return entered, out
 
     def _offered(self, ask: Ask, out: list[LeftOut]) -> Iterator[Variant]:
         for offer in self.variants(ask):
@@ -183,8 +188,10 @@ def _first_line(error: Exception) -> str:
 
 def check(variant: Variant, ask: Ask, arguments: Any) -> str:
     """Compare a variant's y with float64 over its own weights; return what is wrong, or nothing."""
-    if variant.result is None or variant.weights is None:
+    if variant.result is None:
         return ""
+    if variant.weights is None:
+        return _check_output(variant, ask, variant.result(arguments))
     m, n, k = ask.shape
     y = variant.result(arguments)
     if y.shape != (m, n):
@@ -199,6 +206,19 @@ def check(variant: Variant, ask: Ask, arguments: Any) -> str:
     if "bias" in ask.inputs:
         expected += ask.inputs["bias"][rows]
     error = relative(y[tokens][:, rows].astype(np.float64) - expected, expected)
+    if error > variant.error:
+        return f"is wrong: its result is {error:.2g} from float64, {variant.error:.2g} allowed"
+    return ""
+
+
+def _check_output(variant: Variant, ask: Ask, out: Array) -> str:
+    """Compare an op's output ``out`` with its reference; return what is wrong, or nothing."""
+    shape = next(a.shape for a in get_op(ask.workload.op).args(ask.workload) if a.name == "out")
+    if out.shape != shape:
+        return f"gives {list(out.shape)} instead of {list(shape)}"
+    if not np.isfinite(out).all():
+        return "gives values that are not finite"
+    error = (ask.oracle or Oracle(ask.workload, ask.inputs)).distance(out)
     if error > variant.error:
         return f"is wrong: its result is {error:.2g} from float64, {variant.error:.2g} allowed"
     return ""

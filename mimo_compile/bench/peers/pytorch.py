@@ -1,4 +1,4 @@
-"""PyTorch as a peer: eager linear layers in its own formats, attention, experts in a loop.
+"""PyTorch as a peer: eager linear layers in its own formats, experts in a loop, forms of attention.
 
 Formats differ, so each variant states its own: ``fp32`` and ``bf16`` linear layers; ``int8-dynamic``, the
 quantised linear layer (activations 7 bits, one scale); ``int8-int-mm``, rows of activations quantised by
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mimo_compile.bench.contest import Contestant
 from mimo_compile.bench.peers.base import (
     Ask,
     LeftOut,
@@ -55,16 +56,23 @@ class TorchPeer(Peer):
 
         return lambda: torch.set_num_threads(ask.hardware.threads)
 
+    def enter(self, ask: Ask) -> tuple[list[Contestant], list[LeftOut]]:
+        """Check the variants, for attention those of all its forms, and return who takes part."""
+        if ask.workload.op != "cached_attention":
+            return super().enter(ask)
+        from mimo_compile.bench.peers.torch_attention import enter_all
+
+        return enter_all(ask)
+
     def variants(self, ask: Ask) -> Iterator[Variant | LeftOut]:
-        """Offer eager linear layers in the formats near the workload's, or its attention or experts."""
+        """Offer eager linear layers in the formats near the workload's, or its experts."""
         op = ask.workload.op
         if op == "mpgemm":
             made: Iterator[Variant | LeftOut] = _linear(ask)
         else:
-            from mimo_compile.bench.peers.pytorch_ops import attention, experts
+            from mimo_compile.bench.peers.pytorch_ops import experts
 
-            maker = {"cached_attention": attention, "moe": experts}.get(op)
-            made = maker(ask) if maker else iter(())
+            made = experts(ask) if op == "moe" else iter(())
         for offer in made:
             if isinstance(offer, Variant):
                 _guard(offer)

@@ -1,58 +1,14 @@
-"""PyTorch's attention and mixture of experts beside ours, from the same real weights."""
+"""PyTorch's mixture of experts beside ours, from the same real weights."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from mimo_compile.bench.peers.base import Ask, LeftOut, Variant
-
-if TYPE_CHECKING:
-    import torch
+from mimo_compile.bench.peers.base import Ask, Variant
 
 
-def attention(ask: Ask) -> Iterator[Variant | LeftOut]:
-    """`scaled_dot_product_attention` over the visible keys, laid out as it likes them; it knows no sink."""
-    import torch
-
-    from mimo_compile.ir.ops.cached_attention import CachedAttention
-
-    op, p, inputs = CachedAttention(), ask.params, ask.inputs
-    scale, length = op.softmax_scale(p), min(op.kv_length(p), p["cap"])
-    window = p["window"]
-    for label, dtype in (("sdpa fp32", torch.float32), ("sdpa bf16", torch.bfloat16)):
-        q = torch.from_numpy(inputs["q"]).to(dtype).transpose(0, 1)[None].contiguous()
-        keys = min(length, window + p["t"] - 1) if window else length
-        mask = _mask(p["t"], keys, window)
-
-        def make(dtype: torch.dtype = dtype, keys: int = keys) -> tuple[torch.Tensor, ...]:
-            def rows(name: str) -> torch.Tensor:
-                part = torch.nan_to_num(torch.from_numpy(inputs[name][:keys])).to(dtype, copy=True)
-                return part.transpose(0, 1)[None].contiguous()
-
-            return rows("k_cache"), rows("v_cache")
-
-        def call(arguments: Any, q: Any = q, mask: Any = mask) -> Any:
-            return torch.nn.functional.scaled_dot_product_attention(
-                q, arguments[0], arguments[1], attn_mask=mask, scale=scale, enable_gqa=True
-            )
-
-        yield Variant(label, make, call, sum(t.nbytes for t in make()))
-
-
-def _mask(tokens: int, keys: int, window: int) -> Any:
-    """Return what each of the last ``tokens`` positions may see, or None when that is everything."""
-    import torch
-
-    if tokens == 1:
-        return None
-    query = torch.arange(keys - tokens, keys)[:, None]
-    key = torch.arange(keys)[None]
-    seen = key <= query
-    return seen & (key > query - window) if window else seen
-
-
-def experts(ask: Ask) -> Iterator[Variant | LeftOut]:
+def experts(ask: Ask) -> Iterator[Variant]:
     """The loop over chosen experts that model code in PyTorch has, on dequantised weights."""
     import torch
 

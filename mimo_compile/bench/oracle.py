@@ -1,0 +1,153 @@
+"""What a workload's result must be, computed once for all who compete.
+
+Attention over long contexts is judged in parts: a few heads of one KV head at a time, of prompts the tokens
+at some places. Heads and tokens do not depend on each other, so a part is a workload of its own; float64
+scores of all of a prompt of 8192 tokens would take 17 GB.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from mimo_compile.ir.ops import get_op
+from mimo_compile.ir.ops.base import Array
+from mimo_compile.ir.ops.cached_attention import CachedAttention
+from mimo_compile.ir.workload import Workload
+from mimo_compile.search.measure.verify import judge
+
+WHOLE_BYTES = 256 << 20
+"""Attention whose float64 keys, values and scores take more is judged in parts."""
+PART_HEADS = 4
+PART_TOKENS = 16
+PLACES = 4
+"""Spots of a prompt at which `PART_TOKENS` tokens are compared: its begin, its end and others between."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Some heads and tokens of a workload, with what their result must be."""
+
+    workload: Workload
+    inputs: Mapping[str, Array]
+    """What states are compared with; nothing where it is not all."""
+    expected: Mapping[str, Array]
+    bound: Mapping[str, Array]
+    index: tuple[slice, ...]
+    """Where it stands in the outputs; empty: it is all of them."""
+
+    def of(self, got: Mapping[str, Array]) -> dict[str, Array]:
+        """Return the part of results."""
+        return {n: a[self.index] if self.index else a for n, a in got.items()}
+
+
+class Oracle:
+    """The float64 result of a workload for one set of inputs, and the error that is allowed."""
+
+    def __init__(self, workload: Workload, inputs: Mapping[str, Array]) -> None:
+        self.workload, self.inputs = workload, inputs
+
+    @cached_property
+    def parts(self) -> tuple[Part, ...]:
+        """The parts that are compared, computed on first use."""
+        return tuple(
+            _solve(workload, inputs, index)
+            for workload, inputs, index in _split(self.workload, self.inputs)
+        )
+
+    def judge(self, got: Mapping[str, Array]) -> tuple[float, str]:
+        """Return the worst error as a multiple of its bound, and what is wrong ("" when nothing is).
+
+        What is outside the parts must be finite at least.
+        """
+        worst = 0.0
+        for part in self.parts:
+            args = get_op(part.workload.op).args(part.workload)
+            ratio, message = judge(args, part.of(got), part.expected, part.bound, part.inputs)
+            worst = max(worst, ratio)
+            if message:
+                where = ", ".join(f"{s.start}..{s.stop - 1}" for s in part.index)
+                return worst, message + (f" (within tokens and heads {where})" if where else "")
+            if part.index and not np.isfinite(got["out"]).all():
+                return np.inf, "out has values that are not finite"
+        return worst, ""
+
+    def distance(self, out: Array) -> float:
+        """Return the relative error (root mean square) of an output ``out``, of the worst part."""
+        worst = 0.0
+        for part in self.parts:
+            expected = np.asarray(part.expected["out"], np.float64)
+            off = np.linalg.norm(part.of({"out": out})["out"].astype(np.float64) - expected)
+            worst = max(worst, float(off) / max(float(np.linalg.norm(expected)), 1e-300))
+        return worst
+
+
+def _solve(workload: Workload, inputs: Mapping[str, Array], index: tuple[slice, ...]) -> Part:
+    op = get_op(workload.op)
+    expected = op.reference(workload, inputs)
+    bound = op.bound(workload, inputs, expected)
+    # the copies of a part's keys and values are not needed to judge it
+    return Part(workload, {} if index else inputs, expected, bound, index)
+
+
+def _split(
+    workload: Workload, inputs: Mapping[str, Array]
+) -> Iterator[tuple[Workload, Mapping[str, Array], tuple[slice, ...]]]:
+    p = get_op(workload.op).full(workload)
+    if workload.op != "cached_attention" or float64_bytes(p) <= WHOLE_BYTES:
+        yield workload, inputs, ()
+        return
+    group = p["h"] // p["kv"]
+    for tokens in _places(p["t"], p["h"] * p["cap"]):
+        for first in range(0, p["h"], group):
+            for at in range(first, first + group, PART_HEADS):
+                heads = slice(at, min(at + PART_HEADS, first + group))
+                yield _part(workload, p, inputs, tokens, heads, first // group)
+
+
+def _part(
+    workload: Workload,
+    p: Mapping[str, int],
+    inputs: Mapping[str, Array],
+    tokens: slice,
+    heads: slice,
+    kv: int,
+) -> tuple[Workload, Mapping[str, Array], tuple[slice, ...]]:
+    count = tokens.stop - tokens.start
+    start = int(inputs["pos"][0]) + tokens.start
+    own = dict(workload.params) | {"t": count, "h": heads.stop - heads.start, "kv": 1}
+    caches = {n: inputs[n][:, kv : kv + 1].copy() for n in ("k_cache", "v_cache")}
+    given = {
+        **inputs,
+        "q": inputs["q"][tokens, heads].copy(),
+        "pos": np.array([start, count], np.int32),
+        **caches,
+    }
+    if "sink" in inputs:
+        given["sink"] = inputs["sink"][heads].copy()
+    return Workload.make(workload.op, own), given, (tokens, heads)
+
+
+def visible_keys(p: Mapping[str, int]) -> int:
+    """Return how many keys the tokens of a call see together, given all parameters of `cached_attention`."""
+    length = CachedAttention().kv_length(p)
+    return min(length, p["window"] + p["t"] - 1) if p["window"] else length
+
+
+def float64_bytes(p: Mapping[str, int]) -> float:
+    """Return the bytes of keys and values of each query head and of scores, as the reference holds them."""
+    return 8.0 * p["h"] * p["cap"] * (p["d"] + p["dv"] + p["t"])
+
+
+def _places(tokens: int, keys: int) -> list[slice]:
+    """Return runs of tokens to compare: all of few, else some at places spread over the prompt."""
+    if tokens <= PLACES * PART_TOKENS:
+        return [slice(0, tokens)]
+    rng = np.random.default_rng(tokens + keys)
+    last = tokens - PART_TOKENS
+    between = rng.choice(np.arange(PART_TOKENS, last), PLACES - 2, replace=False)
+    starts = [0, *sorted(int(b) for b in between), last]
+    return [slice(s, s + PART_TOKENS) for s in starts]
