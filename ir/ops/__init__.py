@@ -16,6 +16,8 @@ OPS: dict[str, str] = {
     "sparse_attention": "SparseAttention",
     "select_blocks": "SelectBlocks",
     "score_keys": "ScoreKeys",
+    "score_blocks": "ScoreBlocks",
+    "score_lowbit": "ScoreLowbit",
     "describe_blocks": "DescribeBlocks",
     "kv_append": "KvAppend",
     "moe": "Moe",

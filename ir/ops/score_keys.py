@@ -10,8 +10,8 @@ KV head:
   ties to the lower channel (TailorKV); with ``guess`` a predicted query chooses them and q itself scores.
 
 ``agg`` brings the heads of a group together: ``none`` keeps a score for each, ``max``, ``mean`` and ``sum``
-give one for each KV head; for ``channels``, ``mean`` is that of the queries. A block scores over the positions up
-to the token's own; later blocks, and all blocks of padding tokens, have -inf.
+give one for each KV head; for ``channels``, ``mean`` is that of the queries. A block scores over the
+positions up to the token's own; later blocks, and all blocks of padding tokens, have -inf.
 """
 
 from __future__ import annotations

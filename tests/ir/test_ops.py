@@ -31,6 +31,13 @@ WORKLOADS = [
     "score_keys:t=2,h=6,kv=2,d=16,cap=40,kind=logits,agg=mean,block=4",
     "score_keys:t=2,h=6,kv=2,d=16,cap=40,kind=logits",
     "score_keys:t=2,h=6,kv=2,d=16,cap=40,kind=channels,agg=mean,channels=5,guess=1,len=33",
+    "score_blocks:t=3,h=4,kv=2,d=16,cap=70,kind=quest,agg=max,block=8,len=45",
+    "score_blocks:t=3,h=6,kv=2,d=16,cap=70,kind=quest,agg=query,block=8,len=45",
+    "score_blocks:t=5,h=6,kv=2,d=16,cap=40,kind=mean,block=4,rows=2",
+    "score_blocks:t=3,h=6,kv=2,d=16,cap=40,kind=gate,block=4,soft=1,len=37",
+    "score_blocks:t=3,h=6,kv=2,d=16,cap=90,kind=compressed,agg=sum,block=16,size=8,stride=4,len=77",
+    "score_blocks:t=3,h=4,kv=1,d=16,cap=40,kind=indexer,agg=sum,block=1,len=37",
+    "score_lowbit:t=21,h=4,kv=2,d=16,cap=70,block=4,rows=8,first=1,last=2,len=61",
     "describe_blocks:t=9,kv=2,d=8,cap=70,kind=pool3,size=16,len=50",
     "describe_blocks:t=5,kv=2,d=8,cap=64,kind=mean,size=8,stride=4,len=50",
     "kv_append:t=4,h=4,kv=2,d=32,dv=16,cap=64,rot=16,norm=1,vscale=0.5",
@@ -147,6 +154,18 @@ def test_eager_ops_equal_their_references() -> None:
             score = mimo.score_keys(
                 t["q"], t["k_cache"], t["pos"], t.get("peak"), t.get("guess"), p["kind"], p["agg"],
                 p["block"], p["channels"], p["d"] ** -0.5,
+            )  # fmt: skip
+            got, slack = {"score": score}, 1
+        elif workload.op == "score_blocks":
+            score = mimo.score_blocks(
+                t["q"], t["desc"], t.get("weight"), t["pos"], p["kind"], p["agg"], bool(p["soft"]),
+                p["block"], p["rows"], expected["score"].shape[2], *op.sizes(p), op.softmax_scale(p),
+            )  # fmt: skip
+            got, slack = {"score": score}, 1
+        elif workload.op == "score_lowbit":
+            score = mimo.score_lowbit(
+                t["q"], t["k_cache"], t["pos"], t["q_mean"], t["k_mean"], p["bits"], p["block"],
+                p["rows"], p["first"], p["last"], p["d"] ** -0.5,
             )  # fmt: skip
             got, slack = {"score": score}, 1
         elif workload.op == "describe_blocks":
