@@ -69,9 +69,10 @@ _WEIGHT = re.compile(
     r"(?:w(?P<ternary>1\.58)(?P<dense>d)?|w(?P<bits>[1-8])(?P<zero>z)?|(?P<book>a?(?:nf|fp)[34])"
     r"|(?P<fp8>fp8b128)|(?P<complex>complex2(?:wl2?)?))" + _GROUP
 )
+_KV = r"kv(?P<kv>16|8|4|2|fp8)"
 _SCHEME = re.compile(
     r"(?P<weight>(?P<plain>bf16)|" + _WEIGHT.pattern + rf")(?:a(?P<act>{_ACT}))?"
-    r"(?:kv(?P<kv>8|4|2|fp8))?\Z"
+    rf"(?:{_KV})?\Z"
 )
 
 
@@ -209,7 +210,8 @@ class QuantScheme:
     weight: WeightFormat | None
     """None: as the checkpoint stores them."""
     act: str = "16"
-    kv: str = "16"
+    kv: str = ""
+    """Empty: float32 caches; ``16``: bfloat16 ones. See `ir.caches`."""
 
     @property
     def codes(self) -> WeightFormat | None:
@@ -218,9 +220,10 @@ class QuantScheme:
 
     def __str__(self) -> str:
         """Return the canonical text of the scheme."""
+        kv = f"kv{self.kv}" if self.kv else ""
         if self.weight is None:
-            return "none" if self.act == "16" else f"a{self.act}"
-        return f"{self.weight.name}a{self.act}" + ("" if self.kv == "16" else f"kv{self.kv}")
+            return ("" if self.act == "16" else f"a{self.act}") + kv or "none"
+        return f"{self.weight.name}a{self.act}{kv}"
 
 
 def parse_weight_format(text: str) -> WeightFormat:
@@ -276,26 +279,27 @@ ACT_NAMES = ("a16", "abf16", "af16", "a8", "a8g32", "a8g64", "a8g128", "a8g256")
 def parse_scheme(text: str) -> QuantScheme:
     """Parse a ``--quant`` value: ``none`` or ``WEIGHT[aACT][kvKV]``, e.g. ``w4g64a8``, ``bf16abf16``.
 
-    An activation format alone (``a8``, ``abf16``): weights as they are stored. ``bf16`` as the weight's
-    format rounds float weights to bfloat16.
+    An activation format alone (``a8``, ``abf16``), caches alone (``kv16``), or both: weights as they are
+    stored. ``bf16`` as the weight's format rounds float weights to bfloat16. Without ``kv`` caches are
+    float32.
 
     Raises:
         UsageError: the text is not in the grammar.
     """
     if text == "none":
         return QuantScheme(None)
-    if re.fullmatch(f"a{_ACT}", text) and text != "a16":
-        return QuantScheme(None, text[1:])
+    if text != "a16" and (bare := re.fullmatch(rf"(?:a(?P<act>{_ACT}))?(?:{_KV})?", text)) and text:
+        return QuantScheme(None, bare["act"] or "16", bare["kv"] or "")
     match = _SCHEME.fullmatch(text)
     if match is None:
         raise UsageError(
             f"unknown quantisation {text!r} (--quant)",
-            remedy="use none, WEIGHT[aACT][kvKV] or aACT alone, but for a16, with ACT = 16, bf16, f16, 8, "
-            "8g32 to 8g256, for example w8a8, w4g64a8, w1.58a8, w4g64abf16, w4zg128a16; "
+            remedy="use none, WEIGHT[aACT][kvKV], or aACT or kvKV alone, but for a16, with ACT = 16, bf16, "
+            "f16, 8, 8g32 to 8g256 and KV = 16, for example w8a8, w4g64a8, w1.58a8, w4g64abf16, w4g64a8kv16; "
             "`mimo-compile targets --formats` lists what has kernels",
         )
     weight = WeightFormat("bf16", "float", 16) if match["plain"] else _from_match(match)
-    return QuantScheme(weight, match["act"] or "16", match["kv"] or "16")
+    return QuantScheme(weight, match["act"] or "16", match["kv"] or "")
 
 
 def _from_match(match: re.Match[str]) -> WeightFormat:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mimo_compile import _tvm
 from mimo_compile.errors import InputError
+from mimo_compile.ir.caches import FORMATS as CACHES
 from mimo_compile.ir.formats import parse_weight_format
 from mimo_compile.ir.generic_ops import TABLE, generic_linear
 from mimo_compile.ir.generic_ops import rms_norm as generic_rms_norm
@@ -46,6 +47,18 @@ class Imported:
 
 def _shape(var: Any) -> list[int]:
     return [int(d) for d in var.ty.shape.values]
+
+
+def _cache_format(*caches: Any) -> str:
+    """Return the name of the format that both caches of a layer have."""
+    kinds = {str(c.ty.dtype) for c in caches}
+    found = [f.name for f in CACHES.values() if kinds == {f.dtype}]
+    if not found:
+        raise InputError(
+            f"KV caches of type {', '.join(sorted(kinds))} have no kernels", file="exported graph",
+            remedy=f"use one of {', '.join(f.dtype for f in CACHES.values())} for both",
+        )  # fmt: skip
+    return found[0]
 
 
 class _Converters:
@@ -203,7 +216,7 @@ class _Converters:
         return self.call(
             imp, "kv_append", [qkv, table, pos, q_norm, k_norm, k_cache, v_cache],
             [([t, heads, d], "float32")], t=t, h=heads, kv=kv, d=d, dv=dv, cap=cap,
-            rot=2 * _shape(table)[2], vscale=float(v_scale), **norm,
+            rot=2 * _shape(table)[2], vscale=float(v_scale), c=_cache_format(k_cache, v_cache), **norm,
         )  # fmt: skip
 
     def cached_attention(self, node: Any, imp: Any) -> Any:
@@ -214,6 +227,7 @@ class _Converters:
             imp, "cached_attention", [q, pos, sink, k_cache, v_cache], [([t, h, dv], "float32")],
             t=t, h=h, kv=kv, d=d, dv=dv, cap=cap, window=window, sink=int(sink is not None),
             scale=0.0 if same else float(scale), len=0 if window else min(cap, max(t, MEASURED_KV)),
+            c=_cache_format(k_cache, v_cache),
         )  # fmt: skip
 
     def route(self, node: Any, imp: Any) -> Any:

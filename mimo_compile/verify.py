@@ -360,17 +360,19 @@ def logits_bound(manifest: Manifest) -> LogitsBound:
     """Return what logits may differ by.
 
     Float activations: sums of float32 in another order, 1e-3 of the largest logit. 16-bit ones: a sum that
-    is off by one rounding may be rounded the other way, by 2**-8 (bfloat16) or 2**-11 (float16) of it. Int8
+    is off by one rounding may be rounded the other way, by 2**-8 (bfloat16) or 2**-11 (float16) of it; so may
+    a key or value of a bfloat16 cache, whose kernels may round queries and weights too. Int8
     activations: a sum that is off by one rounding may fall on the other side of a code's boundary; a step
     is 1/127 of the row's largest value, and a flip that changes the choice of an expert changes the row
     altogether.
     """
-    act = parse_act_format(f"a{parse_scheme(manifest.quant).act}")
-    if act.rounded:
-        return LogitsBound(1e-2 if act.kind == "bf16" else 2e-3, math.inf)
-    if not act.is_int8:
-        return LogitsBound(1e-3, 1e-3)
-    return LogitsBound(5e-2, math.inf)
+    scheme = parse_scheme(manifest.quant)
+    act = parse_act_format(f"a{scheme.act}")
+    if act.is_int8:
+        return LogitsBound(5e-2, math.inf)
+    if scheme.kv or act.kind == "bf16":
+        return LogitsBound(1e-2, math.inf)
+    return LogitsBound(2e-3, math.inf) if act.rounded else LogitsBound(1e-3, 1e-3)
 
 
 def compare_logits(module: Module, eager: Decoder, ids: npt.NDArray[Any]) -> EndToEnd:

@@ -153,8 +153,13 @@ def _artifact(args: argparse.Namespace, parts: Parts) -> int:
                      size(entry.arena_bytes)))  # fmt: skip
     console.say("\n" + table(rows, ("entry", "takes", "gives", "calls", "arena"), right="lllrr"))
     states = [(n, f"{s.dtype}{list(s.shape)}") for n, s in manifest.states.items()]
+    from mimo_compile.runtime import dtypes
+
+    held = sum(dtypes.size(s.dtype, s.shape) for s in manifest.states.values())
     if states:
-        console.say(f"\n{len(states)} states, for example {states[0][0]} {states[0][1]}")
+        console.say(
+            f"\n{len(states)} states, {size(held)}, for example {states[0][0]} {states[0][1]}"
+        )
     plan = sorted(manifest.plan, key=lambda c: (c.workload.partition(":")[0], c.workload))
     titles, joules = energy_columns([(c.energy_mj, c.energy_source) for c in plan])
     lines = [
@@ -177,6 +182,7 @@ def _artifact(args: argparse.Namespace, parts: Parts) -> int:
                 for n, e in parts.programs.entries.items()
             },
             "states": {n: {"shape": s.shape, "dtype": s.dtype} for n, s in manifest.states.items()},
+            "state_bytes": held,
         }
     )  # fmt: skip
     return 0

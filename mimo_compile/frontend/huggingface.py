@@ -218,7 +218,7 @@ def _check_stored_formats(
             f"--quant {quant}: the checkpoint's matrices are already quantised, as {', '.join(stored)}",
             remedy=f"Use --quant none, which keeps them, or {also} for 8-bit activations",
         )
-    if stored and quant == QuantScheme(None) and checkpoint.activations == 8:
+    if stored and replace(quant, kv="") == QuantScheme(None) and checkpoint.activations == 8:
         return replace(quant, act="8")
     return quant
 

@@ -80,17 +80,15 @@ def open_source(
     require_compile_extra()
     import torch
 
+    from mimo_compile.ir.caches import scheme_cache_format
+
     scheme = parse_scheme(quant)
     if attention != "model":
         raise UsageError(
             f"--attention {attention} has no kernels in this version",
             remedy="use --attention model",
         )
-    if scheme.kv != "16":
-        raise UsageError(
-            f"--quant {quant}: a {scheme.kv} KV cache has no kernels in this version",
-            remedy="leave out the kv part",
-        )
+    scheme_cache_format(scheme.kv)
     decoder = not isinstance(source, torch.nn.Module) and Path(str(source)).suffix != ".pt2"
     if adapters and not decoder:
         raise UsageError("adapters are for model folders (--adapter)")

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from mimo_compile.errors import MimoError, UsageError
+from mimo_compile.ir.caches import scheme_cache_format
 from mimo_compile.ir.formats import (
     GROUP_TENSOR,
     QuantScheme,
@@ -49,14 +50,10 @@ def check_scheme(scheme: QuantScheme) -> None:
 
     Raises:
         UsageError: complex weights that real ones cannot become, activations that its weights cannot have,
-            or a quantised KV cache.
+            or a KV cache that has no kernels.
     """
     fmt = scheme.weight
-    if scheme.kv != "16":
-        raise UsageError(
-            f"KV caches cannot be quantised yet (kv{scheme.kv})",
-            remedy="leave kv... out of --quant",
-        )
+    scheme_cache_format(scheme.kv)
     if fmt is not None and fmt.family == "complex" and fmt.terms == 1:
         raise UsageError(
             f"{fmt} holds weights of a model that was trained with complex ones",

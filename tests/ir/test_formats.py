@@ -17,22 +17,24 @@ from mimo_compile.ir.formats import (
 from mimo_compile.ir.workload import BUCKETS, Workload, bucket_of
 
 GRAMMAR = {
-    "w4g64a8": ("int", 4, 64, False, "8", "16"),
+    "w4g64a8": ("int", 4, 64, False, "8", ""),
     "w4zg128a16kv4": ("int", 4, 128, True, "16", "4"),
-    "w8a8": ("int", 8, 0, False, "8", "16"),
-    "w1.58a8": ("ternary", 2, -1, False, "8", "16"),
-    "w1.58dgrow": ("ternary", 2, 0, False, "16", "16"),
-    "afp4g64": ("codebook", 4, 64, False, "16", "16"),
+    "w8a8": ("int", 8, 0, False, "8", ""),
+    "w1.58a8": ("ternary", 2, -1, False, "8", ""),
+    "w1.58dgrow": ("ternary", 2, 0, False, "16", ""),
+    "afp4g64": ("codebook", 4, 64, False, "16", ""),
     "fp8b128kvfp8": ("fp8", 8, 128, False, "16", "fp8"),
-    "complex2": ("complex", 2, -1, False, "16", "16"),
-    "complex2wl2growa8": ("complex", 2, 0, False, "8", "16"),
-    "fp3g32": ("codebook", 3, 32, False, "16", "16"),
-    "anf4g128a8": ("codebook", 4, 128, False, "8", "16"),
-    "w3gtensor": ("int", 3, -1, False, "16", "16"),
-    "w4g64abf16": ("int", 4, 64, False, "bf16", "16"),
+    "complex2": ("complex", 2, -1, False, "16", ""),
+    "complex2wl2growa8": ("complex", 2, 0, False, "8", ""),
+    "fp3g32": ("codebook", 3, 32, False, "16", ""),
+    "anf4g128a8": ("codebook", 4, 128, False, "8", ""),
+    "w3gtensor": ("int", 3, -1, False, "16", ""),
+    "w4g64abf16": ("int", 4, 64, False, "bf16", ""),
     "w4g64a8g32kv8": ("int", 4, 64, False, "8g32", "8"),
     "nf4af16kv4": ("codebook", 4, 64, False, "f16", "4"),
-    "bf16abf16": ("float", 16, 0, False, "bf16", "16"),
+    "bf16abf16": ("float", 16, 0, False, "bf16", ""),
+    "w4g64a8kv16": ("int", 4, 64, False, "8", "16"),
+    "bf16kv16": ("float", 16, 0, False, "16", "16"),
 }
 
 
@@ -57,6 +59,10 @@ def test_scheme_grammar(text: str) -> None:
         "w4 a8",
         "none8",
         "w4kv3",
+        "nonekv16",
+        "kv",
+        "kv16a8",
+        "w4kv32",
         "w1.5",
         "w4a8g48",
         "w4abf",
@@ -76,6 +82,13 @@ def test_activation_formats() -> None:
         assert str(act) == name and act.is_int8 == name.startswith("a8")
         if name != "a16":
             assert parse_scheme(name).act == name[1:] and str(parse_scheme(name)) == name
+    for name, parts in {
+        "kv16": ("16", "16"),
+        "a8kv16": ("8", "16"),
+        "abf16kvfp8": ("bf16", "fp8"),
+    }.items():
+        scheme = parse_scheme(name)
+        assert scheme.weight is None and (scheme.act, scheme.kv) == parts and str(scheme) == name
     assert parse_act_format("a8g64").group == 64 and parse_act_format("a8").groups(100) == 1
     assert parse_act_format("a8g64").groups(65) == 2
     with pytest.raises(UsageError, match="a8g48"):

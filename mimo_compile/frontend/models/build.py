@@ -34,6 +34,7 @@ from mimo_compile.frontend.models.stages import (
 )
 from mimo_compile.frontend.weights.canonical import common_format, widen
 from mimo_compile.frontend.weights.checkpoint import Checkpoint
+from mimo_compile.ir.caches import scheme_cache_format
 from mimo_compile.ir.formats import QuantScheme, QuantTensor, WeightFormat
 from mimo_compile.quantize import head_format, quantize
 
@@ -223,6 +224,7 @@ class Builder:
             small,
             self.config.eps,
             self.config.max_context,
+            scheme_cache_format(self.scheme.kv),
         )
         kind = "layer"
         inputs: tuple[str, ...] = ("x", "delta")

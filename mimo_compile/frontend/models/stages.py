@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mimo_compile.frontend.models.decoder import LayerSpec, inverse_frequencies
+from mimo_compile.ir.caches import CacheFormat, parse_cache_format
 from mimo_compile.ir.formats import QuantTensor, parse_act_format
 from mimo_compile.ir.ops import load_all
 
@@ -259,17 +260,23 @@ class LayerCore(nn.Module):
         norms: dict[str, Tensor],
         eps: float,
         max_context: int,
+        caches: CacheFormat | None = None,
     ) -> None:
-        """Take the blocks and the norm weights ``attn_norm`` and ``mlp_norm`` ``[D]`` float32."""
+        """Take the blocks and the norm weights ``attn_norm`` and ``mlp_norm`` ``[D]`` float32.
+
+        ``caches`` is the format of keys and values between calls (None: float32).
+        """
         super().__init__()
         self.spec, self.eps = spec, eps
+        self.caches = caches or parse_cache_format("f32")
         self.attention, self.feed = attention, feed
         self.attn_norm = frozen(norms["attn_norm"])
         self.register_parameter("mlp_norm", frozen(norms["mlp_norm"]))
         cap = spec.capacity(max_context)
         for name, width in (("k_cache", spec.d), ("v_cache", spec.dv)):
             shape = (cap, spec.kv_heads, width)
-            self.register_buffer(name, torch.empty(shape, device="meta"), persistent=False)
+            empty = torch.empty(shape, dtype=self.caches.torch_dtype, device="meta")
+            self.register_buffer(name, empty, persistent=False)
 
     @property
     def kind(self) -> str:
@@ -279,6 +286,7 @@ class LayerCore(nn.Module):
             s.heads, s.kv_heads, s.d, s.dv, s.window, s.sink, s.rotary_dim, s.v_scale, s.qk_norm,
             s.mlp, s.ffn, s.experts, s.top_k, s.moe_ffn, s.scoring, s.norm_topk, s.router_bias,
             s.factor, s.groups, s.top_groups, a.qkv.kind, a.o.kind, self.feed.kind,
+            self.caches.name,
         )  # fmt: skip
         return repr(shape)
 
