@@ -111,7 +111,9 @@ class X86Flash(Schedule):
         # one query: all its rows in one register tile, which streams over the cache with prefetch
         stream = height == group and height in rows
         row = height if stream else max(n for n in rows if n <= 4 and (height % n == 0 or n == 1))
-        step = max(n for n in blocks if n <= (128 if stream else 64))
+        # long steps rescale the output less often; where queries are many, the diagonal masks most of one
+        far = not p["window"] and p["cap"] >= 8 * p["t"]
+        step = max(n for n in blocks if n <= (128 if stream else 256 if far else 64))
         tasks = p["kv"] * -(-p["t"] // tile)
         work = float(p["t"] * p["h"] * min(p["cap"], p["window"] or p["cap"]) * (p["d"] + p["dv"]))
         threads = hardware.threads if work >= PARALLEL_FMA else 1
