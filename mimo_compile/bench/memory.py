@@ -14,6 +14,7 @@ from mimo_compile.bench.oracle import (
 )
 from mimo_compile.bench.peers.base import LeftOut
 from mimo_compile.bench.runnable import copies
+from mimo_compile.ir.caches import parse_cache_format
 from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.workload import Workload
 
@@ -37,7 +38,7 @@ def needed_bytes(
         return 0.0
     p = op.full(workload)
     numbers = float(p["kv"] * (p["d"] + p["dv"]))  # of one key with its value
-    width = 2 if p.get("c", "f32") == "bf16" else 4
+    width = parse_cache_format(p["c"]).bytes
     keys, caches = visible_keys(p), numbers * p["cap"]
     rows = 4.0 * p["t"] * p["h"] * (p["d"] + p["dv"])
 

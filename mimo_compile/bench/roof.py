@@ -10,6 +10,7 @@ use all threads, like the kernels they are roofs of.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +20,9 @@ from mimo_compile.bench.contest import Contestant
 from mimo_compile.bench.runnable import copies
 from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.hardware import Hardware
+from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.ops.base import Arg
+from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.base import Kernel
 from mimo_compile.schedules.compile import compile_kernel
 
@@ -180,6 +183,20 @@ def read_contestant(
         op, "roof: read", hardware.threads, cache, _caller(func), sets, float(each), 0.0,
         prepare=lambda: _tvm.set_threads(hardware.threads),
     )  # fmt: skip
+
+
+def roof_counts(workload: Workload) -> Counts:
+    """Return a workload's counts, its multiply-adds as those of the fastest unit that its operands allow.
+
+    Attention over 16-bit caches is exact in float32, but kernels may round the rest to bfloat16 too.
+    """
+    op = get_op(workload.op)
+    counts = op.counts(workload)
+    if workload.op != "cached_attention" or op.full(workload)["c"] != "bf16":
+        return counts
+    ops = dict(counts.ops)
+    ops["dot_bf16"] = ops.pop("fma_f32")
+    return replace(counts, ops=ops)
 
 
 def work_contestant(op: str, hardware: Hardware, counts: Counts) -> Contestant:

@@ -13,7 +13,7 @@ from mimo_compile.bench.kernels import Pick, contestants, picks
 from mimo_compile.bench.memory import needed_bytes, too_large
 from mimo_compile.bench.oracle import Oracle
 from mimo_compile.bench.peers import Ask, LeftOut, get_peer
-from mimo_compile.bench.roof import read_contestant, work_contestant
+from mimo_compile.bench.roof import read_contestant, roof_counts, work_contestant
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.workload import Workload
@@ -111,7 +111,7 @@ def _one_state(
         entered, out = get_peer(name).enter(ask)
         entrants += entered
         left_out += [o for o in out if o not in left_out]
-    counts = get_op(workload.op).counts(workload)
+    counts = roof_counts(workload)
     moved = counts.bytes.get("dram", 0.0)
     entrants.append(read_contestant(str(workload), hardware, moved, cache, limit, memory))
     entrants.append(replace(work_contestant(str(workload), hardware, counts), cache=cache))

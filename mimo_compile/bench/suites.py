@@ -33,8 +33,13 @@ def _mpgemm(m: int, formats: tuple[str, ...], shapes: tuple[tuple[int, int], ...
 
 
 def _attention(forms: Iterable[str]) -> list[str]:
-    """Return the workloads of every form at every geometry of heads; those of one form stay together."""
-    return [f"cached_attention:{form.format(heads)}" for form in forms for heads in _HEADS]
+    """Return the workloads of every form at every geometry of heads, in both formats of caches."""
+    return [
+        f"cached_attention:{form.format(heads)}{stored}"
+        for form in forms
+        for heads in _HEADS
+        for stored in ("", ",c=bf16")
+    ]
 
 
 def _ring(tokens: int) -> int:

@@ -29,8 +29,8 @@ def render(rows: list[Row]) -> str:
             c, figures = r.contestant, r.json()
             lines.append(
                 (
-                    cache, c.impl, c.schedule, number(c.bits_per_weight), number(r.median_us),
-                    f"{number(r.p10_us)}..{number(r.p90_us)}",
+                    cache, c.impl, c.schedule, number(c.bits_per_weight), _us(r.median_us),
+                    f"{_us(r.p10_us)}..{_us(r.p90_us)}",
                     None if r.ratio is None else f"{r.ratio[0]:.2f}x",
                     number(figures["gb_per_s"]), number(figures["gop_per_s"]), _share(r),
                 )
@@ -51,7 +51,7 @@ def render_summary(summary: list[Cell]) -> str:
         ratio = None if peer is None else peer.ratio
         lines.append(
             (
-                names[ours.op], ours.cache, number(cell.ours.median_us), number(ours.bits_per_weight),
+                names[ours.op], ours.cache, _us(cell.ours.median_us), number(ours.bits_per_weight),
                 _share(cell.ours), None if peer is None else peer.contestant.impl,
                 None if peer is None else number(peer.contestant.bits_per_weight),
                 None if ratio is None else f"{ratio[0]:.2f}x",
@@ -87,6 +87,11 @@ def short_names(ops: Sequence[str]) -> tuple[str, dict[str, str]]:
     shared = [p for p in parts[texts[0]] if all(p in own for own in parts.values())]
     rest = {t: ",".join(p for p in own if p not in shared) for t, own in parts.items()}
     return f"{texts[0].partition(':')[0]}:{','.join(shared)}", {t: rest[t] or t for t in texts}
+
+
+def _us(value: float) -> str:
+    """Return microseconds with three significant digits, seconds of them as whole numbers."""
+    return f"{value:,.0f}" if value >= 1e6 else number(value)
 
 
 def reason(entry: LeftOut) -> str:

@@ -14,6 +14,7 @@ from mimo_compile.bench.kernels import contestants, picks
 from mimo_compile.bench.memory import needed_bytes, too_large
 from mimo_compile.bench.oracle import Oracle, visible_keys
 from mimo_compile.bench.peers import FORMS, Ask, get_peer, parse_peers, peer_names, torch_attention
+from mimo_compile.bench.roof import roof_counts
 from mimo_compile.bench.runnable import copies
 from mimo_compile.bench.runner import Settings, bench_workload
 from mimo_compile.bench.suites import suite
@@ -39,6 +40,7 @@ def attentions(draw: st.DrawFn) -> str:
     t, kv, group = draw(st.integers(1, 9)), draw(st.integers(1, 3)), draw(st.integers(1, 4))
     d, dv = draw(st.sampled_from([(16, 16), (24, 16), (16, 24)]))
     text = f"cached_attention:t={t},h={kv * group},kv={kv},d={d},dv={dv}"
+    text += draw(st.sampled_from(["", ",c=bf16"]))
     if draw(st.booleans()):
         window = draw(st.integers(1, 20))
         cap = window + t - 1 + draw(st.integers(0, 5))
@@ -86,6 +88,7 @@ def test_a_key_that_is_missed_is_found() -> None:
         CHUNK,
         "cached_attention:t=90,h=8,kv=1,d=16,dv=16,cap=140,window=40,sink=1,len=300",
         "cached_attention:t=70,h=6,kv=2,d=16,dv=24,cap=100,len=80",
+        "cached_attention:t=1,h=6,kv=3,d=16,dv=16,cap=100,c=bf16",
     ],
 )
 def test_parts_say_what_the_whole_says(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,10 +223,21 @@ def test_cold_arguments_that_exceed_the_caches_alone_are_not_copied() -> None:
     assert copies(1 << 27, 1 << 28, 1 << 33) == 3
 
 
+def test_the_roof_is_of_the_unit_that_the_caches_allow() -> None:
+    workload = parse_workload(CHUNK)
+    plain, halves = roof_counts(workload), roof_counts(workload.replace(c="bf16"))
+    assert plain.ops["fma_f32"] == halves.ops["dot_bf16"] > 0
+    assert plain.flops == halves.flops
+    assert "fma_f32" not in halves.ops
+    assert plain.bytes["dram"] > halves.bytes["dram"]
+
+
 def test_suites_have_the_cells_that_matter() -> None:
     decode = [parse_workload(t) for t in suite("attention", "decode")]
     assert {w["cap"] for w in decode} >= {4096, 16384, 32768, 65536, 131072}
     heads = {(w["h"], w["kv"], w["d"], w["dv"]) for w in decode}
+    caches = [get_op("cached_attention").full(w)["c"] for w in decode]
+    assert caches.count("f32") == caches.count("bf16") == 20
     assert heads >= {(32, 8, 64, 64), (32, 8, 128, 128), (32, 8, 192, 128), (32, 1, 128, 128)}
     assert suite("attention", "decode:d=128,kv=8,cap=32768")[0] == (
         "cached_attention:t=1,h=32,kv=8,d=128,dv=128,cap=32768"

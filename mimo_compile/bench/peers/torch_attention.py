@@ -74,7 +74,7 @@ class Setting:
         stored, p = self.ask.inputs[name], self.ask.params
         length = CachedAttention().kv_length(p)
         slots = torch.arange(length - self.keys, length) % p["cap"]
-        if stored.dtype == np.uint16:
+        if p["c"] == "bf16":
             rows = torch.from_numpy(stored.view(np.int16)).view(torch.bfloat16)[slots]
         else:
             rows = torch.from_numpy(stored)[slots]
