@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mimo_compile.errors import UsageError
+from mimo_compile.ir.caches import parse_cache_format
 from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.ops.base import Arg, Array, OpDef, Param
 from mimo_compile.ir.ops.block_lists import blocks_of
@@ -91,10 +92,12 @@ class DescribeBlocks(OpDef):
         Param("size", int, low=1),
         Param("stride", int, 0),
         Param("len", int, 0),
+        Param("c", str, "f32"),
     )
 
     def check(self, p: Mapping[str, Any]) -> None:
         """Refuse unknown kinds and lengths beyond the cache."""
+        parse_cache_format(p["c"])
         if p["kind"] not in PARTS:
             raise UsageError(
                 f"describe_blocks: no kind={p['kind']}", remedy=f"choose from {', '.join(PARTS)}"
@@ -114,7 +117,7 @@ class DescribeBlocks(OpDef):
         shape = (self._sizes(workload)[0], p["kv"], PARTS[p["kind"]], p["d"])
         return (
             Arg("pos", "input", (2,), "int32"),
-            Arg("k_cache", "state", (p["cap"], p["kv"], p["d"]), "float32"),
+            Arg("k_cache", "state", (p["cap"], p["kv"], p["d"]), parse_cache_format(p["c"]).dtype),
             Arg("desc", "state", shape, "float32", mutated=True),
         )
 
@@ -125,14 +128,17 @@ class DescribeBlocks(OpDef):
         _, cache, desc = self.args(workload)
         keys = rng.standard_normal(cache.shape, dtype=np.float32)
         keys[length:] = np.nan
+        keys = parse_cache_format(p["c"]).encode(keys)
         wild = 100 * rng.standard_normal(desc.shape, dtype=np.float32)
         return {"pos": np.array([length - p["t"], p["t"]], np.int32), "k_cache": keys, "desc": wild}
 
     def reference(self, workload: Workload, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Compute in float64; untouched entries keep their values."""
         desc = torch.from_numpy(inputs["desc"]).double()
-        keys, pos = (torch.from_numpy(np.ascontiguousarray(inputs[n])) for n in ("k_cache", "pos"))
-        describe_blocks(keys, pos, desc, self.full(workload)["kind"], *self._sizes(workload)[1:])
+        p = self.full(workload)
+        stored = parse_cache_format(p["c"]).decode(inputs["k_cache"])
+        keys, pos = (torch.from_numpy(np.ascontiguousarray(a)) for a in (stored, inputs["pos"]))
+        describe_blocks(keys, pos, desc, p["kind"], *self._sizes(workload)[1:])
         return {"desc": desc.numpy()}
 
     def bound(
@@ -142,9 +148,9 @@ class DescribeBlocks(OpDef):
         p, out = self.full(workload), np.zeros(expected["desc"].shape)
         if p["kind"] in ("mean", "pool3"):
             pos, (entries, size, stride) = torch.from_numpy(inputs["pos"]), self._sizes(workload)
-            end = int(inputs["pos"].sum())
+            end, stored = int(inputs["pos"].sum()), parse_cache_format(p["c"])
             for e in touched(pos, entries, size, stride):
-                keys = inputs["k_cache"][e * stride : min(e * stride + size, end)]
+                keys = stored.decode(inputs["k_cache"][e * stride : min(e * stride + size, end)])
                 out[e, :, -1] = (len(keys) + 2) * U32 * np.abs(keys).mean(0)
         return {"desc": out}
 
@@ -157,6 +163,7 @@ class DescribeBlocks(OpDef):
         keys = min(length, made.stop * stride - stride + size) - made.start * stride
         parts = PARTS[p["kind"]]
         row = float(p["kv"] * p["d"])
+        read = parse_cache_format(p["c"]).bytes * keys
         return Counts(
-            {"add_f32": keys * row * parts}, {"dram": 4 * row * (keys + len(made) * parts)}
+            {"add_f32": keys * row * parts}, {"dram": row * (read + 4.0 * len(made) * parts)}
         )

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from mimo_compile.errors import UsageError
+from mimo_compile.ir.caches import parse_cache_format
 from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.ops.base import Arg, Array, OpDef, Param
 from mimo_compile.ir.ops.block_lists import blocks_of
@@ -152,10 +153,12 @@ class ScoreKeys(OpDef):
         Param("guess", int, 0),
         Param("scale", float, 0.0),
         Param("len", int, 0),
+        Param("c", str, "f32"),
     )
 
     def check(self, p: Mapping[str, Any]) -> None:
         """Refuse unknown kinds, heads that do not group, channels that are not there."""
+        parse_cache_format(p["c"])
         if p["kind"] not in KINDS or p["agg"] not in KINDS[p["kind"]]:
             ways = "; ".join(f"{kind}: {', '.join(aggs)}" for kind, aggs in KINDS.items())
             raise UsageError(f"score_keys: no kind={p['kind']}, agg={p['agg']}", remedy=ways)
@@ -182,7 +185,7 @@ class ScoreKeys(OpDef):
             out.append(Arg("peak", "state", (p["kv"], p["d"]), "float32"))
         return (
             *out,
-            Arg("k_cache", "state", (p["cap"], p["kv"], p["d"]), "float32"),
+            Arg("k_cache", "state", (p["cap"], p["kv"], p["d"]), parse_cache_format(p["c"]).dtype),
             Arg("score", "output", (p["t"], heads, blocks_of(p["cap"], p["block"])), "float32"),
         )
 
@@ -201,10 +204,12 @@ class ScoreKeys(OpDef):
         out["pos"] = np.array([length - p["t"], p["t"]], np.int32)
         if p["kind"] == "channels":
             out["peak"] = np.abs(out["k_cache"][:length]).max(0)
+        out["k_cache"] = parse_cache_format(p["c"]).encode(out["k_cache"])
         return out
 
-    def _tensors(self, inputs: Mapping[str, Array]) -> tuple[Any, ...]:
-        t = {n: torch.from_numpy(np.ascontiguousarray(a)) for n, a in inputs.items()}
+    def _tensors(self, p: Mapping[str, Any], inputs: Mapping[str, Array]) -> tuple[Any, ...]:
+        arrays = {**inputs, "k_cache": parse_cache_format(p["c"]).decode(inputs["k_cache"])}
+        t = {n: torch.from_numpy(np.ascontiguousarray(a)) for n, a in arrays.items()}
         return t["q"].double(), t["k_cache"].double(), t["pos"], t.get("peak"), t.get("guess")
 
     def softmax_scale(self, p: Mapping[str, Any]) -> float:
@@ -214,7 +219,7 @@ class ScoreKeys(OpDef):
     def reference(self, workload: Workload, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Compute in float64."""
         p = self.full(workload)
-        q, k, pos, peak, guess = self._tensors(inputs)
+        q, k, pos, peak, guess = self._tensors(p, inputs)
         scored = key_scores(
             q, k, pos, peak, guess, p["kind"], p["agg"], p["block"], p["channels"],
             self.softmax_scale(p),
@@ -229,10 +234,12 @@ class ScoreKeys(OpDef):
         A float32 dot product of d terms, in any order, is off by ``D = (d + 4) U32 sum |q_c k_c|`` (four for
         the scale and a mean of queries). Probabilities are off by a factor of ``exp(+-2 max D)`` and by the
         sum's and the exponential's own roundings; sums of n positive terms in lanes by 4 sqrt(n) units.
-        Channels whose importance lies within rounding of the last one chosen may or may not be in.
+        Channels whose importance lies within rounding of the last one chosen may or may not be in. 16-bit
+        keys: kernels may round q as well, by at most ``u`` relative; independent roundings of d terms x_c sum
+        to less than ``6 u sqrt(sum x_c^2)`` but once in 3e7 (Hoeffding).
         """
         p = self.full(workload)
-        q, k, pos, peak, guess = self._tensors(inputs)
+        q, k, pos, peak, guess = self._tensors(p, inputs)
         scale, group = self.softmax_scale(p), p["h"] // p["kv"]
         parts = (p["kind"], p["agg"], p["channels"], scale)
         used, keys, seen = prepared(q, k, pos, peak, guess, *parts)
@@ -246,6 +253,9 @@ class ScoreKeys(OpDef):
             error = error + self._contested(
                 p, q if guess is None else guess.double(), used, keys, peak
             )
+        if unit := parse_cache_format(p["c"]).unit:
+            spread = torch.einsum("thd,shd->ths", used.square(), keys.square()).sqrt()
+            error = error + 6 * unit * spread.masked_fill(~seen, 0.0)
         if p["kind"] == "oracle":
             logits = torch.einsum("thd,shd->ths", used, keys).masked_fill(~seen, -math.inf)
             lse = torch.logsumexp(logits, -1, keepdim=True)
@@ -288,5 +298,5 @@ class ScoreKeys(OpDef):
         if p["kind"] == "oracle":
             ops["exp_f32"] = work
         written = p["t"] * (p["h"] if p["agg"] == "none" else p["kv"]) * length / p["block"]
-        read = length * p["kv"] * deep + p["t"] * p["h"] * p["d"]
-        return Counts(ops, {"dram": 4.0 * (read + written)})
+        read = parse_cache_format(p["c"]).bytes * length * p["kv"] * deep
+        return Counts(ops, {"dram": read + 4.0 * (p["t"] * p["h"] * p["d"] + written)})

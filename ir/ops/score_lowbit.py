@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from mimo_compile.errors import UsageError
+from mimo_compile.ir.caches import parse_cache_format
 from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.ops.base import Arg, Array, OpDef, Param
 from mimo_compile.ir.ops.block_lists import blocks_of
@@ -158,10 +159,12 @@ class ScoreLowbit(OpDef):
         Param("bits", int, 4, low=2),
         Param("scale", float, 0.0),
         Param("len", int, 0),
+        Param("c", str, "f32"),
     )
 
     def check(self, p: Mapping[str, Any]) -> None:
         """Refuse heads that do not group and codes above a byte."""
+        parse_cache_format(p["c"])
         if p["h"] % p["kv"]:
             raise UsageError(f"score_lowbit: h={p['h']} is not a multiple of kv={p['kv']}")
         if p["bits"] > 8:
@@ -182,7 +185,7 @@ class ScoreLowbit(OpDef):
             Arg("pos", "input", (2,), "int32"),
             Arg("q_mean", "input", (p["h"], p["d"]), "float32"),
             Arg("k_mean", "input", (p["kv"], p["d"]), "float32"),
-            Arg("k_cache", "state", (p["cap"], p["kv"], p["d"]), "float32"),
+            Arg("k_cache", "state", (p["cap"], p["kv"], p["d"]), parse_cache_format(p["c"]).dtype),
             Arg("score", "output", shape, "float32"),
         )
 
@@ -197,12 +200,14 @@ class ScoreLowbit(OpDef):
         means = {"q_mean": q.mean(0), "k_mean": k[:length].mean(0)}
         k[length // 2] = means["k_mean"]
         k[length:] = np.nan
+        k = parse_cache_format(p["c"]).encode(k)
         pos = np.array([length - p["t"], p["t"]], np.int32)
         return {"q": q, "pos": pos, **means, "k_cache": k}
 
     def _parts(self, p: Mapping[str, Any], inputs: Mapping[str, Array]) -> tuple[Any, ...]:
-        names = ("q", "k_cache", "pos", "q_mean", "k_mean")
-        return tuple(torch.from_numpy(np.ascontiguousarray(inputs[n])) for n in names)
+        keys = parse_cache_format(p["c"]).decode(inputs["k_cache"])
+        arrays = (inputs["q"], keys, *(inputs[n] for n in ("pos", "q_mean", "k_mean")))
+        return tuple(torch.from_numpy(np.ascontiguousarray(a)) for a in arrays)
 
     def reference(self, workload: Workload, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Compute codes in float32, as they are defined, and all else in float64."""
@@ -238,5 +243,6 @@ class ScoreLowbit(OpDef):
         length = float(p["len"] or p["cap"])
         work = p["t"] * p["h"] * (length - (p["t"] - 1) / 2)
         written = math.prod(self.args(workload)[-1].shape) * length / p["cap"]
-        moved = length * p["kv"] * p["d"] + p["t"] * p["h"] * p["d"] + written
-        return Counts({"dot_i8": work * p["d"], "int_op": work}, {"dram": 4.0 * moved})
+        moved = parse_cache_format(p["c"]).bytes * length * p["kv"] * p["d"]
+        moved += 4.0 * (p["t"] * p["h"] * p["d"] + written)
+        return Counts({"dot_i8": work * p["d"], "int_op": work}, {"dram": moved})

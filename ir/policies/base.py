@@ -104,6 +104,8 @@ class Geometry:
     """KV length; 0: cap."""
     sink: int = 0
     """1 if the model has learned sink logits."""
+    c: str = "f32"
+    """Format of the KV caches."""
 
     def blocks(self, block: int) -> int:
         """Return the number of blocks in the cache."""
@@ -238,7 +240,7 @@ class AttentionPolicy(ABC):
         from mimo_compile.ir.ops import get_op
 
         select, length = self.select, g.length or g.cap
-        shape = {"t": g.t, "h": g.h, "kv": g.kv, "d": g.d, "dv": g.dv}
+        shape: dict[str, Value] = {"t": g.t, "h": g.h, "kv": g.kv, "d": g.d, "dv": g.dv, "c": g.c}
         if select is None:
             more = {"window": self.kept_window} if self.kept_window else {}
             dense = get_op("cached_attention").workload(

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import strategies as st
 
 from mimo_compile.errors import UsageError
+from mimo_compile.ir.caches import parse_cache_format
 from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.workload import Workload
 
@@ -34,6 +35,15 @@ class Case:
     @property
     def p(self) -> dict[str, Any]:
         return OP.full(self.workload)
+
+    def cache(self, name: str) -> Array:
+        """Return the values of a cache, whatever its format."""
+        return parse_cache_format(self.p["c"]).decode(self.inputs[name])
+
+    def storing(self, **caches: Array) -> Case:
+        """Return a case with other values in its caches."""
+        encode = parse_cache_format(self.p["c"]).encode
+        return replace(self, inputs=self.inputs | {n: encode(a) for n, a in caches.items()})
 
     def having(self, **changes: Any) -> Case:
         """Return a case with other arrays (upper-case names) or parameters (lower-case ones)."""
@@ -55,7 +65,7 @@ def lists_of(mask: Array, kmax: int) -> dict[str, Array]:
 
 
 @st.composite
-def cases(draw: Any, sink: bool | None = None) -> Case:
+def cases(draw: Any, sink: bool | None = None, c: str = "f32") -> Case:
     """Draw small cases: every grouping of heads, partial blocks, padding tokens, short and empty lists."""
     pick = lambda *values: draw(st.sampled_from(values))  # noqa: E731
     kv, group = pick(1, 2, 3), pick(1, 2, 3, 5)
@@ -68,20 +78,20 @@ def cases(draw: Any, sink: bool | None = None) -> Case:
         t=t, h=kv * group, kv=kv, d=pick(1, 4, 9), dv=pick(1, 3, 8), cap=cap, block=block,
         hs=pick(1, kv, kv * group), kmax=draw(st.integers(1, blocks + 2)), rows=pick(1, 2, t),
         window=pick(0, 0, 1, 3), page=page, len=length,
-        sink=int(draw(st.booleans()) if sink is None else sink),
+        sink=int(draw(st.booleans()) if sink is None else sink), c=c,
     )  # fmt: skip
     workload = OP.workload(**p)
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     inputs = OP.make_inputs(workload, rng)
-    for name in ("k_cache", "v_cache"):  # poison is a check of its own
-        inputs[name] = rng.standard_normal(inputs[name].shape, dtype=np.float32)
     inputs["pos"][1] = draw(st.integers(1, t))
     rows = inputs["idx"].shape[0]
     mask = rng.random((rows, p["hs"], blocks)) < rng.random((rows, p["hs"], 1))
     mask &= np.cumsum(mask, -1) <= p["kmax"]
     lists = lists_of(mask, p["kmax"])
     inputs |= {"idx": lists["IDX"], "cnt": lists["CNT"]}
-    return Case(workload, inputs)
+    shapes = {n: inputs[n].shape for n in ("k_cache", "v_cache")}  # poison is a check of its own
+    values = {n: rng.standard_normal(shape, dtype=np.float32) for n, shape in shapes.items()}
+    return Case(workload, inputs).storing(**values)
 
 
 def visible(case: Case) -> Array:
@@ -113,7 +123,7 @@ def dense(case: Case, seen: Array | None = None) -> tuple[Array, Array, Array]:
     seen = visible(case) if seen is None else seen
     group = p["h"] // p["kv"]
     k, v = (
-        np.repeat(inputs[n][slots(case)].astype(np.float64), group, 1)
+        np.repeat(case.cache(n)[slots(case)].astype(np.float64), group, 1)
         for n in ("k_cache", "v_cache")
     )
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
@@ -174,7 +184,7 @@ def check_drop_identity(attend: Implementation, case: Case) -> None:
     got = attend(case.workload, case.inputs)
     dropped = np.where(visible(case), 0.0, prob)
     eps = dropped.sum(-1)
-    v = np.repeat(case.inputs["v_cache"][slots(case)], case.p["h"] // case.p["kv"], 1)
+    v = np.repeat(case.cache("v_cache")[slots(case)], case.p["h"] // case.p["kv"], 1)
     moved = np.einsum("ths,shd->thd", dropped, v.astype(np.float64))
     some = np.isfinite(got["lse"])
     stable = some & (eps < 1 - 1e-6)  # of less, nothing is left to subtract from
@@ -229,12 +239,11 @@ def check_poison(attend: Implementation, case: Case) -> None:
     read = visible(case).reshape(p["t"], p["kv"], -1, p["cap"]).any((0, 2)).T
     caches = {}
     for name in ("k_cache", "v_cache"):
-        caches[name.upper()] = case.inputs[name].copy()
-        held = np.empty_like(case.inputs[name])
-        held[:] = case.inputs[name][slots(case)]
+        held = case.cache(name)[slots(case)]
         held[~read] = np.nan
-        caches[name.upper()][slots(case)] = held
-    bad = case.having(**caches)
+        caches[name] = np.empty_like(held)
+        caches[name][slots(case)] = held
+    bad = case.storing(**caches)
     agree(bad, attend(bad.workload, bad.inputs), *dense(case)[:2])
 
 
@@ -244,9 +253,9 @@ def check_future_is_unseen(attend: Implementation, case: Case) -> None:
     half = valid // 2
     caches = {}
     for name in ("k_cache", "v_cache"):
-        caches[name.upper()] = case.inputs[name].copy()
-        caches[name.upper()][slots(case)[start + half + 1 :]] += 3.0
-    later = case.having(**caches)
+        caches[name] = case.cache(name).copy()
+        caches[name][slots(case)[start + half + 1 :]] += 3.0
+    later = case.storing(**caches)
     one, two = (attend(c.workload, c.inputs) for c in (case, later))
     for name in ("out", "lse"):
         np.testing.assert_array_equal(one[name][: half + 1], two[name][: half + 1])
