@@ -63,11 +63,15 @@ class Tile:
         """Multiply queries with the keys of a step: lanes are slots, so nothing is summed over lanes."""
         s = self.s
         for base, rows, count in self._row_tiles():
-            most = max(s.registers // rows, 1)
+            most = self.side_by_side(rows)
             wide = max(w for w in range(1, s.blocks + 1) if s.blocks % w == 0 and w <= most)
             with loop(s.blocks // wide) as group, loop(count) as tile:
                 first = bind(tile * rows + base)
                 self._scores(reach, step, group * wide, wide, first, rows)
+
+    def side_by_side(self, rows: int) -> int:
+        """Return how many blocks a register tile of so many rows may multiply at once."""
+        return max(self.s.registers // rows, 1)
 
     def _scores(self, reach: Reach, step: Any, part: Any, wide: int, first: Any, rows: int) -> None:
         s = self.s

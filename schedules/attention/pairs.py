@@ -25,6 +25,8 @@ from mimo_compile.schedules.emit.build import (
 from mimo_compile.schedules.emit.rounding import bf16_bits
 from mimo_compile.schedules.emit.vector import LANES, splat
 
+FEW = 8
+"""Sums that hide the latency of a multiply-add: four cycles, two in each."""
 UPPER = -0x10000
 """Mask of the second number of a pair."""
 
@@ -45,10 +47,17 @@ def _second(words: Any, mask: Any) -> Any:
 class Widened(Tile):
     """Pairs become float32 in registers: exact products, on any x86-64."""
 
+    def side_by_side(self, rows: int) -> int:
+        """See `Tile.side_by_side`; keys that are read once are read in the order in which they lie."""
+        return 1 if self.streams else super().side_by_side(rows)
+
     def _scores(self, reach: Reach, step: Any, part: Any, wide: int, first: Any, rows: int) -> None:
         blocks = [reach.block(step, part + u) for u in range(wide)]
-        acc = [[Register("float32", LANES, splat(0.0)) for _ in blocks] for _ in range(rows)]
-        d = int(self.s.p["d"])
+        d, cells = int(self.s.p["d"]), rows * wide
+        # few sums would wait for each other: then each half of the pairs has its own
+        chains = 2 if cells < FEW else 1
+        sums = [Register("float32", LANES, splat(0.0)) for _ in range(chains * cells)]
+        acc = [sums[r * wide * chains : (r + 1) * wide * chains] for r in range(rows)]
         if d > 1:
             with loop(d // 2) as i:
                 self._score_pair(blocks, i, first, acc, 2)
@@ -56,7 +65,10 @@ class Widened(Tile):
             self._score_pair(blocks, d // 2, first, acc, 1)
         for r in range(rows):
             for u in range(wide):
-                store(self.score, acc[r][u].get(), first + r, (part + u) * LANES, lanes=LANES)
+                total = acc[r][u].get()
+                if chains == 2:
+                    total = total + acc[r][wide + u].get()
+                store(self.score, total, first + r, (part + u) * LANES, lanes=LANES)
 
     def _score_pair(
         self, blocks: list[Any], i: Any, first: Any, acc: list[list[Register]], parts: int
@@ -68,7 +80,8 @@ class Widened(Tile):
         for r, row in enumerate(acc):
             for half in range(parts):
                 query = bind(splat(self.q[first + r, 2 * i + half]))
-                for u, register in enumerate(row):
+                own = row[-len(blocks) :] if half else row[: len(blocks)]
+                for u, register in enumerate(own):
                     register.set(register.get() + keys[u][half] * query)
 
     def ask_keys(self, blocks: list[Any], i: Any) -> None:

@@ -57,9 +57,20 @@ def proved(text, config, given_, seed=0):
     return seen
 
 
-@settings(max_examples=8)
+@settings(max_examples=3)
 @given(data=st.data())
 def test_any_shape_position_and_config(data):
+    one_of_any(data)
+
+
+@pytest.mark.slow
+@settings(max_examples=40)
+@given(data=st.data())
+def test_many_shapes_positions_and_configs(data):
+    one_of_any(data)
+
+
+def one_of_any(data):
     draw = data.draw
     kv, group = draw(st.integers(1, 3)), draw(st.integers(1, 4))
     t = draw(st.sampled_from((1, 1, 2, 7, 20)))
@@ -209,7 +220,7 @@ def test_append_then_attend_shares_one_packed_cache():
     caches = {n: written.memory[n] for n in ("k_cache", "v_cache")}
     canonical = unpack_caches(append, caches)
     given_ = {"q": written.outputs["q"], **pos(37, 3), **canonical}
-    for arith in ARITH:
+    for arith in {ARITH[0], ARITH[-1]}:
         seen = check(FLASH, attention, dataclasses.replace(config, arith=arith), inputs=given_)
         for name, array in caches.items():
             assert np.array_equal(seen.memory[name], array)
