@@ -405,3 +405,31 @@ def test_fake_rules() -> None:
 def test_bad_workloads(text, message) -> None:
     with pytest.raises(UsageError, match=message):
         parse_workload(text)
+
+
+SCORED = [
+    "score_keys:t=3,h=4,kv=2,d=16,cap=70,kind=oracle,agg=max,block=8,len=45",
+    "score_keys:t=2,h=6,kv=2,d=16,cap=40,kind=logits,agg=mean,block=4",
+    "score_keys:t=2,h=6,kv=2,d=16,cap=40,kind=channels,agg=mean,channels=5,len=33",
+    "score_blocks:t=3,h=4,kv=2,d=16,cap=70,kind=quest,agg=max,block=8,len=49",
+    "score_blocks:t=3,h=6,kv=2,d=16,cap=70,kind=quest,agg=query,block=8,len=49",
+    "score_blocks:t=3,h=6,kv=2,d=16,cap=40,kind=gate,block=4,soft=1,len=37",
+    "score_blocks:t=3,h=6,kv=2,d=16,cap=90,kind=compressed,agg=sum,block=16,size=8,stride=4,len=77",
+    "score_blocks:t=3,h=4,kv=1,d=16,cap=40,kind=indexer,agg=sum,block=1,len=37",
+    "score_lowbit:t=21,h=4,kv=2,d=16,cap=70,block=4,rows=8,first=1,last=2,len=61",
+]
+
+
+@pytest.mark.parametrize("text", SCORED)
+def test_bounds_refuse_scores_of_other_queries_and_positions(text) -> None:
+    """A query that is off by a thousandth, or a causal limit that is off by one, shows."""
+    op, _, i, want = made(text, 4)
+    bound = op.bound(parse_workload(text), i, want)["score"]
+    finite = np.isfinite(want["score"])
+    tilt = np.random.default_rng(0).choice([0.999, 1.001], i["q"].shape).astype(np.float32)
+    near = op.reference(parse_workload(text), i | {"q": i["q"] * tilt})["score"]
+    assert (np.abs(near[finite] - want["score"][finite]) > bound[finite]).mean() > 0.2
+    early = op.reference(parse_workload(text), i | {"pos": i["pos"] - np.array([1, 0], np.int32)})
+    lost = np.isfinite(early["score"]) != finite
+    off = np.abs(early["score"][finite & ~lost] - want["score"][finite & ~lost])
+    assert lost.any() or (off > bound[finite & ~lost]).any()

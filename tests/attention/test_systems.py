@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from systems import PLENTY, SMALL, case, choose, layer
 
+from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.policies import Geometry, parse_policy
 
 draws = st.tuples(
@@ -131,3 +132,29 @@ def test_stream_as_a_mask_is_banded_dense(t, length, seed) -> None:
     band = np.broadcast_to((j <= i) & ((j < 4) | (j > i - 6)), (g.t, g.h, g.cap))
     out, lse, _ = contract.dense(made, band)
     contract.agree(made, OP.reference(attend, inputs), out, lse)
+
+
+@settings(max_examples=10)
+@given(st.integers(10, 30), st.integers(0, 2**31))
+def test_branches_of_hysparse_overlap_by_design(length, seed) -> None:
+    """A token in the list and in the window counts in both softmaxes; each branch has its own keys."""
+    whole, other = layer(1, length, seed, sink=1), layer(1, length, seed + 1, sink=1)
+    made = case("hysparse:block=4,budget=64,window=5", whole)
+    listed = OP.reference(made.workload, made.inputs)
+    beside = parse_policy("hysparse:block=4,budget=64,window=5").workloads(whole.g).beside[0]
+    window = get_op(beside.op)
+    ring = {n: np.zeros((5, 2, d), np.float32) for n, d in (("k_cache", 6), ("v_cache", 5))}
+    for j in range(length - 5, length):
+        ring["k_cache"][j % 5], ring["v_cache"][j % 5] = other.arrays["k"][j], other.arrays["v"][j]
+    pos = np.array([length - 1, 1], np.int32)
+    near = {"q": whole.arrays["q"], "pos": pos, "sink": other.arrays["sink"], **ring}
+    got = window.reference(beside, near)["out"]
+    plain = dict(made.inputs, k_cache=other.arrays["k"], v_cache=other.arrays["v"])
+    seen = np.zeros((1, whole.g.h, whole.g.cap), bool)
+    seen[..., length - 5 : length] = True
+    alone = contract.Case(made.workload, plain).having(cap=whole.g.cap, SINK=other.arrays["sink"])
+    np.testing.assert_allclose(got, contract.dense(alone, seen)[0], atol=1e-12)
+    np.testing.assert_allclose(
+        listed["out"], contract.dense(contract.everything(made))[0], atol=1e-12
+    )
+    assert not np.allclose(got, listed["out"])
