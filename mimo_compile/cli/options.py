@@ -86,8 +86,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--quant",
         default="none",
         metavar="Q",
-        help="none (default) or WEIGHT[aACT], e.g. w8a8, w4g64a8, w4g64abf16; abf16 or a8 alone keep weights "
-        "(see `targets --formats`)",
+        help="none (default) or WEIGHT[aACT][kv16], e.g. w8a8, w4g64a8, w4g64abf16, w4g64a8kv16; abf16 or a8 "
+        "alone keep weights (see `targets --formats`); kv16: bfloat16 KV caches",
     )
     parser.add_argument(
         "--attention", default="model", metavar="A", help="model (default: as the model says)"
