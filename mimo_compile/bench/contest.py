@@ -185,8 +185,9 @@ class _Turn:
         self.seconds: list[float] = []
         self.at = 0
         contestant.prepare()
-        self._run(1)
-        once = min(self._run(1) for _ in range(2))
+        once = self._run(1)
+        if once < SLOW_S:
+            once = min(self._run(1) for _ in range(2))
         self.number = max(1, min(10_000, round(batch_s / max(once, 1e-7))))
         self.warm = max(1, round(min(WARM_UP_S, batch_s / 4) / max(once, 1e-7)))
         if once > 10 * WARM_UP_S:  # what waking up costs is lost in so long a call
