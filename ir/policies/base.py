@@ -8,7 +8,7 @@ the answers into workloads of the ops ``score_*``, `select_blocks`, `sparse_atte
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
@@ -239,17 +239,18 @@ class AttentionPolicy(ABC):
         """Return the workloads of a sparse layer (a dense one: `cached_attention` alone)."""
         from mimo_compile.ir.ops import get_op
 
-        select, length = self.select, g.length or g.cap
+        select, op = self.select, {"cap": g.cap, "block": self.block, "len": g.length}
         shape: dict[str, Value] = {"t": g.t, "h": g.h, "kv": g.kv, "d": g.d, "dv": g.dv, "c": g.c}
         if select is None:
-            more = {"window": self.kept_window} if self.kept_window else {}
+            if self.kept_window:
+                return Steps(None, None, self._ring(g, shape, self.kept_window))
             dense = get_op("cached_attention").workload(
-                **shape, cap=g.cap, sink=g.sink, len=length, **more
+                **shape, cap=g.cap, sink=g.sink, len=g.length
             )
             return Steps(None, None, dense)
         source = self.score
         assert source is not None
-        scored, op = get_op(source.op), {"cap": g.cap, "block": self.block, "len": length}
+        scored = get_op(source.op)
         hs = {"head": g.h, "group": g.kv, "all": 1}[source.per]
         known = {p.name for p in scored.params}
         given: dict[str, Value] = {**shape, **op, "rows": self.rows, "agg": source.agg}
@@ -267,13 +268,16 @@ class AttentionPolicy(ABC):
         )
         beside: tuple[Workload, ...] = ()
         if self.branch_window:
-            ring = self.branch_window + g.t - 1
-            beside = (
-                get_op("cached_attention").workload(
-                    **shape, cap=ring, window=self.branch_window, sink=g.sink, len=length
-                ),
-            )
+            beside = (self._ring(g, shape, self.branch_window),)
         return Steps(score, choice, attend, beside)
+
+    def _ring(self, g: Geometry, shape: Mapping[str, Value], window: int) -> Workload:
+        """Return attention over a ring of the last positions."""
+        from mimo_compile.ir.ops import get_op
+
+        return get_op("cached_attention").workload(
+            **shape, cap=window + g.t - 1, window=window, sink=g.sink, len=g.length or g.cap
+        )
 
     def __str__(self) -> str:
         """Return the ``--attention`` text: arguments that equal their default are left out."""

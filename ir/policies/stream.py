@@ -39,7 +39,7 @@ class Stream(AttentionPolicy):
 
         attend = get_op("sparse_attention").workload(
             t=g.t, h=g.h, kv=g.kv, d=g.d, dv=g.dv, cap=g.cap, hs=1, block=self.sink, kmax=1,
-            window=self.recent, sink=g.sink, len=g.length or g.cap, c=g.c,
+            window=self.recent, sink=g.sink, len=g.length, c=g.c,
         )  # fmt: skip
         return Steps(None, None, attend)
 
