@@ -63,11 +63,17 @@ def best_channels(importance: Tensor, count: int) -> Tensor:
     return torch.zeros_like(importance, dtype=torch.bool).scatter_(-1, order, True)
 
 
+def dots(q: Tensor, k: Tensor) -> Tensor:
+    """Return q.k of each query head with its KV head's keys: ``[T, H, D], [S, KV, D] -> [T, H, S]``."""
+    per = q.reshape(q.shape[0], k.shape[1], -1, q.shape[2])
+    return torch.einsum("tugd,sud->tugs", per, k).reshape(*q.shape[:2], k.shape[0])
+
+
 def prepared(
     q: Tensor, k_cache: Tensor, pos: Tensor, peak: Tensor | None, guess: Tensor | None,
     kind: str, agg: str, channels: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return q as it is multiplied ``[T, HQ, D]``, keys ``[cap, HQ, D]`` and the mask ``[T, 1, cap]``.
+    """Return q as it is multiplied ``[T, HQ, D]``, keys ``[cap, KV, D]`` and the mask ``[T, 1, cap]``.
 
     Keys that no token sees are zero, whatever the cache holds there.
     """
@@ -85,7 +91,7 @@ def prepared(
         q = torch.where(best_channels(chooser.abs() * peaks, channels), q, 0)
     else:
         q = q * scale
-    return q, k.repeat_interleave(q.shape[1] // kv_heads, 1), seen[:, None]
+    return q, k, seen[:, None]
 
 
 def key_scores(
@@ -95,7 +101,7 @@ def key_scores(
     """Score in q's dtype; see the module's text and `score_keys`."""
     kv_heads = k_cache.shape[1]
     q, k, seen = prepared(q, k_cache, pos, peak, guess, kind, agg, channels, scale)
-    logits = torch.einsum("thd,shd->ths", q, k).masked_fill(~seen, -math.inf)
+    logits = dots(q, k).masked_fill(~seen, -math.inf)
     if kind == "oracle":
         logits = torch.softmax(logits, -1).masked_fill(~seen, -math.inf)
     score = block_max(logits, block)
@@ -243,10 +249,10 @@ class ScoreKeys(OpDef):
         scale, group = self.softmax_scale(p), p["h"] // p["kv"]
         parts = (p["kind"], p["agg"], p["channels"], scale)
         used, keys, seen = prepared(q, k, pos, peak, guess, *parts)
-        size = torch.einsum("thd,shd->ths", used.abs(), keys.abs())
+        size = dots(used.abs(), keys.abs())
         if p["kind"] == "channels":
             whole, _, _ = prepared(q.abs(), k, pos, peak, None, *parts[:2], p["d"], scale)
-            size = torch.einsum("thd,shd->ths", whole, keys.abs())  # a mean of queries may cancel
+            size = dots(whole, keys.abs())  # a mean of queries may cancel
         error = size.masked_fill(~seen, 0.0) * (p["d"] + 4) * U32
         if p["kind"] == "channels":
             assert peak is not None
@@ -254,10 +260,10 @@ class ScoreKeys(OpDef):
                 p, q if guess is None else guess.double(), used, keys, peak
             )
         if unit := parse_cache_format(p["c"]).unit:
-            spread = torch.einsum("thd,shd->ths", used.square(), keys.square()).sqrt()
+            spread = dots(used.square(), keys.square()).sqrt()
             error = error + 6 * unit * spread.masked_fill(~seen, 0.0)
         if p["kind"] == "oracle":
-            logits = torch.einsum("thd,shd->ths", used, keys).masked_fill(~seen, -math.inf)
+            logits = dots(used, keys).masked_fill(~seen, -math.inf)
             lse = torch.logsumexp(logits, -1, keepdim=True)
             arg = (logits - lse).abs().masked_fill(~seen, 0.0)
             rho = 2 * error.amax(-1, keepdim=True) + (16 + 4 * p["cap"] ** 0.5 + 2 * arg) * U32
@@ -285,7 +291,7 @@ class ScoreKeys(OpDef):
         most = torch.where(chosen, -inf, importance + band).amax(-1, keepdim=True)
         edge = ((importance + band >= least) & ~chosen) | ((importance - band <= most) & chosen)
         edge &= (most >= least).expand_as(edge)
-        return torch.einsum("thd,shd->ths", torch.where(edge, size, 0.0), keys.abs())
+        return dots(torch.where(edge, size, 0.0), keys.abs())
 
     def counts(self, workload: Workload) -> Counts:
         """Keys (of ``channels``: those channels) once for each KV head, scores written once."""
