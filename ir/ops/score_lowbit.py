@@ -16,7 +16,7 @@ the score is never below the row's true estimated probability.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -89,19 +89,29 @@ def lowbit_scores(
     bits: int, block: int, rows: int, first: int, last: int, scale: float,
 ) -> Tensor:  # fmt: skip
     """Score in float64; see the module's text and `score_lowbit`."""
-    t, blocks = q.shape[0], blocks_of(k_cache.shape[0], block)
-    estimate, exact, _ = estimates(q, k_cache, pos, q_mean, k_mean, bits, scale)
-    length = estimate.shape[2]
+    t, blocks, length = q.shape[0], blocks_of(k_cache.shape[0], block), int(pos.sum())
     region, forced, candidates = regions(pos, t, length, block, rows, first, last)
-    lse = torch.logsumexp(exact.masked_fill(~region, -math.inf), -1, keepdim=True)
-    weight = torch.exp((estimate - lse).clamp(max=MOST))
-    padding = torch.arange(t) >= int(pos[1])
-    weight = weight.masked_fill(padding[:, None], -math.inf)
-    best = block_max(weight, block).transpose(1, 2)  # [H, NB, T]
-    score = block_max(best, rows).permute(2, 0, 1)
+    padding = (torch.arange(t) >= int(pos[1]))[:, None]
+    heads = []
+    for one in by_head(q, k_cache, q_mean, k_mean):
+        estimate, exact, _ = (x[0] for x in estimates(*one[:2], pos, *one[2:], bits, scale))
+        lse = torch.logsumexp(exact.masked_fill(~region, -math.inf), -1, keepdim=True)
+        weight = torch.exp((estimate - lse).clamp(max=MOST)).masked_fill(padding, -math.inf)
+        heads.append(block_max(block_max(weight, block).T, rows).T)
+    score = torch.stack(heads, 1)
     score = torch.where(forced[:, None], math.inf, score)
     score = score.masked_fill(~candidates[:, None], -math.inf)
     return torch.nn.functional.pad(score, (0, blocks - score.shape[2]), value=-math.inf)
+
+
+def by_head(
+    q: Tensor, k_cache: Tensor, q_mean: Tensor, k_mean: Tensor
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Yield what each query head reads, one head wide: all heads' products at once are too large."""
+    per = q.shape[1] // k_cache.shape[1]
+    for h in range(q.shape[1]):
+        own, kv = slice(h, h + 1), slice(h // per, h // per + 1)
+        yield q[:, own], k_cache[:, kv], q_mean[own], k_mean[kv]
 
 
 @torch.library.custom_op("mimo::score_lowbit", mutates_args=())
@@ -230,9 +240,12 @@ class ScoreLowbit(OpDef):
         """
         p = self.full(workload)
         q, k, pos, q_mean, k_mean = self._parts(p, inputs)
-        _, _, size = estimates(q, k, pos, q_mean, k_mean, p["bits"], self.softmax_scale(p))
-        off = size.amax((1, 2)) * 2 * (p["d"] + 6) * U32
-        off = off + (16 + 4 * size.shape[2] ** 0.5 + 4 * (size.amax() + MOST)) * U32
+        scale = self.softmax_scale(p)
+        parts = by_head(q, k, q_mean, k_mean)
+        found = [estimates(*one[:2], pos, *one[2:], p["bits"], scale)[2].amax() for one in parts]
+        size, length = torch.stack(found), int(pos.sum())
+        off = size * 2 * (p["d"] + 6) * U32
+        off = off + (16 + 4 * length**0.5 + 4 * (size + MOST)) * U32
         finite = np.isfinite(expected["score"])
         score = np.where(finite, expected["score"], 0.0)
         return {"score": np.where(finite, score * torch.expm1(off)[:, None].numpy() + 1e-37, 0.0)}
