@@ -102,12 +102,7 @@ def search(lookup, seed: int, strategy: str) -> None:
     old = os.getcwd()
     os.chdir(space.file.parent)
     try:
-        default = next(iter(lookup.recording.defaults.items()))
-        start = list(space.encoded(default[0], dict(default[1])))
         options = {"max_fevals": min(lookup.limit, len(space.configs))}
-        if strategy in ("genetic_algorithm", "diff_evo", "pso", "firefly_algorithm",
-                        "simulated_annealing", "dual_annealing", "basinhopping"):  # fmt: skip
-            options["x0"] = start
         interface.tune_kernel(
             "kernel", "void kernel() {}", (1, 1, 1), [], space.params,
             restrictions=[space.legal], lang="C", quiet=True, strategy=strategy,
