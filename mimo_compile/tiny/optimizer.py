@@ -71,11 +71,16 @@ class Muon(torch.optim.Optimizer):
 def split_parameters(
     model: torch.nn.Module,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """(matrices for Muon, embedding, norms and sinks for AdamW, routers for a slower AdamW)."""
+    """(matrices for Muon, embedding, norms and sinks for AdamW, routers for a slower AdamW).
+
+    Parameters that need no gradient are left out.
+    """
     matrices: list[Tensor] = []
     rest: list[Tensor] = []
     routers: list[Tensor] = []
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         if "router" in name:
             routers.append(parameter)
         elif parameter.ndim >= 2 and "embed" not in name:

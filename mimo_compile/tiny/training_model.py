@@ -89,6 +89,22 @@ def sink_softmax(scores: Tensor, allowed: Tensor, sink: Tensor | None) -> Tensor
     return (e / total).to(scores.dtype)
 
 
+FLASH_FROM = 1024
+"""Length from which attention without window and sink runs in torch's tiled kernel."""
+
+
+def attend_tiled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`attend` without window and sink, without ever holding the scores of a whole sequence.
+
+    torch's kernel wants values as wide as keys and a key head for each query head.
+    """
+    group, v_dim = q.shape[1] // k.shape[1], v.shape[-1]
+    v = F.pad(v, (0, q.shape[-1] - v_dim))
+    k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0)
+    return out[..., :v_dim]
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, window: int | None, sink: Tensor | None) -> Tensor:
     """Causal attention of equal-length queries and keys, banded where a window allows it.
 
@@ -99,6 +115,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, window: int | None, sink: Tensor | N
     batch, heads, time, dim = q.shape
     kv_heads, v_dim = k.shape[1], v.shape[-1]
     group = heads // kv_heads
+    if window is None and sink is None and time >= FLASH_FROM and v_dim <= dim:
+        return attend_tiled(q, k, v)
     shaped = None if sink is None else sink.float().view(1, kv_heads, 1, group, 1, 1)
     if window is not None and time % window == 0 and time > window:
         bands, rows = time // window, window
@@ -155,19 +173,30 @@ class Attention(Block):
         if windowed:
             self.attention_sink_bias = nn.Parameter(torch.zeros(self.heads))
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """x: [batch, time, hidden], normed; rope: tables [time, rotary / 2] → same shape."""
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x: [batch, time, hidden], normed → (q, k, v), [batch, heads or kv_heads, time, dim].
+
+        Nothing is rotated yet; values are scaled, queries are not.
+        """
         batch, time, _ = x.shape
         x = self.rounded(x)
         q = self.q_proj(x).view(batch, time, self.heads, self.dim).transpose(1, 2)
         k = self.k_proj(x).view(batch, time, self.kv_heads, self.dim).transpose(1, 2)
         v = self.v_proj(x).view(batch, time, self.kv_heads, self.v_dim).transpose(1, 2)
+        return q, k, v * self.value_scale
+
+    def merge(self, out: Tensor) -> Tensor:
+        """out: [batch, heads, time, v_dim] → [batch, time, hidden]."""
+        joined = out.transpose(1, 2).flatten(2)
+        projected: Tensor = self.o_proj(self.rounded(joined))
+        return projected
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """x: [batch, time, hidden], normed; rope: tables [time, rotary / 2] → same shape."""
+        q, k, v = self.project(x)
         q = rotate(q, *rope) * (1.0 / math.sqrt(self.dim))
         sink = self.attention_sink_bias if self.windowed else None
-        out = attend(q, rotate(k, *rope), v * self.value_scale, self.window, sink)
-        out = out.transpose(1, 2).reshape(batch, time, -1)
-        projected: Tensor = self.o_proj(self.rounded(out))
-        return projected
+        return self.merge(attend(q, rotate(k, *rope), v, self.window, sink))
 
 
 class MLP(Block):
@@ -236,7 +265,10 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
         """x: [batch, time, hidden] → (the same shape, expert load [experts] or None)."""
-        x = x + self.self_attn(self.input_layernorm(x), rope)
+        return self.feed(x + self.self_attn(self.input_layernorm(x), rope))
+
+    def feed(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The layer behind its attention: x [batch, time, hidden] → (the same, expert load)."""
         y = self.post_attention_layernorm(x)
         if isinstance(self.mlp, Experts):
             out, load = self.mlp(y.flatten(0, 1))

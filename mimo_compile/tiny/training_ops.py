@@ -65,7 +65,7 @@ def grouped_linear(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
 
 
 def _softmax_error(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """logits: [rows, vocab]; target: [rows] → (summed loss f32, gradient on the logits)."""
+    """logits: [rows, vocab]; target: [rows] → (losses f32 [rows], gradient on the logits)."""
     x = logits.float()
     top = x.amax(-1, keepdim=True)
     e = torch.exp(x - top)
@@ -73,40 +73,48 @@ def _softmax_error(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     hit = torch.arange(x.shape[1], device=x.device)[None, :] == target[:, None]
     error = e / total - hit.float()
     own = x.gather(1, target[:, None])
-    return (top + total.log() - own).sum(), error.to(logits.dtype)
+    return (top + total.log() - own)[:, 0], error.to(logits.dtype)
 
 
 _softmax_error_compiled = torch.compile(_softmax_error)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of `x @ table.T`, computed chunk by chunk with its gradients at once."""
+    """Cross-entropy of `x @ table.T`, computed chunk by chunk with its gradients at once."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, table: Tensor, targets: Tensor, chunk: int, compiled: bool
-    ) -> Tensor:
+        ctx: Any,
+        x: Tensor,
+        table: Tensor,
+        targets: Tensor,
+        weights: Tensor | None,
+        chunk: int,
+        compiled: bool,
+    ) -> tuple[Tensor, Tensor]:
         error_of = _softmax_error_compiled if compiled else _softmax_error
         low = table.to(x.dtype)
         grad_x = torch.empty_like(x)
         grad_table = torch.zeros(table.shape, dtype=torch.float32)
-        total = torch.zeros((), dtype=torch.float32)
+        losses = torch.empty(x.shape[0], dtype=torch.float32)
         for start in range(0, x.shape[0], chunk):
-            part = x[start : start + chunk]
-            loss, error = error_of(F.linear(part, low), targets[start : start + chunk])
-            total += loss
-            grad_x[start : start + chunk] = error @ low
-            grad_table += error.T @ part
-        count = float(x.shape[0])
+            rows = slice(start, start + chunk)
+            losses[rows], error = error_of(F.linear(x[rows], low), targets[rows])
+            if weights is not None:
+                error = error * weights[rows, None].to(error.dtype)
+            grad_x[rows] = error @ low
+            grad_table += error.T @ x[rows]
         ctx.save_for_backward(grad_x, grad_table)
-        ctx.count = count
-        return total / count
+        ctx.mark_non_differentiable(losses)
+        ctx.total = float(x.shape[0] if weights is None else max(float(weights.sum()), 1e-6))
+        summed = losses.sum() if weights is None else losses @ weights
+        return summed / ctx.total, losses
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         grad_x, grad_table = ctx.saved_tensors
-        scale = grads[0] / ctx.count
-        return (grad_x * scale).to(grad_x.dtype), grad_table * scale, None, None, None
+        scale = grads[0] / ctx.total
+        return (grad_x * scale).to(grad_x.dtype), grad_table * scale, None, None, None, None
 
 
 def linear_cross_entropy(
@@ -116,5 +124,21 @@ def linear_cross_entropy(
 
     x: [rows, hidden]; table: [vocab, hidden] f32; targets: [rows] int64. Returns a scalar f32.
     """
-    apply: Callable[..., Tensor] = _LinearCrossEntropy.apply
-    return apply(x, table, targets, chunk, compiled)
+    apply: Callable[..., tuple[Tensor, Tensor]] = _LinearCrossEntropy.apply
+    return apply(x, table, targets, None, chunk, compiled)[0]
+
+
+def weighted_cross_entropy(
+    x: Tensor,
+    table: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    chunk: int = 512,
+    compiled: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """As `linear_cross_entropy`, but the mean is weighted: weights [rows] f32, not negative.
+
+    Returns (scalar f32, 0 if no row has any weight; the losses of all rows [rows], detached).
+    """
+    apply: Callable[..., tuple[Tensor, Tensor]] = _LinearCrossEntropy.apply
+    return apply(x, table, targets, weights, chunk, compiled)
