@@ -43,6 +43,9 @@ SCHEDULES: dict[str, dict[str, str]] = {
         "cached_attention.x86_flash_pairs": "attention.x86_flash_pairs:X86FlashPairs",
     },
     "kv_append": {"kv_append.x86": "attention.x86_append:X86Append"},
+    "describe_blocks": {"describe_blocks.x86": "attention.x86_describe:X86Describe"},
+    "score_blocks": {"score_blocks.x86": "attention.x86_score_blocks:X86ScoreBlocks"},
+    "select_blocks": {"select_blocks.x86": "attention.x86_select:X86Select"},
     "moe": {
         "moe.x86_planes": "moe.x86_dense:X86MoePlanes",
         "moe.x86_lut": "moe.x86_lut:X86MoeLut",

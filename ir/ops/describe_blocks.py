@@ -3,7 +3,9 @@
 After tokens ``start ... start + valid - 1`` (``pos = [start, valid]``) were written, entry e, which describes
 positions ``e * stride ... e * stride + size - 1``, is made anew from those up to the last token, if it holds
 any of the written ones. It is never merged with what it was: positions may have been overwritten
-(rectified, rolled back), and a minimum cannot be taken back. Other entries keep their values.
+(rectified, rolled back), and a minimum cannot be taken back. Other entries keep their values. With ``whole``,
+so do entries that are not complete yet: whoever scores only complete ones (`score_blocks`) has no use for
+the running one, which would cost a pass over its keys at every step.
 
 Kinds and their parts: ``bounds`` (least, greatest), ``mean``, ``peak`` (greatest magnitude), ``pool3``
 (greatest, least, mean: what SeerAttention's gates compress).
@@ -46,18 +48,20 @@ def describe(keys: Tensor, kind: str) -> Tensor:
     return torch.stack([keys.amax(0), keys.amin(0), keys.mean(0)], 1)
 
 
-def touched(pos: Tensor, entries: int, size: int, stride: int) -> range:
-    """Return the entries that hold a position that was written."""
+def touched(pos: Tensor, entries: int, size: int, stride: int, whole: bool = False) -> range:
+    """Return the entries that hold a position that was written (``whole``: those that are complete)."""
     start, end = int(pos[0]), int(pos[0]) + int(pos[1])
     if end == start:
         return range(0)
-    return range(max(0, (start - size) // stride + 1), min(entries, (end - 1) // stride + 1))
+    first, stop = max(0, (start - size) // stride + 1), min(entries, (end - 1) // stride + 1)
+    return range(first, max(first, min(stop, (end - size) // stride + 1)) if whole else stop)
 
 
 @torch.library.custom_op("mimo::describe_blocks", mutates_args=("desc",))
 def describe_blocks(
-    k_cache: Tensor, pos: Tensor, desc: Tensor, kind: str, size: int, stride: int
-) -> None:
+    k_cache: Tensor, pos: Tensor, desc: Tensor, kind: str, size: int, stride: int,
+    whole: bool = False,
+) -> None:  # fmt: skip
     """Update descriptors in place.
 
     Args:
@@ -67,20 +71,29 @@ def describe_blocks(
         kind: See the module's text.
         size: Positions of an entry.
         stride: Positions from one entry to the next.
+        whole: Leave entries alone until they are complete.
     """
     end = int(pos[0]) + int(pos[1])
-    for e in touched(pos, desc.shape[0], size, stride):
+    wide = torch.promote_types(desc.dtype, torch.float32)
+    for e in touched(pos, desc.shape[0], size, stride, whole):
         keys = k_cache[e * stride : min(e * stride + size, end)]
-        desc[e] = describe(keys.to(desc.dtype), kind)
+        desc[e] = describe(keys.to(wide), kind).to(desc.dtype)
 
 
 @describe_blocks.register_fake
-def _(k_cache: Tensor, pos: Tensor, desc: Tensor, kind: str, size: int, stride: int) -> None:
+def _(
+    k_cache: Tensor, pos: Tensor, desc: Tensor, kind: str, size: int, stride: int,
+    whole: bool = False,
+) -> None:  # fmt: skip
     return None
 
 
 class DescribeBlocks(OpDef):
-    """``describe_blocks:t=1,kv=8,d=128,cap=65536,kind=bounds,size=16``; ``stride`` defaults to ``size``."""
+    """``describe_blocks:t=1,kv=8,d=128,cap=65536,kind=bounds,size=16``; ``stride`` defaults to ``size``.
+
+    ``c`` is the cache's format, ``e`` that of the entries: bfloat16 ones hold the least and greatest of
+    bfloat16 keys as they are, and means rounded.
+    """
 
     name = "describe_blocks"
     params = (
@@ -93,11 +106,17 @@ class DescribeBlocks(OpDef):
         Param("stride", int, 0),
         Param("len", int, 0),
         Param("c", str, "f32"),
+        Param("whole", int, 0),
+        Param("e", str, "f32"),
     )
 
     def check(self, p: Mapping[str, Any]) -> None:
         """Refuse unknown kinds and lengths beyond the cache."""
-        parse_cache_format(p["c"])
+        if parse_cache_format(p["e"]).bits < parse_cache_format(p["c"]).bits:
+            raise UsageError(
+                f"describe_blocks: e={p['e']} entries of c={p['c']} keys would not bound them",
+                remedy="leave out e=, or keep keys in the same format",
+            )
         if p["kind"] not in PARTS:
             raise UsageError(
                 f"describe_blocks: no kind={p['kind']}", remedy=f"choose from {', '.join(PARTS)}"
@@ -118,7 +137,7 @@ class DescribeBlocks(OpDef):
         return (
             Arg("pos", "input", (2,), "int32"),
             Arg("k_cache", "state", (p["cap"], p["kv"], p["d"]), parse_cache_format(p["c"]).dtype),
-            Arg("desc", "state", shape, "float32", mutated=True),
+            Arg("desc", "state", shape, parse_cache_format(p["e"]).dtype, mutated=True),
         )
 
     def make_inputs(self, workload: Workload, rng: np.random.Generator) -> dict[str, Array]:
@@ -129,29 +148,37 @@ class DescribeBlocks(OpDef):
         keys = rng.standard_normal(cache.shape, dtype=np.float32)
         keys[length:] = np.nan
         keys = parse_cache_format(p["c"]).encode(keys)
-        wild = 100 * rng.standard_normal(desc.shape, dtype=np.float32)
+        wild = parse_cache_format(p["e"]).encode(
+            100 * rng.standard_normal(desc.shape, dtype=np.float32)
+        )
         return {"pos": np.array([length - p["t"], p["t"]], np.int32), "k_cache": keys, "desc": wild}
 
     def reference(self, workload: Workload, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Compute in float64; untouched entries keep their values."""
-        desc = torch.from_numpy(inputs["desc"]).double()
         p = self.full(workload)
+        desc = torch.from_numpy(parse_cache_format(p["e"]).decode(inputs["desc"])).double()
         stored = parse_cache_format(p["c"]).decode(inputs["k_cache"])
         keys, pos = (torch.from_numpy(np.ascontiguousarray(a)) for a in (stored, inputs["pos"]))
-        describe_blocks(keys, pos, desc, p["kind"], *self._sizes(workload)[1:])
+        _, size, stride = self._sizes(workload)
+        describe_blocks(keys, pos, desc, p["kind"], size, stride, bool(p["whole"]))
         return {"desc": desc.numpy()}
 
     def bound(
         self, workload: Workload, inputs: Mapping[str, Array], expected: Mapping[str, Array]
     ) -> dict[str, Array]:
-        """Least and greatest are exact; a mean of n rounds n times, relative to the mean magnitude."""
+        """Least and greatest are exact; a mean of n rounds n times, relative to the mean magnitude.
+
+        16-bit entries round it once more.
+        """
         p, out = self.full(workload), np.zeros(expected["desc"].shape)
         if p["kind"] in ("mean", "pool3"):
             pos, (entries, size, stride) = torch.from_numpy(inputs["pos"]), self._sizes(workload)
             end, stored = int(inputs["pos"].sum()), parse_cache_format(p["c"])
-            for e in touched(pos, entries, size, stride):
+            for e in touched(pos, entries, size, stride, bool(p["whole"])):
                 keys = stored.decode(inputs["k_cache"][e * stride : min(e * stride + size, end)])
-                out[e, :, -1] = (len(keys) + 2) * U32 * np.abs(keys).mean(0)
+                error = (len(keys) + 2) * U32 * np.abs(keys).mean(0)
+                unit = parse_cache_format(p["e"]).unit
+                out[e, :, -1] = error + unit * (np.abs(expected["desc"][e, :, -1]) + error)
         return {"desc": out}
 
     def counts(self, workload: Workload) -> Counts:
@@ -159,11 +186,12 @@ class DescribeBlocks(OpDef):
         p = self.full(workload)
         entries, size, stride = self._sizes(workload)
         length = int(p["len"] or p["cap"])
-        made = touched(torch.tensor([length - p["t"], p["t"]]), entries, size, stride)
-        keys = min(length, made.stop * stride - stride + size) - made.start * stride
+        pos = torch.tensor([length - p["t"], p["t"]])
+        made = touched(pos, entries, size, stride, bool(p["whole"]))
+        keys = min(length, made.stop * stride - stride + size) - made.start * stride if made else 0
         parts = PARTS[p["kind"]]
         row = float(p["kv"] * p["d"])
         read = parse_cache_format(p["c"]).bytes * keys
-        return Counts(
-            {"add_f32": keys * row * parts}, {"dram": row * (read + 4.0 * len(made) * parts)}
-        )
+        written = parse_cache_format(p["e"]).bytes * len(made) * parts
+        moved = row * (read + written) + 8.0  # and the two numbers that say whether there is work
+        return Counts({"add_f32": keys * row * parts}, {"dram": moved})

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from mimo_compile.errors import UsageError
+from mimo_compile.ir.caches import parse_cache_format
 from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.ops.base import Arg, Array, OpDef, Param
 from mimo_compile.ir.ops.block_lists import blocks_of, row_spans
@@ -139,7 +140,10 @@ def _(
 
 
 class ScoreBlocks(OpDef):
-    """``score_blocks:t=1,h=32,kv=8,d=128,cap=65536,kind=quest,agg=max,block=16``."""
+    """``score_blocks:t=1,h=32,kv=8,d=128,cap=65536,kind=quest,agg=max,block=16``.
+
+    ``e`` is the format of the descriptors.
+    """
 
     name = "score_blocks"
     params = (
@@ -157,10 +161,12 @@ class ScoreBlocks(OpDef):
         Param("stride", int, 0),
         Param("scale", float, 0.0),
         Param("len", int, 0),
+        Param("e", str, "f32"),
     )
 
     def check(self, p: Mapping[str, Any]) -> None:
         """Refuse unknown kinds, heads that do not group, sizes that mean nothing."""
+        parse_cache_format(p["e"])
         if p["kind"] not in KINDS or p["agg"] not in KINDS[p["kind"]]:
             ways = "; ".join(f"{kind}: {', '.join(aggs)}" for kind, aggs in KINDS.items())
             raise UsageError(f"score_blocks: no kind={p['kind']}, agg={p['agg']}", remedy=ways)
@@ -205,7 +211,9 @@ class ScoreBlocks(OpDef):
             out.append(Arg("weight", "input", (rows, heads), "float32"))
         return (
             *out,
-            Arg("desc", "state", (entries, p["kv"], parts, p["d"]), "float32"),
+            Arg(
+                "desc", "state", (entries, p["kv"], parts, p["d"]), parse_cache_format(p["e"]).dtype
+            ),
             Arg("score", "output", (rows, scored, blocks_of(p["cap"], p["block"])), "float32"),
         )
 
@@ -221,11 +229,13 @@ class ScoreBlocks(OpDef):
         if p["kind"] == "quest":
             out["desc"].sort(axis=2)
         out["desc"][max(0, (length - size) // stride + 1) :] = np.nan
+        out["desc"] = parse_cache_format(p["e"]).encode(out["desc"])
         out["pos"] = np.array([length - p["t"], p["t"]], np.int32)
         return out
 
     def _score(self, p: Mapping[str, Any], inputs: Mapping[str, Array]) -> Tensor:
-        t = {n: torch.from_numpy(np.ascontiguousarray(a)) for n, a in inputs.items()}
+        held = {**inputs, "desc": parse_cache_format(p["e"]).decode(inputs["desc"])}
+        t = {n: torch.from_numpy(np.ascontiguousarray(a)) for n, a in held.items()}
         return block_scores(
             t["q"].double(), t["desc"].double(), t.get("weight"), t["pos"], p["kind"], p["agg"],
             bool(p["soft"]), p["block"], p["rows"], blocks_of(p["cap"], p["block"]),
@@ -246,7 +256,9 @@ class ScoreBlocks(OpDef):
         by D make probabilities off by a factor of ``exp(+-2 D)``, beside the sum's own roundings.
         """
         p = dict(self.full(workload))
-        parts = {n: np.abs(a) if n != "pos" else a for n, a in inputs.items()}
+        held = {**inputs, "desc": parse_cache_format(p["e"]).decode(inputs["desc"])}
+        parts = {n: np.abs(a) if n != "pos" else a for n, a in held.items()}
+        p["e"] = "f32"
         if p["kind"] == "quest":
             parts["desc"] = np.broadcast_to(
                 parts["desc"].max(2, keepdims=True), parts["desc"].shape
@@ -279,7 +291,8 @@ class ScoreBlocks(OpDef):
         entries = sizes["desc"] * filled / p["kv"]  # elements of one KV head
         rows, (heads, _) = blocks_of(p["t"], p["rows"]), self.heads(p)
         used = p["kv"] if p["agg"] == "query" else heads
-        moved = (sizes["desc"] + sizes["score"]) * filled + sizes["q"]
+        moved = (sizes["desc"] * parse_cache_format(p["e"]).bytes / 4.0 + sizes["score"]) * filled
+        moved += sizes["q"]
         ops = {"fma_f32": entries * rows * used}
         if p["kind"] == "compressed" or p["soft"]:
             ops["exp_f32"] = entries * rows * used / p["d"]

@@ -39,16 +39,16 @@ def round_up(n: int) -> int:
 
 
 def cache_shapes(p: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return the packed shapes for an op's parameters ``cap``, ``kv``, ``d``, ``dv``, ``c``."""
-    slots = round_up(p["cap"])
+    """Return the packed shapes for an op's parameters ``cap``, ``kv``, ``d``, ``c``, and ``dv`` if any."""
+    slots, dv = round_up(p["cap"]), p.get("dv", 0)
     if parse_cache_format(p["c"]).bits == 16:
         return {
             "k_cache": (p["kv"], slots // LANES, -(-p["d"] // 2), 2 * LANES),
-            "v_cache": (p["kv"], slots // 2, 2 * round_up(p["dv"])),
+            "v_cache": (p["kv"], slots // 2, 2 * round_up(dv)),
         }
     return {
         "k_cache": (p["kv"], slots // LANES, p["d"], LANES),
-        "v_cache": (p["kv"], slots, round_up(p["dv"])),
+        "v_cache": (p["kv"], slots, round_up(dv)),
     }
 
 
