@@ -41,6 +41,8 @@ SCHEDULES: dict[str, dict[str, str]] = {
     "cached_attention": {
         "cached_attention.x86_flash": "attention.x86_flash:X86Flash",
         "cached_attention.x86_flash_pairs": "attention.x86_flash_pairs:X86FlashPairs",
+        "cached_attention.x86_flash_amx": "attention.x86_flash_amx:X86FlashAmx",
+        "cached_attention.x86_int8": "attention.x86_int8:X86Int8",
     },
     "kv_append": {"kv_append.x86": "attention.x86_append:X86Append"},
     "describe_blocks": {"describe_blocks.x86": "attention.x86_describe:X86Describe"},

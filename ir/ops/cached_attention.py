@@ -22,6 +22,7 @@ from torch import Tensor
 from mimo_compile.errors import UsageError
 from mimo_compile.ir.caches import parse_cache_format
 from mimo_compile.ir.counts import Counts
+from mimo_compile.ir.ops import int8_attention
 from mimo_compile.ir.ops.base import Arg, Array, OpDef, Param
 from mimo_compile.ir.ops.numerics import U32
 from mimo_compile.ir.workload import Workload
@@ -120,11 +121,13 @@ class CachedAttention(OpDef):
         Param("scale", float, 0.0),
         Param("len", int, 0),
         Param("c", str, "f32"),
+        Param("arith", str, "float"),
     )
 
     def check(self, p: Mapping[str, Any]) -> None:
         """Refuse heads that do not group, rings too small for the window, unknown cache formats."""
         parse_cache_format(p["c"])
+        int8_attention.check_arith(p)
         if p["h"] % p["kv"]:
             raise UsageError(f"cached_attention: h={p['h']} is not a multiple of kv={p['kv']}")
         if p["window"] and p["cap"] < p["window"] + p["t"] - 1:
@@ -196,6 +199,9 @@ class CachedAttention(OpDef):
 
     def reference(self, workload: Workload, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Compute in float64."""
+        p = self.full(workload)
+        if p["arith"] != "float":
+            return {"out": int8_attention.attended(p, self.softmax_scale(p), inputs).out.numpy()}
         return {"out": self._attend(workload, inputs, torch.float64).numpy()}
 
     def bound(
@@ -213,6 +219,8 @@ class CachedAttention(OpDef):
         2.4 times as far from 1, in the mean square, as roundings are.
         """
         p = self.full(workload)
+        if p["arith"] != "float":
+            return {"out": int8_attention.allowed(p, self.softmax_scale(p), inputs, DRAWS)}
         out = self.exact_bound(workload, inputs, expected)["out"]
         unit = parse_cache_format(p["c"]).unit
         if unit:
@@ -250,7 +258,7 @@ class CachedAttention(OpDef):
         read = min(length, (p["window"] + p["t"] - 1) if p["window"] else length)
         work = float(p["t"]) * p["h"] * (per_query - (0 if p["window"] else (p["t"] - 1) / 2))
         return Counts(
-            {"fma_f32": work * (p["d"] + p["dv"]), "exp_f32": work},
+            {**int8_attention.products(p, work), "exp_f32": work},
             {
                 "dram": parse_cache_format(p["c"]).bytes * read * p["kv"] * (p["d"] + p["dv"])
                 + 4.0 * p["t"] * p["h"] * (p["d"] + p["dv"])

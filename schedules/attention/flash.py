@@ -6,8 +6,11 @@ running maximum, denominator, output) is a few KiB of scratch per task.
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar
 
+from mimo_compile.schedules.attention import exponent
+from mimo_compile.schedules.attention.layout import round_up
 from mimo_compile.schedules.attention.reach import Reach, Tiling, fixed
 from mimo_compile.schedules.emit.build import (
     Register,
@@ -30,15 +33,22 @@ MASKED, START = -3e38, -1e30
 class Tile:
     """State of a tile of queries while it passes over keys and values."""
 
-    def __init__(self, s: Tiling, k: Any, v: Any, head: Any) -> None:
+    short: ClassVar[bool] = False
+    """Weights are rounded afterwards, so that short powers of two do."""
+
+    def __init__(self, s: Tiling, k: Any, v: Any, head: Any, lead: Any = None) -> None:
+        """``head`` is that of the caches; ``lead`` the group of query heads, where those differ."""
         self.s, self.k, self.v, self.head = s, k, v, head
+        self.lead = head if lead is None else lead
         width = s.blocks * LANES
         self.streams = s.ahead > 0 and s.height <= s.rows
         self.q = workspace((s.height, s.p["d"]), "float32")
         self.score = workspace((s.height, width), "float32")
         self.out = workspace((s.height, s.columns * LANES), "float32")
-        self.top = workspace((s.height,), "float32")
-        self.shrink = workspace((s.height,), "float32")
+        self.lines = round_up(s.height) // LANES
+        self.top, self.best, self.shrink = (
+            workspace((self.lines * LANES,), "float32") for _ in range(3)
+        )
         self.sum = workspace((s.height, LANES), "float32")
 
     def begin(self, q: Any, first: Any, scale: float) -> None:
@@ -47,14 +57,21 @@ class Tile:
         with loop(s.tokens) as token:
             source = bind(T.min(first + token, T.int32(s.p["t"] - 1)))
             with loop(s.group) as g:
-                row, head = token * s.group + g, self.head * s.group + g
+                row, head = token * s.group + g, self.lead * s.group + g
                 with loop(d // LANES) as j:
                     value = load(q, source, head, j * LANES, lanes=LANES)
                     store(self.q, value * splat(scale * LOG2E), row, j * LANES, lanes=LANES)
                 for j in range(d // LANES * LANES, d):
                     store(self.q, q[source, head, j] * T.float32(scale * LOG2E), row, j)
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin with no sums, and maxima below all that is seen."""
+        s = self.s
+        with loop(self.lines) as i:
+            for maxima in (self.top, self.best):
+                store(maxima, splat(START), i * LANES, lanes=LANES)
         with loop(s.height) as row:
-            store(self.top, T.float32(START), row)
             store(self.sum, splat(0.0), row, 0, lanes=LANES)
             with loop(s.columns) as j:
                 store(self.out, splat(0.0), row, j * LANES, lanes=LANES)
@@ -76,12 +93,13 @@ class Tile:
     def _scores(self, reach: Reach, step: Any, part: Any, wide: int, first: Any, rows: int) -> None:
         s = self.s
         blocks = [reach.block(step, part + u) for u in range(wide)]
+        later = self.later(reach, step, part, wide)
         acc = [[Register("float32", LANES, splat(0.0)) for _ in blocks] for _ in range(rows)]
         with loop(s.p["d"]) as i:
             keys = [bind(load(self.k, self.head, b, i, 0, lanes=LANES)) for b in blocks]
             if self.streams:
-                for b in blocks:
-                    prefetch(self.k, self.head, b + s.ahead * s.blocks, i, 0)
+                for b, far in zip(blocks, later, strict=True):
+                    prefetch(self.k, self.head, b + far, i, 0)
             for r in range(rows):
                 query = bind(splat(self.q[first + r, i]))
                 for u, key in enumerate(keys):
@@ -90,19 +108,21 @@ class Tile:
             for u in range(wide):
                 store(self.score, acc[r][u].get(), first + r, (part + u) * LANES, lanes=LANES)
 
+    def later(self, reach: Reach, step: Any, part: Any, wide: int) -> list[Any]:
+        """Return for each block how many blocks on the one lies that is to be prefetched with it."""
+        return [reach.further(step, part + u) if self.streams else 0 for u in range(wide)]
+
     def mask(self, reach: Reach, step: Any, first: Any) -> None:
         """Replace the scores of unseen slots (of whatever they hold, NaN too)."""
         s = self.s
         with loop(s.blocks) as u:
             positions = reach.positions(step, u)
             with loop(s.tokens) as token:
-                query = bind(reach.start + first + token)
-                low, high = bind(splat(reach.lower(query))), bind(splat(query))
+                limits = reach.limits(bind(reach.start + first + token))
                 with loop(s.group) as g:
                     row = token * s.group + g
                     value = load(self.score, row, u * LANES, lanes=LANES)
-                    seen = T.And(positions >= low, positions <= high)
-                    value = T.Select(seen, value, splat(MASKED))
+                    value = T.Select(reach.sees(positions, limits), value, splat(MASKED))
                     store(self.score, value, row, u * LANES, lanes=LANES)
 
     def weigh(self) -> None:
@@ -113,16 +133,31 @@ class Tile:
             for u in range(1, s.blocks):
                 best.set(T.max(best.get(), load(self.score, row, u * LANES, lanes=LANES)))
             top = T.call_llvm_pure_intrin("float32", "llvm.vector.reduce.fmax", best.get())
-            top = bind(T.max(top, self.top[row]))
-            shrink = bind(exp2(self.top[row] - top, 1))
-            store(self.shrink, shrink, row)
-            store(self.top, top, row)
-            total = Register("float32", LANES, load(self.sum, row, 0, lanes=LANES) * splat(shrink))
-            with loop(s.blocks) as u:
-                weight = bind(exp2(load(self.score, row, u * LANES, lanes=LANES) - splat(top)))
-                weight = self.weight(weight, row, u * LANES)
-                total.set(total.get() + weight)
+            store(self.best, top, row)
+        with loop(self.lines) as i:
+            self.raise_top(i * LANES)
+        with loop(s.height) as row:
+            total = load(self.sum, row, 0, lanes=LANES) * splat(self.shrink[row])
+            total = Register("float32", LANES, total)
+            self.weights_of(row, bind(splat(self.top[row])), total)
             store(self.sum, total.get(), row, 0, lanes=LANES)
+
+    def raise_top(self, row: Any) -> None:
+        """Raise the maxima of 16 rows to those of the step, and say what earlier sums shrink by."""
+        before = bind(load(self.top, row, lanes=LANES))
+        top = bind(T.max(load(self.best, row, lanes=LANES), before))
+        store(self.shrink, self.exp2(before - top), row, lanes=LANES)
+        store(self.top, top, row, lanes=LANES)
+
+    def weights_of(self, row: Any, top: Any, total: Register) -> None:
+        """Turn the scores of a row into weights relative to ``top`` and add them to ``total``."""
+        with loop(self.s.blocks) as u:
+            weight = bind(self.exp2(load(self.score, row, u * LANES, lanes=LANES) - top))
+            total.set(total.get() + self.weight(weight, row, u * LANES))
+
+    def exp2(self, x: Any) -> Any:
+        """Return 16 powers of two of numbers up to 0."""
+        return exponent.exp2(x, scaled=self.s.avx512, short=self.short)
 
     def weight(self, value: Any, row: Any, at: Any) -> Any:
         """Keep 16 weights of a row from slot ``at`` on; returns them as they are summed."""
@@ -133,7 +168,8 @@ class Tile:
         """Add the weighted values of the step's slots that were ever written."""
         s = self.s
         for base, rows, count in self._row_tiles():
-            wide = max(1, min(s.columns, s.registers // rows))
+            most = max(1, min(s.columns, s.registers // rows))
+            wide = -(-s.columns // -(-s.columns // most))  # as many tiles, but of equal width
             full, rest = divmod(s.columns, wide)
             for column, width, groups in ((0, wide, full), (full * wide, rest, 1)):
                 if width:
@@ -150,29 +186,38 @@ class Tile:
             acc.append([Register("float32", LANES, start) for start in row])
         with loop(self.s.blocks) as u:
             block, live = reach.block(step, u), reach.live(step, u)
+            kept, far = reach.kept(step, u), self.later(reach, step, u, 1)[0]
             with T.serial(0, live) as i:
                 slot = fixed(block * LANES + i)
-                values = [bind(load(self.v, self.head, slot, j, lanes=LANES)) for j in columns]
-                if self.streams:
-                    for j in columns:
-                        ahead = self.s.ahead * self.s.blocks * LANES
-                        prefetch(self.v, self.head, slot + ahead, j)
-                for r in range(rows):
-                    weight = bind(splat(self.score[first + r, u * LANES + i]))
-                    for j, value in enumerate(values):
-                        acc[r][j].set(acc[r][j].get() + value * weight)
+                with only(kept, i, 1):
+                    values = [bind(load(self.v, self.head, slot, j, lanes=LANES)) for j in columns]
+                    if self.streams:
+                        for j in columns:
+                            prefetch(self.v, self.head, slot + far * LANES, j)
+                    for r in range(rows):
+                        weight = bind(splat(self.score[first + r, u * LANES + i]))
+                        for j, value in enumerate(values):
+                            acc[r][j].set(acc[r][j].get() + value * weight)
         for r in range(rows):
             for at, register in zip(columns, acc[r], strict=True):
                 store(self.out, register.get(), first + r, at, lanes=LANES)
 
     def run(self, reach: Reach, first: Any, begin: Any, end: Any) -> None:
         """Pass over the steps ``begin .. end-1``."""
+        reach.prepare(begin, end)
         with T.serial(begin, end) as step:
             self.scores(reach, step)
-            with when(T.Not(reach.clean(step))):
+            clean = reach.clean(step)
+            if clean is None:
                 self.mask(reach, step, first)
+            else:
+                with when(T.Not(clean)):
+                    self.mask(reach, step, first)
             self.weigh()
             self.values(reach, step)
+
+    def end(self) -> None:
+        """Give back what `begin` took."""
 
     def denominator(self, row: Any) -> Any:
         """Return the sum of a row's weights."""
@@ -187,6 +232,13 @@ class Tile:
             out.append((base, rows, count))
             base += rows * count
         return out
+
+
+def only(kept: Any, at: Any, lanes: int) -> AbstractContextManager[None]:
+    """Run the statements if a bit of ``kept`` is set for one of the slots from ``at`` on; None: always."""
+    if kept is None:
+        return nullcontext()
+    return when(T.bitwise_and(T.shift_right(kept, at), T.int32((1 << lanes) - 1)) != 0)
 
 
 def factor(top: Any, total: Any, sink: Any | None) -> Any:

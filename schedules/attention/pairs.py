@@ -7,11 +7,14 @@ bfloat16, or q is a sum of two. The rounded weights are summed, so that those of
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from mimo_compile.schedules.attention.flash import Tile
+from mimo_compile.schedules.attention.flash import Tile, only
 from mimo_compile.schedules.attention.reach import Reach, Tiling, fixed
 from mimo_compile.schedules.emit.bf16 import dot
+from mimo_compile.schedules.emit.bf16 import imported as dots_imported
 from mimo_compile.schedules.emit.build import (
     Register,
     T,
@@ -20,6 +23,7 @@ from mimo_compile.schedules.emit.build import (
     loop,
     prefetch,
     store,
+    when,
     workspace,
 )
 from mimo_compile.schedules.emit.rounding import bf16_bits
@@ -29,6 +33,30 @@ FEW = 8
 """Sums that hide the latency of a multiply-add: four cycles, two in each."""
 UPPER = -0x10000
 """Mask of the second number of a pair."""
+ONES = 0x3F803F80
+"""A pair of ones."""
+_NAME = "mimo_round_bf16"
+_MODULE = f"""
+declare <32 x bfloat> @llvm.x86.avx512bf16.cvtne2ps2bf16.512(<16 x float>, <16 x float>)
+define <16 x i32> @{_NAME}(<16 x float> %low, <16 x float> %high) {{
+  %b = call <32 x bfloat> @llvm.x86.avx512bf16.cvtne2ps2bf16.512(<16 x float> %high, <16 x float> %low)
+  %r = bitcast <32 x bfloat> %b to <16 x i32>
+  ret <16 x i32> %r
+}}
+"""
+"""Rounds to nearest, half to even; subnormal numbers become zero, a NaN stays one."""
+
+
+@contextmanager
+def imported() -> Iterator[None]:
+    """Enclose the statements of `Dots`."""
+    with dots_imported(), T.attr(T.int32(0), "pragma_import_llvm", _MODULE):
+        yield
+
+
+def _rounded(low: Any, high: Any) -> Any:
+    """Return 32 bfloat16 numbers from float32, the 16 of ``low`` first, in 16 lanes."""
+    return T.call_extern("int32x16", _NAME, low, high)
 
 
 def _words(buffer: Any, *index: Any) -> Any:
@@ -53,6 +81,7 @@ class Widened(Tile):
 
     def _scores(self, reach: Reach, step: Any, part: Any, wide: int, first: Any, rows: int) -> None:
         blocks = [reach.block(step, part + u) for u in range(wide)]
+        later = self.later(reach, step, part, wide)
         d, cells = int(self.s.p["d"]), rows * wide
         # few sums would wait for each other: then each half of the pairs has its own
         chains = 2 if cells < FEW else 1
@@ -60,9 +89,9 @@ class Widened(Tile):
         acc = [sums[r * wide * chains : (r + 1) * wide * chains] for r in range(rows)]
         if d > 1:
             with loop(d // 2) as i:
-                self._score_pair(blocks, i, first, acc, 2)
+                self._score_pair(blocks, later, i, first, acc, 2)
         if d % 2:
-            self._score_pair(blocks, d // 2, first, acc, 1)
+            self._score_pair(blocks, later, d // 2, first, acc, 1)
         for r in range(rows):
             for u in range(wide):
                 total = acc[r][u].get()
@@ -71,10 +100,11 @@ class Widened(Tile):
                 store(self.score, total, first + r, (part + u) * LANES, lanes=LANES)
 
     def _score_pair(
-        self, blocks: list[Any], i: Any, first: Any, acc: list[list[Register]], parts: int
-    ) -> None:
+        self, blocks: list[Any], later: list[Any], i: Any, first: Any, acc: list[list[Register]],
+        parts: int,
+    ) -> None:  # fmt: skip
         words = [_words(self.k, self.head, b, i, 0) for b in blocks]
-        self.ask_keys(blocks, i)
+        self.ask_keys(blocks, later, i)
         mask = splat(T.int32(UPPER))
         keys = [[_first(w), _second(w, mask)][:parts] for w in words]
         for r, row in enumerate(acc):
@@ -84,18 +114,17 @@ class Widened(Tile):
                 for u, register in enumerate(own):
                     register.set(register.get() + keys[u][half] * query)
 
-    def ask_keys(self, blocks: list[Any], i: Any) -> None:
-        """Prefetch the line of keys that comes some steps later."""
+    def ask_keys(self, blocks: list[Any], later: list[Any], i: Any) -> None:
+        """Prefetch the lines of keys that come some steps later, ``later`` blocks on."""
         if self.streams:
-            for b in blocks:
-                prefetch(self.k, self.head, b + self.s.ahead * self.s.blocks, i, 0)
+            for b, far in zip(blocks, later, strict=True):
+                prefetch(self.k, self.head, b + far, i, 0)
 
-    def ask_values(self, pair: Any, columns: list[Any]) -> None:
-        """Prefetch the lines of values that come some steps later."""
+    def ask_values(self, pair: Any, far: Any, columns: list[Any]) -> None:
+        """Prefetch the lines of values that come some steps later, ``far`` blocks on."""
         if self.streams:
-            ahead = self.s.ahead * self.s.blocks * (LANES // 2)
             for j in columns:
-                prefetch(self.v, self.head, pair + ahead, 2 * j)
+                prefetch(self.v, self.head, pair + far * (LANES // 2), 2 * j)
 
     def _values(self, reach: Reach, step: Any, first: Any, rows: int, columns: list[Any]) -> None:
         acc: list[list[Register]] = []
@@ -105,21 +134,36 @@ class Widened(Tile):
             acc.append([Register("float32", LANES, start) for start in row])
         with loop(self.s.blocks) as u:
             block, live = reach.block(step, u), reach.live(step, u)
-            with T.serial(0, fixed(T.shift_right(live + 1, T.int32(1)))) as i:
-                pair = fixed(block * (LANES // 2) + i)
+            kept, far = reach.kept(step, u), self.later(reach, step, u, 1)[0]
+            whole = fixed(T.shift_right(live + int(kept is not None), T.int32(1)))
+            with T.serial(0, whole) as i:
+                at = (fixed(block * (LANES // 2) + i), far, u * LANES + 2 * i)
+                halves = None if kept is None else _halves(kept, 2 * i)
+                with only(kept, 2 * i, 2):
+                    self._value_pair(at, True, halves, first, acc, columns)
+            if kept is None:
                 # a slot that was never written may hold anything, beside one that was
-                both = 2 * i + 1 < live
-                self._value_pair(pair, u * LANES + 2 * i, both, first, acc, columns)
+                with when(2 * whole < live):
+                    at = (fixed(block * (LANES // 2) + whole), far, u * LANES + 2 * whole)
+                    self._value_pair(at, False, None, first, acc, columns)
         for r in range(rows):
             for at, register in zip(columns, acc[r], strict=True):
                 store(self.out, register.get(), first + r, at, lanes=LANES)
 
     def _value_pair(
-        self, pair: Any, slot: Any, both: Any, first: Any, acc: list[list[Register]], columns: list[Any]
+        self, at: tuple[Any, Any, Any], both: bool, halves: Any, first: Any, acc: list[list[Register]],
+        columns: list[Any],
     ) -> None:  # fmt: skip
-        mask = bind(splat(T.Select(both, T.int32(UPPER), T.int32(0))))
+        """Add a pair of slots: ``at`` says where it lies, how far on to prefetch, and where its weights lie.
+
+        ``both``: the second slot counts, too; or ``halves`` masks a word.
+        """
+        pair, far, slot = at
+        mask = splat(T.int32(UPPER if both or halves is not None else 0))
         words = [_words(self.v, self.head, pair, 2 * j) for j in columns]
-        self.ask_values(pair, columns)
+        if halves is not None:
+            words = [bind(T.bitwise_and(w, splat(halves))) for w in words]
+        self.ask_values(pair, far, columns)
         values = [(_first(w), _second(w, mask)) for w in words]
         for r, row in enumerate(acc):
             for half in (0, 1):
@@ -131,10 +175,10 @@ class Widened(Tile):
 class Dots(Widened):
     """Two products at a time by ``vdpbf16ps``; ``terms`` bfloat16 numbers stand for each element of q."""
 
-    terms = 1
+    terms, short = 1, True
 
-    def __init__(self, s: Tiling, k: Any, v: Any, head: Any) -> None:
-        super().__init__(s, k, v, head)
+    def __init__(self, s: Tiling, k: Any, v: Any, head: Any, lead: Any = None) -> None:
+        super().__init__(s, k, v, head, lead)
         self.wide = -(-int(s.p["d"]) // LANES) * LANES
         self.queries = workspace((self.terms, s.height, self.wide), "int16")
         self.weights = workspace((s.height, s.blocks * LANES), "int16")
@@ -165,10 +209,11 @@ class Dots(Widened):
 
     def _scores(self, reach: Reach, step: Any, part: Any, wide: int, first: Any, rows: int) -> None:
         blocks = [reach.block(step, part + u) for u in range(wide)]
+        later = self.later(reach, step, part, wide)
         acc = [[Register("float32", LANES, splat(0.0)) for _ in blocks] for _ in range(rows)]
         with loop(-(-int(self.s.p["d"]) // 2)) as i:
             words = [_words(self.k, self.head, b, i, 0) for b in blocks]
-            self.ask_keys(blocks, i)
+            self.ask_keys(blocks, later, i)
             for r in range(rows):
                 for term in range(self.terms):
                     query = _pair(self.queries, term, first + r, 2 * i)
@@ -178,6 +223,23 @@ class Dots(Widened):
             for u in range(wide):
                 store(self.score, acc[r][u].get(), first + r, (part + u) * LANES, lanes=LANES)
 
+    def weights_of(self, row: Any, top: Any, total: Register) -> None:
+        """See `Tile.weights_of`; two vectors of weights become bfloat16 in one instruction."""
+
+        def power(at: Any) -> Any:
+            return bind(self.exp2(load(self.score, row, at, lanes=LANES) - top))
+
+        twos = self.s.blocks // 2
+        if twos:
+            with loop(twos) as u:
+                words = bind(_rounded(power(u * 2 * LANES), power(u * 2 * LANES + LANES)))
+                pairs = T.reinterpret("int16x32", words)
+                store(self.weights, pairs, row, u * 2 * LANES, lanes=2 * LANES)
+                total.set(dot(total.get(), words, splat(T.int32(ONES))))
+        if self.s.blocks % 2:
+            at = twos * 2 * LANES
+            total.set(total.get() + self.weight(power(at), row, at))
+
     def weight(self, value: Any, row: Any, at: Any) -> Any:
         """Round 16 weights of a row, keep them, and return what they are now."""
         bits = bind(bf16_bits(value, LANES))
@@ -185,11 +247,15 @@ class Dots(Widened):
         return bind(T.reinterpret("float32x16", bits))
 
     def _value_pair(
-        self, pair: Any, slot: Any, both: Any, first: Any, acc: list[list[Register]], columns: list[Any]
+        self, at: tuple[Any, Any, Any], both: bool, halves: Any, first: Any, acc: list[list[Register]],
+        columns: list[Any],
     ) -> None:  # fmt: skip
-        mask = bind(splat(T.Select(both, T.int32(-1), T.int32(0xFFFF))))
-        words = [bind(T.bitwise_and(_words(self.v, self.head, pair, 2 * j), mask)) for j in columns]
-        self.ask_values(pair, columns)
+        pair, far, slot = at
+        words = [_words(self.v, self.head, pair, 2 * j) for j in columns]
+        if halves is not None or not both:
+            mask = splat(T.int32(0xFFFF) if halves is None else halves)
+            words = [bind(T.bitwise_and(w, mask)) for w in words]
+        self.ask_values(pair, far, columns)
         for r, row in enumerate(acc):
             weights = _pair(self.weights, first + r, slot)
             for values, register in zip(words, row, strict=True):
@@ -200,6 +266,13 @@ class ExactQueryDots(Dots):
     """q as a sum of two bfloat16 numbers, to 2**-16 of it."""
 
     terms = 2
+
+
+def _halves(kept: Any, slot: Any) -> Any:
+    """Return the mask of a word of two slots, whose bits of ``kept`` say which of them count."""
+    both = bind(T.bitwise_and(T.shift_right(kept, slot), T.int32(3)))
+    low = T.bitwise_and(both, T.int32(1)) * T.int32(0xFFFF)
+    return bind(low - T.shift_right(both, T.int32(1)) * T.int32(0x10000))
 
 
 def _upper(bits: Any, lanes: int) -> Any:

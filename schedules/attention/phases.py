@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 from mimo_compile.schedules.attention.flash import START, Tile, factor, write_row
 from mimo_compile.schedules.attention.reach import Reach, Tiling, fixed
 from mimo_compile.schedules.emit.build import Register, T, bind, load, loop, store, workspace
-from mimo_compile.schedules.emit.vector import LANES, LOG2E, exp2, splat
+from mimo_compile.schedules.emit.vector import LANES, LOG2E, exp2, log2, splat
 
 
 def emit(
@@ -21,11 +23,30 @@ def emit(
     k: Any,
     v: Any,
     out: Any,
-    kind: type[Tile] = Tile,
+    kind: Callable[..., Tile] = Tile,
+    lse: Any = None,
+    visit: Callable[[Tiling, Any, Any, Any], Any] | None = None,
 ) -> None:
-    """Emit both phases; ``kind`` says how the caches are read and multiplied."""
+    """Emit both phases.
+
+    Args:
+        s: Sizes.
+        splits: Parts of the keys.
+        parallel: Spread tasks over threads.
+        scale: Factor on q.k.
+        q: Queries.
+        pos: Start and valid.
+        sink: Logits of phantom keys, or None.
+        k: Cache of keys.
+        v: Cache of values.
+        out: Results.
+        kind: How the caches are read and multiplied.
+        lse: Where the logarithms (base e) of the denominators go; None: nowhere.
+        visit: Returns the slots to visit (a `Reach`, or what answers as one) from the sizes, ``pos``, the
+            first token of a tile and its group of query heads; None: all that causality and window leave.
+    """
     p = s.p
-    shape = (p["kv"] * s.tiles * splits, s.height)
+    shape = (s.groups * s.tiles * splits, s.height)
     if splits > 1:
         part_out = workspace((*shape, s.columns * LANES), "float32")
         part_top, part_sum = workspace(shape, "float32"), workspace(shape, "float32")
@@ -38,12 +59,16 @@ def emit(
         # alternately from both ends, so that threads with a contiguous share get equal causal work
         tile = bind(T.if_then_else(tile % 2 == 0, tile // 2, s.tiles - 1 - tile // 2))
         first = fixed(tile * s.tokens)
-        reach = Reach(s, pos, first)
-        state = kind(s, k, v, head)
+        reach = Reach(s, pos, first) if visit is None else visit(s, pos, first, head)
+        if s.groups == p["kv"]:
+            state = kind(s, k, v, head)
+        else:
+            state = kind(s, k, v, bind(head * p["kv"] // s.groups), head)
         state.begin(q, first, scale)
         share = fixed(T.floordiv(reach.steps + (splits - 1), splits))
         begin = fixed(T.min(task % splits * share, reach.steps))
         state.run(reach, first, begin, fixed(T.min(begin + share, reach.steps)))
+        state.end()
         with loop(s.tokens) as token, loop(s.group) as g:
             row, query_head = token * s.group + g, bind(head * s.group + g)
             total = state.denominator(row)
@@ -60,15 +85,19 @@ def emit(
                         lanes=LANES,
                     )
             else:
-                by = factor(state.top[row], total, sink_of(query_head))
+                own_sink = sink_of(query_head)
+                by = factor(state.top[row], total, own_sink)
                 at = bind(first + token)
                 with T.If(at < p["t"]), T.Then():
+                    if lse is not None:
+                        high = log_sum(state.top[row], total, own_sink)
+                        write_lse(lse, at, query_head, at < reach.valid, high)
                     write_row(
                         out, at, query_head, p["dv"], at < reach.valid,
                         lambda j, n, row=row, by=by: load(state.out, row, j, lanes=n) * splat(by, n),
                     )  # fmt: skip
     if splits > 1:
-        _merge(s, splits, pos, sink_of, part_out, part_top, part_sum, out)
+        _merge(s, splits, pos, sink_of, part_out, part_top, part_sum, out, lse)
 
 
 def _merge(
@@ -80,10 +109,11 @@ def _merge(
     part_top: Any,
     part_sum: Any,
     out: Any,
+    lse: Any,
 ) -> None:
     """Add the parts of each row, weighted by their maxima."""
     p = s.p
-    with loop(p["kv"] * s.tiles) as task, loop(s.tokens) as token, loop(s.group) as g:
+    with loop(s.groups * s.tiles) as task, loop(s.tokens) as token, loop(s.group) as g:
         tile = bind(task % s.tiles)
         tile = bind(T.if_then_else(tile % 2 == 0, tile // 2, s.tiles - 1 - tile // 2))
         row, at = bind(token * s.group + g), bind(tile * s.tokens + token)
@@ -97,7 +127,8 @@ def _merge(
             store(weights, weight, i)
             total.set(total.get() + part_sum[task * splits + i, row] * weight)
         head = bind(task // s.tiles * s.group + g)
-        by = factor(top.get(), total.get(), sink_of(head))
+        own_sink = sink_of(head)
+        by = factor(top.get(), total.get(), own_sink)
 
         def value(j: Any, n: int) -> Any:
             acc = Register("float32", n, splat(0.0, n))
@@ -109,4 +140,21 @@ def _merge(
             return acc.get() * splat(by, n)
 
         with T.If(at < p["t"]), T.Then():
+            if lse is not None:
+                high = log_sum(top.get(), total.get(), own_sink)
+                write_lse(lse, at, head, at < pos[1], high)
             write_row(out, at, head, p["dv"], at < pos[1], value)
+
+
+def log_sum(top: Any, total: Any, sink: Any | None) -> Any:
+    """Return the logarithm, base e, of a row's denominator, whose maximum and sink are to base 2."""
+    if sink is None:
+        return (top + log2(total, 1)) * T.float32(math.log(2))
+    high = bind(T.max(top, sink))
+    total = total * exp2(top - high, 1) + exp2(sink - high, 1)
+    return (high + log2(bind(total), 1)) * T.float32(math.log(2))
+
+
+def write_lse(lse: Any, token: Any, head: Any, valid: Any, value: Any) -> None:
+    """Write the logarithm of a row's denominator; of padding it is that of nothing."""
+    store(lse, T.if_then_else(valid, value, T.float32(-math.inf)), token, head)

@@ -14,7 +14,7 @@ import numpy as np
 
 from mimo_compile.schedules.attention.layout import round_up
 from mimo_compile.schedules.emit.build import Register, T, bind
-from mimo_compile.schedules.emit.vector import LANES
+from mimo_compile.schedules.emit.vector import LANES, splat
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +34,18 @@ class Tiling:
     """Steps that keys and values are prefetched ahead, where a tile reads them once (0: none)."""
     cell: float = 4.0
     """Bytes of a cache's element."""
+    avx512: bool = False
+    """Vectors of 16 lanes are those of the processor."""
 
     @property
     def group(self) -> int:
         """Query heads of a KV head."""
         return int(self.p["h"] // self.p["kv"])
+
+    @property
+    def groups(self) -> int:
+        """Groups of query heads that go over the same keys together."""
+        return int(self.p["kv"])
 
     @property
     def height(self) -> int:
@@ -54,6 +61,11 @@ class Tiling:
     def cache_blocks(self) -> int:
         """Blocks of the cache."""
         return round_up(self.p["cap"]) // LANES
+
+    @property
+    def align(self) -> int:
+        """Blocks of which a multiple lies before the first block of a step; the cache's end, too."""
+        return 1
 
     @property
     def columns(self) -> int:
@@ -90,7 +102,8 @@ class Reach:
         low = fixed(low)
         count = fixed(T.if_then_else(first < self.valid, self.high_query - low + 1, T.int32(0)))
         slot = fixed(low % cap)
-        self.first_block = fixed(slot // LANES)
+        run = s.align * LANES
+        self.first_block = fixed(slot // run * s.align)
         self.turn = fixed(T.max(last, T.int32(0)) % cap)
         """Slot of the newest position: those behind it are one lap older."""
         self.base = fixed(last - self.turn)
@@ -141,6 +154,31 @@ class Reach:
             T.Select(slots < T.broadcast(end, LANES), slots + laps, T.broadcast(T.int32(-1), LANES))
         )
 
+    def prepare(self, begin: Any, end: Any) -> None:
+        """Do what is left to do before the steps ``begin .. end-1``."""
+
+    def seat(self, step: Any, u: Any, i: Any) -> Any:
+        """Return the slot of key ``i`` of part ``u`` of a step."""
+        return fixed(self.block(step, u) * LANES + i)
+
+    def limits(self, query: Any) -> tuple[Any, Any]:
+        """Return what `sees` compares positions with, in 16 lanes, for the query at a position."""
+        return bind(splat(self.lower(query))), bind(splat(query))
+
+    @staticmethod
+    def sees(positions: Any, limits: tuple[Any, Any]) -> Any:
+        """Say in 16 lanes whether a query sees `positions`."""
+        low, high = limits
+        return T.And(positions >= low, positions <= high)
+
+    def further(self, step: Any, u: Any) -> Any:
+        """Return how many blocks behind part ``u`` of a step that of ``ahead`` steps later lies."""
+        return self.sizes.ahead * self.sizes.blocks
+
+    def kept(self, step: Any, u: Any) -> Any | None:
+        """Return a bit for each of 16 slots whose values count among the first `live`; None: all do."""
+        return None
+
     def live(self, step: Any, u: Any) -> Any:
         """Return how many slots of part ``u`` were ever written and belong to the step's run."""
         left = T.min(T.max(self.written - self.block(step, u) * LANES, T.int32(0)), T.int32(LANES))
@@ -158,7 +196,7 @@ def visited(s: Tiling, start: int, valid: int, first: Any) -> tuple[Any, Any]:
     low = np.maximum(max(0, last - cap + 1), oldest)
     count = np.minimum(start + first + s.tokens - 1, last) - low + 1
     count = np.where(first < valid, np.maximum(count, 0), 0)
-    block, end = low % cap // LANES, low % cap + count
+    block, end = low % cap // (s.align * LANES) * s.align, low % cap + count
     around = np.minimum(-(-(end - cap) // LANES), block)  # blocks from the cache's begin on
     turned = end > cap
     total = np.where(turned, s.cache_blocks - block + around, -(-end // LANES) - block)

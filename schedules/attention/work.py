@@ -33,14 +33,14 @@ def flash_work(
     heads = float(p["kv"])
     row_tiles = sum(count for _, count in s.row_tiles())
     ops = {
-        **_products(s, arith, heads, slots, values, row_tiles),
+        **products(s, arith, heads, slots, values, row_tiles),
         "exp_f32": heads * height * slots,
         # maximum and difference of each score; the output is scaled in each step
         "add_f32": heads * height * (2.0 * slots + turns * width),
     }
     if splits > 1:
         ops["fma_f32"] = ops.get("fma_f32", 0.0) + heads * s.tiles * height * splits * width
-    tasks, share = _spread(s, steps + 1.0, splits, hardware.threads if parallel else 1)
+    tasks, share = spread(s, steps + 1.0, splits, hardware.threads if parallel else 1)
     rows = min(s.rows, s.height)
     step = s.cell * s.blocks * LANES
     useful = float(p["t"]) / (s.tiles * s.tokens) * (p["dv"] + p["d"]) / (p["d"] + width)
@@ -55,7 +55,7 @@ def flash_work(
     )
 
 
-def _products(
+def products(
     s: Tiling, arith: str, heads: float, slots: float, values: float, row_tiles: int
 ) -> dict[str, float]:
     """Return what multiplies queries with keys and weights with values, and turns pairs into operands."""
@@ -74,9 +74,9 @@ def _products(
     }
 
 
-def _spread(s: Tiling, cost: Any, splits: int, threads: int) -> tuple[int, float]:
+def spread(s: Tiling, cost: Any, splits: int, threads: int) -> tuple[int, float]:
     """Return the tasks, and the part of their cost that falls to the busiest of the threads."""
-    heads = int(s.p["kv"])
+    heads = s.groups
     tasks = heads * s.tiles * splits
     if threads == 1 or tasks == 1:
         return 1, 1.0

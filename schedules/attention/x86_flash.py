@@ -68,7 +68,8 @@ class X86Flash(Schedule):
         """Every workload of the op with these caches, on any x86-64."""
         if workload.op != self.op or hardware.kind != "cpu":
             return False
-        return bool(get_op(self.op).full(workload)["c"] == self.stored)
+        p = get_op(self.op).full(workload)
+        return bool(p["c"] == self.stored and p.get("arith", "float") == "float")
 
     def space(self, workload: Workload, hardware: Hardware) -> Space:
         """Tiles of queries, length of a step, parts, register tile."""
@@ -131,7 +132,9 @@ class X86Flash(Schedule):
         blocks = min(c.block // LANES, round_up(p["cap"]) // LANES)
         rows = min(c.rows, tokens * (p["h"] // p["kv"]))
         cell = parse_cache_format(p["c"]).bytes
-        return Tiling(p, tokens, blocks, rows, self.registers(c, hardware), c.ahead, cell)
+        return Tiling(
+            p, tokens, blocks, rows, self.registers(c, hardware), c.ahead, cell, hardware.has_avx512
+        )
 
     def registers(self, config: FlashConfig, hardware: Hardware) -> int:
         """Return how many accumulator vectors are in flight."""

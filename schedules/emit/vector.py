@@ -18,8 +18,8 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 __all__ = [
-    "LANES", "LOG2E", "T", "cos", "exp", "exp2", "horner", "let", "ramp", "rint", "sigmoid", "sin", "splat",
-    "symbol",
+    "LANES", "LOG2E", "T", "cos", "exp", "exp2", "horner", "let", "log2", "ramp", "rint", "sigmoid", "sin",
+    "splat", "symbol",
 ]  # fmt: skip
 
 LANES = 16
@@ -33,6 +33,7 @@ _EXP2 = (1.0, 0.693147205737198, 0.24022646890479665, 0.05550328777076832, 0.009
          0.00133999311834326, 0.00015345807510021812)  # fmt: skip
 _EXP = (1.0, 1.0000000363446433, 0.4999999207475564, 0.16666420072363858, 0.04166822626430511,
         0.00837482403424348, 0.001383683154797667)  # fmt: skip
+_LOG2 = tuple(2 * LOG2E / n for n in (1, 3, 5, 7, 9, 11))  # of log2((1 + s) / (1 - s)) = s * f(s*s)
 _SIN = (0.9999999999954517, -0.16666666630446259, 0.008333328690160069, -0.00019839178358401627,
         2.717152835222947e-06)  # fmt: skip
 _COS = (0.9999999999439376, -0.49999999571556697, 0.04166661323347515, -0.001388652914719915,
@@ -106,6 +107,31 @@ def exp2(x: Any, lanes: int = LANES) -> Any:
         return let(rint(v), scaled)
 
     return let(_clamp(x, -127.0, 127.99999, lanes), reduced)
+
+
+def log2(x: Any, lanes: int = LANES) -> Any:
+    """Return log2 of normal positive numbers to 2 units in the last place of 1 or it; -inf of 0 and below."""
+    i32, f32 = _type("int32", lanes), _type("float32", lanes)
+    shift = splat(T.int32(23), lanes)
+
+    def parts(v: Any) -> Any:
+        def scaled(n: Any) -> Any:
+            # the fraction lies between the roots of 1/2 and 2
+            fraction = T.reinterpret(f32, T.reinterpret(i32, v) - T.shift_left(n, shift))
+            one = splat(1.0, lanes)
+            ratio = let(fraction, lambda m: (m - one) / (m + one))
+
+            def series(s: Any) -> Any:
+                odd = let(s * s, lambda z: horner(z, _LOG2, lambda c: splat(c, lanes)))
+                return T.cast(n, f32) + s * odd
+
+            zero = splat(0.0, lanes)
+            return T.Select(v > zero, let(ratio, series), splat(-math.inf, lanes))
+
+        root = splat(T.int32(0x3F3504F3), lanes)  # bits of the root of 1/2
+        return let(T.shift_right(T.reinterpret(i32, v) - root, shift), scaled)
+
+    return let(x, parts)
 
 
 def exp(x: Any, lanes: int = LANES) -> Any:

@@ -1,0 +1,218 @@
+"""Flash attention on int8 copies of a cache: what differs from `flash.Tile`.
+
+Logits are sums of bytes; they turn into floats once for each pair of query and key. `WholeInt8` also makes
+bytes of the weights: a step is one tile of `ir.ops.int8_attention`, whose weights are relative to the tile's
+own maximum, and the step's sums of integers are scaled when they join the row's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from mimo_compile.ir.ops.int8_attention import LEVELS, TILE
+from mimo_compile.schedules.attention import int8_dot
+from mimo_compile.schedules.attention.flash import START, Tile
+from mimo_compile.schedules.attention.int8_cache import BIAS, Copies, Keys, Values, code
+from mimo_compile.schedules.attention.layout import round_up
+from mimo_compile.schedules.attention.pairs import Dots, Widened
+from mimo_compile.schedules.attention.reach import Reach, Tiling
+from mimo_compile.schedules.emit.build import Register, T, bind, load, loop, store, when, workspace
+from mimo_compile.schedules.emit.quantize import largest
+from mimo_compile.schedules.emit.vector import LANES, LOG2E, rint, splat
+
+
+@dataclass(frozen=True, slots=True)
+class TileTiling(Tiling):
+    """Sizes of a kernel whose steps are tiles of weights."""
+
+    @property
+    def align(self) -> int:
+        """See `Tiling.align`."""
+        return TILE // LANES
+
+    @property
+    def cache_blocks(self) -> int:
+        """Blocks of the copies."""
+        return -(-int(self.p["cap"]) // TILE) * self.align
+
+
+class ByteScores(Tile):
+    """Logits of bytes; ``way`` names the instructions of `int8_dot`."""
+
+    way = "vnni"
+    copies: Copies
+
+    def __init__(self, s: Tiling, k: Any, v: Any, head: Any, lead: Any = None) -> None:
+        super().__init__(s, k, v, head, lead)
+        assert not self.streams
+        self.quads = -(-int(s.p["d"]) // 4)
+        self.q_codes = workspace((s.height, 4 * self.quads), "int8")
+        self.q_scale = workspace((s.height,), "float32")
+        self.q_start = workspace((s.height,), "int32")
+
+    @property
+    def keys(self) -> Keys:
+        """The quantised keys."""
+        return self.copies.keys
+
+    def begin(self, q: Any, first: Any, scale: float) -> None:
+        """Quantise the queries from token ``first`` on, and clear the sums."""
+        s = self.s
+        with loop(s.tokens) as token:
+            source = bind(T.min(first + token, T.int32(s.p["t"] - 1)))
+            with loop(s.group) as g:
+                row, head = bind(token * s.group + g), bind(self.lead * s.group + g)
+                self._quantise(q, (source, head), row, scale)
+        self.clear()
+
+    def _quantise(self, q: Any, at: tuple[Any, Any], row: Any, scale: float) -> None:
+        d = int(self.s.p["d"])
+        amax = largest(q, at, 0, d)
+        factor = amax / T.float32(127.0)
+        store(self.q_scale, factor * T.float32(scale * LOG2E), row)
+        some = amax > T.float32(0.0)
+        by = bind(T.if_then_else(some, T.float32(127.0) / amax, T.float32(0.0)))
+        total = Register("int32", 1, T.int32(0))
+        lanes = Register("int32", LANES, splat(T.int32(0)))
+        if d // LANES:
+            with loop(d // LANES) as j:
+                found = code(load(q, *at, j * LANES, lanes=LANES), splat(by))
+                store(self.q_codes, T.cast(found, "int8x16"), row, j * LANES, lanes=LANES)
+                lanes.set(lanes.get() + found)
+            total.set(T.call_llvm_pure_intrin("int32", "llvm.vector.reduce.add", lanes.get()))
+        for j in range(d // LANES * LANES, 4 * self.quads):
+            if j >= d:
+                store(self.q_codes, T.int8(0), row, j)
+                continue
+            rounded = rint(q[(*at, j)] * by)
+            limit = T.min(T.float32(127.0), T.max(T.float32(-127.0), rounded))
+            one = bind(T.cast(limit, "int32"))
+            store(self.q_codes, T.cast(one, "int8"), row, j)
+            total.set(total.get() + one)
+        store(self.q_start, total.get() * T.int32(-BIAS), row)
+
+    def _scores(self, reach: Reach, step: Any, part: Any, wide: int, first: Any, rows: int) -> None:
+        blocks = [reach.block(step, part + u) for u in range(wide)]
+        acc = []
+        for r in range(rows):
+            start = bind(splat(self.q_start[first + r]))
+            acc.append([Register("int32", LANES, start) for _ in blocks])
+        with loop(self.quads) as i:
+            keys = [bind(load(self.keys.codes, self.head, b, i, 0, lanes=LANES)) for b in blocks]
+            for r in range(rows):
+                query = four(self.q_codes, first + r, 4 * i)
+                for register, word in zip(acc[r], keys, strict=True):
+                    register.set(int8_dot.dot(self.way, register.get(), word, query))
+        scales = [bind(load(self.keys.scale, self.head, b * LANES, lanes=LANES)) for b in blocks]
+        logs = [self.log_scale(b) for b in blocks]
+        for r in range(rows):
+            own = bind(splat(self.q_scale[first + r]))
+            for u, (scale, log) in enumerate(zip(scales, logs, strict=True)):
+                value = T.cast(acc[r][u].get(), "float32x16") * own * scale
+                if log is not None:
+                    value = value + log
+                store(self.score, value, first + r, (part + u) * LANES, lanes=LANES)
+
+    def log_scale(self, block: Any) -> Any | None:
+        """Return what is added to the logits of 16 slots."""
+        return None
+
+
+def four(buffer: Any, row: Any, at: Any) -> Any:
+    """Return four bytes in each of 16 lanes, bound."""
+    return bind(splat(T.reinterpret("int32", load(buffer, row, at, lanes=4))))
+
+
+class HalfPlain(ByteScores, Tile):
+    """Logits of bytes, values as float32."""
+
+
+class HalfWidened(ByteScores, Widened):
+    """Logits of bytes, values of bfloat16 as float32."""
+
+
+class HalfDots(ByteScores, Dots):
+    """Logits of bytes, weights rounded to bfloat16."""
+
+
+class WholeInt8(ByteScores):
+    """Weights and values of bytes, too."""
+
+    short = True
+
+    def __init__(self, s: Tiling, k: Any, v: Any, head: Any, lead: Any = None) -> None:
+        super().__init__(s, k, v, head, lead)
+        self.codes = workspace((s.height, TILE), "uint8")
+        self.part = workspace((self.lines * LANES,), "float32")
+        """What a step's sums of integers are multiplied with."""
+
+    @property
+    def v_copy(self) -> Values:
+        """The quantised values."""
+        assert self.copies.values is not None
+        return self.copies.values
+
+    def log_scale(self, block: Any) -> Any | None:
+        """Values' scales are part of what weights are before they are rounded."""
+        return bind(load(self.v_copy.log_scale, self.head, block * LANES, lanes=LANES))
+
+    def run(self, reach: Reach, first: Any, begin: Any, end: Any) -> None:
+        """See `Tile.run`."""
+        with T.serial(begin, end) as step:
+            self.scores(reach, step)
+            with when(T.Not(reach.clean(step))):
+                self.mask(reach, step, first)
+            self._weigh(reach.block(step, 0))
+            self.values(reach, step)
+
+    def _weigh(self, block: Any) -> None:
+        """Turn the scores of a tile, which begins at ``block``, into bytes."""
+        s = self.s
+        with loop(s.height) as row:
+            best = Register("float32", LANES, load(self.score, row, 0, lanes=LANES))
+            for u in range(1, s.blocks):
+                best.set(T.max(best.get(), load(self.score, row, u * LANES, lanes=LANES)))
+            top = T.call_llvm_pure_intrin("float32", "llvm.vector.reduce.fmax", best.get())
+            store(self.best, T.max(top, T.float32(START)), row)
+        with loop(self.lines) as i:
+            self.raise_top(i * LANES)
+            below = load(self.best, i * LANES, lanes=LANES) - load(self.top, i * LANES, lanes=LANES)
+            store(self.part, self.exp2(below), i * LANES, lanes=LANES)
+        with loop(s.height) as row:
+            best = bind(splat(self.best[row]))
+            total = Register("float32", LANES, splat(0.0))
+            with loop(s.blocks) as u:
+                at = u * LANES
+                weight = bind(self.exp2(load(self.score, row, at, lanes=LANES) - best))
+                level = T.cast(rint(weight * splat(float(LEVELS))), "int32x16")
+                store(self.codes, T.cast(level, "uint8x16"), row, at, lanes=LANES)
+                by = load(self.v_copy.inverse, self.head, block * LANES + at, lanes=LANES)
+                total.set(total.get() + weight * by)
+            before = load(self.sum, row, 0, lanes=LANES) * splat(self.shrink[row])
+            store(self.sum, before + total.get() * splat(self.part[row]), row, 0, lanes=LANES)
+
+    def _values(self, reach: Reach, step: Any, first: Any, rows: int, columns: list[Any]) -> None:
+        zero = splat(T.int32(0))
+        acc = [[Register("int32", LANES, zero) for _ in columns] for _ in range(rows)]
+        line = bind(reach.block(step, 0) * (LANES // 4))
+        with loop(TILE // 4) as i:
+            values = [
+                bind(load(self.v_copy.codes, self.head, line + i, j, lanes=LANES)) for j in columns
+            ]
+            for r in range(rows):
+                weights = four(self.codes, first + r, 4 * i)
+                for register, word in zip(acc[r], values, strict=True):
+                    register.set(int8_dot.dot(self.way, register.get(), weights, word))
+        for r in range(rows):
+            shrink = bind(splat(self.shrink[first + r]))
+            part = bind(splat(self.part[first + r] * T.float32(1 / LEVELS)))
+            for at, register in zip(columns, acc[r], strict=True):
+                before = load(self.out, first + r, at, lanes=LANES) * shrink
+                value = before + T.cast(register.get(), "float32x16") * part
+                store(self.out, value, first + r, at, lanes=LANES)
+
+
+def state_bytes(s: Tiling) -> int:
+    """Return the bytes of a tile's quantised queries and weights."""
+    return s.height * (4 * -(-int(s.p["d"]) // 4) + TILE) + 12 * round_up(s.height)

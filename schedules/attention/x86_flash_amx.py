@@ -1,0 +1,69 @@
+"""Attention of many tokens over a bfloat16 KV cache on x86 with matrix tiles (AMX)."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from mimo_compile.ir.counts import Counts
+from mimo_compile.ir.hardware import Hardware
+from mimo_compile.ir.ops import get_op
+from mimo_compile.ir.workload import Workload
+from mimo_compile.schedules.attention.amx_tile import DEPTH, AmxTile
+from mimo_compile.schedules.attention.flash import Tile
+from mimo_compile.schedules.attention.pairs import imported
+from mimo_compile.schedules.attention.x86_flash import FlashConfig, X86Flash
+from mimo_compile.schedules.base import Space
+from mimo_compile.schedules.emit.amx import NEEDS_BF16, SIDE
+from mimo_compile.schedules.emit.bf16 import NEEDS
+
+
+class X86FlashAmx(X86Flash):
+    """Scores and weighted values by ``tdpbf16ps`` on the layouts that `x86_flash_pairs` reads."""
+
+    name = "cached_attention.x86_flash_amx"
+    stored = "bf16"
+    tile_class: ClassVar[type[AmxTile]] = AmxTile
+
+    def supports(self, workload: Workload, hardware: Hardware) -> bool:
+        """Keys that fill tiles, 16 tokens or more (so that rows fill tiles), a cache of 32 slots."""
+        if not super().supports(workload, hardware) or not hardware.features >= NEEDS_BF16 | NEEDS:
+            return False
+        p = get_op(self.op).full(workload)
+        return bool(p["d"] % DEPTH == 0 and p["t"] >= SIDE and p["cap"] > SIDE)
+
+    def space(self, workload: Workload, hardware: Hardware) -> Space:
+        """Return the tiles and steps of the vector kernel that fill matrix tiles."""
+        base = super().space(workload, hardware)
+        p = get_op(self.op).full(workload)
+        group, most = p["h"] // p["kv"], -(-p["cap"] // SIDE) * SIDE
+        # tokens beyond those of the call are left out, so a tile may not be longer than it
+        tiles = tuple(n for n in (16, 32, 64, 128) if n <= p["t"] and (n == 16 or n * group <= 256))
+        blocks = tuple(n for n in (32, 64, 128, 256, 512) if n <= most)
+        knobs = {**base.knobs, "tile": tiles, "block": blocks, "splits": (1,), "ahead": (0,)}
+        few = max(n for n in base.knobs["rows"] if int(n) <= 4)
+        step = max(n for n in blocks if n <= 256)
+        tile = max(n for n in tiles if n * group <= 128 or n == 16)
+        tasks = p["kv"] * -(-p["t"] // tile)
+        parallel = hardware.threads > 1 and tasks > 1
+        default = FlashConfig(tile, step, 1, int(few), parallel, 0)
+        return Space(FlashConfig, knobs, default)
+
+    def tile(self, config: FlashConfig) -> tuple[type[Tile], AbstractContextManager[Any] | None]:
+        """Return the arithmetic, and the frame that its instructions need."""
+        return type(self).tile_class, imported()
+
+    def features(self, config: FlashConfig) -> frozenset[str]:
+        """Return the features that the instructions need."""
+        return NEEDS | NEEDS_BF16
+
+    def arithmetic(self, config: FlashConfig) -> str:
+        """Return how `flash_work` counts."""
+        return "dot"
+
+    def work(self, workload: Workload, config: FlashConfig, hardware: Hardware) -> Counts:
+        """Return the kernel's work without generating it: dots of vectors are those of tiles."""
+        counts = super().work(workload, config, hardware)
+        ops = {("tile_bf16" if k == "dot_bf16" else k): v for k, v in counts.ops.items()}
+        return replace(counts, ops=ops)
