@@ -219,6 +219,7 @@ class _Reader:
                 self.values[binding.var] = self._bind(binding.var, binding.value)
         result = self._value(main.body.body)
         outputs = result if isinstance(result, tuple) else (result,)
+        outputs = outputs[: len(outputs) - self.imported.effects]
         return KernelGraph(tuple(inputs), tuple(outputs), self.nodes)
 
     @staticmethod
@@ -282,7 +283,8 @@ class _Reader:
 
     def _dialect(self, text: str, args: Any, outputs: tuple[Value, ...]) -> Any:
         workload = parse_workload(text)
-        wanted = [a for a in get_op(workload.op).args(workload) if a.role != "output"]
+        every = get_op(workload.op).args(workload)
+        wanted = [a for a in every if a.role != "output"]
         given = args if isinstance(args, tuple) else (args,)
         for arg, value in zip(wanted, given, strict=True):
             if tuple(value.shape) != arg.shape:
@@ -290,6 +292,9 @@ class _Reader:
                     f"{workload}: argument {arg.name} has shape {list(value.shape)}, "
                     f"not {list(arg.shape)}", file="exported graph",
                 )  # fmt: skip
+        if len(wanted) == len(every):  # it writes states, and its result only kept it alive
+            self.nodes.append(Node(workload, given, (), label=workload.op))
+            return outputs[0]
         label = next((v.source.rpartition(".")[0] for v in given if v.kind == "weight"), "")
         return self._emit(Node(workload, given, outputs, label=label or workload.op))
 

@@ -18,6 +18,7 @@ from mimo_compile.ir.formats import parse_weight_format
 from mimo_compile.ir.generic_ops import TABLE, generic_linear
 from mimo_compile.ir.generic_ops import rms_norm as generic_rms_norm
 from mimo_compile.ir.guard import Wide, check_operators, guarded
+from mimo_compile.ir.import_attention import ListConverters
 from mimo_compile.ir.ops import get_op, load_all
 from mimo_compile.ir.workload import Value
 
@@ -43,6 +44,8 @@ class Imported:
     """User inputs: names of the leading parameters."""
     tensors: dict[str, str]
     """Remaining parameters: name -> fully qualified name of the module's parameter or buffer."""
+    effects: int = 0
+    """Last results of ``main`` that only keep calls alive which write states and give nothing else."""
 
 
 def _shape(var: Any) -> list[int]:
@@ -67,6 +70,7 @@ class _Converters:
     def __init__(self, weights: set[str], wide: Wide) -> None:
         self.weights = weights
         self.wide = wide
+        self.lists = ListConverters(self.call, _cache_format)
         self.table: dict[str, Callable[[Any, Any], Any]] = {
             "linear.default": self.linear,
             "mpgemm.default": self.mpgemm,
@@ -83,6 +87,7 @@ class _Converters:
             "embed.default": self.embed,
             "slice.Tensor": self.slice,
             "scaled_dot_product_attention.default": self.attention,
+            **self.lists.table,
         }
 
     def call(
@@ -212,6 +217,7 @@ class _Converters:
             node
         )
         t, (cap, kv, d), dv = _shape(qkv)[0], _shape(k_cache), _shape(v_cache)[2]
+        self.lists.appended[k_cache] = t
         norm = {"norm": 1, "eps": float(eps)} if q_norm is not None else {}
         return self.call(
             imp, "kv_append", [qkv, table, pos, q_norm, k_norm, k_cache, v_cache],
@@ -325,7 +331,8 @@ def import_exported(program: torch.export.ExportedProgram) -> Imported:
     tensors = {s.arg.name: str(s.target) for s in specs if s.kind != InputKind.USER_INPUT}
     importer = ExportedProgramImporter()
     wide = Wide(importer)
-    dialect = _Converters(set(tensors), wide).table
+    converters = _Converters(set(tensors), wide)
+    dialect = converters.table
     own = {**TABLE, **dialect}
     importer.update_convert_map(own)
     check_operators(program.graph.nodes, importer.convert_map)
@@ -352,9 +359,11 @@ def import_exported(program: torch.export.ExportedProgram) -> Imported:
             ]
             if not kept:
                 raise InputError("no tensor comes out of it", file="exported graph")
-            result = builder.emit_output(relax.Tuple(kept))
+            effects = converters.lists.effects
+            result = builder.emit_output(relax.Tuple([*kept, *effects]))
         builder.emit_func_output(result)
-    return Imported(builder.get(), tuple(users), {n: tensors[n] for n in constants})
+    constants_of = {n: tensors[n] for n in constants}
+    return Imported(builder.get(), tuple(users), constants_of, len(effects))
 
 
 def _variables(program: torch.export.ExportedProgram, importer: Any) -> dict[str, Any]:

@@ -53,7 +53,8 @@ def compile(
             artifact (``.mimo``), which gets another plan and keeps its weights.
         target: ``"cpu"`` or a preset, see `mimo-compile targets`.
         quant: ``"none"`` or a scheme such as ``"w4g64a8"`` (model folders).
-        attention: ``"model"``: as the checkpoint says.
+        attention: ``"model"`` (as the checkpoint says), or a policy such as ``"quest:budget=1024"``, see
+            docs/attention-policies.md (model folders).
         objective: what is best: ``latency energy edp ed2p energy@latency:1.05 latency@energy:12J``.
         trials: candidates to measure before choosing.
         seconds: wall-clock budget of tuning.
@@ -128,7 +129,7 @@ def compile(
                 raise found.failure
         plan = choose(opened.graphs, hardware, objective, database)
     extras = Extras(
-        quant=str(opened.scheme), objective=objective, config=opened.config,
+        quant=str(opened.scheme), attention=opened.attention, objective=objective, config=opened.config,
         tokenizer=opened.tokenizer, records=plan.records,
         calibrated=None if opened.loaded is None else opened.loaded.calibrated,
     )  # fmt: skip
@@ -163,7 +164,7 @@ def tune(
         target: as for `compile`, as are the other options that are not described here; or a simulated
             machine, ``"sim:lut-tensor-core"`` or ``"sim:roma"``, whose times are modelled.
         quant: scheme of the weights.
-        attention: ``"model"``.
+        attention: as for `compile`.
         objective: as for `compile`, or ``"pareto"``.
         trials: candidates to measure over all workloads, those of earlier runs included.
         seconds: wall-clock budget.

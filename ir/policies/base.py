@@ -207,6 +207,20 @@ class AttentionPolicy(ABC):
         """Return what a selecting layer keeps besides its KV cache."""
         return ()
 
+    def rectified(self, steps: int, start: int) -> tuple[int, int] | None:
+        """Return the positions that must run again, densely, after a decoding step; None: none.
+
+        Args:
+            steps: Tokens whose keys and values were written since the prompt, this step's included.
+            start: Length of the prompt.
+        """
+        return None
+
+    @property
+    def rerun(self) -> int:
+        """Tokens after which `rectified` gives positions; 0: it never does."""
+        return 0
+
     # -- what follows ----------------------------------------------------------------------------
 
     def plan(self, layers: int, windows: Sequence[int] = ()) -> tuple[LayerRole, ...]:

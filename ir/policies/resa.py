@@ -58,6 +58,11 @@ class Resa(AttentionPolicy):
             return None
         return start + steps - self.f, start + steps
 
+    @property
+    def rerun(self) -> int:
+        """After every ``f`` tokens."""
+        return self.f
+
     def states(self, g: Geometry) -> tuple[State, ...]:
         """Least and greatest key of each block."""
         return (State("bounds", "descriptor", (g.blocks(self.block), g.kv, 2, g.d)),)

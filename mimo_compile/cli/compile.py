@@ -126,6 +126,7 @@ def summary(manifest: Manifest) -> dict[str, Any]:
     return {
         "name": manifest.name,
         "quant": manifest.quant,
+        "attention": manifest.attention,
         "calibrated": _plain(manifest.calibrated),
         "objective": manifest.objective,
         "target": {
@@ -164,7 +165,8 @@ def _show(console: Console, facts: dict[str, Any]) -> None:
     from mimo_compile.cli.console import size
 
     chosen = ", ".join(f"{n} {source}" for source, n in sorted(facts["choices"].items()))
-    console.say(f"{facts['path']}: {facts['name']}, {_quant(facts)}, {size(facts['bytes'])}")
+    how = "" if facts["attention"] == "model" else f", attention {facts['attention']}"
+    console.say(f"{facts['path']}: {facts['name']}, {_quant(facts)}{how}, {size(facts['bytes'])}")
     console.say(f"  entries  {', '.join(facts['entries'])}")
     console.say(f"  kernels  {len(facts['plan'])} ({chosen})")
     if facts["adapters"]:

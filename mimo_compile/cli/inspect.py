@@ -12,7 +12,7 @@ from mimo_compile.errors import MissingExtra, UsageError
 if TYPE_CHECKING:
     from mimo_compile.cli.console import Console
     from mimo_compile.runtime.container import Parts
-    from mimo_compile.runtime.program import Choice, Entry
+    from mimo_compile.runtime.program import Choice, Entry, Manifest
     from mimo_compile.search.explain import Explanation
 
 DESCRIPTION = """\
@@ -141,6 +141,7 @@ def _artifact(args: argparse.Namespace, parts: Parts) -> int:
     )
     console.say(f"target    {manifest.target.name}, {manifest.target.threads} threads")
     console.say(f"requires  {' '.join(manifest.target.features) or 'nothing beyond x86-64'}")
+    console.say(f"attention {manifest.attention}")
     console.say(f"objective {manifest.objective}")
     if manifest.decoder is not None and manifest.decoder.adapters:
         console.say(f"adapters  {', '.join(manifest.decoder.adapters)}")
@@ -160,6 +161,10 @@ def _artifact(args: argparse.Namespace, parts: Parts) -> int:
         console.say(
             f"\n{len(states)} states, {size(held)}, for example {states[0][0]} {states[0][1]}"
         )
+    layers = layer_rows(manifest)
+    if layers:
+        columns = ("layers", "attention", "window", "slots", "format", "follows", "state bytes")
+        console.say("\n" + table(grouped(layers), columns, right="llrrllr"))
     plan = sorted(manifest.plan, key=lambda c: (c.workload.partition(":")[0], c.workload))
     titles, joules = energy_columns([(c.energy_mj, c.energy_source) for c in plan])
     lines = [
@@ -183,9 +188,55 @@ def _artifact(args: argparse.Namespace, parts: Parts) -> int:
             },
             "states": {n: {"shape": s.shape, "dtype": s.dtype} for n, s in manifest.states.items()},
             "state_bytes": held,
+            "layers": layers,
         }
     )  # fmt: skip
     return 0
+
+
+def layer_rows(manifest: Manifest) -> list[dict[str, Any]]:
+    """Return what each layer of a decoder attends to and keeps, as plain values."""
+    from mimo_compile.runtime import dtypes
+
+    found = manifest.decoder.layers if manifest.decoder is not None else ()
+    held = {n: dtypes.size(s.dtype, s.shape) for n, s in manifest.states.items()}
+    return [
+        {
+            "name": layer.name, "role": layer.role, "window": layer.window, "slots": layer.slots,
+            "format": layer.format, "follows": layer.follows,
+            "state_bytes": sum(held[n] for n in layer.states),
+        }
+        for layer in found
+    ]  # fmt: skip
+
+
+def grouped(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    """Return a line for each kind of layer: those that differ in name only stand together."""
+    from mimo_compile.cli.console import size
+
+    kinds: dict[tuple[Any, ...], list[str]] = {}
+    for row in rows:
+        kinds.setdefault(tuple(row.values())[1:], []).append(row["name"])
+    out = []
+    for (role, window, slots, kept, follows, held), names in kinds.items():
+        many = f" x {len(names)}" if len(names) > 1 else ""
+        out.append(
+            (spans(names), role, window or "-", slots, kept, follows or "-", size(held) + many)
+        )
+    return out
+
+
+def spans(names: list[str]) -> str:
+    """Return names of layers shortly: ``layers.0 layers.2-4``."""
+    out: list[tuple[str, int, int]] = []
+    for name in names:
+        stem, _, number = name.rpartition(".")
+        at = int(number)
+        if out and out[-1][0] == stem and out[-1][2] == at - 1:
+            out[-1] = (stem, out[-1][1], at)
+        else:
+            out.append((stem, at, at))
+    return " ".join(f"{s}.{a}" + (f"-{b}" if b > a else "") for s, a, b in out)
 
 
 def _types(entry: Entry, names: dict[str, int]) -> str:

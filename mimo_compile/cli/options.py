@@ -90,7 +90,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "alone keep weights (see `targets --formats`); kv16: bfloat16 KV caches",
     )
     parser.add_argument(
-        "--attention", default="model", metavar="A", help="model (default: as the model says)"
+        "--attention",
+        default="model",
+        metavar="A",
+        help="model (default: as the model says), full, window:size=N, stream, quest:budget=N, lessismore, "
+        "moba, resa (see docs/attention-policies.md)",
     )
     parser.add_argument(
         "--objective",

@@ -13,14 +13,17 @@ from typing import Any
 
 from mimo_compile.errors import CheckpointWarning, InputError, UsageError
 from mimo_compile.frontend.models import get_family
+from mimo_compile.frontend.models.attend import with_attention
 from mimo_compile.frontend.models.build import EMBED, HEAD, Builder, expected_tensors
 from mimo_compile.frontend.models.decoder import Decoder, DecoderConfig
 from mimo_compile.frontend.models.family import Fields
-from mimo_compile.frontend.models.kernels import require_kernels
+from mimo_compile.frontend.models.kernels import require_attention, require_kernels
 from mimo_compile.frontend.weights import detect_format, open_checkpoint
 from mimo_compile.frontend.weights.checkpoint import Checkpoint
+from mimo_compile.ir.caches import scheme_cache_format
 from mimo_compile.ir.formats import QuantScheme, parse_act_format, parse_weight_format
 from mimo_compile.ir.hardware import Hardware
+from mimo_compile.ir.policies import AttentionPolicy
 from mimo_compile.quantize import check_scheme
 from mimo_compile.quantize.calibration import Calibration, fingerprint, token_sequences
 from mimo_compile.runtime.program import Calibrated
@@ -101,6 +104,7 @@ def load_checkpoint(
     max_context: int | None = None,
     calibration: Calibration | None = None,
     hardware: Hardware | None = None,
+    attention: AttentionPolicy | None = None,
 ) -> LoadedModel:
     """Load a model folder and quantise its matrices.
 
@@ -113,6 +117,7 @@ def load_checkpoint(
         calibration: how codes are chosen; None: by rounding to the nearest.
         hardware: what the model is for: a scheme that has no kernels there is refused before anything is
             quantised; None: do not look.
+        attention: what layers attend to; None: what the checkpoint says.
 
     Returns:
         The decoder and what generation needs.
@@ -120,7 +125,7 @@ def load_checkpoint(
     Raises:
         InputError: something in the folder is missing, damaged or not supported; names the file.
         UsageError: the scheme has no quantiser or no kernels, does not fit the stored one or the
-            calibration, or ``max_context`` does not fit the model.
+            calibration, or ``max_context`` or the attention policy does not fit the model.
         EnvironmentMismatch: a plug-in that reads weights is broken.
 
     Warns:
@@ -131,6 +136,8 @@ def load_checkpoint(
     fields = Fields(checkpoint.config, checkpoint.config_file)
     family = get_family(fields.get("model_type"), fields.file)
     config = _configure_context(family.configure(fields, checkpoint), max_context)
+    if attention is not None:
+        config = with_attention(config, attention)
     generation = checkpoint.generation()
     if "eos_token_id" in generation:
         file = checkpoint.source / "generation_config.json"
@@ -141,6 +148,7 @@ def load_checkpoint(
     quant = _check_stored_formats(checkpoint, expected, quant)
     if hardware is not None and hardware.kind == "cpu":
         require_kernels(config, quant, hardware)
+        require_attention(config, scheme_cache_format(quant.kv).name, hardware)
     if checkpoint.entries[EMBED].dtype == "BF16":
         config = replace(config, dtype="bf16")
     builder, calibrated = Builder(config, family, checkpoint, quant), None

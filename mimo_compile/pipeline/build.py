@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mimo_compile import __version__
 from mimo_compile.artifact import Artifact
@@ -23,11 +23,16 @@ from mimo_compile.runtime.program import (
     Calibrated,
     Choice,
     Decoder,
+    Layer,
     Manifest,
     Programs,
+    State,
     Target,
 )
 from mimo_compile.schedules import Schedule, get_schedule
+
+if TYPE_CHECKING:
+    from mimo_compile.frontend.models.decoder import Decoder as ModelDecoder
 
 _LOG = logging.getLogger(__name__)
 
@@ -37,6 +42,7 @@ class Extras:
     """What an artifact carries beside code and weights."""
 
     quant: str = "none"
+    attention: str = "model"
     objective: str = "latency"
     config: bytes | None = None
     tokenizer: bytes | None = None
@@ -132,12 +138,13 @@ def build_artifact(
         ),
         versions=built_with(),
         quant=extras.quant,
+        attention=extras.attention,
         objective=extras.objective,
         entries=tuple(entries),
         members={},
         states=emitter.states,
         plan=tuple(plan),
-        decoder=_decoder(model),
+        decoder=_decoder(model, emitter.states),
         modelled=any(c.source == "modelled" for c in plan),
         calibrated=extras.calibrated,
     )
@@ -189,14 +196,39 @@ def built_with() -> dict[str, str]:
     }
 
 
-def _decoder(model: ModelGraphs) -> Decoder | None:
+def _decoder(model: ModelGraphs, states: Mapping[str, State]) -> Decoder | None:
     if model.decoder is None:
         return None
     config = model.decoder.config
-    steps = tuple(int(n[5:]) for n in model.entries if n.startswith("step_"))
+    counts = {
+        kind: tuple(int(n.rpartition("_")[2]) for n in model.entries if n.startswith(f"{kind}_"))
+        for kind in ("step", "decode")
+    }
     return Decoder(
-        steps=steps, heads=HEADS, hidden=config.hidden, vocab=config.vocab,
+        steps=counts["step"], heads=HEADS, hidden=config.hidden, vocab=config.vocab,
         max_context=config.max_context, eos=tuple(config.eos), bos=config.bos,
         mtp=len(config.mtp), mtp_steps=within_context(DRAFT_STEPS, config.max_context) if config.mtp else (),
-        adapters=model.decoder.adapters,
+        adapters=model.decoder.adapters, decode=counts["decode"],
+        rerun=config.attention.rerun if config.decodes_apart else 0,
+        layers=tuple(_layers(model.decoder, states)),
     )  # fmt: skip
+
+
+def _layers(decoder: ModelDecoder, states: Mapping[str, State]) -> Iterator[Layer]:
+    """Yield what each layer attends to and keeps between calls."""
+    from mimo_compile.frontend.models.stages import LayerCore
+
+    config = decoder.config
+    for stage in decoder.stages():
+        if not isinstance(stage.module, LayerCore):
+            continue
+        core, spec = stage.module, stage.module.spec
+        part, _, number = stage.name.partition(".")
+        role = config.roles[int(number)] if part == "layers" and config.roles else None
+        kind = role.kind if role is not None else "window" if spec.window else "full"
+        yield Layer(
+            stage.name, kind, role.window if role is not None else spec.window,
+            core.k_cache.shape[0], core.caches.name,
+            stage.follows[0].rpartition(".")[0] if stage.follows else "",
+            tuple(name for name in stage.states.values() if name in states),
+        )  # fmt: skip

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 HEADS = (1, 4, 64)
 """Token counts that logits are computed for at once (the next token, verification, scoring)."""
+DECODE_STEPS = (1,)
+"""Token counts of ``decode_T``, where generated tokens attend in another way than those of a prompt."""
 DRAFT_STEPS = (1, 4, 64)
 """Token counts of draft heads."""
 
@@ -58,13 +60,16 @@ def _same(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def export_graph(
-    module: torch.nn.Module, example: tuple[Any, ...], states: Mapping[str, str]
+    module: torch.nn.Module,
+    example: tuple[Any, ...],
+    states: Mapping[str, str],
+    named: Mapping[str, Any] | None = None,
 ) -> KernelGraph:
-    """Export one module with static shapes and lower it to a kernel graph."""
+    """Export one module with static shapes and lower it to a kernel graph; ``named``: keyword inputs."""
     import torch
 
     with torch.no_grad():
-        program = torch.export.export(module, example, strict=False)
+        program = torch.export.export(module, example, dict(named or {}), strict=False)
     imported = import_exported(program)
     return build_graph(imported, lower_generic(imported.module), {k: k for k in states})
 
@@ -74,7 +79,7 @@ class _StageGraphs:
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
-        self.templates: dict[tuple[str, int], KernelGraph] = {}
+        self.templates: dict[tuple[str, int, bool], KernelGraph] = {}
         self.names: dict[str, str] = {}
         self.tensors: dict[str, Callable[[], torch.Tensor]] = {}
         first: dict[Any, str] = {}
@@ -112,14 +117,21 @@ class _StageGraphs:
     def _global(self, stage: str, name: str) -> str:
         return self.names[f"{stage}.{name}"]
 
-    def template(self, stage: Stage, tokens: int) -> KernelGraph:
-        key = (stage.kind, tokens)
+    def template(
+        self, stage: Stage, tokens: int, chooses: bool, lists: Iterable[Value]
+    ) -> KernelGraph:
+        key = (stage.kind, tokens, chooses and stage.may_choose)
         if key not in self.templates:
-            if hasattr(stage.module, "tokens"):
-                stage.module.tokens = tokens  # type: ignore[assignment]
+            import torch
+
+            from mimo_compile.frontend.models.decoder import LISTS
+
+            stage.prepare(tokens, chooses)
+            shapes = (torch.zeros(v.shape, dtype=torch.int32) for v in lists)
             self.templates[key] = export_graph(
-                stage.module, self._example(stage, tokens), stage.states
-            )
+                stage.module, self._example(stage, tokens), stage.states,
+                dict(zip(LISTS, shapes, strict=False)),
+            )  # fmt: skip
         return self.templates[key]
 
     def chain(
@@ -128,22 +140,27 @@ class _StageGraphs:
         tokens: int,
         inputs: tuple[str, ...],
         outputs: tuple[str, ...],
+        chooses: bool = False,
     ) -> KernelGraph:
-        """Join stages into one graph; values meet by name."""
+        """Join stages into one graph; values meet by name.
+
+        ``chooses``: layers choose what they attend to, where their policy lets them.
+        """
         values: dict[str, Value] = {}
         graph_inputs: list[Value] = []
         nodes = []
         for stage in stages:
-            template = self.template(stage, tokens)
+            lists = [values[name] for name in stage.takes(chooses)[len(stage.inputs) :]]
+            template = self.template(stage, tokens, chooses, lists)
             given: dict[str, Value] = {}
-            for slot, name in zip(template.inputs, stage.inputs, strict=True):
+            for slot, name in zip(template.inputs, stage.takes(chooses), strict=True):
                 if name not in values:
                     values[name] = Value(name, "input", slot.shape, slot.dtype)
                     graph_inputs.append(values[name])
                 given[slot.name] = values[name]
             graph = instantiate(template, stage.name, partial(self._global, stage.name), given)
             nodes += graph.nodes
-            values.update(zip(stage.outputs, graph.outputs, strict=True))
+            values.update(zip(stage.gives(chooses), graph.outputs, strict=True))
         order = {name: i for i, name in enumerate(inputs)}
         graph_inputs.sort(key=lambda v: order[v.name])
         return KernelGraph(tuple(graph_inputs), tuple(values[name] for name in outputs), nodes)
@@ -155,7 +172,7 @@ def within_context(steps: tuple[int, ...], max_context: int) -> tuple[int, ...]:
 
 
 def decoder_graphs(decoder: Decoder, steps: tuple[int, ...] = BUCKETS) -> ModelGraphs:
-    """Return the entry points of a decoder: ``step_T``, ``head_T`` and ``mtp{s}_T``.
+    """Return the entry points of a decoder: ``step_T``, ``decode_T``, ``head_T`` and ``mtp{s}_T``.
 
     Args:
         decoder: The model with its (quantised) weights.
@@ -177,9 +194,10 @@ def decoder_graphs(decoder: Decoder, steps: tuple[int, ...] = BUCKETS) -> ModelG
     model = ModelGraphs(config.name, {}, {}, {}, graphs.tensors, decoder)
 
     def add(
-        name: str, parts: list[Stage], tokens: int, ins: tuple[str, ...], outs: dict[str, str]
-    ) -> None:
-        model.entries[name] = graphs.chain(parts, tokens, ins, tuple(outs.values()))
+        name: str, parts: list[Stage], tokens: int, ins: tuple[str, ...], outs: dict[str, str],
+        chooses: bool = False,
+    ) -> None:  # fmt: skip
+        model.entries[name] = graphs.chain(parts, tokens, ins, tuple(outs.values()), chooses)
         model.input_names[name] = tuple(
             {"normed": "hidden", "hidden": "prenorm"}.get(n, n) for n in ins
         )
@@ -188,7 +206,9 @@ def decoder_graphs(decoder: Decoder, steps: tuple[int, ...] = BUCKETS) -> ModelG
     outs = {"hidden": "normed"} | ({"prenorm": "hidden"} if drafts else {})
     inputs = ("ids", "pos", "adapter") if decoder.adapters else ("ids", "pos")
     for t in steps:
-        add(f"step_{t}", body, t, inputs, outs)
+        add(f"step_{t}", body, t, inputs, outs, config.chooses(decode=False))
+    for t in DECODE_STEPS if config.decodes_apart else ():
+        add(f"decode_{t}", body, t, inputs, outs, config.chooses(decode=True))
     for t in HEADS:
         add(f"head_{t}", [head], t, ("normed",), {"logits": "logits"})
     for index, draft in enumerate(drafts):

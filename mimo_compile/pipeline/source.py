@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mimo_compile.errors import MissingExtra, UsageError
+from mimo_compile.errors import CheckpointWarning, MissingExtra, UsageError
 from mimo_compile.ir.formats import QuantScheme, parse_scheme
+from mimo_compile.ir.policies import AttentionPolicy, parse_policy
 from mimo_compile.pipeline.graphs import ModelGraphs, decoder_graphs, module_graphs, program_graphs
 
 if TYPE_CHECKING:
@@ -32,6 +34,8 @@ class Source:
     loaded: LoadedModel | None = None
     """The eager model, the oracle of the compiled one (decoders only)."""
     module: torch.nn.Module | None = field(default=None, repr=False)
+    attention: str = "model"
+    """The policy's text."""
 
 
 def require_compile_extra() -> None:
@@ -64,7 +68,7 @@ def open_source(
     Args:
         source: model folder, ``tiny``, ``.pt2`` file, or `torch.nn.Module` with ``example_inputs``.
         quant: the `--quant` grammar; modules and ``.pt2`` files keep their float weights (``none``).
-        attention: ``model``: as the checkpoint says.
+        attention: the `--attention` grammar; modules and ``.pt2`` files keep theirs (``model``).
         max_context: positions that the KV caches provide for.
         example_inputs: tensors that fix a module's input shapes.
         calibration: how codes are chosen (model folders); None: by rounding to the nearest.
@@ -83,17 +87,13 @@ def open_source(
     from mimo_compile.ir.caches import scheme_cache_format
 
     scheme = parse_scheme(quant)
-    if attention != "model":
-        raise UsageError(
-            f"--attention {attention} has no kernels in this version",
-            remedy="use --attention model",
-        )
+    policy = parse_policy(attention)
     scheme_cache_format(scheme.kv)
     decoder = not isinstance(source, torch.nn.Module) and Path(str(source)).suffix != ".pt2"
     if adapters and not decoder:
         raise UsageError("adapters are for model folders (--adapter)")
     if isinstance(source, torch.nn.Module):
-        _plain_only(scheme, quant, calibration)
+        _plain_only(scheme, quant, calibration, attention)
         graphs = module_graphs(
             source, () if example_inputs is None else example_inputs, type(source).__name__
         )
@@ -106,11 +106,11 @@ def open_source(
     if Path(source).suffix == ".pt2":
         from mimo_compile.frontend.exported import load_program
 
-        _plain_only(scheme, quant, calibration)
+        _plain_only(scheme, quant, calibration, attention)
         program = load_program(Path(source))
         return Source(program_graphs(program, Path(source).stem), scheme)
     return _open_checkpoint(
-        source, scheme, max_context, calibration, adapters or {}, adapter_format, hardware
+        source, scheme, max_context, calibration, adapters or {}, adapter_format, hardware, policy
     )
 
 
@@ -122,15 +122,26 @@ def _open_checkpoint(
     adapters: Mapping[str, str | os.PathLike[str]],
     adapter_format: str,
     hardware: Hardware | None,
+    attention: AttentionPolicy,
 ) -> Source:
     from mimo_compile.frontend.huggingface import load_checkpoint, resolve_source
+    from mimo_compile.frontend.models.attend import RETRAINED
 
     if adapters and calibration is not None and calibration.method == "awq":
         raise UsageError(
             "AWQ changes the activations that adapters were trained on (--calibrate awq)",
             remedy="use --calibrate gptq or rtn",
         )
-    loaded = load_checkpoint(resolve_source(source), scheme, max_context, calibration, hardware)
+    loaded = load_checkpoint(
+        resolve_source(source), scheme, max_context, calibration, hardware, attention
+    )
+    if attention.name in RETRAINED:
+        warnings.warn(
+            f"--attention {attention.name} is made for {RETRAINED[attention.name]}: other models write "
+            "worse text with it",
+            CheckpointWarning,
+            stacklevel=2,
+        )
     if adapters:
         from mimo_compile.frontend.adapters import attach_adapters
 
@@ -141,10 +152,18 @@ def _open_checkpoint(
         config=loaded.config,
         tokenizer=loaded.tokenizer,
         loaded=loaded,
+        attention=str(attention),
     )
 
 
-def _plain_only(scheme: QuantScheme, text: str, calibration: Calibration | None) -> None:
+def _plain_only(
+    scheme: QuantScheme, text: str, calibration: Calibration | None, attention: str
+) -> None:
+    if attention != "model":
+        raise UsageError(
+            f"--attention {attention} is for model folders; a module or .pt2 file keeps its own",
+            remedy="leave out --attention",
+        )
     if calibration is not None and calibration.method != "rtn":
         raise UsageError(
             f"--calibrate {calibration.method} is for model folders",

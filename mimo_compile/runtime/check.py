@@ -6,7 +6,15 @@ from collections.abc import Mapping
 
 from mimo_compile.errors import ArtifactError
 from mimo_compile.runtime import dtypes
-from mimo_compile.runtime.program import Buffer, Decoder, Entry, Manifest, Programs
+from mimo_compile.runtime.program import (
+    Buffer,
+    Decoder,
+    Entry,
+    Layer,
+    Manifest,
+    Programs,
+    State,
+)
 from mimo_compile.runtime.weights import Spot
 
 
@@ -35,6 +43,7 @@ def check_programs(
         _check_entry(entry, sizes, f"entry {name} of {where}")
     if manifest.decoder is not None:
         _check_decoder(manifest.decoder, programs.entries, where)
+        _check_layers(manifest.decoder.layers, manifest.states, where)
 
 
 def _sound(dtype: str, shape: tuple[int, ...]) -> bool:
@@ -86,13 +95,19 @@ def _check_decoder(decoder: Decoder, entries: Mapping[str, Entry], where: str) -
             raise ArtifactError(f"{what} {list(counts)} do not ascend from 1", where=where)
     if len(set(decoder.adapters)) != len(decoder.adapters):
         raise ArtifactError("two adapters have one name", where=where)
-    for count in decoder.steps:
+    if list(decoder.decode) != sorted(set(decoder.decode)) or decoder.decode[:1] not in ((), (1,)):
+        raise ArtifactError(f"decode {list(decoder.decode)} does not ascend from 1", where=where)
+    if decoder.rerun < 0 or (decoder.rerun and not decoder.decode):
+        raise ArtifactError(f"rerun {decoder.rerun} without decode entries", where=where)
+    tokens = [(f"step_{t}", t) for t in decoder.steps]
+    tokens += [(f"decode_{t}", t) for t in decoder.decode]
+    for entry, count in tokens:
         hidden = ("float32", (count, decoder.hidden))
         outputs = {"hidden": hidden} | ({"prenorm": hidden} if decoder.mtp else {})
         inputs: list[tuple[str, tuple[int, ...]]] = [("int32", (count,)), ("int32", (2,))]
         if decoder.adapters:
             inputs.append(("int32", (count,)))
-        _check_shapes(entries, f"step_{count}", inputs, outputs, where)
+        _check_shapes(entries, entry, inputs, outputs, where)
     for count in decoder.heads:
         hidden = ("float32", (count, decoder.hidden))
         logits = ("float32", (count, decoder.vocab))
@@ -102,6 +117,26 @@ def _check_decoder(decoder: Decoder, entries: Mapping[str, Entry], where: str) -
             hidden = ("float32", (count, decoder.hidden))
             inputs = [hidden, ("int32", (count,)), ("int32", (2,))]
             _check_shapes(entries, f"mtp{head}_{count}", inputs, {"hidden": hidden}, where)
+
+
+def _check_layers(layers: tuple[Layer, ...], states: Mapping[str, State], where: str) -> None:
+    names = {layer.name for layer in layers}
+    if len(names) != len(layers):
+        raise ArtifactError("two layers have one name", where=where)
+    owned: set[str] = set()
+    for layer in layers:
+        what = f"layer {layer.name}"
+        if layer.window < 0 or layer.slots < 1:
+            raise ArtifactError(
+                f"{what} sees {layer.window} positions of {layer.slots}", where=where
+            )
+        if layer.follows and layer.follows not in names:
+            raise ArtifactError(f"{what} follows {layer.follows}, which is none", where=where)
+        for name in layer.states:
+            if name not in states or name in owned:
+                problem = "does not exist" if name not in states else "belongs to two layers"
+                raise ArtifactError(f"{what}: state {name} {problem}", where=where)
+            owned.add(name)
 
 
 def _check_shapes(

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 Array = npt.NDArray[Any]
 Prompt = str | Sequence[int] | Array
 
+_FREE = ("f32", "bf16")
+"""Cache formats that hold each position by itself, so that any can be written again."""
 _PASS_TOKENS = 8
 """A pass over the weights costs about as much as the arithmetic of this many tokens."""
 
@@ -36,6 +38,8 @@ class Stats:
     """
 
     prompt_tokens: int = 0
+    reused_tokens: int = 0
+    """Prompt tokens that the session held already."""
     new_tokens: int = 0
     prefill_seconds: float = 0.0
     """Until the first token is known."""
@@ -51,8 +55,9 @@ class Stats:
 
     @property
     def prefill_tokens_per_s(self) -> float | None:
-        """Prompt tokens per second."""
-        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else None
+        """Prompt tokens per second, those that were held already left out."""
+        fresh = self.prompt_tokens - self.reused_tokens
+        return fresh / self.prefill_seconds if self.prefill_seconds else None
 
     @property
     def decode_tokens_per_s(self) -> float | None:
@@ -82,26 +87,46 @@ class Session:
         self._number = number
         self._decoder = decoder_of(module)
         self._adapter = adapter_index(module, adapter)
+        self.adapter = adapter
+        """Adapter that changes the model for this sequence."""
         self.lock = module.lock
-        self.position = 0
-        """Tokens in the states so far; the next one goes here."""
+        self._tokens: list[int] = []
+        self._written = (
+            0  # positions that states ever held: rings have forgotten what lies far before
+        )
+        self._exact = 0  # first tokens whose keys are those of a prompt
 
-    def append(self, ids: Sequence[int] | Array) -> Array:
+    @property
+    def position(self) -> int:
+        """Tokens in the states so far; the next one goes here."""
+        return len(self._tokens)
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """The tokens in the states."""
+        return tuple(self._tokens)
+
+    def append(self, ids: Sequence[int] | Array, *, decode: bool = False) -> Array:
         """Append tokens and return the hidden state of the last one, `[1, D]` float32, a copy.
+
+        Args:
+            ids: The tokens.
+            decode: They were generated, which under some attention policies (`inspect` shows the
+                artifact's) makes them attend to less than the tokens of a prompt do.
 
         Raises:
             UsageError: There are none, they do not fit the context, an id is not in the
                 vocabulary, or the session has ended.
         """
         last: Array | None = None
-        with self.lock:  # until the copy is made
-            for hidden in self.chunks(ids):
-                last = hidden[-1:]
+        with self.lock:
+            for hidden in self.chunks(ids, decode=decode):
+                last = hidden[-1:].copy()
             if last is None:
                 raise UsageError("no tokens to append")
-            return last.copy()
+            return last
 
-    def chunks(self, ids: Sequence[int] | Array) -> Iterator[Array]:
+    def chunks(self, ids: Sequence[int] | Array, *, decode: bool = False) -> Iterator[Array]:
         """Append tokens step by step; gives the hidden states `[n, D]` of each step's tokens.
 
         They are overwritten by whatever the module runs next: where other threads use it too,
@@ -116,22 +141,118 @@ class Session:
                 "was compiled for",
                 remedy="Shorten the prompt, or compile with a longer context.",
             )
+        apart = decode and bool(decoder.decode)
+        sizes, kind = (decoder.decode, "decode") if apart else (decoder.steps, "step")
         done = 0
-        for count in plan_steps(len(tokens), decoder.steps, decoder.max_context - end):
+        for count in plan_steps(len(tokens), sizes, decoder.max_context - end):
             valid = min(count, len(tokens) - done)
+            part = tokens[done : done + valid]
             with self.lock:
-                bound = self._entry(f"step_{count}")
-                into, position, *adapters = bound.inputs.values()
-                for place in adapters:
-                    place[...] = self._adapter
-                into[:valid] = tokens[done : done + valid]
-                into[valid:] = 0
-                position[...] = self.position, valid
-                bound.run()
-                self.position += valid
+                at = self.position
+                hidden = self._step(f"{kind}_{count}", part, at)
+                self._tokens += part.tolist()
+                self._written = max(self._written, self.position)
+                if not apart and self._exact == at:
+                    self._exact = self.position
             done += valid
-            hidden = bound.outputs["hidden"]
-            yield hidden[:valid]
+            yield hidden
+            if apart and decoder.rerun:
+                self._make_exact(decoder.rerun)
+
+    def _step(self, entry: str, tokens: Array, at: int) -> Array:
+        """Run an entry point on some tokens at a position; returns their hidden states."""
+        bound = self._entry(entry)
+        into, position, *adapters = bound.inputs.values()
+        for place in adapters:
+            place[...] = self._adapter
+        into[: len(tokens)] = tokens
+        into[len(tokens) :] = 0
+        position[...] = at, len(tokens)
+        bound.run()
+        hidden: Array = bound.outputs["hidden"][: len(tokens)]
+        return hidden
+
+    def _make_exact(self, every: int) -> None:
+        """Run generated tokens again as if they had been a prompt, as often as the policy says."""
+        with self.lock:
+            while self.position - self._exact >= every:
+                steps, end = self._decoder.steps, self._exact + every
+                for count in plan_steps(every, steps, self._decoder.max_context - end):
+                    part = np.array(self._tokens[self._exact : min(self._exact + count, end)])
+                    self._step(f"step_{count}", part, self._exact)
+                    self._exact += len(part)
+
+    def belongs_to(self, module: Module, adapter: str | None) -> bool:
+        """Whether it is the sequence in progress of a module, with this adapter (None: any)."""
+        mine = self._module is module and module.owns(self._number)
+        return mine and adapter in (None, self.adapter)
+
+    def rewind(self, position: int) -> None:
+        """Drop the tokens from a position on, as if they had never been appended.
+
+        Speculative decoding drops what was drafted in vain so, and a changed prompt its end.
+
+        Args:
+            position: How many tokens to keep.
+
+        Raises:
+            UsageError: There are not so many, or window layers have forgotten what they would need:
+                `can_rewind` tells.
+        """
+        with self.lock:
+            if not 0 <= position <= self.position:
+                raise UsageError(
+                    f"{position} tokens cannot be kept, the sequence has {self.position}"
+                )
+            if not self.can_rewind(position):
+                raise UsageError(
+                    f"the states cannot go back from {self._written} tokens to {position}: window "
+                    "layers have forgotten those before",
+                    remedy="Begin a new session.",
+                )
+            if not position:
+                self._written = 0  # nothing is seen of what was before
+            del self._tokens[position:]
+            self._exact = min(self._exact, position)
+
+    def can_rewind(self, position: int) -> bool:
+        """Whether the states still hold all that is seen from a position on.
+
+        Layers that see everything always do, and so do descriptors of blocks, which are made anew as
+        tokens are appended. A ring of `slots` positions has overwritten those `slots` before the last
+        one that was ever written, and a window layer sees `window - 1` before the position.
+        """
+        if position in (0, self._written):
+            return True
+        layers = self._decoder.layers
+        oldest = (max(0, position - layer.window + 1) for layer in layers)
+        return bool(layers) and all(
+            layer.format in _FREE and (not layer.window or first >= self._written - layer.slots)
+            for layer, first in zip(layers, oldest, strict=True)
+        )
+
+    def keep_prefix(self, ids: Sequence[int] | Array) -> int:
+        """Keep what the states hold of the beginning of other tokens, and drop the rest.
+
+        At least the last of these tokens is left to be appended, since its hidden state is not kept.
+        Tokens that were decoded by an attention policy of their own are not kept: read as a prompt,
+        they get other keys.
+
+        Args:
+            ids: A prompt.
+
+        Returns:
+            How many of its tokens need not be appended; 0 also where the states cannot go back.
+        """
+        wanted = check_ids(ids, self._decoder)
+        with self.lock:
+            most = min(self.position, len(wanted) - 1, self._exact)
+            held = np.array(self._tokens[: max(most, 0)], np.int32)
+            differ = np.flatnonzero(held != wanted[: len(held)])
+            same = int(differ[0]) if len(differ) else len(held)
+            kept = same if self.can_rewind(same) else 0
+            self.rewind(kept)
+            return kept
 
     def logits(self, hidden: Array) -> Iterator[Array]:
         """Give the logits `[n, V]` float32 of hidden states `[m, D]`, some rows at a time.
@@ -256,6 +377,7 @@ def generate_ids(
     stop_at_eos: bool,
     stats: Stats | None,
     adapter: str | None = None,
+    session: Session | None = None,
 ) -> Iterator[int]:
     """Check the arguments at once and return the ids one by one; see `Module.generate`."""
     decoder = decoder_of(module)
@@ -272,7 +394,12 @@ def generate_ids(
             remedy="Shorten the prompt, ask for fewer, or compile with a longer context.",
         )
     adapter_index(module, adapter)
-    return _generate(module, ids, count, sampling, stop_at_eos, stats or Stats(), adapter)
+    if session is not None and not session.belongs_to(module, adapter):
+        raise UsageError(
+            "this session is of another module or adapter, or has ended",
+            remedy="Begin one with Module.session, with the same adapter.",
+        )
+    return _generate(module, ids, count, sampling, stop_at_eos, stats or Stats(), adapter, session)
 
 
 def generate_text(
@@ -283,11 +410,14 @@ def generate_text(
     stop_at_eos: bool,
     stats: Stats | None,
     adapter: str | None = None,
+    session: Session | None = None,
 ) -> Iterator[str]:
     """Check the arguments at once and return the text in pieces; see `Module.generate`."""
     ids = encode(module, prompt)
     stream = TextStream(module.tokenizer, ids.tolist())
-    tokens = generate_ids(module, ids, max_new_tokens, sampling, stop_at_eos, stats, adapter)
+    tokens = generate_ids(
+        module, ids, max_new_tokens, sampling, stop_at_eos, stats, adapter, session
+    )
     return stream.pieces(tokens)
 
 
@@ -325,18 +455,20 @@ def _generate(
     stop_at_eos: bool,
     stats: Stats,
     adapter: str | None,
+    session: Session | None,
 ) -> Iterator[int]:
     decoder = decoder_of(module)
     eos = frozenset(decoder.eos) if stop_at_eos else frozenset()
     stats.prompt_tokens, stats.stopped = len(ids), "" if count else "length"
     if not count:
         return
-    session = module.session(adapter)
+    session = module.session(adapter) if session is None else session
+    stats.reused_tokens = session.keep_prefix(ids)
     meter = open_meter(module.manifest.target.kind)
     stats.joules_reason = meter.reason or "no token after the first"
     try:
         start = time.perf_counter()
-        token = _next(session, ids, sampling)
+        token = _next(session, ids[stats.reused_tokens :], sampling)
         stats.prefill_seconds = time.perf_counter() - start
         meter.start()
         for made in range(1, count + 1):
@@ -349,7 +481,7 @@ def _generate(
             yield token
             if made < count:
                 start = time.perf_counter()
-                token = _next(session, [token], sampling)
+                token = _next(session, [token], sampling, decode=True)
                 stats.decode_seconds += time.perf_counter() - start
                 meter.keep()
     finally:
@@ -359,7 +491,9 @@ def _generate(
             stats.joules_reason = meter.reason
 
 
-def _next(session: Session, ids: Sequence[int] | Array, sampling: Sampling) -> int:
+def _next(
+    session: Session, ids: Sequence[int] | Array, sampling: Sampling, *, decode: bool = False
+) -> int:
     with session.lock:  # the logits are memory of the module
-        (logits,) = session.logits(session.append(ids))
+        (logits,) = session.logits(session.append(ids, decode=decode))
         return sample(logits[0], sampling, session.position)

@@ -282,11 +282,12 @@ class Module:
         stop_at_eos: bool = True,
         stats: generate.Stats | None = None,
         adapter: str | None = None,
+        session: generate.Session | None = None,
     ) -> Iterator[int]:
         """Generate token ids one by one; arguments as in `generate`."""
         sampling = Sampling(temperature, top_k, top_p, seed)
         return generate.generate_ids(
-            self, prompt, max_new_tokens, sampling, stop_at_eos, stats, adapter
+            self, prompt, max_new_tokens, sampling, stop_at_eos, stats, adapter, session
         )
 
     def generate(
@@ -301,6 +302,7 @@ class Module:
         stop_at_eos: bool = True,
         stats: generate.Stats | None = None,
         adapter: str | None = None,
+        session: generate.Session | None = None,
     ) -> Iterator[str]:
         """Generate text, piece by piece; no piece ends within a character.
 
@@ -315,6 +317,8 @@ class Module:
             stop_at_eos: Stop before an end-of-text token.
             stats: Filled with counts, times and energy while tokens are generated.
             adapter: Which of the artifact's low-rank adapters to use for this text; None: none.
+            session: Of this module (see `session`): what it holds of the prompt's beginning is not
+                computed again, and afterwards it holds this text. None: a new one.
 
         Raises:
             UsageError: The artifact is no decoder, or an argument is out of range; at once, not
@@ -322,7 +326,7 @@ class Module:
         """
         sampling = Sampling(temperature, top_k, top_p, seed)
         return generate.generate_text(
-            self, prompt, max_new_tokens, sampling, stop_at_eos, stats, adapter
+            self, prompt, max_new_tokens, sampling, stop_at_eos, stats, adapter, session
         )
 
     def token_logprobs(

@@ -64,6 +64,25 @@ class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dtype: str
 
 
+class Layer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What one layer attends to, and what it keeps between calls."""
+
+    name: str
+    """Of its stage: ``layers.3``, ``mtp.0``."""
+    role: str = "full"
+    """``full``; ``window``; ``select`` (chooses positions, and may be dense itself); ``reuse`` (follows)."""
+    window: int = 0
+    """Last positions that it sees, its own included; 0: no limit."""
+    slots: int = 0
+    """Positions that its caches hold; fewer than the context in a ring."""
+    format: str = "f32"
+    """Of its caches."""
+    follows: str = ""
+    """Layer whose lists it follows."""
+    states: tuple[str, ...] = ()
+    """Names of the states that it owns."""
+
+
 class Decoder(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """How to generate text with the entry points.
 
@@ -89,6 +108,13 @@ class Decoder(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     adapters: tuple[str, ...] = ()
     """Names of low-rank adapters. With any, ``step_T`` takes ``adapter int32 [T]`` too: for each token the
     index of one, or -1 for none."""
+    decode: tuple[int, ...] = ()
+    """Token counts T that have a ``decode_T`` entry, ascending: like ``step_T``, for tokens that were
+    generated, where these attend to less than those of a prompt; empty: ``step_T`` is for both."""
+    rerun: int = 0
+    """After so many tokens of ``decode_T`` these run again by ``step_T``, which makes their keys exact."""
+    layers: tuple[Layer, ...] = ()
+    """All layers in running order, draft heads last; empty in artifacts from before it was noted."""
 
 
 class Member(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -164,6 +190,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
     """True if any choice rests on a modelled rather than a measured number."""
     calibrated: Calibrated | None = None
     """None: weights are stored as they were, or rounded to the nearest."""
+    attention: str = "model"
+    """Policy that the layers follow, as ``--attention`` spells it."""
 
 
 class Programs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

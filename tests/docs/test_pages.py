@@ -199,6 +199,7 @@ def test_artifact_page_has_every_field() -> None:
         "Member",
         "Choice",
         "Decoder",
+        "Layer",
         "State",
         "Entry",
         "Buffer",

@@ -116,7 +116,7 @@ def test_token_counts_of_one_matrix_share_its_layout(llama_folder: Path) -> None
         ({"source": "no/such/folder"}, InputError),
         ({"source": 3}, UsageError),
         ({"source": "tiny", "quant": "w9"}, UsageError),
-        ({"source": "tiny", "attention": "quest"}, UsageError),
+        ({"source": "tiny", "attention": "seer"}, UsageError),
         ({"source": "tiny", "quant": "w4kv4"}, UsageError),
         ({"source": "tiny", "target": "cuda"}, UsageError),
         ({"source": "tiny", "threads": 0}, UsageError),

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from mimo_compile.errors import InputError
-from mimo_compile.frontend.models.decoder import Decoder, DecoderConfig, LayerSpec, Stage
+from mimo_compile.frontend.models.attend import attending
+from mimo_compile.frontend.models.decoder import LISTS, Decoder, DecoderConfig, LayerSpec, Stage
 from mimo_compile.frontend.models.family import Family, Names
 from mimo_compile.frontend.models.stages import (
     Attention,
@@ -217,6 +218,7 @@ class Builder:
             [names[part] for part in "qkv"], None if bias is None else torch.cat(bias)
         )
         attention = Attention(spec, qkv, self._linear([names["o"]]), small)
+        attend, follows, lends = attending(self.config, name)
         module = make(
             spec,
             attention,
@@ -225,6 +227,7 @@ class Builder:
             self.config.eps,
             self.config.max_context,
             scheme_cache_format(self.scheme.kv),
+            attend,
         )
         kind = "layer"
         inputs: tuple[str, ...] = ("x", "delta")
@@ -234,10 +237,11 @@ class Builder:
             kind, inputs, outputs = "mtp", ("hidden", "ids"), ("normed",)
         elif first:
             kind, inputs = "first", ("x",)
-        states = {cache: f"{name}.{cache}" for cache in ("k_cache", "v_cache")}
+        states = {state: f"{name}.{state}" for state in module.states}
         return Stage(
-            name, self._kind(kind, module), module, states, (*inputs, rope, "pos"), outputs
-        )
+            name, self._kind(kind, module), module, states, (*inputs, rope, "pos"), outputs,
+            lists_of(follows), lists_of(lends),
+        )  # fmt: skip
 
     def _kind(self, family: str, module: LayerCore) -> str:
         """Return ``first``, ``layer``, ``layer.1`` ...: one short name for each different graph."""
@@ -309,6 +313,11 @@ class Builder:
                 for e, expert in enumerate(tensor)
             ]
         )
+
+
+def lists_of(stage: str) -> tuple[str, ...]:
+    """Return the names of the lists that a layer lends, by the name of its stage; empty: it lends none."""
+    return tuple(f"{stage}.{part}" for part in LISTS) if stage else ()
 
 
 _SMALL = frozenset(

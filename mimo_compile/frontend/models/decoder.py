@@ -16,7 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from mimo_compile.errors import UsageError
+from mimo_compile.ir.policies import AttentionPolicy, LayerRole
+from mimo_compile.ir.policies.full import Model
 
+_AS_IT_SAYS = Model()
+LISTS = ("idx", "cnt")
+"""Keywords of the lists that a layer follows."""
 STEP_TOKENS = 256
 """Most tokens of one call: rings of window layers hold the window and this many more."""
 
@@ -88,6 +93,22 @@ class DecoderConfig:
     """Draft layers (multi-token prediction), possibly none."""
     dtype: Literal["f32", "bf16"] = "f32"
     """How unquantised matrices are stored."""
+    attention: AttentionPolicy = _AS_IT_SAYS
+    """What its layers attend to."""
+    roles: tuple[LayerRole, ...] = ()
+    """Of each layer under a policy (`attend.with_attention`); empty: all do as their specs say."""
+
+    def chooses(self, *, decode: bool) -> bool:
+        """Say whether layers choose what they attend to when they decode, or when they read a prompt."""
+        phase = "decode" if decode else "prefill"
+        return phase in self.attention.phases and any(
+            role.kind in ("select", "reuse") for role in self.roles
+        )
+
+    @property
+    def decodes_apart(self) -> bool:
+        """True when a token that is decoded attends in another way than one of a prompt."""
+        return self.chooses(decode=True) != self.chooses(decode=False)
 
     def with_context(self, max_context: int) -> DecoderConfig:
         """Return the same decoder for another number of positions."""
@@ -132,6 +153,30 @@ class Stage:
     name."""
     outputs: tuple[str, ...] = ()
     """Values that ``forward`` returns, in order."""
+    follows: tuple[str, ...] = ()
+    """Lists that ``forward`` takes besides, as ``idx`` and ``cnt``, where layers choose."""
+    lends: tuple[str, ...] = ()
+    """Lists that it returns besides, where layers choose."""
+
+    def takes(self, chooses: bool) -> tuple[str, ...]:
+        """Return all values that ``forward`` takes, those that it follows last."""
+        return self.inputs + (self.follows if chooses else ())
+
+    def gives(self, chooses: bool) -> tuple[str, ...]:
+        """Return all values that ``forward`` returns."""
+        return self.outputs + (self.lends if chooses else ())
+
+    @property
+    def may_choose(self) -> bool:
+        """True when the module's graph depends on whether layers choose."""
+        return bool(getattr(getattr(self.module, "attend", None), "kind", ""))
+
+    def prepare(self, tokens: int, chooses: bool) -> None:
+        """Tell the module what it cannot see from its inputs."""
+        if hasattr(self.module, "tokens"):
+            self.module.tokens = tokens  # type: ignore[assignment]
+        if hasattr(self.module, "chooses"):
+            self.module.chooses = chooses  # type: ignore[assignment]
 
 
 class Decoder:
@@ -188,15 +233,24 @@ class Decoder:
                 remedy="raise max_context",
             )
 
-    def _run(self, stage: Stage, values: dict[str, Tensor]) -> None:
-        if stage.name.startswith("rope."):
-            stage.module.tokens = values["ids"].shape[0]  # type: ignore[assignment]
-        out = stage.module(*(values[name] for name in stage.inputs))
-        values.update(zip(stage.outputs, out if isinstance(out, tuple) else (out,), strict=True))
+    def _run(self, stage: Stage, values: dict[str, Tensor], chooses: bool) -> None:
+        stage.prepare(values["ids"].shape[0], chooses)
+        given = [values[name] for name in stage.inputs]
+        lists = stage.follows if chooses else ()
+        out = stage.module(
+            *given, **{key: values[name] for key, name in zip(LISTS, lists, strict=False)}
+        )
+        results = out if isinstance(out, tuple) else (out,)
+        values.update(zip(stage.gives(chooses), results, strict=True))
 
     @torch.no_grad()
     def _steps(
-        self, names: Sequence[str], values: dict[str, Tensor], start: int, valid: int | None
+        self,
+        names: Sequence[str],
+        values: dict[str, Tensor],
+        start: int,
+        valid: int | None,
+        decode: bool = False,
     ) -> dict[str, Tensor]:
         ids = values["ids"] = values["ids"].to(torch.int32)
         count = ids.shape[0] if valid is None else valid
@@ -208,11 +262,11 @@ class Decoder:
         values["pos"] = torch.tensor([start, count], dtype=torch.int32)
         values["adapter"] = torch.full((ids.shape[0],), self.adapter, dtype=torch.int32)
         for name in names:
-            self._run(self._by_name[name], values)
+            self._run(self._by_name[name], values, self.config.chooses(decode=decode))
         return values
 
     def forward_step(
-        self, ids: Tensor, start: int, valid: int | None = None
+        self, ids: Tensor, start: int, valid: int | None = None, *, decode: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Run ``T`` tokens at positions ``start ...`` and append them to the KV caches.
 
@@ -220,6 +274,7 @@ class Decoder:
             ids: ``[T]`` integers; from ``valid`` on they are padding.
             start: position of the first token; earlier positions must have been run.
             valid: number of tokens that count; None: all.
+            decode: these tokens were generated: under some attention policies they attend to less.
 
         Returns:
             The hidden state before the final norm ``[T, D]`` and the logits ``[T, V]``, both float32.
@@ -228,7 +283,7 @@ class Decoder:
             UsageError: too many tokens, ids outside the vocabulary or positions outside the context.
         """
         names = [s.name for s in self._stages if not s.name.startswith("mtp.")]
-        values = self._steps(names, {"ids": ids}, start, valid)
+        values = self._steps(names, {"ids": ids}, start, valid, decode)
         return values["hidden"], values["logits"]
 
     def draft(
@@ -265,6 +320,25 @@ class Decoder:
             raise UsageError("the prompt holds no token")
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
+    def decode(self, tokens: Sequence[int], prompt: int) -> Tensor:
+        """Run the last of the tokens, which was generated, and make exact what the policy says.
+
+        Args:
+            tokens: All so far; those before the last have been run.
+            prompt: How many of them were the prompt.
+
+        Returns:
+            Logits ``[1, V]``.
+        """
+        last = torch.tensor([tokens[-1]], dtype=torch.int32)
+        logits = self.forward_step(last, len(tokens) - 1, decode=True)[1]
+        if self.config.decodes_apart:
+            span = self.config.attention.rectified(len(tokens) - prompt, prompt) or (0, 0)
+            for at in range(*span, STEP_TOKENS):
+                part = tokens[at : min(at + STEP_TOKENS, span[1])]
+                self.forward_step(torch.tensor(part, dtype=torch.int32), at)
+        return logits
+
     def generate_greedy(
         self, ids: Sequence[int], max_new_tokens: int, *, stop: Sequence[int] | None = None
     ) -> list[int]:
@@ -280,11 +354,10 @@ class Decoder:
         """
         ends = self.config.eos if stop is None else tuple(stop)
         logits = self.prefill(ids)[1]
-        out: list[int] = []
-        while len(out) < max_new_tokens:
-            out.append(int(logits[-1].argmax()))
-            if out[-1] in ends or len(out) == max_new_tokens:
+        every = list(ids)
+        while len(every) - len(ids) < max_new_tokens:
+            every.append(int(logits[-1].argmax()))
+            if every[-1] in ends or len(every) - len(ids) == max_new_tokens:
                 break
-            step = torch.tensor(out[-1:], dtype=torch.int32)
-            logits = self.forward_step(step, len(ids) + len(out) - 1)[1]
-        return out
+            logits = self.decode(every, len(ids))
+        return every[len(ids) :]

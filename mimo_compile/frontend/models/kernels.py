@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mimo_compile.errors import UsageError
+from mimo_compile.frontend.models.attend import Attending, Selecting, attending
 from mimo_compile.frontend.models.decoder import DecoderConfig, LayerSpec
+from mimo_compile.ir.caches import FORMATS
 from mimo_compile.ir.formats import QuantScheme
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.ops import get_op
+from mimo_compile.ir.policies import Geometry
 from mimo_compile.ir.workload import Workload
 from mimo_compile.quantize import head_format
 
@@ -34,6 +37,55 @@ def require_kernels(config: DecoderConfig, scheme: QuantScheme, hardware: Hardwa
                 remedy="`mimo-compile targets --formats` lists what has kernels where; some layouts "
                 "have none for small groups",
             )
+
+
+def require_attention(config: DecoderConfig, caches: str, hardware: Hardware) -> None:
+    """Check that each step of the attention policy has a kernel.
+
+    Args:
+        config: The model's shape under the policy.
+        caches: Name of the format of its KV caches.
+        hardware: The target.
+
+    Raises:
+        UsageError: a step has none; says which.
+    """
+    from mimo_compile.schedules import schedules_for
+
+    plain = all(
+        type(attending(config, f"layers.{i}")[0]) is Attending for i in range(len(config.layers))
+    )
+    if not plain and caches not in FORMATS:
+        raise UsageError(
+            f"--attention {config.attention} reads keys of single positions, which {caches} caches (--quant) "
+            "do not keep",
+            remedy="use kv16, or leave kv... out of --quant",
+        )
+    for workload in dict.fromkeys(_steps(config, caches)):
+        if not schedules_for(workload, hardware):
+            raise UsageError(
+                f"--attention {config.attention}: there is no kernel on {hardware.name} for {workload.op} "
+                f"({workload})",
+                remedy="use --attention model, full or window, and float caches",
+            )
+
+
+def _steps(config: DecoderConfig, caches: str) -> Iterator[Workload]:
+    """Yield what choosing layers do for a token that is decoded and for tokens of a prompt."""
+    policy = config.attention
+    for number, spec in enumerate(config.layers):
+        attend = attending(config, f"layers.{number}")[0]
+        if type(attend) is Attending:
+            continue
+        cap = spec.capacity(config.max_context)
+        for phase, t in (("decode", 1), ("prefill", min(16, config.max_context))):
+            if isinstance(attend, Selecting) and attend.described:
+                yield attend.describing(spec, cap, t, caches)
+            if phase in policy.phases:
+                shape = (t, spec.heads, spec.kv_heads, spec.d, spec.dv, cap)
+                steps = policy.workloads(Geometry(*shape, 0, int(spec.sink), caches))
+                found = (steps.score, steps.select, steps.attend)
+                yield from (w for w in found if w is not None)
 
 
 def _quantised(config: DecoderConfig, scheme: QuantScheme) -> Iterator[tuple[str, Workload]]:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mimo_compile.frontend.models.attend import Attending, Lists
 from mimo_compile.frontend.models.decoder import LayerSpec, inverse_frequencies
 from mimo_compile.ir.caches import CacheFormat, parse_cache_format
 from mimo_compile.ir.formats import QuantTensor, parse_act_format
@@ -261,22 +262,30 @@ class LayerCore(nn.Module):
         eps: float,
         max_context: int,
         caches: CacheFormat | None = None,
+        attend: Attending | None = None,
     ) -> None:
         """Take the blocks and the norm weights ``attn_norm`` and ``mlp_norm`` ``[D]`` float32.
 
-        ``caches`` is the format of keys and values between calls (None: float32).
+        ``caches`` is the format of keys and values between calls (None: float32), ``attend`` what the layer
+        attends to (None: what its spec says).
         """
         super().__init__()
         self.spec, self.eps = spec, eps
         self.caches = caches or parse_cache_format("f32")
+        self.attend, self.chooses = attend or Attending(), False
         self.attention, self.feed = attention, feed
         self.attn_norm = frozen(norms["attn_norm"])
         self.register_parameter("mlp_norm", frozen(norms["mlp_norm"]))
         cap = spec.capacity(max_context)
+        kind = self.caches.torch_dtype
         for name, width in (("k_cache", spec.d), ("v_cache", spec.dv)):
-            shape = (cap, spec.kv_heads, width)
-            empty = torch.empty(shape, dtype=self.caches.torch_dtype, device="meta")
+            empty = torch.empty((cap, spec.kv_heads, width), dtype=kind, device="meta")
             self.register_buffer(name, empty, persistent=False)
+        more = self.attend.states(spec, cap, kind)
+        for name, tensor in (more | self.attend.constants(spec)).items():
+            self.register_buffer(name, tensor, persistent=False)
+        self.states = ("k_cache", "v_cache", *more)
+        """Buffers that live across calls."""
 
     @property
     def kind(self) -> str:
@@ -286,29 +295,40 @@ class LayerCore(nn.Module):
             s.heads, s.kv_heads, s.d, s.dv, s.window, s.sink, s.rotary_dim, s.v_scale, s.qk_norm,
             s.mlp, s.ffn, s.experts, s.top_k, s.moe_ffn, s.scoring, s.norm_topk, s.router_bias,
             s.factor, s.groups, s.top_groups, a.qkv.kind, a.o.kind, self.feed.kind,
-            self.caches.name,
+            self.caches.name, self.attend.kind,
         )  # fmt: skip
         return repr(shape)
 
     def after_norm(
-        self, normed: Tensor, x: Tensor, table: Tensor, pos: Tensor, adapter: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Run the layer: normed rows and residual ``x`` -> residual after attention, the block's output."""
+        self,
+        normed: Tensor,
+        x: Tensor,
+        table: Tensor,
+        pos: Tensor,
+        adapter: Tensor | None = None,
+        lists: Lists | None = None,
+    ) -> tuple[Tensor, ...]:
+        """Run the layer on normed rows and the residual ``x``.
+
+        Returns:
+            The residual after attention, the block's output, and the lists that it lends, if any.
+        """
         s, a = self.spec, self.attention
         q = torch.ops.mimo.kv_append(
             a.qkv(normed, adapter), table, pos, a.q_norm, a.k_norm, self.k_cache, self.v_cache,
             s.heads, self.eps, s.v_scale,
         )  # fmt: skip
-        out = torch.ops.mimo.cached_attention(
-            q, self.k_cache, self.v_cache, pos, a.sink, s.d**-0.5, s.window
-        )
+        out, made = self.attend(self, q, pos, lists)
         delta = a.o(out.flatten(1), adapter)
         normed, x = torch.ops.mimo.add_rms_norm(delta, x, self.mlp_norm, self.eps)
-        return x, self.feed(normed, adapter)
+        return x, self.feed(normed, adapter), *(made or ())
 
 
 class Layer(LayerCore):
-    """``(x, delta, table, pos[, adapter]) -> (x', delta')``: the residual stream is ``x + delta``."""
+    """``(x, delta, table, pos[, adapter]) -> (x', delta')``: the residual stream is ``x + delta``.
+
+    Where layers follow lists of others it takes ``idx`` and ``cnt``, and gives them where it makes some.
+    """
 
     def forward(
         self,
@@ -317,10 +337,13 @@ class Layer(LayerCore):
         table: Tensor,
         pos: Tensor,
         adapter: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+        idx: Tensor | None = None,
+        cnt: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
         """Add the pending delta, normalise, run the layer."""
         normed, x = torch.ops.mimo.add_rms_norm(delta, x, self.attn_norm, self.eps)
-        return self.after_norm(normed, x, table, pos, adapter)
+        lists = None if idx is None or cnt is None else (idx, cnt)
+        return self.after_norm(normed, x, table, pos, adapter, lists)
 
 
 class FirstLayer(LayerCore):
@@ -328,7 +351,7 @@ class FirstLayer(LayerCore):
 
     def forward(
         self, x: Tensor, table: Tensor, pos: Tensor, adapter: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         """Normalise, run the layer."""
         normed = torch.nn.functional.rms_norm(x, (x.shape[-1],), self.attn_norm, self.eps)
         return self.after_norm(normed, x, table, pos, adapter)
@@ -384,6 +407,6 @@ class MtpLayer(LayerCore):
         state = norm(hidden, width, self.hnorm, self.eps)
         x = self.eh_proj(torch.cat([token, state], dim=-1))
         normed = norm(x, width, self.attn_norm, self.eps)
-        x, delta = self.after_norm(normed, x, table, pos)
+        x, delta = self.after_norm(normed, x, table, pos)[:2]
         out: Tensor = torch.ops.mimo.add_rms_norm(delta, x, self.final_norm, self.eps)[0]
         return out

@@ -1,0 +1,128 @@
+"""Converters of attention by lists: describe, score, select, attend (see `importer`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from mimo_compile.ir.caches import FORMATS
+from mimo_compile.ir.ops import get_op
+from mimo_compile.ir.workload import Value
+
+MEASURED_KV = 16384
+"""KV length that kernels of long contexts are measured at (or the cache, if shorter)."""
+
+
+def extents(var: Any) -> list[int]:
+    """Return the static shape of a Relax value."""
+    return [int(d) for d in var.ty.shape.values]
+
+
+def measured(cap: int, t: int) -> int:
+    """Return the parameter ``len`` of a workload over a cache; 0 is the whole cache."""
+    length = min(cap, max(t, MEASURED_KV))
+    return 0 if length == cap else length
+
+
+def factor(scale: float, d: int) -> float:
+    """Return the parameter ``scale``; 0 is ``1/sqrt(d)``."""
+    return 0.0 if abs(float(scale) * d**0.5 - 1) < 1e-6 else float(scale)
+
+
+class ListConverters:
+    """Converters that emit one workload each by ``call`` (see `importer._Converters.call`)."""
+
+    def __init__(self, call: Callable[..., Any], cache_format: Callable[..., str]) -> None:
+        """Serve one import."""
+        self.call, self.cache_format = call, cache_format
+        self.appended: dict[Any, int] = {}
+        """Cache -> tokens that the call appended to it, which is what descriptors are made anew for."""
+        self.effects: list[Any] = []
+        """Stand for calls that give nothing but what they write: kept alive as results of the function."""
+
+    @property
+    def table(self) -> dict[str, Callable[[Any, Any], Any]]:
+        """The converters by ATen name."""
+        return {
+            "describe_blocks.default": self.describe_blocks,
+            "score_blocks.default": self.score_blocks,
+            "score_keys.default": self.score_keys,
+            "select_blocks.default": self.select_blocks,
+            "sparse_attention.default": self.sparse_attention,
+        }
+
+    def describe_blocks(self, node: Any, imp: Any) -> None:
+        """Update descriptors of the tokens that the call appended."""
+        k_cache, pos, desc, kind, size, stride, *whole = imp.retrieve_args(node)
+        (cap, kv, d), t = extents(k_cache), self.appended[k_cache]
+        done = self.call(
+            imp, "describe_blocks", [pos, k_cache, desc], [([1], "int32")], t=t, kv=kv, d=d, cap=cap,
+            kind=kind, size=size, stride=0 if stride == size else stride, len=measured(cap, t),
+            c=self.cache_format(k_cache), whole=int(bool(whole and whole[0])), e=_format(desc),
+        )  # fmt: skip
+        self.effects.append(done)
+
+    def score_blocks(self, node: Any, imp: Any) -> Any:
+        """Score blocks by descriptors."""
+        q, desc, weight, pos, kind, agg, soft, block, rows, blocks, size, stride, scale = (
+            imp.retrieve_args(node)
+        )
+        (r, h, d), kv = extents(q), extents(desc)[1]
+        t, cap = r * rows, blocks * block
+        heads = h if agg == "none" else kv
+        sizes: dict[str, Value] = {"size": size, "stride": stride} if kind == "compressed" else {}
+        ones = kind == "indexer"
+        return self.call(
+            imp, "score_blocks", [q, pos, weight, desc], [([r, heads, blocks], "float32")], t=t, h=h,
+            kv=kv, d=d, cap=cap, kind=kind, agg=agg, block=block, rows=rows, soft=int(soft),
+            scale=0.0 if ones and scale == 1 else factor(scale, d), len=measured(cap, t),
+            e=_format(desc), **sizes,
+        )  # fmt: skip
+
+    def score_keys(self, node: Any, imp: Any) -> Any:
+        """Score blocks by their keys."""
+        q, k_cache, pos, peak, guess, kind, agg, block, channels, scale = imp.retrieve_args(node)
+        (t, h, d), (cap, kv, _) = extents(q), extents(k_cache)
+        out = [t, h if agg == "none" else kv, -(-cap // block)]
+        return self.call(
+            imp, "score_keys", [q, pos, guess, peak, k_cache], [(out, "float32")], t=t, h=h, kv=kv, d=d,
+            cap=cap, kind=kind, agg=agg, block=block, channels=channels, guess=int(guess is not None),
+            scale=factor(scale, d), len=measured(cap, t), c=self.cache_format(k_cache),
+        )  # fmt: skip
+
+    def select_blocks(self, node: Any, imp: Any) -> Any:
+        """Make lists."""
+        score, pos, value, rule, k, share, block, rows, first, last, merge, kmax = (
+            imp.retrieve_args(node)
+        )
+        r, hs, blocks = extents(score)
+        t, cap = r * rows, blocks * block
+        p: dict[str, Value] = {
+            "t": t, "hs": hs, "cap": cap, "block": block, "k": k, "rule": rule, "share": float(share),
+            "rows": rows, "first": first, "last": last, "merge": merge, "len": measured(cap, t),
+        }  # fmt: skip
+        op: Any = get_op("select_blocks")
+        p["kmax"] = 0 if op.list_length(op.full(op.workload(**p))) == kmax else kmax
+        lists = [r, 1 if merge == "rank" else hs]
+        outs = [([*lists, kmax], "int32"), (lists, "int32")]
+        return self.call(imp, "select_blocks", [score, pos, value], outs, **p)
+
+    def sparse_attention(self, node: Any, imp: Any) -> Any:
+        """Attend to lists."""
+        q, k_cache, v_cache, pos, idx, cnt, sink, table, block, rows, page, scale, window = (
+            imp.retrieve_args(node)
+        )
+        (t, h, d), (cap, kv, _), dv = extents(q), extents(k_cache), extents(v_cache)[2]
+        _, hs, kmax = extents(idx)
+        return self.call(
+            imp, "sparse_attention", [q, pos, idx, cnt, table, sink, k_cache, v_cache],
+            [([t, h, dv], "float32"), ([t, h], "float32")], t=t, h=h, kv=kv, d=d, dv=dv, cap=cap, hs=hs,
+            block=block, kmax=kmax, rows=rows, window=window, sink=int(sink is not None), page=page,
+            scale=factor(scale, d), len=measured(cap, t), c=self.cache_format(k_cache, v_cache),
+        )  # fmt: skip
+
+
+def _format(desc: Any) -> str:
+    """Return the name of the format of descriptors."""
+    kind = str(desc.ty.dtype)
+    return next(f.name for f in FORMATS.values() if f.dtype == kind)

@@ -1,0 +1,325 @@
+"""What one layer does between appending keys and its output projection: dense, windowed, or by a policy.
+
+A policy (`ir.policies`) says what each layer is; `with_attention` puts that into a decoder's shape, and
+`attending` returns the behaviour of one layer. Behaviours emit ops, whose kernels know no policy, and name
+the states that a layer keeps beside its caches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mimo_compile.errors import UsageError
+from mimo_compile.frontend.models.decoder import DecoderConfig, LayerSpec, inverse_frequencies
+from mimo_compile.ir.ops import get_op
+from mimo_compile.ir.ops.describe_blocks import PARTS, entries_of
+from mimo_compile.ir.policies import AttentionPolicy, Geometry, LayerRole
+from mimo_compile.ir.policies.stream import Stream
+from mimo_compile.ir.workload import Workload
+
+if TYPE_CHECKING:
+    from mimo_compile.frontend.models.stages import LayerCore
+
+Lists = tuple[Tensor, Tensor]
+"""``idx`` int32 ``[T, HS, kmax]`` and ``cnt`` int32 ``[T, HS]``, see `ir.ops.block_lists`."""
+DESCRIBED = {"quest": "bounds", "mean": "mean"}
+"""Source of scores -> kind of the descriptors that it reads."""
+READY = ("model", "full", "window", "stream", "quest", "lessismore", "moba", "resa")
+"""Policies that layers can follow here; the others are data so far."""
+RETRAINED = {
+    "window": "layers that were trained with windows",
+    "moba": "training with block attention",
+}
+"""What a model should have been trained with; without it the text gets worse, but nothing is missing."""
+
+
+def with_attention(config: DecoderConfig, policy: AttentionPolicy) -> DecoderConfig:
+    """Return a decoder's shape under a policy.
+
+    Raises:
+        UsageError: the policy needs weights that no checkpoint brings, has no kernels yet, or shares lists in
+            a model some of whose layers have windows.
+    """
+    if policy.arithmetic != "float":
+        raise UsageError(
+            f"--attention {policy}: +{policy.arithmetic} has no kernels in this version",
+            remedy=f"use --attention {policy.name}",
+        )
+    ready = ", ".join(READY)
+    missing = [what for what in policy.needs if what not in RETRAINED.values()]
+    if policy.name not in READY and missing and policy.name not in RETRAINED:
+        raise UsageError(
+            f"--attention {policy.name} needs {' and '.join(missing)}, which this model does not have",
+            remedy=f"use one of {ready}",
+        )
+    if policy.name not in READY:
+        raise UsageError(
+            f"--attention {policy.name} has no kernels in this version",
+            remedy=f"use one of {ready}",
+        )
+    windows = [spec.window for spec in config.layers]
+    roles = policy.plan(len(windows), windows if any(windows) else ())
+    layers = tuple(
+        replace(spec, window=role.window) if _is_ring(policy, role) else spec
+        for spec, role in zip(config.layers, roles, strict=True)
+    )
+    return replace(config, layers=layers, attention=policy, roles=roles)
+
+
+def _is_ring(policy: AttentionPolicy, role: LayerRole) -> bool:
+    """Say whether a window is all that a layer sees, so that a ring holds it."""
+    return role.kind == "window" and not (isinstance(policy, Stream) and policy.sink)
+
+
+class Attending:
+    """Attention to everything, or to the spec's window: nothing is chosen."""
+
+    kind = ""
+    """What a layer's graph depends on, beside its spec."""
+
+    def states(self, spec: LayerSpec, cap: int, cache: torch.dtype) -> dict[str, Tensor]:
+        """Return what the layer keeps beside its caches, on the meta device.
+
+        Args:
+            spec: The layer's.
+            cap: Slots of its caches.
+            cache: Their element type.
+        """
+        return {}
+
+    def constants(self, spec: LayerSpec) -> dict[str, Tensor]:
+        """Return tensors that the layer's graph reads, by name."""
+        return {}
+
+    def __call__(
+        self, layer: LayerCore, q: Tensor, pos: Tensor, lists: Lists | None
+    ) -> tuple[Tensor, Lists | None]:
+        """Attend: ``q [T, H, D]``, rotated, whose keys are in the cache.
+
+        Args:
+            layer: Its weights and caches; ``layer.chooses`` is false where even choosing layers are dense.
+            q: Queries.
+            pos: int32 [2], start and valid.
+            lists: Those of the layer that this one follows.
+
+        Returns:
+            ``[T, H, DV]``, and the lists that later layers follow.
+        """
+        return dense(layer, q, pos), None
+
+
+def dense(layer: LayerCore, q: Tensor, pos: Tensor) -> Tensor:
+    """Attend to everything that the spec's window leaves."""
+    s = layer.spec
+    out: Tensor = torch.ops.mimo.cached_attention(
+        q, layer.k_cache, layer.v_cache, pos, layer.attention.sink, s.d**-0.5, s.window
+    )
+    return out
+
+
+def listed(
+    layer: LayerCore,
+    q: Tensor,
+    pos: Tensor,
+    lists: Lists,
+    block: int,
+    window: int,
+    sink: bool = True,
+) -> Lists:
+    """Attend to listed blocks and a window: ``out [T, H, DV]`` and its lse ``[T, H]``."""
+    out: Lists = torch.ops.mimo.sparse_attention(
+        q, layer.k_cache, layer.v_cache, pos, *lists, layer.attention.sink if sink else None, None,
+        block, 1, 0, layer.spec.d**-0.5, window,
+    )  # fmt: skip
+    return out
+
+
+@dataclass(frozen=True)
+class Selecting(Attending):
+    """Describe, score, select, and attend to the lists, or (``role.dense``) only make them for others."""
+
+    policy: AttentionPolicy
+    role: LayerRole
+    lends: bool
+    """Later layers follow the lists."""
+
+    @property
+    def kind(self) -> str:  # type: ignore[override]
+        """The policy's text and the role, without the layer's number."""
+        return f"{self.policy} select {self.role.dense} {self.lends}"
+
+    @property
+    def described(self) -> str:
+        """Kind of the descriptors; empty where keys themselves are scored."""
+        source = self.policy.score
+        return DESCRIBED[source.source] if source and source.op == "score_blocks" else ""
+
+    def describing(self, spec: LayerSpec, cap: int, tokens: int, cache: str) -> Workload:
+        """Return the workload that keeps descriptors up to date, for caches of a format."""
+        entries = cache if self.described == "bounds" else "f32"
+        return get_op("describe_blocks").workload(
+            t=tokens, kv=spec.kv_heads, d=spec.d, cap=cap, kind=self.described,
+            size=self.policy.block, whole=1, c=cache, e=entries,
+        )  # fmt: skip
+
+    def states(self, spec: LayerSpec, cap: int, cache: torch.dtype) -> dict[str, Tensor]:
+        """Descriptors of blocks; bounds of 16-bit keys are exact in 16 bits, means are not."""
+        if not self.described:
+            return {}
+        entries = entries_of(cap, self.policy.block, self.policy.block)
+        shape = (entries, spec.kv_heads, PARTS[self.described], spec.d)
+        dtype = cache if self.described == "bounds" else torch.float32
+        return {"desc": torch.empty(shape, dtype=dtype, device="meta")}
+
+    def __call__(
+        self, layer: LayerCore, q: Tensor, pos: Tensor, lists: Lists | None
+    ) -> tuple[Tensor, Lists | None]:
+        """Keep descriptors up to date always, choose where layers choose."""
+        block = self.policy.block
+        if self.described:
+            # a block is scored once it is complete, and forced before
+            torch.ops.mimo.describe_blocks(
+                layer.k_cache, pos, layer.get_buffer("desc"), self.described, block, block, True
+            )
+        if not layer.chooses or (self.role.dense and not self.lends):
+            return dense(layer, q, pos), None
+        lists = self.choose(layer, q, pos)
+        if self.role.dense:
+            out = dense(layer, q, pos)
+        else:
+            out = listed(layer, q, pos, lists, block, self.policy.kept_window)[0]
+        return out, lists if self.lends else None
+
+    def choose(self, layer: LayerCore, q: Tensor, pos: Tensor) -> Lists:
+        """Score blocks and make lists."""
+        p, s, cap = self.policy, layer.spec, layer.k_cache.shape[0]
+        source, rule = p.score, p.select
+        assert source is not None and rule is not None
+        if source.op == "score_keys":
+            score = torch.ops.mimo.score_keys(
+                q, layer.k_cache, pos, None, None, source.source, source.agg, p.block, 0, s.d**-0.5
+            )
+        else:
+            score = torch.ops.mimo.score_blocks(
+                q, layer.get_buffer("desc"), None, pos, source.source, source.agg, False, p.block,
+                1, -(-cap // p.block), p.block, p.block, s.d**-0.5,
+            )  # fmt: skip
+        length = list_length(p, s, cap)
+        out: Lists = torch.ops.mimo.select_blocks(
+            score, pos, None, rule.rule, rule.k, rule.share, p.block, 1, rule.first, rule.last,
+            rule.merge, length,
+        )  # fmt: skip
+        return out
+
+
+def list_length(policy: AttentionPolicy, spec: LayerSpec, cap: int) -> int:
+    """Return the most blocks that a policy lists in a cache of so many slots."""
+    g = Geometry(1, spec.heads, spec.kv_heads, spec.d, spec.dv, cap)
+    select = policy.workloads(g).select
+    assert select is not None
+    return next(a.shape[2] for a in get_op("select_blocks").args(select) if a.name == "idx")
+
+
+@dataclass(frozen=True)
+class Following(Attending):
+    """Attend to the lists of a layer before, in the layer's own cache."""
+
+    policy: AttentionPolicy
+
+    @property
+    def kind(self) -> str:  # type: ignore[override]
+        """The policy's text."""
+        return f"{self.policy} follow"
+
+    def __call__(
+        self, layer: LayerCore, q: Tensor, pos: Tensor, lists: Lists | None
+    ) -> tuple[Tensor, Lists | None]:
+        """Follow the lists where there are any."""
+        if not layer.chooses:
+            return dense(layer, q, pos), None
+        assert lists is not None
+        return listed(layer, q, pos, lists, self.policy.block, self.policy.kept_window)[0], None
+
+
+@dataclass(frozen=True)
+class Streaming(Attending):
+    """The first ``sink`` positions and the last ``recent``, in one softmax.
+
+    Keys are cached rotated by their positions in the text. Rolling positions differ only in how far away the
+    sinks are: for a query at position p they stay ``sink + recent - 1`` away from where it stands in the
+    cache. So queries far from the start meet the sinks under another rotation, and both parts are merged by
+    their softmax denominators; near the start sinks and window are one part.
+    """
+
+    policy: Stream
+
+    @property
+    def kind(self) -> str:  # type: ignore[override]
+        """The policy's text."""
+        return str(self.policy)
+
+    def constants(self, spec: LayerSpec) -> dict[str, Tensor]:
+        """What it takes to turn queries: frequencies, and how many positions the cache holds."""
+        if not (self.policy.rolling and spec.rotary_dim):
+            return {}
+        held = self.policy.sink + self.policy.recent - 1
+        return {
+            "stream_freq": inverse_frequencies(spec),
+            "stream_held": torch.tensor([held, 0], dtype=torch.int32),
+        }
+
+    def __call__(
+        self, layer: LayerCore, q: Tensor, pos: Tensor, lists: Lists | None
+    ) -> tuple[Tensor, Lists | None]:
+        """Attend to sinks and window at once, or merge both."""
+        p, tokens = self.policy, q.shape[0]
+        if not (p.rolling and layer.spec.rotary_dim):
+            idx = torch.zeros((tokens, 1, 1), dtype=torch.int32)
+            one = torch.ones((tokens, 1), dtype=torch.int32)
+            return listed(layer, q, pos, (idx, one), p.sink, p.recent)[0], None
+        at = pos[0] + torch.arange(tokens, dtype=torch.int32)
+        near = (at < p.sink + p.recent).to(torch.int32)[:, None]
+        both = listed(layer, q, pos, (near[:, None] - 1, near), p.sink, p.recent)
+        away = torch.ops.mimo.rope_table(
+            pos - layer.get_buffer("stream_held"), layer.get_buffer("stream_freq"), tokens
+        )
+        turned = turn_back(q, away)
+        sinks = listed(layer, turned, pos, (-near[:, None], 1 - near), p.sink, 0, sink=False)
+        return merge(both, sinks), None
+
+
+def turn_back(x: Tensor, table: Tensor) -> Tensor:
+    """Undo a rotation: ``x [T, H, D]``, ``table [T, 2, R/2]`` (cos, sin)."""
+    half = table.shape[2]
+    cos, sin = table[:, None, 0], table[:, None, 1]
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat([a * cos + b * sin, b * cos - a * sin, rest], dim=-1)
+
+
+def merge(one: Lists, other: Lists) -> Tensor:
+    """Join two attentions over different keys, each ``[T, H, DV]`` with its lse ``[T, H]``."""
+    # rows that saw nothing have -inf, which must not meet another one
+    top = torch.maximum(one[1], other[1]).clamp(min=-1e30)[..., None]
+    first, second = torch.exp(one[1][..., None] - top), torch.exp(other[1][..., None] - top)
+    return (first * one[0] + second * other[0]) / (first + second).clamp(min=1e-30)
+
+
+def attending(config: DecoderConfig, name: str) -> tuple[Attending, str, str]:
+    """Return the behaviour of a layer's stage, and whose lists it follows and lends (stages; or empty)."""
+    part, _, number = name.partition(".")
+    if part != "layers" or not config.roles:
+        return Attending(), "", ""
+    at = int(number)
+    role, policy = config.roles[at], config.attention
+    if role.kind == "reuse":
+        return Following(policy), f"layers.{role.list_of}", ""
+    if role.kind == "select":
+        lends = any(r.kind == "reuse" and r.list_of == at for r in config.roles)
+        return Selecting(policy, role, lends), "", name if lends else ""
+    if isinstance(policy, Stream) and not config.layers[at].window:
+        return Streaming(policy), "", ""
+    return Attending(), "", ""

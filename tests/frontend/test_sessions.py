@@ -1,0 +1,117 @@
+"""Sequences that go back and are used again: every layer must find what a fresh sequence would hold."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mimo_compile as mc
+from mimo_compile.errors import UsageError
+from mimo_compile.runtime import Stats
+
+CONTEXT, RING = 320, 272
+pytestmark = pytest.mark.compile
+
+
+@pytest.fixture(scope="module")
+def module(saved, tmp_path_factory):
+    """A model whose layers 1 and 2 see 8 positions, in rings of 272."""
+    folder = tmp_path_factory.mktemp("sessions")
+    source = saved("qwen2-window")[1]
+    return mc.compile(source, db=folder / "records.db", max_context=CONTEXT, threads=1).module()
+
+
+def logits(session, hidden):
+    return np.concatenate([rows.copy() for rows in session.logits(hidden)])
+
+
+def fresh(module, ids):
+    session = module.session()
+    return logits(session, session.append(ids))
+
+
+def test_layers_are_what_inspect_tells(module):
+    layers = module.manifest.decoder.layers
+    assert [(x.name, x.role, x.window, x.slots) for x in layers] == [
+        ("layers.0", "full", 0, CONTEXT), ("layers.1", "window", 8, RING), ("layers.2", "window", 8, RING),
+    ]  # fmt: skip
+    owned = [name for layer in layers for name in layer.states]
+    assert sorted(owned) == sorted(module.manifest.states)
+
+
+def test_a_prompt_with_the_same_beginning_costs_only_its_end(module, tools):
+    one, other = tools.prompt(40), tools.prompt(30)[:25] + tools.prompt(50, seed=2)
+    session = module.session()
+    kinds = {"stop_at_eos": False, "max_new_tokens": 9}
+    for prompt, reused in ((one, 0), (other, 25), (other, len(other) - 1), (other[:20], 19)):
+        stats = Stats()
+        found = list(module.generate_ids(prompt, session=session, stats=stats, **kinds))
+        assert stats.reused_tokens == reused
+        assert session.tokens[: len(prompt)] == tuple(prompt)
+        kept = session.tokens
+        assert found == list(module.generate_ids(prompt, **kinds))
+        session = module.session()  # the fresh one ended it: begin again where it was
+        session.append(kept)
+    with pytest.raises(UsageError, match="has ended"):
+        ended = module.session()
+        module.session()
+        list(module.generate_ids(one, session=ended, **kinds))
+
+
+def test_generated_tokens_are_kept_where_they_decode_like_a_prompt(module, tools):
+    session = module.session()
+    out = list(module.generate_ids(tools.prompt(30), 8, session=session, stop_at_eos=False))
+    again = [*tools.prompt(30), *out, 5, 6]
+    assert session.keep_prefix(again) == 30 + 7  # the last one was never appended
+    got = logits(session, session.append(again[37:]))
+    np.testing.assert_allclose(got, fresh(module, again), rtol=2e-4, atol=2e-4)
+
+
+def test_rings_give_back_as_much_as_they_hold(module, tools):
+    """Of 300 positions a ring of 272 holds those from 28 on, and 7 before the next one are seen."""
+    session, ids = module.session(), tools.prompt(300)
+    session.append(ids)
+    assert [session.can_rewind(n) for n in (0, 1, 34, 35, 300)] == [True, False, False, True, True]
+    with pytest.raises(UsageError, match="cannot go back from 300 tokens to 34"):
+        session.rewind(34)
+    with pytest.raises(UsageError, match="301 tokens cannot be kept"):
+        session.rewind(301)
+    session.rewind(35)
+    assert session.position == 35 and session.tokens == tuple(ids[:35])
+    more = tools.prompt(9, seed=3)
+    got = logits(session, session.append(more))
+    np.testing.assert_allclose(got, fresh(module, ids[:35] + more), rtol=2e-4, atol=2e-4)
+
+
+def test_where_rings_cannot_go_back_the_sequence_begins_anew(module, tools):
+    session, ids = module.session(), tools.prompt(300)
+    session.append(ids)
+    assert session.keep_prefix([*ids[:20], 3]) == 0 and session.position == 0
+    session.append(ids[:20])
+    assert session.can_rewind(10)  # what was before the new beginning is no matter any more
+    session.rewind(10)
+    got = logits(session, session.append(ids[10:30]))
+    np.testing.assert_allclose(got, fresh(module, ids[:30]), rtol=2e-4, atol=2e-4)
+
+
+@settings(max_examples=12)
+@given(
+    st.lists(st.tuples(st.integers(1, 120), st.floats(0, 1)), min_size=1, max_size=5),
+    st.integers(0, 99),
+)
+def test_any_way_back_and_forth_ends_where_a_fresh_sequence_does(module, moves, seed):
+    rng = np.random.default_rng(seed)
+    session = module.session()
+    for count, part in moves:
+        room = CONTEXT - 4 - session.position
+        if room > 0:
+            session.append(rng.integers(0, 257, min(count, room)))
+        back = int(session.position * part)
+        if session.can_rewind(back):
+            session.rewind(back)
+    session.append(rng.integers(0, 257, 3))
+    ids = session.tokens
+    got = logits(session, session.append([7]))
+    np.testing.assert_allclose(got, fresh(module, [*ids, 7]), rtol=5e-4, atol=5e-4)
