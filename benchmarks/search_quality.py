@@ -10,7 +10,9 @@ quartiles over seeds are shown. A config that is illegal, or was asked for befor
 a search that asked `4 * limit + 400` times in all is given up like one that spent its trials: it counts as
 missed, and how many ended so is shown (`cut`). Ours
 runs as in the product (tuner, strategy, cost model), with an empty database and without its early stop.
-`ours-blind` begins without the schedules' defaults, as all peers do: these two are compared.
+`ours-blind` begins without the schedules' defaults, as all peers do: these are compared. `ours-warm` and
+`ours-warm-blind` have a model of other shapes besides, as the product has where there are records: it is
+trained on the other recorded spaces, never on the one that is searched.
 
 How a joint space is offered: Kernel Tuner gets one parameter for the algorithm and the union of all knobs,
 those that an algorithm does not have fixed, with the legal configs as its restriction, in simulation mode on
@@ -29,17 +31,22 @@ import math
 import statistics
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+from other_spaces import load, train_on_others
 from pages import add_line, read_lines, write_part
 
+from mimo_compile.cost_models.learned import LatencyModel
 from mimo_compile.search import tuner as tuner_module
 from mimo_compile.search.budget import Budget, Clock
 from mimo_compile.search.database import Database
+from mimo_compile.search.learner import Prior
 from mimo_compile.search.measure.recording import Recording
 from mimo_compile.search.objective import parse_objective
 from mimo_compile.search.space import Candidate
@@ -70,6 +77,8 @@ class Lookup:
         self.most = 4 * limit + 400
         """Times that it may ask, repeated and illegal configs included."""
         self.cut = False
+        self.prior: Path | None = None
+        """A model of other spaces, for searches that start warm."""
 
     def __call__(self, schedule: str, knobs: dict) -> float | None:
         """Return the time, None for an illegal config."""
@@ -90,7 +99,14 @@ class Lookup:
         return time_us
 
 
-def ours(lookup: Lookup, seed: int, *, strategy: str = "evolutionary", blind: bool = False) -> None:
+def ours(
+    lookup: Lookup,
+    seed: int,
+    *,
+    strategy: str = "evolutionary",
+    blind: bool = False,
+    warm: bool = False,
+) -> None:
     recording = lookup.recording
     measurer = recording.measurer()
     answer = measurer._answer
@@ -104,12 +120,18 @@ def ours(lookup: Lookup, seed: int, *, strategy: str = "evolutionary", blind: bo
     with tempfile.TemporaryDirectory(dir=_memory()) as folder, Database(Path(folder) / "db") as db:
         tuner = Tuner(
             recording.hardware, db, measurer, parse_objective("latency"), seed=seed,
-            device=recording.device, strategy=strategy,
+            device=recording.device, strategy=strategy, prior=_prior(lookup.prior) if warm else None,
         )  # fmt: skip
         tuner.add(recording.workload, 1.0, recording.schedules())
         if blind:
             tuner.tasks[0].strategy._seeds.clear()
         tuner.run(Clock(Budget(trials=lookup.limit + 1), None))
+
+
+@cache
+def _prior(path: Path) -> Prior:
+    model = LatencyModel.load(path)
+    return Prior(model, frozenset(model.meta["schedules"]), "other spaces")
 
 
 def _memory() -> str | None:
@@ -162,6 +184,8 @@ def contestants(peers: list[str]) -> dict[str, Search]:
     out: dict[str, Search] = {
         "ours": ours,
         "ours-blind": lambda lk, s: ours(lk, s, blind=True),
+        "ours-warm": lambda lk, s: ours(lk, s, warm=True),
+        "ours-warm-blind": lambda lk, s: ours(lk, s, warm=True, blind=True),
         "random": chance,
     }
     if "optuna" in peers:
@@ -187,22 +211,14 @@ def versions_of(peers: list[str]) -> dict[str, str]:
     return {p: version(package[p]) for p in peers}
 
 
-def one(job: tuple[str, str, int, int, list[str]]) -> tuple[list[int | None], bool]:
+def one(job: tuple[str, str, int, int, list[str], Path | None]) -> tuple[list[int | None], bool]:
     """Run one search; return the trials at each level (None: not reached), and whether it asked too often."""
-    path, name, seed, limit, peers = job
-    lookup = Lookup(_load(path), limit)
+    path, name, seed, limit, peers, prior = job
+    lookup = Lookup(load(Path(path)), limit)
+    lookup.prior = prior
     with contextlib.suppress(Enough):
         contestants(peers)[name](lookup, seed)
     return lookup.reached, lookup.cut
-
-
-_LOADED: dict[str, Recording] = {}
-
-
-def _load(path: str) -> Recording:
-    if path not in _LOADED:
-        _LOADED[path] = Recording.load(Path(path))
-    return _LOADED[path]
 
 
 def quartiles(values: list[int | None], limit: int) -> dict[str, float | None]:
@@ -243,33 +259,42 @@ def median_of(line: dict) -> float:
     return math.inf if value is None else value
 
 
+BLIND = ("ours-warm-blind", "ours-blind")
+OURS = ("ours-warm", "ours", *BLIND)
+
+
 def table(lines: list[dict]) -> str:
     """Return two tables: what the spaces are and who is best on them, and all medians."""
     spaces = by_space(lines)
-    out = [
-        "| space | workload, threads | configs | in 2 % | ours-blind | random | share | best peer | ours |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    least = 0
+    columns = "space", "workload, threads", "configs", "in 2 %", *BLIND, "random", "best peer"
+    out = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    least: Counter[str] = Counter()
     for name, found in spaces.items():
-        own, chance_line = found["ours-blind"], found["random"]
-        others = {n: x for n, x in found.items() if n not in ("ours", "ours-blind", "random")}
+        chance_line = found["random"]
+        others = {n: x for n, x in found.items() if n not in (*OURS, "random")}
         rival = min(others, key=lambda n: median_of(others[n]))
-        least += median_of(own) < median_of(others[rival])
+        own = {n: found[n] for n in OURS if n in found}
+        least.update(n for n, x in own.items() if median_of(x) < median_of(others[rival]))
+        shares = [
+            f"{_spread(own[n])}, {100 * median_of(own[n]) / median_of(chance_line):.0f} %"
+            if n in own
+            else ""
+            for n in BLIND
+        ]
         out.append(
-            f"| {name} | `{own['workload']}`, {own['threads']} | {own['configs']} | "
-            f"{own['within_percent']['1.02']:.2f} % | {_spread(own)} | {_spread(chance_line)} | "
-            f"{100 * median_of(own) / median_of(chance_line):.0f} % | {rival}: {_spread(others[rival])} | "
-            f"{_spread(found['ours'])} |"
+            f"| {name} | `{chance_line['workload']}`, {chance_line['threads']} | {chance_line['configs']} | "
+            f"{chance_line['within_percent']['1.02']:.2f} % | {' | '.join(shares)} | "
+            f"{_spread(chance_line)} | {rival}: {_spread(others[rival])} |"
         )
     most = max(x["limit"] for x in lines if x["search"] != "random")
+    wins = ", ".join(f"`{n}` {least[n]}" for n in OURS)
     out += [
         "",
-        f"`ours-blind` needs fewer trials than every peer on {least} of {len(spaces)} spaces. All medians "
-        f"(-: less than half of the seeds got there in {most} trials):",
+        f"Percentages are of random's median. Fewer trials than every peer, of {len(spaces)} spaces: {wins}. "
+        f"All medians (-: less than half of the seeds got there in {most} trials):",
         "", "| search | " + " | ".join(spaces) + " |", "|---|" + "---|" * len(spaces),
     ]  # fmt: skip
-    for name in dict.fromkeys(line["search"] for line in lines):
+    for name in dict.fromkeys((*OURS, *(line["search"] for line in lines))):
         cells = [
             _show(x["within_2"]["median"]) if (x := s.get(name)) else "" for s in spaces.values()
         ]
@@ -316,20 +341,25 @@ def main() -> None:
         parser.error(f"no search is called {args.only}: {', '.join(contestants(peers))}")
     versions = versions_of(peers)
     done = {(x["space"], x["search"]) for x in lines if x["seeds"] == args.seeds}
-    with ProcessPoolExecutor(args.jobs) as pool:
+    with ProcessPoolExecutor(args.jobs) as pool, tempfile.TemporaryDirectory() as folder:
+        priors: dict[Path, Path] = {}
+        if any("warm" in name for name in names):
+            priors = train_on_others(sorted({*paths, *SPACES.glob("*.jsonl.xz")}), Path(folder))
         for path in paths:
-            recording, space = Recording.load(path), path.name.partition(".")[0]
+            recording, space = load(path), path.name.partition(".")[0]
             print(f"\n{path.name}: {recording.workload}, {len(recording.records)} configs, "
                   f"{100 * recording.share_within(1.02):.2f} % within 2 %", flush=True)  # fmt: skip
             print(
                 f"{'':26}{'2 %':>7} {'quartiles':>13} {'missed':>6} {'cut':>4} {'5 %':>7} {'seconds':>8}"
             )
             for name in names:
-                if (space, name) in done:
+                if (space, name) in done or ("warm" in name and path not in priors):
                     continue
                 begin = time.perf_counter()
                 limit = len(recording.records) if name == "random" else args.limit
-                jobs = [(str(path), name, s, limit, peers) for s in range(args.seeds)]
+                jobs = [
+                    (str(path), name, s, limit, peers, priors.get(path)) for s in range(args.seeds)
+                ]
                 line = summary(space, recording, name, list(pool.map(one, jobs)), args)
                 took = (time.perf_counter() - begin) / args.seeds
                 line["version"] = versions.get(name.split()[0], "")

@@ -259,9 +259,8 @@ class Learner:
         keys = [c.key for c in candidates]
         if self._last is not None and self._last[0] == keys:  # scores and spreads are asked in turn
             return self._last[1:]
-        costly = any(type(s).work is Schedule.work for s in space.schedules.values())
         hopeful = self.prior is not None and self.prior.knows(space)
-        if costly and not (self.latency.trained or hopeful):
+        if space.costly and not (self.latency.trained or hopeful):
             return None
         indices, works = self._ranking(space, candidates)
         times = self.latency.predict([w.rows for w in works])
@@ -300,6 +299,24 @@ class Learner:
         for at, i in enumerate(indices):
             energy = None if p.energy_mj is None else float(p.energy_mj[at])
             out[i] = self.objective.score((float(p.latency_us[at]), energy), best)
+        return out
+
+    def foretell(self, space: JointSpace, candidates: Sequence[Candidate]) -> list[float] | None:
+        """Return scores by the prior alone, with modelled joules; None where it has nothing to say.
+
+        They stay the same for the whole search, so that their errors can be learned. A limit relative to the
+        best would move.
+        """
+        if self.prior is None or not self.prior.knows(space) or self.objective.limit is not None:
+            return None
+        if space.costly:  # strategies ask of hundreds
+            return None
+        indices, works = self._ranking(space, candidates)
+        times = [sum(math.exp(r[ANALYTIC] + r[PRIOR]) for r in w.rows) for w in works]
+        out = [UNLOWERED] * len(candidates)
+        for i, w, us in zip(indices, works, times, strict=True):
+            energy = self.device.energy_mj(w.counts, us) if self.objective.needs_energy else None
+            out[i] = self.objective.score((us, energy), us)
         return out
 
     def spread(self, space: JointSpace, candidates: Sequence[Candidate]) -> list[float] | None:

@@ -80,6 +80,11 @@ class JointSpace:
         """Number of candidates before the schedules' constraints."""
         return sum(s.size for s in self.spaces.values())
 
+    @property
+    def costly(self) -> bool:
+        """True when some candidate's work is known only after generating its code."""
+        return any(type(s).work is Schedule.work for s in self.schedules.values())
+
     def candidate(self, schedule: str, config: Any) -> Candidate:
         """Name a config of a schedule."""
         values = self.schedules[schedule].config_to_json(config)

@@ -86,7 +86,7 @@ class Tuner:
         seeds = space.defaults() + similar_seeds(self.db, space)
         rng = np.random.default_rng([self.seed, len(self.tasks)])
         options = self.options
-        if any(type(s).work is Schedule.work for s in space.schedules.values()):
+        if space.costly:
             few = options.costly_pool
             options = replace(options, pool=few, verified=min(few, options.verified))
         elif isinstance(self.measurer, Predicts):  # which knows: it may look at all that is ranked
@@ -96,6 +96,7 @@ class Tuner:
             space, rng, seeds,
             lambda cs: self.learner.predict(space, cs, share.best_us), options,
             spread=lambda cs: self.learner.spread(space, cs),
+            foretell=lambda cs: self.learner.foretell(space, cs),
         )  # fmt: skip
         staged = self.objective.needs_energy and self.meter != MODELLED
         joules = Joules(self.objective, self.meter, staged)

@@ -90,6 +90,8 @@ class Setting:
     options: Options = Options()
     spread: Predict | None = None
     """Standard deviations of the predicted scores' logarithms, or None where they are unknown."""
+    foretell: Predict | None = None
+    """Scores by what was known before the search, for one and the same scale; None where that is nothing."""
 
 
 class Known:

@@ -18,6 +18,7 @@ from mimo_compile.search.strategies.surrogate import (
     expected_gain,
     flattened,
     one_thread,
+    pressed,
 )
 
 _STOCK = 768
@@ -56,6 +57,9 @@ class EvolutionarySearch(Known):
         self._stock: list[int] = []
         self._whole = self.grid.legal(setting.options.enumerate_below)
         self._trust = _Trust()
+        self._foretold: dict[int, float] = {}
+        """Logarithms of scores by what was known before."""
+        self._least = math.inf
 
     def tell(self, observations: Sequence[Observation]) -> None:
         """Remember scores; what was measured again is taken at its newest value."""
@@ -172,9 +176,10 @@ class EvolutionarySearch(Known):
         numbers, scores, told = self._observed()
         self._trust.begin(min(scores))
         s = self._surrogate
-        s.fit(self._encoder.rows(numbers), flattened(scores), told)
+        observed, drift = self._drift(numbers), self._drift(pool)
+        s.fit(self._encoder.rows(numbers), flattened(scores), observed, told)
         rows = self._encoder.rows(pool)
-        drafted = s.predict(rows)
+        drafted = s.predict(rows, drift)
         draft = expected_gain(drafted.mean, np.sqrt(drafted.variance), 0.0)
         order = np.argsort(-draft, kind="stable").tolist()
         mean, variance = self._verified(pool, order, drafted.mean, drafted.variance)
@@ -196,6 +201,20 @@ class EvolutionarySearch(Known):
                 less = shared**2 / (shared[at] + s.noise)
                 variance = np.maximum(variance - less, 1e-9)
         return out
+
+    def _drift(self, numbers: Sequence[int]) -> Array | None:
+        """Return what was foretold of candidates, on the scale of `flattened` scores."""
+        foretell = self.setting.foretell
+        if foretell is None:
+            return None
+        if new := [n for n in numbers if n not in self._foretold]:
+            found = foretell([self.grid.known(n) for n in new])
+            if found is None:
+                return None
+            self._foretold.update(zip(new, np.log(found).tolist(), strict=True))
+        logs = np.array([self._foretold[n] for n in numbers])
+        self._least = min(self._least, float(logs.min()))
+        return pressed(logs - self._least)
 
     def _verified(
         self, pool: Sequence[int], order: Sequence[int], mean: Array, variance: Array

@@ -9,6 +9,9 @@ the first term for what knobs do together, the second for what each does by itse
 so that one algorithm learns from another. Weights are fitted to the marginal likelihood with a prior
 (Rasmussen and Williams 2006, chapter 5).
 
+What a model of other shapes foretells is an external drift (kriging's term; Goovaerts 1997, section 6.1): a
+linear trend under the process, with a slope that is nearly one and not known for sure.
+
 A knob has few values, so a candidate is a row of marks, one for each knob, and the sums over knobs are matrix
 products with these.
 """
@@ -34,6 +37,8 @@ _CLIP = 0.5
 """Logarithms above the best from where on scores count as equally bad, nearly."""
 _REFIT = 1.25
 """Growth of the number of observations after which weights are fitted again."""
+_SLOPE, _SLOPE_VARIANCE = 0.8, 0.1
+"""Of the drift, before anything is known."""
 _DECAY = 2.0
 """How fast what a knob does by itself changes over its range."""
 
@@ -119,11 +124,13 @@ class Posterior:
     """``[n, m]``"""
     _marks: Array
     _rows: Rows
+    _drift: Array
     _process: Surrogate
 
     def shared(self, at: int) -> Array:
         """Return the posterior covariance ``[m]`` of all with the one at ``at``."""
         k = self._process.covariance(self._rows[at : at + 1], self._marks)[0]
+        k += _SLOPE_VARIANCE * self._drift[at] * self._drift
         return np.asarray(k - self._half[:, at] @ self._half)
 
 
@@ -147,19 +154,28 @@ class Surrogate:
         """Variance of a measurement."""
         return math.exp(self.theta[-1]) + 1e-6
 
-    def fit(self, rows: Rows, y: Array, told: int | None = None) -> None:
+    def fit(
+        self, rows: Rows, y: Array, drift: Array | None = None, told: int | None = None
+    ) -> None:
         """Condition on ``y [n]`` at ``rows [n, columns]``.
 
-        ``told``: observations that there are in all, of which these are some (None: these are all).
-        Weights are fitted again as their number grows.
+        Args:
+            rows: Candidates.
+            y: Their scores, flattened.
+            drift: ``[n]``, what was foretold of them on y's scale; None: nothing was.
+            told: Observations that there are in all, of which these are some (None: these are all).
+                Weights are fitted again as their number grows.
         """
         told = len(y) if told is None else told
         self._rows, self._mean = rows, float(np.median(y))
-        target = y - self._mean
+        drift = np.zeros(len(y)) if drift is None else drift
+        self._middle = float(np.median(drift))
+        self._drift = drift - self._middle
+        target = y - self._mean - _SLOPE * self._drift
         if told >= max(6, _REFIT * self._fitted):
             self._tune(target)
             self._fitted = told
-        k = self.covariance(rows, self.marks(rows))
+        k = self.covariance(rows, self.marks(rows)) + self._trend(self._drift)
         k[np.diag_indices(len(y))] += self.noise
         self._low = np.linalg.cholesky(k)
         self._alpha = _solve(self._low, target)
@@ -185,6 +201,10 @@ class Surrogate:
         far *= together
         far += each
         return np.asarray(far)
+
+    def _trend(self, drift: Array) -> Array:
+        """Return the covariance ``[n, m]`` with the observed that the slope's uncertainty adds."""
+        return _SLOPE_VARIANCE * np.outer(self._drift, drift)
 
     def _weights(self, theta: Array) -> tuple[Array, Array]:
         columns = len(self.tables)
@@ -214,13 +234,14 @@ class Surrogate:
         for j, e in enumerate(self._alone):
             shape += e[rows[down, j], rows[across, j]]
         diagonal = np.diag_indices(n)
+        trend = self._trend(self._drift)
 
         def loss(theta: Array) -> tuple[float, Array]:
             w, (a, b, noise) = self._weights(theta)
             together = a * np.exp(-(w @ gaps))
             k = np.zeros((n, n), order="F")
-            k[down, across] = together + b * shape
-            k[diagonal] = a + b + noise + 1e-6
+            k[down, across] = together + b * shape + trend[down, across]
+            k[diagonal] = a + b + noise + 1e-6 + trend[diagonal]
             low, failed = lapack.dpotrf(k, lower=1, clean=0, overwrite_a=1)
             if failed:
                 return 1e10, np.zeros_like(theta)
@@ -241,14 +262,17 @@ class Surrogate:
 
         return loss
 
-    def predict(self, rows: Rows) -> Posterior:
-        """Return what is known of ``[m]`` candidates."""
+    def predict(self, rows: Rows, drift: Array | None = None) -> Posterior:
+        """Return what is known of ``[m]`` candidates; ``drift [m]`` as in `fit`."""
         marks = self.marks(rows)
-        k = self.covariance(self._rows, marks)
+        drift = np.zeros(len(rows)) if drift is None else drift - self._middle
+        k = self.covariance(self._rows, marks) + self._trend(drift)
         half = _half(self._low, k)
         a, b, _ = np.exp(self.theta[len(self.tables) :])
-        variance = np.maximum(a + b - np.einsum("ij,ij->j", half, half), 1e-9)
-        return Posterior(self._mean + self._alpha @ k, variance, half, marks, rows, self)
+        own = a + b + _SLOPE_VARIANCE * drift * drift
+        variance = np.maximum(own - np.einsum("ij,ij->j", half, half), 1e-9)
+        mean = self._mean + _SLOPE * drift + self._alpha @ k
+        return Posterior(mean, variance, half, marks, rows, drift, self)
 
 
 class _OneThread:
@@ -309,7 +333,11 @@ def flattened(scores: Sequence[float]) -> Array:
 
     How slow a bad candidate is says nothing about the good ones.
     """
-    y = np.log(np.asarray(scores) / min(scores))
+    return pressed(np.log(np.asarray(scores) / min(scores)))
+
+
+def pressed(y: Array) -> Array:
+    """Press together what is far above zero."""
     far = np.maximum(y - _CLIP, 0.0)
     return np.asarray(np.minimum(y, _CLIP) + 0.25 * np.log1p(far))
 

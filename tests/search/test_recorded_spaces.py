@@ -76,7 +76,7 @@ def test_a_search_that_asks_without_end_is_cut_and_said_to_be(tmp_path: Path) ->
     assert lookup.cut and lookup.reached == [None, None] and not lookup.seen
     path = tmp_path / "small.jsonl.xz"
     space.save(path)
-    reached, cut = quality.one((str(path), "random", 0, len(space.records), []))
+    reached, cut = quality.one((str(path), "random", 0, len(space.records), [], None))
     assert None not in reached and not cut
 
 

@@ -21,6 +21,7 @@ from mimo_compile.errors import InputError, MimoError
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.base import Schedule, Space
+from mimo_compile.search.explain import rank_correlation
 from mimo_compile.search.grid import Grid
 from mimo_compile.search.measure.recording import Recording
 from mimo_compile.search.objective import BEHIND
@@ -344,7 +345,7 @@ def test_the_gradient_of_the_likelihood_is_the_numeric_one(seed: int) -> None:
     draws = encoder.grid.sample(rng, 12)
     s = Surrogate(encoder.tables)
     y = rng.standard_normal(len(draws))
-    s.fit(encoder.rows(draws), y)
+    s.fit(encoder.rows(draws), y, rng.standard_normal(len(draws)) if seed % 2 else None)
     loss = s.loss_of(y)
     theta = s._start + 0.5 * rng.standard_normal(len(s._start))
     value, gradient = loss(theta)
@@ -377,6 +378,45 @@ def test_the_surrogate_knows_what_it_saw_and_learns_from_it() -> None:
     assert (shared[3] + 1e-9 >= shared).all()
 
 
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_a_drift_is_trusted_at_first_and_corrected_by_what_is_seen(seed: int) -> None:
+    encoder = Encoder(Grid(SPACE))
+    rng = np.random.default_rng(seed)
+    rows = encoder.rows(sorted(set(encoder.grid.sample(rng, 60))))
+    drift = rng.standard_normal(len(rows))
+    s = Surrogate(encoder.tables)
+    s.fit(rows[:1], np.array([2.0]), drift[:1])
+    one = s.predict(rows[1:], drift[1:])
+    assert rank_correlation(one.mean.tolist(), drift[1:].tolist()) == pytest.approx(1.0)
+    own = s.predict(rows[1:])  # whose slope nothing says: less is unsure
+    assert (one.variance + 1e-12 >= own.variance).all()
+    half = len(rows) // 2
+    s.fit(rows[:half], -drift[:half], drift[:half])  # it is the wrong way round
+    assert (
+        rank_correlation(s.predict(rows[half:], drift[half:]).mean.tolist(), drift[half:].tolist())
+        < 0
+    )
+    together = s.predict(rows[half:], drift[half:])
+    shared = together.shared(2)
+    assert shared[2] == pytest.approx(together.variance[2], rel=1e-6)
+
+
+def test_the_best_foretold_is_tried_early() -> None:
+    scores = times()
+    best = min(scores, key=lambda k: scores[k])
+    asked: list[Candidate] = []
+
+    def foretell(candidates: Sequence[Candidate]) -> list[float]:
+        asked.extend(candidates)
+        return [1e30 if math.isinf(scores[c.key]) else scores[c.key] for c in candidates]
+
+    strategy = make("evolutionary", 3, foretell=foretell)
+    tried = search(strategy, scores, 12)
+    assert best in [c.key for c in tried]
+    assert len(asked) == len({c.key for c in asked})  # each is asked of once
+
+
 def test_covariances_are_those_of_the_formula() -> None:
     encoder = Encoder(Grid(SPACE))
     s = Surrogate(encoder.tables)
@@ -398,11 +438,11 @@ def test_weights_are_fitted_again_as_observations_grow_beyond_those_given() -> N
     s = Surrogate(encoder.tables)
     rng = np.random.default_rng(0)
     rows, y = encoder.rows([encoder.grid.number(c) for c in list(SPACE)[:40]]), rng.random(40)
-    s.fit(rows, y, 200)
+    s.fit(rows, y, told=200)
     first = s.theta.copy()
-    s.fit(rows, y[::-1].copy(), 220)
+    s.fit(rows, y[::-1].copy(), told=220)
     assert np.array_equal(s.theta, first)
-    s.fit(rows, y[::-1].copy(), 250)
+    s.fit(rows, y[::-1].copy(), told=250)
     assert not np.array_equal(s.theta, first)
 
 
