@@ -1,0 +1,131 @@
+"""Scores of blocks from keys on x86: every kind, way of bringing heads together, block size, position."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from harness import check, sample_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mimo_compile.ir.caches import parse_cache_format
+from mimo_compile.ir.hardware import PRESETS, local_cpu
+from mimo_compile.ir.ops import get_op, parse_workload
+from mimo_compile.ir.ops.score_keys import KINDS
+from mimo_compile.schedules import get_schedule
+
+CPU = local_cpu()
+SCORE = get_schedule("score_keys.x86")
+OP = get_op("score_keys")
+WAYS = [(kind, agg) for kind, aggs in KINDS.items() for agg in aggs]
+
+
+def poisoned(text, start, valid, seed=0):
+    """Return keys with NaN in every slot behind the last token, and in queries of padding."""
+    workload = parse_workload(text)
+    p, inputs = OP.full(workload), OP.make_inputs(workload, np.random.default_rng(seed))
+    keys = np.random.default_rng(seed).standard_normal(inputs["k_cache"].shape, dtype=np.float32)
+    keys *= np.exp(np.random.default_rng(seed + 1).standard_normal(p["d"])).astype(np.float32)
+    if "peak" in inputs:
+        inputs["peak"] = np.abs(keys).max(0)
+    keys[start + valid :] = np.nan
+    inputs["q"][valid:] = np.nan
+    keys = parse_cache_format(p["c"]).encode(keys)
+    return {**inputs, "k_cache": keys, "pos": np.array([start, valid], np.int32)}
+
+
+def one_of_any(data, kind, agg, most):
+    draw = data.draw
+    kv, group = draw(st.integers(1, 3)), draw(st.sampled_from((1, 2, 3, 5)))
+    t, d = draw(st.sampled_from((1, 1, 2, 9, 20))), draw(st.integers(1, 20))
+    cap = draw(st.integers(t, most))
+    more = ""
+    if kind == "channels":
+        more = f",channels={draw(st.integers(1, d))},guess={draw(st.integers(0, 1))}"
+    text = (
+        f"score_keys:t={t},h={kv * group},kv={kv},d={d},cap={cap},kind={kind},agg={agg},"
+        f"block={draw(st.sampled_from((1, 1, 3, 16, 64)))}{more},c={draw(st.sampled_from(('f32', 'bf16')))}"
+    )
+    valid = draw(st.integers(0, t))
+    start, seed = draw(st.integers(0, cap - valid)), draw(st.integers(0, 999))
+    workload = parse_workload(text)
+    config = sample_config(SCORE, workload, CPU, seed)
+    check(SCORE, workload, config, seed, inputs=poisoned(text, start, valid, seed))
+
+
+@pytest.mark.parametrize(("kind", "agg"), WAYS)
+@settings(max_examples=2)
+@given(data=st.data())
+def test_any_shape_position_and_config(kind, agg, data):
+    one_of_any(data, kind, agg, 200)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "agg"), WAYS)
+@settings(max_examples=25)
+@given(data=st.data())
+def test_many_shapes_positions_and_configs(kind, agg, data):
+    one_of_any(data, kind, agg, 700)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "t=1,h=8,kv=2,d=128,cap=2048,kind=logits",
+        "t=1,h=8,kv=2,d=64,cap=2048,kind=oracle,agg=max,block=64,c=bf16",
+        "t=40,h=8,kv=2,d=32,cap=600,kind=oracle,agg=max,block=64",
+        "t=1,h=8,kv=2,d=128,cap=2048,kind=channels,agg=mean,channels=8,c=bf16",
+        "t=1,h=4,kv=1,d=64,cap=2000,kind=oracle,agg=max",
+    ],
+)
+def test_usual_sizes_by_default(text):
+    check(SCORE, "score_keys:" + text)
+
+
+@pytest.mark.parametrize("splits", [1, 8])
+def test_parts_do_not_change_more_than_rounding(splits):
+    text = "score_keys:t=2,h=4,kv=2,d=16,cap=2048,kind=oracle,agg=max,block=16"
+    space = SCORE.space(parse_workload(text), CPU)
+    config = space.make(**{**SCORE.config_to_json(space.default), "splits": splits})
+    for length in (2, 15, 300, 2048):
+        check(SCORE, text, config, inputs=poisoned(text, length - 2, 2))
+
+
+def test_equal_channels_go_to_the_lower_one():
+    text = "score_keys:t=1,h=2,kv=1,d=20,cap=20,kind=channels,agg=mean,channels=1"
+    given_ = {"q": np.ones((1, 2, 20), np.float32), "peak": np.ones((1, 20), np.float32)}
+    keys = np.arange(400, dtype=np.float32).reshape(20, 1, 20)
+    seen = check(SCORE, text, inputs={**given_, "k_cache": keys})
+    assert np.array_equal(seen.outputs["score"][0, 0], keys[:, 0, 0])
+
+
+def test_logits_of_any_size_are_probabilities():
+    text = "score_keys:t=1,h=2,kv=1,d=4,cap=100,kind=oracle,block=10"
+    q = np.array([[[1e3, 0, 0, 0], [0, 0, 0, 0]]], np.float32)
+    seen = check(SCORE, text, inputs={"q": q})
+    assert seen.outputs["score"].max() <= 1 + 1e-5
+
+
+def test_counts_of_an_aligned_case_are_the_formula():
+    text = "score_keys:t=1,h=4,kv=2,d=32,cap=1024,kind=logits"
+    kernel = check(SCORE, text).kernel
+    need = OP.counts(parse_workload(text))
+    assert kernel.counts.ops["fma_f32"] == need.ops["fma_f32"]
+    assert kernel.counts.bytes["dram"] == pytest.approx(need.bytes["dram"], rel=1e-3)
+
+
+def test_a_few_channels_are_a_few_bytes():
+    text = "score_keys:t=1,h=32,kv=8,d=128,cap=65536,kind=channels,agg=mean,channels="
+    few, all_ = (
+        SCORE.work(w, SCORE.space(w, CPU).default, CPU).bytes["dram"]
+        for w in (parse_workload(text + "8"), parse_workload(text + "128"))
+    )
+    assert few < all_ / 10
+
+
+def test_code_without_avx512():
+    old = PRESETS["x86-64-v3"].with_threads(2)
+    if not old.features <= CPU.features:
+        pytest.skip("not on this CPU")
+    for kind in ("oracle,agg=max,block=16", "channels,agg=mean,channels=3,c=bf16"):
+        check(SCORE, f"score_keys:t=2,h=4,kv=2,d=9,cap=300,kind={kind}", hardware=old, threads=1)
