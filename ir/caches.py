@@ -1,4 +1,7 @@
-"""Formats of KV caches: how kernels keep keys and values between calls."""
+"""Formats of KV caches: how kernels keep keys and values between calls.
+
+Here are the formats that keep each number by itself; `kv_groups` has those of few bits with shared scales.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import numpy as np
 import torch
 
 from mimo_compile.errors import UsageError
+from mimo_compile.ir.kv_groups import GROUPED, GroupedFormat
 from mimo_compile.ir.ops.base import Array
 from mimo_compile.ir.ops.numerics import bf16_to_f32, f32_to_bf16
 
@@ -68,11 +72,11 @@ FORMATS = {
         CacheFormat("bf16", 16, "16", "bfloat16", 2.0**-8),
     )
 }
-"""Every format that caches can have, by name."""
+"""Every format that keeps each number by itself, by name."""
 
 
 def parse_cache_format(text: str) -> CacheFormat:
-    """Return the cache format of a name: ``f32`` or ``bf16``.
+    """Return the format of single numbers of a name: ``f32`` or ``bf16``.
 
     Raises:
         UsageError: there is no such format.
@@ -84,17 +88,37 @@ def parse_cache_format(text: str) -> CacheFormat:
     return FORMATS[text]
 
 
-def scheme_cache_format(kv: str) -> CacheFormat:
+def check_cache_format(text: str) -> None:
+    """Refuse names of which there is no format, neither of single numbers nor in groups.
+
+    Raises:
+        UsageError: there is no such format.
+    """
+    if text not in FORMATS and text not in GROUPED:
+        known = ", ".join([*FORMATS, *GROUPED])
+        raise UsageError(f"unknown format of KV caches {text!r}", remedy=f"use one of {known}")
+
+
+def scheme_cache_format(kv: str) -> CacheFormat | GroupedFormat:
     """Return the cache format of a ``--quant`` value's KV part, e.g. ``16`` in ``w4g64a8kv16``.
 
     Raises:
         UsageError: no kernels keep caches in it.
     """
-    for found in FORMATS.values():
+    known: list[CacheFormat | GroupedFormat] = [*FORMATS.values(), *GROUPED.values()]
+    for found in known:
         if found.scheme == kv:
             return found
-    have = ", ".join(f"kv{f.scheme}" for f in FORMATS.values() if f.scheme)
+    have = ", ".join(f"kv{f.scheme}" for f in known if f.scheme)
     raise UsageError(
         f"KV caches cannot be quantised to kv{kv} yet (--quant)",
         remedy=f"use {have}, or leave kv... out of --quant for float32 caches",
     )
+
+
+def window_cache_format(caches: CacheFormat | GroupedFormat) -> CacheFormat:
+    """Return the format of window layers' rings in a model with these caches.
+
+    Rings are small and groups of positions do not fit them: beside caches in groups they are bfloat16.
+    """
+    return FORMATS["bf16"] if isinstance(caches, GroupedFormat) else caches

@@ -41,10 +41,14 @@ SCHEDULES: dict[str, dict[str, str]] = {
     "cached_attention": {
         "cached_attention.x86_flash": "attention.x86_flash:X86Flash",
         "cached_attention.x86_flash_pairs": "attention.x86_flash_pairs:X86FlashPairs",
+        "cached_attention.x86_flash_groups": "attention.x86_flash_groups:X86FlashGroups",
         "cached_attention.x86_flash_amx": "attention.x86_flash_amx:X86FlashAmx",
         "cached_attention.x86_int8": "attention.x86_int8:X86Int8",
     },
-    "kv_append": {"kv_append.x86": "attention.x86_append:X86Append"},
+    "kv_append": {
+        "kv_append.x86": "attention.x86_append:X86Append",
+        "kv_append.x86_groups": "attention.x86_append_groups:X86AppendGroups",
+    },
     "describe_blocks": {"describe_blocks.x86": "attention.x86_describe:X86Describe"},
     "score_blocks": {"score_blocks.x86": "attention.x86_score_blocks:X86ScoreBlocks"},
     "score_keys": {"score_keys.x86": "attention.x86_score_keys:X86ScoreKeys"},

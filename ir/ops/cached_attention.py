@@ -6,7 +6,8 @@ of the call stands at position ``start + i``; tokens ``i >= valid`` are padding 
 
 The sink is a phantom key with logit ``sink[h]`` and zero value: it only adds to the softmax denominator.
 
-Caches are float32, or (``c=bf16``) bfloat16, whose values are exact operands of float32 arithmetic.
+Caches are float32, or (``c=bf16``) bfloat16, whose values are exact operands of float32 arithmetic, or
+(``c=i8``, ``i4``, ``i2``) groups of few bits with a float32 tail: see `ir.kv_groups`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import torch
 from torch import Tensor
 
 from mimo_compile.errors import UsageError
-from mimo_compile.ir.caches import parse_cache_format
+from mimo_compile.ir import kv_groups, kv_rounding
+from mimo_compile.ir.caches import check_cache_format, parse_cache_format
 from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.ops import int8_attention
 from mimo_compile.ir.ops.base import Arg, Array, OpDef, Param
@@ -46,35 +48,58 @@ def attend(
     ``disturb`` changes the weights of the keys ``[H, T, cap]``, relative to the largest logit; their sums are
     those of the changed ones.
     """
-    t, heads, _ = q.shape
-    cap, kv_heads = k_cache.shape[0], k_cache.shape[1]
+    cap = k_cache.shape[0]
     start, valid = int(pos[0]), int(pos[1])
     last = start + valid - 1
     slot = torch.arange(cap)
     key_pos = last - (last - slot) % cap  # the newest position that lives in each slot
-    query_pos = start + torch.arange(t)
+    query_pos = start + torch.arange(q.shape[0])
     seen = (key_pos[None] <= query_pos[:, None]) & (key_pos[None] >= 0)
     if window:
         seen &= key_pos[None] > query_pos[:, None] - window
-    group = heads // kv_heads
-    k = k_cache.to(q.dtype).repeat_interleave(group, dim=1)
     # Slots never written may hold anything, NaN too: they must not reach the sums.
-    v = (
-        torch.where((key_pos >= 0)[:, None, None], v_cache, 0)
-        .to(q.dtype)
-        .repeat_interleave(group, 1)
-    )
+    v = torch.where((key_pos >= 0)[:, None, None], v_cache, 0)
+    return attend_seen(q, k_cache, v, seen, valid, sink, scale, disturb)
+
+
+def attend_seen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seen: Tensor,
+    valid: int,
+    sink: Tensor | None,
+    scale: float,
+    disturb: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Softmax attention under a mask.
+
+    Args:
+        q: ``[T, H, D]``.
+        k: ``[S, KV, D]``.
+        v: ``[S, KV, DV]``, finite.
+        seen: ``[T, S]`` bool.
+        valid: Queries that count; the others give zeros.
+        sink: Logits ``[H]`` of phantom keys.
+        scale: Factor on q.k.
+        disturb: As for `attend`.
+    """
+    t, heads, _ = q.shape
+    keys, kv_heads = k.shape[0], k.shape[1]
+    group = heads // kv_heads
+    k = k.to(q.dtype).repeat_interleave(group, dim=1)
+    v = v.to(q.dtype).repeat_interleave(group, 1)
     logits = torch.einsum("thd,shd->hts", q, k) * scale
     logits = logits.masked_fill(~seen[None], -math.inf)
     if sink is not None:
         column = sink.to(q.dtype)[:, None, None].expand(heads, t, 1)
         logits = torch.cat([logits, column], dim=-1)
     if disturb is None:
-        weights = torch.softmax(logits, dim=-1)[..., :cap]
+        weights = torch.softmax(logits, dim=-1)[..., :keys]
     else:
         logits = torch.exp(logits - logits.amax(-1, keepdim=True))
-        weights = disturb(logits[..., :cap])
-        total = weights.sum(-1, keepdim=True) + logits[..., cap:].sum(-1, keepdim=True)
+        weights = disturb(logits[..., :keys])
+        total = weights.sum(-1, keepdim=True) + logits[..., keys:].sum(-1, keepdim=True)
         weights = weights / total
     out = torch.einsum("hts,shd->thd", weights, v)
     out[valid:] = 0
@@ -102,6 +127,28 @@ def _(
     return q.new_empty((q.shape[0], q.shape[1], v_cache.shape[2]))
 
 
+@torch.library.custom_op("mimo::grouped_attention", mutates_args=())
+def grouped_attention(
+    q: Tensor, k_cache: Tensor, k_scale: Tensor, k_tail: Tensor, v_cache: Tensor, v_scale: Tensor,
+    v_tail: Tensor, pos: Tensor, sink: Tensor | None, scale: float, c: str,
+) -> Tensor:  # fmt: skip
+    """Attend over a cache in groups (`ir.kv_groups`, format ``c``): ``q [T, H, D]`` -> ``[T, H, DV]``."""
+    states = dict(
+        zip(kv_groups.STATES, (k_cache, k_scale, k_tail, v_cache, v_scale, v_tail), strict=True)
+    )
+    fmt = kv_groups.GROUPED[c]
+    k, v, seen = kv_groups.visible(states, pos, q.shape[0], fmt, q.dtype)
+    return attend_seen(q, k, v, seen, int(pos[1]), sink, scale)
+
+
+@grouped_attention.register_fake
+def _(
+    q: Tensor, k_cache: Tensor, k_scale: Tensor, k_tail: Tensor, v_cache: Tensor, v_scale: Tensor,
+    v_tail: Tensor, pos: Tensor, sink: Any, scale: float, c: str,
+) -> Tensor:  # fmt: skip
+    return q.new_empty((q.shape[0], q.shape[1], v_cache.shape[2]))
+
+
 class CachedAttention(OpDef):
     """``cached_attention:t=1,h=32,kv=8,d=128,dv=128,cap=4096,len=1024``.
 
@@ -121,12 +168,13 @@ class CachedAttention(OpDef):
         Param("scale", float, 0.0),
         Param("len", int, 0),
         Param("c", str, "f32"),
+        Param("tail", int, 0),
         Param("arith", str, "float"),
     )
 
     def check(self, p: Mapping[str, Any]) -> None:
         """Refuse heads that do not group, rings too small for the window, unknown cache formats."""
-        parse_cache_format(p["c"])
+        check_cache_format(p["c"])
         int8_attention.check_arith(p)
         if p["h"] % p["kv"]:
             raise UsageError(f"cached_attention: h={p['h']} is not a multiple of kv={p['kv']}")
@@ -136,6 +184,7 @@ class CachedAttention(OpDef):
             raise UsageError("cached_attention: len (KV length) is below t")
         if not p["window"] and p["len"] > p["cap"]:
             raise UsageError("cached_attention: len is above cap, and only a window may wrap")
+        kv_groups.check_groups(self.name, p)
 
     def kv_length(self, p: Mapping[str, Any]) -> int:
         """Return the KV length (including the new tokens) that inputs are made for."""
@@ -146,27 +195,43 @@ class CachedAttention(OpDef):
         return float(p["scale"] or p["d"] ** -0.5)
 
     def args(self, workload: Workload) -> tuple[Arg, ...]:
-        """Return q, pos, sink, k_cache, v_cache, out."""
+        """Return q, pos, sink, the caches' arrays, out."""
         p = self.full(workload)
-        stored = parse_cache_format(p["c"]).dtype
         out = [
             Arg("q", "input", (p["t"], p["h"], p["d"]), "float32"),
             Arg("pos", "input", (2,), "int32"),
         ]
         if p["sink"]:
             out.append(Arg("sink", "weight", (p["h"],), "float32"))
-        return (
-            *out,
-            Arg("k_cache", "state", (p["cap"], p["kv"], p["d"]), stored),
-            Arg("v_cache", "state", (p["cap"], p["kv"], p["dv"]), stored),
-            Arg("out", "output", (p["t"], p["h"], p["dv"]), "float32"),
-        )
+        if fmt := kv_groups.grouped(p):
+            states = kv_groups.states_of(p, fmt, mutated=False)
+        else:
+            stored = parse_cache_format(p["c"]).dtype
+            states = (
+                Arg("k_cache", "state", (p["cap"], p["kv"], p["d"]), stored),
+                Arg("v_cache", "state", (p["cap"], p["kv"], p["dv"]), stored),
+            )
+        return (*out, *states, Arg("out", "output", (p["t"], p["h"], p["dv"]), "float32"))
 
     def make_inputs(self, workload: Workload, rng: np.random.Generator) -> dict[str, Array]:
-        """Draw normal q, k, v; slots beyond the length hold NaN, which must not reach the output."""
+        """Draw normal q, k, v; what no query sees holds NaN, which must not reach the output."""
         p = self.full(workload)
         length = self.kv_length(p)
-        out: dict[str, Array] = {
+        if fmt := kv_groups.grouped(p):
+            out = {
+                a.name: rng.standard_normal(a.shape, dtype=np.float32)
+                for a in self.args(workload)
+                if a.name in ("q", "sink")
+            }
+            k, v = (
+                rng.standard_normal((length, p["kv"], n), dtype=np.float32)
+                for n in (p["d"], p["dv"])
+            )
+            out |= kv_groups.encoded(
+                k, v, length - p["t"], p["cap"], kv_groups.tail_of(p, fmt), fmt
+            )
+            return out | {"pos": np.array([length - p["t"], p["t"]], np.int32)}
+        out = {
             a.name: rng.standard_normal(a.shape, dtype=np.float32)
             for a in self.args(workload)
             if a.role != "output" and a.name != "pos"
@@ -187,15 +252,20 @@ class CachedAttention(OpDef):
         disturb: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         p = self.full(workload)
-        stored = parse_cache_format(p["c"])
-        arrays = [inputs["q"], stored.decode(inputs["k_cache"]), stored.decode(inputs["v_cache"])]
-        q, k, v = (torch.from_numpy(a).to(dtype) for a in arrays)
+        q = torch.from_numpy(inputs["q"]).to(dtype)
+        q = q if disturb is None else disturb(q)
         sink = torch.from_numpy(inputs["sink"]).to(dtype) if p["sink"] else None
         pos = torch.from_numpy(inputs["pos"])
-        scale, window = self.softmax_scale(p), p["window"]
-        if disturb is None:
-            return attend(q, k, v, pos, sink, scale, window)
-        return attend(disturb(q), k, v, pos, sink, scale, window, disturb)
+        scale = self.softmax_scale(p)
+        if fmt := kv_groups.grouped(p):
+            states = {n: torch.from_numpy(inputs[n]) for n in kv_groups.STATES}
+            k, v, seen = kv_groups.visible(states, pos, p["t"], fmt, dtype)
+            return attend_seen(q, k, v, seen, int(pos[1]), sink, scale, disturb)
+        stored = parse_cache_format(p["c"])
+        k, v = (
+            torch.from_numpy(stored.decode(inputs[n])).to(dtype) for n in ("k_cache", "v_cache")
+        )
+        return attend(q, k, v, pos, sink, scale, p["window"], disturb)
 
     def reference(self, workload: Workload, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Compute in float64."""
@@ -216,12 +286,21 @@ class CachedAttention(OpDef):
         ``sum_j p_j D_j (v_j - o)``. Over long contexts both are so far above what roundings do, whose signs
         do not conspire, that the worst case would let a kernel miss keys. So they allow four times the
         largest error of some runs in which each factor ``1 + e`` is drawn anew from {1 - u, 1 + u}, which is
-        2.4 times as far from 1, in the mean square, as roundings are.
+        2.4 times as far from 1, in the mean square, as roundings are. Caches in groups: kernels may round
+        queries and weights, times the scales of codes, to integers; see `kv_rounding`.
         """
         p = self.full(workload)
         if p["arith"] != "float":
             return {"out": int8_attention.allowed(p, self.softmax_scale(p), inputs, DRAWS)}
         out = self.exact_bound(workload, inputs, expected)["out"]
+        if fmt := kv_groups.grouped(p):
+            draw, arrays = torch.Generator().manual_seed(0), inputs.items()
+            given = {n: torch.from_numpy(a) for n, a in arrays}
+            for _ in range(DRAWS):
+                rounded = kv_rounding.attend_rounded(given, self.softmax_scale(p), fmt, draw)
+                error = np.abs(rounded.double().numpy() - expected["out"])
+                out = np.maximum(out, 4 * error.max(axis=(0, 2), keepdims=True))
+            return {"out": out}
         unit = parse_cache_format(p["c"]).unit
         if unit:
             draw = torch.Generator().manual_seed(0)
@@ -246,8 +325,11 @@ class CachedAttention(OpDef):
         """
         plain = self._attend(workload, inputs, torch.float32).double().numpy()
         error = np.abs(plain - expected["out"]).max(axis=(0, 2), keepdims=True)
-        stored = parse_cache_format(self.full(workload)["c"])
-        vmax = np.nanmax(np.abs(stored.decode(inputs["v_cache"])))
+        p = self.full(workload)
+        if fmt := kv_groups.grouped(p):
+            vmax = kv_groups.largest_value(inputs, fmt)
+        else:
+            vmax = float(np.nanmax(np.abs(parse_cache_format(p["c"]).decode(inputs["v_cache"]))))
         return {"out": np.broadcast_to(8 * error + 32 * U32 * vmax, expected["out"].shape).copy()}
 
     def counts(self, workload: Workload) -> Counts:
@@ -257,10 +339,11 @@ class CachedAttention(OpDef):
         per_query = min(length, p["window"] or length)
         read = min(length, (p["window"] + p["t"] - 1) if p["window"] else length)
         work = float(p["t"]) * p["h"] * (per_query - (0 if p["window"] else (p["t"] - 1) / 2))
+        if fmt := kv_groups.grouped(p):
+            caches = kv_groups.read_bytes(p, length, fmt)
+        else:
+            caches = parse_cache_format(p["c"]).bytes * read * p["kv"] * (p["d"] + p["dv"])
         return Counts(
             {**int8_attention.products(p, work), "exp_f32": work},
-            {
-                "dram": parse_cache_format(p["c"]).bytes * read * p["kv"] * (p["d"] + p["dv"])
-                + 4.0 * p["t"] * p["h"] * (p["d"] + p["dv"])
-            },
+            {"dram": caches + 4.0 * p["t"] * p["h"] * (p["d"] + p["dv"])},
         )

@@ -3,7 +3,8 @@
 Input rows are ``[q heads | k heads | v heads]``. q and k are RMS-normalised per head when norms are given
 (Qwen3), the first ``2 * table.shape[2]`` dimensions are rotated (half-split pairing: dimension i pairs with
 i + r/2), v is multiplied by ``v_scale``; k and v rows go to slot ``(start + i) % cap`` for ``i < valid``.
-Returns the rotated q. Rows are rounded to the caches' format (``c``), half to even.
+Returns the rotated q. Rows are rounded to the caches' format (``c``), half to even; those of caches in groups
+(``c=i8``, ``i4``, ``i2``) go into a float32 tail and are quantised when a group fills up: see `ir.kv_groups`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor
 
 from mimo_compile.errors import UsageError
-from mimo_compile.ir.caches import parse_cache_format
+from mimo_compile.ir import kv_groups
+from mimo_compile.ir.caches import check_cache_format, parse_cache_format
 from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.ops.base import Arg, Array, OpDef, Param
 from mimo_compile.ir.ops.numerics import U32
@@ -75,6 +77,35 @@ def _(
     return qkv.new_empty((qkv.shape[0], heads, k_cache.shape[2]))
 
 
+@torch.library.custom_op("mimo::kv_append_groups", mutates_args=kv_groups.STATES)
+def kv_append_groups(
+    qkv: Tensor, table: Tensor, pos: Tensor, q_norm: Tensor | None, k_norm: Tensor | None,
+    k_cache: Tensor, k_scale: Tensor, k_tail: Tensor, v_cache: Tensor, v_scale: Tensor, v_tail: Tensor,
+    heads: int, eps: float, gain: float, c: str,
+) -> Tensor:  # fmt: skip
+    """Append to a cache in groups (`ir.kv_groups`, format ``c``): ``qkv [T, ...]`` -> q ``[T, H, D]``.
+
+    ``gain`` multiplies the values.
+    """
+    cap, kv_heads, d = k_cache.shape
+    q, k, v, _ = prepare(
+        qkv, table, pos, q_norm, k_norm, heads, kv_heads, d, v_cache.shape[2], eps, gain, cap
+    )
+    states = (k_cache, k_scale, k_tail, v_cache, v_scale, v_tail)
+    named = dict(zip(kv_groups.STATES, states, strict=True))
+    kv_groups.append_rows(named, k, v, int(pos[0]), kv_groups.GROUPED[c])
+    return q.clone()
+
+
+@kv_append_groups.register_fake
+def _(
+    qkv: Tensor, table: Tensor, pos: Tensor, q_norm: Any, k_norm: Any, k_cache: Tensor, k_scale: Tensor,
+    k_tail: Tensor, v_cache: Tensor, v_scale: Tensor, v_tail: Tensor, heads: int, eps: float, gain: float,
+    c: str,
+) -> Tensor:  # fmt: skip
+    return qkv.new_empty((qkv.shape[0], heads, k_cache.shape[2]))
+
+
 class KvAppend(OpDef):
     """``kv_append:t=1,h=32,kv=8,d=128,dv=128,cap=4096,rot=128``; ``norm=1`` for QK-norm."""
 
@@ -91,19 +122,20 @@ class KvAppend(OpDef):
         Param("eps", float, 1e-6),
         Param("vscale", float, 1.0),
         Param("c", str, "f32"),
+        Param("tail", int, 0),
     )
 
     def check(self, p: Mapping[str, Any]) -> None:
         """Refuse odd or too wide rotations, calls longer than the cache, unknown cache formats."""
-        parse_cache_format(p["c"])
+        check_cache_format(p["c"])
         if p["rot"] % 2 or p["rot"] > p["d"] or p["t"] > p["cap"]:
             raise UsageError("kv_append: rot must be even and at most d, and t at most cap")
+        kv_groups.check_groups(self.name, p)
 
     def args(self, workload: Workload) -> tuple[Arg, ...]:
-        """Return qkv, table, pos, norms, k_cache, v_cache (both written), q."""
+        """Return qkv, table, pos, norms, the caches' arrays (all written), q."""
         p = self.full(workload)
         width = (p["h"] + p["kv"]) * p["d"] + p["kv"] * p["dv"]
-        stored = parse_cache_format(p["c"]).dtype
         out = [
             Arg("qkv", "input", (p["t"], width), "float32"),
             Arg("table", "input", (p["t"], 2, p["rot"] // 2), "float32"),
@@ -111,16 +143,23 @@ class KvAppend(OpDef):
         ]
         if p["norm"]:
             out += [Arg(n, "weight", (p["d"],), "float32") for n in ("q_norm", "k_norm")]
-        return (
-            *out,
-            Arg("k_cache", "state", (p["cap"], p["kv"], p["d"]), stored, mutated=True),
-            Arg("v_cache", "state", (p["cap"], p["kv"], p["dv"]), stored, mutated=True),
-            Arg("q", "output", (p["t"], p["h"], p["d"]), "float32"),
-        )
+        if fmt := kv_groups.grouped(p):
+            states = kv_groups.states_of(p, fmt, mutated=True)
+        else:
+            stored = parse_cache_format(p["c"]).dtype
+            states = (
+                Arg("k_cache", "state", (p["cap"], p["kv"], p["d"]), stored, mutated=True),
+                Arg("v_cache", "state", (p["cap"], p["kv"], p["dv"]), stored, mutated=True),
+            )
+        return (*out, *states, Arg("q", "output", (p["t"], p["h"], p["d"]), "float32"))
 
     def make_inputs(self, workload: Workload, rng: np.random.Generator) -> dict[str, Array]:
-        """Draw rows, angles and a start that makes the call wrap around the end of the cache."""
+        """Draw rows, angles and a start that makes the call wrap around the end of the cache.
+
+        A cache in groups never wraps; there one is to fill up, if the call is long enough for it.
+        """
         p = self.full(workload)
+        fmt = kv_groups.grouped(p)
         out: dict[str, Array] = {
             a.name: rng.standard_normal(a.shape, dtype=np.float32)
             for a in self.args(workload)
@@ -129,21 +168,36 @@ class KvAppend(OpDef):
         angle = rng.random((p["t"], p["rot"] // 2)) * 6.28
         out["table"] = np.stack([np.cos(angle), np.sin(angle)], axis=1).astype(np.float32)
         valid = int(rng.integers(1, p["t"] + 1))
+        if fmt:
+            full = fmt.group * int(rng.integers(1, p["cap"] // fmt.group + 1))
+            start = min(full - int(rng.integers(1, valid + 1)), p["cap"] - valid)
+            out["pos"] = np.array([max(start, 0), valid], np.int32)
+            for name in ("k_cache", "v_cache"):
+                out[name] = rng.integers(0, fmt.levels + 1, out[name].shape, np.uint8)
+            for name in ("k_scale", "v_scale"):
+                out[name] = out[name].astype(np.float16)
+            return out
         out["pos"] = np.array([2 * p["cap"] - valid // 2 - 1, valid], np.int32)
         for name in ("k_cache", "v_cache"):
             out[name] = parse_cache_format(p["c"]).encode(out[name])
         return out
 
     def reference(self, workload: Workload, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Compute in float64, unrounded; unwritten slots keep their values."""
+        """Compute in float64, unrounded but for codes and scales; unwritten slots keep their values."""
         p = self.full(workload)
-        decode = parse_cache_format(p["c"]).decode
-        arrays = {k: decode(v) if k.endswith("_cache") else v for k, v in inputs.items()}
+        fmt = kv_groups.grouped(p)
+        states = kv_groups.STATES if fmt else ("k_cache", "v_cache")
+        decode = (lambda x: x) if fmt else parse_cache_format(p["c"]).decode
+        arrays = {k: decode(v) if k in states else v for k, v in inputs.items()}
         arr = {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in arrays.items()}
         q, k, v, slots = prepare(
             arr["qkv"].double(), arr["table"], arr["pos"], arr.get("q_norm"), arr.get("k_norm"),
             p["h"], p["kv"], p["d"], p["dv"], p["eps"], p["vscale"], p["cap"],
         )  # fmt: skip
+        if fmt:
+            held = {n: arr[n].double() if n.endswith("tail") else arr[n].clone() for n in states}
+            kv_groups.append_rows(held, k, v, int(arr["pos"][0]), fmt)
+            return {n: a.numpy() for n, a in held.items()} | {"q": q.numpy()}
         k_cache, v_cache = arr["k_cache"].double(), arr["v_cache"].double()
         k_cache[slots], v_cache[slots] = k, v
         return {"k_cache": k_cache.numpy(), "v_cache": v_cache.numpy(), "q": q.numpy()}
@@ -154,10 +208,10 @@ class KvAppend(OpDef):
         """A few roundings of each product, one more to the cache's format; kept slots must be exact.
 
         The reference is not rounded: a float32 product next to a tie may round to either neighbour, and each
-        lies within half a step of it.
+        lies within half a step of it. Codes and scales of a group may be those of any rows within a few
+        roundings (`kv_groups.allowed`).
         """
         p = self.full(workload)
-        stored = parse_cache_format(p["c"])
         biggest = float(np.abs(inputs["qkv"]).max()) * (
             max(np.abs(inputs["q_norm"]).max(), np.abs(inputs["k_norm"]).max()) * p["d"] ** 0.5
             if p["norm"]
@@ -165,6 +219,10 @@ class KvAppend(OpDef):
         )
         tol = (8 + p["d"] ** 0.5 * p["norm"]) * U32 * max(biggest, 1.0) * max(abs(p["vscale"]), 1.0)
         out: dict[str, Array] = {"q": np.full(expected["q"].shape, 2 * tol)}
+        if fmt := kv_groups.grouped(p):
+            start, valid = (int(n) for n in inputs["pos"])
+            return out | kv_groups.allowed(expected, start, valid, 2 * tol, fmt)
+        stored = parse_cache_format(p["c"])
         for name in ("k_cache", "v_cache"):
             same = expected[name] == stored.decode(inputs[name])
             allowed = 2 * tol + stored.unit * (np.abs(expected[name]) + 2 * tol)
@@ -175,7 +233,11 @@ class KvAppend(OpDef):
         """Rows read once, rotated once, written once."""
         p = self.full(workload)
         width = (p["h"] + p["kv"]) * p["d"] + p["kv"] * p["dv"]
-        saved = (4.0 - parse_cache_format(p["c"]).bytes) * p["kv"] * (p["d"] + p["dv"])
+        if fmt := kv_groups.grouped(p):  # into the tail, and from there into codes, once in a group
+            codes = fmt.bytes_of(p["d"], keys=True) + fmt.bytes_of(p["dv"], keys=False)
+            saved = -codes * p["kv"]
+        else:
+            saved = (4.0 - parse_cache_format(p["c"]).bytes) * p["kv"] * (p["d"] + p["dv"])
         return Counts(
             {"fma_f32": 2.0 * p["t"] * (p["h"] + p["kv"]) * p["rot"]},
             {"dram": p["t"] * (8.0 * width - saved)},

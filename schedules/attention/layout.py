@@ -7,6 +7,8 @@ sum over lanes. Values ``v16``: ``[KV, 16 * ceil(cap/16), 16 * ceil(DV/16)]``: w
 tiles of matrix units load them as they lie. Keys ``k16.d2``: ``[KV, ceil(cap/16), ceil(D/2), 16, 2]``, pairs
 along d; the pad of an odd D is zero. Values ``v16.s2``: ``[KV, 8 * ceil(cap/16), 16 * ceil(DV/16), 2]``,
 pairs along slots. In memory the last two extents are one.
+
+Caches in groups of few bits have the layout of `group_layout`.
 """
 
 from __future__ import annotations
@@ -17,9 +19,11 @@ from typing import Any
 import numpy as np
 
 from mimo_compile.ir.caches import parse_cache_format
+from mimo_compile.ir.kv_groups import GROUPED, STATES, grouped
 from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.ops.base import Arg, Array
 from mimo_compile.ir.workload import Workload
+from mimo_compile.schedules.attention.group_layout import group_args, pack_groups, unpack_groups
 from mimo_compile.schedules.emit.vector import LANES
 
 _LAYOUTS = {
@@ -30,7 +34,8 @@ _LAYOUTS = {
 
 def layouts(workload: Workload) -> dict[str, str]:
     """Return the names of the cache layouts of a workload."""
-    return dict(_LAYOUTS[get_op(workload.op).full(workload)["c"]])
+    c = get_op(workload.op).full(workload)["c"]
+    return dict.fromkeys(STATES, f"g64.{c}") if c in GROUPED else dict(_LAYOUTS[c])
 
 
 def round_up(n: int) -> int:
@@ -56,6 +61,8 @@ def kernel_args(workload: Workload) -> tuple[Arg, ...]:
     """Return the op's arguments with the caches in their packed shapes."""
     op = get_op(workload.op)
     p = op.full(workload)
+    if fmt := grouped(p):
+        return group_args(op.args(workload), p, fmt)
     shapes, stored = cache_shapes(p), parse_cache_format(p["c"]).stored
     return tuple(
         Arg(a.name, a.role, shapes[a.name], stored, a.mutated) if a.name in shapes else a
@@ -66,6 +73,8 @@ def kernel_args(workload: Workload) -> tuple[Arg, ...]:
 def pack_caches(workload: Workload, arrays: Mapping[str, Array]) -> dict[str, Array]:
     """Lay out canonical caches (those given); slots and lanes of padding are zero."""
     p = get_op(workload.op).full(workload)
+    if fmt := grouped(p):
+        return pack_groups(p, fmt, arrays)
     shapes, pair = cache_shapes(p), 2 if parse_cache_format(p["c"]).bits == 16 else 1
     out = {}
     for name, array in arrays.items():
@@ -86,6 +95,8 @@ def pack_caches(workload: Workload, arrays: Mapping[str, Array]) -> dict[str, Ar
 def unpack_caches(workload: Workload, arrays: Mapping[str, Array]) -> dict[str, Array]:
     """Inverse of `pack_caches`: canonical ``[cap, KV, D]`` and ``[cap, KV, DV]``."""
     p = get_op(workload.op).full(workload)
+    if fmt := grouped(p):
+        return unpack_groups(p, fmt, arrays)
     pair = 2 if parse_cache_format(p["c"]).bits == 16 else 1
     out = {}
     for name, array in arrays.items():

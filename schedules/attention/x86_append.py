@@ -13,6 +13,7 @@ from typing import Any
 
 from mimo_compile.ir.caches import parse_cache_format
 from mimo_compile.ir.hardware import Hardware
+from mimo_compile.ir.kv_groups import GROUPED
 from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.ops.base import Arg, Array
 from mimo_compile.ir.workload import Workload
@@ -210,6 +211,12 @@ class X86Append(RowSchedule):
     name = "kv_append.x86"
     op = "kv_append"
     rows_param = "kv"
+
+    def supports(self, workload: Workload, hardware: Hardware) -> bool:
+        """Every workload of the op whose caches hold each number by itself, on any x86-64."""
+        if not super().supports(workload, hardware):
+            return False
+        return get_op(self.op).full(workload)["c"] not in GROUPED
 
     def space(self, workload: Workload, hardware: Hardware) -> Space:
         """KV heads over threads, or not."""

@@ -32,7 +32,9 @@ def function(name: str, args: Sequence[Arg], body: Callable[..., None]) -> Any:
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name(name)
         T.func_attr({"tirx.noalias": True, "global_symbol": name})
-        body(*(T.arg(a.name, T.buffer(a.shape, a.dtype)) for a in args))
+        # an empty tensor is none that a kernel can check: it is passed and not looked at
+        kinds = [T.buffer(a.shape, a.dtype) if all(a.shape) else T.handle() for a in args]
+        body(*(T.arg(a.name, kind) for a, kind in zip(args, kinds, strict=True)))
     return builder.get()
 
 

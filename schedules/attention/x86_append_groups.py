@@ -1,0 +1,247 @@
+"""Prepare one attention step and append to KV caches in groups: rows into the tail, full groups into codes.
+
+One task is a KV head with its query heads, over all tokens, as in `x86_append`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from mimo_compile.ir.hardware import Hardware
+from mimo_compile.ir.kv_groups import GROUPED, GroupedFormat, tail_of
+from mimo_compile.ir.ops import get_op
+from mimo_compile.ir.ops.numerics import F16_MOST
+from mimo_compile.ir.workload import Workload
+from mimo_compile.schedules.attention.group_layout import BLOCKS, elements
+from mimo_compile.schedules.attention.layout import kernel_args, round_up
+from mimo_compile.schedules.attention.reach import fixed
+from mimo_compile.schedules.attention.x86_append import X86Append
+from mimo_compile.schedules.emit.build import (
+    Register,
+    T,
+    bind,
+    function,
+    load,
+    loop,
+    store,
+    vector_type,
+    when,
+    workspace,
+)
+from mimo_compile.schedules.emit.vector import LANES, rint, splat
+from mimo_compile.schedules.emit.vector import T as script
+
+
+def over(count: int, step: Callable[[Any, int], None]) -> None:
+    """Emit ``step(first, lanes)`` for whole vectors, then for what is left one by one."""
+    if count // LANES:
+        with loop(count // LANES) as j:
+            step(j * LANES, LANES)
+    for j in range(count // LANES * LANES, count):
+        step(j, 1)
+
+
+class Task:
+    """The statements of one KV head."""
+
+    def __init__(
+        self, p: dict[str, Any], fmt: GroupedFormat, args: dict[str, Any], head: Any
+    ) -> None:
+        self.p, self.fmt, self.args, self.head = p, fmt, args, head
+        self.per, self.tail = elements(fmt), tail_of(p, fmt)
+        self.row = workspace((round_up(p["d"]),), "float32")
+        self.squares = workspace((LANES,), "float32")
+
+    def prepare(self, i: Any, at: Any, weight: Any) -> None:
+        """Leave the head of token ``i`` from column ``at`` on in ``row``, normalised and rotated."""
+        p, qkv, table = self.p, self.args["qkv"], self.args["table"]
+        d, half = p["d"], p["rot"] // 2
+        factor = self._norm(i, at) if weight is not None else None
+
+        def scaled(j: Any, lanes: int) -> None:
+            value = load(qkv, i, at + j, lanes=lanes)
+            if factor is not None:
+                value = value * splat(factor, lanes) * load(weight, j, lanes=lanes)
+            store(self.row, value, j, lanes=lanes)
+
+        def turned(j: Any, lanes: int) -> None:
+            a, b = (bind(load(self.row, j + n, lanes=lanes)) for n in (0, half))
+            c, s = (bind(load(table, i, n, j, lanes=lanes)) for n in (0, 1))
+            store(self.row, a * c - b * s, j, lanes=lanes)
+            store(self.row, b * c + a * s, j + half, lanes=lanes)
+
+        over(d, scaled)
+        if half:
+            over(half, turned)
+
+    def _norm(self, i: Any, at: Any) -> Any:
+        """Return one over the root mean square of a head."""
+        d, qkv = self.p["d"], self.args["qkv"]
+        total, rest = Register("float32", LANES, splat(0.0)), Register("float32", 1, T.float32(0))
+
+        def add(j: Any, lanes: int) -> None:
+            value = bind(load(qkv, i, at + j, lanes=lanes))
+            register = rest if lanes == 1 else total
+            register.set(register.get() + value * value)
+
+        over(d, add)
+        store(self.squares, total.get(), 0, lanes=LANES)
+        for n in range(LANES):
+            rest.set(rest.get() + self.squares[n])
+        return bind(T.float32(1) / T.sqrt(rest.get() / T.float32(d) + T.float32(self.p["eps"])))
+
+    def write_q(self, i: Any, n: Any) -> None:
+        """Write ``row`` as query head ``n``."""
+
+        def step(j: Any, lanes: int) -> None:
+            store(self.args["q"], load(self.row, j, lanes=lanes), i, n, j, lanes=lanes)
+
+        over(self.p["d"], step)
+
+    def write_rows(self, i: Any, slot: Any) -> None:
+        """Write ``row`` as a key, and the token's value, into a slot of the tail."""
+        p, h = self.p, self.head
+        with loop(p["d"]) as j:
+            store(self.args["k_tail"], self.row[j], h, slot // LANES, j, slot % LANES)
+        first = (p["h"] + p["kv"]) * p["d"] + h * p["dv"]
+
+        def step(j: Any, lanes: int) -> None:
+            value = load(self.args["qkv"], i, first + j, lanes=lanes) * splat(p["vscale"], lanes)
+            store(self.args["v_tail"], value, h, slot, j, lanes=lanes)
+
+        over(p["dv"], step)
+
+    def pack_keys(self, group: Any, block: Any) -> None:
+        """Quantise a group's keys, which stand in the tail from ``block`` on, channel by channel."""
+        d, h, tail = self.p["d"], self.head, self.args["k_tail"]
+        with loop(-(-d // self.per)) as w:
+            words = [Register("int32", LANES, splat(T.int32(0))) for _ in range(BLOCKS)]
+
+            def channel(place: int, w: Any = w, words: list[Register] = words) -> None:
+                c = w * self.per + place
+                rows = [bind(load(tail, h, block + u, c, 0, lanes=LANES)) for u in range(BLOCKS)]
+                low, high = rows[0], rows[0]
+                for row in rows[1:]:
+                    low, high = T.min(low, row), T.max(high, row)
+                zero, by = self._parameters(low, high, "k_scale", (h, group), (c,))
+                for u, row in enumerate(rows):
+                    words[u].set(T.bitwise_or(words[u].get(), self._code(row, zero, by, place)))
+
+            for place in range(self.per):
+                if d % self.per <= place and d % self.per:
+                    with when(w * self.per + place < d):
+                        channel(place)
+                else:
+                    channel(place)
+            for u, word in enumerate(words):
+                self._store_line(word.get(), self.args["k_cache"], h, group, u, w)
+
+    def pack_values(self, group: Any, slot: Any) -> None:
+        """Quantise a group's values, which stand in the tail from ``slot`` on, token by token."""
+        p, h, fmt, tail = self.p, self.head, self.fmt, self.args["v_tail"]
+        columns, wide = round_up(p["dv"]) // LANES, fmt.columns // LANES
+        bias = 128 if fmt.bits == 8 else 0
+        zeros, factors = (workspace((self.per,), "float32") for _ in range(2))
+        for g in range(fmt.value_groups(p["dv"])):
+            own = range(g * wide, min((g + 1) * wide, columns))
+            with loop(fmt.group // self.per) as run:
+                with loop(self.per) as place:
+                    token = bind(run * self.per + place)
+                    low, high = (
+                        Register("float32", LANES, splat(x)) for x in (F32_MOST, -F32_MOST)
+                    )
+                    for c in own:
+                        value = bind(load(tail, h, slot + token, c * LANES, lanes=LANES))
+                        here = T.ramp(T.int32(c * LANES), 1, LANES) < splat(T.int32(p["dv"]))
+                        whole = (c + 1) * LANES <= p["dv"]
+                        for register, pick in ((low, T.min), (high, T.max)):
+                            new = pick(register.get(), value)
+                            register.set(new if whole else T.Select(here, new, register.get()))
+                    zero, by = self._parameters(
+                        low.get(), high.get(), "v_scale", (h, group), (g, token)
+                    )
+                    store(zeros, zero, place)
+                    store(factors, by, place)
+                for c in own:
+                    word = Register("int32", LANES, splat(T.int32(0)))
+                    for place in range(self.per):
+                        row = load(tail, h, slot + run * self.per + place, c * LANES, lanes=LANES)
+                        code = self._code(row, zeros[place], factors[place], place, bias)
+                        word.set(T.bitwise_or(word.get(), code))
+                    self._store_line(word.get(), self.args["v_cache"], h, group, c, run)
+
+    def _parameters(
+        self, low: Any, high: Any, name: str, outer: tuple[Any, ...], at: tuple[Any, ...]
+    ) -> tuple[Any, Any]:
+        """Store scale and zero point of what lies between lanes; return the zero and one over the scale."""
+        least = T.call_llvm_pure_intrin("float32", "llvm.vector.reduce.fmin", low)
+        most = T.call_llvm_pure_intrin("float32", "llvm.vector.reduce.fmax", high)
+        limit = T.float32(F16_MOST)
+        least, most = bind(least), bind(most)
+        zero = bind(T.cast(T.max(T.min(least, limit), T.float32(-F16_MOST)), "float16"))
+        real = bind(T.cast(zero, "float32"))
+        step = T.max((most - real) / T.float32(self.fmt.levels), T.float32(0))
+        scale = bind(T.cast(T.min(step, limit), "float16"))
+        store(self.args[name], scale, *outer, 0, *at)
+        store(self.args[name], zero, *outer, 1, *at)
+        wide = bind(T.cast(scale, "float32"))
+        some = wide > T.float32(0)
+        return real, bind(T.if_then_else(some, T.float32(1) / wide, T.float32(0)))
+
+    def _code(self, row: Any, zero: Any, by: Any, place: int, bias: int = 0) -> Any:
+        """Return the codes of 16 numbers in the bits of element ``place`` of their lanes."""
+        code = rint((row - splat(zero, LANES)) * splat(by, LANES))
+        code = T.cast(T.min(T.max(code, splat(0.0)), splat(float(self.fmt.levels))), "int32x16")
+        if bias:
+            code = T.bitwise_xor(code, splat(T.int32(bias)))
+        shift = 8 * (place % 4) + self.fmt.bits * (place // 4)
+        return T.shift_left(code, splat(T.int32(shift)))
+
+    @staticmethod
+    def _store_line(words: Any, buffer: Any, *index: Any) -> None:
+        lanes = 4 * LANES
+        store(buffer, T.reinterpret(vector_type("uint8", lanes), words), *index, 0, lanes=lanes)
+
+
+F32_MOST = 3.4028234663852886e38
+
+
+class X86AppendGroups(X86Append):
+    """One KV head per task."""
+
+    name = "kv_append.x86_groups"
+
+    def supports(self, workload: Workload, hardware: Hardware) -> bool:
+        """Every workload of the op with caches in groups, on any x86-64."""
+        if workload.op != self.op or hardware.kind != "cpu":
+            return False
+        return get_op(self.op).full(workload)["c"] in GROUPED
+
+    def make(self, p: dict[str, Any], rows: Any, unroll: int) -> Any:
+        """Return the PrimFunc (qkv, table, pos, [q_norm, k_norm], the caches' arrays, q)."""
+        op, fmt = get_op(self.op), GROUPED[p["c"]]
+        args = kernel_args(op.workload(**p))
+        parallel, group = rows is script.parallel, p["h"] // p["kv"]
+
+        def body(*buffers: Any) -> None:
+            given = {a.name: b for a, b in zip(args, buffers, strict=True)}
+            start, valid = fixed(given["pos"][0]), fixed(given["pos"][1])
+            with loop(p["kv"], parallel=parallel) as h:
+                task = Task(p, fmt, given, h)
+                with loop(p["t"]) as i:
+                    with loop(group) as g:
+                        task.prepare(i, (h * group + g) * p["d"], given.get("q_norm"))
+                        task.write_q(i, h * group + g)
+                    with when(i < valid):
+                        position = fixed(start + i)
+                        slot = fixed(position % task.tail)
+                        task.prepare(i, (p["h"] + h) * p["d"], given.get("k_norm"))
+                        task.write_rows(i, slot)
+                        with when(position % fmt.group == fmt.group - 1):
+                            full = fixed(position // fmt.group)
+                            first = fixed(slot - (fmt.group - 1))
+                            task.pack_keys(full, first // LANES)
+                            task.pack_values(full, first)
+
+        return function("kv_append_groups", args, body)
