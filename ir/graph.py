@@ -163,7 +163,8 @@ def instantiate(
     def image(value: Value) -> Value:
         if id(value) not in mapping:
             base = image(value.view_of) if value.view_of is not None else None
-            source = rename(value.source) if value.source else ""
+            named = value.source and value.kind != "constant"  # these are named by what they hold
+            source = rename(value.source) if named else value.source
             mapping[id(value)] = replace(
                 value, name=f"{prefix}.{value.name}", source=source, view_of=base
             )

@@ -228,7 +228,7 @@ def _layers(decoder: ModelDecoder, states: Mapping[str, State]) -> Iterator[Laye
         kind = role.kind if role is not None else "window" if spec.window else "full"
         yield Layer(
             stage.name, kind, role.window if role is not None else spec.window,
-            core.k_cache.shape[0], core.caches.name,
+            spec.capacity(config.max_context), core.caches.name,
             stage.follows[0].rpartition(".")[0] if stage.follows else "",
             tuple(name for name in stage.states.values() if name in states),
         )  # fmt: skip
