@@ -45,6 +45,12 @@ SCHEDULES: dict[str, dict[str, str]] = {
         "cached_attention.x86_flash_amx": "attention.x86_flash_amx:X86FlashAmx",
         "cached_attention.x86_int8": "attention.x86_int8:X86Int8",
     },
+    "sparse_attention": {
+        "sparse_attention.x86_lists": "attention.x86_lists:X86Lists",
+        "sparse_attention.x86_lists_pairs": "attention.x86_lists:X86ListsPairs",
+        "sparse_attention.x86_rows": "attention.x86_rows:X86Rows",
+        "sparse_attention.x86_rows_half": "attention.x86_rows:X86RowsHalf",
+    },
     "kv_append": {
         "kv_append.x86": "attention.x86_append:X86Append",
         "kv_append.x86_groups": "attention.x86_append_groups:X86AppendGroups",

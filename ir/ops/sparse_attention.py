@@ -29,6 +29,10 @@ from mimo_compile.ir.ops.cached_attention import DRAWS
 from mimo_compile.ir.ops.numerics import U32
 from mimo_compile.ir.workload import Workload
 
+CACHE_ORDERS = ("", "rows")
+"""How kernels keep caches: as the format of their numbers has it, for whole blocks; or each key, and each
+value, by itself, where single tokens are listed."""
+
 
 def attend_lists(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, pos: Tensor, idx: Tensor, cnt: Tensor,
@@ -134,11 +138,17 @@ class SparseAttention(OpDef):
         Param("scale", float, 0.0),
         Param("len", int, 0),
         Param("c", str, "f32"),
+        Param("lay", str, ""),
     )
 
     def check(self, p: Mapping[str, Any]) -> None:
         """Refuse heads that do not group, lengths beyond the cache, pages that do not divide it."""
         parse_cache_format(p["c"])
+        if p["lay"] not in CACHE_ORDERS:
+            raise UsageError(
+                f"sparse_attention: lay={p['lay']} is unknown",
+                remedy="leave it out, or use lay=rows",
+            )
         if p["h"] % p["kv"]:
             raise UsageError(f"sparse_attention: h={p['h']} is not a multiple of kv={p['kv']}")
         if p["hs"] not in (1, p["kv"], p["h"]):

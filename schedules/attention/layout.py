@@ -8,6 +8,8 @@ tiles of matrix units load them as they lie. Keys ``k16.d2``: ``[KV, ceil(cap/16
 along d; the pad of an odd D is zero. Values ``v16.s2``: ``[KV, 8 * ceil(cap/16), 16 * ceil(DV/16), 2]``,
 pairs along slots. In memory the last two extents are one.
 
+With ``lay=rows`` the numbers of each key, and of each value, lie together: see `rows_layout`.
+
 Caches in groups of few bits have the layout of `group_layout`.
 """
 
@@ -23,6 +25,7 @@ from mimo_compile.ir.kv_groups import GROUPED, STATES, grouped
 from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.ops.base import Arg, Array
 from mimo_compile.ir.workload import Workload
+from mimo_compile.schedules.attention import rows_layout
 from mimo_compile.schedules.attention.group_layout import group_args, pack_groups, unpack_groups
 from mimo_compile.schedules.emit.vector import LANES
 
@@ -34,8 +37,16 @@ _LAYOUTS = {
 
 def layouts(workload: Workload) -> dict[str, str]:
     """Return the names of the cache layouts of a workload."""
-    c = get_op(workload.op).full(workload)["c"]
+    p = get_op(workload.op).full(workload)
+    if by_rows(p):
+        return dict(rows_layout.LAYOUTS)
+    c = p["c"]
     return dict.fromkeys(STATES, f"g64.{c}") if c in GROUPED else dict(_LAYOUTS[c])
+
+
+def by_rows(p: Mapping[str, Any]) -> bool:
+    """Say whether a workload's parameters ask for caches that keep each key by itself."""
+    return bool(p.get("lay") == "rows")
 
 
 def round_up(n: int) -> int:
@@ -45,6 +56,8 @@ def round_up(n: int) -> int:
 
 def cache_shapes(p: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Return the packed shapes for an op's parameters ``cap``, ``kv``, ``d``, ``c``, and ``dv`` if any."""
+    if by_rows(p):
+        return rows_layout.row_shapes(p)
     slots, dv = round_up(p["cap"]), p.get("dv", 0)
     if parse_cache_format(p["c"]).bits == 16:
         return {
@@ -81,6 +94,9 @@ def pack_caches(workload: Workload, arrays: Mapping[str, Array]) -> dict[str, Ar
         if name not in shapes:
             out[name] = np.ascontiguousarray(array)
             continue
+        if by_rows(p):
+            out[name] = rows_layout.pack_rows(p, name, array)
+            continue
         cap, heads, width = array.shape
         wide = -(-width // pair) * pair if name == "k_cache" else round_up(width)
         padded = np.pad(array, ((0, round_up(cap) - cap), (0, 0), (0, wide - width)))
@@ -100,7 +116,9 @@ def unpack_caches(workload: Workload, arrays: Mapping[str, Array]) -> dict[str, 
     pair = 2 if parse_cache_format(p["c"]).bits == 16 else 1
     out = {}
     for name, array in arrays.items():
-        if name == "k_cache":
+        if name in ("k_cache", "v_cache") and by_rows(p):
+            out[name] = rows_layout.unpack_rows(p, name, array)
+        elif name == "k_cache":
             lanes = array.reshape(p["kv"], -1, -(-p["d"] // pair), LANES, pair)
             slots = lanes.transpose(1, 3, 0, 2, 4).reshape(round_up(p["cap"]), p["kv"], -1)
             out[name] = np.ascontiguousarray(slots[: p["cap"], :, : p["d"]])

@@ -65,19 +65,25 @@ def lists_of(mask: Array, kmax: int) -> dict[str, Array]:
 
 
 @st.composite
-def cases(draw: Any, sink: bool | None = None, c: str = "f32") -> Case:
-    """Draw small cases: every grouping of heads, partial blocks, padding tokens, short and empty lists."""
+def cases(draw: Any, sink: bool | None = None, c: str = "f32", wide: bool = False) -> Case:
+    """Draw small cases: every grouping of heads, partial blocks, padding tokens, short and empty lists.
+
+    ``wide``: of extents that take vectors and several steps.
+    """
     pick = lambda *values: draw(st.sampled_from(values))  # noqa: E731
+    either = lambda small, large: pick(*(large if wide else small))  # noqa: E731
     kv, group = pick(1, 2, 3), pick(1, 2, 3, 5)
-    length = draw(st.integers(1, 40))
-    t = draw(st.integers(1, min(5, length)))
-    block, page = pick(1, 2, 3, 4, 16), pick(0, 0, 4)
-    cap = -(-(length + draw(st.integers(0, 9))) // 4) * 4
+    length = draw(st.integers(1, either((40,), (300,))))
+    t = draw(st.integers(1, min(either((5,), (1, 20)), length)))
+    block = either((1, 2, 3, 4, 16), (16, 32, 64, 1, 8, 24))
+    page = either((0, 0, 4), (0, 0, 16, 32, 4))
+    unit = either((4,), (32,))
+    cap = -(-(length + draw(st.integers(0, 9))) // unit) * unit
     blocks = -(-cap // block)
     p = dict(
-        t=t, h=kv * group, kv=kv, d=pick(1, 4, 9), dv=pick(1, 3, 8), cap=cap, block=block,
-        hs=pick(1, kv, kv * group), kmax=draw(st.integers(1, blocks + 2)), rows=pick(1, 2, t),
-        window=pick(0, 0, 1, 3), page=page, len=length,
+        t=t, h=kv * group, kv=kv, d=either((1, 4, 9), (16, 33, 40)), dv=either((1, 3, 8), (16, 24, 48)),
+        cap=cap, block=block, hs=pick(1, kv, kv * group), kmax=draw(st.integers(1, blocks + 2)),
+        rows=pick(1, 2, t), window=either((0, 0, 1, 3), (0, 0, 1, 17, 40)), page=page, len=length,
         sink=int(draw(st.booleans()) if sink is None else sink), c=c,
     )  # fmt: skip
     workload = OP.workload(**p)

@@ -1,0 +1,67 @@
+"""Attention to listed keys, one by one, over caches that keep each key's numbers together (``lay=rows``)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+from mimo_compile.ir.hardware import Hardware
+from mimo_compile.ir.workload import Workload
+from mimo_compile.schedules.attention.flash import Tile
+from mimo_compile.schedules.attention.lists import ListTiling
+from mimo_compile.schedules.attention.rows import ROWS
+from mimo_compile.schedules.attention.tokens import following
+from mimo_compile.schedules.attention.x86_flash import FlashConfig
+from mimo_compile.schedules.attention.x86_flash_pairs import PairsConfig
+from mimo_compile.schedules.attention.x86_lists import X86Lists
+from mimo_compile.schedules.base import Space
+from mimo_compile.schedules.emit.bf16 import NEEDS, imported
+
+
+class X86Rows(X86Lists):
+    """float32 caches."""
+
+    name = "sparse_attention.x86_rows"
+    lay = "rows"
+
+    def tiles(self, p: Mapping[str, Any]) -> tuple[int, ...]:
+        """Return the tokens that a tile may have; a window is that of one query alone."""
+        return (1,) if p["window"] else super().tiles(p)
+
+    def visit(self, s: ListTiling, buffers: Mapping[str, Any]) -> Callable[..., Any]:
+        """Return what a tile visits."""
+        return following(s, buffers)
+
+    def tile(self, config: FlashConfig) -> tuple[type[Tile], AbstractContextManager[Any] | None]:
+        """Return the arithmetic of a config, and the frame that its instructions need."""
+        return ROWS["f32"], None
+
+
+class X86RowsHalf(X86Rows):
+    """bfloat16 caches."""
+
+    name = "sparse_attention.x86_rows_half"
+    config = PairsConfig
+    stored = "bf16"
+
+    def space(self, workload: Workload, hardware: Hardware) -> Space:
+        """Return the space over float32 caches, and how keys are multiplied."""
+        base = super().space(workload, hardware)
+        kinds = ("widen", "dot") if hardware.features >= NEEDS else ("widen",)
+        default = PairsConfig(**self.config_to_json(base.default), arith="widen")
+        return Space(PairsConfig, {**base.knobs, "arith": kinds}, default, base.legal)
+
+    def tile(self, config: FlashConfig) -> tuple[type[Tile], AbstractContextManager[Any] | None]:
+        """Return the arithmetic of a config, and the frame that its instructions need."""
+        arith = self.arithmetic(config)
+        return ROWS[arith], imported() if arith == "dot" else None
+
+    def features(self, config: FlashConfig) -> frozenset[str]:
+        """Return the features that a config's instructions need."""
+        return NEEDS if self.arithmetic(config) == "dot" else frozenset()
+
+    def arithmetic(self, config: FlashConfig) -> str:
+        """Return how work is counted."""
+        assert isinstance(config, PairsConfig)
+        return config.arith

@@ -1,0 +1,218 @@
+"""Kernels of sparse attention: the contract in every config, what they visit, and what they declare."""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+
+import contract
+import numpy as np
+import pytest
+from contract import OP, Case, cases
+from harness import check, sample_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mimo_compile.ir.hardware import PRESETS, local_cpu
+from mimo_compile.ir.ops import parse_workload
+from mimo_compile.schedules import get_schedule
+from mimo_compile.schedules.attention.lists import ListTiling
+from mimo_compile.schedules.attention.lists_work import visits
+from mimo_compile.schedules.compile import assembly
+
+CPU = local_cpu()
+F32 = get_schedule("sparse_attention.x86_lists")
+BF16 = get_schedule("sparse_attention.x86_lists_pairs")
+SCHEDULE = {"f32": F32, "bf16": BF16}
+ROWS = {"f32": "sparse_attention.x86_rows", "bf16": "sparse_attention.x86_rows_half"}
+ROWS = {c: get_schedule(name) for c, name in ROWS.items()}
+SMALL = "h=8,kv=2,d=24,dv=40"
+NAN = {"f32": np.float32(np.nan), "bf16": np.uint16(0x7FC0)}
+
+
+def attend(workload, inputs):
+    """Run a kernel for caches of either order and of any config, proved against the reference."""
+    p, seed = OP.full(workload), zlib.crc32(str(workload).encode())
+    schedule = SCHEDULE[p["c"]]
+    if seed % 2:
+        schedule, workload = ROWS[p["c"]], by_rows(workload)
+    config = sample_config(schedule, workload, CPU, seed)
+    return check(schedule, workload, config, inputs=inputs).outputs
+
+
+def by_rows(workload):
+    """Return the workload over caches that keep each key by itself."""
+    return OP.workload(**{**OP.full(workload), "lay": "rows"})
+
+
+def any_case(sink=None):
+    """Return cases small and wide, of both formats."""
+    kinds = st.tuples(st.sampled_from(["f32", "bf16"]), st.booleans())
+    return kinds.flatmap(lambda kind: cases(sink=sink, c=kind[0], wide=kind[1]))
+
+
+def run(verdict, count, sink=None):
+    """Put some cases to a check of the contract."""
+
+    @settings(max_examples=count)
+    @given(any_case(sink))
+    def each(case: Case) -> None:
+        verdict(attend, case)
+
+    each()
+
+
+QUICK = [c for c in contract.CHECKS if c is not contract.check_invariance]
+
+
+@pytest.mark.parametrize("verdict", QUICK, ids=lambda c: c.__name__[6:])
+def test_contract(verdict) -> None:
+    run(verdict, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verdict", contract.CHECKS, ids=lambda c: c.__name__[6:])
+def test_contract_at_length(verdict) -> None:
+    run(verdict, 40 if verdict in QUICK else 15)
+
+
+@pytest.mark.slow
+def test_sink_identity() -> None:
+    run(contract.check_sink, 20, sink=True)
+
+
+# each a way of its own through the generator; all that no list names holds NaN
+WAYS = [
+    "t=1,cap=700,hs=2,block=64,kmax=4",
+    "t=1,cap=700,hs=1,block=16,kmax=9,sink=1,len=650",
+    "t=1,cap=704,hs=8,block=32,kmax=6,page=32,len=700",
+    "t=3,cap=300,hs=2,block=16,kmax=40,window=20,len=291",
+    "t=1,cap=300,hs=1,block=1,kmax=60,window=33",
+    "t=2,cap=320,hs=2,block=8,kmax=12,page=4",
+    "t=20,cap=300,hs=2,block=64,kmax=4,rows=8",
+    "t=20,cap=200,hs=8,block=16,kmax=4,rows=64,window=5,sink=1",
+]
+
+
+@pytest.mark.parametrize("c", SCHEDULE)
+@pytest.mark.parametrize("way", WAYS)
+def test_defaults(way, c):
+    text = f"sparse_attention:{SMALL.replace('d=24', 'd=33')},{way},c={c}"
+    check(SCHEDULE[c], text)
+    check(ROWS[c], text + ",lay=rows")
+
+
+@pytest.mark.parametrize("c", SCHEDULE)
+def test_ids_behind_the_newest_query_and_lists_longer_than_the_cache(c):
+    text = f"sparse_attention:t=2,{SMALL},cap=300,hs=2,block=32,kmax=16,len=130,c={c}"
+    workload = parse_workload(text)
+    given_ = OP.make_inputs(workload, np.random.default_rng(0))
+    full = contract.lists_of(np.ones((2, 2, 10), bool), 16)
+    for name in ("k_cache", "v_cache"):
+        rng = np.random.default_rng(1)
+        shape = given_[name].shape
+        values = rng.standard_normal(shape, dtype=np.float32)
+        values[130:] = np.nan
+        from mimo_compile.ir.caches import parse_cache_format
+
+        given_[name] = parse_cache_format(c).encode(values)
+    given_ |= {"idx": full["IDX"], "cnt": full["CNT"]}
+    check(SCHEDULE[c], text, inputs=given_)
+
+
+@pytest.mark.parametrize("c", SCHEDULE)
+def test_padding_of_the_packed_caches_is_never_seen(c):
+    text = f"sparse_attention:t=1,h=4,kv=2,d=8,dv=5,cap=21,hs=2,block=16,kmax=2,c={c}"
+    seen = check(SCHEDULE[c], text)
+    k, v = (seen.memory[n] for n in ("k_cache", "v_cache"))
+    if c == "f32":
+        k[:, 1, :, 5:] = np.nan
+        v[:, 21:] = np.nan
+        v[:, :, 5:] = np.nan
+    else:
+        k.reshape(2, 2, 4, 16, 2)[:, 1, :, 5:] = NAN[c]
+        pairs = v.reshape(2, 16, 16, 2)
+        pairs[:, 10, :, 1] = pairs[:, 11:] = pairs[:, :, 5:] = NAN[c]
+    seen.call()
+    for name in ("out", "lse"):
+        assert np.array_equal(seen.memory[name], seen.outputs[name])
+
+
+def test_splits_and_threads_do_not_change_more_than_rounding():
+    text = "sparse_attention:t=1,h=8,kv=1,d=16,dv=16,cap=2000,hs=1,block=16,kmax=60,sink=1"
+    base = F32.space(parse_workload(text), CPU).default
+    found = [
+        check(F32, text, dataclasses.replace(base, splits=n, parallel=n > 1)).outputs
+        for n in (1, 2, 8)
+    ]
+    for other in found[1:]:
+        for name in ("out", "lse"):
+            assert np.allclose(found[0][name], other[name], atol=2e-6)
+
+
+def test_every_space_has_a_legal_default_and_survives_json():
+    for way in (
+        *WAYS,
+        "t=1,cap=65536,hs=8,block=64,kmax=103",
+        "t=512,cap=512,hs=8,block=64,kmax=8,rows=64",
+    ):
+        for c, schedule in SCHEDULE.items():
+            for hardware in (CPU, *PRESETS.values()):
+                workload = parse_workload(f"sparse_attention:{SMALL},{way},c={c}")
+                space = schedule.space(workload, hardware)
+                assert space.legal(space.default)
+                assert all(getattr(space.default, k) in v for k, v in space.knobs.items())
+                json = schedule.config_to_json(space.default)
+                assert schedule.config_from_json(json) == space.default
+
+
+def test_code_without_avx512():
+    v3 = PRESETS["x86-64-v3"]
+    for c, schedule in SCHEDULE.items():
+        for way in ("block=16,kmax=3", "block=1,kmax=9,window=5"):
+            w = parse_workload(f"sparse_attention:t=1,{SMALL},cap=64,hs=2,{way},c={c}")
+            config = dataclasses.replace(schedule.space(w, v3).default, parallel=False)
+            code = assembly([schedule.lower(w, config, v3)], v3)
+            assert "zmm" not in code and "vfmadd" in code
+            assert "logf" not in code and "log2f" not in code
+
+
+# -- what is declared --------------------------------------------------------------------------
+
+
+def tiling(**p):
+    whole = dict(
+        t=1, h=4, kv=2, hs=2, d=16, dv=16, window=0, page=0, rows=1, kmax=4, block=16, cap=640
+    )
+    return ListTiling({**whole, **p}, 1, 2, 4, 20, 0)
+
+
+def test_visits_of_whole_blocks_are_what_lists_hold():
+    parts, slots = visits(tiling(), 640)
+    assert parts.tolist() == [4] and slots.tolist() == [64]
+    parts, slots = visits(tiling(block=64, kmax=20), 600)  # more blocks than there are keys for
+    assert parts.tolist() == [38] and slots.tolist() == [600]
+    parts, slots = visits(tiling(window=32), 640)
+    assert parts.tolist() == [6] and slots.tolist() == [96]
+
+
+@pytest.mark.parametrize("block", [1, 4, 8])
+def test_visits_of_small_blocks_are_what_random_lists_give(block):
+    s = tiling(block=block, kmax=64 // block)
+    rng = np.random.default_rng(0)
+    drawn = [
+        len(np.unique(rng.permutation(640 // block)[: 64 // block] * block // 16))
+        for _ in range(300)
+    ]
+    parts, slots = visits(s, 640)
+    assert abs(parts[0] - np.mean(drawn)) < 0.05 * np.mean(drawn) and slots[0] == 64
+
+
+def test_counts_of_whole_blocks_are_the_formula():
+    w = parse_workload("sparse_attention:t=1,h=8,kv=2,d=32,dv=16,cap=1024,hs=2,block=64,kmax=4")
+    config = dataclasses.replace(F32.space(w, CPU).default, block=64, splits=1, parallel=False)
+    counts = F32.work(w, config, CPU)
+    assert counts.ops["fma_f32"] == 8 * 256 * (32 + 16)
+    assert counts.ops["exp_f32"] == 8 * 256
+    assert counts.bytes["dram"] == OP.counts(w).bytes["dram"]
+    assert F32.lower(w, config, CPU).counts == counts
