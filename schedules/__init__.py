@@ -58,6 +58,7 @@ SCHEDULES: dict[str, dict[str, str]] = {
     "describe_blocks": {"describe_blocks.x86": "attention.x86_describe:X86Describe"},
     "score_blocks": {"score_blocks.x86": "attention.x86_score_blocks:X86ScoreBlocks"},
     "score_keys": {"score_keys.x86": "attention.x86_score_keys:X86ScoreKeys"},
+    "score_lowbit": {"score_lowbit.x86": "attention.x86_score_lowbit:X86ScoreLowbit"},
     "select_blocks": {"select_blocks.x86": "attention.x86_select:X86Select"},
     "moe": {
         "moe.x86_planes": "moe.x86_dense:X86MoePlanes",

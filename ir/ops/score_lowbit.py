@@ -236,10 +236,11 @@ class ScoreLowbit(OpDef):
 
         The estimate and the region's logits are float32 sums of d terms, each off by ``(d + 6) U32`` of the
         sum of their magnitudes; lse by the greatest of these and the roundings of its sum. Both are in the
-        exponent.
+        exponent. Queries of padding count for nothing.
         """
         p = self.full(workload)
         q, k, pos, q_mean, k_mean = self._parts(p, inputs)
+        q = q[: int(pos[1])]
         scale = self.softmax_scale(p)
         parts = by_head(q, k, q_mean, k_mean)
         found = [estimates(*one[:2], pos, *one[2:], p["bits"], scale)[2].amax() for one in parts]

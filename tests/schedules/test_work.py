@@ -89,6 +89,7 @@ WORKLOADS = [
     "score_keys:t=3,h=4,kv=2,d=24,cap=900,kind=oracle,agg=max,block=16,len=600",
     "score_keys:t=20,h=4,kv=2,d=24,cap=90,kind=logits,c=bf16",
     "score_keys:t=1,h=4,kv=2,d=24,cap=900,kind=channels,agg=mean,channels=5,len=700",
+    "score_lowbit:t=50,h=4,kv=2,d=24,cap=300,block=16,rows=16,first=1,last=2,len=200",
     "select_blocks:t=3,hs=4,cap=900,block=4,k=9",
     "select_blocks:t=3,hs=4,cap=900,block=4,k=9,merge=rank,len=500",
     "select_blocks:t=3,hs=4,cap=900,block=4,rule=threshold",
