@@ -1,4 +1,4 @@
-"""Powers of two for weights of attention: the exponent is applied by the processor where it can."""
+"""Powers of two for weights of attention, and the largest of 16 numbers, by few instructions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ polynomials over those below: within 4e-6 of it, and exact at 0."""
 
 
 def exp2(x: Any, *, scaled: bool, short: bool = False) -> Any:
-    """Return ``2**x`` for 16 lanes of numbers up to 0; 0 below -126, NaN for NaN.
+    """Return ``2**x`` for 16 lanes of numbers up to 0; 0 below -126 (short: -150), NaN for NaN.
 
     Args:
         x: The lanes.
@@ -36,8 +36,33 @@ def exp2(x: Any, *, scaled: bool, short: bool = False) -> Any:
             power = T.call_llvm_pure_intrin(
                 "float32x16", _SCALE, p, n, splat(0.0), T.int16(-1), T.int32(4)
             )
-            return T.Select(v < splat(-126.0), splat(0.0), power)
+            return power if short else T.Select(v < splat(-126.0), splat(0.0), power)
 
         return let(rint(v), raised)
 
     return let(x, reduced)
+
+
+def largest(value: Any) -> Any:
+    """Return the largest of 16 numbers, as an integer of the same order (`from_order` turns it back).
+
+    LLVM reduces floats one after the other, since one might be NaN; integers in halves.
+    """
+    return T.call_llvm_pure_intrin(
+        "int32", "llvm.vector.reduce.smax", _ordered(T.reinterpret("int32x16", value))
+    )
+
+
+def from_order(value: Any) -> Any:
+    """Return 16 numbers from integers of their order."""
+    return T.reinterpret("float32x16", _ordered(value))
+
+
+def _ordered(bits: Any) -> Any:
+    """Flip the magnitude of negative numbers, so that integers compare as floats; and back."""
+
+    def flipped(v: Any) -> Any:
+        sign = T.shift_right(v, splat(T.int32(31)))
+        return T.bitwise_xor(v, T.bitwise_and(sign, splat(T.int32(0x7FFFFFFF))))
+
+    return let(bits, flipped)

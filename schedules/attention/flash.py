@@ -46,9 +46,9 @@ class Tile:
         self.score = workspace((s.height, width), "float32")
         self.out = workspace((s.height, s.columns * LANES), "float32")
         self.lines = round_up(s.height) // LANES
-        self.top, self.best, self.shrink = (
-            workspace((self.lines * LANES,), "float32") for _ in range(3)
-        )
+        self.top, self.shrink = (workspace((self.lines * LANES,), "float32") for _ in range(2))
+        self.best = workspace((self.lines * LANES,), "int32")
+        """As `exponent.largest` says it."""
         self.sum = workspace((s.height, LANES), "float32")
 
     def begin(self, q: Any, first: Any, scale: float) -> None:
@@ -69,8 +69,8 @@ class Tile:
         """Begin with no sums, and maxima below all that is seen."""
         s = self.s
         with loop(self.lines) as i:
-            for maxima in (self.top, self.best):
-                store(maxima, splat(START), i * LANES, lanes=LANES)
+            store(self.top, splat(START), i * LANES, lanes=LANES)
+            store(self.best, splat(T.int32(0)), i * LANES, lanes=LANES)
         with loop(s.height) as row:
             store(self.sum, splat(0.0), row, 0, lanes=LANES)
             with loop(s.columns) as j:
@@ -132,8 +132,7 @@ class Tile:
             best = Register("float32", LANES, load(self.score, row, 0, lanes=LANES))
             for u in range(1, s.blocks):
                 best.set(T.max(best.get(), load(self.score, row, u * LANES, lanes=LANES)))
-            top = T.call_llvm_pure_intrin("float32", "llvm.vector.reduce.fmax", best.get())
-            store(self.best, top, row)
+            store(self.best, exponent.largest(best.get()), row)
         with loop(self.lines) as i:
             self.raise_top(i * LANES)
         with loop(s.height) as row:
@@ -145,9 +144,13 @@ class Tile:
     def raise_top(self, row: Any) -> None:
         """Raise the maxima of 16 rows to those of the step, and say what earlier sums shrink by."""
         before = bind(load(self.top, row, lanes=LANES))
-        top = bind(T.max(load(self.best, row, lanes=LANES), before))
+        top = bind(T.max(self.best_of(row), before))
         store(self.shrink, self.exp2(before - top), row, lanes=LANES)
         store(self.top, top, row, lanes=LANES)
+
+    def best_of(self, row: Any) -> Any:
+        """Return the maxima of a step of 16 rows."""
+        return bind(exponent.from_order(load(self.best, row, lanes=LANES)))
 
     def weights_of(self, row: Any, top: Any, total: Register) -> None:
         """Turn the scores of a row into weights relative to ``top`` and add them to ``total``."""

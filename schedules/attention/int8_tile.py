@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mimo_compile.ir.ops.int8_attention import LEVELS, TILE
-from mimo_compile.schedules.attention import int8_dot
+from mimo_compile.schedules.attention import exponent, int8_dot
 from mimo_compile.schedules.attention.flash import START, Tile
 from mimo_compile.schedules.attention.int8_cache import BIAS, Copies, Keys, Values, code
 from mimo_compile.schedules.attention.layout import round_up
@@ -144,6 +144,8 @@ class WholeInt8(ByteScores):
     def __init__(self, s: Tiling, k: Any, v: Any, head: Any, lead: Any = None) -> None:
         super().__init__(s, k, v, head, lead)
         self.codes = workspace((s.height, TILE), "uint8")
+        self.own_top = workspace((self.lines * LANES,), "float32")
+        """Maxima of the step alone."""
         self.part = workspace((self.lines * LANES,), "float32")
         """What a step's sums of integers are multiplied with."""
 
@@ -173,19 +175,21 @@ class WholeInt8(ByteScores):
             best = Register("float32", LANES, load(self.score, row, 0, lanes=LANES))
             for u in range(1, s.blocks):
                 best.set(T.max(best.get(), load(self.score, row, u * LANES, lanes=LANES)))
-            top = T.call_llvm_pure_intrin("float32", "llvm.vector.reduce.fmax", best.get())
-            store(self.best, T.max(top, T.float32(START)), row)
+            store(self.best, exponent.largest(T.max(best.get(), splat(START))), row)
         with loop(self.lines) as i:
             self.raise_top(i * LANES)
-            below = load(self.best, i * LANES, lanes=LANES) - load(self.top, i * LANES, lanes=LANES)
+            best = self.best_of(i * LANES)
+            below = best - load(self.top, i * LANES, lanes=LANES)
             store(self.part, self.exp2(below), i * LANES, lanes=LANES)
+            store(self.own_top, best, i * LANES, lanes=LANES)
         with loop(s.height) as row:
-            best = bind(splat(self.best[row]))
+            best = bind(splat(self.own_top[row]))
             total = Register("float32", LANES, splat(0.0))
             with loop(s.blocks) as u:
                 at = u * LANES
                 weight = bind(self.exp2(load(self.score, row, at, lanes=LANES) - best))
-                level = T.cast(rint(weight * splat(float(LEVELS))), "int32x16")
+                # the lowest bits of a sum with 2**23 are the rounded integer
+                level = T.reinterpret("int32x16", weight * splat(float(LEVELS)) + splat(2.0**23))
                 store(self.codes, T.cast(level, "uint8x16"), row, at, lanes=LANES)
                 by = load(self.v_copy.inverse, self.head, block * LANES + at, lanes=LANES)
                 total.set(total.get() + weight * by)

@@ -51,7 +51,7 @@ class X86FlashPairs(X86Flash):
     def registers(self, config: FlashConfig, hardware: Hardware) -> int:
         """Return the accumulators in flight: both halves of the pairs need registers beside them."""
         if self._arith(config) != "widen":
-            return 20
+            return 24
         return 16 if hardware.has_avx512 else 4
 
     def tile(self, config: FlashConfig) -> tuple[type[Tile], AbstractContextManager[Any] | None]:

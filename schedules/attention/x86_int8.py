@@ -94,7 +94,7 @@ class X86Int8(X86Flash):
 
     def registers(self, config: FlashConfig, hardware: Hardware) -> int:
         """Return how many accumulator vectors are in flight."""
-        return 20 if int8_dot.best_way(hardware) == "vnni" else 4
+        return 24 if int8_dot.best_way(hardware) == "vnni" else 4
 
     def tiling(self, p: Any, c: FlashConfig, hardware: Hardware) -> Tiling:
         """Return the compile-time sizes of a config."""
