@@ -89,8 +89,9 @@ def test_every_policy(deep, tmp_path, tools, text):
 @pytest.mark.parametrize(
     "text", ["quest:budget=32,page=16,dense=1", "stream:sink=4,recent=16", "moba:block=16,k=2"]
 )
-def test_sixteen_bit_caches(deep, tmp_path, tools, text):
-    module = prove(deep, tmp_path, tools, text, "w8a8kv16")
+def test_sixteen_bit_caches(saved, tmp_path, tools, text):
+    # few layers: what bfloat16 rounds grows from layer to layer of random weights
+    module = prove(saved("llama-linear-mha")[1], tmp_path, tools, text, "kv16")
     kept = {n: s.dtype for n, s in module.manifest.states.items()}
     assert {d for n, d in kept.items() if n.endswith("_cache")} == {"uint16"}
 
