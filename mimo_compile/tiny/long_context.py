@@ -269,7 +269,7 @@ def _gates(args: argparse.Namespace) -> None:
             gate.load_state_dict(kept["gates"][i])
         progress.steps = kept["steps"]
     writer = learn(args.seed + 1000 + progress.steps)
-    train_gates(model, gates, writer, progress, args.steps, args.length, 1e-3, save)
+    train_gates(model, gates, writer, progress, args.steps, args.length, args.gate_rate, save)
     save_gates(gates, args.out, args.init.name)
 
 
@@ -288,6 +288,9 @@ def main() -> None:
         "--tokens", type=int, default=LongSettings().budget, help="of the whole run"
     )
     parser.add_argument("--rate", type=float, default=0.5, help="factor on tiny's learning rates")
+    parser.add_argument(
+        "--gate-rate", type=float, default=3e-3, help="first learning rate of gates"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-compile", action="store_true", help="run without torch.compile")
