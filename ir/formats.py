@@ -211,7 +211,7 @@ class QuantScheme:
     """None: as the checkpoint stores them."""
     act: str = "16"
     kv: str = ""
-    """Empty: float32 caches; ``16``: bfloat16 ones. See `ir.caches`."""
+    """Empty: float32 caches; ``16``: bfloat16 ones; ``8``, ``4``, ``2``: codes. See `ir.caches`."""
 
     @property
     def codes(self) -> WeightFormat | None:
@@ -295,7 +295,8 @@ def parse_scheme(text: str) -> QuantScheme:
         raise UsageError(
             f"unknown quantisation {text!r} (--quant)",
             remedy="use none, WEIGHT[aACT][kvKV], or aACT or kvKV alone, but for a16, with ACT = 16, bf16, "
-            "f16, 8, 8g32 to 8g256 and KV = 16, for example w8a8, w4g64a8, w1.58a8, w4g64abf16, w4g64a8kv16; "
+            "f16, 8, 8g32 to 8g256 and KV = 16, 8, 4 or 2, for example w8a8, w4g64a8, w1.58a8, w4g64abf16, "
+            "w4g64a8kv16; "
             "`mimo-compile targets --formats` lists what has kernels",
         )
     weight = WeightFormat("bf16", "float", 16) if match["plain"] else _from_match(match)

@@ -64,6 +64,12 @@ def _cache_format(*caches: Any) -> str:
     return found[0]
 
 
+def _group_shape(states: list[Any]) -> dict[str, int]:
+    """Return the parameters of ops that a cache in groups decides on (`kv_groups.STATES`)."""
+    (cap, kv, d), dv = _shape(states[0]), _shape(states[3])[2]
+    return {"kv": kv, "d": d, "dv": dv, "cap": cap, "tail": _shape(states[2])[0]}
+
+
 class _Converters:
     """Converters for TVM's importer; each takes an fx node and the importer, returns Relax values."""
 
@@ -80,6 +86,8 @@ class _Converters:
             "add_rms_norm.default": self.add_rms_norm,
             "kv_append.default": self.kv_append,
             "cached_attention.default": self.cached_attention,
+            "kv_append_groups.default": self.kv_append_groups,
+            "grouped_attention.default": self.grouped_attention,
             "route.default": self.route,
             "moe.default": self.moe,
             "rope_table.default": self.rope_table,
@@ -234,6 +242,26 @@ class _Converters:
             t=t, h=h, kv=kv, d=d, dv=dv, cap=cap, window=window, sink=int(sink is not None),
             scale=0.0 if same else float(scale), len=0 if window else min(cap, max(t, MEASURED_KV)),
             c=_cache_format(k_cache, v_cache),
+        )  # fmt: skip
+
+    def kv_append_groups(self, node: Any, imp: Any) -> Any:
+        qkv, table, pos, q_norm, k_norm, *states, heads, eps, gain, c = imp.retrieve_args(node)
+        t, norm = _shape(qkv)[0], {"norm": 1, "eps": float(eps)} if q_norm is not None else {}
+        shape = _group_shape(states)
+        return self.call(
+            imp, "kv_append", [qkv, table, pos, q_norm, k_norm, *states],
+            [([t, heads, shape["d"]], "float32")], t=t, h=heads, rot=2 * _shape(table)[2],
+            vscale=float(gain), c=c, **shape, **norm,
+        )  # fmt: skip
+
+    def grouped_attention(self, node: Any, imp: Any) -> Any:
+        q, *states, pos, sink, scale, c = imp.retrieve_args(node)
+        (t, h, d), shape = _shape(q), _group_shape(states)
+        same, cap = abs(float(scale) * d**0.5 - 1) < 1e-6, shape["cap"]
+        return self.call(
+            imp, "cached_attention", [q, pos, sink, *states], [([t, h, shape["dv"]], "float32")],
+            t=t, h=h, sink=int(sink is not None), scale=0.0 if same else float(scale),
+            len=min(cap, max(t, MEASURED_KV)), c=c, **shape,
         )  # fmt: skip
 
     def route(self, node: Any, imp: Any) -> Any:

@@ -365,10 +365,10 @@ def logits_bound(manifest: Manifest) -> LogitsBound:
 
     Float activations: sums of float32 in another order, 1e-3 of the largest logit. 16-bit ones: a sum that
     is off by one rounding may be rounded the other way, by 2**-8 (bfloat16) or 2**-11 (float16) of it; so may
-    a key or value of a bfloat16 cache, whose kernels may round queries and weights too. Int8
-    activations: a sum that is off by one rounding may fall on the other side of a code's boundary; a step
-    is 1/127 of the row's largest value, and a flip that changes the choice of an expert changes the row
-    altogether.
+    a key or value of a bfloat16 cache, whose kernels may round queries and weights too, as those over codes
+    do. Int8 activations: a sum that is off by one rounding may fall on the other side of a code's boundary; a
+    step is 1/127 of the row's largest value, and a flip that changes the choice of an expert changes the row
+    altogether. Of a cache of 2 bits a code that falls on the other side moves by a third of its range.
 
     Layers that choose what they attend to may choose otherwise among blocks whose scores nearly tie: then
     single rows differ by more.
@@ -376,7 +376,7 @@ def logits_bound(manifest: Manifest) -> LogitsBound:
     scheme = parse_scheme(manifest.quant)
     act = parse_act_format(f"a{scheme.act}")
     if act.is_int8:
-        return LogitsBound(5e-2, math.inf)
+        return LogitsBound(1e-1 if scheme.kv == "2" else 5e-2, math.inf)
     if scheme.kv or act.kind == "bf16":
         return LogitsBound(1e-2, math.inf)
     each = math.inf if parse_policy(manifest.attention).select is not None else 1e-3

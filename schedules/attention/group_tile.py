@@ -158,12 +158,12 @@ class GroupTile(Tile):
     def ask_keys(self, step: Any, u: Any, w: Any) -> None:
         """Prefetch the line of codes that comes some steps later."""
         if self.ask:
-            prefetch(self.k_codes, self.head, step + self.s.ahead, u, w, 0)
+            prefetch(self.k_codes, self.head, step + self.s.ahead, u, w, 0, near=False)
 
     def ask_values(self, step: Any, column: Any, run: Any) -> None:
         """Prefetch the line of codes that comes some steps later."""
         if self.ask:
-            prefetch(self.v_codes, self.head, step + self.s.ahead, column, run, 0)
+            prefetch(self.v_codes, self.head, step + self.s.ahead, column, run, 0, near=False)
 
 
 class Real(GroupTile):

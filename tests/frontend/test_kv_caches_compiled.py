@@ -1,4 +1,4 @@
-"""KV caches in 16 bits, compiled: artifacts against eager torch that keeps the same caches."""
+"""KV caches of 16 bits and fewer, compiled: artifacts against eager torch that keeps the same caches."""
 
 import pytest
 import torch
@@ -7,6 +7,9 @@ import mimo_compile as mc
 from mimo_compile.errors import UsageError
 from mimo_compile.frontend.huggingface import load_checkpoint
 from mimo_compile.ir.formats import parse_scheme
+from mimo_compile.ir.hardware import local_cpu
+from mimo_compile.ir.kv_groups import GROUPED
+from mimo_compile.ir.policies import parse_policy
 from mimo_compile.runtime import dtypes
 from mimo_compile.verify import verify_artifact
 
@@ -15,7 +18,7 @@ def state_bytes(artifact):
     return sum(dtypes.size(s.dtype, s.shape) for s in artifact.manifest.states.values())
 
 
-def prove(saved, tmp_path, case, quant):
+def prove(saved, tmp_path, case, quant, full="bf16", window="bf16"):
     source = saved(case)[1]
     artifact = mc.compile(source, quant=quant, db=tmp_path / "records.db", max_context=96)
     found = verify_artifact(artifact.save(tmp_path / "model.mimo"), source=source, tokens=64)
@@ -26,8 +29,11 @@ def prove(saved, tmp_path, case, quant):
         for c in artifact.manifest.plan
         if c.workload.startswith(("kv_append", "cached_attention"))
     ]
-    assert caches and all("c=bf16" in text for text in caches)
-    assert {s.dtype for s in artifact.manifest.states.values()} == {"uint16"}
+    assert caches and all(f"c={full}" in text or f"c={window}" in text for text in caches)
+    layers = artifact.manifest.decoder.layers
+    assert all(layer.format == (window if layer.window else full) for layer in layers)
+    if full == "bf16":
+        assert {s.dtype for s in artifact.manifest.states.values()} == {"uint16"}
     return artifact
 
 
@@ -60,8 +66,38 @@ def test_eager_caches_have_the_format(saved):
         assert caches and {b.dtype for b in caches} == {dtype}
 
 
-@pytest.mark.parametrize("kv", ["8", "4", "2", "fp8"])
-def test_formats_without_kernels_name_those_with(saved, kv):
+@pytest.mark.compile
+def test_caches_in_groups_compiled_are_eager(saved, tmp_path):
+    # 64 tokens fill a group, and eight more are decoded
+    artifact = prove(saved, tmp_path, "llama-linear-mha", "kv4", "i4")
+    fmt, kv, d, layers = GROUPED["i4"], 4, 16, 2
+    codes = 128 * (fmt.bytes_of(d, keys=True) + fmt.bytes_of(d, keys=False))
+    assert state_bytes(artifact) == layers * kv * (codes + 128 * 4 * 2 * d)
+
+
+@pytest.mark.slow
+@pytest.mark.compile
+@pytest.mark.parametrize("case", ["llama-linear-mha", "mimo_v2_flash", "qwen3"])
+@pytest.mark.parametrize("quant", ["kv8", "w4g32a8kv4", "bf16abf16kv2"])
+def test_every_scheme_of_groups(saved, tmp_path, case, quant):
+    prove(saved, tmp_path, case, quant, f"i{quant[-1]}")
+
+
+def test_layers_with_windows_keep_rings(saved):
+    stages = load_checkpoint(saved("mimo_v2_flash")[1], parse_scheme("kv4"), 96).decoder.stages()
+    layers = [s.module for s in stages if hasattr(s.module, "caches")]
+    assert {m.spec.window > 0: m.caches.name for m in layers} == {True: "bf16", False: "i4"}
+
+
+def test_formats_without_kernels_name_those_with(saved):
     for refuse in (mc.compile, lambda source, quant: load_checkpoint(source, parse_scheme(quant))):
-        with pytest.raises(UsageError, match=rf"kv{kv} yet \(--quant\).*use kv16"):
-            refuse(saved("llama-linear-mha")[1], quant=f"w4g64a8kv{kv}")
+        with pytest.raises(UsageError, match=r"kvfp8 yet \(--quant\).*use kv16, kv8, kv4, kv2"):
+            refuse(saved("llama-linear-mha")[1], quant="w4g64a8kvfp8")
+
+
+def test_policies_that_choose_keys_refuse_groups(saved):
+    with pytest.raises(UsageError, match=r"quest.*i4 caches.*kv16"):
+        load_checkpoint(
+            saved("llama")[1], parse_scheme("kv4"), 96, hardware=local_cpu(),
+            attention=parse_policy("quest:budget=64"),
+        )  # fmt: skip

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mimo_compile.errors import UsageError
+from mimo_compile.frontend.models import kv
 from mimo_compile.frontend.models.decoder import DecoderConfig, LayerSpec, inverse_frequencies
 from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.ops.describe_blocks import PARTS, entries_of
@@ -114,11 +115,7 @@ class Attending:
 
 def dense(layer: LayerCore, q: Tensor, pos: Tensor) -> Tensor:
     """Attend to everything that the spec's window leaves."""
-    s = layer.spec
-    out: Tensor = torch.ops.mimo.cached_attention(
-        q, layer.k_cache, layer.v_cache, pos, layer.attention.sink, s.d**-0.5, s.window
-    )
-    return out
+    return kv.attend_all(layer, q, pos)
 
 
 def listed(

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mimo_compile.frontend.models import kv
 from mimo_compile.frontend.models.attend import Attending, Lists
 from mimo_compile.frontend.models.decoder import LayerSpec, inverse_frequencies
-from mimo_compile.ir.caches import CacheFormat, parse_cache_format
+from mimo_compile.ir.caches import parse_cache_format
 from mimo_compile.ir.formats import QuantTensor, parse_act_format
 from mimo_compile.ir.ops import load_all
 
@@ -261,30 +262,26 @@ class LayerCore(nn.Module):
         norms: dict[str, Tensor],
         eps: float,
         max_context: int,
-        caches: CacheFormat | None = None,
+        caches: kv.Caches | None = None,
         attend: Attending | None = None,
     ) -> None:
         """Take the blocks and the norm weights ``attn_norm`` and ``mlp_norm`` ``[D]`` float32.
 
-        ``caches`` is the format of keys and values between calls (None: float32), ``attend`` what the layer
-        attends to (None: what its spec says).
+        ``caches`` is the format of the model's keys and values between calls (None: float32), ``attend`` what
+        the layer attends to (None: what its spec says).
         """
         super().__init__()
         self.spec, self.eps = spec, eps
-        self.caches = caches or parse_cache_format("f32")
+        self.caches = kv.format_of(spec, caches or parse_cache_format("f32"))
         self.attend, self.chooses = attend or Attending(), False
         self.attention, self.feed = attention, feed
         self.attn_norm = frozen(norms["attn_norm"])
         self.register_parameter("mlp_norm", frozen(norms["mlp_norm"]))
-        cap = spec.capacity(max_context)
-        kind = self.caches.torch_dtype
-        for name, width in (("k_cache", spec.d), ("v_cache", spec.dv)):
-            empty = torch.empty((cap, spec.kv_heads, width), dtype=kind, device="meta")
-            self.register_buffer(name, empty, persistent=False)
-        more = self.attend.states(spec, cap, kind)
-        for name, tensor in (more | self.attend.constants(spec)).items():
+        held = kv.cache_arrays(spec, self.caches, max_context)
+        more = self.attend.states(spec, spec.capacity(max_context), held["k_cache"].dtype)
+        for name, tensor in (held | more | self.attend.constants(spec)).items():
             self.register_buffer(name, tensor, persistent=False)
-        self.states = ("k_cache", "v_cache", *more)
+        self.states = (*held, *more)
         """Buffers that live across calls."""
 
     @property
@@ -313,11 +310,8 @@ class LayerCore(nn.Module):
         Returns:
             The residual after attention, the block's output, and the lists that it lends, if any.
         """
-        s, a = self.spec, self.attention
-        q = torch.ops.mimo.kv_append(
-            a.qkv(normed, adapter), table, pos, a.q_norm, a.k_norm, self.k_cache, self.v_cache,
-            s.heads, self.eps, s.v_scale,
-        )  # fmt: skip
+        a = self.attention
+        q = kv.append(self, a.qkv(normed, adapter), table, pos)
         out, made = self.attend(self, q, pos, lists)
         delta = a.o(out.flatten(1), adapter)
         normed, x = torch.ops.mimo.add_rms_norm(delta, x, self.mlp_norm, self.eps)
