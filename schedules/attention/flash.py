@@ -35,6 +35,8 @@ class Tile:
 
     short: ClassVar[bool] = False
     """Weights are rounded afterwards, so that short powers of two do."""
+    together: ClassVar[int] = 1
+    """Slots whose values share a row of the cache."""
 
     def __init__(self, s: Tiling, k: Any, v: Any, head: Any, lead: Any = None) -> None:
         """``head`` is that of the caches; ``lead`` the group of query heads, where those differ."""
@@ -111,6 +113,13 @@ class Tile:
     def later(self, reach: Reach, step: Any, part: Any, wide: int) -> list[Any]:
         """Return for each block how many blocks on the one lies that is to be prefetched with it."""
         return [reach.further(step, part + u) if self.streams else 0 for u in range(wide)]
+
+    def touch(self, reach: Reach, step: Any) -> None:
+        """Ask for a line of each key and value block of a far step, so that their pages are known by then."""
+        with loop(self.s.blocks) as u:
+            block = reach.block(step, u)
+            prefetch(self.k, self.head, block, 0, 0, near=False)
+            prefetch(self.v, self.head, block * (LANES // self.together), 0, near=False)
 
     def mask(self, reach: Reach, step: Any, first: Any) -> None:
         """Replace the scores of unseen slots (of whatever they hold, NaN too)."""
@@ -209,6 +218,8 @@ class Tile:
         """Pass over the steps ``begin .. end-1``."""
         reach.prepare(begin, end)
         with T.serial(begin, end) as step:
+            if self.streams and reach.touches:
+                self.touch(reach, step + self.s.ahead + reach.touches)
             self.scores(reach, step)
             clean = reach.clean(step)
             if clean is None:

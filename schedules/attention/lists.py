@@ -103,6 +103,8 @@ class Parts(Row):
 
     total: Any
     """Parts to visit."""
+    touches = 2
+    """See `Reach.touches`: without it, each part waits for the addresses of two pages."""
 
     def seal(self, total: Any) -> None:
         """Set how many parts there are."""

@@ -75,6 +75,8 @@ def _second(words: Any, mask: Any) -> Any:
 class Widened(Tile):
     """Pairs become float32 in registers: exact products, on any x86-64."""
 
+    together = 2
+
     def side_by_side(self, rows: int) -> int:
         """See `Tile.side_by_side`; keys that are read once are read in the order in which they lie."""
         return 1 if self.streams else super().side_by_side(rows)

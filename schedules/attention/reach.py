@@ -89,6 +89,9 @@ def fixed(value: Any) -> Any:
 class Reach:
     """The slots that a tile of queries from token ``first`` sees, as run-time expressions."""
 
+    touches = 0
+    """Steps behind those that are prefetched whose pages are asked for; 0: they are next to each other."""
+
     def __init__(self, s: Tiling, pos: Any, first: Any) -> None:
         cap, window = T.int32(s.p["cap"]), s.p["window"]
         self.sizes = s

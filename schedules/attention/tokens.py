@@ -18,6 +18,8 @@ class Tokens(Row):
     keys of it.
     """
 
+    touches = 0
+
     def __init__(
         self, s: ListTiling, pos: Any, first: Any, group: Any, lists: Mapping[str, Any]
     ) -> None:
