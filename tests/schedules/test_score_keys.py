@@ -62,7 +62,7 @@ def test_any_shape_position_and_config(kind, agg, data):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "agg"), WAYS)
-@settings(max_examples=25)
+@settings(max_examples=8)
 @given(data=st.data())
 def test_many_shapes_positions_and_configs(kind, agg, data):
     one_of_any(data, kind, agg, 700)

@@ -62,7 +62,7 @@ def test_any_shape_position_and_config(data):
 
 
 @pytest.mark.slow
-@settings(max_examples=80)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_many_shapes_positions_and_configs(data):
     one_of_any(data, 900)

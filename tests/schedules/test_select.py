@@ -72,7 +72,7 @@ def test_any_rule_shape_and_position(rule, data):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rule", ["topk", "topk", "threshold", "mass"])
-@settings(max_examples=80)
+@settings(max_examples=25)
 @given(data=st.data())
 def test_many_rules_shapes_and_positions(rule, data):
     one_of_any(data, rule, 1500)
