@@ -116,6 +116,13 @@ class Rows(Tile):
                 own = T.Shuffle([total], list(range(r * keys, (r + 1) * keys)))
             store(self.score, own, first + r, u * LANES + at, lanes=keys)
 
+    def touch(self, reach: Reach, step: Any) -> None:
+        """See `Tile.touch`; each key may lie on a page of its own."""
+        with loop(self.s.blocks) as u, loop(LANES) as i:
+            seat = reach.seat(step, u, i)
+            prefetch(self.k, self.head, seat, 0, near=False)
+            prefetch(self.v, self.head, seat, 0, near=False)
+
     def _ask(
         self, cache: Any, reach: Reach, step: Any, u: Any, places: list[Any], width: int
     ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 from mimo_compile.ir.hardware import Hardware
@@ -13,7 +14,7 @@ from mimo_compile.schedules.attention.lists import ListTiling
 from mimo_compile.schedules.attention.rows import ROWS
 from mimo_compile.schedules.attention.tokens import following
 from mimo_compile.schedules.attention.x86_flash import FlashConfig
-from mimo_compile.schedules.attention.x86_flash_pairs import PairsConfig
+from mimo_compile.schedules.attention.x86_flash_pairs import SHORT, PairsConfig
 from mimo_compile.schedules.attention.x86_lists import X86Lists
 from mimo_compile.schedules.base import Space
 from mimo_compile.schedules.emit.bf16 import NEEDS, imported
@@ -50,6 +51,8 @@ class X86RowsHalf(X86Rows):
         base = super().space(workload, hardware)
         kinds = ("widen", "dot") if hardware.features >= NEEDS else ("widen",)
         default = PairsConfig(**self.config_to_json(base.default), arith="widen")
+        if default.ahead and SHORT in base.knobs["block"]:
+            default = replace(default, block=SHORT)
         return Space(PairsConfig, {**base.knobs, "arith": kinds}, default, base.legal)
 
     def tile(self, config: FlashConfig) -> tuple[type[Tile], AbstractContextManager[Any] | None]:
