@@ -12,6 +12,9 @@ from mimo_compile.ir.workload import Value
 MEASURED_KV = 16384
 """KV length that kernels of long contexts are measured at (or the cache, if shorter)."""
 
+DENSE_KV = 1024
+"""Likewise for attention to everything, as in `importer`."""
+
 
 def extents(var: Any) -> list[int]:
     """Return the static shape of a Relax value."""
@@ -49,6 +52,7 @@ class ListConverters:
             "score_keys.default": self.score_keys,
             "select_blocks.default": self.select_blocks,
             "sparse_attention.default": self.sparse_attention,
+            "int8_attention.default": self.int8_attention,
         }
 
     def describe_blocks(self, node: Any, imp: Any) -> None:
@@ -119,6 +123,17 @@ class ListConverters:
             [([t, h, dv], "float32"), ([t, h], "float32")], t=t, h=h, kv=kv, d=d, dv=dv, cap=cap, hs=hs,
             block=block, kmax=kmax, rows=rows, window=window, sink=int(sink is not None), page=page,
             scale=factor(scale, d), len=measured(cap, t), c=self.cache_format(k_cache, v_cache),
+        )  # fmt: skip
+
+    def int8_attention(self, node: Any, imp: Any) -> Any:
+        """Attend to a cache, or a window of it, in int8 arithmetic."""
+        q, k_cache, v_cache, pos, sink, scale, window, arith = imp.retrieve_args(node)
+        (t, h, d), (cap, kv, _), dv = extents(q), extents(k_cache), extents(v_cache)[2]
+        return self.call(
+            imp, "cached_attention", [q, pos, sink, k_cache, v_cache], [([t, h, dv], "float32")],
+            t=t, h=h, kv=kv, d=d, dv=dv, cap=cap, window=window, sink=int(sink is not None),
+            scale=factor(scale, d), len=0 if window else min(cap, max(t, DENSE_KV)),
+            c=self.cache_format(k_cache, v_cache), arith=arith,
         )  # fmt: skip
 
 

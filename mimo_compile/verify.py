@@ -371,7 +371,7 @@ def logits_bound(manifest: Manifest) -> LogitsBound:
     altogether. Of a cache of 2 bits a code that falls on the other side moves by a third of its range.
 
     Layers that choose what they attend to may choose otherwise among blocks whose scores nearly tie: then
-    single rows differ by more.
+    single rows differ by more. Int8 arithmetic of attention rounds as int8 activations do, but averages it.
     """
     scheme = parse_scheme(manifest.quant)
     act = parse_act_format(f"a{scheme.act}")
@@ -379,7 +379,10 @@ def logits_bound(manifest: Manifest) -> LogitsBound:
         return LogitsBound(1e-1 if scheme.kv == "2" else 5e-2, math.inf)
     if scheme.kv or act.kind == "bf16":
         return LogitsBound(1e-2, math.inf)
-    each = math.inf if parse_policy(manifest.attention).select is not None else 1e-3
+    policy = parse_policy(manifest.attention)
+    if policy.arithmetic != "float":
+        return LogitsBound(1e-2, math.inf)
+    each = math.inf if policy.select is not None else 1e-3
     return LogitsBound(2e-3, math.inf) if act.rounded else LogitsBound(1e-3, each)
 
 

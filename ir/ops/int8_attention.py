@@ -262,3 +262,29 @@ def products(p: Mapping[str, Any], work: float) -> dict[str, float]:
     if p["arith"] == "int8":
         return {"dot_i8": work * (p["d"] + p["dv"])}
     return {"dot_i8": work * p["d"], "fma_f32": work * p["dv"]}
+
+
+@torch.library.custom_op("mimo::int8_attention", mutates_args=())
+def int8_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    pos: Tensor,
+    sink: Tensor | None,
+    scale: float,
+    window: int,
+    arith: str,
+) -> Tensor:
+    """Attend as `cached_attention` does, in ``arith`` ``int8`` or ``int8half``: ``-> [T, H, DV]``."""
+    found = attend_int8(
+        q, k_cache.float(), v_cache.float(), pos, sink, scale, window, half=arith == "int8half"
+    )
+    return found.out.to(q.dtype)
+
+
+@int8_attention.register_fake
+def _(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, pos: Tensor, sink: Any, scale: float, window: int,
+    arith: str,
+) -> Tensor:  # fmt: skip
+    return q.new_empty((q.shape[0], q.shape[1], v_cache.shape[2]))

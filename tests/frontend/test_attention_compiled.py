@@ -77,7 +77,7 @@ def test_quest_decodes_apart_and_reads_prompts_densely(saved, tmp_path, tools):
         "full", "window:size=8,every=3", "stream:sink=3,recent=8", "stream:sink=3,recent=8,rolling=0",
         "stream:sink=0,recent=8", "quest:budget=16,page=16,dense=0,per=head",
         "lessismore:budget=12,correct=4", "moba:block=8,k=2", "moba:block=16,k=2",
-        "resa:p=0.1,block=16,least=2,f=4",
+        "resa:p=0.1,block=16,least=2,f=4", "full+int8", "window:size=8,every=3+int8half",
     ],
 )  # fmt: skip
 def test_every_policy(deep, tmp_path, tools, text):

@@ -254,12 +254,20 @@ def test_generation_decodes_and_makes_exact(deep, tools):
         ("nsa", "needs trained branches and branch gates and compression weights"),
         ("tailorkv", "tailorkv has no kernels in this version"),
         ("sale", "sale has no kernels in this version"),
-        ("quest+int8", r"\+int8 has no kernels in this version.*use --attention quest"),
+        ("quest+int8", r"\+int8 is for model, full, window.*use --attention quest, or full\+int8"),
     ],
 )
 def test_what_cannot_be_is_said_once(saved, text, message):
     with pytest.raises(UsageError, match=message):
         mc.compile(saved("llama")[1], attention=text)
+
+
+@pytest.mark.parametrize("text", ["quest", "stream", "full+int8"])
+def test_caches_in_groups_have_no_single_positions(saved, text):
+    with pytest.raises(
+        UsageError, match=r"reads keys of single positions, which \w+ caches .*kv16"
+    ):
+        mc.compile(saved("llama")[1], attention=text, quant="kv4")
 
 
 @pytest.mark.parametrize("text", ["lessismore", "window"])

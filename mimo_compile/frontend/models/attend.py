@@ -31,6 +31,8 @@ DESCRIBED = {"quest": "bounds", "mean": "mean"}
 """Source of scores -> kind of the descriptors that it reads."""
 READY = ("model", "full", "window", "stream", "quest", "lessismore", "moba", "resa")
 """Policies that layers can follow here; the others are data so far."""
+WHOLE = ("model", "full", "window")
+"""Policies without lists, whose attention can be computed in int8."""
 RETRAINED = {
     "window": "layers that were trained with windows",
     "moba": "training with block attention",
@@ -45,10 +47,10 @@ def with_attention(config: DecoderConfig, policy: AttentionPolicy) -> DecoderCon
         UsageError: the policy needs weights that no checkpoint brings, has no kernels yet, or shares lists in
             a model some of whose layers have windows.
     """
-    if policy.arithmetic != "float":
+    if policy.arithmetic != "float" and policy.name not in WHOLE:
         raise UsageError(
-            f"--attention {policy}: +{policy.arithmetic} has no kernels in this version",
-            remedy=f"use --attention {policy.name}",
+            f"--attention {policy}: +{policy.arithmetic} is for {', '.join(WHOLE)} in this version",
+            remedy=f"use --attention {policy.name}, or full+{policy.arithmetic}",
         )
     ready = ", ".join(READY)
     missing = [what for what in policy.needs if what not in RETRAINED.values()]
@@ -133,6 +135,36 @@ def listed(
         block, 1, 0, layer.spec.d**-0.5, window,
     )  # fmt: skip
     return out
+
+
+@dataclass(frozen=True)
+class Int8(Attending):
+    """Attention to everything, or to the spec's window, in int8 arithmetic."""
+
+    arith: str
+    """``int8`` or ``int8half``."""
+
+    @property
+    def kind(self) -> str:  # type: ignore[override]
+        """The arithmetic."""
+        return self.arith
+
+    def __call__(
+        self, layer: LayerCore, q: Tensor, pos: Tensor, lists: Lists | None
+    ) -> tuple[Tensor, Lists | None]:
+        """Quantise queries, keys and (``int8``) weights and values, as `ir.ops.int8_attention` says."""
+        s = layer.spec
+        out: Tensor = torch.ops.mimo.int8_attention(
+            q,
+            layer.k_cache,
+            layer.v_cache,
+            pos,
+            layer.attention.sink,
+            s.d**-0.5,
+            s.window,
+            self.arith,
+        )
+        return out, None
 
 
 @dataclass(frozen=True)
@@ -319,4 +351,4 @@ def attending(config: DecoderConfig, name: str) -> tuple[Attending, str, str]:
         return Selecting(policy, role, lends), "", name if lends else ""
     if isinstance(policy, Stream) and not config.layers[at].window:
         return Streaming(policy), "", ""
-    return Attending(), "", ""
+    return Attending() if policy.arithmetic == "float" else Int8(policy.arithmetic), "", ""

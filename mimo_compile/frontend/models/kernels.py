@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mimo_compile.errors import UsageError
-from mimo_compile.frontend.models.attend import Attending, Selecting, attending
+from mimo_compile.frontend.models.attend import Attending, Int8, Selecting, attending
 from mimo_compile.frontend.models.decoder import DecoderConfig, LayerSpec
 from mimo_compile.ir.caches import FORMATS
 from mimo_compile.ir.formats import QuantScheme
@@ -81,7 +81,12 @@ def _steps(config: DecoderConfig, caches: str) -> Iterator[Workload]:
         for phase, t in (("decode", 1), ("prefill", min(16, config.max_context))):
             if isinstance(attend, Selecting) and attend.described:
                 yield attend.describing(spec, cap, t, caches)
-            if phase in policy.phases:
+            if isinstance(attend, Int8):
+                yield get_op("cached_attention").workload(
+                    t=t, h=spec.heads, kv=spec.kv_heads, d=spec.d, dv=spec.dv, cap=cap, c=caches,
+                    window=spec.window, sink=int(spec.sink), arith=attend.arith,
+                )  # fmt: skip
+            elif phase in policy.phases:
                 shape = (t, spec.heads, spec.kv_heads, spec.d, spec.dv, cap)
                 steps = policy.workloads(Geometry(*shape, 0, int(spec.sink), caches))
                 found = (steps.score, steps.select, steps.attend)
