@@ -5,6 +5,7 @@ Here are the formats that keep each number by itself; `kv_groups` has those of f
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,3 +123,23 @@ def window_cache_format(caches: CacheFormat | GroupedFormat) -> CacheFormat:
     Rings are small and groups of positions do not fit them: beside caches in groups they are bfloat16.
     """
     return FORMATS["bf16"] if isinstance(caches, GroupedFormat) else caches
+
+
+CACHE_ORDERS = ("", "rows")
+"""How kernels keep caches: as the format of their numbers has it, for whole blocks of slots; or each key, and
+each value, by itself, where single tokens are listed. A layer's ops must all say the same (``lay``)."""
+
+
+def check_cache_order(op: str, p: Mapping[str, Any]) -> None:
+    """Refuse an unknown order of caches (``lay``), and one that the format of their numbers does not have.
+
+    Raises:
+        UsageError: naming the op.
+    """
+    if p["lay"] not in CACHE_ORDERS:
+        raise UsageError(f"{op}: lay={p['lay']} is unknown", remedy="leave it out, or use lay=rows")
+    if p["lay"] and (p["c"] not in FORMATS or p.get("arith", "float") != "float"):
+        raise UsageError(
+            f"{op}: lay={p['lay']} is for caches of float numbers, and for float arithmetic",
+            remedy="leave out lay, or c and arith",
+        )

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mimo_compile.errors import UsageError
 from mimo_compile.ir import kv_groups, kv_rounding
-from mimo_compile.ir.caches import check_cache_format, parse_cache_format
+from mimo_compile.ir.caches import check_cache_format, check_cache_order, parse_cache_format
 from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.ops import int8_attention
 from mimo_compile.ir.ops.base import Arg, Array, OpDef, Param
@@ -170,11 +170,13 @@ class CachedAttention(OpDef):
         Param("c", str, "f32"),
         Param("tail", int, 0),
         Param("arith", str, "float"),
+        Param("lay", str, ""),
     )
 
     def check(self, p: Mapping[str, Any]) -> None:
         """Refuse heads that do not group, rings too small for the window, unknown cache formats."""
         check_cache_format(p["c"])
+        check_cache_order(self.name, p)
         int8_attention.check_arith(p)
         if p["h"] % p["kv"]:
             raise UsageError(f"cached_attention: h={p['h']} is not a multiple of kv={p['kv']}")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mimo_compile.errors import UsageError
 from mimo_compile.ir import kv_groups
-from mimo_compile.ir.caches import check_cache_format, parse_cache_format
+from mimo_compile.ir.caches import check_cache_format, check_cache_order, parse_cache_format
 from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.ops.base import Arg, Array, OpDef, Param
 from mimo_compile.ir.ops.numerics import U32
@@ -123,11 +123,13 @@ class KvAppend(OpDef):
         Param("vscale", float, 1.0),
         Param("c", str, "f32"),
         Param("tail", int, 0),
+        Param("lay", str, ""),
     )
 
     def check(self, p: Mapping[str, Any]) -> None:
         """Refuse odd or too wide rotations, calls longer than the cache, unknown cache formats."""
         check_cache_format(p["c"])
+        check_cache_order(self.name, p)
         if p["rot"] % 2 or p["rot"] > p["d"] or p["t"] > p["cap"]:
             raise UsageError("kv_append: rot must be even and at most d, and t at most cap")
         kv_groups.check_groups(self.name, p)

@@ -21,17 +21,13 @@ import torch
 from torch import Tensor
 
 from mimo_compile.errors import UsageError
-from mimo_compile.ir.caches import parse_cache_format
+from mimo_compile.ir.caches import check_cache_order, parse_cache_format
 from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.ops.base import Arg, Array, OpDef, Param
 from mimo_compile.ir.ops.block_lists import blocks_of, check_lists, listed_keys, row_spans, to_lists
 from mimo_compile.ir.ops.cached_attention import DRAWS
 from mimo_compile.ir.ops.numerics import U32
 from mimo_compile.ir.workload import Workload
-
-CACHE_ORDERS = ("", "rows")
-"""How kernels keep caches: as the format of their numbers has it, for whole blocks; or each key, and each
-value, by itself, where single tokens are listed."""
 
 
 def attend_lists(
@@ -144,11 +140,7 @@ class SparseAttention(OpDef):
     def check(self, p: Mapping[str, Any]) -> None:
         """Refuse heads that do not group, lengths beyond the cache, pages that do not divide it."""
         parse_cache_format(p["c"])
-        if p["lay"] not in CACHE_ORDERS:
-            raise UsageError(
-                f"sparse_attention: lay={p['lay']} is unknown",
-                remedy="leave it out, or use lay=rows",
-            )
+        check_cache_order(self.name, p)
         if p["h"] % p["kv"]:
             raise UsageError(f"sparse_attention: h={p['h']} is not a multiple of kv={p['kv']}")
         if p["hs"] not in (1, p["kv"], p["h"]):

@@ -113,11 +113,46 @@ def _writing(p: dict[str, Any]) -> tuple[Any, Any]:
 
         over(dv, step)
 
-    return write_q, write_v if p["c"] == "f32" else write_pairs
+    @T.inline
+    def write_row(qkv, v_cache, i, h, slot):
+        @T.inline
+        def step(j, lanes):
+            v: T.let = qkv[i, ramp(v_at + h * dv + j, lanes)]
+            v_cache[h, slot, ramp(j, lanes)] = upper_half(v * splat(v_scale, lanes), lanes)
+
+        over(dv, step)
+
+    if p["c"] == "f32":  # in both orders of the cache
+        return write_q, write_v
+    return write_q, write_row if layout.by_rows(p) else write_pairs
+
+
+def _row_writer(p: dict[str, Any]) -> Any:
+    """Return the step that writes a key by itself, with zeros behind it."""
+    d, half, over = p["d"], p["c"] != "f32", _over
+    pad = layout.cache_shapes(p)["k_cache"][2] - d
+    zero = T.uint16(0) if half else T.float32(0)
+
+    @T.inline
+    def write_k(row, k_cache, h, slot):
+        @T.inline
+        def step(j, lanes):
+            if half:
+                k_cache[h, slot, ramp(j, lanes)] = upper_half(row[ramp(j, lanes)], lanes)
+            else:
+                k_cache[h, slot, ramp(j, lanes)] = row[ramp(j, lanes)]
+
+        over(d, step)
+        for j in range(pad):
+            k_cache[h, slot, d + j] = zero
+
+    return write_k
 
 
 def _key_writer(p: dict[str, Any]) -> Any:
     """Return the step that writes a key, which stands in ``row``, into its slot."""
+    if layout.by_rows(p):
+        return _row_writer(p)
     d, odd = p["d"], p["d"] % 2 == 1
 
     @T.inline

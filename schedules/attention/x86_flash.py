@@ -63,13 +63,19 @@ class X86Flash(Schedule):
     config = FlashConfig
     stored = "f32"
     """Format of the caches."""
+    lay = ""
+    """Order of their numbers, as the op's parameter says it."""
 
     def supports(self, workload: Workload, hardware: Hardware) -> bool:
         """Every workload of the op with these caches, on any x86-64."""
         if workload.op != self.op or hardware.kind != "cpu":
             return False
         p = get_op(self.op).full(workload)
-        return bool(p["c"] == self.stored and p.get("arith", "float") == "float")
+        return bool(
+            p["c"] == self.stored
+            and p.get("lay", "") == self.lay
+            and p.get("arith", "float") == "float"
+        )
 
     def space(self, workload: Workload, hardware: Hardware) -> Space:
         """Tiles of queries, length of a step, parts, register tile."""

@@ -38,13 +38,6 @@ class X86Lists(X86Flash):
 
     name = "sparse_attention.x86_lists"
     op = "sparse_attention"
-    lay = ""
-    """Order of the caches' numbers, as the op's parameter says it."""
-
-    def supports(self, workload: Workload, hardware: Hardware) -> bool:
-        """Every workload of the op with these caches, on any x86-64."""
-        own = super().supports(workload, hardware)
-        return own and bool(get_op(self.op).full(workload)["lay"] == self.lay)
 
     def visit(self, s: ListTiling, buffers: Mapping[str, Any]) -> Callable[..., Any]:
         """Return what a tile visits, see `phases.emit`."""

@@ -1,4 +1,4 @@
-"""Attention to listed keys, one by one, over caches that keep each key's numbers together (``lay=rows``)."""
+"""Attention to listed keys, one by one, or to all, over caches that keep each key by itself: ``lay=rows``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mimo_compile.schedules.attention.flash import Tile
 from mimo_compile.schedules.attention.lists import ListTiling
 from mimo_compile.schedules.attention.rows import ROWS
 from mimo_compile.schedules.attention.tokens import following
-from mimo_compile.schedules.attention.x86_flash import FlashConfig
+from mimo_compile.schedules.attention.x86_flash import FlashConfig, X86Flash
 from mimo_compile.schedules.attention.x86_flash_pairs import SHORT, PairsConfig
 from mimo_compile.schedules.attention.x86_lists import X86Lists
 from mimo_compile.schedules.base import Space
@@ -21,7 +21,7 @@ from mimo_compile.schedules.emit.bf16 import NEEDS, imported
 
 
 class X86Rows(X86Lists):
-    """float32 caches."""
+    """Listed keys in float32 caches."""
 
     name = "sparse_attention.x86_rows"
     lay = "rows"
@@ -39,10 +39,20 @@ class X86Rows(X86Lists):
         return ROWS["f32"], None
 
 
-class X86RowsHalf(X86Rows):
-    """bfloat16 caches."""
+class X86FlashRows(X86Flash):
+    """Attention to all keys, over the same float32 caches."""
 
-    name = "sparse_attention.x86_rows_half"
+    name = "cached_attention.x86_flash_rows"
+    lay = "rows"
+
+    def tile(self, config: FlashConfig) -> tuple[type[Tile], AbstractContextManager[Any] | None]:
+        """Return the arithmetic of a config, and the frame that its instructions need."""
+        return ROWS["f32"], None
+
+
+class Half(X86Flash):
+    """bfloat16 caches: how keys are multiplied is a knob."""
+
     config = PairsConfig
     stored = "bf16"
 
@@ -68,3 +78,15 @@ class X86RowsHalf(X86Rows):
         """Return how work is counted."""
         assert isinstance(config, PairsConfig)
         return config.arith
+
+
+class X86RowsHalf(Half, X86Rows):
+    """Listed keys in bfloat16 caches."""
+
+    name = "sparse_attention.x86_rows_half"
+
+
+class X86FlashRowsHalf(Half, X86FlashRows):
+    """All keys in bfloat16 caches."""
+
+    name = "cached_attention.x86_flash_rows_half"

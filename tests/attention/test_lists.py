@@ -13,9 +13,12 @@ from harness import check, sample_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mimo_compile.errors import UsageError
+from mimo_compile.ir.caches import parse_cache_format
 from mimo_compile.ir.hardware import PRESETS, local_cpu
-from mimo_compile.ir.ops import parse_workload
-from mimo_compile.schedules import get_schedule
+from mimo_compile.ir.ops import get_op, parse_workload
+from mimo_compile.schedules import get_schedule, schedules_for
+from mimo_compile.schedules.attention.layout import cache_shapes, pack_caches, unpack_caches
 from mimo_compile.schedules.attention.lists import ListTiling
 from mimo_compile.schedules.attention.lists_work import visits
 from mimo_compile.schedules.compile import assembly
@@ -113,8 +116,6 @@ def test_ids_behind_the_newest_query_and_lists_longer_than_the_cache(c):
         shape = given_[name].shape
         values = rng.standard_normal(shape, dtype=np.float32)
         values[130:] = np.nan
-        from mimo_compile.ir.caches import parse_cache_format
-
         given_[name] = parse_cache_format(c).encode(values)
     given_ |= {"idx": full["IDX"], "cnt": full["CNT"]}
     check(SCHEDULE[c], text, inputs=given_)
@@ -175,6 +176,96 @@ def test_code_without_avx512():
             code = assembly([schedule.lower(w, config, v3)], v3)
             assert "zmm" not in code and "vfmadd" in code
             assert "logf" not in code and "log2f" not in code
+
+
+# -- caches that keep each key by itself ------------------------------------------------------
+
+
+DENSE = {"f32": "cached_attention.x86_flash_rows", "bf16": "cached_attention.x86_flash_rows_half"}
+
+
+@pytest.mark.parametrize("c", DENSE)
+def test_append_dense_and_sparse_attention_share_one_cache_by_rows(c):
+    base = f"d=37,dv=21,c={c},lay=rows"
+    append = parse_workload(f"kv_append:t=3,h=4,kv=2,cap=50,rot=4,{base}")
+    dense = parse_workload(f"cached_attention:t=3,h=4,kv=2,cap=50,{base}")
+    sparse = parse_workload(f"sparse_attention:t=3,h=4,kv=2,cap=50,hs=2,block=1,kmax=50,{base}")
+    writes, flash = get_schedule("kv_append.x86"), get_schedule(DENSE[c])
+    pos = {"pos": np.array([45, 3], np.int32)}
+    written = check(writes, append, inputs=pos)
+    caches = {n: written.memory[n] for n in ("k_cache", "v_cache")}
+    given_ = {"q": written.outputs["q"], **pos, **unpack_caches(append, caches)}
+    everything = contract.lists_of(np.ones((3, 2, 50), bool), 50)
+    lists = {"idx": everything["IDX"], "cnt": everything["CNT"]}
+    seen = [
+        check(flash, dense, inputs=given_),
+        check(ROWS[c], sparse, inputs={**given_, **lists}),
+    ]
+    for schedule, workload, one in ((flash, dense, seen[0]), (ROWS[c], sparse, seen[1])):
+        config = schedule.space(workload, CPU).default
+        assert schedule.layouts(workload, config) == writes.layouts(append, None)
+        for name, array in caches.items():
+            assert np.array_equal(one.memory[name], array)
+    assert np.allclose(seen[0].outputs["out"], seen[1].outputs["out"], atol=1e-5)
+    other = parse_workload(str(dense).replace(",lay=rows", ""))
+    assert not flash.supports(other, CPU) and len(schedules_for(dense, CPU)) == 1
+
+
+@settings(max_examples=2)
+@given(data=st.data())
+def test_dense_attention_by_rows(data):
+    dense_by_rows(data)
+
+
+@pytest.mark.slow
+@settings(max_examples=25)
+@given(data=st.data())
+def test_dense_attention_by_rows_at_length(data):
+    dense_by_rows(data)
+
+
+def dense_by_rows(data):
+    """Prove any shape, position and config of dense attention, with NaN where nothing was written."""
+    draw = data.draw
+    c, t = draw(st.sampled_from(sorted(DENSE))), draw(st.sampled_from((1, 2, 7, 20)))
+    window = draw(st.sampled_from((0, 0, 1, 17, 40)))
+    cap = draw(st.integers(window + t - 1 if window else t, 150).filter(lambda n: n >= t))
+    kv, group, d, dv = (draw(st.integers(1, most)) for most in (3, 5, 40, 40))
+    workload = parse_workload(
+        f"cached_attention:t={t},h={kv * group},kv={kv},d={d},dv={dv},cap={cap},window={window},"
+        f"sink={draw(st.integers(0, 1))},c={c},lay=rows"
+    )
+    valid, seed = draw(st.integers(1, t)), draw(st.integers(0, 999))
+    start = draw(st.integers(0, 3 * cap if window else cap - valid))
+    op, schedule = get_op("cached_attention"), get_schedule(DENSE[c])
+    inputs = op.make_inputs(workload, np.random.default_rng(seed))
+    for name in ("k_cache", "v_cache"):
+        values = np.random.default_rng(seed).standard_normal(inputs[name].shape, dtype=np.float32)
+        inputs[name] = parse_cache_format(c).encode(values)
+        inputs[name][min(start + valid, cap) :] = NAN[c]
+    inputs["q"][valid:] = np.nan
+    inputs["pos"] = np.array([start, valid], np.int32)
+    check(schedule, workload, sample_config(schedule, workload, CPU, seed), inputs=inputs)
+
+
+@settings(max_examples=20)
+@given(cap=st.integers(1, 70), kv=st.integers(1, 3), d=st.integers(1, 40), dv=st.integers(1, 40))
+def test_packing_by_rows_round_trips(cap, kv, d, dv):
+    w = parse_workload(f"cached_attention:t=1,h={kv},kv={kv},d={d},dv={dv},cap={cap},lay=rows")
+    rng = np.random.default_rng(0)
+    arrays = {"k_cache": rng.random((cap, kv, d)), "v_cache": rng.random((cap, kv, dv))}
+    packed = pack_caches(w, arrays)
+    assert {n: a.shape for n, a in packed.items()} == cache_shapes(get_op(w.op).full(w))
+    for name, array in unpack_caches(w, packed).items():
+        assert np.array_equal(array, arrays[name])
+
+
+@pytest.mark.parametrize("op", ["cached_attention", "kv_append", "sparse_attention"])
+def test_unknown_orders_have_one_clear_error(op):
+    lists = ",hs=1,block=1,kmax=2" if op == "sparse_attention" else ""
+    for change, message in (("lay=columns", "lay=columns is unknown"), ("c=i8,lay=rows", "lay|i8")):
+        with pytest.raises(UsageError, match=message):
+            parse_workload(f"{op}:t=1,h=1,kv=1,d=8,dv=8,cap=64{lists},{change}")
 
 
 # -- what is declared --------------------------------------------------------------------------
