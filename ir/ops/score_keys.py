@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from mimo_compile.errors import UsageError
-from mimo_compile.ir.caches import parse_cache_format
+from mimo_compile.ir.caches import check_cache_order, parse_cache_format
 from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.ops.base import Arg, Array, OpDef, Param
 from mimo_compile.ir.ops.block_lists import blocks_of
@@ -143,7 +143,10 @@ def _(
 
 
 class ScoreKeys(OpDef):
-    """``score_keys:t=1,h=32,kv=8,d=128,cap=65536,kind=oracle,agg=max,block=64``."""
+    """``score_keys:t=1,h=32,kv=8,d=128,cap=65536,kind=oracle,agg=max,block=64``.
+
+    ``c`` and ``lay`` say how the keys are kept: see `sparse_attention`.
+    """
 
     name = "score_keys"
     params = (
@@ -160,11 +163,13 @@ class ScoreKeys(OpDef):
         Param("scale", float, 0.0),
         Param("len", int, 0),
         Param("c", str, "f32"),
+        Param("lay", str, ""),
     )
 
     def check(self, p: Mapping[str, Any]) -> None:
         """Refuse unknown kinds, heads that do not group, channels that are not there."""
         parse_cache_format(p["c"])
+        check_cache_order(self.name, p)
         if p["kind"] not in KINDS or p["agg"] not in KINDS[p["kind"]]:
             ways = "; ".join(f"{kind}: {', '.join(aggs)}" for kind, aggs in KINDS.items())
             raise UsageError(f"score_keys: no kind={p['kind']}, agg={p['agg']}", remedy=ways)

@@ -21,12 +21,12 @@ LAYOUTS = {"k_cache": "rows", "v_cache": "rows"}
 
 
 def row_shapes(p: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return the packed shapes for an op's parameters ``cap``, ``kv``, ``d``, ``dv``, ``c``."""
+    """Return the packed shapes for an op's parameters ``cap``, ``kv``, ``d``, ``c``, and ``dv`` if any."""
     slots = -(-p["cap"] // LANES) * LANES
     line = int(64 // parse_cache_format(p["c"]).bytes)
     return {
         "k_cache": (p["kv"], slots, -(-p["d"] // line) * line),
-        "v_cache": (p["kv"], slots, -(-p["dv"] // LANES) * LANES),
+        "v_cache": (p["kv"], slots, -(-p.get("dv", 0) // LANES) * LANES),
     }
 
 

@@ -16,6 +16,7 @@ from mimo_compile.ir.ops.base import Array
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.attention import layout
 from mimo_compile.schedules.attention.score_emit import emit
+from mimo_compile.schedules.attention.score_rows import by_lines
 from mimo_compile.schedules.attention.score_slots import Slots
 from mimo_compile.schedules.base import Kernel, Schedule, Space
 from mimo_compile.schedules.emit.build import function
@@ -124,7 +125,7 @@ class X86ScoreKeys(Schedule):
         firsts = range(0, p["t"], s.tile)
         ends = (length - p["t"] + min(first + s.tile, p["t"]) for first in firsts)
         slots = float(sum(-(-end // s.run) * s.run for end in ends))
-        deep = p["channels"] or p["d"]
+        deep = p["d"] if by_lines(s) else p["channels"] or p["d"]
         rows = float(p["kv"] * s.height)
         ops = {"fma_f32": rows * slots * deep, "int_op": 2.0 * rows * slots}
         if p["kind"] == "oracle":

@@ -45,6 +45,7 @@ def one_of_any(data, kind, agg, most):
     text = (
         f"score_keys:t={t},h={kv * group},kv={kv},d={d},cap={cap},kind={kind},agg={agg},"
         f"block={draw(st.sampled_from((1, 1, 3, 16, 64)))}{more},c={draw(st.sampled_from(('f32', 'bf16')))}"
+        f"{draw(st.sampled_from(('', ',lay=rows')))}"
     )
     valid = draw(st.integers(0, t))
     start, seed = draw(st.integers(0, cap - valid)), draw(st.integers(0, 999))
@@ -76,6 +77,9 @@ def test_many_shapes_positions_and_configs(kind, agg, data):
         "t=40,h=8,kv=2,d=32,cap=600,kind=oracle,agg=max,block=64",
         "t=1,h=8,kv=2,d=128,cap=2048,kind=channels,agg=mean,channels=8,c=bf16",
         "t=1,h=4,kv=1,d=64,cap=2000,kind=oracle,agg=max",
+        "t=1,h=8,kv=2,d=128,cap=2048,kind=logits,lay=rows",
+        "t=1,h=12,kv=2,d=72,cap=2048,kind=oracle,agg=max,c=bf16,lay=rows",
+        "t=1,h=8,kv=2,d=40,cap=600,kind=channels,agg=mean,channels=8,c=bf16,lay=rows",
     ],
 )
 def test_usual_sizes_by_default(text):

@@ -1,0 +1,96 @@
+"""Logits over caches that keep the numbers of each key together (``lay=rows``).
+
+A line of a query meets a line of a key; sixteen such sums, of some rows with some keys, are formed together
+and their lanes added up by a transposing sum. A few channels alone cannot be read from such caches: the
+others are multiplied by zero.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mimo_compile.schedules.attention.rows import added_up
+from mimo_compile.schedules.attention.score_slots import Chosen, Slots, Tile, Whole
+from mimo_compile.schedules.emit.build import Register, T, bind, load, loop, store, workspace
+from mimo_compile.schedules.emit.vector import LANES, splat
+
+
+def line_of(buffer: Any, *index: Any, bits: int) -> Any:
+    """Return 16 numbers of a key as float32, bound."""
+    if bits == 32:
+        return bind(load(buffer, *index, lanes=LANES))
+    words = T.cast(load(buffer, *index, lanes=LANES), "int32x16")
+    return bind(T.reinterpret("float32x16", T.shift_left(words, splat(T.int32(16)))))
+
+
+class Lines(Tile):
+    """Queries in lines of 16 numbers with zeros behind them."""
+
+    lines: Any
+
+    @property
+    def depth(self) -> int:
+        """Lines of a key."""
+        return -(-int(self.s.p["d"]) // LANES)
+
+    def products(self, vectors: list[Any], row: Any, rows: int) -> list[list[Register]]:
+        """See `Tile.products`."""
+        out = [[Register("float32", LANES) for _ in vectors] for _ in range(rows)]
+        for u, vector in enumerate(vectors):
+            base = 0
+            while base < rows:
+                size = next(n for n in (4, 2, 1) if n <= rows - base)
+                for part in range(size):
+                    self._sixteen(vector, row + base, part, out[base : base + size], u)
+                base += size
+        return out
+
+    def _sixteen(self, vector: Any, row: Any, part: int, out: list[list[Register]], u: int) -> None:
+        """Multiply some rows with as many keys as make sixteen sums."""
+        rows, bits = len(out), self.s.format.bits
+        keys = LANES // rows
+        seats = [bind(vector * LANES + (part * keys + i)) for i in range(keys)]
+        acc = [[Register("float32", LANES, splat(0.0)) for _ in seats] for _ in range(rows)]
+        with loop(self.depth) as j:
+            found = [line_of(self.k, self.head, seat, j * LANES, bits=bits) for seat in seats]
+            for r in range(rows):
+                query = bind(load(self.lines, row + r, j * LANES, lanes=LANES))
+                for register, key in zip(acc[r], found, strict=True):
+                    register.set(register.get() + key * query)
+        total = added_up([bind(register.get()) for own in acc for register in own])
+        for r in range(rows):
+            own = total
+            if rows > 1:
+                own = T.Shuffle([total], list(range(r * keys, (r + 1) * keys)))
+            store(out[r][u].buffer, own, part * keys, lanes=keys)
+
+    def clear(self) -> None:
+        """Make room for the queries, all zero."""
+        self.lines = workspace((self.s.height, self.depth * LANES), "float32")
+        with loop(self.s.height) as row, loop(self.depth) as j:
+            store(self.lines, splat(0.0), row, j * LANES, lanes=LANES)
+
+
+class WholeLines(Lines, Whole):
+    """All channels."""
+
+    def begin(self, q: Any, scale: float) -> None:
+        """Load the queries, scaled."""
+        self.clear()
+        self.load(q, scale, self.lines, mean=False)
+
+
+class ChosenLines(Lines, Chosen):
+    """The channels of each row that matter most."""
+
+    def begin(self, q: Any, guess: Any, peak: Any) -> None:
+        """Choose channels, and keep q's numbers there among zeros."""
+        super().begin(q, guess, peak)
+        self.clear()
+        with loop(self.s.height) as row, loop(self.s.p["channels"]) as i:
+            store(self.lines, self.by[row, i], row, self.which[row, i])
+
+
+def by_lines(s: Slots) -> bool:
+    """Say whether keys lie together."""
+    return bool(s.p["lay"] == "rows")
