@@ -192,9 +192,13 @@ def roof_counts(workload: Workload) -> Counts:
     """
     op = get_op(workload.op)
     counts = op.counts(workload)
-    if workload.op != "cached_attention" or op.full(workload)["c"] != "bf16":
-        return counts
     ops = dict(counts.ops)
+    if (
+        workload.op != "cached_attention"
+        or op.full(workload)["c"] != "bf16"
+        or "fma_f32" not in ops
+    ):
+        return counts
     ops["dot_bf16"] = ops.pop("fma_f32")
     return replace(counts, ops=ops)
 

@@ -84,6 +84,13 @@ _SUITES: dict[str, dict[str, list[str]]] = {
         "prefill": _attention(
             [f"t={n},{{}},cap={n}" for n in _PROMPTS] + [f"t={t},{{}},cap=4096" for t in _CHUNKS]
         ),
+        # the same prompts over the same caches, in each arithmetic
+        "int8": [
+            f"cached_attention:t={n},{heads},cap={n},c=bf16{arith}"
+            for n in _PROMPTS[1::2]
+            for heads in _HEADS
+            for arith in ("", ",arith=int8half", ",arith=int8")
+        ],
         # a ring that holds the window of each token of the call; most of a context went by
         "window": [
             *_attention(

@@ -232,6 +232,16 @@ def test_the_roof_is_of_the_unit_that_the_caches_allow() -> None:
     assert plain.bytes["dram"] > halves.bytes["dram"]
 
 
+@pytest.mark.parametrize("c", ["f32", "bf16"])
+def test_the_roof_of_int8_arithmetic_is_that_of_dots_of_bytes(c):
+    text = f"cached_attention:t=32,h=4,kv=2,d=64,dv=32,cap=32,c={c}"
+    whole, half = (roof_counts(parse_workload(f"{text},arith={a}")) for a in ("int8", "int8half"))
+    pairs = 4 * 32 * 33 / 2
+    assert whole.ops["dot_i8"] == pairs * (64 + 32) and "fma_f32" not in whole.ops
+    assert half.ops["dot_i8"] == pairs * 64
+    assert half.ops["fma_f32" if c == "f32" else "dot_bf16"] == pairs * 32
+
+
 def test_suites_have_the_cells_that_matter() -> None:
     decode = [parse_workload(t) for t in suite("attention", "decode")]
     assert {w["cap"] for w in decode} >= {4096, 16384, 32768, 65536, 131072}

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 ERRORS = {"fp32": 1e-4, "bf16": 0.02}
 """Relative error (root mean square) allowed: 2**-9 of q, k, v, weights and result each, and logits around 4
 rounded to 2**-7 where a form keeps them in bfloat16."""
+INT8_ERROR = 0.05
+"""Allowed besides where the workload's own arithmetic is int8: peers compute in float."""
 _SCORES = "its scores and masks would take {:.1f} GB: it knows no blocks of keys"
 
 
@@ -124,9 +126,8 @@ class Setting:
         size = self.kv * self.keys * (self.d + width) * self.dtype.itemsize
         label = self.label if width == self.dv else f"{self.label} v-padded"
         bits = 8 * size / (self.kv * self.keys * (self.d + self.dv))
-        return Variant(
-            label, self.sets(width), guarded, size, bits, result, error=ERRORS[self.label]
-        )
+        error = ERRORS[self.label] + (INT8_ERROR if self.ask.params["arith"] != "float" else 0)
+        return Variant(label, self.sets(width), guarded, size, bits, result, error=error)
 
 
 class TorchAttention(Peer):
