@@ -15,6 +15,7 @@ from mimo_compile.bench.oracle import (
 from mimo_compile.bench.peers.base import LeftOut
 from mimo_compile.bench.runnable import copies
 from mimo_compile.ir.caches import parse_cache_format
+from mimo_compile.ir.kv_groups import grouped, tail_of
 from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.workload import Workload
 
@@ -38,7 +39,7 @@ def needed_bytes(
         return 0.0
     p = op.full(workload)
     numbers = float(p["kv"] * (p["d"] + p["dv"]))  # of one key with its value
-    width = parse_cache_format(p["c"]).bytes
+    width = _cell_bytes(p)
     keys, caches = visible_keys(p), numbers * p["cap"]
     rows = 4.0 * p["t"] * p["h"] * (p["d"] + p["dv"])
 
@@ -52,6 +53,15 @@ def needed_bytes(
     theirs: float = sets(4 * numbers * keys) + sets(2 * numbers * keys) + 8 * rows
     masks: float = 10.0 * p["t"] * keys + 3.0 * memory_bytes if p["t"] > 1 else 0.0
     return made + max(_reference(p), sets(width * numbers * keys) + theirs + masks)
+
+
+def _cell_bytes(p: Mapping[str, Any]) -> float:
+    """Return the bytes of a number of the packed caches; of those in groups with what it shares."""
+    fmt = grouped(p)
+    if fmt is None:
+        return parse_cache_format(p["c"]).bytes
+    codes = fmt.bytes_of(p["d"], keys=True) + fmt.bytes_of(p["dv"], keys=False)
+    return float(codes / (p["d"] + p["dv"]) + 4.0 * tail_of(p, fmt) / p["cap"])
 
 
 def _reference(p: Mapping[str, Any]) -> float:

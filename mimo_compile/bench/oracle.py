@@ -119,7 +119,8 @@ def _part(
     count = tokens.stop - tokens.start
     start = int(inputs["pos"][0]) + tokens.start
     own = dict(workload.params) | {"t": count, "h": heads.stop - heads.start, "kv": 1}
-    caches = {n: inputs[n][:, kv : kv + 1].copy() for n in ("k_cache", "v_cache")}
+    states = [a.name for a in get_op(workload.op).args(workload) if a.role == "state"]
+    caches = {n: inputs[n][:, kv : kv + 1].copy() for n in states}
     given = {
         **inputs,
         "q": inputs["q"][tokens, heads].copy(),

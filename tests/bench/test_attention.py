@@ -70,6 +70,13 @@ def test_every_form_of_torch_computes_the_op_in_both_types(text: str) -> None:
             assert c.bytes >= stored
 
 
+@pytest.mark.parametrize("c", ["i8", "i4", "i2"])
+def test_forms_of_torch_take_the_numbers_that_codes_stand_for(c: str) -> None:
+    asked = ask(f"cached_attention:t=1,h=4,kv=2,d=16,dv=80,cap=192,len=150,c={c}")
+    field, out = get_peer("torch-matmul").enter(asked)
+    assert out == [] and len(field) == 2
+
+
 def test_a_key_that_is_missed_is_found() -> None:
     asked = ask(CHUNK)
     peer = torch_attention.TorchSdpaFolded()
@@ -89,6 +96,7 @@ def test_a_key_that_is_missed_is_found() -> None:
         "cached_attention:t=90,h=8,kv=1,d=16,dv=16,cap=140,window=40,sink=1,len=300",
         "cached_attention:t=70,h=6,kv=2,d=16,dv=24,cap=100,len=80",
         "cached_attention:t=1,h=6,kv=3,d=16,dv=16,cap=100,c=bf16",
+        "cached_attention:t=70,h=4,kv=2,d=16,dv=16,cap=192,c=i8",
     ],
 )
 def test_parts_say_what_the_whole_says(text: str, monkeypatch: pytest.MonkeyPatch) -> None:

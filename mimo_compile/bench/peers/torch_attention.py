@@ -21,6 +21,7 @@ import numpy as np
 from mimo_compile.bench.contest import Contestant
 from mimo_compile.bench.oracle import visible_keys
 from mimo_compile.bench.peers.base import Ask, LeftOut, Peer, Variant
+from mimo_compile.ir import kv_groups
 from mimo_compile.ir.ops.cached_attention import CachedAttention
 
 if TYPE_CHECKING:
@@ -76,12 +77,28 @@ class Setting:
         stored, p = self.ask.inputs[name], self.ask.params
         length = CachedAttention().kv_length(p)
         slots = torch.arange(length - self.keys, length) % p["cap"]
-        if p["c"] == "bf16":
+        if fmt := kv_groups.grouped(p):
+            rows = self._real(name, fmt)
+        elif p["c"] == "bf16":
             rows = torch.from_numpy(stored.view(np.int16)).view(torch.bfloat16)[slots]
         else:
             rows = torch.from_numpy(stored)[slots]
         rows = torch.nn.functional.pad(rows.to(self.dtype), (0, width - rows.shape[-1]))
         return rows.transpose(0, 1)[None].contiguous()
+
+    def _real(self, name: str, fmt: kv_groups.GroupedFormat) -> torch.Tensor:
+        """Return what the codes of a cache in groups stand for, and behind them the rows of its tail.
+
+        That is what one token sees. Of several some see codes of the rows.
+        """
+        import torch
+
+        given = {n: torch.from_numpy(self.ask.inputs[n]) for n in (*kv_groups.STATES, "pos")}
+        start, valid = (int(n) for n in given["pos"])
+        k, v, _ = kv_groups.visible(given, given["pos"], self.t, fmt, torch.float32)
+        both = k if name == "k_cache" else v
+        first = (start + valid - 1) // fmt.group * fmt.group  # rows stand behind all codes
+        return torch.cat([both[: start // fmt.group * fmt.group], both[first:]])
 
     def sets(self, width: int) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
         """Return what gives one set of keys and values after the other; values padded to ``width``."""
