@@ -8,6 +8,7 @@ import numpy as np
 
 from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.hardware import Hardware
+from mimo_compile.schedules.attention.layout import by_rows
 from mimo_compile.schedules.attention.lists import ListTiling
 from mimo_compile.schedules.attention.work import products, spread
 from mimo_compile.schedules.emit.vector import LANES
@@ -36,6 +37,8 @@ def visits(s: ListTiling, length: int) -> tuple[Any, Any]:
         parts = np.minimum(np.maximum(parts, keys / LANES), max(s.parts, 1))
     own = np.minimum(p["window"] + (s.tokens - 1 if p["window"] else 0), newest + 1)
     keys = np.minimum(keys + own, newest + 1)
+    if by_rows(p):  # keys stand alone, sixteen of them are a part
+        return np.ceil(keys / LANES), keys
     parts = np.minimum(parts + -(-own // LANES), max(s.parts, 1))
     return parts, keys
 

@@ -83,6 +83,10 @@ class Tokens(Row):
         """See `Reach.sees`."""
         return positions <= limits
 
+    def kept(self, step: Any, u: Any) -> Any | None:
+        """See `Reach.kept`."""
+        return None
+
     def live(self, step: Any, u: Any) -> Any:
         """See `Reach.live`."""
         left = self.total - (step * self.width + u * LANES)

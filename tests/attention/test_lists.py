@@ -70,7 +70,7 @@ QUICK = [c for c in contract.CHECKS if c is not contract.check_invariance]
 
 @pytest.mark.parametrize("verdict", QUICK, ids=lambda c: c.__name__[6:])
 def test_contract(verdict) -> None:
-    run(verdict, 3)
+    run(verdict, 2)
 
 
 @pytest.mark.slow
