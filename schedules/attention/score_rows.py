@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from mimo_compile.schedules.attention.reach import fixed
 from mimo_compile.schedules.attention.rows import added_up
 from mimo_compile.schedules.attention.score_slots import Chosen, Slots, Tile, Whole
 from mimo_compile.schedules.emit.build import Register, T, bind, load, loop, store, workspace
@@ -33,21 +34,23 @@ class Lines(Tile):
         """Lines of a key."""
         return -(-int(self.s.p["d"]) // LANES)
 
-    def products(self, vectors: list[Any], row: Any, rows: int) -> list[list[Register]]:
-        """See `Tile.products`."""
-        out = [[Register("float32", LANES) for _ in vectors] for _ in range(rows)]
-        for u, vector in enumerate(vectors):
+    def fill(self, run: Any) -> None:
+        """See `Tile.fill`; parts are loops, since their sums together would not stay in registers."""
+        s = self.s
+        with loop(s.run // LANES) as v:
+            vector = fixed(T.min(run * (s.run // LANES) + v, T.int32(s.vectors - 1)))
             base = 0
-            while base < rows:
-                size = next(n for n in (4, 2, 1) if n <= rows - base)
-                for part in range(size):
-                    self._sixteen(vector, row + base, part, out[base : base + size], u)
-                base += size
-        return out
+            for rows in (4, 2, 1):
+                count = (s.height - base) // rows
+                if count:
+                    with loop(count) as i, loop(rows) as part:
+                        self._sixteen(vector, bind(i * rows + base), rows, part, v)
+                base += count * rows
+        self._mask(run)
 
-    def _sixteen(self, vector: Any, row: Any, part: int, out: list[list[Register]], u: int) -> None:
-        """Multiply some rows with as many keys as make sixteen sums."""
-        rows, bits = len(out), self.s.format.bits
+    def _sixteen(self, vector: Any, row: Any, rows: int, part: Any, v: Any) -> None:
+        """Multiply some rows with as many keys of a vector of slots as make sixteen sums."""
+        bits = self.s.format.bits
         keys = LANES // rows
         seats = [bind(vector * LANES + (part * keys + i)) for i in range(keys)]
         acc = [[Register("float32", LANES, splat(0.0)) for _ in seats] for _ in range(rows)]
@@ -62,7 +65,7 @@ class Lines(Tile):
             own = total
             if rows > 1:
                 own = T.Shuffle([total], list(range(r * keys, (r + 1) * keys)))
-            store(out[r][u].buffer, own, part * keys, lanes=keys)
+            store(self.logits, own, row + r, v * LANES + part * keys, lanes=keys)
 
     def clear(self) -> None:
         """Make room for the queries, all zero."""
