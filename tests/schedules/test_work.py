@@ -88,6 +88,7 @@ WORKLOADS = [
     "score_blocks:t=3,h=4,kv=2,d=24,cap=90,kind=gate,block=8,soft=1,e=bf16",
     "score_keys:t=3,h=4,kv=2,d=24,cap=900,kind=oracle,agg=max,block=16,len=600",
     "score_keys:t=20,h=4,kv=2,d=24,cap=90,kind=logits,c=bf16",
+    "score_keys:t=2,h=4,kv=2,d=24,cap=900,kind=oracle,agg=max,c=bf16,lay=rows",
     "score_keys:t=1,h=4,kv=2,d=24,cap=900,kind=channels,agg=mean,channels=5,len=700",
     "cached_attention:t=3,h=8,kv=2,d=33,dv=16,cap=300,window=40,lay=rows",
     "cached_attention:t=1,h=8,kv=2,d=33,dv=16,cap=300,c=bf16,lay=rows",
