@@ -73,7 +73,8 @@ def main():
         us = np.median([t[c] for t in times]) * 1e6
         print(
             f"{c}: {us:.0f} us, {needed / us / 1e3:.1f} GB/s, {kept / 1e6:.1f} MB kept; "
-            f"{np.median(ratio):.2f}x [{ratio[0]:.2f}..{ratio[-1]:.2f}] {first}, whose bytes are {field[first][1] / needed:.2f}x",
+            f"{np.median(ratio):.2f}x [{ratio[0]:.2f}..{ratio[-1]:.2f}] {first}, "
+            f"whose bytes are {field[first][1] / needed:.2f}x",
             flush=True,
         )
 
