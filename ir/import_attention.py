@@ -35,9 +35,11 @@ def factor(scale: float, d: int) -> float:
 class ListConverters:
     """Converters that emit one workload each by ``call`` (see `importer._Converters.call`)."""
 
-    def __init__(self, call: Callable[..., Any], cache_format: Callable[..., str]) -> None:
-        """Serve one import."""
-        self.call, self.cache_format = call, cache_format
+    def __init__(
+        self, call: Callable[..., Any], cache_format: Callable[..., str], lay: str = ""
+    ) -> None:
+        """Serve one import, whose caches have an order."""
+        self.call, self.cache_format, self.lay = call, cache_format, lay
         self.appended: dict[Any, int] = {}
         """Cache -> tokens that the call appended to it, which is what descriptors are made anew for."""
         self.effects: list[Any] = []
@@ -91,7 +93,7 @@ class ListConverters:
         return self.call(
             imp, "score_keys", [q, pos, guess, peak, k_cache], [(out, "float32")], t=t, h=h, kv=kv, d=d,
             cap=cap, kind=kind, agg=agg, block=block, channels=channels, guess=int(guess is not None),
-            scale=factor(scale, d), len=measured(cap, t), c=self.cache_format(k_cache),
+            scale=factor(scale, d), len=measured(cap, t), c=self.cache_format(k_cache), lay=self.lay,
         )  # fmt: skip
 
     def select_blocks(self, node: Any, imp: Any) -> Any:
@@ -123,6 +125,7 @@ class ListConverters:
             [([t, h, dv], "float32"), ([t, h], "float32")], t=t, h=h, kv=kv, d=d, dv=dv, cap=cap, hs=hs,
             block=block, kmax=kmax, rows=rows, window=window, sink=int(sink is not None), page=page,
             scale=factor(scale, d), len=measured(cap, t), c=self.cache_format(k_cache, v_cache),
+            lay=self.lay,
         )  # fmt: skip
 
     def int8_attention(self, node: Any, imp: Any) -> Any:

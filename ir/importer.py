@@ -73,10 +73,11 @@ def _group_shape(states: list[Any]) -> dict[str, int]:
 class _Converters:
     """Converters for TVM's importer; each takes an fx node and the importer, returns Relax values."""
 
-    def __init__(self, weights: set[str], wide: Wide) -> None:
+    def __init__(self, weights: set[str], wide: Wide, lay: str = "") -> None:
         self.weights = weights
         self.wide = wide
-        self.lists = ListConverters(self.call, _cache_format)
+        self.lay = lay
+        self.lists = ListConverters(self.call, _cache_format, lay)
         self.table: dict[str, Callable[[Any, Any], Any]] = {
             "linear.default": self.linear,
             "mpgemm.default": self.mpgemm,
@@ -230,7 +231,8 @@ class _Converters:
         return self.call(
             imp, "kv_append", [qkv, table, pos, q_norm, k_norm, k_cache, v_cache],
             [([t, heads, d], "float32")], t=t, h=heads, kv=kv, d=d, dv=dv, cap=cap,
-            rot=2 * _shape(table)[2], vscale=float(v_scale), c=_cache_format(k_cache, v_cache), **norm,
+            rot=2 * _shape(table)[2], vscale=float(v_scale), c=_cache_format(k_cache, v_cache), lay=self.lay,
+            **norm,
         )  # fmt: skip
 
     def cached_attention(self, node: Any, imp: Any) -> Any:
@@ -241,7 +243,7 @@ class _Converters:
             imp, "cached_attention", [q, pos, sink, k_cache, v_cache], [([t, h, dv], "float32")],
             t=t, h=h, kv=kv, d=d, dv=dv, cap=cap, window=window, sink=int(sink is not None),
             scale=0.0 if same else float(scale), len=0 if window else min(cap, max(t, MEASURED_KV)),
-            c=_cache_format(k_cache, v_cache),
+            c=_cache_format(k_cache, v_cache), lay=self.lay,
         )  # fmt: skip
 
     def kv_append_groups(self, node: Any, imp: Any) -> Any:
@@ -342,8 +344,10 @@ class _Converters:
         return imp.block_builder.emit(relax.op.strided_slice(x, [dim], [begin], [end], [step]))
 
 
-def import_exported(program: torch.export.ExportedProgram) -> Imported:
+def import_exported(program: torch.export.ExportedProgram, lay: str = "") -> Imported:
     """Translate an exported program (static shapes) into Relax.
+
+    ``lay``: order of its KV caches, see `caches.CACHE_ORDERS`.
 
     Raises:
         InputError: the graph uses an operator that cannot be imported.
@@ -359,7 +363,7 @@ def import_exported(program: torch.export.ExportedProgram) -> Imported:
     tensors = {s.arg.name: str(s.target) for s in specs if s.kind != InputKind.USER_INPUT}
     importer = ExportedProgramImporter()
     wide = Wide(importer)
-    converters = _Converters(set(tensors), wide)
+    converters = _Converters(set(tensors), wide, lay)
     dialect = converters.table
     own = {**TABLE, **dialect}
     importer.update_convert_map(own)

@@ -70,7 +70,8 @@ def export_graph(
 
     with torch.no_grad():
         program = torch.export.export(module, example, dict(named or {}), strict=False)
-    imported = import_exported(program)
+    lay = getattr(getattr(module, "attend", None), "lay", "")
+    imported = import_exported(program, lay)
     return build_graph(imported, lower_generic(imported.module), {k: k for k in states})
 
 

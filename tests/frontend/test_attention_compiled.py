@@ -83,6 +83,9 @@ def test_quest_decodes_apart_and_reads_prompts_densely(saved, tmp_path, tools):
 def test_every_policy(deep, tmp_path, tools, text):
     module = prove(deep, tmp_path, tools, text)
     assert module.manifest.decoder.rerun == (4 if text.startswith("resa") else 0)
+    single = [c.workload for c in module.manifest.plan if "lay=rows" in c.workload]
+    # keys by themselves where tokens are listed
+    assert bool(single) == text.startswith("lessismore")
 
 
 @pytest.mark.slow

@@ -83,6 +83,8 @@ class Attending:
 
     kind = ""
     """What a layer's graph depends on, beside its spec."""
+    lay = ""
+    """Order of the layer's caches (`ir.caches.CACHE_ORDERS`)."""
 
     def states(self, spec: LayerSpec, cap: int, cache: torch.dtype) -> dict[str, Tensor]:
         """Return what the layer keeps beside its caches, on the meta device.
@@ -263,6 +265,11 @@ class Following(Attending):
     def kind(self) -> str:  # type: ignore[override]
         """The policy's text."""
         return f"{self.policy} follow"
+
+    @property
+    def lay(self) -> str:  # type: ignore[override]
+        """Keys by themselves where blocks are less than the 16 slots of a vector."""
+        return "rows" if self.policy.block < 16 else ""
 
     def __call__(
         self, layer: LayerCore, q: Tensor, pos: Tensor, lists: Lists | None
