@@ -242,7 +242,8 @@ def tables(rows: list[dict[str, object]]) -> str:
         out.extend(
             ["", f"| {head} | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
         )
-        out.extend(f"| {name} | " + " | ".join(values) + " |" for name, values in body)
+        shown_rows = [(name, values) for name, values in body if any(values)]
+        out.extend(f"| {name} | " + " | ".join(values) + " |" for name, values in shown_rows)
 
     def shown(name: str, budget: float, task: str) -> str:
         row = cells.get((name, budget, task))
@@ -264,7 +265,10 @@ def tables(rows: list[dict[str, object]]) -> str:
         table("recall: needles by depth, budget 12 %", places, body)
     body = []
     for name in names:
-        read = [cells.get((name, share, "code")) for share in BUDGETS]
+        read = [
+            next((r for t in TASKS if (r := cells.get((name, share, t)))), None)
+            for share in BUDGETS
+        ]
         body.append((name, [_percent(r["bytes"]) if r else "" for r in read]))
     table("bytes read at decode, of dense", columns, body)
     sale = sorted(b for n, b, t in cells if n == "sale" and t == "code")
