@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 from mimo_compile.ir.caches import parse_cache_format
@@ -31,6 +32,9 @@ from mimo_compile.schedules.attention.x86_flash_pairs import X86FlashPairs
 from mimo_compile.schedules.base import Kernel, Space
 from mimo_compile.schedules.emit.build import function
 from mimo_compile.schedules.emit.vector import LANES, symbol
+
+NEAR_BYTES = 36 << 10
+"""Of keys and values at once, which a first-level cache of 48 KiB holds beside all else."""
 
 
 class X86Lists(X86Flash):
@@ -154,6 +158,22 @@ class X86ListsPairs(X86FlashPairs, X86Lists):
 
     name = "sparse_attention.x86_lists_pairs"
     op = "sparse_attention"
+
+    def space(self, workload: Workload, hardware: Hardware) -> Space:
+        """Return the space of dense attention; steps that are prefetched leave room in the nearest cache."""
+        base = super().space(workload, hardware)
+        short = short_step(get_op(self.op).full(workload), base.default.block)
+        return (
+            base
+            if not base.default.ahead
+            else replace(base, default=replace(base.default, block=short))
+        )
+
+
+def short_step(p: Mapping[str, Any], most: int) -> int:
+    """Return the slots of a step, of which one is read while the next one arrives, if not ``most``."""
+    wide = parse_cache_format(p["c"]).bytes * (p["d"] + p["dv"])
+    return most if 2 * most * wide <= NEAR_BYTES else LANES
 
 
 def _reach(p: Mapping[str, Any]) -> int:

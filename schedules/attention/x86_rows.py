@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from mimo_compile.ir.hardware import Hardware
+from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.attention.flash import Tile
 from mimo_compile.schedules.attention.lists import ListTiling
@@ -15,7 +16,7 @@ from mimo_compile.schedules.attention.rows import ROWS
 from mimo_compile.schedules.attention.tokens import following
 from mimo_compile.schedules.attention.x86_flash import FlashConfig, X86Flash
 from mimo_compile.schedules.attention.x86_flash_pairs import SHORT, PairsConfig
-from mimo_compile.schedules.attention.x86_lists import X86Lists
+from mimo_compile.schedules.attention.x86_lists import X86Lists, short_step
 from mimo_compile.schedules.base import Space
 from mimo_compile.schedules.emit.bf16 import NEEDS, imported
 
@@ -62,7 +63,7 @@ class Half(X86Flash):
         kinds = ("widen", "dot") if hardware.features >= NEEDS else ("widen",)
         default = PairsConfig(**self.config_to_json(base.default), arith="widen")
         if default.ahead and SHORT in base.knobs["block"]:
-            default = replace(default, block=SHORT)
+            default = replace(default, block=short_step(get_op(self.op).full(workload), SHORT))
         return Space(PairsConfig, {**base.knobs, "arith": kinds}, default, base.legal)
 
     def tile(self, config: FlashConfig) -> tuple[type[Tile], AbstractContextManager[Any] | None]:

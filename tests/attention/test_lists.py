@@ -76,12 +76,12 @@ def test_contract(verdict) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("verdict", contract.CHECKS, ids=lambda c: c.__name__[6:])
 def test_contract_at_length(verdict) -> None:
-    run(verdict, 40 if verdict in QUICK else 15)
+    run(verdict, 20 if verdict in QUICK else 8)
 
 
 @pytest.mark.slow
 def test_sink_identity() -> None:
-    run(contract.check_sink, 20, sink=True)
+    run(contract.check_sink, 10, sink=True)
 
 
 # each a way of its own through the generator; all that no list names holds NaN
