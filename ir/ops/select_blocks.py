@@ -7,7 +7,8 @@ is -inf (or NaN) is chosen only by force. Of equal scores the lower block wins. 
 - ``topk``: the best blocks, until ``max(k, ceil(share * candidates))`` are chosen, forced ones counted;
 - ``threshold``: every score at or above ``value[head]``, and at least the ``k`` best;
 - ``mass``: the fewest best blocks (forced ones scored like the rest) whose scores sum to at least
-  ``value[head]`` of the sum over the candidates, and at least the ``k`` best; scores are not negative.
+  ``value[head]`` of the sum over the candidates, and at least the ``k`` best; scores are finite and
+  not negative: +inf has no share of a sum.
 
 A row holds at most ``kmax`` blocks: forced ones, then the best. ``merge=rank`` makes one list for all heads:
 blocks that are not forced stand in the order of their best rank over the heads, at equal rank by head
@@ -32,6 +33,8 @@ from mimo_compile.ir.ops.numerics import U32
 from mimo_compile.ir.workload import Workload
 
 RULES = ("topk", "threshold", "mass")
+SUMS = 64
+"""Lanes in which kernels sum scores."""
 
 
 def frame(
@@ -239,17 +242,31 @@ class SelectBlocks(OpDef):
     ) -> dict[str, Array]:
         """Exact, but for cuts of ``mass`` that rounding may move.
 
-        A float32 sum of n scores that are not negative is off by at most ``n * U32`` of it, whatever its
-        order, and so is the total; rows whose choice differs when ``value`` moves by both are not judged.
+        A float32 sum in `SUMS` lanes of n scores that are not negative is off by at most
+        ``(n / SUMS + 20) U32`` of it (20 additions join the lanes), and so is the total. Of the choices when
+        ``value`` moves by both, the smaller is part of the greater, and an honest one lies between them: so
+        does its count, and each of its ascending ids as far as the smaller one's reach.
         """
         p = self.full(workload)
-        out = {name: np.zeros(expected[name].shape) for name in ("idx", "cnt")}
-        if p["rule"] == "mass":
-            nudge = 2 * (blocks_of(p["cap"], p["block"]) + 2) * U32
-            moved = self._choose(workload, inputs, -nudge) != self._choose(workload, inputs, nudge)
-            free = moved.any(-1).numpy()
-            out["idx"][free], out["cnt"][free] = np.inf, np.inf
-        return out
+        if p["rule"] != "mass":
+            return {name: np.zeros(expected[name].shape) for name in ("idx", "cnt")}
+        nudge = 2 * (-(-blocks_of(p["cap"], p["block"]) // SUMS) + 22) * U32
+        kmax = self.list_length(p)
+        (few, least), (many, most) = (
+            to_lists(self._choose(workload, inputs, sign * nudge), kmax) for sign in (-1, 1)
+        )
+        idx, cnt = (torch.from_numpy(np.asarray(expected[name])) for name in ("idx", "cnt"))
+        place = torch.arange(kmax)
+        sure, there = place < least[..., None], place < most[..., None]
+        # behind the smaller choice stands -1 or an id up to the greater one's last
+        high = torch.where(sure, few, many.amax(-1, keepdim=True))
+        low = torch.where(sure, many, -1)
+        free = torch.where(there, torch.maximum(high - idx, idx - low), 0)
+        same = (least == most)[..., None]
+        return {
+            "idx": torch.where(same, 0, free).double().numpy(),
+            "cnt": torch.maximum(most - cnt, cnt - least).double().numpy(),
+        }
 
     def counts(self, workload: Workload) -> Counts:
         """Scores are read and compared once, lists are written once."""

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mimo_compile.errors import UsageError
 from mimo_compile.ir.ops import get_op, parse_workload
 from mimo_compile.ir.ops.block_lists import check_lists, outside_tie_band, to_lists, to_mask
-from mimo_compile.ir.ops.select_blocks import select_blocks
+from mimo_compile.ir.ops.select_blocks import SUMS, select_blocks
 
 OP = get_op("select_blocks")
 
@@ -160,14 +160,40 @@ def test_tie_band() -> None:
     assert idx.tolist() == [[[0, 2, -1]]] and torch.equal(to_mask(idx, cnt, 4), swapped)
 
 
-def test_mass_that_rounding_may_move_is_not_judged() -> None:
+def test_mass_that_rounding_may_move_is_judged_by_both_cuts() -> None:
     workload = parse_workload("select_blocks:t=1,hs=2,cap=4,block=1,rule=mass")
     score = np.array([[[0.5, 0.25, 0.25, 0], [0.5, 0.25, 0.25, 0]]], np.float32)
     inputs = {"score": score, "pos": np.array([3, 1], np.int32)}
     inputs["value"] = np.array([0.75, 0.7], np.float32)
     got = OP.reference(workload, inputs)
-    assert got["cnt"].tolist() == [[2, 2]]
-    assert np.isinf(OP.bound(workload, inputs, got)["idx"]).all(-1).tolist() == [[True, False]]
+    assert got["cnt"].tolist() == [[2, 2]] and got["idx"].tolist() == [[[0, 1, -1, -1]] * 2]
+    bound = OP.bound(workload, inputs, got)
+    assert bound["cnt"].tolist() == [[1, 0]]  # two blocks, or the third one, too
+    assert bound["idx"].tolist() == [[[0, 0, 3, 0], [0, 0, 0, 0]]]
+
+
+@pytest.mark.parametrize("blocks", [1024, 8192])
+def test_mass_of_many_blocks_is_judged(blocks) -> None:
+    """Float32 sums in lanes are within the bound; what is no choice at all is not."""
+    text = f"select_blocks:t=1,hs=32,cap={16 * blocks},block=16,rule=mass"
+    workload = parse_workload(text)
+    inputs = OP.make_inputs(workload, np.random.default_rng(0))
+    inputs["score"] = np.random.default_rng(1).random(inputs["score"].shape, dtype=np.float32)
+    want = OP.reference(workload, inputs)
+    bound = OP.bound(workload, inputs, want)
+    assert (bound["cnt"] <= 3).all() and (bound["idx"] <= blocks).all()
+    assert (bound["idx"][0, :, 0] < 20).all()  # early ids hardly move
+    for h, (score, cnt) in enumerate(zip(inputs["score"][0], want["cnt"][0], strict=True)):
+        best = np.argsort(-score, kind="stable")
+        total = score.reshape(-1, SUMS).cumsum(0, dtype=np.float32)[-1].sum(dtype=np.float32)
+        masked = np.zeros(blocks, np.float32)
+        masked[best[:cnt]] = score[best[:cnt]]
+        part = masked.reshape(-1, SUMS).cumsum(0, dtype=np.float32)[-1].sum(dtype=np.float32)
+        count = cnt + int(part < inputs["value"][h] * total)
+        got = np.full(blocks, -1)
+        got[:count] = np.sort(best[:count])
+        assert abs(count - cnt) <= bound["cnt"][0, h]
+        assert (abs(got - want["idx"][0, h]) <= bound["idx"][0, h]).all()
 
 
 def test_fake_rule() -> None:
