@@ -246,8 +246,7 @@ class ScoreKeys(OpDef):
         the scale and a mean of queries). Probabilities are off by a factor of ``exp(+-2 max D)`` and by the
         sum's and the exponential's own roundings; sums of n positive terms in lanes by 4 sqrt(n) units.
         Channels whose importance lies within rounding of the last one chosen may or may not be in. 16-bit
-        keys: kernels may round q as well, by at most ``u`` relative; independent roundings of d terms x_c sum
-        to less than ``6 u sqrt(sum x_c^2)`` but once in 3e7 (Hoeffding).
+        keys are widened, exactly: q is not to be rounded.
         """
         p = self.full(workload)
         q, k, pos, peak, guess = self._tensors(p, inputs)
@@ -264,9 +263,6 @@ class ScoreKeys(OpDef):
             error = error + self._contested(
                 p, q if guess is None else guess.double(), used, keys, peak
             )
-        if unit := parse_cache_format(p["c"]).unit:
-            spread = dots(used.square(), keys.square()).sqrt()
-            error = error + 6 * unit * spread.masked_fill(~seen, 0.0)
         if p["kind"] == "oracle":
             logits = dots(used, keys).masked_fill(~seen, -math.inf)
             lse = torch.logsumexp(logits, -1, keepdim=True)

@@ -118,6 +118,17 @@ def test_counts_of_an_aligned_case_are_the_formula():
     assert kernel.counts.bytes["dram"] == pytest.approx(need.bytes["dram"], rel=1e-3)
 
 
+@pytest.mark.parametrize("c", ["f32", "bf16"])
+def test_wrong_probabilities_of_16_bit_keys_are_found(c):
+    """The bound has room for float32 arithmetic, not for queries that are rounded."""
+    text = f"score_keys:t=1,h=4,kv=1,d=64,cap=8192,kind=oracle,agg=max,c={c}"
+    workload = parse_workload(text)
+    inputs = OP.make_inputs(workload, np.random.default_rng(0))
+    want = OP.reference(workload, inputs)
+    bound = OP.bound(workload, inputs, want)["score"]
+    assert (bound < 3e-3 * want["score"] + 1e-30).all()
+
+
 def test_a_few_channels_are_a_few_bytes():
     text = "score_keys:t=1,h=32,kv=8,d=128,cap=65536,kind=channels,agg=mean,channels="
     few, all_ = (
