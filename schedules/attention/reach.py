@@ -123,8 +123,11 @@ class Reach:
 
     def block(self, step: Any, u: Any) -> Any:
         """Return the cache block of part ``u`` of a step."""
+        blocks = self.sizes.cache_blocks
         at = fixed(self.first_block + step * self.sizes.blocks + u)
-        return fixed(T.if_then_else(at < self.sizes.cache_blocks, at, at - self.sizes.cache_blocks))
+        # parts behind the last that is seen may go round a ring once more: they are masked, but read
+        around = T.min(at - blocks, T.int32(blocks - 1))
+        return fixed(T.if_then_else(at < blocks, at, around))
 
     def lower(self, query: Any) -> Any:
         """Return the oldest position that a query sees."""

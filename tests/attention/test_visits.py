@@ -74,7 +74,7 @@ def counted(schedule, workload, inputs, config):
     states = {n: a for n, a in inputs.items() if roles[n] != "input"}
     given_ = {**inputs, **schedule.pack(workload, config, states)}
     outputs = {a.name: np.zeros(a.shape, np.float32) for a in kernel.args if a.role == "output"}
-    memory = {a.name: guarded({**given_, **outputs}[a.name])[0] for a in kernel.args}
+    memory = {a.name: guarded({**given_, **outputs}[a.name], 0)[0] for a in kernel.args}
     compiled(kernel, CPU)[kernel.name](*(from_numpy(memory[a.name]) for a in kernel.args))
     return memory["out"][..., 0], memory["out"][..., 1]
 

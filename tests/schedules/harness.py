@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mimo_compile._tvm import as_aligned, empty_aligned, from_numpy, load_object, set_threads
+from mimo_compile._tvm import as_aligned, from_numpy, load_object, set_threads
 from mimo_compile.ir.hardware import Hardware, local_cpu
 from mimo_compile.ir.ops import get_op, parse_workload
 from mimo_compile.ir.workload import Workload
@@ -20,7 +22,8 @@ Arrays = dict[str, np.ndarray[Any, Any]]
 torch.set_num_threads(1)  # references are many small matmuls; kernels need the other cores
 _compiled: dict[tuple[str, ...], Any] = {}
 GUARD = 64
-"""Bytes of canary behind each array that a kernel may write."""
+"""Bytes of canary behind arrays that are not states of a kernel; a forbidden page follows states at once."""
+_LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,8 @@ def check(
             source = packed[arg.name] if arg.role != "input" else arrays[arg.name]
         assert source.shape == arg.shape, f"{where}: {arg.name} {source.shape} != {arg.shape}"
         assert source.dtype == np_dtype(arg.dtype), f"{where}: {arg.name} is {source.dtype}"
-        memory[arg.name], canaries[arg.name] = guarded(source)
+        canary = 0 if arg.role == "state" else GUARD
+        memory[arg.name], canaries[arg.name] = guarded(source, canary)
     before = {a.name: memory[a.name].copy() for a in kernel.args}
     code = compiled(kernel, hardware)
     tensors = [from_numpy(memory[a.name]) for a in kernel.args]
@@ -167,12 +171,23 @@ def poison(shape: tuple[int, ...], dtype: str) -> np.ndarray[Any, Any]:
     return np.full(shape, np.nan if kind.kind == "f" else np.iinfo(kind).min, kind)
 
 
-def guarded(source: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Return an aligned copy and the canary bytes that follow it in memory."""
-    bytes_ = empty_aligned(source.nbytes + GUARD, "uint8")
-    bytes_[source.nbytes :] = 0xA5
-    copy = bytes_[: source.nbytes].view(source.dtype).reshape(source.shape)
+def guarded(
+    source: np.ndarray[Any, Any], canary: int = GUARD
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Return an aligned copy and the canary bytes that follow it in memory, at least so many.
+
+    Behind the canary lies a page that may neither be read nor written, so that a kernel that goes so far
+    over an array's end dies here, and not only where nothing happens to follow the array.
+    """
+    room = -(-(source.nbytes + canary) // 64) * 64
+    pages = -(-room // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, pages + mmap.PAGESIZE)
+    bytes_ = np.frombuffer(memory, np.uint8)
+    assert _LIBC.mprotect(ctypes.c_void_p(bytes_.ctypes.data + pages), mmap.PAGESIZE, 0) == 0
+    bytes_ = bytes_[pages - room : pages]
+    copy = np.ndarray(source.shape, source.dtype, buffer=bytes_)
     copy[...] = source
+    bytes_[source.nbytes :] = 0xA5
     assert as_aligned(copy) is copy
     return copy, bytes_[source.nbytes :]
 

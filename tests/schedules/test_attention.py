@@ -72,6 +72,19 @@ def test_window_boundary(length, t):
     check(FLASH, text, inputs=poisoned(text, length - t, t))
 
 
+@pytest.mark.parametrize("c", ["f32", "bf16"])
+@pytest.mark.parametrize(
+    "t, cap, block, start", [(1, 128, 96, 371), (1, 130, 64, 301), (16, 144, 64, 431)]
+)
+def test_the_last_step_of_a_ring_stays_within_it(c, t, cap, block, start):
+    # its blocks go beyond those seen, round the ring's end and to the end once more
+    schedule = FLASH if c == "f32" else get_schedule("cached_attention.x86_flash_pairs")
+    text = f"cached_attention:t={t},h=2,kv=1,d=16,dv=16,cap={cap},window=128,c={c}"
+    default = schedule.space(parse_workload(text), CPU).default
+    config = dataclasses.replace(default, tile=t, block=block, splits=1, parallel=False)
+    check(schedule, text, config, inputs=pos(start, t))
+
+
 def attend(text, config=None, **inputs):
     return check(FLASH, text, config, inputs=inputs).outputs["out"]
 
