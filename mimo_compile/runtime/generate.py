@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import index
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -95,6 +96,7 @@ class Session:
             0  # positions that states ever held: rings have forgotten what lies far before
         )
         self._exact = 0  # first tokens whose keys are those of a prompt
+        self._turn = 0  # raised whenever tokens may have been dropped
 
     @property
     def position(self) -> int:
@@ -105,6 +107,11 @@ class Session:
     def tokens(self) -> tuple[int, ...]:
         """The tokens in the states."""
         return tuple(self._tokens)
+
+    @property
+    def mark(self) -> tuple[int, int]:
+        """Equal to what it was as long as nobody else appended tokens or went back."""
+        return self._turn, self.position
 
     def append(self, ids: Sequence[int] | Array, *, decode: bool = False) -> Array:
         """Append tokens and return the hidden state of the last one, `[1, D]` float32, a copy.
@@ -131,6 +138,9 @@ class Session:
 
         They are overwritten by whatever the module runs next: where other threads use it too,
         hold the module's ``lock`` until you are done with them.
+
+        Raises:
+            UsageError: As `append`, or the sequence changed between two steps.
         """
         decoder = self._decoder
         tokens = check_ids(ids, decoder)
@@ -143,17 +153,22 @@ class Session:
             )
         apart = decode and bool(decoder.decode)
         sizes, kind = (decoder.decode, "decode") if apart else (decoder.steps, "step")
-        done = 0
+        done, mark = 0, self.mark
         for count in plan_steps(len(tokens), sizes, decoder.max_context - end):
             valid = min(count, len(tokens) - done)
             part = tokens[done : done + valid]
             with self.lock:
+                self.check_mark(mark)
+                if decoder.rerun:
+                    # rings hold one step more than the window: later they have forgotten too much
+                    self._make_exact(decoder.rerun if apart else 1)
                 at = self.position
                 hidden = self._step(f"{kind}_{count}", part, at)
                 self._tokens += part.tolist()
                 self._written = max(self._written, self.position)
                 if not apart and self._exact == at:
                     self._exact = self.position
+                mark = self.mark
             done += valid
             yield hidden
             if apart and decoder.rerun:
@@ -172,15 +187,30 @@ class Session:
         hidden: Array = bound.outputs["hidden"][: len(tokens)]
         return hidden
 
-    def _make_exact(self, every: int) -> None:
-        """Run generated tokens again as if they had been a prompt, as often as the policy says."""
+    def _make_exact(self, least: int) -> None:
+        """Run generated tokens again as if they had been a prompt, where there are so many."""
         with self.lock:
-            while self.position - self._exact >= every:
-                steps, end = self._decoder.steps, self._exact + every
-                for count in plan_steps(every, steps, self._decoder.max_context - end):
-                    part = np.array(self._tokens[self._exact : min(self._exact + count, end)])
-                    self._step(f"step_{count}", part, self._exact)
-                    self._exact += len(part)
+            end = self.position
+            if end - self._exact < least:
+                return
+            slack = self._decoder.max_context - end
+            for count in plan_steps(end - self._exact, self._decoder.steps, slack):
+                part = np.array(self._tokens[self._exact : min(self._exact + count, end)])
+                self._step(f"step_{count}", part, self._exact)
+                self._exact += len(part)
+
+    def check_mark(self, mark: tuple[int, int]) -> None:
+        """Check that the sequence is what it was when it had this `mark`.
+
+        Raises:
+            UsageError: Tokens were appended or dropped since.
+        """
+        if self.mark != mark:
+            raise UsageError(
+                f"this sequence was changed by others: it had {mark[1]} tokens, now it has "
+                f"{self.position} that may be different ones",
+                remedy="Finish one text before you begin another one on the same session.",
+            )
 
     def belongs_to(self, module: Module, adapter: str | None) -> bool:
         """Whether it is the sequence in progress of a module, with this adapter (None: any)."""
@@ -196,10 +226,12 @@ class Session:
             position: How many tokens to keep.
 
         Raises:
-            UsageError: There are not so many, or window layers have forgotten what they would need:
-                `can_rewind` tells.
+            UsageError: There are not so many, the session has ended, or window layers have forgotten
+                what they would need: `can_rewind` tells.
         """
+        position = _whole(position)
         with self.lock:
+            self._check_alive()
             if not 0 <= position <= self.position:
                 raise UsageError(
                     f"{position} tokens cannot be kept, the sequence has {self.position}"
@@ -212,6 +244,7 @@ class Session:
                 )
             if not position:
                 self._written = 0  # nothing is seen of what was before
+            self._turn += 1
             del self._tokens[position:]
             self._exact = min(self._exact, position)
 
@@ -274,12 +307,15 @@ class Session:
             yield logits[:valid]
 
     def _entry(self, name: str) -> Any:
+        self._check_alive()
+        return self._module.bind(name)
+
+    def _check_alive(self) -> None:
         if not self._module.owns(self._number):
             raise UsageError(
                 "this sequence has ended: another one began on the same module",
                 remedy="Load the artifact twice to generate two texts at a time.",
             )
-        return self._module.bind(name)
 
 
 @lru_cache(maxsize=1024)
@@ -349,6 +385,18 @@ def adapter_index(module: Module, name: str | None) -> int:
     return known.index(name)
 
 
+def _whole(position: Any) -> int:
+    """Return a position as a whole number.
+
+    Raises:
+        UsageError: It is none.
+    """
+    try:
+        return index(position)
+    except TypeError as error:
+        raise UsageError(f"{position!r} is no position: it must be a whole number") from error
+
+
 def check_ids(ids: Sequence[int] | Array, decoder: Decoder) -> npt.NDArray[np.int32]:
     """Return token ids as int32 `[n]`.
 
@@ -394,6 +442,11 @@ def generate_ids(
             remedy="Shorten the prompt, ask for fewer, or compile with a longer context.",
         )
     adapter_index(module, adapter)
+    if session is not None and not isinstance(session, Session):
+        raise UsageError(
+            f"session is {session!r}, which is none",
+            remedy="Begin one with Module.session, or leave it out.",
+        )
     if session is not None and not session.belongs_to(module, adapter):
         raise UsageError(
             "this session is of another module or adapter, or has ended",
@@ -463,12 +516,14 @@ def _generate(
     if not count:
         return
     session = module.session(adapter) if session is None else session
-    stats.reused_tokens = session.keep_prefix(ids)
+    with session.lock:
+        stats.reused_tokens = session.keep_prefix(ids)
+        mark = session.mark
     meter = open_meter(module.manifest.target.kind)
     stats.joules_reason = meter.reason or "no token after the first"
     try:
         start = time.perf_counter()
-        token = _next(session, ids[stats.reused_tokens :], sampling)
+        token, mark = _next(session, ids[stats.reused_tokens :], sampling, mark)
         stats.prefill_seconds = time.perf_counter() - start
         meter.start()
         for made in range(1, count + 1):
@@ -481,7 +536,7 @@ def _generate(
             yield token
             if made < count:
                 start = time.perf_counter()
-                token = _next(session, [token], sampling, decode=True)
+                token, mark = _next(session, [token], sampling, mark, decode=True)
                 stats.decode_seconds += time.perf_counter() - start
                 meter.keep()
     finally:
@@ -492,8 +547,15 @@ def _generate(
 
 
 def _next(
-    session: Session, ids: Sequence[int] | Array, sampling: Sampling, *, decode: bool = False
-) -> int:
+    session: Session,
+    ids: Sequence[int] | Array,
+    sampling: Sampling,
+    mark: tuple[int, int],
+    *,
+    decode: bool = False,
+) -> tuple[int, tuple[int, int]]:
+    """Append tokens to what the session held at a mark; returns the next token and the new mark."""
     with session.lock:  # the logits are memory of the module
+        session.check_mark(mark)
         (logits,) = session.logits(session.append(ids, decode=decode))
-        return sample(logits[0], sampling, session.position)
+        return sample(logits[0], sampling, session.position), session.mark

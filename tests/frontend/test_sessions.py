@@ -115,3 +115,118 @@ def test_any_way_back_and_forth_ends_where_a_fresh_sequence_does(module, moves, 
     ids = session.tokens
     got = logits(session, session.append([7]))
     np.testing.assert_allclose(got, fresh(module, [*ids, 7]), rtol=5e-4, atol=5e-4)
+
+
+# -- attention policies that decode apart ----------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def resa(saved, tmp_path_factory):
+    """The same model under a policy that makes its caches exact again after every fourth token."""
+    folder = tmp_path_factory.mktemp("resa")
+    source, text = saved("qwen2-window")[1], "resa:p=0.1,block=4,least=2,f=4"
+    return mc.compile(
+        source, db=folder / "records.db", max_context=CONTEXT, threads=1, attention=text
+    ).module()
+
+
+def check_exact(module, session):
+    """Every key and every bound must be what the tokens have as a prompt."""
+    logits(session, session.append([7]))
+    ids = session.tokens
+    got = logits(session, session.append([9], decode=True))
+    again = module.session()
+    again.append(ids)
+    expected = logits(again, again.append([9], decode=True))
+    np.testing.assert_allclose(got, expected, rtol=5e-4, atol=5e-4)
+
+
+@pytest.mark.slow
+def test_a_prompt_after_decoded_tokens_makes_them_exact_while_rings_hold_what_they_see(resa, tools):
+    session = resa.session()
+    session.append(tools.prompt(20))
+    for token in (3, 4, 5):  # one less than is run again
+        session.append([token], decode=True)
+    session.append(tools.prompt(280, seed=2))  # rings have forgotten what the three see
+    assert session.keep_prefix(session.tokens) == session.position == 302
+    check_exact(resa, session)
+
+
+@pytest.mark.slow
+def test_what_nobody_asked_for_after_a_step_is_made_exact_before_the_next(resa, tools):
+    session = resa.session()
+    session.append(tools.prompt(20))
+    for token in range(9):
+        next(session.chunks([token], decode=True))  # given up right after its hidden state
+    check_exact(resa, session)
+
+
+@pytest.mark.slow
+@settings(max_examples=40)
+@given(
+    st.lists(
+        st.tuples(st.booleans(), st.integers(1, 310), st.floats(0, 1)), min_size=1, max_size=6
+    ),
+    st.integers(0, 99),
+)
+def test_decoding_reading_and_going_back_leave_what_a_prompt_would(resa, moves, seed):
+    rng = np.random.default_rng(seed)
+    session = resa.session()
+    session.append([5])
+    for decode, count, part in moves:
+        count = min(count % 12 + 1 if decode else count, CONTEXT - 4 - session.position)
+        for ids in rng.integers(0, 257, (count, 1)) if decode else [rng.integers(0, 257, count)]:
+            if len(ids):
+                session.append(ids, decode=decode)
+        back = int(session.position * part)
+        if back and session.can_rewind(back):
+            session.rewind(back)
+    check_exact(resa, session)
+
+
+# -- mistakes --------------------------------------------------------------------------------------
+
+
+def test_two_texts_on_one_session_do_not_mix(module, tools):
+    session = module.session()
+    one = module.generate_ids(tools.prompt(9), 8, session=session, stop_at_eos=False)
+    begun = [next(one) for _ in range(4)]
+    other = list(module.generate_ids(tools.prompt(12, seed=2), 8, session=session))
+    with pytest.raises(UsageError, match="changed by others"):
+        next(one)
+    assert begun and other
+    # as long as before, but other tokens
+    one = module.generate_ids(tools.prompt(9), 8, session=session, stop_at_eos=False)
+    next(one)
+    session.rewind(0)
+    session.append(tools.prompt(9, seed=3))
+    with pytest.raises(UsageError, match="changed by others"):
+        next(one)
+
+
+def test_steps_that_others_step_into_do_not_run_beyond_the_context(module, tools):
+    session = module.session()
+    steps = session.chunks(tools.prompt(300))
+    next(steps)
+    held = session.position
+    assert 0 < held < 300  # or nothing is tested
+    session.append(tools.prompt(10))
+    with pytest.raises(UsageError, match=f"had {held} tokens, now it has {held + 10}"):
+        list(steps)
+
+
+def test_wrong_types_and_ended_sessions_are_refused(module, tools):
+    with pytest.raises(UsageError, match="session is 5, which is none"):
+        module.generate_ids(tools.prompt(3), 1, session=5)
+    session = module.session()
+    session.append(tools.prompt(5))
+    for wrong in ("3", None, 2.0):
+        with pytest.raises(UsageError, match="is no position"):
+            session.rewind(wrong)
+    session.rewind(np.int64(4))
+    assert session.position == 4
+    module.session()
+    for change in (lambda: session.rewind(2), lambda: session.keep_prefix(tools.prompt(3))):
+        with pytest.raises(UsageError, match="has ended"):
+            change()
+    assert session.position == 4
