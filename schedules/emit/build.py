@@ -7,11 +7,13 @@ allocator), and LLVM promotes them to machine registers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from mimo_compile._tvm import compiler
+from mimo_compile.errors import UsageError
 from mimo_compile.ir.ops.base import Arg
 
 compiler()
@@ -19,6 +21,8 @@ from tvm.script.ir_builder import IRBuilder, tirx
 
 T: Any = tirx
 """TVM's vocabulary of statements and expressions."""
+MOST = 2**31
+"""Elements of an array: indices have 32 bits, and those of a greater one would wrap around."""
 
 
 def function(name: str, args: Sequence[Arg], body: Callable[..., None]) -> Any:
@@ -28,7 +32,16 @@ def function(name: str, args: Sequence[Arg], body: Callable[..., None]) -> Any:
         name: Its global symbol.
         args: Names, shapes and dtypes of the parameters, none of which overlap in memory.
         body: Called with one buffer for each parameter.
+
+    Raises:
+        UsageError: An array has more than `MOST` elements.
     """
+    for arg in args:
+        if math.prod(arg.shape) > MOST:
+            raise UsageError(
+                f"{name}: {arg.name} {list(arg.shape)} has more than 2^31 elements",
+                remedy="make it shorter: a smaller capacity, or fewer rows",
+            )
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name(name)
         T.func_attr({"tirx.noalias": True, "global_symbol": name})
@@ -99,6 +112,8 @@ def prefetch(buffer: Any, *index: Any, near: bool = True) -> None:
         index: An element of it.
         near: Into the first-level cache, not the second.
     """
+    if math.prod(int(n) for n in buffer.shape) >= MOST:  # TVM has 32 bits for their number
+        index = tuple(T.cast(i, "int64") if not isinstance(i, int) else T.int64(i) for i in index)
     place = T.address_of(buffer[tuple(index)])
     T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", place, 0, 3 if near else 2, 1))
 

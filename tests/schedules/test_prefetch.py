@@ -11,13 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mimo_compile._tvm import empty_aligned, from_numpy, load_object
+from mimo_compile.errors import UsageError
 from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.hardware import local_cpu
 from mimo_compile.ir.ops import parse_workload
 from mimo_compile.ir.ops.base import Arg
 from mimo_compile.schedules import get_schedule, schedules_for
 from mimo_compile.schedules.base import Kernel
-from mimo_compile.schedules.compile import compile_kernel
+from mimo_compile.schedules.compile import assembly, compile_kernel
 from mimo_compile.schedules.emit import tile
 from mimo_compile.schedules.emit.build import function, loop, store
 from mimo_compile.schedules.mpgemm.gemm import AHEAD
@@ -86,3 +87,27 @@ def test_defaults_ask_for_weights_in_memory():
     for m, n, asks in ((1, 4096, True), (4, 4096, True), (16, 4096, True), (16, 64, False)):
         workload = parse_workload(f"mpgemm:m={m},n={n},k=4096,w=w4g64,a=a8")
         assert bool(schedule.space(workload, CPU).default.prefetch) == asks
+
+
+BIG = [
+    ("sparse_attention.x86_lists", ",hs=8,block=64,kmax=16"),
+    ("cached_attention.x86_flash", ""),
+]
+
+
+def big(name, more, cap):
+    schedule = get_schedule(name)
+    workload = parse_workload(f"{schedule.op}:t=1,h=8,kv=8,d=128,dv=128,cap={cap}{more}")
+    config = dataclasses.replace(schedule.space(workload, CPU).default, ahead=1, parallel=False)
+    return schedule.lower(workload, config, CPU)
+
+
+@pytest.mark.parametrize(("name", "more"), BIG)
+def test_greatest_caches_are_asked_for(name, more):
+    assert "prefetch" in assembly([big(name, more, 2**21)], CPU)
+
+
+@pytest.mark.parametrize(("name", "more"), BIG)
+def test_caches_whose_indices_would_wrap_around_are_refused(name, more):
+    with pytest.raises(UsageError, match=r"k_cache .* more than 2\^31 elements"):
+        big(name, more, 2**21 + 16)
