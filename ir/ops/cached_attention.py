@@ -24,7 +24,7 @@ from mimo_compile.errors import UsageError
 from mimo_compile.ir import kv_groups, kv_rounding
 from mimo_compile.ir.caches import check_cache_format, check_cache_order, parse_cache_format
 from mimo_compile.ir.counts import Counts
-from mimo_compile.ir.ops import int8_attention
+from mimo_compile.ir.ops import edge_keys, int8_attention
 from mimo_compile.ir.ops.base import Arg, Array, OpDef, Param
 from mimo_compile.ir.ops.numerics import U32
 from mimo_compile.ir.workload import Workload
@@ -216,7 +216,10 @@ class CachedAttention(OpDef):
         return (*out, *states, Arg("out", "output", (p["t"], p["h"], p["dv"]), "float32"))
 
     def make_inputs(self, workload: Workload, rng: np.random.Generator) -> dict[str, Array]:
-        """Draw normal q, k, v; what no query sees holds NaN, which must not reach the output."""
+        """Draw normal q, k, v; what no query sees holds NaN, which must not reach the output.
+
+        Values at the ends of what queries see are heavy where kernels may round; see `edge_keys`.
+        """
         p = self.full(workload)
         length = self.kv_length(p)
         if fmt := kv_groups.grouped(p):
@@ -229,6 +232,8 @@ class CachedAttention(OpDef):
                 rng.standard_normal((length, p["kv"], n), dtype=np.float32)
                 for n in (p["d"], p["dv"])
             )
+            edges = edge_keys.edges_of_range(length - p["t"], p["t"], 0, fmt.group)
+            v[edges] *= np.float32(edge_keys.heaviness(length))
             out |= kv_groups.encoded(
                 k, v, length - p["t"], p["cap"], kv_groups.tail_of(p, fmt), fmt
             )
@@ -242,6 +247,11 @@ class CachedAttention(OpDef):
         if length < p["cap"]:
             out["k_cache"][length:] = np.nan
             out["v_cache"][length:] = np.nan
+        if parse_cache_format(p["c"]).unit and p["arith"] == "float":
+            edges = edge_keys.edges_of_range(length - p["t"], p["t"], p["window"])
+            slots = [at % p["cap"] for at in edges if at >= length - p["cap"]]
+            seen = min(length, p["window"] or length)
+            out["v_cache"][slots] *= np.float32(edge_keys.heaviness(seen))
         for name in ("k_cache", "v_cache"):
             out[name] = parse_cache_format(p["c"]).encode(out[name])
         return out

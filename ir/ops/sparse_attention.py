@@ -23,6 +23,7 @@ from torch import Tensor
 from mimo_compile.errors import UsageError
 from mimo_compile.ir.caches import check_cache_order, parse_cache_format
 from mimo_compile.ir.counts import Counts
+from mimo_compile.ir.ops import edge_keys
 from mimo_compile.ir.ops.base import Arg, Array, OpDef, Param
 from mimo_compile.ir.ops.block_lists import blocks_of, check_lists, listed_keys, row_spans, to_lists
 from mimo_compile.ir.ops.cached_attention import DRAWS
@@ -182,7 +183,10 @@ class SparseAttention(OpDef):
         )
 
     def make_inputs(self, workload: Workload, rng: np.random.Generator) -> dict[str, Array]:
-        """Draw lists of the row's visible blocks, mostly full; all that no row lists holds NaN."""
+        """Draw lists of the row's visible blocks, mostly full; all that no row lists holds NaN.
+
+        Values at the ends of runs that are seen are heavy where kernels may round; see `edge_keys`.
+        """
         p = self.full(workload)
         length = self.kv_length(p)
         out: dict[str, Array] = {
@@ -214,9 +218,23 @@ class SparseAttention(OpDef):
             slots = out["table"][slots // p["page"]] * p["page"] + slots % p["page"]
         out["k_cache"][slots[~read]] = np.nan
         out["v_cache"][slots[~read]] = np.nan
+        if parse_cache_format(p["c"]).unit:
+            self._weigh_edges(p, out, slots)
         for name in ("k_cache", "v_cache"):
             out[name] = parse_cache_format(p["c"]).encode(out[name])
         return out
+
+    def _weigh_edges(self, p: Mapping[str, Any], out: dict[str, Array], slots: Array) -> None:
+        """Make values at the ends of some runs heavy that the first and the last query see."""
+        start, valid = out["pos"].tolist()
+        queries = [(0, start), (len(out["idx"]) - 1, start + valid - 1)]
+        found = edge_keys.edges_of_lists(out["idx"], out["cnt"], queries, p["block"], p["window"])
+        seen = min(start + valid, p["kmax"] * p["block"] + p["window"])
+        heavy = np.ones((p["cap"], p["kv"], 1), np.float32)
+        for head, edges in enumerate(found):
+            first, last = head * p["kv"] // p["hs"], ((head + 1) * p["kv"] - 1) // p["hs"]
+            heavy[slots[edges], first : last + 1] = edge_keys.heaviness(seen)
+        out["v_cache"] *= heavy
 
     def _attend(
         self,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mimo_compile.errors import UsageError
 from mimo_compile.ir.caches import FORMATS, parse_cache_format, scheme_cache_format
 from mimo_compile.ir.hardware import PRESETS, local_cpu
-from mimo_compile.ir.ops import get_op, parse_workload
+from mimo_compile.ir.ops import edge_keys, get_op, parse_workload
 from mimo_compile.ir.ops.numerics import bf16_to_f32, f32_to_bf16
 from mimo_compile.schedules import get_schedule
 from mimo_compile.schedules.attention.layout import cache_shapes, pack_caches, unpack_caches
@@ -39,8 +39,12 @@ def poisoned(text, start, valid, seed=0):
     workload = parse_workload(text)
     inputs = OP.make_inputs(workload, np.random.default_rng(seed))
     rng = np.random.default_rng(seed)
+    window = OP.full(workload)["window"]
+    edges = edge_keys.edges_of_range(start, valid, window)
     for name in ("k_cache", "v_cache"):
         values = rng.standard_normal(inputs[name].shape, dtype=np.float32)
+        if name == "v_cache":
+            values[np.array(edges) % len(values)] *= edge_keys.heaviness(window or start + valid)
         inputs[name] = f32_to_bf16(values)
         inputs[name][min(start + valid, len(values)) :] = NAN
     inputs["q"][valid:] = np.nan
@@ -149,8 +153,9 @@ def test_the_bound_refuses_a_missed_key_and_a_key_too_many():
     want = OP.reference(workload, given_)
     bound = OP.bound(workload, given_, want)["out"]
     for wrong in (149, 151):
-        keys = {n: np.where(given_[n] == NAN, 0x3F80, given_[n]).astype(np.uint16) for n in given_
-                if n.endswith("cache")}  # fmt: skip
+        fill = {"k_cache": 0x3F80, "v_cache": 0x4240}  # 1; 48, as heavy as the edges
+        keys = {n: np.where(given_[n] == NAN, x, given_[n]).astype(np.uint16)
+                for n, x in fill.items()}  # fmt: skip
         other = OP.reference(workload, {**given_, **keys, **pos(wrong, 1)})["out"]
         assert (np.abs(other - want["out"]) > bound).any()
 

@@ -1,0 +1,109 @@
+"""Bounds of caches whose kernels may round refuse a result without one key at an edge, at any length."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from mimo_compile.ir import kv_groups
+from mimo_compile.ir.ops import get_op, parse_workload
+from mimo_compile.ir.ops.block_lists import listed_keys
+from mimo_compile.ir.ops.cached_attention import attend_seen
+from mimo_compile.ir.ops.edge_keys import edges_of_lists, edges_of_range
+from mimo_compile.ir.ops.numerics import bf16_to_f32
+
+DENSE, SPARSE = get_op("cached_attention"), get_op("sparse_attention")
+LENGTHS = [64, 1024, pytest.param(16384, marks=pytest.mark.slow)]
+HEADS = "t=1,h=8,kv=4,d=32,dv=16"
+
+
+def made(op, text):
+    """Return the workload's parameters, inputs, reference and bound."""
+    workload = parse_workload(text)
+    inputs = op.make_inputs(workload, np.random.default_rng(3))
+    want = op.reference(workload, inputs)
+    return op.full(workload), inputs, want["out"], op.bound(workload, inputs, want)["out"]
+
+
+def attended(p, inputs, k, v, seen):
+    """Return what the one query finds among keys that it sees, in float64."""
+    q = torch.from_numpy(inputs["q"]).double()
+    v = torch.where(seen[0][:, None, None], v.double(), 0)
+    return attend_seen(q, k.double(), v, seen, 1, None, p["d"] ** -0.5).numpy()
+
+
+def refuses(p, inputs, want, bound, k, v, seen, keys):
+    """Assert that all keys give the reference, and that each of `keys` is missed."""
+    assert np.allclose(attended(p, inputs, k, v, seen), want)
+    for key in keys:
+        assert seen[0, key]
+        less = seen.clone()
+        less[0, key] = False
+        off = np.abs(attended(p, inputs, k, v, less) - want) / bound
+        assert off.max() > 1.1, f"without key {key}: {off.max():.3g} of the bound"
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("windowed", [False, True])
+def test_bfloat16(length, windowed):
+    shape = f"cap={length + 70},window={length},len={3 * length}" if windowed else f"cap={length}"
+    p, inputs, want, bound = made(DENSE, f"cached_attention:{HEADS},c=bf16,{shape}")
+    query = int(inputs["pos"][0])
+    visible = np.arange(query - length + 1, query + 1) if windowed else np.arange(length)
+    k, v = (torch.from_numpy(bf16_to_f32(inputs[n])[visible % p["cap"]]) for n in
+            ("k_cache", "v_cache"))  # fmt: skip
+    refuses(
+        p, inputs, want, bound, k, v, torch.ones((1, length), dtype=torch.bool), [0, length - 1]
+    )
+    if windowed:  # a key too many
+        more = np.r_[visible[0] - 1, visible]
+        k, v = (torch.from_numpy(bf16_to_f32(inputs[n])[more % p["cap"]]) for n in
+                ("k_cache", "v_cache"))  # fmt: skip
+        got = attended(p, inputs, k, v, torch.ones((1, length + 1), dtype=torch.bool))
+        assert (np.abs(got - want) > bound).any()
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("c", sorted(kv_groups.GROUPED))
+def test_groups(length, c):
+    text = f"cached_attention:{HEADS},c={c},cap={2 * length},len={length + 21}"
+    p, inputs, want, bound = made(DENSE, text)
+    states = {n: torch.from_numpy(inputs[n]) for n in kv_groups.STATES}
+    pos = torch.from_numpy(inputs["pos"])
+    k, v, seen = kv_groups.visible(states, pos, 1, kv_groups.GROUPED[c], torch.float64)
+    keys = [0, length - 1, length, length + 20]
+    refuses(p, inputs, want, bound, k, v, seen, keys)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("lists", ["block=16", "block=64,window=40", "block=1,hs=1"])
+def test_lists(length, lists):
+    size = int(lists.split(",")[0].split("=")[1])
+    heads = "" if "hs" in lists else "hs=4,"
+    text = f"sparse_attention:{HEADS},{heads}{lists},c=bf16,cap={2 * length},page=16"
+    p, inputs, want, bound = made(SPARSE, f"{text},kmax={length // size}")
+    query = int(inputs["pos"][0])
+    k, v = (bf16_to_f32(inputs[n]) for n in ("k_cache", "v_cache"))
+    edges = edges_of_lists(inputs["idx"], inputs["cnt"], [(0, query)], size, p["window"])
+    for head in range(p["kv"]):
+        mine = head * p["hs"] // p["kv"]
+        ids = torch.from_numpy(inputs["idx"][0, mine][: inputs["cnt"][0, mine]])
+        seen = listed_keys(ids, query, size, p["window"]).numpy()
+        slots = inputs["table"][seen // 16] * 16 + seen % 16
+        rows = slice(2 * head, 2 * head + 2)
+        refuses(
+            p, {"q": inputs["q"][:, rows]}, want[:, rows], bound[:, rows],
+            *(torch.from_numpy(a[slots, head][:, None]) for a in (k, v)),
+            torch.ones((1, len(seen)), dtype=torch.bool), np.searchsorted(seen, edges[mine]),
+        )  # fmt: skip
+        assert {0, len(seen) - 1} <= set(np.searchsorted(seen, edges[mine]).tolist())
+
+
+def test_edges():
+    assert edges_of_range(0, 1, 0) == [0]
+    assert edges_of_range(9, 1, 4) == [5, 6, 9]
+    assert edges_of_range(8, 3, 0) == [0, 8, 9, 10]
+    assert edges_of_range(70, 1, 0, 64) == [0, 63, 64, 70]
+    idx = np.array([[[0, 2, 3, -1]]], np.int32)
+    assert edges_of_lists(idx, np.array([[3]]), [(0, 14)], 4, 2) == [[0, 3, 8, 14]]
