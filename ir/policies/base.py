@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from math import isnan
 from typing import Any, ClassVar, Literal
 
 from mimo_compile.errors import UsageError
@@ -19,11 +20,21 @@ Kind = Literal["full", "window", "select", "reuse", "quantised"]
 """full: sees everything, chooses nothing; window: the last positions (and sinks); select: makes a list;
 reuse: follows an earlier layer's list; quantised: sees everything in a low-bit cache."""
 ARITHMETIC = ("float", "int8", "int8half")
+MOST = 1 << 28
+"""Greatest value of an argument: longer than any context, and sums of some fit 32 bits."""
 
 
-def arg(default: Value, doc: str, *, low: float = 0, choices: tuple[str, ...] = ()) -> Any:
-    """Declare an argument of a policy: default, meaning, least value or allowed words."""
-    return field(default=default, metadata={"doc": doc, "low": low, "choices": choices})
+def arg(
+    default: Value,
+    doc: str,
+    *,
+    low: float = 0,
+    high: float = MOST,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    """Declare an argument of a policy: default, meaning, least and greatest value or allowed words."""
+    limits = {"low": low, "high": high, "choices": choices}
+    return field(default=default, metadata={"doc": doc, **limits})
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,8 +163,13 @@ class AttentionPolicy(ABC):
                     f"--attention {self.name}: {f.name}={value} is unknown",
                     remedy=f"choose from {', '.join(choices)}",
                 )
-            if low is not None and not isinstance(value, str) and value < low:
-                raise UsageError(f"--attention {self.name}: {f.name}={value} is below {low:g}")
+            if low is None or isinstance(value, str):
+                continue
+            high = f.metadata["high"]
+            if not low <= value <= high:  # written so that nan is refused
+                side = f"above {high:.12g}" if value > high else f"below {low:g}"
+                side = "no number" if isnan(value) else side
+                raise UsageError(f"--attention {self.name}: {f.name}={value} is {side}")
         if problem := self.problem():
             raise UsageError(f"--attention {self.name}: {problem}")
 
@@ -187,6 +203,14 @@ class AttentionPolicy(ABC):
     def kept_window(self) -> int:
         """Last positions that the listed branch always sees."""
         return 0
+
+    @property
+    def sees_all(self) -> int:
+        """Most tokens of which nothing is left out; a little too many where blocks are cut off."""
+        chosen = self.select
+        if chosen is None:
+            return self.kept_window
+        return MOST if chosen.share >= 1 else chosen.k * self.block + self.kept_window
 
     @property
     def branch_window(self) -> int:

@@ -24,7 +24,7 @@ class HySparse2(AttentionPolicy):
     every: int = arg(12, "one layer in so many is full", low=1)
     tokens: int = arg(1024, "tokens that are attended to besides the window", low=1)
     window: int = arg(128, "last positions that are always attended to", low=1)
-    bridge: int = arg(1, "1: the second half reads the first half's hidden states")
+    bridge: int = arg(1, "1: the second half reads the first half's hidden states", high=1)
 
     @property
     def score(self) -> Score:

@@ -20,12 +20,17 @@ class Stream(AttentionPolicy):
 
     sink: int = arg(4, "first positions that stay")
     recent: int = arg(1020, "last positions that stay, the token's own included", low=1)
-    rolling: int = arg(1, "1: positions are counted in the cache; 0: in the text")
+    rolling: int = arg(1, "1: positions are counted in the cache; 0: in the text", high=1)
 
     @property
     def kept_window(self) -> int:
         """The recent positions."""
         return self.recent
+
+    @property
+    def sees_all(self) -> int:
+        """Sinks and recent positions."""
+        return self.sink + self.recent
 
     def role_alone(self, layer: int) -> LayerRole:
         """Every layer is the same."""
