@@ -33,9 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokens",
         type=positive,
-        default=96,
         metavar="N",
-        help="compare logits of N tokens (default: 96)",
+        help="compare logits of N tokens (default: 96, after as many as an attention policy needs to "
+        "leave something out)",
     )
     parser.add_argument(
         "--perplexity", action="store_true", help="compare perplexity, compiled against eager, too"
@@ -104,7 +104,7 @@ def _show(console: Console, found: Verification) -> None:
         console.say(
             f"end to end, {whole.rows} rows against eager torch: {state}; error over the row's largest: "
             f"median {whole.median_error:.1e}, p95 {whole.p95_error:.1e} (bound {whole.bound_p95:.0e}), "
-            f"max {whole.max_error:.1e}"
+            f"decoded {whole.decoded_median:.1e}, max {whole.max_error:.1e}"
             + (f" (bound {whole.bound_max:.0e})" if whole.bound_max < 1e30 else "")
             + f"; same largest logit in {100 * whole.same_choice:.1f} %"
         )

@@ -1,0 +1,55 @@
+"""What `verify` runs end to end, and that wrong rows among many right ones are found."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from mimo_compile import verify
+
+
+def manifest(policy, context, rerun=0):
+    return SimpleNamespace(
+        attention=policy, decoder=SimpleNamespace(max_context=context, rerun=rerun)
+    )
+
+
+def test_decoded_rows_cannot_hide_among_those_of_a_long_prompt():
+    reference = np.random.default_rng(0).standard_normal((400, 9))
+    bound = verify.LogitsBound(1e-3, math.inf)
+    assert verify._compare(reference, reference, bound, decoded=8).ok
+    wrong = reference.copy()
+    wrong[-8:] *= 1.5
+    found = verify._compare(wrong, reference, bound, decoded=8)
+    assert found.p95_error <= found.bound_p95 and found.decoded_median > 0.4 and not found.ok
+    # one that chose otherwise where scores nearly tie
+    wrong[-7:] = reference[-7:]
+    assert verify._compare(wrong, reference, bound, decoded=8).ok
+
+
+@pytest.mark.parametrize(
+    ("policy", "context", "asked", "rerun", "count", "all_seen"),
+    [
+        ("model", 4096, None, 0, 96, False),
+        ("full", 64, None, 0, 64, False),
+        ("quest", 4096, None, 0, 1024 + 8, False),
+        ("quest", 4096, 200, 0, 200, True),
+        ("quest", 512, None, 0, 512, True),
+        ("lessismore", 4096, None, 0, 2048 + 8, False),
+        ("moba", 4096, None, 0, 3 * 512 + 8, False),
+        ("stream", 4096, None, 0, 1024 + 8, False),
+        ("resa", 4096, None, 32, 16 * 16 + 34, False),
+        ("resa:p=1", 4096, None, 32, 96, True),
+        ("window:size=8", 4096, None, 0, 96, False),
+    ],
+)
+def test_so_many_tokens_are_run_that_a_policy_leaves_something_out(
+    policy, context, asked, rerun, count, all_seen
+):
+    notes: list[str] = []
+    found = verify.compared_tokens(manifest(policy, context, rerun), asked, notes)
+    assert found == count
+    assert bool(notes) == all_seen and all("nothing was left out" in note for note in notes)
