@@ -7,7 +7,8 @@ wraps; with pages (``page > 0``) position j lives in slot ``table[j // page] * p
 
 The sink is a phantom key with logit ``sink[h]`` and zero value. ``lse`` is the logarithm, base e, of the
 softmax denominator, the sink's share included. A row that sees nothing gives 0 and an lse of -inf (with a
-sink: the sink's logit); padding gives 0 and -inf.
+sink: the sink's logit); padding gives 0 and -inf. Values at positions up to the newest token's must be
+finite: a kernel may multiply what one of several tokens does not see yet by zero.
 """
 
 from __future__ import annotations
@@ -63,11 +64,13 @@ def attend_lists(
             if logits.shape[1] == 0:
                 continue
             top = logits.amax(1, keepdim=True)
+            top = torch.where(top == -math.inf, 0, top)  # a sink that is -inf, and nothing else
             weights = torch.exp(logits - top)
             phantom, weights = weights.split([logits.shape[1] - len(slots), len(slots)], 1)
             weights = weights if disturb is None else disturb(weights)
             total = weights.sum(1, keepdim=True) + phantom.sum(1, keepdim=True)
-            out[i, mine] = weights @ v_cache[slots, kv].to(q.dtype) / total
+            values = weights @ v_cache[slots, kv].to(q.dtype)
+            out[i, mine] = torch.where(total == 0, 0, values / total)
             lse[i, mine] = (top + total.log())[:, 0]
     return out, lse
 
@@ -267,33 +270,47 @@ class SparseAttention(OpDef):
         16-bit caches: as there, kernels may round q and the weights, so four times the largest error of runs
         with random roundings is allowed, too. An infinite lse must be met exactly.
         """
-        p = self.full(workload)
-        stored = parse_cache_format(p["c"])
-        vmax = np.nanmax(np.abs(stored.decode(inputs["v_cache"])), initial=0.0)
-        finite = np.isfinite(expected["lse"])
-        lse = np.where(finite, expected["lse"], 0.0)
-
-        def errors(disturb: Callable[[Tensor], Tensor] | None) -> tuple[Array, Array]:
-            out, got = self._attend(workload, inputs, torch.float32, disturb)
-            off = np.abs(np.where(finite, got, 0.0) - lse).max(axis=0, keepdims=True)
-            return np.abs(out - expected["out"]).max(axis=(0, 2), keepdims=True), off
-
+        stored = parse_cache_format(self.full(workload)["c"])
+        most = self.exact_bound(workload, inputs, expected)
         draw = torch.Generator().manual_seed(0)
 
         def rounded(x: Tensor) -> Tensor:
             signs = torch.randint(0, 2, x.shape, generator=draw).to(x.dtype)
             return x * (1 + stored.unit * (2 * signs - 1))
 
-        error, off = errors(None)
-        most = {"out": 8 * error + 32 * U32 * vmax, "lse": 8 * off + 16 * U32 * (1 + np.abs(lse))}
         for _ in range(DRAWS if stored.unit else 0):
-            error, off = errors(rounded)
-            most = {
-                "out": np.maximum(most["out"], 4 * error),
-                "lse": np.maximum(most["lse"], 4 * off),
-            }
-        most["lse"] = np.where(finite, most["lse"], 0.0)
+            errors = self._errors(workload, inputs, expected, rounded)
+            most = {n: np.maximum(most[n], 4 * errors[n]) for n in most}
+        most["lse"] = np.where(np.isfinite(expected["lse"]), most["lse"], 0.0)
+        return most
+
+    def exact_bound(
+        self, workload: Workload, inputs: Mapping[str, Array], expected: Mapping[str, Array]
+    ) -> dict[str, Array]:
+        """Bound arithmetic that rounds neither q nor the weights of 16-bit caches: see `bound`."""
+        stored = parse_cache_format(self.full(workload)["c"])
+        vmax = np.nanmax(np.abs(stored.decode(inputs["v_cache"])), initial=0.0)
+        errors = self._errors(workload, inputs, expected, None)
+        lse = np.where(np.isfinite(expected["lse"]), expected["lse"], 0.0)
+        most = {
+            "out": 8 * errors["out"] + 32 * U32 * vmax,
+            "lse": 8 * errors["lse"] + 16 * U32 * (1 + np.abs(lse)),
+        }
+        most["lse"] = np.where(np.isfinite(expected["lse"]), most["lse"], 0.0)
         return {n: np.broadcast_to(most[n], expected[n].shape).copy() for n in most}
+
+    def _errors(
+        self, workload: Workload, inputs: Mapping[str, Array], expected: Mapping[str, Array],
+        disturb: Callable[[Tensor], Tensor] | None,
+    ) -> dict[str, Array]:  # fmt: skip
+        """Return the largest errors of plain float32 of each head, in shapes that broadcast."""
+        out, lse = self._attend(workload, inputs, torch.float32, disturb)
+        finite = np.isfinite(expected["lse"])
+        off = np.abs(np.where(finite, lse, 0.0) - np.where(finite, expected["lse"], 0.0))
+        return {
+            "out": np.abs(out - expected["out"]).max(axis=(0, 2), keepdims=True),
+            "lse": off.max(axis=0, keepdims=True),
+        }
 
     def counts(self, workload: Workload) -> Counts:
         """Listed keys and values once for each KV head, as if its lists agreed; q, out and lists once."""

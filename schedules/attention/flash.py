@@ -257,10 +257,14 @@ def only(kept: Any, at: Any, lanes: int) -> AbstractContextManager[None]:
 
 def factor(top: Any, total: Any, sink: Any | None) -> Any:
     """Return what a row's sum of values is multiplied with; here the sink (base 2) joins, once."""
+    zero = T.float32(0)
     if sink is None:
-        return bind(T.if_then_else(total > T.float32(0), T.float32(1) / total, T.float32(0)))
+        return bind(T.if_then_else(total > zero, T.float32(1) / total, zero))
     high = bind(T.max(top, sink))
-    return bind(exp2(top - high, 1) / (total * exp2(top - high, 1) + exp2(sink - high, 1)))
+    own = Register("float32", 1, exp2(top - high, 1))
+    whole = Register("float32", 1, total * own.get() + exp2(sink - high, 1))
+    share = own.get() / whole.get()
+    return bind(T.if_then_else(whole.get() > zero, share, zero))  # zero: no key, and a sink of -inf
 
 
 def write_row(out: Any, token: Any, head: Any, dv: int, valid: Any, value: Any) -> None:

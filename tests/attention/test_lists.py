@@ -9,7 +9,7 @@ import contract
 import numpy as np
 import pytest
 from contract import OP, Case, cases
-from harness import check, sample_config
+from harness import check, compare, sample_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,6 +21,8 @@ from mimo_compile.schedules import get_schedule, schedules_for
 from mimo_compile.schedules.attention.layout import cache_shapes, pack_caches, unpack_caches
 from mimo_compile.schedules.attention.lists import ListTiling
 from mimo_compile.schedules.attention.lists_work import visits
+from mimo_compile.schedules.attention.pairs import EXACT
+from mimo_compile.schedules.attention.rows import EXACT_ROWS
 from mimo_compile.schedules.compile import assembly
 
 CPU = local_cpu()
@@ -39,8 +41,20 @@ def attend(workload, inputs):
     schedule = SCHEDULE[p["c"]]
     if seed % 2:
         schedule, workload = ROWS[p["c"]], by_rows(workload)
-    config = sample_config(schedule, workload, CPU, seed)
-    return check(schedule, workload, config, inputs=inputs).outputs
+    return proved(schedule, workload, sample_config(schedule, workload, CPU, seed), inputs).outputs
+
+
+def proved(schedule, workload, config=None, inputs=None):
+    """Check a config; arithmetic that rounds nothing of 16-bit caches must meet the bound of float32."""
+    workload = parse_workload(workload) if isinstance(workload, str) else workload
+    config = config or schedule.space(workload, CPU).default
+    seen = check(schedule, workload, config, inputs=inputs)
+    exact = EXACT_ROWS if OP.full(workload)["lay"] else EXACT
+    if getattr(config, "arith", "") in exact:
+        bounds = OP.exact_bound(workload, seen.inputs, seen.expected)
+        for name in ("out", "lse"):
+            compare(schedule.name, name, seen.outputs[name], seen.expected[name], bounds[name])
+    return seen
 
 
 def by_rows(workload):
@@ -101,8 +115,24 @@ WAYS = [
 @pytest.mark.parametrize("way", WAYS)
 def test_defaults(way, c):
     text = f"sparse_attention:{SMALL.replace('d=24', 'd=33')},{way},c={c}"
-    check(SCHEDULE[c], text)
-    check(ROWS[c], text + ",lay=rows")
+    proved(SCHEDULE[c], text)
+    proved(ROWS[c], text + ",lay=rows")
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+def test_no_key_and_a_sink_of_minus_infinity_give_zero(splits):
+    text = f"sparse_attention:t=1,{SMALL},cap=640,hs=8,block=16,kmax=40,sink=1"
+    given_ = OP.make_inputs(parse_workload(text), np.random.default_rng(0))
+    cnt, idx = np.full((1, 8), 40, np.int32), np.tile(np.arange(40, dtype=np.int32), (1, 8, 1))
+    cnt[:, ::2], idx[:, ::2] = 0, -1
+    sink = np.full(8, -np.inf, np.float32)
+    sink[6:] = 1
+    given_ = {n: np.nan_to_num(a) if n.endswith("_cache") else a for n, a in given_.items()}
+    given_ |= {"idx": idx, "cnt": cnt, "sink": sink}
+    config = dataclasses.replace(F32.space(parse_workload(text), CPU).default, splits=splits)
+    seen = check(F32, text, config, inputs=given_).outputs
+    assert (seen["out"][0, [0, 2, 4]] == 0).all() and np.isneginf(seen["lse"][0, [0, 2, 4]]).all()
+    assert (seen["out"][0, 6] == 0).all() and np.isclose(seen["lse"][0, 6], 1)
 
 
 @pytest.mark.parametrize("c", SCHEDULE)
