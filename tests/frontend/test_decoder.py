@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +11,15 @@ from safetensors.torch import load_file, save_file
 import mimo_compile as mc
 from mimo_compile.errors import UsageError
 from mimo_compile.frontend.huggingface import load_checkpoint, resolve_source
-from mimo_compile.frontend.models.decoder import STEP_TOKENS, LayerSpec, inverse_frequencies
+from mimo_compile.frontend.models.attend import attending, with_attention
+from mimo_compile.frontend.models.decoder import (
+    STEP_TOKENS,
+    DecoderConfig,
+    LayerSpec,
+    inverse_frequencies,
+)
 from mimo_compile.ir.formats import parse_scheme, parse_weight_format
+from mimo_compile.ir.policies import parse_policy
 from mimo_compile.quantize import quantize
 from mimo_compile.verify import verify_artifact
 
@@ -148,6 +156,30 @@ def test_cache_sizes():
     assert [full.capacity(n) for n in (1, 16, 17, 4096)] == [16, 16, 32, 4096]
     assert [ring.capacity(n) for n in (100, 384, 4096)] == [240, 384, 384]
     assert LayerSpec(4, 2, 8, 8, window=8).capacity(4096) == 272
+
+
+def test_a_window_that_leaves_nothing_out_costs_no_more_than_a_full_cache():
+    layers = tuple(LayerSpec(4, 2, 8, 8, window=n) for n in (0, 95, 96, 32768))
+    config = DecoderConfig("m", 32, 257, layers, 1e-6, False, 65536, mtp=layers[-1:])
+    short = config.with_context(96)
+    assert [spec.window for spec in (*short.layers, *short.mtp)] == [0, 95, 0, 0, 0]
+    assert short.layers[3].capacity(96) == 96
+    for text in ("window:size=4096,every=0", "stream:recent=4096,sink=0"):
+        under = with_attention(
+            DecoderConfig("m", 32, 257, layers[:1] * 2, 1e-6, False, 96), parse_policy(text)
+        )
+        assert [spec.capacity(96) for spec in under.layers] == [96, 96]
+        assert attending(under, "layers.0")[0].kind == ""
+
+
+def test_a_policy_that_runs_more_again_than_rings_hold_is_refused():
+    layers = tuple(LayerSpec(4, 2, 8, 8, window=n) for n in (0, 8))
+    config = DecoderConfig("m", 32, 257, layers, 1e-6, False, 4096)
+    with pytest.raises(UsageError, match=r"window layers of this model.*257 tokens"):
+        with_attention(config, parse_policy("resa:f=257"))
+    assert with_attention(config, parse_policy("resa:f=256")).layers[1].window == 8
+    whole = replace(config, layers=layers[:1])
+    assert with_attention(whole, parse_policy("resa:f=300")).attention.rerun == 300
 
 
 def test_stages_describe_themselves(flash):

@@ -15,7 +15,12 @@ from torch import Tensor
 
 from mimo_compile.errors import UsageError
 from mimo_compile.frontend.models import kv
-from mimo_compile.frontend.models.decoder import DecoderConfig, LayerSpec, inverse_frequencies
+from mimo_compile.frontend.models.decoder import (
+    STEP_TOKENS,
+    DecoderConfig,
+    LayerSpec,
+    inverse_frequencies,
+)
 from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.ops.describe_blocks import PARTS, entries_of
 from mimo_compile.ir.policies import AttentionPolicy, Geometry, LayerRole
@@ -44,8 +49,8 @@ def with_attention(config: DecoderConfig, policy: AttentionPolicy) -> DecoderCon
     """Return a decoder's shape under a policy.
 
     Raises:
-        UsageError: the policy needs weights that no checkpoint brings, has no kernels yet, or shares lists in
-            a model some of whose layers have windows.
+        UsageError: the policy needs weights that no checkpoint brings, has no kernels yet, shares lists in
+            a model some of whose layers have windows, or runs more tokens again than their rings hold.
     """
     if policy.arithmetic != "float" and policy.name not in WHOLE:
         raise UsageError(
@@ -70,7 +75,16 @@ def with_attention(config: DecoderConfig, policy: AttentionPolicy) -> DecoderCon
         replace(spec, window=role.window) if _is_ring(policy, role) else spec
         for spec, role in zip(config.layers, roles, strict=True)
     )
-    return replace(config, layers=layers, attention=policy, roles=roles)
+    if policy.rerun > STEP_TOKENS and any(spec.window for spec in layers):
+        raise UsageError(
+            f"--attention {policy}: window layers of this model have forgotten what {policy.rerun} tokens "
+            "need to run again",
+            remedy=f"run them again after {STEP_TOKENS} or less",
+        )
+    # a ring for a window that leaves nothing out would hold more than a full cache
+    return replace(config, layers=layers, attention=policy, roles=roles).with_context(
+        config.max_context
+    )
 
 
 def _is_ring(policy: AttentionPolicy, role: LayerRole) -> bool:
@@ -356,6 +370,6 @@ def attending(config: DecoderConfig, name: str) -> tuple[Attending, str, str]:
     if role.kind == "select":
         lends = any(r.kind == "reuse" and r.list_of == at for r in config.roles)
         return Selecting(policy, role, lends), "", name if lends else ""
-    if isinstance(policy, Stream) and not config.layers[at].window:
+    if isinstance(policy, Stream) and policy.sink and not config.layers[at].window:
         return Streaming(policy), "", ""
     return Attending() if policy.arithmetic == "float" else Int8(policy.arithmetic), "", ""

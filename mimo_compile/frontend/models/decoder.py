@@ -111,8 +111,12 @@ class DecoderConfig:
         return self.chooses(decode=True) != self.chooses(decode=False)
 
     def with_context(self, max_context: int) -> DecoderConfig:
-        """Return the same decoder for another number of positions."""
-        return replace(self, max_context=max_context)
+        """Return the same decoder for fewer positions; a window that leaves none of them out is none."""
+        layers, drafts = (
+            tuple(replace(spec, window=0) if spec.window >= max_context else spec for spec in specs)
+            for specs in (self.layers, self.mtp)
+        )
+        return replace(self, max_context=max_context, layers=layers, mtp=drafts)
 
 
 def inverse_frequencies(spec: LayerSpec) -> Tensor:
