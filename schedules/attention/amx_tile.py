@@ -1,7 +1,8 @@
 """Flash attention over bfloat16 pairs on matrix tiles: what differs from `pairs.Dots`.
 
 Both caches lie as tiles want their right side: a row is a pair of channels (keys) or of slots (values) of 16
-columns. Steps of which every slot is seen go through tiles; elsewhere slots may hold anything, and values are
+columns. All scores come from tiles. Values do where the slots of a step follow each other and each was
+written: weights of those that a query does not see are 0. Elsewhere slots may hold anything, and values are
 added as `Dots` does.
 """
 
@@ -56,14 +57,11 @@ class AmxTile(Dots):
         """See `Tile.run`."""
         with T.serial(begin, end) as step:
             self.scores(reach, step)
-            clean = bind(reach.clean(step))
-            with when(T.Not(clean)):
+            with when(T.Not(reach.clean(step))):
                 self.mask(reach, step, first)
             self.weigh()
-            self._add_values(reach, step, clean)
-
-    def _add_values(self, reach: Reach, step: Any, clean: Any) -> None:
-        choose(clean, lambda: self._seen_values(reach, step), lambda: self.values(reach, step))
+            whole = bind(reach.whole(step))
+            choose(whole, lambda: self.whole_values(reach, step), lambda: self.values(reach, step))
 
     def scores(self, reach: Reach, step: Any) -> None:
         """See `Tile.scores`."""
@@ -85,7 +83,8 @@ class AmxTile(Dots):
                             place = _rows(self.score, at + x * SIDE, (j + y) * LANES)
                             self.tiles.store(x * m + y, place, 4 * s.blocks * LANES)
 
-    def _seen_values(self, reach: Reach, step: Any) -> None:
+    def whole_values(self, reach: Reach, step: Any) -> None:
+        """Add the weighted values of a step that is `Reach.whole`."""
         s = self.s
         pair = bind(reach.block(step, 0) * (LANES // 2))
         for row, n, rows in _runs(s.height // SIDE):

@@ -144,6 +144,11 @@ class Reach:
         seen = T.And(older + first >= self.lower(self.high_query), older + end <= self.low_query)
         return T.And(T.And(one_lap, inside), seen)
 
+    def whole(self, step: Any) -> Any:
+        """Say whether the step's slots follow each other and each was written, so holds a number."""
+        first = self.block(step, 0) * LANES
+        return fixed(first + self.sizes.blocks * LANES) <= self.written
+
     def positions(self, step: Any, u: Any) -> Any:
         """Return the position in each slot of part ``u`` (16 lanes); -1 where nothing is to be seen."""
         block = self.block(step, u)
@@ -196,17 +201,37 @@ def visited(s: Tiling, start: int, valid: int, first: Any) -> tuple[Any, Any]:
 
     ``first`` may be an array of tokens, then so are the results.
     """
+    written = min(start + valid, int(s.p["cap"]))
+    block, total, around, turned = _extent(s, start, valid, first)
+    live = np.minimum(np.where(turned, written, (block + total) * LANES), written) - block * LANES
+    live = np.maximum(live, 0) + np.where(turned, np.minimum(around * LANES, written), 0)
+    return -(-total // s.blocks), np.where(total > 0, live, 0)
+
+
+def visited_whole(s: Tiling, start: int, valid: int, first: Any) -> tuple[Any, Any]:
+    """Return (steps that are `Reach.whole`, those of their slots that `visited` counts), as it does."""
+    written = min(start + valid, int(s.p["cap"]))
+    block, total, _, _ = _extent(s, start, valid, first)
+    steps, slots = np.zeros_like(total), np.zeros_like(total)
+    for step in range(int(np.max(-(-total // s.blocks), initial=0))):
+        at = block + step * s.blocks
+        at = np.where(at < s.cache_blocks, at, np.minimum(at - s.cache_blocks, s.cache_blocks - 1))
+        parts = np.clip(total - step * s.blocks, 0, s.blocks)
+        whole = (parts > 0) & ((at + s.blocks) * LANES <= written)
+        steps, slots = steps + whole, slots + np.where(whole, parts * LANES, 0)
+    return steps, slots
+
+
+def _extent(s: Tiling, start: int, valid: int, first: Any) -> tuple[Any, Any, Any, Any]:
+    """Return first block, blocks, those from the cache's begin on, and whether there are any."""
     cap, window = int(s.p["cap"]), int(s.p["window"])
-    last, written = start + valid - 1, min(start + valid, cap)
+    last = start + valid - 1
     oldest = start + first - window + 1 if window else 0
     low = np.maximum(max(0, last - cap + 1), oldest)
     count = np.minimum(start + first + s.tokens - 1, last) - low + 1
     count = np.where(first < valid, np.maximum(count, 0), 0)
     block, end = low % cap // (s.align * LANES) * s.align, low % cap + count
-    around = np.minimum(-(-(end - cap) // LANES), block)  # blocks from the cache's begin on
+    around = np.minimum(-(-(end - cap) // LANES), block)
     turned = end > cap
     total = np.where(turned, s.cache_blocks - block + around, -(-end // LANES) - block)
-    total = np.where(count > 0, total, 0)
-    live = np.minimum(np.where(turned, written, (block + total) * LANES), written) - block * LANES
-    live = np.maximum(live, 0) + np.where(turned, np.minimum(around * LANES, written), 0)
-    return -(-total // s.blocks), np.where(count > 0, live, 0)
+    return block, np.where(count > 0, total, 0), around, turned

@@ -6,17 +6,22 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, ClassVar
 
+import numpy as np
+
 from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.attention.amx_tile import DEPTH, AmxTile
 from mimo_compile.schedules.attention.flash import Tile
+from mimo_compile.schedules.attention.layout import round_up
 from mimo_compile.schedules.attention.pairs import imported
+from mimo_compile.schedules.attention.reach import visited, visited_whole
 from mimo_compile.schedules.attention.x86_flash import FlashConfig, X86Flash
 from mimo_compile.schedules.base import Space
 from mimo_compile.schedules.emit.amx import NEEDS_BF16, SIDE
 from mimo_compile.schedules.emit.bf16 import NEEDS
+from mimo_compile.schedules.emit.vector import LANES
 
 
 class X86FlashAmx(X86Flash):
@@ -40,10 +45,14 @@ class X86FlashAmx(X86Flash):
         group, most = p["h"] // p["kv"], -(-p["cap"] // SIDE) * SIDE
         # tokens beyond those of the call are left out, so a tile may not be longer than it
         tiles = tuple(n for n in (16, 32, 64, 128) if n <= p["t"] and (n == 16 or n * group <= 256))
+        # steps that are longer than what is seen, or go beyond what was written, add values without tiles
+        if p["window"]:
+            most = min(most, round_up(p["window"] + p["t"]) + SIDE)
         blocks = tuple(n for n in (32, 64, 128, 256, 512) if n <= most)
         knobs = {**base.knobs, "tile": tiles, "block": blocks, "splits": (1,), "ahead": (0,)}
         few = max(n for n in base.knobs["rows"] if int(n) <= 4)
-        step = max(n for n in blocks if n <= 256)
+        far = not p["window"] and p["cap"] >= 8 * p["t"]
+        step = max(n for n in blocks if n <= (256 if far else 64))
         tile = max(n for n in tiles if n * group <= 128 or n == 16)
         tasks = p["kv"] * -(-p["t"] // tile)
         parallel = hardware.threads > 1 and tasks > 1
@@ -63,7 +72,18 @@ class X86FlashAmx(X86Flash):
         return "dot"
 
     def work(self, workload: Workload, config: FlashConfig, hardware: Hardware) -> Counts:
-        """Return the kernel's work without generating it: dots of vectors are those of tiles."""
+        """Return the kernel's work without generating it: scores, and values of whole steps, on tiles."""
         counts = super().work(workload, config, hardware)
-        ops = {("tile_bf16" if k == "dot_bf16" else k): v for k, v in counts.ops.items()}
+        op: Any = get_op(self.op)
+        p = op.full(workload)
+        s, start = self.tiling(p, config, hardware), op.kv_length(p) - p["t"]
+        first = np.arange(0, p["t"], s.tokens)
+        steps, slots = (float(n.sum()) for n in visited_whole(s, start, p["t"], first))
+        every = float(visited(s, start, p["t"], first)[1].sum())
+        rows, width = float(p["kv"]) * s.height, float(s.columns * LANES)
+        ops = dict(counts.ops)
+        scores = ops.pop("dot_bf16") - rows * every * width
+        ops["tile_bf16"] = scores + rows * steps * s.blocks * LANES * width
+        if every > slots:
+            ops["dot_bf16"] = rows * (every - slots) * width
         return replace(counts, ops=ops)
