@@ -67,12 +67,11 @@ class Tile:
         sinks = T.floordiv(self.sinks + (LANES - 1), T.int32(LANES))
         near = T.floordiv(self.near, T.int32(LANES))
         last = T.floordiv(self.end + (LANES - 1), T.int32(LANES))
-        for begin, end in ((T.int32(0), sinks), (near, last)):
+        for begin, end, sink in ((T.int32(0), sinks, True), (near, last, False)):
             low = fixed(begin)
             with T.serial(0, fixed(T.max(end - low, T.int32(0)))) as step:
                 vector = fixed(low + step)
                 slots = bind(T.ramp(vector * LANES, 1, LANES))
-                sink = begin is not near
                 part = slots < splat(self.sinks) if sink else slots >= splat(self.near)
                 self._add(q, k, k_mean, scale, vector, slots, part, top, total)
         with loop(s.p["rows"]) as row:

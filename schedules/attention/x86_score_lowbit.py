@@ -84,7 +84,9 @@ class X86ScoreLowbit(Schedule):
                 _emit(s, config.parallel, op.softmax_scale(s.p), *arrays)
 
         slots, p = s.vectors * LANES, s.p
-        room = 4 * slots * (p["kv"] * (s.words + 2) + p["h"])
+        shared = slots * (p["kv"] * (s.words + 2) + p["h"])
+        own = p["rows"] * (s.words + 4) + best_size(s) + p["d"] * LANES
+        room = 4 * (shared + own * (hardware.threads if config.parallel else 1))
         return Kernel(
             name, function(name, args, body), args, self.work(workload, config, hardware), room,
             int8_dot.WAYS[s.way],
@@ -139,6 +141,11 @@ class X86ScoreLowbit(Schedule):
         return layout.unpack_caches(workload, arrays)
 
 
+def best_size(s: Sizes) -> int:
+    """Return how many numbers hold the greatest weight of each slot that a tile looks at."""
+    return int((s.vectors + s.wide + s.p["block"]) * LANES)
+
+
 def _emit(
     s: Sizes, parallel: bool, scale: float, q: Any, pos: Any, q_mean: Any, k_mean: Any, k: Any, score: Any,
 ) -> None:  # fmt: skip
@@ -155,6 +162,6 @@ def _emit(
         own = Queries(s, keys, span, head, tile)
         own.queries.fill(q, q_mean, head, own.first)
         own.sum_region(q, k, k_mean, scale)
-        best = workspace(((s.vectors + s.wide + s.p["block"]) * LANES,), "float32")
+        best = workspace((best_size(s),), "float32")
         own.estimate(best, scale)
         own.write(best, score, tile)

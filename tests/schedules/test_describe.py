@@ -36,9 +36,20 @@ def filled(text, start, valid, seed):
     return {**inputs, "k_cache": fmt.encode(keys), **pos(start, valid)}
 
 
-@settings(max_examples=12)
+@settings(max_examples=3)
 @given(data=st.data())
 def test_any_kind_shape_position_and_format(data):
+    one_of_any(data)
+
+
+@pytest.mark.slow
+@settings(max_examples=30)
+@given(data=st.data())
+def test_many_kinds_shapes_positions_and_formats(data):
+    one_of_any(data)
+
+
+def one_of_any(data):
     draw = data.draw
     size = draw(st.sampled_from((1, 3, 16, 20, 32, 64)))
     stride = draw(st.sampled_from(sorted({size, max(1, size // 2), 16})))

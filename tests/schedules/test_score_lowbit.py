@@ -55,7 +55,7 @@ def one_of_any(data, most):
     check(SCORE, workload, config, seed, inputs=placed(text, start, valid, seed))
 
 
-@settings(max_examples=6)
+@settings(max_examples=2)
 @given(data=st.data())
 def test_any_shape_position_and_config(data):
     one_of_any(data, 300)
@@ -108,6 +108,17 @@ def test_counts_cover_what_is_necessary():
         made = SCORE.work(workload, sample_config(SCORE, workload, CPU, seed), CPU)
         assert made.ops["dot_i8"] >= need.ops["dot_i8"]
         assert made.bytes["dram"] >= need.bytes["dram"]
+
+
+def test_memory_of_every_thread_is_declared():
+    text = "score_lowbit:t=64,h=4,kv=2,d=64,cap=65536,block=32,rows=64,first=1,last=5"
+    workload, two = parse_workload(text), PRESETS["x86-64-v3"].with_threads(2)
+    config = SCORE.space(workload, two).default
+    one, many = (
+        SCORE.lower(workload, dataclasses.replace(config, parallel=parallel), two).workspace_bytes
+        for parallel in (False, True)
+    )
+    assert many - one >= 4 * (65536 + 64 * 64 // 4)  # greatest weights, and codes of queries
 
 
 def test_code_without_vnni():
