@@ -15,13 +15,13 @@ maximum over the keys of the tile that query i sees, and
 Each tile's weights are relative to its own maximum. Published forms use the running maximum: there, keys that
 follow an outlier vanish while those before it stay, and sizes of tiles change the result. A query's result
 depends on the keys that it sees and on their slots, so on the length of a ring, and on nothing else: not on
-the tokens beside it in a call. The denominator is a sum of floats, so a key whose value is almost zero (a sink
-that a model learned) keeps its weight.
+the tokens beside it in a call. The denominator is a sum of floats, so a key whose value is almost zero (a
+sink that a model learned) keeps its weight.
 
 Other departures from the published form: the denominator is never the sum of the integers; v has a scale for
-each token, not one for all; weights have `LEVELS` steps and no other number; no logarithm of the denominator is
-returned. Kernels take every product from instructions of unsigned with signed bytes or of 16-bit pairs; there
-are none on matrix tiles (AMX).
+each token, not one for all; weights have `LEVELS` steps and no other number; no logarithm of the denominator
+is returned. Kernels take every product from instructions of unsigned with signed bytes or of 16-bit pairs;
+there are none on matrix tiles (AMX).
 
 Magnitudes of up to 1e30 are in range. Beside normal ones a value near the largest float32 leaves the others a
 scale at which float32 kernels miss the bound.
