@@ -20,11 +20,11 @@ import numpy as np
 import numpy.typing as npt
 
 from mimo_compile import _tvm
-from mimo_compile.errors import InputError, UsageError, VerificationError
+from mimo_compile.errors import ArtifactError, InputError, UsageError, VerificationError
 from mimo_compile.ir.formats import parse_act_format, parse_scheme
 from mimo_compile.ir.hardware import local_cpu
 from mimo_compile.ir.ops import OPS, get_op
-from mimo_compile.ir.policies import parse_policy
+from mimo_compile.ir.policies import AttentionPolicy, parse_policy
 from mimo_compile.ir.workload import Workload
 from mimo_compile.runtime.container import Parts, open_artifact
 from mimo_compile.runtime.module import Module
@@ -326,7 +326,7 @@ def eager_decoder(
     assert decoder is not None
     folder = resolve_source(source)
     again = repeat_calibration(manifest.calibrated, calibration, log)
-    policy = parse_policy(manifest.attention)
+    policy = _policy(manifest)
     loaded = load_checkpoint(
         folder, parse_scheme(manifest.quant), decoder.max_context, again, attention=policy
     )
@@ -341,6 +341,22 @@ def eager_decoder(
     if (eager.config.vocab, eager.config.hidden) != (decoder.vocab, decoder.hidden):
         raise InputError("this is not the model that the artifact was compiled from", file=folder)
     return eager
+
+
+def _policy(manifest: Manifest) -> AttentionPolicy:
+    """Return the policy that an artifact's layers follow.
+
+    Raises:
+        ArtifactError: this version has none of that name.
+    """
+    try:
+        return parse_policy(manifest.attention)
+    except UsageError as error:
+        raise ArtifactError(
+            f"{manifest.name} follows the attention policy {manifest.attention!r}, which this version "
+            "does not know",
+            remedy="Verify it with the version that compiled it, or compile it again.",
+        ) from error
 
 
 def text_ids(module: Module, text: str | None, count: int, seed: int | None) -> Any:
@@ -389,7 +405,7 @@ def logits_bound(manifest: Manifest) -> LogitsBound:
         return LogitsBound(1e-1 if scheme.kv == "2" else 5e-2, math.inf)
     if scheme.kv or act.kind == "bf16":
         return LogitsBound(1e-2, math.inf)
-    policy = parse_policy(manifest.attention)
+    policy = _policy(manifest)
     if policy.arithmetic != "float":
         return LogitsBound(1e-2, math.inf)
     each = math.inf if policy.select is not None else 1e-3
@@ -398,7 +414,7 @@ def logits_bound(manifest: Manifest) -> LogitsBound:
 
 def compared_tokens(manifest: Manifest, tokens: int | None, notes: list[str]) -> int:
     """Return how many tokens are run; notes where the policy attends to all of them."""
-    decoder, policy = manifest.decoder, parse_policy(manifest.attention)
+    decoder, policy = manifest.decoder, _policy(manifest)
     assert decoder is not None
     enough = policy.sees_all + max(_DECODED, decoder.rerun + 2)
     chosen = max(_TOKENS, enough) if policy.sees_all and enough <= _MOST_TOKENS else _TOKENS

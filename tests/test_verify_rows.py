@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from mimo_compile import verify
+from mimo_compile.errors import ArtifactError
 
 
 def manifest(policy, context, rerun=0):
     return SimpleNamespace(
-        attention=policy, decoder=SimpleNamespace(max_context=context, rerun=rerun)
+        name="m", attention=policy, decoder=SimpleNamespace(max_context=context, rerun=rerun)
     )
 
 
@@ -53,3 +54,8 @@ def test_so_many_tokens_are_run_that_a_policy_leaves_something_out(
     found = verify.compared_tokens(manifest(policy, context, rerun), asked, notes)
     assert found == count
     assert bool(notes) == all_seen and all("nothing was left out" in note for note in notes)
+
+
+def test_a_policy_that_nobody_knows_is_the_artifacts_fault():
+    with pytest.raises(ArtifactError, match="attention policy 'quest:x=1', which this version"):
+        verify.compared_tokens(manifest("quest:x=1", 64), None, [])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from mimo_compile.errors import ArtifactError
@@ -10,12 +11,16 @@ from mimo_compile.runtime.program import (
     Buffer,
     Decoder,
     Entry,
-    Layer,
     Manifest,
     Programs,
     State,
 )
 from mimo_compile.runtime.weights import Spot
+
+ROLES = ("full", "window", "select", "reuse", "quantised")
+"""What a layer may be, as `program.Layer` says."""
+FORMATS = ("f32", "bf16", "i8", "i4", "i2")
+"""Formats of KV caches that can be in an artifact."""
 
 
 def check_programs(
@@ -43,7 +48,7 @@ def check_programs(
         _check_entry(entry, sizes, f"entry {name} of {where}")
     if manifest.decoder is not None:
         _check_decoder(manifest.decoder, programs.entries, where)
-        _check_layers(manifest.decoder.layers, manifest.states, where)
+        _check_layers(manifest.decoder, manifest.states, where)
 
 
 def _sound(dtype: str, shape: tuple[int, ...]) -> bool:
@@ -119,19 +124,35 @@ def _check_decoder(decoder: Decoder, entries: Mapping[str, Entry], where: str) -
             _check_shapes(entries, f"mtp{head}_{count}", inputs, {"hidden": hidden}, where)
 
 
-def _check_layers(layers: tuple[Layer, ...], states: Mapping[str, State], where: str) -> None:
+def _check_layers(decoder: Decoder, states: Mapping[str, State], where: str) -> None:
+    layers = decoder.layers
     names = {layer.name for layer in layers}
     if len(names) != len(layers):
         raise ArtifactError("two layers have one name", where=where)
     owned: set[str] = set()
+    before: set[str] = set()
     for layer in layers:
         what = f"layer {layer.name}"
-        if layer.window < 0 or layer.slots < 1:
+        if not re.fullmatch(r"[a-z]+\.[0-9]{1,9}", layer.name):
+            raise ArtifactError(f"{layer.name!r} is no name of a layer", where=where)
+        if layer.role not in ROLES or layer.format not in FORMATS:
+            raise ArtifactError(
+                f"{what} has role {layer.role!r} and caches of {layer.format!r}", where=where
+            )
+        ring = layer.slots < decoder.max_context
+        if layer.window < 0 or layer.slots < 1 or (ring and not 0 < layer.window <= layer.slots):
             raise ArtifactError(
                 f"{what} sees {layer.window} positions of {layer.slots}", where=where
             )
-        if layer.follows and layer.follows not in names:
-            raise ArtifactError(f"{what} follows {layer.follows}, which is none", where=where)
+        if (layer.role == "reuse") != bool(layer.follows):
+            raise ArtifactError(
+                f"{what} has role {layer.role} and follows {layer.follows!r}", where=where
+            )
+        if layer.follows and layer.follows not in before:
+            raise ArtifactError(
+                f"{what} follows {layer.follows}, which is none before it", where=where
+            )
+        before.add(layer.name)
         for name in layer.states:
             if name not in states or name in owned:
                 problem = "does not exist" if name not in states else "belongs to two layers"

@@ -484,6 +484,52 @@ def test_decoders_that_lack_entries_are_refused(decoder_file: Path, tmp_path: Pa
 
 
 @pytest.mark.usefixtures("no_link")
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"role": "nonsense"}, "role 'nonsense'"),
+        ({"format": "zz"}, "caches of 'zz'"),
+        ({"name": "layers.x"}, "'layers.x' is no name of a layer"),
+        ({"name": "layers"}, "'layers' is no name of a layer"),
+        ({"role": "window", "window": 5, "slots": 1}, "sees 5 positions of 1"),
+        ({"slots": 1}, "sees 0 positions of 1"),
+        ({"window": -1}, "sees -1 positions"),
+        ({"role": "reuse"}, "role reuse and follows ''"),
+        ({"follows": "layers.0"}, "role full and follows 'layers.0'"),
+        ({"role": "reuse", "follows": "layers.2"}, "follows layers.2, which is none before it"),
+        ({"name": "layers.0"}, "two layers have one name"),
+    ],
+)
+def test_layers_that_cannot_be_are_refused(
+    change: dict[str, object], match: str, decoder_file: Path, tmp_path: Path
+) -> None:
+    context = json.loads(members_of(decoder_file)["manifest.json"])["decoder"]["max_context"]
+
+    def layers(**changed: object) -> list[dict[str, object]]:
+        both = [{"name": f"layers.{i}", "role": "full", "slots": context} for i in range(2)]
+        return [both[0], {**both[1], **changed}]
+
+    def edit(**changed: object) -> bytes:
+        return edit_manifest(decoder_file, lambda m: m["decoder"].update(layers=layers(**changed)))
+
+    refused(edit(**change), tmp_path, re.escape(match))
+    good = tmp_path / "good.mimo"
+    good.write_bytes(edit(role="window", window=2, slots=2))
+    open_artifact(good, verify="full")
+
+
+def test_the_runtime_knows_every_cache_format() -> None:
+    from typing import get_args
+
+    from mimo_compile.ir.caches import FORMATS, GROUPED
+    from mimo_compile.ir.policies.base import Kind
+    from mimo_compile.runtime import check
+
+    assert set(check.FORMATS) == {*FORMATS, *GROUPED}
+    assert set(check.ROLES) == set(get_args(Kind))
+
+
+@pytest.mark.usefixtures("no_link")
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_edit_of_bytes_is_refused(
