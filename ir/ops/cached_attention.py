@@ -2,7 +2,8 @@
 
 The cache holds position p in slot ``p % cap``; a full cache never wraps, a sliding-window layer keeps a
 ring. New keys and values are appended before the call (op `kv_append`). ``pos = [start, valid]``: token i
-of the call stands at position ``start + i``; tokens ``i >= valid`` are padding and give zeros.
+of the call stands at position ``start + i``; tokens ``i >= valid`` are padding and give zeros. Values that
+were appended must be finite: a kernel may multiply what one of several tokens does not see by zero.
 
 The sink is a phantom key with logit ``sink[h]`` and zero value: it only adds to the softmax denominator.
 

@@ -114,7 +114,7 @@ class DescribeBlocks(OpDef):
         """Refuse unknown kinds and lengths beyond the cache."""
         if parse_cache_format(p["e"]).bits < parse_cache_format(p["c"]).bits:
             raise UsageError(
-                f"describe_blocks: e={p['e']} entries of c={p['c']} keys would not bound them",
+                f"describe_blocks: e={p['e']} entries would round c={p['c']} keys: there are none",
                 remedy="leave out e=, or keep keys in the same format",
             )
         if p["kind"] not in PARTS:

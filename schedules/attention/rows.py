@@ -90,7 +90,7 @@ class Rows(Tile):
         return bind(load(self.v, self.head, seat, column, lanes=LANES))
 
     def scores(self, reach: Reach, step: Any) -> None:
-        """Multiply queries with keys, sixteen pairs at a time."""
+        """Multiply queries with keys, sixteen pairs at a time: the knob ``rows`` shapes values alone."""
         s = self.s
         for base, rows, count in _powers(s.height):
             keys = LANES // rows
@@ -212,8 +212,6 @@ def _powers(height: int) -> list[tuple[int, int, int]]:
     out, base = [], 0
     for rows in (8, 4, 2, 1):
         count = (height - base) // rows
-        if rows == 8 and count == 0:
-            continue
         if count:
             out.append((base, rows, count))
             base += rows * count

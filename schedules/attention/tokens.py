@@ -44,15 +44,15 @@ class Tokens(Row):
         self.width = s.blocks * LANES
         self.steps = fixed(T.truncdiv(self.total + (self.width - 1), self.width))
         room = min(p["kmax"] * block + window, p["cap"])
-        self.further = s.ahead + self.touches
-        room = (-(-room // self.width) + self.further) * self.width
+        self.extra = s.ahead + self.touches
+        room = (-(-room // self.width) + self.extra) * self.width
         self.seats, self.held = (workspace((room,), "int32") for _ in range(2))
 
     def prepare(self, begin: Any, end: Any) -> None:
         """Find the keys of the steps ``begin .. end-1``, and of those that are prefetched meanwhile."""
         self.begin, s = begin, self.sizes
         block, last = int(s.p["block"]), fixed(T.max(self.total - 1, T.int32(0)))
-        count = T.if_then_else(begin < end, (end - begin + self.further) * self.width, T.int32(0))
+        count = T.if_then_else(begin < end, (end - begin + self.extra) * self.width, T.int32(0))
         with T.serial(0, fixed(count)) as i:
             n = fixed(begin * self.width + i)
             at = fixed(T.min(n, last))

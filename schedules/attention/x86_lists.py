@@ -3,6 +3,9 @@
 Tasks are (group of query heads, tile of queries, part of its list); parts are merged in a second phase. What
 the unions of lists and windows hold is visited in parts of 16 slots (see `lists`), so blocks of 16, 32, ...
 slots are read once, in whole vectors; of smaller ones the parts that they lie in are.
+
+Kernels trust a list to be as `block_lists` says, and read whatever slots it names: lists come from
+`select_blocks`, whose kernels are proved to make no others.
 """
 
 from __future__ import annotations

@@ -132,6 +132,7 @@ def test_code_without_avx512():
         check(DESCRIBE, text, hardware=old, threads=1)
 
 
-def test_bad_workloads():
-    with pytest.raises(UsageError, match="would not bound"):
-        parse_workload("describe_blocks:t=1,kv=2,d=8,cap=8,kind=bounds,size=4,e=bf16")
+@pytest.mark.parametrize("kind", KINDS)
+def test_bad_workloads(kind):
+    with pytest.raises(UsageError, match="e=bf16 entries would round c=f32 keys"):
+        parse_workload(f"describe_blocks:t=1,kv=2,d=8,cap=8,kind={kind},size=4,e=bf16")
