@@ -263,7 +263,7 @@ class AttentionPolicy(ABC):
             raise UsageError(
                 f"--attention {self.name}: its layers share lists, so all must be global; "
                 f"layer {next(i for i, w in enumerate(windows) if w)} of this model has a window",
-                remedy="choose model, full, quest, seer, resa, sale or tailorkv",
+                remedy="choose model, full, stream, quest, moba or resa",
             )
         roles = self.roles(layers)
         if not windows:

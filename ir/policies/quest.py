@@ -18,7 +18,7 @@ from mimo_compile.ir.policies.base import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quest(AttentionPolicy):
-    """``budget`` tokens of the pages with the highest bound ``sum_c max(q_c lo_c, q_c hi_c)``.
+    """As many pages as hold ``budget`` tokens, those of the highest ``sum_c max(q_c lo_c, q_c hi_c)``.
 
     The page of the token itself is always among them; the first ``dense`` layers see everything.
     """
@@ -49,7 +49,7 @@ class Quest(AttentionPolicy):
     @property
     def select(self) -> Select:
         """The best pages and the token's own."""
-        return Select(k=max(self.least, self.budget // self.page))
+        return Select(k=max(self.least, -(-self.budget // self.page)))
 
     def role_alone(self, layer: int) -> LayerRole:
         """The first layers are dense."""

@@ -75,6 +75,14 @@ def test_one_clear_error_for_each_mistake(text, message) -> None:
         parse_policy(text)
 
 
+@given(st.integers(1, 4000), st.integers(1, 100))
+def test_quest_leaves_nothing_of_a_budget_out(budget, page) -> None:
+    """A context as long as the budget is seen whole."""
+    policy = parse_policy(f"quest:budget={budget},page={page}")
+    assert policy.select is not None and policy.select.k >= -(-budget // page)
+    assert policy.sees_all >= budget
+
+
 # -- plans -------------------------------------------------------------------------------------
 
 

@@ -126,7 +126,7 @@ class Plain:
 
         shares = {
             "moba": lambda: self.p.k,
-            "quest": lambda: max(self.p.least, self.p.budget // size),
+            "quest": lambda: max(self.p.least, math.ceil(self.p.budget / size)),
         }
         shares["resa"] = lambda: max(self.p.least, math.ceil(self.p.p * (own + 1)))
         most = shares[self.p.name]()

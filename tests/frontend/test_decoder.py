@@ -1,6 +1,7 @@
 """Stages, caches, draft layers and quantised weights of the decoder."""
 
 import math
+import re
 import shutil
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import mimo_compile as mc
 from mimo_compile.errors import UsageError
 from mimo_compile.frontend.huggingface import load_checkpoint, resolve_source
-from mimo_compile.frontend.models.attend import attending, with_attention
+from mimo_compile.frontend.models.attend import READY, attending, with_attention
 from mimo_compile.frontend.models.decoder import (
     STEP_TOKENS,
     DecoderConfig,
@@ -19,7 +20,7 @@ from mimo_compile.frontend.models.decoder import (
     inverse_frequencies,
 )
 from mimo_compile.ir.formats import parse_scheme, parse_weight_format
-from mimo_compile.ir.policies import parse_policy
+from mimo_compile.ir.policies import get_policy, parse_policy
 from mimo_compile.quantize import quantize
 from mimo_compile.verify import verify_artifact
 
@@ -170,6 +171,17 @@ def test_a_window_that_leaves_nothing_out_costs_no_more_than_a_full_cache():
         )
         assert [spec.capacity(96) for spec in under.layers] == [96, 96]
         assert attending(under, "layers.0")[0].kind == ""
+
+
+def test_what_is_offered_in_place_of_shared_lists_works():
+    layers = tuple(LayerSpec(4, 2, 8, 8, window=n) for n in (0, 0, 0, 8))
+    config = DecoderConfig("m", 32, 257, layers, 1e-6, False, 4096)
+    with pytest.raises(UsageError, match="share lists") as caught:
+        with_attention(config, parse_policy("lessismore"))
+    offered = re.findall(r"\w+", caught.value.remedy.removeprefix("choose "))
+    assert set(offered) - {"or"} == {n for n in READY if get_policy(n).alone}
+    for name in set(offered) - {"or"}:
+        assert len(with_attention(config, parse_policy(name)).roles) == 4
 
 
 def test_a_policy_that_runs_more_again_than_rings_hold_is_refused():
