@@ -104,11 +104,17 @@ def attend_int8(
         half: `int8half`.
         disturb: Changes the weights of `int8half` (see `cached_attention.attend`).
     """
-    scene = _scene(q, k_cache, pos, scale, window)
     valid, group = int(pos[1]), q.shape[1] // k_cache.shape[1]
-    values = torch.where(scene.written[:, None, None], v_cache, 0).to(torch.float32)
-    weigh = _half if half else _full
-    out, slack = weigh(scene, values, group, _top(scene.logits, sink), sink, disturb)
+    weigh, found = _half if half else _full, []
+    for head in range(
+        k_cache.shape[1]
+    ):  # one at a time: arrays of [H, T, cap] may not fit into memory
+        own, mine = slice(head, head + 1), slice(head * group, (head + 1) * group)
+        scene = _scene(q[:, mine], k_cache[:, own], pos, scale, window)
+        values = torch.where(scene.written[:, None, None], v_cache[:, own], 0).to(torch.float32)
+        logits = None if sink is None else sink[mine]
+        found.append(weigh(scene, values, group, _top(scene.logits, logits), logits, disturb))
+    out, slack = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
     out[valid:], slack[valid:] = 0, 0
     return Attended(out, slack)
 

@@ -14,7 +14,6 @@ from mimo_compile.ir.ops.int8_attention import LEVELS, TILE
 from mimo_compile.schedules.attention import exponent, int8_dot
 from mimo_compile.schedules.attention.flash import START, Tile
 from mimo_compile.schedules.attention.int8_cache import BIAS, Copies, Keys, Values, code
-from mimo_compile.schedules.attention.layout import round_up
 from mimo_compile.schedules.attention.pairs import Dots, Widened
 from mimo_compile.schedules.attention.reach import Reach, Tiling
 from mimo_compile.schedules.emit.build import Register, T, bind, load, loop, store, when, workspace
@@ -215,8 +214,3 @@ class WholeInt8(ByteScores):
                 before = load(self.out, first + r, at, lanes=LANES) * shrink
                 value = before + T.cast(register.get(), "float32x16") * part
                 store(self.out, value, first + r, at, lanes=LANES)
-
-
-def state_bytes(s: Tiling) -> int:
-    """Return the bytes of a tile's quantised queries and weights."""
-    return s.height * (4 * -(-int(s.p["d"]) // 4) + TILE) + 12 * round_up(s.height)
