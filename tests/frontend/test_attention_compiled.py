@@ -50,6 +50,7 @@ def ops(module):
     return {choice.workload.partition(":")[0] for choice in module.manifest.plan}
 
 
+@pytest.mark.slow
 def test_quest_decodes_apart_and_reads_prompts_densely(saved, tmp_path, tools):
     source = saved("llama-linear-mha")[1]
     module = prove(source, tmp_path, tools, "quest:budget=12,page=4,dense=1")

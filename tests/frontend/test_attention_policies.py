@@ -281,6 +281,7 @@ def test_modules_keep_their_attention():
         mc.compile(torch.nn.Linear(4, 4), example_inputs=(torch.zeros(1, 4),), attention="full")
 
 
+@pytest.mark.slow
 def test_a_policy_that_wants_training_is_noted(saved):
     from mimo_compile.pipeline.source import open_source
 
