@@ -127,7 +127,8 @@ def window_cache_format(caches: CacheFormat | GroupedFormat) -> CacheFormat:
 
 CACHE_ORDERS = ("", "rows")
 """How kernels keep caches: as the format of their numbers has it, for whole blocks of slots; or each key, and
-each value, by itself, where single tokens are listed. A layer's ops must all say the same (``lay``)."""
+each value, by itself, where single tokens are listed. A layer's ops must all say the same (``lay``);
+`describe_blocks`, `score_lowbit` and int8 arithmetic have the first alone."""
 
 
 def check_cache_order(op: str, p: Mapping[str, Any]) -> None:

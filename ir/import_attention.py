@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from mimo_compile.errors import UsageError
 from mimo_compile.ir.caches import FORMATS
 from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.workload import Value
@@ -57,8 +58,17 @@ class ListConverters:
             "int8_attention.default": self.int8_attention,
         }
 
+    def _refuse_order(self, op: str) -> None:
+        """Refuse an op in a layer whose caches have an order that its kernels do not read."""
+        if self.lay:
+            raise UsageError(
+                f"{op} does not read caches with lay={self.lay}, which other ops of the layer use",
+                remedy="leave out lay in the whole layer",
+            )
+
     def describe_blocks(self, node: Any, imp: Any) -> None:
         """Update descriptors of the tokens that the call appended."""
+        self._refuse_order("describe_blocks")
         k_cache, pos, desc, kind, size, stride, *whole = imp.retrieve_args(node)
         (cap, kv, d), t = extents(k_cache), self.appended[k_cache]
         done = self.call(
@@ -130,6 +140,7 @@ class ListConverters:
 
     def int8_attention(self, node: Any, imp: Any) -> Any:
         """Attend to a cache, or a window of it, in int8 arithmetic."""
+        self._refuse_order("int8_attention")
         q, k_cache, v_cache, pos, sink, scale, window, arith = imp.retrieve_args(node)
         (t, h, d), (cap, kv, _), dv = extents(q), extents(k_cache), extents(v_cache)[2]
         return self.call(
