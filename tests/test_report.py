@@ -3,6 +3,7 @@
 import html.parser
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,7 +14,8 @@ from mimo_compile.report.charts import by_kernel
 from mimo_compile.report.data import Subject
 from mimo_compile.report.parts import Bar, bars
 from mimo_compile.report.svg import Axis, Plot, duration, short
-from mimo_compile.runtime.program import Choice
+from mimo_compile.runtime import container
+from mimo_compile.runtime.program import Choice, Manifest, Target
 from mimo_compile.search.database import Database
 from mimo_compile.search.lookup import summarise
 from mimo_compile.search.records import Record, Verdict
@@ -145,6 +147,27 @@ def test_bars_of_joules_are_of_one_meter_or_modelled() -> None:
 
 
 HOSTILE = """</style></title>"><img src=x onerror=alert(1)><script>alert('1')</script>&lt;b>"""
+
+
+def test_a_decoding_step_is_that_of_artifacts_that_decode_apart(monkeypatch, tmp_path) -> None:
+    """A dense kernel that only prompts still use does not count as work of a decoded token."""
+    dense, sparse = (f"mpgemm:m=1,n={n},k=64,w=w4g64,a=a8" for n in (64, 128))
+    plan = tuple(
+        Choice(name, "s", {}, "k", "modelled", 10.0, calls=calls)
+        for name, calls in ((dense, {"step_1": 3}), (sparse, {"decode_1": 2, "head_1": 1}))
+    )
+    for entries, expected in (
+        (("step_1", "decode_1", "head_1"), {dense: 0, sparse: 3}),
+        (("step_1", "head_1"), {dense: 3, sparse: 1}),
+    ):
+        target = Target("llvm", "cpu", (), 1)
+        manifest = Manifest(1, "m", target, {}, "none", "latency", entries, {}, {}, plan)
+        parts = SimpleNamespace(manifest=manifest, texts={})
+        monkeypatch.setattr(container, "open_artifact", lambda *_, p=parts, **__: p)
+        file = tmp_path / "m.mimo"
+        file.write_bytes(b"PK and more")
+        (machine,) = gather(file).machines
+        assert {s.workload: s.step_calls for s in machine.subjects} == expected
 
 
 def test_text_from_records_cannot_become_markup(tmp_path) -> None:

@@ -73,13 +73,15 @@ def _show(console: Console, found: Comparison) -> None:
     from mimo_compile.cli.console import number, table
     from mimo_compile.cli.energy import MODELLED, NOTE, title
     from mimo_compile.pipeline.plans import measured_share
+    from mimo_compile.runtime.program import decoding_entry
 
     problem, plans = found.problem, found.plans
     hardware = problem.hardware
     console.say(
         f"{problem.name} on {hardware.id}, {hardware.threads} threads: {len(problem.calls)} kernels to choose"
     )
-    entries = [e for e in ("step_1", "head_1", "main") if e in found.entry_totals(plans[0])]
+    totals = found.entry_totals(plans[0])
+    entries = [e for e in (decoding_entry(totals), "head_1", "main") if e in totals]
     (energy,) = {p.energy_source for p in plans}
     first = plans[0]
     rows: list[list[object]] = [

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mimo_compile.errors import InputError
 from mimo_compile.ir.hardware import Hardware, local_cpu
-from mimo_compile.runtime.program import Choice, Manifest
+from mimo_compile.runtime.program import Choice, Manifest, decoding_entry
 from mimo_compile.search.lookup import Result, pareto, summarise, use_measured
 from mimo_compile.search.records import Record, decode
 
@@ -31,6 +31,8 @@ class Subject:
     calls: dict[str, int] = field(default_factory=dict)
     """Calls by entry point, when the subject belongs to an artifact."""
     choice: Choice | None = None
+    decodes: str = "step_1"
+    """Entry point of the artifact that decodes one token."""
 
     @property
     def op(self) -> str:
@@ -54,7 +56,7 @@ class Subject:
     @property
     def step_calls(self) -> int:
         """Calls in one decoding step of one token, or in one call of a module; 0 outside of an artifact."""
-        step = self.calls.get("step_1", 0) + self.calls.get("head_1", 0)
+        step = self.calls.get(self.decodes, 0) + self.calls.get("head_1", 0)
         return step or self.calls.get("main", 0)
 
     @property
@@ -189,6 +191,8 @@ def _from_artifact(file: Path) -> ReportData:
         for w, c in choices.items()
         if w not in known
     ]
+    for subject in (s for m in machines for s in m.subjects):
+        subject.decodes = decoding_entry(parts.manifest.entries)
     members = {name: member.bytes for name, member in parts.manifest.members.items()}
     return ReportData(parts.manifest.name, str(file), machines, parts.manifest, members, unread)
 

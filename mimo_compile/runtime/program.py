@@ -6,6 +6,7 @@ them); both are plain JSON, strictly decoded.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Literal
 
 import msgspec
@@ -168,6 +169,11 @@ class Calibrated(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     seed: int
     sha256: str
     """Of the calibration tokens, int32 little-endian."""
+
+
+def decoding_entry(entries: Collection[str]) -> str:
+    """Return the name of the entry point that decodes one token, of those that an artifact has."""
+    return "decode_1" if "decode_1" in entries else "step_1"
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
