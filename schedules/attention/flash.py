@@ -154,7 +154,7 @@ class Tile:
         """Raise the maxima of 16 rows to those of the step, and say what earlier sums shrink by."""
         before = bind(load(self.top, row, lanes=LANES))
         top = bind(T.max(self.best_of(row), before))
-        store(self.shrink, self.exp2(before - top), row, lanes=LANES)
+        store(self.shrink, self.factor2(before - top), row, lanes=LANES)
         store(self.top, top, row, lanes=LANES)
 
     def best_of(self, row: Any) -> Any:
@@ -170,6 +170,10 @@ class Tile:
     def exp2(self, x: Any) -> Any:
         """Return 16 powers of two of numbers up to 0."""
         return exponent.exp2(x, scaled=self.s.avx512, short=self.short)
+
+    def factor2(self, x: Any) -> Any:
+        """Return 16 powers of two that sums are multiplied with, again and again: not short ones."""
+        return exponent.exp2(x, scaled=self.s.avx512)
 
     def weight(self, value: Any, row: Any, at: Any) -> Any:
         """Keep 16 weights of a row from slot ``at`` on; returns them as they are summed."""

@@ -179,7 +179,7 @@ class WholeInt8(ByteScores):
             self.raise_top(i * LANES)
             best = self.best_of(i * LANES)
             below = best - load(self.top, i * LANES, lanes=LANES)
-            store(self.part, self.exp2(below), i * LANES, lanes=LANES)
+            store(self.part, self.factor2(below), i * LANES, lanes=LANES)
             store(self.own_top, best, i * LANES, lanes=LANES)
         with loop(s.height) as row:
             best = bind(splat(self.own_top[row]))

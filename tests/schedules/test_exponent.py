@@ -9,9 +9,12 @@ from harness import compiled
 from mimo_compile._tvm import as_aligned, empty_aligned, from_numpy
 from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.hardware import local_cpu
+from mimo_compile.ir.ops import parse_workload
 from mimo_compile.ir.ops.base import Arg
+from mimo_compile.schedules import schedules_for
 from mimo_compile.schedules.attention import exponent
 from mimo_compile.schedules.base import Kernel
+from mimo_compile.schedules.emit.bf16 import NEEDS
 from mimo_compile.schedules.emit.build import function, load, loop, store
 from mimo_compile.schedules.emit.vector import LANES, log2, splat
 
@@ -75,3 +78,22 @@ def test_the_largest_of_sixteen():
     got = run("largest", lambda v: exponent.from_order(splat(exponent.largest(v), LANES)), x)
     want = np.repeat(x.reshape(-1, LANES).max(1), LANES)
     assert np.array_equal(got, want)
+
+
+@pytest.mark.skipif(not CPU.features >= NEEDS, reason="the CPU has no bfloat16 dots")
+@pytest.mark.parametrize("arith", ["float", "int8"])
+def test_only_weights_take_short_powers(arith, monkeypatch):
+    # sums are multiplied with the others once a step, and errors would add up
+    shorts = []
+
+    def counted(x, *, scaled, short=False):
+        shorts.append(short)
+        return plain(x, scaled=scaled, short=short)
+
+    plain = exponent.exp2
+    monkeypatch.setattr(exponent, "exp2", counted)
+    text = f"cached_attention:t=16,h=2,kv=1,d=32,dv=16,cap=256,c=bf16,arith={arith}"
+    workload = parse_workload(text)
+    (schedule, *_) = schedules_for(workload, CPU)
+    schedule.lower(workload, schedule.space(workload, CPU).default, CPU)
+    assert True in shorts and shorts.count(False) == (2 if arith == "int8" else 1)
