@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from mimo_compile.schedules.attention.flash import Tile, only
+from mimo_compile.schedules.attention.lines import paired
 from mimo_compile.schedules.attention.reach import Reach, Tiling, fixed
 from mimo_compile.schedules.emit.bf16 import dot
 from mimo_compile.schedules.emit.bf16 import imported as dots_imported
@@ -59,11 +60,6 @@ def _rounded(low: Any, high: Any) -> Any:
     return T.call_extern("int32x16", _NAME, low, high)
 
 
-def _words(buffer: Any, *index: Any) -> Any:
-    """Return 16 pairs, each in a lane of 32 bits, bound."""
-    return bind(T.reinterpret("int32x16", load(buffer, *index, lanes=2 * LANES)))
-
-
 def _first(words: Any) -> Any:
     return bind(T.reinterpret("float32x16", T.shift_left(words, splat(T.int32(16)))))
 
@@ -105,7 +101,7 @@ class Widened(Tile):
         self, blocks: list[Any], later: list[Any], i: Any, first: Any, acc: list[list[Register]],
         parts: int,
     ) -> None:  # fmt: skip
-        words = [_words(self.k, self.head, b, i, 0) for b in blocks]
+        words = [paired(self.k, self.head, b, i, 0) for b in blocks]
         self.ask_keys(blocks, later, i)
         mask = splat(T.int32(UPPER))
         keys = [[_first(w), _second(w, mask)][:parts] for w in words]
@@ -162,7 +158,7 @@ class Widened(Tile):
         """
         pair, far, slot = at
         mask = splat(T.int32(UPPER if both or halves is not None else 0))
-        words = [_words(self.v, self.head, pair, 2 * j) for j in columns]
+        words = [paired(self.v, self.head, pair, 2 * j) for j in columns]
         if halves is not None:
             words = [bind(T.bitwise_and(w, splat(halves))) for w in words]
         self.ask_values(pair, far, columns)
@@ -214,7 +210,7 @@ class Dots(Widened):
         later = self.later(reach, step, part, wide)
         acc = [[Register("float32", LANES, splat(0.0)) for _ in blocks] for _ in range(rows)]
         with loop(-(-int(self.s.p["d"]) // 2)) as i:
-            words = [_words(self.k, self.head, b, i, 0) for b in blocks]
+            words = [paired(self.k, self.head, b, i, 0) for b in blocks]
             self.ask_keys(blocks, later, i)
             for r in range(rows):
                 for term in range(self.terms):
@@ -253,7 +249,7 @@ class Dots(Widened):
         columns: list[Any],
     ) -> None:  # fmt: skip
         pair, far, slot = at
-        words = [_words(self.v, self.head, pair, 2 * j) for j in columns]
+        words = [paired(self.v, self.head, pair, 2 * j) for j in columns]
         if halves is not None or not both:
             mask = splat(T.int32(0xFFFF) if halves is None else halves)
             words = [bind(T.bitwise_and(w, mask)) for w in words]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from mimo_compile.schedules.attention.flash import Tile
+from mimo_compile.schedules.attention.lines import added_up, paired, powers, widened
 from mimo_compile.schedules.attention.reach import Reach, Tiling
 from mimo_compile.schedules.emit.bf16 import dot
 from mimo_compile.schedules.emit.build import (
@@ -27,26 +28,6 @@ from mimo_compile.schedules.emit.vector import LANES, splat
 
 LINE = 64
 """Bytes of a cache line."""
-
-
-def added_up(sums: list[Any]) -> Any:
-    """Return a vector whose lane ``i`` is the sum of all lanes of ``sums[i]``, of 16 vectors."""
-    chunk = LANES
-    while chunk > 1:
-        half, count = chunk // 2, LANES // chunk
-
-        def lanes(
-            offset: int, half: int = half, chunk: int = chunk, count: int = count
-        ) -> list[int]:
-            starts = [v * LANES + c * chunk + offset for v in (0, 1) for c in range(count)]
-            return [s + j for s in starts for j in range(half)]
-
-        sums = [
-            bind(T.Shuffle([a, b], lanes(0)) + T.Shuffle([a, b], lanes(half)))
-            for a, b in zip(sums[::2], sums[1::2], strict=True)
-        ]
-        chunk = half
-    return sums[0]
 
 
 class Rows(Tile):
@@ -92,7 +73,7 @@ class Rows(Tile):
     def scores(self, reach: Reach, step: Any) -> None:
         """Multiply queries with keys, sixteen pairs at a time: the knob ``rows`` shapes values alone."""
         s = self.s
-        for base, rows, count in _powers(s.height):
+        for base, rows, count in powers(s.height):
             keys = LANES // rows
             with loop(count) as tile, loop(s.blocks) as u, loop(LANES // keys) as part:
                 first = bind(tile * rows + base)
@@ -160,11 +141,11 @@ class WidenedRows(Rows):
 
     def key(self, seat: Any, j: Any) -> Any:
         """Return a line of a key."""
-        return _widened(self.k, self.head, seat, j * LANES)
+        return widened(self.k, self.head, seat, j * LANES)
 
     def value(self, seat: Any, column: Any) -> Any:
         """Return 16 numbers of a value."""
-        return _widened(self.v, self.head, seat, column)
+        return widened(self.v, self.head, seat, column)
 
 
 class DotRows(WidenedRows):
@@ -186,36 +167,15 @@ class DotRows(WidenedRows):
 
     def query(self, row: Any, j: Any) -> Any:
         """Return a line of a row's query, in pairs."""
-        return _words(self.rounded, row, j * self.line)
+        return paired(self.rounded, row, j * self.line)
 
     def key(self, seat: Any, j: Any) -> Any:
         """Return a line of a key, in pairs."""
-        return _words(self.k, self.head, seat, j * self.line)
+        return paired(self.k, self.head, seat, j * self.line)
 
     def multiply(self, total: Any, key: Any, query: Any) -> Any:
         """Return sums plus the products of a line."""
         return dot(total, key, query)
-
-
-def _words(buffer: Any, *index: Any) -> Any:
-    """Return 16 pairs, each in a lane of 32 bits, bound."""
-    return bind(T.reinterpret("int32x16", load(buffer, *index, lanes=2 * LANES)))
-
-
-def _widened(buffer: Any, *index: Any) -> Any:
-    words = T.cast(load(buffer, *index, lanes=LANES), "int32x16")
-    return bind(T.reinterpret("float32x16", T.shift_left(words, splat(T.int32(16)))))
-
-
-def _powers(height: int) -> list[tuple[int, int, int]]:
-    """Return (first row, rows, count) of tiles whose rows are a power of two up to 8."""
-    out, base = [], 0
-    for rows in (8, 4, 2, 1):
-        count = (height - base) // rows
-        if count:
-            out.append((base, rows, count))
-            base += rows * count
-    return out
 
 
 ROWS: dict[str, type[Rows]] = {"f32": Rows, "widen": WidenedRows, "dot": DotRows}

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from mimo_compile.schedules.attention.lines import added_up, powers, widened
 from mimo_compile.schedules.attention.reach import fixed
-from mimo_compile.schedules.attention.rows import added_up
 from mimo_compile.schedules.attention.score_slots import Chosen, Slots, Tile, Whole
 from mimo_compile.schedules.emit.build import Register, T, bind, load, loop, store, workspace
 from mimo_compile.schedules.emit.vector import LANES, splat
@@ -20,8 +20,7 @@ def line_of(buffer: Any, *index: Any, bits: int) -> Any:
     """Return 16 numbers of a key as float32, bound."""
     if bits == 32:
         return bind(load(buffer, *index, lanes=LANES))
-    words = T.cast(load(buffer, *index, lanes=LANES), "int32x16")
-    return bind(T.reinterpret("float32x16", T.shift_left(words, splat(T.int32(16)))))
+    return widened(buffer, *index)
 
 
 class Lines(Tile):
@@ -39,13 +38,9 @@ class Lines(Tile):
         s = self.s
         with loop(s.run // LANES) as v:
             vector = fixed(T.min(run * (s.run // LANES) + v, T.int32(s.vectors - 1)))
-            base = 0
-            for rows in (4, 2, 1):
-                count = (s.height - base) // rows
-                if count:
-                    with loop(count) as i, loop(rows) as part:
-                        self._sixteen(vector, bind(i * rows + base), rows, part, v)
-                base += count * rows
+            for base, rows, count in powers(s.height, 4):
+                with loop(count) as i, loop(rows) as part:
+                    self._sixteen(vector, bind(i * rows + base), rows, part, v)
         self._mask(run)
 
     def _sixteen(self, vector: Any, row: Any, rows: int, part: Any, v: Any) -> None:
