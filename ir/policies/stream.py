@@ -12,8 +12,8 @@ from mimo_compile.ir.policies.base import AttentionPolicy, Geometry, LayerRole, 
 class Stream(AttentionPolicy):
     """``sink`` first positions and the last ``recent``; nothing is scored.
 
-    With ``rolling=1`` keys are kept unrotated and rotated by their place in the cache when used, so that
-    positions never exceed ``sink + recent``; with 0 it is a mask over absolute positions: another function.
+    With ``rolling=1`` a query meets keys as if each were rotated by its place among those that stay, so that
+    distances never reach ``sink + recent``; with 0 it is a mask over absolute positions: another function.
     """
 
     name: ClassVar[str] = "stream"
