@@ -50,7 +50,7 @@ class OnPlainTiles(X86FlashAmx):
 
 
 @dots
-@settings(max_examples=4)
+@settings(max_examples=2)
 @given(data=st.data())
 def test_any_shape_position_and_config(data):
     one_of_any(data)
