@@ -83,7 +83,8 @@ def query_terms(fmt: GroupedFormat) -> int:
 
 def _unit(most: Any, levels: int) -> tuple[Any, Any]:
     """Return what numbers up to ``most`` are multiplied by to be rounded, and what one unit stands for."""
-    by = T.if_then_else(most > T.float32(0), T.float32(levels) / most, T.float32(0))
+    # below that the quotient would be infinite, and times zero not a number
+    by = T.if_then_else(most > T.float32(1e-30), T.float32(levels) / most, T.float32(0))
     return bind(by), bind(most * T.float32(1 / levels))
 
 

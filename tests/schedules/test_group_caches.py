@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -103,6 +104,32 @@ def test_dots_without_vnni(c):
         hardware = dataclasses.replace(CPU, features=CPU.features - {"avx512vnni", "avxvnni"})
         assert FLASH.space(workload, hardware).knobs["arith"] == ("madd", "real")
         check(FLASH, text, config, inputs=given_, hardware=hardware)
+
+
+@pytest.mark.parametrize("c", GROUPED)
+@pytest.mark.parametrize("powers", [110.0, 122.0, 130.0])
+def test_groups_that_hardly_count_count_as_little_and_are_no_nan(c, powers):
+    text = f"cached_attention:t=1,h=2,kv=1,d=16,dv=16,cap=192,scale=1,c={c}"
+    workload = parse_workload(text)
+    p, fmt = OP.full(workload), GROUPED[c]
+    rng = np.random.default_rng(0)
+    k, v = (rng.standard_normal((180, 1, 16), np.float32) for _ in range(2))
+    k[:, :, 0] = 1.0
+    k[:64, :, 0] = 1.0 + powers * math.log(2)  # the first group lies so many powers of two above
+    given_ = OP.make_inputs(workload, rng)
+    given_ |= kv_groups.encoded(k, 0.01 * v, 179, 192, kv_groups.tail_of(p, fmt), fmt)
+    given_["q"][:] = 0
+    given_["q"][:, :, 0] = 1
+    given_["pos"] = np.array([179, 1], np.int32)
+    default = FLASH.space(workload, CPU).default
+    for arith in ("real", default.arith):
+        # one stretch of keys, the least first
+        config = dataclasses.replace(default, arith=arith, splits=1, parallel=False)
+        flipped = given_ | kv_groups.encoded(
+            k[::-1].copy(), 0.01 * v[::-1].copy(), 179, 192, kv_groups.tail_of(p, fmt), fmt
+        )
+        for inputs in (given_, flipped):
+            assert np.isfinite(proved(text, config, inputs).outputs["out"]).all()
 
 
 @pytest.mark.parametrize("c", GROUPED)
