@@ -309,11 +309,12 @@ def encoded(
     return out
 
 
-def largest_value(inputs: Mapping[str, Array], fmt: GroupedFormat) -> float:
-    """Return the largest magnitude of the values that a cache holds; what was never written is NaN."""
+def largest_values(inputs: Mapping[str, Array], fmt: GroupedFormat) -> Array:
+    """Return the largest magnitude of each head's values ``[KV]``; what was never written is NaN."""
     scale, zero = np.abs(inputs["v_scale"].astype(np.float32)).transpose(3, 0, 1, 2)
-    codes = np.nanmax(scale * fmt.levels + zero, initial=0.0)
-    return float(max(codes, np.nanmax(np.abs(inputs["v_tail"]), initial=0.0)))
+    codes = np.nanmax(scale * fmt.levels + zero, axis=(0, 2), initial=0.0)
+    tail = np.nanmax(np.abs(inputs["v_tail"]), axis=(0, 2), initial=0.0)
+    return np.asarray(np.maximum(codes, tail))
 
 
 def allowed(

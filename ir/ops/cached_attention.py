@@ -234,7 +234,7 @@ class CachedAttention(OpDef):
                 for n in (p["d"], p["dv"])
             )
             edges = edge_keys.edges_of_range(length - p["t"], p["t"], 0, fmt.group)
-            v[edges] *= np.float32(edge_keys.heaviness(length))
+            v[edges] *= edge_keys.weights_of_edges(p["kv"], length, rng)
             out |= kv_groups.encoded(
                 k, v, length - p["t"], p["cap"], kv_groups.tail_of(p, fmt), fmt
             )
@@ -252,7 +252,7 @@ class CachedAttention(OpDef):
             edges = edge_keys.edges_of_range(length - p["t"], p["t"], p["window"])
             slots = [at % p["cap"] for at in edges if at >= length - p["cap"]]
             seen = min(length, p["window"] or length)
-            out["v_cache"][slots] *= np.float32(edge_keys.heaviness(seen))
+            out["v_cache"][slots] *= edge_keys.weights_of_edges(p["kv"], seen, rng)
         for name in ("k_cache", "v_cache"):
             out[name] = parse_cache_format(p["c"]).encode(out[name])
         return out
@@ -340,10 +340,12 @@ class CachedAttention(OpDef):
         error = np.abs(plain - expected["out"]).max(axis=(0, 2), keepdims=True)
         p = self.full(workload)
         if fmt := kv_groups.grouped(p):
-            vmax = kv_groups.largest_value(inputs, fmt)
+            vmax = kv_groups.largest_values(inputs, fmt)
         else:
-            vmax = float(np.nanmax(np.abs(parse_cache_format(p["c"]).decode(inputs["v_cache"]))))
-        return {"out": np.broadcast_to(8 * error + 32 * U32 * vmax, expected["out"].shape).copy()}
+            values = parse_cache_format(p["c"]).decode(inputs["v_cache"])
+            vmax = np.nanmax(np.abs(values), axis=(0, 2), initial=0.0)
+        room = 32 * U32 * np.repeat(vmax, p["h"] // p["kv"])[None, :, None]
+        return {"out": np.broadcast_to(8 * error + room, expected["out"].shape).copy()}
 
     def counts(self, workload: Workload) -> Counts:
         """Visible keys and values once for each KV head; two multiply-adds per element and query head."""

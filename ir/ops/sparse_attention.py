@@ -222,21 +222,24 @@ class SparseAttention(OpDef):
         out["k_cache"][slots[~read]] = np.nan
         out["v_cache"][slots[~read]] = np.nan
         if parse_cache_format(p["c"]).unit:
-            self._weigh_edges(p, out, slots)
+            self._weigh_edges(p, out, slots, rng)
         for name in ("k_cache", "v_cache"):
             out[name] = parse_cache_format(p["c"]).encode(out[name])
         return out
 
-    def _weigh_edges(self, p: Mapping[str, Any], out: dict[str, Array], slots: Array) -> None:
+    def _weigh_edges(
+        self, p: Mapping[str, Any], out: dict[str, Array], slots: Array, rng: np.random.Generator
+    ) -> None:
         """Make values at the ends of some runs heavy that the first and the last query see."""
         start, valid = out["pos"].tolist()
         queries = [(0, start), (len(out["idx"]) - 1, start + valid - 1)]
         found = edge_keys.edges_of_lists(out["idx"], out["cnt"], queries, p["block"], p["window"])
         seen = min(start + valid, p["kmax"] * p["block"] + p["window"])
+        weights = edge_keys.weights_of_edges(p["kv"], seen, rng)
         heavy = np.ones((p["cap"], p["kv"], 1), np.float32)
         for head, edges in enumerate(found):
             first, last = head * p["kv"] // p["hs"], ((head + 1) * p["kv"] - 1) // p["hs"]
-            heavy[slots[edges], first : last + 1] = edge_keys.heaviness(seen)
+            heavy[slots[edges], first : last + 1] = weights[first : last + 1]
         out["v_cache"] *= heavy
 
     def _attend(
@@ -289,11 +292,13 @@ class SparseAttention(OpDef):
     ) -> dict[str, Array]:
         """Bound arithmetic that rounds neither q nor the weights of 16-bit caches: see `bound`."""
         stored = parse_cache_format(self.full(workload)["c"])
-        vmax = np.nanmax(np.abs(stored.decode(inputs["v_cache"])), initial=0.0)
+        values = stored.decode(inputs["v_cache"])
+        vmax = np.nanmax(np.abs(values), axis=(0, 2), initial=0.0)
+        room = 32 * U32 * np.repeat(vmax, workload.integer("h") // len(vmax))[None, :, None]
         errors = self._errors(workload, inputs, expected, None)
         lse = np.where(np.isfinite(expected["lse"]), expected["lse"], 0.0)
         most = {
-            "out": 8 * errors["out"] + 32 * U32 * vmax,
+            "out": 8 * errors["out"] + room,
             "lse": 8 * errors["lse"] + 16 * U32 * (1 + np.abs(lse)),
         }
         most["lse"] = np.where(np.isfinite(expected["lse"]), most["lse"], 0.0)
