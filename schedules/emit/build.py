@@ -22,7 +22,7 @@ from tvm.script.ir_builder import IRBuilder, tirx
 T: Any = tirx
 """TVM's vocabulary of statements and expressions."""
 MOST = 2**31
-"""Elements of an array: indices have 32 bits, and those of a greater one would wrap around."""
+"""Elements of a state: kernels index caches by 32 bits, and those of a greater one would wrap around."""
 
 
 def function(name: str, args: Sequence[Arg], body: Callable[..., None]) -> Any:
@@ -34,13 +34,13 @@ def function(name: str, args: Sequence[Arg], body: Callable[..., None]) -> Any:
         body: Called with one buffer for each parameter.
 
     Raises:
-        UsageError: An array has more than `MOST` elements.
+        UsageError: A state has more than `MOST` elements.
     """
     for arg in args:
-        if math.prod(arg.shape) > MOST:
+        if arg.role == "state" and math.prod(arg.shape) > MOST:
             raise UsageError(
                 f"{name}: {arg.name} {list(arg.shape)} has more than 2^31 elements",
-                remedy="make it shorter: a smaller capacity, or fewer rows",
+                remedy="give it a smaller capacity",
             )
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name(name)

@@ -115,12 +115,12 @@ def test_parts_say_what_the_whole_says(text: str, monkeypatch: pytest.MonkeyPatc
     assert seen.any(axis=0).all()
     assert parted.judge(out) == (pytest.approx(0, abs=1e-3), "")
     token, head = np.argwhere(seen)[-1]
-    out["out"][token, head, 1] += 0.1
+    out["out"][token, head, 1] += 20.0
     worst, message = parted.judge(out)
     assert worst > 1
     assert "within tokens and heads" in message
     assert parted.distance(out["out"]) > 1e-3
-    out["out"][token, head, 1] -= 0.1
+    out["out"][token, head, 1] -= 20.0
     if not seen.all():
         out["out"][tuple(np.argwhere(~seen)[0])] = np.nan
         assert "not finite" in parted.judge(out)[1]

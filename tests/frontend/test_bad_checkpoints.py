@@ -291,7 +291,7 @@ def test_wrong_calls(folder):
     with pytest.raises(UsageError, match="trained with complex"):
         load_checkpoint(folder, parse_scheme("complex2"))
     with pytest.raises(UsageError, match="KV caches"):
-        load_checkpoint(folder, parse_scheme("w4g64a8kv4"))
+        load_checkpoint(folder, parse_scheme("w4g64a8kvfp8"))
 
 
 def test_generation_settings_and_tokenizer(folder, tools):

@@ -117,7 +117,7 @@ def test_token_counts_of_one_matrix_share_its_layout(llama_folder: Path) -> None
         ({"source": 3}, UsageError),
         ({"source": "tiny", "quant": "w9"}, UsageError),
         ({"source": "tiny", "attention": "seer"}, UsageError),
-        ({"source": "tiny", "quant": "w4kv4"}, UsageError),
+        ({"source": "tiny", "quant": "w4kvfp8"}, UsageError),
         ({"source": "tiny", "target": "cuda"}, UsageError),
         ({"source": "tiny", "threads": 0}, UsageError),
         ({"source": torch.nn.Linear(2, 2)}, UsageError),
