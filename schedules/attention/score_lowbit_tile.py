@@ -51,7 +51,8 @@ class Tile:
         end = begin + self.count - 1
         self.seen = fixed(T.if_then_else(some, T.floordiv(end, block) + 1, T.int32(0)))
         """Blocks up to that of the last query."""
-        self.end = fixed(end + 1)
+        self.end = fixed(T.if_then_else(some, end + 1, T.int32(0)))
+        """Slot behind the last query's own; a tile of padding would look behind the cache."""
         self.queries = QueryCodes(s)
         self.lse = workspace((p["rows"],), "float32")
 
