@@ -40,8 +40,8 @@ SCHEDULES: dict[str, dict[str, str]] = {
     },
     "cached_attention": {
         "cached_attention.x86_flash": "attention.x86_flash:X86Flash",
-        "cached_attention.x86_flash_amx": "attention.x86_flash_amx:X86FlashAmx",
         "cached_attention.x86_flash_pairs": "attention.x86_flash_pairs:X86FlashPairs",
+        "cached_attention.x86_flash_amx": "attention.x86_flash_amx:X86FlashAmx",
         "cached_attention.x86_flash_groups": "attention.x86_flash_groups:X86FlashGroups",
         "cached_attention.x86_int8": "attention.x86_int8:X86Int8",
         "cached_attention.x86_flash_rows": "attention.x86_rows:X86FlashRows",

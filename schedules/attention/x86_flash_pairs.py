@@ -14,8 +14,6 @@ from mimo_compile.schedules.attention.x86_flash import FlashConfig, X86Flash
 from mimo_compile.schedules.base import Space
 from mimo_compile.schedules.emit.bf16 import NEEDS
 
-MANY = 16
-"""Tokens from which on arithmetic takes longer than reading: then pairs are multiplied as they lie."""
 SHORT = 32
 """Slots of a step over caches that are read once: so far ahead, lines stay in the first-level cache."""
 
@@ -44,8 +42,6 @@ class X86FlashPairs(X86Flash):
         default = PairsConfig(**self.config_to_json(base.default), arith="widen")
         if default.ahead and SHORT in base.knobs["block"]:
             default = replace(default, block=SHORT)
-        if dots and workload.integer("t") >= MANY:
-            default = replace(default, arith="dot")
         return Space(PairsConfig, {**base.knobs, "arith": kinds}, default, base.legal)
 
     def registers(self, config: FlashConfig, hardware: Hardware) -> int:
