@@ -271,9 +271,9 @@ class SparseAttention(OpDef):
         """Allow eight times the largest error of plain float32, head by head, as `cached_attention` does.
 
         16-bit caches: as there, kernels may round q and the weights, so four times the largest error of runs
-        with random roundings is allowed, too. Where one or two keys are seen, those of q and of the weights may
-        cancel in each run; so lse has also what weights alone may move it by, ``2**-8``. An infinite lse must
-        be met exactly.
+        with random roundings is allowed, too. Where one or two keys are seen, those of q and of the weights
+        may cancel in each run; so lse has also what weights alone may move it by, ``2**-8``. An infinite lse
+        must be met exactly.
         """
         stored = parse_cache_format(self.full(workload)["c"])
         most = self.exact_bound(workload, inputs, expected)

@@ -81,6 +81,12 @@ def test_nothing_valid_scores_nothing():
     assert np.isneginf(got[2]).all() and np.isfinite(got[:2]).any()
 
 
+def test_padding_looks_at_nothing_behind_a_full_cache():
+    # tiles of padding stand behind the cache, whose end is that of memory that may be read
+    text = "score_lowbit:t=40,h=2,kv=2,d=5,cap=128,block=32,rows=4,first=2,last=1,bits=2"
+    check(SCORE, text, inputs=placed(text, 105, 21))
+
+
 def test_codes_of_one_key_alone():
     """A head whose queries and keys are whole numbers: the estimate is the product itself."""
     text = "score_lowbit:t=4,h=1,kv=1,d=4,cap=64,block=4,rows=4,first=1,last=1,bits=4,scale=0.1"
