@@ -86,6 +86,17 @@ class X86Flash(Schedule):
         tiles = tuple(
             n for n in (1, 2, 4, 8, 16, 32, 64) if n < 2 * p["t"] and n * group <= 256
         ) or (1,)
+        return self.space_of(p, hardware, group, reach, tiles)
+
+    def space_of(
+        self,
+        p: Mapping[str, Any],
+        hardware: Hardware,
+        group: int,
+        reach: int,
+        tiles: tuple[int, ...],
+    ) -> Space:
+        """Return the space of tiles of so many tokens and heads of a group, which see ``reach`` slots."""
         blocks = tuple(n for n in (16, 32, 48, 64, 96, 128, 192, 256) if n == 16 or n <= reach)
         splits = tuple(
             n for n in (1, 2, 4, 8, 16, 32) if n == 1 or (reach >= n * 64 and p["t"] <= 16)

@@ -54,29 +54,7 @@ class X86Lists(X86Flash):
         """Tiles of queries with one list, length of a step, parts, register tile."""
         p = get_op(self.op).full(workload)
         group = p["h"] // max(p["hs"], p["kv"])
-        reach = _reach(p)
-        tiles = self.tiles(p)
-        blocks = tuple(n for n in (16, 32, 48, 64, 96, 128, 192, 256) if n == 16 or n <= reach)
-        splits = tuple(
-            n for n in (1, 2, 4, 8, 16, 32) if n == 1 or (reach >= n * 64 and p["t"] <= 16)
-        )
-        most = group * tiles[-1]
-        rows = tuple(sorted({n for n in (1, 2, 3, 4, 6, 8) if n <= most} | {min(group, 16)}))
-        default = self._default(p, hardware, tiles, blocks, splits, rows)
-        threads = (False, True) if hardware.threads > 1 else (False,)
-        return Space(
-            FlashConfig,
-            {
-                "tile": tiles,
-                "block": blocks,
-                "splits": splits,
-                "rows": rows,
-                "parallel": threads,
-                "ahead": (0, 1, 2),
-            },
-            default,
-            lambda c: c.rows <= c.tile * group and (c.ahead == 0 or c.tile * group <= c.rows),
-        )
+        return self.space_of(p, hardware, group, _reach(p), self.tiles(p))
 
     def tiles(self, p: Mapping[str, Any]) -> tuple[int, ...]:
         """Return the tokens that a tile may have."""
