@@ -13,7 +13,6 @@ from mimo_compile.ir.policies.base import (
     LayerRole,
     Score,
     Select,
-    State,
     Steps,
 )
 
@@ -100,7 +99,6 @@ __all__ = [
     "LayerRole",
     "Score",
     "Select",
-    "State",
     "Steps",
     "get_policy",
     "parse_policy",

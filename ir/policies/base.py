@@ -1,8 +1,8 @@
 """What an attention policy says, as data: it names no kernel, and no kernel knows a policy.
 
 A policy answers where scores come from (`Score`), how blocks are chosen by them (`Select`), what each layer
-does (`LayerRole`), what it keeps between steps (`State`) and what it needs from the model. `workloads` turns
-the answers into workloads of the ops ``score_*``, `select_blocks`, `sparse_attention`, `cached_attention`.
+does (`LayerRole`) and what it needs from the model. `workloads` turns the answers into workloads of the ops
+``score_*``, `select_blocks`, `sparse_attention`, `cached_attention`.
 """
 
 from __future__ import annotations
@@ -85,23 +85,6 @@ class LayerRole:
 
 
 @dataclass(frozen=True, slots=True)
-class State:
-    """What a layer keeps besides its KV cache."""
-
-    name: str
-    kind: Literal["descriptor", "ring", "keys", "remainder"]
-    shape: tuple[int, ...]
-
-    @property
-    def elements(self) -> int:
-        """Number of elements."""
-        n = 1
-        for extent in self.shape:
-            n *= extent
-        return n
-
-
-@dataclass(frozen=True, slots=True)
 class Geometry:
     """Extents of one layer's attention in one call."""
 
@@ -117,10 +100,6 @@ class Geometry:
     """1 if the model has learned sink logits."""
     c: str = "f32"
     """Format of the KV caches."""
-
-    def blocks(self, block: int) -> int:
-        """Return the number of blocks in the cache."""
-        return -(-self.cap // block)
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,10 +205,6 @@ class AttentionPolicy(ABC):
         if self.select is None:
             return LayerRole("full", True, None, layer)
         return LayerRole("select", False, layer, layer, self.branch_window)
-
-    def states(self, g: Geometry) -> tuple[State, ...]:
-        """Return what a selecting layer keeps besides its KV cache."""
-        return ()
 
     def rectified(self, steps: int, start: int) -> tuple[int, int] | None:
         """Return the positions that must run again, densely, after a decoding step; None: none.

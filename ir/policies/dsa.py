@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from mimo_compile.ir.policies.base import AttentionPolicy, Geometry, Score, Select, State, arg
+from mimo_compile.ir.policies.base import AttentionPolicy, Score, Select, arg
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +32,3 @@ class Dsa(AttentionPolicy):
     def select(self) -> Select:
         """The best tokens and the token itself."""
         return Select(k=self.k)
-
-    def states(self, g: Geometry) -> tuple[State, ...]:
-        """One key of the indexer for each position."""
-        return (State("index_keys", "keys", (g.cap, 1, 1, self.width)),)

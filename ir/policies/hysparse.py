@@ -7,11 +7,9 @@ from typing import ClassVar
 
 from mimo_compile.ir.policies.base import (
     AttentionPolicy,
-    Geometry,
     LayerRole,
     Score,
     Select,
-    State,
     arg,
 )
 
@@ -61,11 +59,3 @@ class HySparse(AttentionPolicy):
             else:
                 roles.append(LayerRole("reuse", False, source, source, self.window))
         return tuple(roles)
-
-    def states(self, g: Geometry) -> tuple[State, ...]:
-        """The window branch's ring (of sparse layers)."""
-        ring = self.window + g.t - 1
-        return (
-            State("ring_k", "ring", (ring, g.kv, g.d)),
-            State("ring_v", "ring", (ring, g.kv, g.dv)),
-        )

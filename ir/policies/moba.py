@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from mimo_compile.ir.policies.base import AttentionPolicy, Geometry, Score, Select, State, arg
+from mimo_compile.ir.policies.base import AttentionPolicy, Score, Select, arg
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +27,3 @@ class Moba(AttentionPolicy):
     def select(self) -> Select:
         """The best blocks and the token's own."""
         return Select(k=self.k)
-
-    def states(self, g: Geometry) -> tuple[State, ...]:
-        """The mean key of each block."""
-        return (State("means", "descriptor", (g.blocks(self.block), g.kv, 1, g.d)),)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from mimo_compile.ir.policies.base import AttentionPolicy, Geometry, Score, Select, State, arg
+from mimo_compile.ir.policies.base import AttentionPolicy, Score, Select, arg
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,14 +48,3 @@ class Nsa(AttentionPolicy):
     def select(self) -> Select:
         """The best blocks, with those at both ends."""
         return Select(k=self.n, first=self.initial, last=self.local)
-
-    def states(self, g: Geometry) -> tuple[State, ...]:
-        """Compressed keys and values, and the window branch's ring."""
-        count = -(-max(g.cap - self.compress, 0) // self.stride) + 1
-        ring = self.window + g.t - 1
-        return (
-            State("compressed_k", "keys", (count, g.kv, g.d)),
-            State("compressed_v", "keys", (count, g.kv, g.dv)),
-            State("ring_k", "ring", (ring, g.kv, g.d)),
-            State("ring_v", "ring", (ring, g.kv, g.dv)),
-        )

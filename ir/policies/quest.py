@@ -7,11 +7,9 @@ from typing import ClassVar
 
 from mimo_compile.ir.policies.base import (
     AttentionPolicy,
-    Geometry,
     LayerRole,
     Score,
     Select,
-    State,
     arg,
 )
 
@@ -56,8 +54,3 @@ class Quest(AttentionPolicy):
         if layer < self.dense:
             return LayerRole("full", True, None, layer)
         return LayerRole("select", False, layer, layer)
-
-    def states(self, g: Geometry) -> tuple[State, ...]:
-        """Least and greatest key of each page."""
-        pages = g.blocks(self.page)
-        return (State("bounds", "descriptor", (pages, g.kv, 2, g.d)),)

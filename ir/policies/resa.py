@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from mimo_compile.ir.policies.base import AttentionPolicy, Geometry, Score, Select, State, arg
+from mimo_compile.ir.policies.base import AttentionPolicy, Score, Select, arg
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +62,3 @@ class Resa(AttentionPolicy):
     def rerun(self) -> int:
         """After every ``f`` tokens."""
         return self.f
-
-    def states(self, g: Geometry) -> tuple[State, ...]:
-        """Least and greatest key of each block."""
-        return (State("bounds", "descriptor", (g.blocks(self.block), g.kv, 2, g.d)),)

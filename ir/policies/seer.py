@@ -7,11 +7,9 @@ from typing import ClassVar
 
 from mimo_compile.ir.policies.base import (
     AttentionPolicy,
-    Geometry,
     LayerRole,
     Score,
     Select,
-    State,
     arg,
 )
 
@@ -56,10 +54,3 @@ class Seer(AttentionPolicy):
         if layer < self.start:
             return LayerRole("full", True, None, layer)
         return LayerRole("select", False, layer, layer)
-
-    def states(self, g: Geometry) -> tuple[State, ...]:
-        """Compressed keys, and unrotated keys of the running block until it is complete."""
-        return (
-            State("gate_keys", "keys", (g.blocks(self.block), g.kv, self.gate)),
-            State("remainder", "remainder", (self.block, g.kv, g.d)),
-        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from mimo_compile.ir.policies.base import AttentionPolicy, Geometry, LayerRole, State, Steps, arg
+from mimo_compile.ir.policies.base import AttentionPolicy, Geometry, LayerRole, Steps, arg
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,11 +47,3 @@ class Stream(AttentionPolicy):
             window=self.recent, sink=g.sink, len=g.length, c=g.c,
         )  # fmt: skip
         return Steps(None, None, attend)
-
-    def states(self, g: Geometry) -> tuple[State, ...]:
-        """The sinks and a ring, in place of a cache."""
-        kept = self.sink + self.recent + g.t - 1
-        return (
-            State("kept_k", "ring", (kept, g.kv, g.d)),
-            State("kept_v", "ring", (kept, g.kv, g.dv)),
-        )

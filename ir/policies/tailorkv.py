@@ -11,11 +11,9 @@ import numpy.typing as npt
 from mimo_compile.errors import UsageError
 from mimo_compile.ir.policies.base import (
     AttentionPolicy,
-    Geometry,
     LayerRole,
     Score,
     Select,
-    State,
     arg,
 )
 
@@ -68,10 +66,6 @@ class TailorKV(AttentionPolicy):
     def quantises(self, weights: npt.NDArray[np.float64]) -> bool:
         """Return whether a layer with these attention weights suits quantisation; see `mass_outside`."""
         return mass_outside(weights) > self.tau
-
-    def states(self, g: Geometry) -> tuple[State, ...]:
-        """The greatest magnitude of each channel, from the prompt."""
-        return (State("peak", "descriptor", (g.kv, g.d)),)
 
 
 def mass_outside(weights: npt.NDArray[np.float64], share: float = 0.05) -> float:

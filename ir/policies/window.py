@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from mimo_compile.ir.policies.base import AttentionPolicy, Geometry, LayerRole, State, arg
+from mimo_compile.ir.policies.base import AttentionPolicy, LayerRole, arg
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,12 +34,4 @@ class Window(AttentionPolicy):
             if self.every and (i == 0 or (i + 1) % self.every == 0)
             else LayerRole("window", False, None, i, self.size)
             for i in range(layers)
-        )
-
-    def states(self, g: Geometry) -> tuple[State, ...]:
-        """A ring in place of a cache; the call's own tokens must fit beside the window."""
-        ring = self.size + g.t - 1
-        return (
-            State("ring_k", "ring", (ring, g.kv, g.d)),
-            State("ring_v", "ring", (ring, g.kv, g.dv)),
         )

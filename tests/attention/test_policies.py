@@ -7,11 +7,14 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mimo_compile.errors import UsageError
-from mimo_compile.ir.policies import POLICIES, Geometry, get_policy, parse_policy
+from mimo_compile.frontend.models.attend import Selecting
+from mimo_compile.frontend.models.decoder import LayerSpec
+from mimo_compile.ir.policies import POLICIES, LayerRole, get_policy, parse_policy
 from mimo_compile.ir.policies.tailorkv import mass_outside
 
 NOT_DEFAULT = [
@@ -162,21 +165,15 @@ def test_plans_are_causal(text, layers) -> None:
 # -- numbers of the papers -----------------------------------------------------------------------
 
 
-def test_states_weigh_what_the_papers_say() -> None:
-    g = Geometry(t=1, h=32, kv=8, d=128, dv=128, cap=32768)
-    cache = g.cap * g.kv * (g.d + g.dv)
-
-    def share(text):
-        kept = parse_policy(text).states(g)
-        return sum(s.elements for s in kept if s.kind != "remainder") / cache
-
-    assert share("quest") == share("resa") == 1 / 16
-    assert share("moba") == 1 / (2 * 512)
-    assert share("seer") == pytest.approx(1 / 128, rel=0.01)
-    assert share("nsa:window=1") == pytest.approx(1 / 16, rel=0.01)
-    assert share("full") == 0
-    ring = [s for s in parse_policy("window").states(g) if s.kind == "ring"]
-    assert [s.shape for s in ring] == [(128, 8, 128)] * 2
+@pytest.mark.parametrize(
+    ("text", "share"), [("quest", 1 / 16), ("resa", 1 / 16), ("moba", 1 / (2 * 512))]
+)
+def test_descriptors_weigh_what_the_papers_say(text, share) -> None:
+    spec, cap = LayerSpec(heads=32, kv_heads=8, d=128, dv=128), 32768
+    keeps = Selecting(parse_policy(text), LayerRole("select", False, 0, 0), lends=False)
+    kept = keeps.states(spec, cap, torch.float32)
+    cache = cap * spec.kv_heads * (spec.d + spec.dv)
+    assert sum(array.numel() for array in kept.values()) / cache == share
 
 
 def test_resa_runs_the_right_tokens_again() -> None:
