@@ -133,6 +133,7 @@ def _artifact(args: argparse.Namespace, parts: Parts) -> int:
     from mimo_compile.cli.compile import summary
     from mimo_compile.cli.console import number, size, table
     from mimo_compile.cli.energy import NOTE, energy_columns, title
+    from mimo_compile.runtime.zipform import WEIGHTS
 
     console: Console = args.console
     manifest = parts.manifest
@@ -157,6 +158,13 @@ def _artifact(args: argparse.Namespace, parts: Parts) -> int:
     from mimo_compile.runtime import dtypes
 
     held = sum(dtypes.size(s.dtype, s.shape) for s in manifest.states.values())
+    arena = max((e.arena_bytes for e in parts.programs.entries.values()), default=0)
+    weights = manifest.members[WEIGHTS].bytes
+    planned = {"weights": weights, "states": held, "arena": arena}
+    console.say(
+        f"\nmemory    {size(sum(planned.values()))} when all of it is in use: "
+        + ", ".join(f"{name} {size(count)}" for name, count in planned.items())
+    )
     if states:
         console.say(
             f"\n{len(states)} states, {size(held)}, for example {states[0][0]} {states[0][1]}"
@@ -188,6 +196,7 @@ def _artifact(args: argparse.Namespace, parts: Parts) -> int:
             },
             "states": {n: {"shape": s.shape, "dtype": s.dtype} for n, s in manifest.states.items()},
             "state_bytes": held,
+            "planned_bytes": planned,
             "layers": layers,
         }
     )  # fmt: skip

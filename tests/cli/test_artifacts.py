@@ -168,10 +168,14 @@ def test_other_artifacts_that_do_not_fit(cli, tmp_path, decoder_file, plain_file
 def test_inspect_shows_an_artifact(cli, decoder_file) -> None:
     done = cli("inspect", decoder_file)
     assert done.code == 0
-    for text in ("step_1", "head_1", "weights.safetensors", "requires"):
+    for text in ("step_1", "head_1", "weights.safetensors", "requires", "memory"):
         assert text in done.out
     value = json.loads(cli("inspect", decoder_file, "--json").out)
     assert value["ok"] and set(value["programs"]) == set(value["entries"])
+    assert value["planned_bytes"] == {
+        "weights": value["members"]["weights.safetensors"], "states": value["state_bytes"],
+        "arena": max(entry["arena_bytes"] for entry in value["programs"].values()),
+    }  # fmt: skip
     assert cli("inspect", decoder_file, "--kernel", "nothing").code == 2
     dot = cli("inspect", decoder_file, "--dot", "--entry", "step_4")
     assert dot.code == 0 and dot.out.startswith("digraph")
