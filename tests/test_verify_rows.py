@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from mimo_compile import verify
 from mimo_compile.errors import ArtifactError
+from mimo_compile.verify import LogitsBound, end_to_end
 
 
 def manifest(policy, context, rerun=0):
@@ -20,15 +20,15 @@ def manifest(policy, context, rerun=0):
 
 def test_decoded_rows_cannot_hide_among_those_of_a_long_prompt():
     reference = np.random.default_rng(0).standard_normal((400, 9))
-    bound = verify.LogitsBound(1e-3, math.inf)
-    assert verify._compare(reference, reference, bound, decoded=8).ok
+    bound = LogitsBound(1e-3, math.inf)
+    assert end_to_end._compare(reference, reference, bound, decoded=8).ok
     wrong = reference.copy()
     wrong[-8:] *= 1.5
-    found = verify._compare(wrong, reference, bound, decoded=8)
+    found = end_to_end._compare(wrong, reference, bound, decoded=8)
     assert found.p95_error <= found.bound_p95 and found.decoded_median > 0.4 and not found.ok
     # one that chose otherwise where scores nearly tie
     wrong[-7:] = reference[-7:]
-    assert verify._compare(wrong, reference, bound, decoded=8).ok
+    assert end_to_end._compare(wrong, reference, bound, decoded=8).ok
 
 
 @pytest.mark.parametrize(
@@ -51,11 +51,11 @@ def test_so_many_tokens_are_run_that_a_policy_leaves_something_out(
     policy, context, asked, rerun, count, all_seen
 ):
     notes: list[str] = []
-    found = verify.compared_tokens(manifest(policy, context, rerun), asked, notes)
+    found = end_to_end.compared_tokens(manifest(policy, context, rerun), asked, notes)
     assert found == count
     assert bool(notes) == all_seen and all("nothing was left out" in note for note in notes)
 
 
 def test_a_policy_that_nobody_knows_is_the_artifacts_fault():
     with pytest.raises(ArtifactError, match="attention policy 'quest:x=1', which this version"):
-        verify.compared_tokens(manifest("quest:x=1", 64), None, [])
+        end_to_end.compared_tokens(manifest("quest:x=1", 64), None, [])
