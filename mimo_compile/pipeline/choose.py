@@ -11,7 +11,7 @@ from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.ops.tir import Tir
 from mimo_compile.ir.workload import Workload
 from mimo_compile.pipeline.graphs import ModelGraphs
-from mimo_compile.runtime.program import Choice
+from mimo_compile.runtime.program import Choice, decoding_entry
 from mimo_compile.schedules import get_schedule, schedules_for
 from mimo_compile.search.database import Database
 from mimo_compile.search.lookup import Kept, known_results, results_for
@@ -33,16 +33,24 @@ def entry_tokens(entry: str) -> int:
     return int(tail) if tail.isdigit() else 1
 
 
-def call_weights(calls: Mapping[str, int]) -> float:
-    """Return how much a workload's time matters: its calls per token, summed over entry points.
+def weigh(calls: Mapping[Workload, Mapping[str, int]]) -> dict[Workload, float]:
+    """Return how much each workload's time matters: its calls per token, summed over entry points.
 
     Every entry counts alike per token it handles, so decoding one token and prefilling one matter equally;
-    draft heads count half, since only speculation runs them.
+    draft heads count half, since only speculation runs them. Where generated tokens have an entry of their
+    own, ``step_1`` reads what a prompt leaves over: it counts as one token of the longest step.
+
+    Args:
+        calls: The calls of all workloads of a model, by entry.
     """
-    return sum(
-        count / entry_tokens(entry) * (0.5 if entry.startswith("mtp") else 1.0)
-        for entry, count in calls.items()
-    )
+    entries = {entry for by_entry in calls.values() for entry in by_entry}
+    shares = {e: (0.5 if e.startswith("mtp") else 1.0) / entry_tokens(e) for e in entries}
+    if "step_1" in entries and decoding_entry(entries) != "step_1":
+        shares["step_1"] = min(share for e, share in shares.items() if e.startswith("step_"))
+    return {
+        w: sum(count * shares[entry] for entry, count in by_entry.items())
+        for w, by_entry in calls.items()
+    }
 
 
 def tunable(
@@ -60,8 +68,8 @@ def tunable(
     """
     functions = model.functions()
     weights = {
-        w: call_weights(c)
-        for w, c in model.workloads().items()
+        w: weight
+        for w, weight in weigh(model.workloads()).items()
         if w not in functions or (hardware is not None and _has_choice(w, hardware, search=search))
     }
     return dict(sorted(weights.items(), key=lambda item: -item[1]))
@@ -80,7 +88,7 @@ def planned(
         hardware: The target.
         db: Records to choose from, beside the packaged ones.
     """
-    weights = tunable(model)
+    weights, every = tunable(model), weigh(model.workloads())
     for workload in model.functions():
         # looked up by name first: a space of a function takes long to make
         if not results_for(workload, hardware, db, near=True):
@@ -88,7 +96,7 @@ def planned(
         if not schedules_for(workload, hardware):
             continue
         if known_results(JointSpace(workload, hardware), db):
-            weights[workload] = call_weights(model.workloads()[workload])
+            weights[workload] = every[workload]
     return dict(sorted(weights.items(), key=lambda item: -item[1]))
 
 

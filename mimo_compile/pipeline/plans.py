@@ -14,7 +14,7 @@ from mimo_compile.errors import EnvironmentMismatch, UsageError
 from mimo_compile.ir.hardware import Hardware, built_for
 from mimo_compile.ir.ops import OPS, get_op
 from mimo_compile.ir.workload import Workload
-from mimo_compile.pipeline.choose import call_weights, planned, shared_tensors
+from mimo_compile.pipeline.choose import planned, shared_tensors, weigh
 from mimo_compile.pipeline.graphs import ModelGraphs
 from mimo_compile.runtime.container import Parts
 from mimo_compile.runtime.program import Choice as Built
@@ -48,7 +48,7 @@ class Problem:
     @property
     def weights(self) -> dict[Workload, float]:
         """Calls per token, summed over the entry points: what totals of a plan count."""
-        return {w: call_weights(calls) for w, calls in self.calls.items()}
+        return weigh(self.calls)
 
     def packed(self) -> dict[Workload, Layouts]:
         """Return the layouts that an artifact's tensors have already.

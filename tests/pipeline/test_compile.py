@@ -10,7 +10,8 @@ import mimo_compile as mc
 from mimo_compile.errors import InputError, UsageError
 from mimo_compile.frontend.huggingface import load_checkpoint
 from mimo_compile.ir.formats import parse_scheme
-from mimo_compile.pipeline.choose import call_weights, shared_tensors, tunable
+from mimo_compile.ir.ops import parse_workload
+from mimo_compile.pipeline.choose import shared_tensors, tunable, weigh
 from mimo_compile.pipeline.source import open_source
 
 IDS = [5, 7, 9, 11, 20, 33, 100, 2, 3, 44, 6]
@@ -107,7 +108,14 @@ def test_token_counts_of_one_matrix_share_its_layout(llama_folder: Path) -> None
     assert all({w.op for w, _ in g} == {"kv_append", "cached_attention"} for g in caches)
     weights = tunable(graphs)
     assert list(weights.values()) == sorted(weights.values(), reverse=True)
-    assert call_weights({"step_1": 2, "step_64": 2}) == pytest.approx(2 + 2 / 64)
+
+
+def test_workloads_weigh_by_the_tokens_that_need_them() -> None:
+    dense, listed, head = (parse_workload(f"rms_norm:t={t},d=8") for t in (1, 2, 3))
+    steps = {dense: {"step_1": 2, "step_64": 2}, head: {"head_1": 1, "mtp0_4": 2}}
+    assert weigh(steps) == {dense: 2 + 2 / 64, head: 1 + 2 / 4 / 2}
+    apart = {**steps, listed: {"decode_1": 2}}
+    assert weigh(apart) == {dense: 2 / 64 + 2 / 64, head: 1.25, listed: 2}
 
 
 @pytest.mark.parametrize(
