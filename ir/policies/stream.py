@@ -37,13 +37,19 @@ class Stream(AttentionPolicy):
         return LayerRole("window", False, None, layer, self.recent)
 
     def workloads(self, g: Geometry) -> Steps:
-        """One list for all heads whose only block holds the sinks; the window does the rest."""
+        """One list for all heads whose only block holds the sinks; the window does the rest.
+
+        Beside it, where positions roll: the sinks alone, for queries that meet them under another rotation.
+        """
         if not self.sink:
             return AttentionPolicy.workloads(self, g)
         from mimo_compile.ir.ops import get_op
 
-        attend = get_op("sparse_attention").workload(
-            t=g.t, h=g.h, kv=g.kv, d=g.d, dv=g.dv, cap=g.cap, hs=1, block=self.sink, kmax=1,
-            window=self.recent, sink=g.sink, len=g.length, c=g.c,
+        attend, alone = (
+            get_op("sparse_attention").workload(
+                t=g.t, h=g.h, kv=g.kv, d=g.d, dv=g.dv, cap=g.cap, hs=1, block=self.sink, kmax=1,
+                window=window, sink=sink, len=g.length, c=g.c,
+            )
+            for window, sink in ((self.recent, g.sink), (0, 0))
         )  # fmt: skip
-        return Steps(None, None, attend)
+        return Steps(None, None, attend, (alone,) if self.rolling else ())

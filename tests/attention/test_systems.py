@@ -111,7 +111,10 @@ def test_workloads_of_published_sizes() -> None:
     assert "kmax=1152" in str(parse_policy("hysparse2").workloads(g).attend)
     full = parse_policy("full").workloads(g)
     assert full.score is None and str(full.attend).startswith("cached_attention:t=1")
-    assert "window=1020" in str(parse_policy("stream").workloads(g).attend)
+    stream = parse_policy("stream").workloads(g)
+    assert "window=1020" in str(stream.attend)
+    assert [str(w).endswith("block=4,kmax=1") for w in stream.beside] == [True]
+    assert not parse_policy("stream:rolling=0").workloads(g).beside
     ring = str(parse_policy("window").workloads(g).attend)
     assert ring.endswith("cap=128,window=128,len=65536")
 
