@@ -384,3 +384,9 @@ def matmul(a: Array, b: Array, axes: tuple[int, ...]) -> Array:
     out = out.reshape([shape[i] for i in order] + [1] * len(axes))
     back = np.argsort([*order, *axes])
     return np.ascontiguousarray(out.transpose(back))
+
+
+def plus(x: Num, start: Num) -> Num:
+    """Add the start of a sum, whose rounding is counted among that of the terms."""
+    error = None if x.error is None and start.error is None else x.err + start.err
+    return Num(x.value + start.value, error)

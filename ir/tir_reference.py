@@ -7,13 +7,12 @@ part. Loops become axes of arrays; sums of products become matrix products.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from mimo_compile import _tvm
 from mimo_compile.ir.tir_numbers import (
     BINARY,
     FLOORS,
@@ -25,59 +24,26 @@ from mimo_compile.ir.tir_numbers import (
     cast,
     contract,
     negated,
+    plus,
     select,
     total,
 )
+from mimo_compile.ir.tir_reading import (
+    Axes,
+    constant,
+    extent,
+    factors,
+    loads,
+    pattern,
+    statements,
+    variables,
+)
 
-PIECE = 1 << 21
-"""Elements that are computed at once."""
 _IN_ORDER = 1 << 15
 """Most steps of a reduction that has to be followed one by one."""
 _MOST_WORK = 1 << 34
 """Most innermost iterations of a function that a reference is computed of."""
 _DIVISIONS = ("Div", "Mod", "FloorDiv", "FloorMod")
-_REDUCERS = {"Add": "sum", "Max": "max", "Min": "min"}
-
-
-@dataclass(slots=True)
-class _Axes:
-    """The loops around one block, as axes of arrays."""
-
-    names: list[int]
-    """Identity of each loop's variable."""
-    ranges: list[tuple[int, int]]
-    dtypes: list[str]
-    reduced: tuple[int, ...] = ()
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(end - begin for begin, end in self.ranges)
-
-    def pieces(self) -> Iterator[_Axes]:
-        """Yield parts along spatial axes of at most `PIECE` elements, if there are such."""
-        size = math.prod(self.shape)
-        spatial = [i for i in range(len(self.ranges)) if i not in self.reduced]
-        wide = max(spatial, key=lambda i: self.shape[i], default=None)
-        if size <= PIECE or wide is None or self.shape[wide] == 1:
-            yield self
-            return
-        begin, end = self.ranges[wide]
-        step = max(1, (end - begin) // math.ceil(size / PIECE))
-        for at in range(begin, end, step):
-            ranges = list(self.ranges)
-            ranges[wide] = (at, min(end, at + step))
-            yield from _Axes(self.names, ranges, self.dtypes, self.reduced).pieces()
-
-    def env(self) -> dict[int, Num]:
-        """Return each loop's values along its own axis."""
-        out = {}
-        for i, (name, (begin, end), dtype) in enumerate(
-            zip(self.names, self.ranges, self.dtypes, strict=True)
-        ):
-            shape = [1] * len(self.ranges)
-            shape[i] = end - begin
-            out[name] = Num(np.arange(begin, end, dtype=dtype).reshape(shape))
-        return out
 
 
 @dataclass(slots=True)
@@ -130,7 +96,7 @@ class Evaluator:
         if type(realize.predicate).__name__ != "IntImm" or not int(realize.predicate.value):
             raise Unsupported("a block with a condition")
         starts = [extent(loop.min) for loop in loops]
-        axes = _Axes(
+        axes = Axes(
             [hash(loop.loop_var) for loop in loops],
             [(s, s + extent(loop.extent)) for s, loop in zip(starts, loops, strict=True)],
             [str(loop.loop_var.ty) for loop in loops],
@@ -149,7 +115,7 @@ class Evaluator:
                 for stmt in statements(block.body):
                     self.execute(stmt)
 
-    def reduced_axes(self, realize: Any, axes: _Axes) -> tuple[int, ...]:
+    def reduced_axes(self, realize: Any, axes: Axes) -> tuple[int, ...]:
         found: dict[int, set[int]] = {0: set(), 2: set()}
         for var, value in zip(realize.block.iter_vars, realize.iter_values, strict=True):
             kind = int(var.iter_type)
@@ -193,7 +159,7 @@ class Evaluator:
 
     # -- reductions ----------------------------------------------------------------------------
 
-    def reduction(self, block: Any, axes: _Axes) -> None:
+    def reduction(self, block: Any, axes: Axes) -> None:
         """Follow a block that reduces."""
         parts = statements(block.body)
         if block.init is None:
@@ -225,7 +191,7 @@ class Evaluator:
                 self.execute(stmt)
         self.env = whole
 
-    def first_of(self, axes: _Axes) -> None:
+    def first_of(self, axes: Axes) -> None:
         """Keep only the first iteration of reduced loops."""
         for name, num in self.env.items():
             index = tuple(
@@ -233,7 +199,7 @@ class Evaluator:
             )
             self.env[name] = Num(num.value[index])
 
-    def joined(self, stmt: Any, kind: str, term: Any, axes: _Axes) -> Num:
+    def joined(self, stmt: Any, kind: str, term: Any, axes: Axes) -> Num:
         """Return what is stored after all terms were joined to the start."""
         dtype = str(stmt.buffer.dtype)
         terms = math.prod(axes.shape[i] for i in axes.reduced)
@@ -269,7 +235,7 @@ class Evaluator:
         return Num(value, error)
 
     @staticmethod
-    def spread(x: Num, axes: _Axes) -> Num:
+    def spread(x: Num, axes: Axes) -> Num:
         """Return numbers with the full extent of each reduced loop."""
         shape = np.broadcast_shapes(
             x.value.shape, [n if i in axes.reduced else 1 for i, n in enumerate(axes.shape)]
@@ -361,86 +327,6 @@ class Evaluator:
         if name in FUNCTIONS and len(args) == 1 and (kind in UNITS or name in ("abs", "fabs")):
             return FUNCTIONS[name](args[0], kind)
         raise Unsupported(f"the function {name}")
-
-
-def constant(value: float, dtype: str) -> Num:
-    """Return a constant as it is written; the kernel holds it rounded."""
-    error = None if holds_exactly(value, dtype) else np.asarray(UNITS[dtype] * abs(value))
-    return Num(np.asarray(value, np.float64), error)
-
-
-def holds_exactly(value: float, dtype: str) -> bool:
-    """Say whether a type has a number, as all have what their maxima start from."""
-    if dtype == "float64" or not math.isfinite(value):
-        return True
-    with np.errstate(over="ignore"):
-        held = np.asarray(value, "float32" if dtype == "bfloat16" else dtype)
-    if dtype == "bfloat16" and int(held.view(np.uint32)) & 0xFFFF:
-        return False
-    return float(held) == value
-
-
-def plus(x: Num, start: Num) -> Num:
-    """Add the start of a sum, whose rounding is counted among that of the terms."""
-    error = None if x.error is None and start.error is None else x.err + start.err
-    return Num(x.value + start.value, error)
-
-
-def extent(value: Any) -> int:
-    """Return a static extent."""
-    try:
-        return int(value)
-    except TypeError as error:
-        raise Unsupported(f"the extent {value}") from error
-
-
-def statements(body: Any) -> list[Any]:
-    """Return the assignments of a block."""
-    kind = type(body).__name__
-    if kind == "SeqStmt":
-        return [s for part in body.seq for s in statements(part)]
-    if kind not in ("Bind", "BufferStore"):
-        raise Unsupported(f"a statement of kind {kind}")
-    return [body]
-
-
-def loads(node: Any) -> list[Any]:
-    """Return all reads in a statement or an expression."""
-    from tvm_ffi import structural_walk
-
-    found: list[Any] = []
-    structural_walk(node, (_tvm.compiler().ir.TensorLoad, found.append))
-    return found
-
-
-def variables(expr: Any) -> set[int]:
-    """Return the identities of an expression's variables."""
-    from tvm_ffi import structural_walk
-
-    found: set[int] = set()
-    structural_walk(expr, (_tvm.compiler().tirx.Var, lambda v: found.add(hash(v))))
-    return found
-
-
-def pattern(stmt: Any) -> tuple[str, Any] | None:
-    """Return how a reduction joins its terms, and the term; None if it is of another kind."""
-    kind = type(stmt.value).__name__ if hasattr(stmt, "buffer") else ""
-    if kind not in _REDUCERS:
-        return None
-    for own, term in ((stmt.value.a, stmt.value.b), (stmt.value.b, stmt.value.a)):
-        if type(own).__name__ == "TensorLoad" and hash(own.source) == hash(stmt.buffer):
-            same = all(
-                _tvm.runtime().structural_equal(i, j)
-                for i, j in zip(own.indices, stmt.indices, strict=True)
-            )
-            if same and all(hash(x.source) != hash(stmt.buffer) for x in loads(term)):
-                return kind, term
-    return None
-
-
-def factors(term: Any) -> tuple[Any, Any] | None:
-    """Return the factors of a product of floats."""
-    return (term.a, term.b) if type(term).__name__ == "Mul" else None
 
 
 def evaluate(function: Any, inputs: Mapping[str, Array], names: Sequence[str]) -> dict[str, Num]:

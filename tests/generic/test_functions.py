@@ -13,7 +13,8 @@ from mimo_compile.ir.hardware import local_cpu
 from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.ops.numerics import bf16_to_f32
 from mimo_compile.ir.tir_numbers import FLOORS, UNITS, Num, Unsupported
-from mimo_compile.ir.tir_reference import Evaluator, constant, evaluate
+from mimo_compile.ir.tir_reading import constant
+from mimo_compile.ir.tir_reference import Evaluator, evaluate
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules import get_schedule
 from mimo_compile.search.measure.verify import judge
