@@ -208,7 +208,7 @@ class Sleeper:
 
 def real(repeats: int) -> None:
     """Print the table of a Ray cluster with two CPUs for builds and one device, all on this machine."""
-    from mimo_compile.search.farm.ray_farm import Cluster
+    from mimo_compile.search.farm.ray_cluster import Cluster
 
     class Here(Cluster):
         """Several farm nodes on one node of Ray."""
@@ -249,7 +249,7 @@ def run_short(way: Way, seed: int) -> Trace:
 def sleep_through(cluster: object, way: Way, seed: int) -> Trace:
     """Run the searches on Ray; return what happened, in seconds since the start."""
     from mimo_compile.search.farm.coordinator import Farm
-    from mimo_compile.search.farm.ray_farm import RayExecutor
+    from mimo_compile.search.farm.ray_executor import RayExecutor
 
     nodes = {n.name: n for n in way[1]}
     executor = RayExecutor(cluster, lambda: nodes, lambda kind: (Sleeper, ()))

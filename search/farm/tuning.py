@@ -13,7 +13,8 @@ from mimo_compile.ir.hardware import Hardware
 from mimo_compile.search.farm.coordinator import Farm
 from mimo_compile.search.farm.hosts import BuildHost, Facts, MeasureHost, Setup, facts
 from mimo_compile.search.farm.measurer import FarmMeasurer
-from mimo_compile.search.farm.ray_farm import Cluster, RayExecutor, parse_on, require_ray
+from mimo_compile.search.farm.ray_cluster import Cluster, parse_on, require_ray
+from mimo_compile.search.farm.ray_executor import RayExecutor
 from mimo_compile.search.farm.roles import MARK, Member, assign, measuring_nodes, problems
 from mimo_compile.search.farm.scheduling import Node
 from mimo_compile.search.measure.base import Limits, Timing

@@ -18,7 +18,7 @@ import pytest
 from mimo_compile.errors import MimoError, MissingExtra, UsageError
 from mimo_compile.ir.hardware import PRESETS, Hardware, local_cpu
 from mimo_compile.ir.ops import parse_workload
-from mimo_compile.search.farm import ray_farm, tuning
+from mimo_compile.search.farm import ray_cluster, tuning
 from mimo_compile.search.farm.hosts import (
     BuildHost,
     BuildOrder,
@@ -30,7 +30,7 @@ from mimo_compile.search.farm.hosts import (
     facts,
     reference,
 )
-from mimo_compile.search.farm.ray_farm import parse_on
+from mimo_compile.search.farm.ray_cluster import parse_on
 from mimo_compile.search.farm.roles import Member, assign, problems
 from mimo_compile.search.farm.tuning import check_on
 from mimo_compile.search.measure import Limits, Timing
@@ -329,10 +329,10 @@ def test_what_no_farm_can_do_is_refused_early(monkeypatch: pytest.MonkeyPatch) -
         check_on("ray", SIMULATED["sim:roma"], "latency", None, "auto")
     with pytest.raises(UsageError, match="budget in joules"):
         check_on("ray", hw, "latency", 5.0, "auto")
-    monkeypatch.setattr(ray_farm, "find_spec", lambda name: None)
+    monkeypatch.setattr(ray_cluster, "find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match=r"pip install 'mimo-compile\[ray\]'"):
         check_on("ray", hw, "latency", None, "auto")
-    monkeypatch.setattr(ray_farm, "find_spec", lambda name: object())
+    monkeypatch.setattr(ray_cluster, "find_spec", lambda name: object())
     assert check_on("ray", hw, "latency", None, "auto") == "modelled"
     assert check_on("ray", hw, "energy", None, "auto") == "auto"
     assert check_on("ray", hw, "latency", None, "rapl") == "rapl"
@@ -340,10 +340,10 @@ def test_what_no_farm_can_do_is_refused_early(monkeypatch: pytest.MonkeyPatch) -
 
 def test_an_address_that_does_not_answer() -> None:
     with pytest.raises(MimoError, match=r"no Ray cluster answers: .*\(127\.0\.0\.1:9\).*ray start"):
-        ray_farm._check_answers("127.0.0.1:9")
+        ray_cluster._check_answers("127.0.0.1:9")
     for host in ("a..b", "x" * 70):  # what no host can be called
         with pytest.raises(MimoError, match="no Ray cluster answers"):
-            ray_farm._check_answers(f"{host}:6379")
+            ray_cluster._check_answers(f"{host}:6379")
 
 
 def test_a_token_that_is_there_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -351,19 +351,19 @@ def test_a_token_that_is_there_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path
     for name in [k for k in os.environ if k.startswith("RAY_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert "RAY_AUTH_MODE" not in ray_farm._variables(own=False)
-    own = ray_farm._variables(own=True)
+    assert "RAY_AUTH_MODE" not in ray_cluster._variables(own=False)
+    own = ray_cluster._variables(own=True)
     assert own["RAY_AUTH_MODE"] == "token" and len(own["RAY_AUTH_TOKEN"]) == 64
     joining = {"RAY_USAGE_STATS_ENABLED", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"}
-    assert set(ray_farm._variables(own=False)) == joining
+    assert set(ray_cluster._variables(own=False)) == joining
     (tmp_path / ".ray").mkdir()
     (tmp_path / ".ray" / "auth_token").write_text("0" * 32)
-    assert ray_farm._variables(own=False)["RAY_AUTH_MODE"] == "token"
+    assert ray_cluster._variables(own=False)["RAY_AUTH_MODE"] == "token"
     monkeypatch.setenv("HOME", str(tmp_path / "other"))
     monkeypatch.setenv("RAY_AUTH_TOKEN", "1" * 32)
-    assert set(ray_farm._variables(own=False)) == {*joining, "RAY_AUTH_MODE"}
+    assert set(ray_cluster._variables(own=False)) == {*joining, "RAY_AUTH_MODE"}
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    assert "RAY_AUTH_MODE" not in ray_farm._variables(own=True)
+    assert "RAY_AUTH_MODE" not in ray_cluster._variables(own=True)
 
 
 @pytest.mark.compile
@@ -372,7 +372,7 @@ def test_no_cluster_is_opened_for_a_database_that_cannot_be(
 ) -> None:
     from mimo_compile import api
 
-    monkeypatch.setattr(ray_farm, "find_spec", lambda name: object())
+    monkeypatch.setattr(ray_cluster, "find_spec", lambda name: object())
     monkeypatch.setattr(tuning, "open_farm", lambda *a, **k: pytest.fail("a cluster was opened"))
     (tmp_path / "file").write_text("")
     with pytest.raises(MimoError, match="file"):

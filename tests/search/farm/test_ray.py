@@ -206,7 +206,7 @@ def _joined_and_left(cluster: Any, tmp_path: Path) -> None:
 def test_a_cluster_that_is_not_the_target_is_refused(paths: None) -> None:
     from dataclasses import replace
 
-    from mimo_compile.search.farm.ray_farm import Cluster
+    from mimo_compile.search.farm.ray_cluster import Cluster
 
     other = replace(local_cpu(), name="Another CPU")
     cluster = Cluster(cpus=1)
@@ -221,7 +221,7 @@ def test_a_cluster_that_is_not_the_target_is_refused(paths: None) -> None:
 JOIN = """
 import os, sys
 from mimo_compile.errors import UsageError
-from mimo_compile.search.farm.ray_farm import Cluster
+from mimo_compile.search.farm.ray_cluster import Cluster
 before = {k: v for k, v in os.environ.items() if k.startswith("RAY_A")}
 for address in (sys.argv[1], None, sys.argv[1]):  # joined, started here, joined again
     cluster = Cluster(address, cpus=1)
