@@ -122,15 +122,15 @@ def lines() -> list[dict[str, Any]]:
 
 
 def test_the_table_says_what_the_lines_say(tool: Any) -> None:
-    against = tool("against_metaschedule")
-    text = against.table(lines())
+    made = tool("metaschedule_table")
+    text = made.table(lines())
     assert "| 10.0 | 20.0 | 2.00x, 1.50 to 2.50 | 9 in 1 s | 5 (2) in 1 s |" in text
     assert "all: **2.00x** (1.60 to 2.40)" in text and "2 times: `build: TypeError: x`" in text
     nothing = [*lines()[:2], {"kind": "contest", "op": "a:b", "ours_us": 1.0, **lines()[0]}]
     nothing[2]["kind"] = "contest"
-    assert "nothing right" in against.table(nothing)
+    assert "nothing right" in made.table(nothing)
     two = [{"ratio": [4.0], "ratios": [4.0, 4.0]}, {"ratio": [1.0], "ratios": [1.0, 1.0, 9.0]}]
-    assert against.summary(two) == pytest.approx((2.0, 2.0, 2.0))
+    assert made.summary(two) == pytest.approx((2.0, 2.0, 2.0))
 
 
 def test_a_line_without_its_end_is_done_again(tool: Any, tmp_path: Path) -> None:
