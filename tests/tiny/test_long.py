@@ -3,7 +3,6 @@
 import json
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,48 +10,20 @@ from tokenizers import Tokenizer
 
 torch = pytest.importorskip("torch")
 
+from micro_models import FOLDER, HYBRID, untrained
+
 from mimo_compile.tiny import corpus as text
 from mimo_compile.tiny import gates as seer
 from mimo_compile.tiny import hysparse as hy
 from mimo_compile.tiny import long_context as long
 from mimo_compile.tiny.recall import ANSWER, CODE, KINDS, Mixture, Writer
-from mimo_compile.tiny.training_config import TinyConfig
 from mimo_compile.tiny.training_loop import Progress, run, vars_of
 from mimo_compile.tiny.training_model import TinyModel, attend, attend_tiled
 from mimo_compile.tiny.training_ops import linear_cross_entropy, weighted_cross_entropy
 
 pytestmark = pytest.mark.compile
 
-FOLDER = Path(text.__file__).parent
-MICRO = TinyConfig(
-    vocab_size=4096,
-    hidden_size=32,
-    num_hidden_layers=4,
-    hybrid_layer_pattern=(0, 1, 1, 0),
-    moe_layer_freq=(0, 1, 0, 1),
-    head_dim=16,
-    v_head_dim=8,
-    swa_head_dim=16,
-    swa_v_head_dim=8,
-    sliding_window=8,
-    intermediate_size=32,
-    n_routed_experts=4,
-    moe_intermediate_size=16,
-    mtp_layers=0,
-)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
+CONFIG = replace(HYBRID, vocab_size=4096)
 
 
 @pytest.fixture(scope="module")
@@ -67,13 +38,7 @@ def writer(tokenizer: Tokenizer, code: np.ndarray) -> Writer:
 
 
 def micro(seed: int = 0) -> TinyModel:
-    model = TinyModel(MICRO, torch.float32)
-    model.initialise(seed)
-    with torch.no_grad():  # attention that is far from even
-        for layer in model.layers:
-            for part in (layer.self_attn.q_proj, layer.self_attn.k_proj):
-                part.weight *= 20.0
-    return model
+    return untrained(CONFIG, seed, by=20.0)
 
 
 # --- texts ----------------------------------------------------------------------------------
@@ -317,7 +282,7 @@ def test_a_gate_sees_no_later_token() -> None:
 def test_gates_round_trip(tmp_path) -> None:
     gates = seer.new_gates(micro(), seer.GateShape(block=8, width=16), 0)
     seer.save_gates(gates, tmp_path / "gates.safetensors", "tiny-4k")
-    again = seer.load_gates(MICRO, tmp_path / "gates.safetensors")
+    again = seer.load_gates(CONFIG, tmp_path / "gates.safetensors")
     assert again.keys() == gates.keys() and again[0].shape == gates[0].shape
     for i, gate in gates.items():
         for name, value in gate.state_dict().items():
@@ -368,7 +333,9 @@ def test_hysparse_selects_the_best_blocks_and_nothing_later() -> None:
 
 
 def test_hysparse_reaches_beyond_the_window_only_by_its_list() -> None:
-    config = replace(MICRO, num_hidden_layers=2, hybrid_layer_pattern=(0, 1), moe_layer_freq=(0, 0))
+    config = replace(
+        CONFIG, num_hidden_layers=2, hybrid_layer_pattern=(0, 1), moe_layer_freq=(0, 0)
+    )
     plain = TinyModel(config, torch.float32)
     plain.initialise(0)
     model = hy.from_hybrid(plain, hy.HySparseShape(4, 4), torch.float32)
@@ -423,11 +390,11 @@ def test_hysparse_learns_only_attention_and_round_trips(tokenizer, code, tmp_pat
 
 def test_hysparse_needs_fitting_shapes() -> None:
     with pytest.raises(ValueError, match="draft"):
-        hy.HySparseModel(replace(MICRO, mtp_layers=1), SHAPE)
+        hy.HySparseModel(replace(CONFIG, mtp_layers=1), SHAPE)
     with pytest.raises(ValueError, match="global"):
-        hy.HySparseModel(replace(MICRO, hybrid_layer_pattern=(1, 1, 1, 0)), SHAPE)
+        hy.HySparseModel(replace(CONFIG, hybrid_layer_pattern=(1, 1, 1, 0)), SHAPE)
     with pytest.raises(ValueError, match="shape"):
-        hy.HySparseModel(replace(MICRO, swa_head_dim=32), SHAPE)
+        hy.HySparseModel(replace(CONFIG, swa_head_dim=32), SHAPE)
 
 
 # --- the command ----------------------------------------------------------------------------
@@ -444,7 +411,7 @@ def test_command_trains_all_three_from_small_weights(
     monkeypatch.setattr(long, "judge", lambda model, writer: {"judged": 0.0})
     small = {"stages": ((0.0, 128),), "tokens_at_once": 128, "tokens_per_step": 256}
     monkeypatch.setattr(long, "LongSettings", partial(long.LongSettings, **small))
-    start = TinyModel(replace(MICRO, mtp_layers=1), torch.float32)
+    start = TinyModel(replace(CONFIG, mtp_layers=1), torch.float32)
     start.initialise(0)
     export(start, tokenizer.to_str(), tmp_path / "start")
     common = ["--work", str(tmp_path / "work"), "--no-compile", "--resume"]
@@ -464,7 +431,7 @@ def test_command_trains_all_three_from_small_weights(
     more = ("--length", "256", "--block", "8", "--width", "16", "--steps")
     assert command(*gates, *more, "1")[-1]["step"] == 0
     assert command(*gates, *more, "2")[-1]["step"] == 1
-    assert sorted(seer.load_gates(MICRO, tmp_path / "g.safetensors")) == [0, 3]
+    assert sorted(seer.load_gates(CONFIG, tmp_path / "g.safetensors")) == [0, 3]
     sparse = (
         "hysparse",
         "--init",

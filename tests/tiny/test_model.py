@@ -11,6 +11,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 torch = pytest.importorskip("torch")
+
+from micro_models import FOLDER, MICRO, untrained
+
 safetensors = pytest.importorskip("safetensors")
 
 from mimo_compile.tiny import corpus as text
@@ -25,7 +28,6 @@ from mimo_compile.tiny.training_ops import grouped_linear, linear_cross_entropy,
 
 pytestmark = pytest.mark.compile
 
-FOLDER = Path(text.__file__).parent
 FILES = (
     "config.json",
     "generation_config.json",
@@ -33,47 +35,11 @@ FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
 )
-MICRO = TinyConfig(
-    vocab_size=64,
-    hidden_size=32,
-    num_hidden_layers=3,
-    hybrid_layer_pattern=(0, 1, 0),
-    moe_layer_freq=(0, 1, 1),
-    head_dim=16,
-    v_head_dim=8,
-    swa_head_dim=16,
-    swa_v_head_dim=8,
-    sliding_window=8,
-    intermediate_size=32,
-    n_routed_experts=4,
-    moe_intermediate_size=16,
-    mtp_intermediate_size=16,
-)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
 def shipped() -> TinyModel:
     return load(FOLDER)
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
-
-
-def micro(seed: int = 0, compute: torch.dtype = torch.float32) -> TinyModel:
-    """An untrained model of a few thousand parameters."""
-    model = TinyModel(MICRO, compute)
-    model.initialise(seed)
-    return model
 
 
 # --- the shipped folder ---------------------------------------------------------------------
@@ -361,7 +327,7 @@ def test_window_bounds_what_a_token_can_reach() -> None:
 
 
 def test_mtp_head_reads_the_token_first() -> None:
-    model = micro()
+    model = untrained()
     hidden, ids = torch.randn(1, 6, 32), torch.randint(0, 64, (1, 6))
     before = model.draft(0, hidden, ids)
     with torch.no_grad():
@@ -376,13 +342,13 @@ def test_mtp_head_reads_the_token_first() -> None:
 def test_training_lowers_the_loss_and_goes_on_from_its_state(tmp_path: Path) -> None:
     tokens = np.tile(np.arange(1, 33, dtype=np.uint16), 40)
     options = Settings(length=16, micro_batch=4, accumulate=1, compiled=False, tests_share=0.0)
-    trainer = Trainer(micro(compute=torch.bfloat16), tokens, tokens[:0], options)
+    trainer = Trainer(untrained(compute=torch.bfloat16), tokens, tokens[:0], options)
     trainer.progress.minutes = 0.3 * options.minutes  # past the warm-up
     losses = [trainer.step() for _ in range(20)]
     assert losses[-1]["loss"] < losses[0]["loss"] - 1.0
     assert losses[-1]["mtp0"] < losses[0]["mtp0"]
     trainer.save(tmp_path / "state")
-    again = Trainer(micro(seed=1, compute=torch.bfloat16), tokens, tokens[:0], options)
+    again = Trainer(untrained(seed=1, compute=torch.bfloat16), tokens, tokens[:0], options)
     again.resume(tmp_path / "state")
     assert again.progress == trainer.progress
     assert abs(again.step()["loss"] - losses[-1]["loss"]) < 0.5
@@ -394,7 +360,7 @@ def test_windows_hold_the_targets_of_all_heads() -> None:
 
 def test_balancing_moves_the_bias_towards_idle_experts() -> None:
     trainer = Trainer(
-        micro(),
+        untrained(),
         np.zeros(200, dtype=np.uint16),
         np.zeros(0, dtype=np.uint16),
         Settings(length=16, compiled=False),
@@ -405,7 +371,7 @@ def test_balancing_moves_the_bias_towards_idle_experts() -> None:
 
 
 def test_export_and_load_round_trip(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    model = micro()
+    model = untrained()
     export(model, tokenizer.to_str(), tmp_path)
     again = load(tmp_path)
     assert again.config == MICRO
@@ -416,7 +382,7 @@ def test_export_and_load_round_trip(tmp_path: Path, tokenizer: Tokenizer) -> Non
 
 
 def test_perplexity_does_not_depend_on_the_windows_when_they_hold_all() -> None:
-    model = micro()
+    model = untrained()
     tokens = np.random.default_rng(0).integers(0, 64, 33).astype(np.uint16)
     whole = perplexity(model, tokens, 64, 64)
     ids = torch.from_numpy(tokens.astype(np.int64))
@@ -427,7 +393,7 @@ def test_perplexity_does_not_depend_on_the_windows_when_they_hold_all() -> None:
 
 def test_a_head_that_copies_the_model_is_always_accepted() -> None:
     """Heads whose answer is the model's own give an acceptance length of heads + 1."""
-    model = micro()
+    model = untrained()
     tokens = np.random.default_rng(1).integers(1, 64, 400).astype(np.uint16)
     with torch.no_grad():
         model.embed_tokens[7] = 10.0 * torch.ones(32)
@@ -439,7 +405,7 @@ def test_a_head_that_copies_the_model_is_always_accepted() -> None:
 
 
 def test_greedy_chain_counts() -> None:
-    model = micro(seed=3)
+    model = untrained(seed=3)
     tokens = np.random.default_rng(2).integers(1, 64, 400).astype(np.uint16)
     found = greedy_chain(model, tokens, prompts=2, prompt=16, count=20)
     assert 1.0 <= found.mean_length <= 4.0

@@ -23,7 +23,7 @@ from mimo_compile.verify import reference_threads
 
 pytestmark = pytest.mark.compile
 
-ROOT = Path(__file__).resolve().parents[1] / "models"
+ROOT = Path(__file__).resolve().parents[2] / "models"
 VARIANTS = {"tiny-ternary": "w1.58", "tiny-complex": "complex2wl2"}
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
 
 torch = pytest.importorskip("torch")
+
+from micro_models import FOLDER, HYBRID, untrained
 
 from mimo_compile.errors import UsageError
 from mimo_compile.ir.policies import parse_policy
@@ -20,29 +21,11 @@ from mimo_compile.tiny import hysparse as hy
 from mimo_compile.tiny.checkpoint import export
 from mimo_compile.tiny.recall import Answer, Sample
 from mimo_compile.tiny.sparse import Oracle, Run, dense_caches, roles_of
-from mimo_compile.tiny.training_config import TinyConfig
 from mimo_compile.tiny.training_model import TinyModel
 
 pytestmark = pytest.mark.compile
 
-FOLDER = Path(text.__file__).parent
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-MICRO = TinyConfig(
-    vocab_size=64,
-    hidden_size=32,
-    num_hidden_layers=4,
-    hybrid_layer_pattern=(0, 1, 1, 0),
-    moe_layer_freq=(0, 1, 0, 1),
-    head_dim=16,
-    v_head_dim=8,
-    swa_head_dim=16,
-    swa_v_head_dim=8,
-    sliding_window=8,
-    intermediate_size=32,
-    n_routed_experts=4,
-    moe_intermediate_size=16,
-    mtp_layers=0,
-)
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 LENGTH, PROMPT = 96, 60
 SHAPE = seer.GateShape(block=4, width=16)
 SMALL = [
@@ -62,23 +45,9 @@ PLENTY = [
 ]  # fmt: skip
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def micro(seed: int = 0, **changes) -> TinyModel:
-    model = TinyModel(replace(MICRO, **changes), torch.float32)
-    model.initialise(seed)
-    with torch.no_grad():  # attention that is far from even, values that matter
-        for layer in model.layers:
-            a = layer.self_attn
-            for part in (a.q_proj, a.k_proj, a.o_proj, a.v_proj):
-                part.weight *= 12.0
-    return model
+    parts = ("q_proj", "k_proj", "o_proj", "v_proj")  # values that matter, too
+    return untrained(replace(HYBRID, **changes), seed, by=12.0, parts=parts)
 
 
 MODEL = micro()
@@ -277,8 +246,9 @@ def test_bytes_at_decode(tool) -> None:
     assert read("lessismore:budget=256") > 0.5  # one of two layers is dense
 
 
-def test_bench_goes_on_and_writes_its_tables(tool, tmp_path, monkeypatch, capsys) -> None:
-    tokenizer = Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
+def test_bench_goes_on_and_writes_its_tables(
+    tool, tokenizer, tmp_path, monkeypatch, capsys
+) -> None:
     files = [text.SourceFile(p.name, p.read_text()) for p in sorted(FOLDER.glob("t*.py"))]
     monkeypatch.setattr(tool.corpus, "collect", lambda: text.Corpus(tuple(files), (), tuple(files)))
     model = micro(vocab_size=4096)

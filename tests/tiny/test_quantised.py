@@ -1,5 +1,6 @@
 """Training the built-in model through the product's quantisers: what is trained is what is run."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,53 +9,22 @@ from tokenizers import Tokenizer
 
 torch = pytest.importorskip("torch")
 
+from micro_models import MICRO, untrained
+
 from mimo_compile.frontend.huggingface import load_checkpoint
 from mimo_compile.ir.formats import parse_scheme, parse_weight_format
 from mimo_compile.ir.ops.numerics import fake_quantize
 from mimo_compile.quantize import quantize
-from mimo_compile.tiny import corpus as text
 from mimo_compile.tiny.checkpoint import export
 from mimo_compile.tiny.quantised import StraightThrough, stacks
 from mimo_compile.tiny.train import Settings, Trainer
-from mimo_compile.tiny.training_config import TinyConfig
 from mimo_compile.tiny.training_model import TinyModel
 from mimo_compile.tiny.training_ops import round_straight
 
 pytestmark = pytest.mark.compile
 
-FOLDER = Path(text.__file__).parent
-MICRO = TinyConfig(
-    vocab_size=64,
-    hidden_size=32,
-    num_hidden_layers=3,
-    hybrid_layer_pattern=(0, 1, 0),
-    moe_layer_freq=(0, 1, 1),
-    head_dim=16,
-    v_head_dim=8,
-    swa_head_dim=16,
-    swa_v_head_dim=8,
-    sliding_window=8,
-    intermediate_size=32,
-    n_routed_experts=4,
-    moe_intermediate_size=16,
-    mtp_intermediate_size=16,
-    max_position_embeddings=64,
-)
+CONFIG = replace(MICRO, max_position_embeddings=64)
 SCHEMES = ("w1.58a8", "complex2wla8", "complex2wl2a8")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def micro() -> TinyModel:
-    model = TinyModel(MICRO, torch.float32)
-    model.initialise(0)
-    return model
 
 
 def trainer(scheme: str) -> Trainer:
@@ -63,7 +33,7 @@ def trainer(scheme: str) -> Trainer:
         minutes=1e-9, length=16, micro_batch=2, accumulate=2, compiled=False, quant=scheme,
         matrix_rate=0.1, decay_from=2.0,
     )  # fmt: skip
-    return Trainer(micro(), tokens, tokens, settings)
+    return Trainer(untrained(CONFIG), tokens, tokens, settings)
 
 
 def matrices(model: TinyModel) -> dict[str, torch.Tensor]:
@@ -72,7 +42,7 @@ def matrices(model: TinyModel) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_parameters_are_swapped_for_their_quantised_values_and_back(scheme: str) -> None:
-    model = micro()
+    model = untrained(CONFIG)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     through = StraightThrough(model, parse_scheme(scheme))
     joined = parse_scheme(scheme).weight.family == "complex"
@@ -94,7 +64,7 @@ def test_parameters_are_swapped_for_their_quantised_values_and_back(scheme: str)
 
 
 def test_every_matrix_is_quantised_once() -> None:
-    model = micro()
+    model = untrained(CONFIG)
     wanted = sum(
         p.numel()
         for name, p in model.named_parameters()
@@ -122,15 +92,16 @@ def test_rounded_activations_have_the_gradient_of_floats(name: str) -> None:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_what_was_trained_is_what_the_product_runs(scheme: str, tmp_path: Path) -> None:
+def test_what_was_trained_is_what_the_product_runs(
+    scheme: str, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
     run = trainer(scheme)
     start = matrices(run.model)
     losses = [run.step()["loss"] for _ in range(3)]
     assert all(np.isfinite(losses))
     moved = matrices(run.model)
     assert all(not torch.equal(moved[name], start[name]) for name in start), "masters learn"
-    tokenizer = Tokenizer.from_file(str(FOLDER / "tokenizer.json")).to_str()
-    export(run.model, tokenizer, tmp_path / "m", run.through)
+    export(run.model, tokenizer.to_str(), tmp_path / "m", run.through)
     loaded = load_checkpoint(tmp_path / "m", parse_scheme("none"))
     assert str(loaded.scheme) == "a8", "activations as in training"
     stored = {name for name in loaded.report.dtypes if name not in ("BF16", "F32")}
@@ -153,8 +124,8 @@ def test_what_was_trained_is_what_the_product_runs(scheme: str, tmp_path: Path) 
 
 
 def test_formats_that_no_checkpoint_holds_are_refused() -> None:
-    through = StraightThrough(micro(), parse_scheme("w4g32a8"))
+    through = StraightThrough(untrained(CONFIG), parse_scheme("w4g32a8"))
     with pytest.raises(ValueError, match="no checkpoint holds w4g32"):
         through.packed()
     with pytest.raises(ValueError, match="quantises no weights"):
-        StraightThrough(micro(), parse_scheme("none"))
+        StraightThrough(untrained(CONFIG), parse_scheme("none"))
