@@ -1,11 +1,22 @@
-"""Small random checkpoints in the published layouts, written tensor by tensor."""
+"""Small random checkpoints in the published layouts, written tensor by tensor, and plans of one."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+
+from mimo_compile.ir.hardware import local_cpu
+from mimo_compile.pipeline.plans import problem_of_model
+from mimo_compile.pipeline.source import open_source
+from mimo_compile.search.database import Database
+from mimo_compile.search.space import JointSpace
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from planned import records_of
 
 HIDDEN, FFN, VOCAB, HEADS, KV, HEAD = 64, 96, 211, 4, 2, 32
 
@@ -52,3 +63,23 @@ def write_llama(folder: Path, layers: int = 2, seed: int = 0) -> Path:
 def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A two-layer Llama checkpoint."""
     return write_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def model(llama_folder: Path):
+    """Its graphs, of few positions."""
+    return open_source(str(llama_folder), quant="w4g32a8", max_context=4).graphs
+
+
+@pytest.fixture
+def two_plans(model, tmp_path: Path):
+    """A workload of the model, and a database by which its fastest and its frugal kernel differ."""
+    workload = next(w for w in problem_of_model(model, local_cpu()).calls if w.op == "mpgemm")
+    space = JointSpace(workload, local_cpu())
+    first = space.defaults()[0]
+    second = next(
+        c for c in space if c.schedule == first.schedule and c != first
+    )  # every kernel of a format reads the same packed weights
+    with Database(tmp_path / "r.db") as db:
+        db.add(*records_of(workload, first, second))
+        yield workload, second, db
