@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from mimo_compile.cli import main
 from mimo_compile.errors import EnvironmentMismatch, UsageError
 from mimo_compile.plugins import Kind
 
@@ -142,9 +143,20 @@ def test_a_search_with_a_schedule_and_a_strategy_of_others(site: Any) -> None:
 
     with Database(site.path / "r.db") as db:
         assert {"swiglu.mine", "swiglu.x86"} == {r.schedule for r in db if r.ok}
-    for option, name, words in (
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize(
+    ("option", "name", "words"),
+    [
         ("--strategy", "annealing", "evolutionary, random, grid, backwards"),
         ("--meter", "wattmeter", "auto, modelled, nvml, rapl"),
-    ):
-        done = run(site, *tune, "--trials", "4", option, name)
-        assert done.returncode == 2 and words in done.stderr and len(done.stderr.splitlines()) == 1
+    ],
+)
+def test_the_command_names_those_of_others_too(site: Any, capsys, option, name, words) -> None:
+    site.install("[mimo_compile.strategies]\nbackwards = t:Backwards\n", t=STRATEGY)
+    db = str(site.path / "r.db")
+    tune = ["tune", "--op", "swiglu:t=2,f=64", "--db", db, "--trials", "4", "--threads", "1"]
+    assert main([*tune, option, name]) == 2
+    told = capsys.readouterr().err
+    assert words in told and len(told.splitlines()) == 1
