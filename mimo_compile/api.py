@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from mimo_compile.artifact import Artifact
     from mimo_compile.ir.hardware import Hardware
     from mimo_compile.ir.workload import Workload
+    from mimo_compile.pipeline.choose import ModelPlan
+    from mimo_compile.pipeline.graphs import ModelGraphs
     from mimo_compile.quantize.calibration import Calibration
     from mimo_compile.search import TuningResult
     from mimo_compile.search.database import Database
@@ -84,7 +86,6 @@ def compile(
     """
     from mimo_compile.ir.hardware import resolve_target
     from mimo_compile.pipeline.build import Extras, build_artifact
-    from mimo_compile.pipeline.choose import choose, tunable
     from mimo_compile.pipeline.source import open_source, require_compile_extra
 
     require_compile_extra()
@@ -103,12 +104,7 @@ def compile(
                 remedy="compile it from its source",
             )
         return _replanned(source, objective, trials, seconds, db, threads, seed, progress)
-    hardware = resolve_target(target, threads)
-    if hardware.kind == "sim":
-        raise UsageError(
-            f"{target} is simulated: nothing can be compiled for it or run on it",
-            remedy=f"`mimo-compile tune --target {target}` ranks schedules for it",
-        )
+    hardware = _real(resolve_target(target, threads))
     if isinstance(calibrate, str):
         calibrate = parse_calibration(calibrate, seed=seed)
     opened = open_source(
@@ -116,24 +112,44 @@ def compile(
         example_inputs=example_inputs, calibration=calibrate, adapters=adapters,
         adapter_format=adapter_format, hardware=hardware,
     )  # fmt: skip
-    tuning = trials is not None or seconds is not None
-    with _database(db, write=tuning) as database:
-        wanted = tunable(opened.graphs, hardware, search=True) if tuning else {}
-        if tuning and not wanted:
-            _LOG.warning("no kernel of %s can be tuned: defaults are used", opened.graphs.name)
-        if wanted:
-            found = _tune(
-                wanted, hardware, trials, seconds, None, objective, database, seed, progress
-            )
-            if found.failure is not None:
-                raise found.failure
-        plan = choose(opened.graphs, hardware, objective, database)
+    plan = _planned(opened.graphs, hardware, objective, trials, seconds, db, seed, progress)
     extras = Extras(
         quant=str(opened.scheme), attention=opened.attention, objective=objective, config=opened.config,
         tokenizer=opened.tokenizer, records=plan.records,
         calibrated=None if opened.loaded is None else opened.loaded.calibrated,
     )  # fmt: skip
     return build_artifact(opened.graphs, plan.choices, hardware, extras)
+
+
+def _real(hardware: Hardware) -> Hardware:
+    """Refuse a simulated machine, for which nothing can be compiled."""
+    if hardware.kind == "sim":
+        raise UsageError(
+            f"{hardware.name} is simulated: nothing can be compiled for it or run on it",
+            remedy=f"`mimo-compile tune --target {hardware.name}` ranks schedules for it",
+        )
+    return hardware
+
+
+def _planned(
+    graphs: ModelGraphs, hardware: Hardware, objective: str, trials: int | None, seconds: float | None,
+    db: Any, seed: int, progress: Callable[[Any], None] | None,
+) -> ModelPlan:  # fmt: skip
+    """Choose the kernels of a model, after a search if a budget is given."""
+    from mimo_compile.pipeline.choose import choose, tunable
+
+    tuning = trials is not None or seconds is not None
+    with _database(db, write=tuning) as database:
+        wanted = tunable(graphs, hardware, search=True) if tuning else {}
+        if tuning and not wanted:
+            _LOG.warning("no kernel of %s can be tuned: defaults are used", graphs.name)
+        if wanted:
+            found = _tune(
+                wanted, hardware, trials, seconds, None, objective, database, seed, progress
+            )
+            if found.failure is not None:
+                raise found.failure
+        return choose(graphs, hardware, objective, database)
 
 
 def tune(
