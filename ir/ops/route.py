@@ -32,7 +32,7 @@ def select(
     top_groups: int,
 ) -> tuple[Tensor, Tensor]:
     """Return expert ids int32 ``[T, k]`` (best first) and weights ``[T, k]``; see the module's text."""
-    scores = torch.sigmoid(logits) if scoring == "sigmoid" else torch.softmax(logits, dim=-1)
+    scores = scores_of(logits, scoring)
     choice = scores if bias is None else scores + bias.to(scores.dtype)
     if groups > 1:  # a group's rank is the sum of its two best experts
         per = choice.view(choice.shape[0], groups, -1)
@@ -41,10 +41,20 @@ def select(
         mask = torch.zeros_like(rank, dtype=torch.bool).scatter_(1, keep, True)
         choice = per.masked_fill(~mask[..., None], -torch.inf).view_as(choice)
     ids = torch.sort(choice, dim=-1, descending=True, stable=True).indices[:, :k]
-    weights = scores.gather(1, ids)
+    return ids.to(torch.int32), weights_of(scores, ids, norm, factor)
+
+
+def scores_of(logits: Tensor, scoring: str) -> Tensor:
+    """Return the scores ``[T, E]`` of a router's logits."""
+    return torch.sigmoid(logits) if scoring == "sigmoid" else torch.softmax(logits, dim=-1)
+
+
+def weights_of(scores: Tensor, ids: Tensor, norm: bool, factor: float) -> Tensor:
+    """Return the weights ``[T, k]`` of chosen experts ``ids [T, k]`` by the scores ``[T, E]`` of all."""
+    weights = scores.gather(1, ids.long())
     if norm:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-    return ids.to(torch.int32), weights * factor
+    return weights * factor
 
 
 @torch.library.custom_op("mimo::route", mutates_args=())

@@ -108,6 +108,11 @@ def _show(console: Console, found: Verification) -> None:
             + (f" (bound {whole.bound_max:.0e})" if whole.bound_max < 1e30 else "")
             + f"; same largest logit in {100 * whole.same_choice:.1f} %"
         )
+        if whole.followed or whole.strayed:
+            console.say(
+                f"experts: {whole.followed} of {whole.choices} choices fell otherwise at scores that nearly "
+                f"tie, and were followed; {whole.strayed} by router logits outside of the bound were not"
+            )
     p = found.perplexity
     if p is not None:
         console.say(

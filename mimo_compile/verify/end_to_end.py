@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,11 +53,12 @@ def logits_bound(manifest: Manifest) -> LogitsBound:
     is off by one rounding may be rounded the other way, by 2**-8 (bfloat16) or 2**-11 (float16) of it; so may
     a key or value of a bfloat16 cache, whose kernels may round queries and weights too, as those over codes
     do. Int8 activations: a sum that is off by one rounding may fall on the other side of a code's boundary; a
-    step is 1/127 of the row's largest value, and a flip that changes the choice of an expert changes the row
-    altogether. Of a cache of 2 bits a code that falls on the other side moves by a third of its range.
+    step is 1/127 of the row's largest value. In a cache of 2 bits that is a third of a code's range.
 
-    Layers that choose what they attend to may choose otherwise among blocks whose scores nearly tie: then
-    single rows differ by more. Int8 arithmetic of attention rounds as int8 activations do, but averages it.
+    Experts are those of the compiled model where its routers are within the bound (`routing`); a row whose
+    router is not may get others, and then differs altogether. Layers that choose what they attend to may
+    choose otherwise among blocks whose scores nearly tie: then single rows differ by more. Int8 arithmetic of
+    attention rounds as int8 activations do, but averages it.
     """
     scheme = parse_scheme(manifest.quant)
     act = parse_act_format(f"a{scheme.act}")
@@ -90,25 +93,27 @@ def compare_logits(
 ) -> EndToEnd:
     """Compare logits of the last ``most`` tokens (None: all): most as a prompt, the others one by one.
 
-    At least eight are decoded, and more than it takes until the policy makes its caches exact again.
+    At least eight are decoded, and more than it takes until the policy makes its caches exact again. The
+    eager model is led where roundings choose other experts, see `routing`.
     """
-    import torch
-
-    from mimo_compile.frontend.models.decoder import STEP_TOKENS
+    from mimo_compile.verify.routing import Led, watched
 
     assert module.manifest.decoder is not None
     decoded = max(_DECODED, module.manifest.decoder.rerun + 2)
     first = 0 if most is None else max(0, len(ids) - max(most, decoded))
     split = max(1, len(ids) - decoded)
-    rows = []
-    eager.reset()
-    for at in range(0, split, STEP_TOKENS):
-        given = torch.tensor([int(i) for i in ids[at : min(at + STEP_TOKENS, split)]])
-        wanted = eager.forward_step(given, at)[1].numpy()
-        rows.append(wanted[max(0, first - at) :])
-    for at in range(split, len(ids)):
-        rows.append(eager.decode([int(i) for i in ids[: at + 1]], split).numpy())
-    reference = np.concatenate(rows).astype(np.float64)
+    bound = logits_bound(module.manifest)
+    with watched(module) as seen:
+        got = _compiled_logits(module, ids, split, first)
+    led = Led(seen, bound.nearly_all)
+    with led if seen else nullcontext():
+        reference = _eager_logits(eager, ids, split, first)
+    found = _compare(got, reference, bound, decoded=len(ids) - split)
+    return replace(found, choices=led.choices, followed=led.followed, strayed=led.strayed)
+
+
+def _compiled_logits(module: Module, ids: npt.NDArray[Any], split: int, first: int) -> Any:
+    """Return the compiled logits float64 of tokens from ``first`` on, those from ``split`` on decoded."""
     session = module.session()
     parts = [(ids[:split], False), *((ids[at : at + 1], True) for at in range(split, len(ids)))]
     got = []
@@ -117,9 +122,24 @@ def compare_logits(
             begin = session.position - len(hidden)
             kept = hidden[max(0, first - begin) :].copy()
             got += [logits.copy() for logits in session.logits(kept)]
-    bound = logits_bound(module.manifest)
-    found = np.concatenate(got).astype(np.float64)
-    return _compare(found, reference, bound, decoded=len(ids) - split)
+    return np.concatenate(got).astype(np.float64)
+
+
+def _eager_logits(eager: Decoder, ids: npt.NDArray[Any], split: int, first: int) -> Any:
+    """Return the eager logits float64 of the same tokens."""
+    import torch
+
+    from mimo_compile.frontend.models.decoder import STEP_TOKENS
+
+    rows = []
+    eager.reset()
+    for at in range(0, split, STEP_TOKENS):
+        given = torch.tensor([int(i) for i in ids[at : min(at + STEP_TOKENS, split)]])
+        wanted = eager.forward_step(given, at)[1].numpy()
+        rows.append(wanted[max(0, first - at) :])
+    for at in range(split, len(ids)):
+        rows.append(eager.decode([int(i) for i in ids[: at + 1]], split).numpy())
+    return np.concatenate(rows).astype(np.float64)
 
 
 def _compare(got: Any, reference: Any, bound: LogitsBound, decoded: int = 0) -> EndToEnd:

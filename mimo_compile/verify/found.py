@@ -54,6 +54,12 @@ class EndToEnd:
     """How many of the rows are tokens that were decoded one by one, the last ones."""
     decoded_median: float = 0.0
     """Their median error: few among many rows, they may all be wrong within the other bounds."""
+    choices: int = 0
+    """Choices of experts, of all tokens that were run in all layers that choose."""
+    followed: int = 0
+    """Those that fell otherwise by router logits within the bound: the eager model followed them."""
+    strayed: int = 0
+    """Those that fell otherwise by logits outside of it: the eager model kept its own."""
 
     @property
     def ok(self) -> bool:

@@ -1,0 +1,148 @@
+"""The experts that a compiled model chose, for the eager one to follow.
+
+Roundings move a router's logits. Where two experts nearly tie, another one may be chosen for that, and from
+there on the row is another row: no bound on logits could tell it from a wrong one. So the eager model is led:
+wherever the logits of the compiled router are within the bound of its own, it takes the experts that *those*
+logits give, and weighs them by its own. All that comes behind is compared as ever, and what was followed is
+counted. A router whose logits are further off is not followed, nor a wrong choice by right logits: such rows
+show it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mimo_compile.ir.ops import get_op
+from mimo_compile.ir.ops.base import Array
+from mimo_compile.ir.ops.route import scores_of, weights_of
+from mimo_compile.ir.workload import Workload
+from mimo_compile.runtime.entry import BoundEntry
+from mimo_compile.runtime.module import Module
+
+Seen = Mapping[tuple[int, int], "deque[Array]"]
+"""Router logits ``[E]`` by number of the router in a step and position, one for each time it was run."""
+
+
+@contextmanager
+def watched(module: Module) -> Iterator[Seen]:
+    """Note the router logits of all tokens that the module runs meanwhile."""
+    seen: dict[tuple[int, int], deque[Array]] = defaultdict(deque)
+    op, shapes = get_op("route"), {}
+    for choice in module.manifest.plan:
+        if choice.workload.startswith("route:"):
+            logits = op.args(Workload.parse(choice.workload))[0]
+            shapes[choice.kernel] = logits.shape
+    names = [n for n in module.entries if n.startswith(("step_", "decode_")) and shapes]
+    tapped = [(bound, list(bound.calls)) for bound in map(module.bind, names)]
+    try:
+        for bound, _ in tapped:
+            _tap(bound, shapes, seen)
+        yield seen
+    finally:
+        for bound, calls in tapped:
+            bound.calls[:] = calls
+
+
+def _tap(
+    bound: BoundEntry,
+    shapes: Mapping[str, tuple[int, ...]],
+    seen: dict[tuple[int, int], deque[Array]],
+) -> None:
+    """Have the entry's router kernels (of logits of these shapes) tell what they are given."""
+    number = 0
+    for at, call in enumerate(bound.program.calls):
+        if call.kernel not in shapes:
+            continue
+        buffers = [bound.program.buffers[index] for index in call.args]
+        place = next(
+            i for i, b in enumerate(buffers)
+            if b.kind == "arena" and (b.shape, b.dtype) == (shapes[call.kernel], "float32")
+        )  # fmt: skip
+        function, arguments = bound.calls[at]
+        logits = np.from_dlpack(arguments[place])
+        noting = partial(_note, function, logits, bound.inputs["pos"], number, seen)
+        bound.calls[at] = noting, arguments
+        number += 1
+
+
+def _note(
+    function: Callable[..., Any],
+    logits: Array,
+    pos: Array,
+    number: int,
+    seen: dict[tuple[int, int], deque[Array]],
+    *arguments: Any,
+) -> None:
+    start, valid = (int(p) for p in pos)
+    for row in range(valid):
+        seen[number, start + row].append(logits[row].copy())
+    function(*arguments)
+
+
+class Led(TorchDispatchMode):
+    """While it is on, `mimo::route` takes the experts of a compiled model where that is right."""
+
+    def __init__(self, seen: Seen, slack: float) -> None:
+        """Follow logits that differ by at most ``slack`` of a row's largest."""
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._seen, self._slack = seen, slack
+        self._number = self._start = 0
+        self.choices = 0
+        """Rows of all routers."""
+        self.followed = 0
+        """Those whose experts are other ones by the compiled router's logits, which were followed."""
+        self.strayed = 0
+        """Those whose experts are other ones by logits that are further off, which were not."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an op; routers get their experts replaced."""
+        out = func(*args, **(kwargs or {}))
+        if func.namespace != "mimo":
+            return out
+        if func is torch.ops.mimo.embed.default:  # a step begins
+            self._number = 0
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            if argument.name == "pos":
+                self._start = int(value[0])
+        if func is torch.ops.mimo.route.default:
+            out = self._lead(out, *args)
+            self._number += 1
+        return out
+
+    def _lead(
+        self, own: tuple[Tensor, Tensor], logits: Tensor, bias: Tensor | None, k: int, scoring: str,
+        norm: bool, factor: float, groups: int, top_groups: int,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        rows = [self._next(self._number, self._start + i) for i in range(len(logits))]
+        there = torch.tensor([row is not None for row in rows])
+        theirs = torch.stack(
+            [
+                mine if row is None else torch.from_numpy(row)
+                for row, mine in zip(rows, logits, strict=True)
+            ]
+        )
+        rule = (k, scoring, norm, factor, groups, top_groups)
+        ids, _ = torch.ops.mimo.route(theirs, bias, *rule)
+        other = (ids.sort(-1).values != own[0].sort(-1).values).any(-1)
+        off = (theirs - logits).abs().amax(-1)
+        near = there & (off <= self._slack * logits.abs().amax(-1))  # false for NaN, too
+        follow = (other & near)[:, None]
+        self.choices += len(logits)
+        self.followed += int(follow.sum())
+        self.strayed += int((other & ~near).sum())
+        weights = weights_of(scores_of(logits.float(), scoring), ids, norm, factor)
+        return torch.where(follow, ids, own[0]), torch.where(follow, weights, own[1])
+
+    def _next(self, number: int, position: int) -> Array | None:
+        """Return the next logits that were noted there; None where the compiled model ran no such row."""
+        waiting = self._seen.get((number, position))
+        return waiting.popleft() if waiting else None
