@@ -6,8 +6,10 @@ of one token do (KIVI). int8 is quantised in the same way: with one scale for ea
 that is fifty times as large as the others would leave them three of eight bits.
 
 A code stands for ``scale * code + zero``; ``zero`` is the smallest value of those that share it, ``scale``
-the range over ``2**bits - 1``. Both are float16 and rounded before codes are chosen: ``code = round((x -
-zero) / scale)``, half to even, within ``0 .. 2**bits - 1``; 0 where the scale is 0.
+the range over ``2**bits - 1``. Both are rounded to the nearest float16, half to even (so ``zero`` may lie a
+little above the smallest value), before codes are chosen: ``code = round((x - zero) / scale)``, half to even,
+within ``0 .. 2**bits - 1``; 0 where the scale is 0. Numbers beyond the range of float16 saturate. Where one
+of those that share them is infinite or NaN, scale and zero point are NaN: a fault stays to be seen.
 
 A group is quantised as soon as its last position is appended, from the float32 rows of the *tail*, a ring
 of the newest positions (p in slot ``p % tail``). So the caches depend on the rows alone, not on how many
@@ -158,9 +160,11 @@ def half(x: Tensor) -> Tensor:
 
 
 def parameters(low: Tensor, high: Tensor, levels: int) -> tuple[Tensor, Tensor]:
-    """Return scale and zero point, float16, of values between ``low`` and ``high``."""
+    """Return scale and zero point, float16, of values between two numbers; NaN unless both are finite."""
+    known = torch.isfinite(low) & torch.isfinite(high)
     zero = half(low)
-    return half(((high - zero.to(high.dtype)) / levels).clamp(min=0.0)), zero
+    scale = half(((high - zero.to(high.dtype)) / levels).clamp(min=0.0))
+    return torch.where(known, scale, torch.nan), torch.where(known, zero, torch.nan)
 
 
 def nearest(x: Tensor, scale: Tensor, zero: Tensor, levels: int) -> Tensor:

@@ -1,9 +1,13 @@
-"""What rounding to integers may do to attention over a cache in groups: draws of it, for bounds.
+"""What kernels that multiply codes by integers do to attention over a cache in groups: for bounds.
 
-A kernel may multiply codes by integers. With ``q' = q * scale`` for the channels of a group of keys, an
-element of q' may be off by half of ``max |q'| / (2**(bits - 1) - 1)``, with ``w' = w * scale`` for the
-tokens of a group of values a weight by half of ``max w' / 255``. Codes count from the middle one. A draw is
-off by all of that, up or down; roundings are 1.7 times as near, in the mean square.
+With ``q' = q * scale`` for the channels of a group of keys, a kernel may take the integers ``round(q' /
+unit)``, of `query_levels` for the largest ``|q'|`` of the group; with ``w' = w * scale`` for the tokens of
+a group of values those of `WEIGHT_LEVELS` for the largest ``w'``. Codes count from the middle one: what
+rounding changes at that a kernel knows. So an error is ``(unit round(x / unit) - x) (code - middle)``, and
+follows from inputs alone: neither tiles nor parts of the keys change a group's largest number.
+
+What does not follow is where a number that lies next to the middle between two integers goes: queries and
+weights of a kernel are off by roundings of float32. `attend_rounded` moves such numbers on request.
 """
 
 from __future__ import annotations
@@ -11,29 +15,70 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mimo_compile.ir.kv_groups import GroupedFormat, visible
+from mimo_compile.ir.ops.base import Array
+from mimo_compile.ir.ops.numerics import U32
 
 WEIGHT_LEVELS = 255
-"""Integers above 0 that stand for weights."""
+"""The largest integer that stands for a weight."""
+TERM_LEVELS = 127
+"""The largest integer in a byte of a query."""
+RUNS = 2
+"""Whose numbers between two integers go either way, from which `allowed` follows."""
+ROOM = 1 << 26
+"""Numbers of one array while bounds are computed: queries beyond that wait."""
 
 
-def _signs(shape: torch.Size, draw: torch.Generator) -> Tensor:
-    return (2 * torch.randint(0, 2, tuple(shape), generator=draw) - 1).to(torch.float32)
+def query_terms(fmt: GroupedFormat) -> int:
+    """Return how many bytes stand for an element of a query."""
+    return -(-fmt.query_bits // 8)
+
+
+def query_levels(fmt: GroupedFormat) -> int:
+    """Return the largest integer that stands for an element of a query."""
+    return TERM_LEVELS << 8 * (query_terms(fmt) - 1)
+
+
+def allowed(
+    inputs: Mapping[str, Array], scale: float, expected: Array, fmt: GroupedFormat
+) -> Array:
+    """Return how far integers for queries and weights may move attention over a cache in groups.
+
+    That is, element by element, what they change, and not how much roundings may change at most: in that a
+    group of wrong codes among hundreds would hide. Numbers between two integers may go either way: that adds
+    four times the largest change, in a head, of some runs in which each of them goes another way.
+
+    Args:
+        inputs: ``q``, ``pos``, perhaps ``sink``, and the arrays of the cache.
+        scale: Factor on q.k.
+        expected: The result without them ``[T, H, DV]``.
+        fmt: Format of the cache.
+    """
+    given = {n: torch.from_numpy(a) for n, a in inputs.items()}
+    rounded = attend_rounded(given, scale, fmt, None)
+    draw, ties = torch.Generator().manual_seed(0), torch.zeros(())
+    for _ in range(RUNS):
+        moved = (attend_rounded(given, scale, fmt, draw) - rounded).abs()
+        ties = torch.maximum(ties, 4 * moved.amax((0, 2), keepdim=True))
+    out: Array = np.abs(rounded.double().numpy() - expected) + ties.numpy()
+    return out
 
 
 def attend_rounded(
-    inputs: Mapping[str, Tensor], scale: float, fmt: GroupedFormat, draw: torch.Generator
+    inputs: Mapping[str, Tensor], scale: float, fmt: GroupedFormat, draw: torch.Generator | None
 ) -> Tensor:
-    """Return attention in float32 with roundings drawn anew.
+    """Return attention in float32 whose queries and weights are integers where they meet codes.
 
     Args:
         inputs: ``q``, ``pos``, perhaps ``sink``, and the arrays of the cache.
         scale: Factor on q.k.
         fmt: Format of the cache.
-        draw: Where the signs come from.
+        draw: Where the directions come from in which numbers are moved that may go either way; None: none
+            is moved.
 
     Returns:
         ``[T, H, DV]``.
@@ -41,27 +86,64 @@ def attend_rounded(
     q, pos = inputs["q"], inputs["pos"]
     t, heads, d = q.shape
     k, v, seen = visible(inputs, pos, t, fmt, torch.float32)
-    kv, group = k.shape[1], heads // k.shape[1]
+    kv = k.shape[1]
     packed = max(int(pos.sum()) - 1, 0) // fmt.group * fmt.group
-    rows = q.reshape(t, kv, group, d)
+    rows = q.reshape(t, kv, heads // kv, d)
+    at_once = max(1, ROOM // (heads * (len(k) + packed * d // fmt.group)))
+    out = torch.cat([
+        _attend(part, k, v, mask, packed, inputs, scale, fmt, draw)
+        for part, mask in zip(rows.split(at_once), seen.split(at_once), strict=True)
+    ])  # fmt: skip
+    out[int(pos[1]) :] = 0
+    return out
+
+
+def _attend(
+    rows: Tensor, k: Tensor, v: Tensor, seen: Tensor, packed: int, inputs: Mapping[str, Tensor],
+    scale: float, fmt: GroupedFormat, draw: torch.Generator | None,
+) -> Tensor:  # fmt: skip
+    """Return what some queries ``[T, KV, G, D]`` find among ``packed`` positions of codes and the tail."""
     logits = torch.einsum("tkgd,skd->kgts", rows, k) * scale
     if packed:
-        logits[..., :packed] += scale * _key_noise(rows, inputs, packed, fmt, draw)
+        noise, doubt = _key_noise(rows, inputs, packed, fmt, draw)
+        logits[..., :packed] += scale * noise
     logits = logits.masked_fill(~seen, -math.inf)
     top = logits.amax(-1, keepdim=True)
     total = torch.zeros(())
     if "sink" in inputs:
-        sink = inputs["sink"].reshape(kv, group, 1, 1)
+        sink = inputs["sink"].reshape(*rows.shape[1:3], 1, 1)
         top = torch.maximum(top, sink)
         total = torch.exp(sink - top)
     weights = torch.exp(logits - top)
     total = total + weights.sum(-1, keepdim=True)
     out = torch.einsum("kgts,ske->kgte", weights, v)
     if packed:
-        out = out + _value_noise(weights[..., :packed], inputs, packed, fmt, draw)
-    out = (out / total).permute(2, 0, 1, 3).reshape(t, heads, -1)
-    out[int(pos[1]) :] = 0
-    return out
+        # here and in a kernel the logits of a weight and of the largest may be off, and powers of two
+        doubt = 4 * scale * doubt + 16 * U32
+        out = out + _value_noise(weights[..., :packed], doubt, inputs, packed, fmt, draw)
+    return (out / total).permute(2, 0, 1, 3).flatten(1, 2)
+
+
+def _errors(
+    x: Tensor, most: Tensor, levels: int, doubt: Tensor, draw: torch.Generator | None
+) -> Tensor:
+    """Return by how much numbers are off that become integers, of so many levels for the largest.
+
+    Args:
+        x: The numbers.
+        most: The largest magnitude of those that share a unit; broadcasts.
+        levels: What that becomes.
+        doubt: By how much of itself a number may be off in a kernel; broadcasts.
+        draw: See `attend_rounded`. Moved numbers go up or down by a whole unit.
+    """
+    unit = most / levels
+    ratio = x / torch.where(unit > 0, unit, 1.0)
+    whole = ratio.round()
+    if draw is not None:
+        to_tie = 0.5 - (ratio - whole).abs()
+        signs = 2 * torch.randint(0, 2, x.shape, generator=draw).to(x.dtype) - 1
+        whole = torch.where(to_tie <= doubt * ratio.abs(), whole + signs, whole)
+    return (whole - ratio) * unit
 
 
 def _key_noise(
@@ -69,31 +151,51 @@ def _key_noise(
     inputs: Mapping[str, Tensor],
     packed: int,
     fmt: GroupedFormat,
-    draw: torch.Generator,
-) -> Tensor:
-    """Return what logits ``[KV, G, T, packed]`` are off by, before their scale."""
-    n = packed // fmt.group
-    codes = inputs["k_cache"][:packed].to(torch.float32) - (fmt.levels + 1) // 2
+    draw: torch.Generator | None,
+) -> tuple[Tensor, Tensor]:
+    """Return what logits are off by, before their scale.
+
+    Returns:
+        By the integers, ``[KV, G, T, packed]``; and at most by roundings of float32, the same in a group:
+        a score is the sum of ``d`` terms, in lanes, and one of integers, which is exact.
+    """
+    n, d = packed // fmt.group, rows.shape[-1]
+    middle = (fmt.levels + 1) // 2
+    codes = inputs["k_cache"][:packed].to(torch.float32) - middle
     codes = codes.reshape(n, fmt.group, *codes.shape[1:])
-    step = inputs["k_scale"][:n, ..., 0].to(torch.float32)
+    step, zero = inputs["k_scale"][:n].to(torch.float32).unbind(-1)
     scaled = rows[:, None] * step[None, :, :, None]
-    half = scaled.abs().amax(-1, keepdim=True) / ((1 << (fmt.query_bits - 1)) - 1) / 2
-    noise = torch.einsum("tnkgd,nckd->kgtnc", half * _signs(scaled.shape, draw), codes)
-    return noise.reshape(*noise.shape[:3], packed)
+    most = scaled.abs().amax(-1, keepdim=True)
+    # q times its scales, the largest, its inverse, their product
+    errors = _errors(scaled, most, query_levels(fmt), torch.tensor(8 * U32), draw)
+    noise = torch.einsum("tnkgd,nckd->kgtnc", errors, codes)
+    exact = torch.einsum("tkgd,nkd->tnkg", rows.abs(), (step * middle + zero).abs())
+    size = exact + middle * scaled.abs().sum(-1)
+    doubt = ((d / 16 + 8) * U32 * size).permute(2, 3, 0, 1)
+    return noise.reshape(*noise.shape[:3], packed), doubt.repeat_interleave(fmt.group, -1)
 
 
 def _value_noise(
-    weights: Tensor, inputs: Mapping[str, Tensor], packed: int, fmt: GroupedFormat,
-    draw: torch.Generator,
+    weights: Tensor, doubt: Tensor, inputs: Mapping[str, Tensor], packed: int, fmt: GroupedFormat,
+    draw: torch.Generator | None,
 ) -> Tensor:  # fmt: skip
-    """Return what sums of values ``[KV, G, T, DV]`` are off by."""
+    """Return what sums of values ``[KV, G, T, DV]`` are off by.
+
+    Args:
+        weights: ``[KV, G, T, packed]``.
+        doubt: By how much of themselves weights may be off in a kernel, same shape.
+        inputs: The cache.
+        packed: Positions that are codes.
+        fmt: The format.
+        draw: See `attend_rounded`.
+    """
     n = packed // fmt.group
     codes = inputs["v_cache"][:packed].to(torch.float32) - (fmt.levels + 1) // 2
     out = []
     for i, part in enumerate(codes.split(fmt.columns, -1)):
         step = inputs["v_scale"][:packed, :, i, 0].to(torch.float32).T[:, None, None]
         scaled = (weights * step).reshape(*weights.shape[:3], n, fmt.group)
-        half = scaled.amax(-1, keepdim=True) / WEIGHT_LEVELS / 2
-        noise = (half * _signs(scaled.shape, draw)).reshape(weights.shape)
-        out.append(torch.einsum("kgts,ske->kgte", noise, part))
+        most = scaled.amax(-1, keepdim=True)
+        errors = _errors(scaled, most, WEIGHT_LEVELS, doubt.reshape(scaled.shape), draw)
+        out.append(torch.einsum("kgts,ske->kgte", errors.reshape(weights.shape), part))
     return torch.cat(out, -1)

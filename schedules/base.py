@@ -108,6 +108,10 @@ class Schedule(ABC):
         """
         return self.lower(workload, config, hardware).counts
 
+    def exact(self, config: Any) -> bool:
+        """Say whether kernels of a config are held to the op's `exact_bound`."""
+        return False
+
     def layouts(self, workload: Workload, config: Any) -> dict[str, str]:
         """Name the layout of each weight or state group, e.g. ``{"weight": "rows16.k4"}``.
 

@@ -110,6 +110,12 @@ class OpDef(ABC):
     ) -> dict[str, Array]:
         """Return, per output, the largest absolute error that an honest float32 kernel may make."""
 
+    def exact_bound(
+        self, workload: Workload, inputs: Mapping[str, Array], expected: Mapping[str, Array]
+    ) -> dict[str, Array]:
+        """Return the bound of kernels that round nothing beyond float32, where `bound` allows more."""
+        return self.bound(workload, inputs, expected)
+
     @abstractmethod
     def counts(self, workload: Workload) -> Counts:
         """Return the work that no kernel can avoid (each byte once, each operation once)."""

@@ -5,6 +5,8 @@ Input rows are ``[q heads | k heads | v heads]``. q and k are RMS-normalised per
 i + r/2), v is multiplied by ``v_scale``; k and v rows go to slot ``(start + i) % cap`` for ``i < valid``.
 Returns the rotated q. Rows are rounded to the caches' format (``c``), half to even; those of caches in groups
 (``c=i8``, ``i4``, ``i2``) go into a float32 tail and are quantised when a group fills up: see `ir.kv_groups`.
+In torch these have an op of their own, ``kv_append_groups``, since a schema fixes the tensors that an op
+changes; both are workloads of `KvAppend`.
 """
 
 from __future__ import annotations

@@ -57,10 +57,6 @@ class Old:
         """All slots count."""
         return
 
-    def further(self, step: Any, u: Any) -> Any:
-        """Nothing of scratch memory is prefetched."""
-        return 0
-
     def clean(self, step: Any) -> Any:
         """Say whether the step lies before the own group of every query."""
         return step < self.all.own
@@ -100,10 +96,6 @@ class Recent:
     def kept(self, step: Any, u: Any) -> None:
         """All written slots count."""
         return
-
-    def further(self, step: Any, u: Any) -> Any:
-        """Return how many blocks on the next step lies; the ring may turn before."""
-        return BLOCKS
 
     def clean(self, step: Any) -> None:
         """Every step is masked: it is the own group of some query."""

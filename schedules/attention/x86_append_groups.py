@@ -5,7 +5,6 @@ One task is a KV head with its query heads, over all tokens, as in `x86_append`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from mimo_compile.ir.hardware import Hardware
@@ -13,6 +12,7 @@ from mimo_compile.ir.kv_groups import GROUPED, GroupedFormat, tail_of
 from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.ops.numerics import F16_MOST
 from mimo_compile.ir.workload import Workload
+from mimo_compile.schedules.attention.append_task import Task, magnitude, over
 from mimo_compile.schedules.attention.group_layout import BLOCKS, elements
 from mimo_compile.schedules.attention.layout import kernel_args, round_up
 from mimo_compile.schedules.attention.reach import fixed
@@ -33,71 +33,14 @@ from mimo_compile.schedules.emit.vector import LANES, rint, splat
 from mimo_compile.schedules.emit.vector import T as script
 
 
-def over(count: int, step: Callable[[Any, int], None]) -> None:
-    """Emit ``step(first, lanes)`` for whole vectors, then for what is left one by one."""
-    if count // LANES:
-        with loop(count // LANES) as j:
-            step(j * LANES, LANES)
-    for j in range(count // LANES * LANES, count):
-        step(j, 1)
-
-
-class Task:
+class GroupTask(Task):
     """The statements of one KV head."""
 
     def __init__(
         self, p: dict[str, Any], fmt: GroupedFormat, args: dict[str, Any], head: Any
     ) -> None:
-        self.p, self.fmt, self.args, self.head = p, fmt, args, head
-        self.per, self.tail = elements(fmt), tail_of(p, fmt)
-        self.row = workspace((round_up(p["d"]),), "float32")
-        self.squares = workspace((LANES,), "float32")
-
-    def prepare(self, i: Any, at: Any, weight: Any) -> None:
-        """Leave the head of token ``i`` from column ``at`` on in ``row``, normalised and rotated."""
-        p, qkv, table = self.p, self.args["qkv"], self.args["table"]
-        d, half = p["d"], p["rot"] // 2
-        factor = self._norm(i, at) if weight is not None else None
-
-        def scaled(j: Any, lanes: int) -> None:
-            value = load(qkv, i, at + j, lanes=lanes)
-            if factor is not None:
-                value = value * splat(factor, lanes) * load(weight, j, lanes=lanes)
-            store(self.row, value, j, lanes=lanes)
-
-        def turned(j: Any, lanes: int) -> None:
-            a, b = (bind(load(self.row, j + n, lanes=lanes)) for n in (0, half))
-            c, s = (bind(load(table, i, n, j, lanes=lanes)) for n in (0, 1))
-            store(self.row, a * c - b * s, j, lanes=lanes)
-            store(self.row, b * c + a * s, j + half, lanes=lanes)
-
-        over(d, scaled)
-        if half:
-            over(half, turned)
-
-    def _norm(self, i: Any, at: Any) -> Any:
-        """Return one over the root mean square of a head."""
-        d, qkv = self.p["d"], self.args["qkv"]
-        total, rest = Register("float32", LANES, splat(0.0)), Register("float32", 1, T.float32(0))
-
-        def add(j: Any, lanes: int) -> None:
-            value = bind(load(qkv, i, at + j, lanes=lanes))
-            register = rest if lanes == 1 else total
-            register.set(register.get() + value * value)
-
-        over(d, add)
-        store(self.squares, total.get(), 0, lanes=LANES)
-        for n in range(LANES):
-            rest.set(rest.get() + self.squares[n])
-        return bind(T.float32(1) / T.sqrt(rest.get() / T.float32(d) + T.float32(self.p["eps"])))
-
-    def write_q(self, i: Any, n: Any) -> None:
-        """Write ``row`` as query head ``n``."""
-
-        def step(j: Any, lanes: int) -> None:
-            store(self.args["q"], load(self.row, j, lanes=lanes), i, n, j, lanes=lanes)
-
-        over(self.p["d"], step)
+        super().__init__(p, args, head)
+        self.fmt, self.per, self.tail = fmt, elements(fmt), tail_of(p, fmt)
 
     def write_rows(self, i: Any, slot: Any) -> None:
         """Write ``row`` as a key, and the token's value, into a slot of the tail."""
@@ -124,7 +67,10 @@ class Task:
                 low, high = rows[0], rows[0]
                 for row in rows[1:]:
                     low, high = T.min(low, row), T.max(high, row)
-                zero, by = self._parameters(low, high, "k_scale", (h, group), (c,))
+                size = magnitude(rows[0])
+                for row in rows[1:]:
+                    size = T.max(size, magnitude(row))
+                zero, by = self._parameters(low, high, size, "k_scale", (h, group), (c,))
                 for u, row in enumerate(rows):
                     words[u].set(T.bitwise_or(words[u].get(), self._code(row, zero, by, place)))
 
@@ -151,15 +97,18 @@ class Task:
                     low, high = (
                         Register("float32", LANES, splat(x)) for x in (F32_MOST, -F32_MOST)
                     )
+                    size = Register("int32", LANES, splat(T.int32(0)))
                     for c in own:
                         value = bind(load(tail, h, slot + token, c * LANES, lanes=LANES))
                         here = T.ramp(T.int32(c * LANES), 1, LANES) < splat(T.int32(p["dv"]))
                         whole = (c + 1) * LANES <= p["dv"]
-                        for register, pick in ((low, T.min), (high, T.max)):
-                            new = pick(register.get(), value)
+                        for register, pick, x in (
+                            (low, T.min, value), (high, T.max, value), (size, T.max, magnitude(value)),
+                        ):  # fmt: skip
+                            new = pick(register.get(), x)
                             register.set(new if whole else T.Select(here, new, register.get()))
                     zero, by = self._parameters(
-                        low.get(), high.get(), "v_scale", (h, group), (g, token)
+                        low.get(), high.get(), size.get(), "v_scale", (h, group), (g, token)
                     )
                     store(zeros, zero, place)
                     store(factors, by, place)
@@ -172,17 +121,24 @@ class Task:
                     self._store_line(word.get(), self.args["v_cache"], h, group, c, run)
 
     def _parameters(
-        self, low: Any, high: Any, name: str, outer: tuple[Any, ...], at: tuple[Any, ...]
+        self, low: Any, high: Any, size: Any, name: str, outer: tuple[Any, ...], at: tuple[Any, ...]
     ) -> tuple[Any, Any]:
-        """Store scale and zero point of what lies between lanes; return the zero and one over the scale."""
+        """Store scale and zero point of what lies between lanes; return the zero and one over the scale.
+
+        ``size`` are magnitudes of the same numbers (`magnitude`): comparisons of floats pass over a NaN.
+        Codes of a group whose parameters are NaN come out as zero, since a maximum with NaN is the other one.
+        """
         least = T.call_llvm_pure_intrin("float32", "llvm.vector.reduce.fmin", low)
         most = T.call_llvm_pure_intrin("float32", "llvm.vector.reduce.fmax", high)
         limit = T.float32(F16_MOST)
         least, most = bind(least), bind(most)
-        zero = bind(T.cast(T.max(T.min(least, limit), T.float32(-F16_MOST)), "float16"))
+        largest = bind(T.call_llvm_pure_intrin("int32", "llvm.vector.reduce.smax", size))
+        lost, nan = largest >= T.int32(INFINITE), T.reinterpret("float32", T.int32(NAN))
+        zero = T.max(T.min(least, limit), T.float32(-F16_MOST))
+        zero = bind(T.cast(T.if_then_else(lost, nan, zero), "float16"))
         real = bind(T.cast(zero, "float32"))
-        step = T.max((most - real) / T.float32(self.fmt.levels), T.float32(0))
-        scale = bind(T.cast(T.min(step, limit), "float16"))
+        step = T.min(T.max((most - real) / T.float32(self.fmt.levels), T.float32(0)), limit)
+        scale = bind(T.cast(T.if_then_else(lost, nan, step), "float16"))
         store(self.args[name], scale, *outer, 0, *at)
         store(self.args[name], zero, *outer, 1, *at)
         wide = bind(T.cast(scale, "float32"))
@@ -205,6 +161,8 @@ class Task:
 
 
 F32_MOST = 3.4028234663852886e38
+INFINITE, NAN = 0x7F800000, 0x7FC00000
+"""Bits of float32 infinity, and of a NaN."""
 
 
 class X86AppendGroups(X86Append):
@@ -228,7 +186,7 @@ class X86AppendGroups(X86Append):
             given = {a.name: b for a, b in zip(args, buffers, strict=True)}
             start, valid = fixed(given["pos"][0]), fixed(given["pos"][1])
             with loop(p["kv"], parallel=parallel) as h:
-                task = Task(p, fmt, given, h)
+                task = GroupTask(p, fmt, given, h)
                 with loop(p["t"]) as i:
                     with loop(group) as g:
                         task.prepare(i, (h * group + g) * p["d"], given.get("q_norm"))

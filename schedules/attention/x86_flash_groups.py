@@ -12,12 +12,14 @@ import numpy as np
 from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.kv_groups import GROUPED, GroupedFormat, read_bytes
+from mimo_compile.ir.kv_rounding import query_terms
 from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.attention import int8_dot
+from mimo_compile.schedules.attention.group_integers import Madd, Vnni
 from mimo_compile.schedules.attention.group_layout import elements
 from mimo_compile.schedules.attention.group_reach import GROUP, GroupReach, group_steps
-from mimo_compile.schedules.attention.group_tile import TILES, query_terms
+from mimo_compile.schedules.attention.group_tile import GroupTile, Real
 from mimo_compile.schedules.attention.layout import kernel_args, round_up
 from mimo_compile.schedules.attention.phases import emit
 from mimo_compile.schedules.attention.reach import Tiling
@@ -30,6 +32,10 @@ from mimo_compile.schedules.work import Stream, Tile, work
 
 MANY = 16
 """Rows of a register tile from which on integers would not fit the registers."""
+TILES: dict[str, type[GroupTile]] = {"vnni": Vnni, "madd": Madd, "real": Real}
+"""By the knob ``arith``."""
+EXACT = frozenset({"real"})
+"""Arithmetic that `CachedAttention.exact_bound` holds for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +44,7 @@ class GroupsConfig(FlashConfig):
 
     arith: str = "real"
     """``real``: codes become float32 in scratch memory; ``vnni``, ``madd``: codes are multiplied by integers
-    of 16 bits, in dots of bytes."""
+    of 8 or 16 bits, in dots of bytes."""
 
 
 class X86FlashGroups(X86Flash):
@@ -71,13 +77,7 @@ class X86FlashGroups(X86Flash):
             rows = max(n for n in knobs["rows"] if int(n) <= min(8, height))
             ahead = 1 if height <= int(rows) else 0
             default = replace(default, rows=int(rows), ahead=ahead, arith=best)
-        elif default.ahead and default.tile * group > default.rows:
-            default = replace(default, ahead=0)
         return Space(GroupsConfig, knobs, default, legal)
-
-    def registers(self, config: FlashConfig, hardware: Hardware) -> int:
-        """Return how many accumulator vectors are in flight."""
-        return 20 if hardware.has_avx512 else 6
 
     def format(self, workload: Workload) -> GroupedFormat:
         """Return the format of a workload's caches."""
@@ -91,6 +91,10 @@ class X86FlashGroups(X86Flash):
             p, tokens, GROUP // LANES, rows, self.registers(c, hardware), c.ahead,
             GROUPED[p["c"]].bits / 8, hardware.has_avx512,
         )  # fmt: skip
+
+    def exact(self, config: FlashConfig) -> bool:
+        """Codes made real are."""
+        return self._arith(config) in EXACT
 
     def features(self, config: FlashConfig) -> frozenset[str]:
         """Return the features that a config's instructions need."""

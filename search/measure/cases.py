@@ -133,6 +133,7 @@ class CaseStore:
         self._limit = limit_bytes
         self._cases: OrderedDict[tuple[Workload, int], Case] = OrderedDict()
         self._files: dict[tuple[Workload, int], dict[str, dict[str, Path]]] = {}
+        self._exact: dict[tuple[Workload, int], dict[str, Array]] = {}
         self._serial = 0
 
     def case(self, workload: Workload, seed: int) -> Case:
@@ -147,6 +148,16 @@ class CaseStore:
         self._cases.move_to_end(key)
         return self._cases[key]
 
+    def bound(self, case: Case, exact: bool) -> dict[str, Array]:
+        """Return the bound of a case, or that of kernels that round nothing beyond float32."""
+        if not exact:
+            return case.bound
+        key = case.workload, case.seed
+        if key not in self._exact:
+            op = get_op(case.workload.op)
+            self._exact[key] = op.exact_bound(case.workload, case.inputs, case.expected)
+        return self._exact[key]
+
     def keep_only(self, workload: Workload, seed: int) -> None:
         """Forget the other seeds of a workload."""
         for key in [k for k in self._cases if k[0] == workload and k[1] != seed]:
@@ -154,6 +165,7 @@ class CaseStore:
 
     def _forget(self, key: tuple[Workload, int]) -> None:
         self._cases.pop(key, None)
+        self._exact.pop(key, None)
         for files in self._files.pop(key, {}).values():
             for path in files.values():
                 path.unlink(missing_ok=True)

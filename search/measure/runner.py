@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -136,13 +136,14 @@ class Runner:
         if changed:
             whole = {n: changed.get(n, np.load(files[n], allow_pickle=False)) for n in states}
             got |= schedule.unpack_state(space.workload, config, whole)
-        return self._judged(base, case, reply.value, got)
+        bound = self.cases.bound(case, schedule.exact(config))
+        return self._judged(base, case, bound, reply.value, got)
 
     @staticmethod
     def _judged(
-        base: Measurement, case: Case, seen: dict[str, Any], got: dict[str, Any]
-    ) -> Measurement:
-        ratio, message = judge(case.args, got, case.expected, case.bound, case.inputs)
+        base: Measurement, case: Case, bound: Mapping[str, Any], seen: dict[str, Any], got: dict[str, Any]
+    ) -> Measurement:  # fmt: skip
+        ratio, message = judge(case.args, got, case.expected, bound, case.inputs)
         finite = min(ratio, 1e30)
         differs = f"two runs on the same inputs differ in {', '.join(seen['differs'])}"
         message = _trespass(seen) or message or (differs if seen["differs"] else "")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mimo_compile.ir import kv_groups
+from mimo_compile.ir import kv_groups, kv_rounding
 from mimo_compile.ir.ops import get_op, parse_workload
 from mimo_compile.ir.ops.block_lists import listed_keys
 from mimo_compile.ir.ops.cached_attention import attend_seen
@@ -74,6 +74,24 @@ def test_groups(length, c):
     k, v, seen = kv_groups.visible(states, pos, 1, kv_groups.GROUPED[c], torch.float64)
     keys = [0, length - 1, length, length + 20]
     refuses(p, inputs, want, bound, k, v, seen, keys)
+
+
+@pytest.mark.parametrize(
+    "c", ["i2", *(pytest.param(c, marks=pytest.mark.slow) for c in ("i4", "i8"))]
+)
+def test_a_group_without_codes_among_hundreds_is_refused(c):
+    # of a kernel that does all else right, exactly or by integers
+    text = f"cached_attention:t=1,h=4,kv=2,d=64,dv=64,c={c},cap=32768"
+    p, inputs, want, bound = made(DENSE, text)
+    for wrong in ("k_cache", "v_cache"):
+        codes = inputs[wrong].copy()
+        codes[64 * 200 : 64 * 201] = 0
+        other, fmt = {**inputs, wrong: codes}, kv_groups.GROUPED[c]
+        given = {n: torch.from_numpy(a) for n, a in other.items()}
+        exact = DENSE.reference(parse_workload(text), other)["out"]
+        rounded = kv_rounding.attend_rounded(given, p["d"] ** -0.5, fmt, None).numpy()
+        for got in (exact, rounded):
+            assert (np.abs(got - want) > bound).any()
 
 
 @pytest.mark.parametrize("length", LENGTHS)

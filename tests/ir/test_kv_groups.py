@@ -87,6 +87,20 @@ def test_a_constant_group_is_its_zero_point():
     assert kv_groups.real_keys(codes, params, torch.float32).unique() == torch.tensor(-0.625)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", GROUPED)
+def test_what_is_no_number_stays_to_be_seen_and_leaves_other_channels_and_tokens_alone(name, bad):
+    fmt, rng = GROUPED[name], np.random.default_rng(0)
+    k, v = rows(rng, 64)
+    k[5, 1, 2], v[7, 0, 65] = bad, bad
+    codes, params = kv_groups.quantise_keys(k, fmt)
+    lost = kv_groups.real_keys(codes, params, torch.float64).isnan()
+    assert lost[:, 1, 2].all() and lost.sum() == 64 and not codes[:, 1, 2].any()
+    codes, params = kv_groups.quantise_values(v, fmt)
+    lost = kv_groups.real_values(codes, params, fmt, torch.float64).isnan()
+    assert lost[7, 0, 64:].all() and lost.sum() == 6 and not codes[7, 0, 64:].any()
+
+
 @pytest.mark.parametrize("name", GROUPED)
 def test_an_outlier_channel_leaves_the_keys_of_others_alone_and_an_outlier_token_the_values(name):
     fmt = GROUPED[name]

@@ -7,11 +7,12 @@ import math
 
 import numpy as np
 import pytest
-from harness import check, sample_config
+from harness import check, compiled, guarded, sample_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from instrument import executed
 
+from mimo_compile._tvm import from_numpy
 from mimo_compile.ir import kv_groups
 from mimo_compile.ir.hardware import PRESETS, local_cpu
 from mimo_compile.ir.kv_groups import GROUPED, STATES
@@ -19,8 +20,8 @@ from mimo_compile.ir.ops import get_op, parse_workload
 from mimo_compile.schedules import get_schedule
 from mimo_compile.schedules.attention.group_layout import group_shapes, pack_groups, unpack_groups
 from mimo_compile.schedules.attention.group_reach import GroupReach
-from mimo_compile.schedules.attention.group_tile import EXACT, TILES
 from mimo_compile.schedules.attention.layout import kernel_args
+from mimo_compile.schedules.attention.x86_flash_groups import EXACT, TILES
 from mimo_compile.schedules.compile import assembly
 from mimo_compile.schedules.emit.build import function
 
@@ -208,6 +209,50 @@ def test_append_then_attend_shares_one_packed_cache():
     )  # fmt: skip
     for name, array in canonical.items():
         assert np.array_equal(held[name], array)
+
+
+def ran(schedule, text, inputs, config=None):
+    """Return the outputs and the canonical states that a kernel leaves, which are not checked."""
+    workload = parse_workload(text)
+    args = get_op(workload.op).args(workload)
+    config = schedule.space(workload, CPU).default if config is None else config
+    kernel = schedule.lower(workload, config, CPU)
+    packed = schedule.pack(
+        workload, config, {a.name: inputs[a.name] for a in args if a.role in ("weight", "state")}
+    )
+    given_ = {a.name: inputs[a.name] for a in args if a.role == "input"} | packed
+    memory = {
+        a.name: guarded(given_.get(a.name, np.zeros(a.shape, np.float32)))[0] for a in kernel.args
+    }
+    compiled(kernel, CPU)[kernel.name](*(from_numpy(memory[a.name]) for a in kernel.args))
+    states = {n: a for n, a in memory.items() if n in STATES}
+    return memory | schedule.unpack_state(workload, config, states)
+
+
+@pytest.mark.parametrize(
+    "c", ["i4", *(pytest.param(c, marks=pytest.mark.slow) for c in ("i8", "i2"))]
+)
+def test_rows_that_are_no_numbers_stay_to_be_seen(c):
+    # the second of three tokens ends a group
+    text, d, dv = f"kv_append:t=3,{SMALL},cap=192,c={c}", 9, 20
+    workload, append, left = parse_workload(text), get_op("kv_append"), []
+    for bad in (np.nan, -np.nan, np.inf, -np.inf):
+        given_ = append.make_inputs(workload, np.random.default_rng(0))
+        given_["pos"] = np.array([62, 3], np.int32)
+        given_["qkv"][0, 4 * d + 7] = bad  # channel 7 of the first head's keys
+        given_["qkv"][0, 6 * d + dv + 13] = bad  # channel 13 of the second head's values
+        want, got = append.reference(workload, given_), ran(APPEND, text, given_)
+        assert np.isnan(want["k_scale"][0, 0, 7]).all() and np.isnan(want["v_scale"][62, 1]).all()
+        for name in ("k_cache", "v_cache", "k_scale", "v_scale"):
+            assert np.array_equal(got[name], want[name], equal_nan=True)
+        left.append({n: got[n] for n in STATES})
+    text = f"cached_attention:t=1,{SMALL},cap=192,tail=128,c={c}"
+    space = FLASH.space(parse_workload(text), CPU)
+    seen = {"q": np.ones((1, 4, d), np.float32), "pos": np.array([64, 1], np.int32)}
+    for arith in space.knobs["arith"]:
+        config = dataclasses.replace(space.default, arith=arith, ahead=0, parallel=False)
+        for states in left:
+            assert np.isnan(ran(FLASH, text, states | seen, config)["out"]).all()
 
 
 @settings(max_examples=20)
