@@ -216,6 +216,7 @@ def _decoder(model: ModelGraphs, states: Mapping[str, State]) -> Decoder | None:
 
 def _layers(decoder: ModelDecoder, states: Mapping[str, State]) -> Iterator[Layer]:
     """Yield what each layer attends to and keeps between calls."""
+    from mimo_compile.frontend.models import kv
     from mimo_compile.frontend.models.stages import LayerCore
 
     config = decoder.config
@@ -226,9 +227,11 @@ def _layers(decoder: ModelDecoder, states: Mapping[str, State]) -> Iterator[Laye
         part, _, number = stage.name.partition(".")
         role = config.roles[int(number)] if part == "layers" and config.roles else None
         kind = role.kind if role is not None else "window" if spec.window else "full"
+        slots, tail = kv.extent(spec, core.caches, config.max_context)
         yield Layer(
             stage.name, kind, role.window if role is not None else spec.window,
-            spec.capacity(config.max_context), core.caches.name,
+            slots, core.caches.name,
             stage.follows[0].rpartition(".")[0] if stage.follows else "",
             tuple(name for name in stage.states.values() if name in states),
+            group=getattr(core.caches, "group", 0), tail=tail,
         )  # fmt: skip

@@ -144,6 +144,19 @@ def _check_layers(decoder: Decoder, states: Mapping[str, State], where: str) -> 
             raise ArtifactError(
                 f"{what} sees {layer.window} positions of {layer.slots}", where=where
             )
+        grouped = bool(layer.group or layer.tail)
+        whole = 0 < layer.group <= layer.tail <= layer.slots and not layer.tail % layer.group
+        if grouped and not (whole and not layer.window):
+            raise ArtifactError(
+                f"{what} keeps {layer.tail} of {layer.slots} positions beside groups of {layer.group}",
+                where=where,
+            )
+        behind = layer.slots - layer.first
+        if layer.first and not (layer.first > 0 and 0 < layer.window <= behind):
+            raise ArtifactError(
+                f"{what} keeps {layer.first} positions before a ring of {behind}",
+                where=where,
+            )
         if (layer.role == "reuse") != bool(layer.follows):
             raise ArtifactError(
                 f"{what} has role {layer.role} and follows {layer.follows!r}", where=where

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from mimo_compile.errors import UsageError
 from mimo_compile.runtime.energy import open_meter
 from mimo_compile.runtime.program import Decoder
+from mimo_compile.runtime.rollback import Held
 from mimo_compile.runtime.sampling import Sampling, sample
 from mimo_compile.runtime.text import TextStream
 
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
 Array = npt.NDArray[Any]
 Prompt = str | Sequence[int] | Array
 
-_FREE = ("f32", "bf16")
-"""Cache formats that hold each position by itself, so that any can be written again."""
 _PASS_TOKENS = 8
 """A pass over the weights costs about as much as the arithmetic of this many tokens."""
 
@@ -92,9 +91,7 @@ class Session:
         """Adapter that changes the model for this sequence."""
         self.lock = module.lock
         self._tokens: list[int] = []
-        self._written = (
-            0  # positions that states ever held: rings have forgotten what lies far before
-        )
+        self._held = Held(self._decoder.layers)
         self._exact = 0  # first tokens whose keys are those of a prompt
         self._turn = 0  # raised whenever tokens may have been dropped
 
@@ -165,7 +162,7 @@ class Session:
                 at = self.position
                 hidden = self._step(f"{kind}_{count}", part, at)
                 self._tokens += part.tolist()
-                self._written = max(self._written, self.position)
+                self._held.append(self.position)
                 if not apart and self._exact == at:
                     self._exact = self.position
                 mark = self.mark
@@ -226,8 +223,8 @@ class Session:
             position: How many tokens to keep.
 
         Raises:
-            UsageError: There are not so many, the session has ended, or window layers have forgotten
-                what they would need: `can_rewind` tells.
+            UsageError: There are not so many, the session has ended, or layers have forgotten what
+                they would need: `can_rewind` tells.
         """
         position = _whole(position)
         with self.lock:
@@ -236,14 +233,15 @@ class Session:
                 raise UsageError(
                     f"{position} tokens cannot be kept, the sequence has {self.position}"
                 )
-            if not self.can_rewind(position):
+            if obstacle := self._held.obstacle(position):
+                kept = self._held.most(position)
                 raise UsageError(
-                    f"the states cannot go back from {self._written} tokens to {position}: window "
-                    "layers have forgotten those before",
-                    remedy="Begin a new session.",
+                    f"the states cannot go back from {self.position} tokens to {position}: {obstacle}",
+                    remedy=f"Keep {kept} of them, or begin a new session."
+                    if kept
+                    else "Begin a new session.",
                 )
-            if not position:
-                self._written = 0  # nothing is seen of what was before
+            self._held.rewind(position)
             self._turn += 1
             del self._tokens[position:]
             self._exact = min(self._exact, position)
@@ -252,17 +250,11 @@ class Session:
         """Whether the states still hold all that is seen from a position on.
 
         Layers that see everything always do, and so do descriptors of blocks, which are made anew as
-        tokens are appended. A ring of `slots` positions has overwritten those `slots` before the last
-        one that was ever written, and a window layer sees `window - 1` before the position.
+        tokens are appended. A window layer sees `window - 1` positions before this one, which its ring
+        must hold. Where positions are quantised in groups, one that is the first of its group is free to
+        go back to; else the tail must hold those of its group before it, which is made anew.
         """
-        if position in (0, self._written):
-            return True
-        layers = self._decoder.layers
-        oldest = (max(0, position - layer.window + 1) for layer in layers)
-        return bool(layers) and all(
-            layer.format in _FREE and (not layer.window or first >= self._written - layer.slots)
-            for layer, first in zip(layers, oldest, strict=True)
-        )
+        return not self._held.obstacle(position)
 
     def keep_prefix(self, ids: Sequence[int] | Array) -> int:
         """Keep what the states hold of the beginning of other tokens, and drop the rest.
@@ -283,7 +275,7 @@ class Session:
             held = np.array(self._tokens[: max(most, 0)], np.int32)
             differ = np.flatnonzero(held != wanted[: len(held)])
             same = int(differ[0]) if len(differ) else len(held)
-            kept = same if self.can_rewind(same) else 0
+            kept = self._held.most(same)
             self.rewind(kept)
             return kept
 

@@ -82,6 +82,12 @@ class Layer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
     """Layer whose lists it follows."""
     states: tuple[str, ...] = ()
     """Names of the states that it owns."""
+    group: int = 0
+    """Positions that are quantised together; 0: each by itself."""
+    tail: int = 0
+    """Newest positions that it keeps as they were, besides, where positions are quantised in groups."""
+    first: int = 0
+    """Leading positions that a ring keeps, in slots of their own before those of the others."""
 
 
 class Decoder(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):

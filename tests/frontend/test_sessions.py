@@ -117,6 +117,77 @@ def test_any_way_back_and_forth_ends_where_a_fresh_sequence_does(module, moves, 
     np.testing.assert_allclose(got, fresh(module, [*ids, 7]), rtol=5e-4, atol=5e-4)
 
 
+# -- caches in groups -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def groups(saved, tmp_path_factory):
+    """A model whose caches quantise 64 positions together and hold the newest 320 as they were."""
+    folder = tmp_path_factory.mktemp("groups")
+    source = saved("llama-linear-mha")[1]
+    return mc.compile(
+        source, quant="kv4", db=folder / "records.db", max_context=512, threads=1
+    ).module()
+
+
+def test_groups_are_reopened_as_far_as_the_tail_holds_them(groups, tools):
+    """Of 400 positions the tail holds those from 80 on: of the groups that begin at 0 and 64 not all."""
+    layer = groups.manifest.decoder.layers[0]
+    assert (layer.format, layer.slots, layer.group, layer.tail) == ("i4", 512, 64, 320)
+    ids, more = tools.prompt(400), tools.prompt(90, seed=3)
+    for kept in (130, 128, 64, 399):
+        session = groups.session()
+        session.append(ids[:kept])
+        session.append(ids[kept:])
+        places = (0, 63, 64, 65, 79, 127, 128, 129, 400)
+        found = [session.can_rewind(n) for n in places]
+        assert found == [True, False, True, False, False, False, True, True, True]
+        with pytest.raises(
+            UsageError, match=r"from 400 tokens to 100: caches in i4 quantise 64.*Keep 64 "
+        ):
+            session.rewind(100)
+        session.rewind(kept)
+        got = logits(session, session.append(more))
+        again = groups.session()
+        again.append(ids[:kept])
+        assert np.array_equal(got, logits(again, again.append(more)))
+
+
+def test_a_prompt_keeps_whole_groups_of_what_it_shares(groups, tools):
+    ids, more = tools.prompt(400), tools.prompt(30, seed=3)
+    session = groups.session()
+    session.append(ids)
+    assert session.keep_prefix(ids[:100] + more) == session.position == 64
+    session.append(ids[64:100] + more)
+    assert session.can_rewind(100)  # what the tail had lost was appended again
+    assert session.keep_prefix(ids[:100] + more + more) == 130
+    assert session.keep_prefix(ids[:50]) == 0
+
+
+@settings(max_examples=6)
+@given(
+    st.lists(st.tuples(st.integers(1, 200), st.floats(0, 1)), min_size=1, max_size=6),
+    st.integers(0, 99),
+)
+def test_any_way_back_in_groups_leaves_what_a_fresh_sequence_has(groups, moves, seed):
+    rng, session, parts = np.random.default_rng(seed), groups.session(), []
+    for count, share in moves:
+        room = 508 - session.position
+        if room > 0:
+            parts.append(rng.integers(0, 257, min(count, room)))
+            session.append(parts[-1])
+        kept = int(share * len(parts))  # whole calls, whose rows a fresh sequence has bit for bit
+        back = sum(map(len, parts[:kept]))
+        if session.can_rewind(back):
+            session.rewind(back)
+            del parts[kept:]
+    got = logits(session, session.append([7]))
+    again = groups.session()
+    for part in parts:
+        again.append(part)
+    assert np.array_equal(got, logits(again, again.append([7])))
+
+
 # -- attention policies that decode apart ----------------------------------------------------------
 
 

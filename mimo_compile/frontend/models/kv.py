@@ -22,16 +22,23 @@ def format_of(spec: LayerSpec, caches: Caches) -> Caches:
     return window_cache_format(caches) if spec.window else caches
 
 
+def extent(spec: LayerSpec, caches: Caches, max_context: int) -> tuple[int, int]:
+    """Return the slots of a layer's cache, whole groups of them, and those of its tail, if it has one."""
+    cap = spec.capacity(max_context)
+    if isinstance(caches, CacheFormat):
+        return cap, 0
+    cap = caches.slots(cap)
+    return cap, caches.tail(min(STEP_TOKENS, max_context), cap)
+
+
 def cache_arrays(spec: LayerSpec, caches: Caches, max_context: int) -> dict[str, Tensor]:
     """Return the arrays of a layer's cache by name, on the meta device."""
-    cap = spec.capacity(max_context)
+    cap, tail = extent(spec, caches, max_context)
     if isinstance(caches, CacheFormat):
         return {
             name: torch.empty((cap, spec.kv_heads, width), dtype=caches.torch_dtype, device="meta")
             for name, width in (("k_cache", spec.d), ("v_cache", spec.dv))
         }
-    cap = caches.slots(cap)
-    tail = caches.tail(min(STEP_TOKENS, max_context), cap)
     shapes = state_shapes(caches, cap, tail, spec.kv_heads, spec.d, spec.dv)
     return {
         name: torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
