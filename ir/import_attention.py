@@ -53,6 +53,8 @@ class ListConverters:
             "describe_blocks.default": self.describe_blocks,
             "score_blocks.default": self.score_blocks,
             "score_keys.default": self.score_keys,
+            "score_lowbit.default": self.score_lowbit,
+            "key_mean.default": self.key_mean,
             "select_blocks.default": self.select_blocks,
             "sparse_attention.default": self.sparse_attention,
             "int8_attention.default": self.int8_attention,
@@ -107,6 +109,31 @@ class ListConverters:
         )  # fmt: skip
 
     def select_blocks(self, node: Any, imp: Any) -> Any:
+    def key_mean(self, node: Any, imp: Any) -> Any:
+        """Average the keys."""
+        self._refuse_order("key_mean")
+        k_cache, pos = imp.retrieve_args(node)
+        (cap, kv, d), t = extents(k_cache), self.appended[k_cache]
+        return self.call(
+            imp, "key_mean", [pos, k_cache], [([kv, d], "float32")], t=t, kv=kv, d=d, cap=cap,
+            len=measured(cap, t), c=self.cache_format(k_cache),
+        )  # fmt: skip
+
+    def score_lowbit(self, node: Any, imp: Any) -> Any:
+        """Estimate blocks for tiles of a prompt."""
+        self._refuse_order("score_lowbit")
+        q, k_cache, pos, q_mean, k_mean, bits, block, rows, first, last, scale, *more = (
+            imp.retrieve_args(node)
+        )
+        least, every = more[0] if more else 0, more[1] if len(more) > 1 else 1
+        (t, h, d), (cap, kv, _) = extents(q), extents(k_cache)
+        return self.call(
+            imp, "score_lowbit", [q, pos, q_mean, k_mean, k_cache],
+            [([-(-t // rows), h, -(-cap // block)], "float32")], t=t, h=h, kv=kv, d=d, cap=cap,
+            block=block, rows=rows, first=first, last=last, bits=bits, scale=factor(scale, d),
+            least=least, every=every, len=measured(cap, t), c=self.cache_format(k_cache),
+        )  # fmt: skip
+
         """Make lists."""
         score, pos, value, rule, k, share, block, rows, first, last, merge, kmax = (
             imp.retrieve_args(node)

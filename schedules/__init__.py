@@ -66,6 +66,7 @@ SCHEDULES: dict[str, dict[str, str]] = {
         "moe.x86_planes": "moe.x86_dense:X86MoePlanes",
         "moe.x86_lut": "moe.x86_lut:X86MoeLut",
         "moe.x86_strits": "moe.x86_dense:X86MoeSignedTrits",
+    "key_mean": {"key_mean.x86": "attention.x86_key_mean:X86KeyMean"},
         "moe.x86_vnni": "moe.x86_vnni:X86MoeVnni",
         "moe.x86_lut2": "moe.x86_lut:X86MoeLut2",
         "moe.x86_trits": "moe.x86_dense:X86MoeTrits",

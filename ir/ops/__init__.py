@@ -20,6 +20,7 @@ OPS: dict[str, str] = {
     "score_lowbit": "ScoreLowbit",
     "describe_blocks": "DescribeBlocks",
     "kv_append": "KvAppend",
+    "key_mean": "KeyMean",
     "moe": "Moe",
     "route": "Route",
     "rms_norm": "RmsNorm",

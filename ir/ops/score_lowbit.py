@@ -11,6 +11,10 @@ padding, -inf.
 
 ``score >= tau`` is ``S >= lse + ln tau`` for one of its elements. Since lse leaves out the rest of the row,
 the score is never below the row's true estimated probability.
+
+With ``every`` above 1, only the queries 0, ``every``, 2 ``every`` ... of a tile are estimated: neighbours
+attend alike, and the estimate is most of the work. Where no more than ``least`` keys exist, nothing is
+estimated and every block up to the tile's last query has +inf.
 """
 
 from __future__ import annotations
@@ -73,10 +77,11 @@ def estimates(
 
 
 def regions(
-    pos: Tensor, t: int, length: int, block: int, rows: int, first: int, last: int
+    pos: Tensor, t: int, length: int, block: int, rows: int, first: int, last: int, least: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the exact region ``[T, L]``, forced and candidate blocks ``[R, NB]`` of each tile."""
     tiles, blocks = blocks_of(t, rows), blocks_of(length, block)
+    first = blocks if length <= least else first
     candidates, forced = frame(pos, tiles, rows, blocks, block, first, last)
     token = torch.arange(t)
     seen = torch.arange(length) <= int(pos[0]) + token[:, None]
@@ -87,16 +92,18 @@ def regions(
 def lowbit_scores(
     q: Tensor, k_cache: Tensor, pos: Tensor, q_mean: Tensor, k_mean: Tensor,
     bits: int, block: int, rows: int, first: int, last: int, scale: float,
+    least: int = 0, every: int = 1,
 ) -> Tensor:  # fmt: skip
     """Score in float64; see the module's text and `score_lowbit`."""
     t, blocks, length = q.shape[0], blocks_of(k_cache.shape[0], block), int(pos.sum())
-    region, forced, candidates = regions(pos, t, length, block, rows, first, last)
-    padding = (torch.arange(t) >= int(pos[1]))[:, None]
+    region, forced, candidates = regions(pos, t, length, block, rows, first, last, least)
+    token = torch.arange(t)
+    left_out = ((token >= int(pos[1])) | (token % rows % every != 0))[:, None]
     heads = []
     for one in by_head(q, k_cache, q_mean, k_mean):
         estimate, exact, _ = (x[0] for x in estimates(*one[:2], pos, *one[2:], bits, scale))
         lse = torch.logsumexp(exact.masked_fill(~region, -math.inf), -1, keepdim=True)
-        weight = torch.exp((estimate - lse).clamp(max=MOST)).masked_fill(padding, -math.inf)
+        weight = torch.exp((estimate - lse).clamp(max=MOST)).masked_fill(left_out, -math.inf)
         heads.append(block_max(block_max(weight, block).T, rows).T)
     score = torch.stack(heads, 1)
     score = torch.where(forced[:, None], math.inf, score)
@@ -114,10 +121,19 @@ def by_head(
         yield q[:, own], k_cache[:, kv], q_mean[own], k_mean[kv]
 
 
+def estimated(p: Mapping[str, Any]) -> int:
+    """Return how many queries of a head are estimated, given all parameters of the op."""
+    if int(p["len"] or p["cap"]) <= p["least"]:
+        return 0
+    whole, rest = divmod(p["t"], p["rows"])
+    return int(whole * blocks_of(p["rows"], p["every"]) + blocks_of(rest, p["every"]))
+
+
 @torch.library.custom_op("mimo::score_lowbit", mutates_args=())
 def score_lowbit(
     q: Tensor, k_cache: Tensor, pos: Tensor, q_mean: Tensor, k_mean: Tensor,
     bits: int, block: int, rows: int, first: int, last: int, scale: float,
+    least: int = 0, every: int = 1,
 ) -> Tensor:  # fmt: skip
     """Score blocks by low-bit products.
 
@@ -133,19 +149,22 @@ def score_lowbit(
         first: First blocks of the exact region.
         last: Blocks of the exact region up to the tile's own, from its first one on.
         scale: Factor on q.k.
+        least: Number of keys up to which nothing is estimated.
+        every: Of a tile's queries, one in so many is estimated.
 
     Returns:
         ``[ceil(T / rows), H, ceil(cap / block)]``.
     """
-    return lowbit_scores(q, k_cache, pos, q_mean, k_mean, bits, block, rows, first, last, scale).to(
-        q.dtype
-    )
+    return lowbit_scores(
+        q, k_cache, pos, q_mean, k_mean, bits, block, rows, first, last, scale, least, every
+    ).to(q.dtype)
 
 
 @score_lowbit.register_fake
 def _(
     q: Tensor, k_cache: Tensor, pos: Tensor, q_mean: Tensor, k_mean: Tensor,
     bits: int, block: int, rows: int, first: int, last: int, scale: float,
+    least: int = 0, every: int = 1,
 ) -> Tensor:  # fmt: skip
     return q.new_empty(
         (blocks_of(q.shape[0], rows), q.shape[1], blocks_of(k_cache.shape[0], block))
@@ -170,6 +189,8 @@ class ScoreLowbit(OpDef):
         Param("scale", float, 0.0),
         Param("len", int, 0),
         Param("c", str, "f32"),
+        Param("least", int, 0),
+        Param("every", int, 1, low=1),
     )
 
     def check(self, p: Mapping[str, Any]) -> None:
@@ -225,7 +246,7 @@ class ScoreLowbit(OpDef):
         q, k, pos, q_mean, k_mean = self._parts(p, inputs)
         scored = lowbit_scores(
             q, k, pos, q_mean, k_mean, p["bits"], p["block"], p["rows"], p["first"], p["last"],
-            self.softmax_scale(p),
+            self.softmax_scale(p), p["least"], p["every"],
         )  # fmt: skip
         return {"score": scored.numpy()}
 
@@ -255,7 +276,7 @@ class ScoreLowbit(OpDef):
         """Products of codes below the diagonal; keys and queries read once, scores written once."""
         p = self.full(workload)
         length = float(p["len"] or p["cap"])
-        work = p["t"] * p["h"] * (length - (p["t"] - 1) / 2)
+        work = estimated(p) * p["h"] * (length - (p["t"] - 1) / 2)
         written = math.prod(self.args(workload)[-1].shape) * length / p["cap"]
         moved = parse_cache_format(p["c"]).bytes * length * p["kv"] * p["d"]
         moved += 4.0 * (p["t"] * p["h"] * p["d"] + written)

@@ -62,6 +62,11 @@ class Sizes:
         return -(-int(self.p["d"]) // FOUR)
 
     @property
+    def sampled(self) -> int:
+        """Queries of a tile that are estimated."""
+        return -(-int(self.p["rows"]) // int(self.p["every"]))
+
+    @property
     def most(self) -> float:
         """The largest code."""
         return float(2 ** (self.p["bits"] - 1) - 1)
@@ -145,21 +150,21 @@ class KeyCodes:
 
 
 class QueryCodes:
-    """Codes of a tile's queries of one head, each in a word of four, and their scales."""
+    """Codes of a tile's queries of one head that are estimated, in words of four, and their scales."""
 
     def __init__(self, s: Sizes) -> None:
         self.s = s
-        self.words = workspace((s.p["rows"], s.words), "int32")
-        self.scales = workspace((s.p["rows"],), "float32")
+        self.words = workspace((s.sampled, s.words), "int32")
+        self.scales = workspace((s.sampled,), "float32")
 
     def fill(self, q: Any, q_mean: Any, head: Any, first: Any) -> None:
-        """Code the queries from token ``first`` on."""
+        """Code the queries from token ``first`` on that are estimated."""
         s = self.s
         near = workspace((s.words * FOUR,), "float32")
         for c in range(s.p["d"], s.words * FOUR):
             store(near, T.float32(0), c)
-        with loop(s.p["rows"]) as row:
-            source = bind(T.min(first + row, T.int32(s.p["t"] - 1)))
+        with loop(s.sampled) as row:
+            source = bind(T.min(first + row * s.p["every"], T.int32(s.p["t"] - 1)))
             wide = Register("float32", LANES, splat(0.0))
             lone = Register("float32", 1, T.float32(0))
 

@@ -41,28 +41,33 @@ class Tile:
             T.if_then_else(some, T.min(T.int32(p["rows"]), self.valid - self.first), T.int32(0))
         )
         """Queries that are no padding."""
+        self.estimated = fixed(T.floordiv(self.count + (p["every"] - 1), T.int32(p["every"])))
+        """Those of them that are estimated."""
+        few = self.start + self.valid <= p["least"]
         block = T.int32(p["block"])
         begin = self.start + self.first
         own = T.floordiv(begin, block) - (p["last"] - 1)
-        self.near = fixed(T.max(own, T.int32(0)) * p["block"])
-        """First slot of the near keys."""
+        near = T.if_then_else(few, T.int32(0), T.max(own, T.int32(0)))
+        self.near = fixed(near * p["block"])
+        """First slot of the near keys; 0 where there are so few keys that all are."""
         self.sinks = fixed(T.min(T.int32(p["first"] * p["block"]), self.near))
         """Slots of the sinks before them."""
         end = begin + self.count - 1
         self.seen = fixed(T.if_then_else(some, T.floordiv(end, block) + 1, T.int32(0)))
         """Blocks up to that of the last query."""
-        self.end = fixed(T.if_then_else(some, end + 1, T.int32(0)))
-        """Slot behind the last query's own; a tile of padding would look behind the cache."""
+        self.end = fixed(T.if_then_else(T.And(some, T.Not(few)), end + 1, T.int32(0)))
+        """Slot behind the last query's own; a tile of padding would look behind the cache, and where all keys
+        are near no sum is needed."""
         self.queries = QueryCodes(s)
-        self.lse = workspace((p["rows"],), "float32")
+        self.lse = workspace((s.sampled,), "float32")
 
     # -- the exact region ----------------------------------------------------------------------------
 
     def sum_region(self, q: Any, k: Any, k_mean: Any, scale: float) -> None:
         """Find the logarithm of each row's sum over its sinks and near keys."""
         s = self.s
-        top, total = (workspace((s.p["rows"],), "float32") for _ in range(2))
-        with loop(s.p["rows"]) as row:
+        top, total = (workspace((s.sampled,), "float32") for _ in range(2))
+        with loop(s.sampled) as row:
             store(top, T.float32(_START), row)
             store(total, T.float32(0), row)
         sinks = T.floordiv(self.sinks + (LANES - 1), T.int32(LANES))
@@ -75,7 +80,7 @@ class Tile:
                 slots = bind(T.ramp(vector * LANES, 1, LANES))
                 part = slots < splat(self.sinks) if sink else slots >= splat(self.near)
                 self._add(q, k, k_mean, scale, vector, slots, part, top, total)
-        with loop(s.p["rows"]) as row:
+        with loop(s.sampled) as row:
             held = Register("float32", 1, total[row])
             high = bind(top[row] + log2(held.get(), 1))
             store(self.lse, high * T.float32(math.log(2)), row)
@@ -96,10 +101,10 @@ class Tile:
                 store(near, value - splat(k_mean[self.kv, c]), c, 0, lanes=LANES)
 
         channels(s.p["d"], s.format.bits, less)
-        size = min(4, s.p["rows"])
-        with loop(-(-s.p["rows"] // size)) as group:
-            rows = [bind(T.min(group * size + r, T.int32(s.p["rows"] - 1))) for r in range(size)]
-            source = [bind(T.min(self.first + row, T.int32(s.p["t"] - 1))) for row in rows]
+        every, size = s.p["every"], min(4, s.sampled)
+        with loop(-(-s.sampled // size)) as group:
+            rows = [bind(T.min(group * size + r, T.int32(s.sampled - 1))) for r in range(size)]
+            source = [bind(T.min(self.first + row * every, T.int32(s.p["t"] - 1))) for row in rows]
             acc = [Register("float32", LANES, splat(0.0)) for _ in rows]
             with loop(s.p["d"]) as c:
                 value = bind(load(near, c, 0, lanes=LANES))
@@ -107,8 +112,8 @@ class Tile:
                     register.set(register.get() + value * splat(q[token, self.head, c]))
             for r, register in enumerate(acc):
                 row = bind(group * size + r)
-                with when(row < s.p["rows"]):
-                    seen = T.And(part, slots <= splat(self.start + self.first + row))
+                with when(row < s.sampled):
+                    seen = T.And(part, slots <= splat(self.start + self.first + row * every))
                     logit = T.Select(seen, register.get() * splat(scale * LOG2E), splat(NEVER))
                     self._take(Register("float32", LANES, logit), row, top, total)
 
@@ -137,9 +142,9 @@ class Tile:
                 bind(load(self.keys.scales, self.kv, v * LANES, lanes=LANES)) for v in vectors
             ]
             with T.serial(
-                0, fixed(T.floordiv(self.count + (s.rows - 1), T.int32(s.rows)))
+                0, fixed(T.floordiv(self.estimated + (s.rows - 1), T.int32(s.rows)))
             ) as group:
-                rows = [bind(T.min(group * s.rows + r, self.count - 1)) for r in range(s.rows)]
+                rows = [bind(T.min(group * s.rows + r, self.estimated - 1)) for r in range(s.rows)]
                 for r, own in enumerate(self._dots(vectors, rows)):
                     by = bind(splat(self.queries.scales[rows[r]] * T.float32(scale)))
                     less = bind(splat(self.lse[rows[r]]))

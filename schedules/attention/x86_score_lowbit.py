@@ -53,7 +53,7 @@ class X86ScoreLowbit(Schedule):
     def space(self, workload: Workload, hardware: Hardware) -> Space:
         """Register tile, threads."""
         p = get_op(self.op).full(workload)
-        rows = tuple(n for n in (1, 2, 4, 8) if n <= min(p["rows"], p["t"]))
+        rows = tuple(n for n in (1, 2, 4, 8) if n <= -(-min(p["rows"], p["t"]) // p["every"]))
         most = 24 if hardware.has_avx512 else 8
         threads = (False, True) if hardware.threads > 1 else (False,)
         row = max(n for n in rows if n <= 4)
@@ -85,7 +85,7 @@ class X86ScoreLowbit(Schedule):
 
         slots, p = s.vectors * LANES, s.p
         shared = slots * (p["kv"] * (s.words + 2) + p["h"])
-        own = p["rows"] * (s.words + 4) + best_size(s) + p["d"] * LANES
+        own = s.sampled * (s.words + 4) + best_size(s) + p["d"] * LANES
         room = 4 * (shared + own * (hardware.threads if config.parallel else 1))
         return Kernel(
             name, function(name, args, body), args, self.work(workload, config, hardware), room,
@@ -101,7 +101,7 @@ class X86ScoreLowbit(Schedule):
         before = float(sum(each))
         exact = min(length, (p["first"] + p["last"]) * p["block"] + p["rows"])
         region = float(tiles * exact)
-        span = float(p["rows"])
+        span = float(s.sampled) if length > p["least"] else 0.0
         deep = float(s.words * 4)
         ops = {
             "dot_i8": max(need.ops["dot_i8"], p["h"] * before * span * deep),
@@ -120,7 +120,7 @@ class X86ScoreLowbit(Schedule):
         threads = hardware.threads if config.parallel else 1
         return work(
             ops, streams, hardware, tasks=tasks if threads > 1 else 1, share=busiest(tasks, threads),
-            useful=min(1.0, need.ops["dot_i8"] / ops["dot_i8"]),
+            useful=min(1.0, need.ops["dot_i8"] / max(ops["dot_i8"], 1.0)),
             tile=Tile(s.wide, s.rows, deep * LANES * s.wide + span * deep),
         )  # fmt: skip
 
@@ -151,8 +151,9 @@ def _emit(
 ) -> None:  # fmt: skip
     """Emit both phases."""
     span = (fixed(pos[0]), fixed(pos[1]))
-    keys = KeyCodes(s)
-    keys.fill(k, q_mean, k_mean, fixed(span[0] + span[1]), parallel)
+    keys, length = KeyCodes(s), fixed(span[0] + span[1])
+    coded = T.if_then_else(length > s.p["least"], length, T.int32(0))
+    keys.fill(k, q_mean, k_mean, fixed(coded), parallel)
     with loop(s.p["h"] * s.tiles, parallel=parallel) as task:
         head = fixed(T.floordiv(task, T.int32(s.tiles)))
         # alternately from both ends, so that threads with a contiguous share get equal causal work

@@ -8,7 +8,7 @@ from mimo_compile.errors import UsageError
 from mimo_compile.ir.import_attention import ListConverters
 
 
-@pytest.mark.parametrize("op", ["describe_blocks", "int8_attention"])
+@pytest.mark.parametrize("op", ["describe_blocks", "score_lowbit", "key_mean", "int8_attention"])
 def test_ops_that_read_no_caches_by_rows_are_refused_there(op) -> None:
     converters = ListConverters(lambda *_, **__: None, lambda *_: "f32", lay="rows")
     with pytest.raises(UsageError, match=f"{op} does not read caches with lay=rows"):

@@ -39,6 +39,9 @@ WORKLOADS = [
     "score_blocks:t=3,h=4,kv=1,d=16,cap=40,kind=indexer,agg=sum,block=1,len=37",
     "score_lowbit:t=21,h=4,kv=2,d=16,cap=70,block=4,rows=8,first=1,last=2,len=61",
     "describe_blocks:t=9,kv=2,d=8,cap=70,kind=pool3,size=16,len=50",
+    "score_lowbit:t=21,h=4,kv=2,d=16,cap=70,block=4,rows=8,first=1,last=2,len=61,every=3",
+    "key_mean:t=9,kv=2,d=8,cap=70,len=50",
+    "key_mean:t=9,kv=2,d=8,cap=70,len=50,c=bf16",
     "describe_blocks:t=5,kv=2,d=8,cap=64,kind=mean,size=8,stride=4,len=50",
     "sparse_attention:t=3,h=4,kv=2,d=32,dv=16,cap=70,hs=2,block=8,kmax=4,sink=1,len=45,c=bf16",
     "score_keys:t=3,h=4,kv=2,d=16,cap=70,kind=oracle,agg=max,block=8,len=45,c=bf16",
@@ -170,10 +173,12 @@ def test_eager_ops_equal_their_references() -> None:
         elif workload.op == "score_lowbit":
             score = mimo.score_lowbit(
                 t["q"], t["k_cache"], t["pos"], t["q_mean"], t["k_mean"], p["bits"], p["block"],
-                p["rows"], p["first"], p["last"], p["d"] ** -0.5,
+                p["rows"], p["first"], p["last"], p["d"] ** -0.5, p["least"], p["every"],
             )  # fmt: skip
             got, slack = {"score": score}, 1
         elif workload.op == "describe_blocks":
+        elif workload.op == "key_mean":
+            got, slack = {"mean": mimo.key_mean(t["k_cache"], t["pos"])}, 1
             stride = p["stride"] or p["size"]
             mimo.describe_blocks(t["k_cache"], t["pos"], t["desc"], p["kind"], p["size"], stride)
             got, slack = {"desc": t["desc"]}, 1

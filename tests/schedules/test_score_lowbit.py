@@ -46,7 +46,8 @@ def one_of_any(data, most):
         f"score_lowbit:t={t},h={kv * group},kv={kv},d={draw(st.integers(1, 20))},cap={cap},block={block},"
         f"rows={draw(st.sampled_from((1, 4, 16, 64)))},first={draw(st.integers(1, 2))},"
         f"last={draw(st.integers(1, 3))},bits={draw(st.sampled_from((2, 4, 8)))},"
-        f"c={draw(st.sampled_from(('f32', 'bf16')))}"
+        f"c={draw(st.sampled_from(('f32', 'bf16')))},every={draw(st.sampled_from((1, 1, 2, 5)))},"
+        f"least={draw(st.sampled_from((0, 0, cap // 2)))}"
     )
     valid = draw(st.integers(1, t))
     start, seed = draw(st.integers(0, cap - valid)), draw(st.integers(0, 999))
@@ -79,6 +80,27 @@ def test_nothing_valid_scores_nothing():
     inputs = placed(text, 50, 5)
     got = check(SCORE, text, inputs=inputs).outputs["score"]
     assert np.isneginf(got[2]).all() and np.isfinite(got[:2]).any()
+
+
+@pytest.mark.parametrize("start", [40, 41, 90])
+def test_few_keys_are_not_estimated(start):
+    text = "score_lowbit:t=9,h=2,kv=1,d=8,cap=120,block=4,rows=4,first=1,last=1,least=50"
+    got = check(SCORE, text, inputs=placed(text, start, 9)).outputs["score"]
+    seen = np.arange(30) <= (start + np.minimum(np.arange(3) * 4 + 3, 8))[:, None] // 4
+    assert (np.isposinf(got) == seen[:, None]).all() == (start + 9 <= 50)
+    assert np.isneginf(got[~np.broadcast_to(seen[:, None], got.shape)]).all()
+
+
+def test_queries_that_are_left_out_count_for_nothing():
+    """Of a tile of five, those at places 0, 2 and 4 are estimated: others may be anything."""
+    text = "score_lowbit:t=10,h=2,kv=1,d=8,cap=120,block=4,rows=5,first=1,last=1,every=2"
+    inputs = placed(text, 100, 10)
+    other = dict(inputs, q=inputs["q"].copy())
+    other["q"][[1, 3, 6, 8]] *= 100
+    one, two = (check(SCORE, text, inputs=i).outputs["score"] for i in (inputs, other))
+    np.testing.assert_array_equal(one, two)
+    whole = check(SCORE, text.replace(",every=2", ""), inputs=inputs).outputs["score"]
+    assert (one <= whole).all() and (one < whole).any()
 
 
 def test_padding_looks_at_nothing_behind_a_full_cache():

@@ -96,6 +96,8 @@ WORKLOADS = [
     "score_lowbit:t=50,h=4,kv=2,d=24,cap=300,block=16,rows=16,first=1,last=2,len=200",
     "select_blocks:t=3,hs=4,cap=900,block=4,k=9",
     "select_blocks:t=3,hs=4,cap=900,block=4,k=9,merge=rank,len=500",
+    "score_lowbit:t=50,h=4,kv=2,d=24,cap=300,block=16,rows=16,first=1,last=2,len=200,every=3",
+    "key_mean:t=3,kv=2,d=24,cap=300,len=200,c=bf16",
     "select_blocks:t=3,hs=4,cap=900,block=4,rule=threshold",
     "sparse_attention:t=3,h=8,kv=2,d=32,dv=20,cap=640,hs=8,block=1,kmax=90,window=33,lay=rows",
     "sparse_attention:t=3,h=8,kv=2,d=33,dv=20,cap=640,hs=2,block=8,kmax=50,page=4,c=bf16,lay=rows",
