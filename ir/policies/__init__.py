@@ -65,7 +65,7 @@ def parse_policy(text: str) -> AttentionPolicy:
         )
     name, colon, rest = body.partition(":")
     policy = get_policy(name)
-    kinds = {f.name: str(f.type) for f in fields(policy) if f.name != "arithmetic"}
+    kinds = {f.name: str(f.type) for f in fields(policy) if f.metadata}
     values: dict[str, int | float | str] = {"arithmetic": arithmetic} if plus else {}
     for item in rest.split(",") if colon else []:
         key, eq, value = item.partition("=")

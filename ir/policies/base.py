@@ -115,7 +115,7 @@ class Steps:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionPolicy(ABC):
-    """One system; its fields are its arguments."""
+    """One system; its fields that are declared by `arg` are its arguments."""
 
     name: ClassVar[str]
     phases: ClassVar[tuple[str, ...]] = ("prefill", "decode")
@@ -297,7 +297,7 @@ class AttentionPolicy(ABC):
         given = [
             f"{f.name}={getattr(self, f.name)}"
             for f in fields(self)
-            if f.name != "arithmetic" and getattr(self, f.name) != f.default
+            if f.metadata and getattr(self, f.name) != f.default
         ]
         suffix = "" if self.arithmetic == "float" else f"+{self.arithmetic}"
         return self.name + (":" + ",".join(given) if given else "") + suffix

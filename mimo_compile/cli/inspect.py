@@ -173,6 +173,12 @@ def _artifact(args: argparse.Namespace, parts: Parts) -> int:
     if layers:
         columns = ("layers", "attention", "window", "slots", "format", "follows", "state bytes")
         console.say("\n" + table(grouped(layers), columns, right="llrrllr"))
+    for row in layers:
+        if taus := row["thresholds"]:
+            span = (
+                f"{min(taus):.2g} to {max(taus):.2g}, 0 (dense) in {taus.count(0)} of {len(taus)}"
+            )
+            console.say(f"{row['name']}: thresholds of heads {span}")
     plan = sorted(manifest.plan, key=lambda c: (c.workload.partition(":")[0], c.workload))
     titles, joules = energy_columns([(c.energy_mj, c.energy_source) for c in plan])
     lines = [
@@ -213,7 +219,7 @@ def layer_rows(manifest: Manifest) -> list[dict[str, Any]]:
         {
             "name": layer.name, "role": layer.role, "window": layer.window, "slots": layer.slots,
             "format": layer.format, "follows": layer.follows,
-            "state_bytes": sum(held[n] for n in layer.states),
+            "state_bytes": sum(held[n] for n in layer.states), "thresholds": layer.thresholds,
         }
         for layer in found
     ]  # fmt: skip
@@ -225,7 +231,8 @@ def grouped(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
 
     kinds: dict[tuple[Any, ...], list[str]] = {}
     for row in rows:
-        kinds.setdefault(tuple(row.values())[1:], []).append(row["name"])
+        kind = tuple(value for key, value in row.items() if key not in ("name", "thresholds"))
+        kinds.setdefault(kind, []).append(row["name"])
     out = []
     for (role, window, slots, kept, follows, held), names in kinds.items():
         many = f" x {len(names)}" if len(names) > 1 else ""

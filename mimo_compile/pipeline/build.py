@@ -233,5 +233,6 @@ def _layers(decoder: ModelDecoder, states: Mapping[str, State]) -> Iterator[Laye
             slots, core.caches.name,
             stage.follows[0].rpartition(".")[0] if stage.follows else "",
             tuple(name for name in stage.states.values() if name in states),
+            getattr(core.attend, "thresholds", ()),
             group=getattr(core.caches, "group", 0), tail=tail,
         )  # fmt: skip

@@ -152,7 +152,7 @@ def _open_checkpoint(
         config=loaded.config,
         tokenizer=loaded.tokenizer,
         loaded=loaded,
-        attention=str(attention),
+        attention=str(loaded.decoder.config.attention),
     )
 
 

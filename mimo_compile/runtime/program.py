@@ -82,6 +82,8 @@ class Layer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
     """Layer whose lists it follows."""
     states: tuple[str, ...] = ()
     """Names of the states that it owns."""
+    thresholds: tuple[float, ...] = ()
+    """Of its query heads, where a calibration found those that blocks are chosen by; 0: the head is dense."""
     group: int = 0
     """Positions that are quantised together; 0: each by itself."""
     tail: int = 0

@@ -347,6 +347,8 @@ class Run:
                 p["first"],
                 p["last"],
                 scale,
+                p["least"],
+                p["every"],
             )
         elif p["kind"] == "gate":
             gate = self.gates[i]

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from mimo_compile.errors import ArtifactError, InputError, UsageError, VerificationError
 from mimo_compile.ir.formats import parse_act_format, parse_scheme
 from mimo_compile.ir.policies import AttentionPolicy, parse_policy
+from mimo_compile.ir.policies.sale import Sale
 from mimo_compile.runtime.module import Module
 from mimo_compile.runtime.program import Manifest
 from mimo_compile.verify.found import EndToEnd, LogitsBound, Perplexity
@@ -37,13 +38,17 @@ def policy_of(manifest: Manifest) -> AttentionPolicy:
         ArtifactError: this version has none of that name.
     """
     try:
-        return parse_policy(manifest.attention)
+        policy = parse_policy(manifest.attention)
     except UsageError as error:
         raise ArtifactError(
             f"{manifest.name} follows the attention policy {manifest.attention!r}, which this version "
             "does not know",
             remedy="Verify it with the version that compiled it, or compile it again.",
         ) from error
+    if isinstance(policy, Sale) and policy.thresholds and manifest.decoder is not None:
+        layers = (layer for layer in manifest.decoder.layers if layer.name.startswith("layers."))
+        return replace(policy, table=tuple(layer.thresholds for layer in layers))
+    return policy
 
 
 def logits_bound(manifest: Manifest) -> LogitsBound:
@@ -78,6 +83,8 @@ def compared_tokens(manifest: Manifest, tokens: int | None, notes: list[str]) ->
     decoder, policy = manifest.decoder, policy_of(manifest)
     assert decoder is not None
     enough = policy.sees_all + max(_DECODED, decoder.rerun + 2)
+    if "decode" not in policy.phases:  # the tokens that are decoded leave nothing out
+        enough += decoder.steps[-1]
     chosen = max(ROWS, enough) if policy.sees_all and enough <= _MOST_TOKENS else ROWS
     count = min(decoder.max_context, chosen if tokens is None else tokens)
     if policy.sees_all >= count:
@@ -129,12 +136,10 @@ def _eager_logits(eager: Decoder, ids: npt.NDArray[Any], split: int, first: int)
     """Return the eager logits float64 of the same tokens."""
     import torch
 
-    from mimo_compile.frontend.models.decoder import STEP_TOKENS
-
     rows = []
     eager.reset()
-    for at in range(0, split, STEP_TOKENS):
-        given = torch.tensor([int(i) for i in ids[at : min(at + STEP_TOKENS, split)]])
+    for at, count in eager.pieces(split):
+        given = torch.tensor([int(i) for i in ids[at : at + count]])
         wanted = eager.forward_step(given, at)[1].numpy()
         rows.append(wanted[max(0, first - at) :])
     for at in range(split, len(ids)):

@@ -253,7 +253,6 @@ def test_generation_decodes_and_makes_exact(deep, tools):
         ("dsa", "needs indexer"),
         ("nsa", "needs trained branches and branch gates and compression weights"),
         ("tailorkv", "tailorkv has no kernels in this version"),
-        ("sale", "sale has no kernels in this version"),
         ("quest+int8", r"\+int8 is for model, full, window.*use --attention quest, or full\+int8"),
     ],
 )

@@ -21,9 +21,11 @@ from mimo_compile.frontend.models.decoder import (
     LayerSpec,
     inverse_frequencies,
 )
+from mimo_compile.frontend.models.thresholds import prepared
 from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.ops.describe_blocks import PARTS, entries_of
 from mimo_compile.ir.policies import AttentionPolicy, Geometry, LayerRole
+from mimo_compile.ir.policies.sale import Sale
 from mimo_compile.ir.policies.stream import Stream
 from mimo_compile.ir.workload import Workload
 
@@ -34,7 +36,7 @@ Lists = tuple[Tensor, Tensor]
 """``idx`` int32 ``[T, HS, kmax]`` and ``cnt`` int32 ``[T, HS]``, see `ir.ops.block_lists`."""
 DESCRIBED = {"quest": "bounds", "mean": "mean"}
 """Source of scores -> kind of the descriptors that it reads."""
-READY = ("model", "full", "window", "stream", "quest", "lessismore", "moba", "resa")
+READY = ("model", "full", "window", "stream", "quest", "lessismore", "moba", "resa", "sale")
 """Policies that layers can follow here; the others are data so far."""
 WHOLE = ("model", "full", "window")
 """Policies without lists, whose attention can be computed in int8."""
@@ -51,6 +53,7 @@ def with_attention(config: DecoderConfig, policy: AttentionPolicy) -> DecoderCon
     Raises:
         UsageError: the policy needs weights that no checkpoint brings, has no kernels yet, shares lists in
             a model some of whose layers have windows, or runs more tokens again than their rings hold.
+        InputError: a file that the policy names is missing, malformed or of another model.
     """
     if policy.arithmetic != "float" and policy.name not in WHOLE:
         raise UsageError(
@@ -71,6 +74,8 @@ def with_attention(config: DecoderConfig, policy: AttentionPolicy) -> DecoderCon
         )
     windows = [spec.window for spec in config.layers]
     roles = policy.plan(len(windows), windows if any(windows) else ())
+    if isinstance(policy, Sale):
+        policy = prepared(policy, config, roles)
     layers = tuple(
         replace(spec, window=role.window) if _is_ring(policy, role) else spec
         for spec, role in zip(config.layers, roles, strict=True)
@@ -144,11 +149,15 @@ def listed(
     block: int,
     window: int,
     sink: bool = True,
+    rows: int = 1,
 ) -> Lists:
-    """Attend to listed blocks and a window: ``out [T, H, DV]`` and its lse ``[T, H]``."""
+    """Attend to listed blocks and a window: ``out [T, H, DV]`` and its lse ``[T, H]``.
+
+    ``rows`` tokens share a list.
+    """
     out: Lists = torch.ops.mimo.sparse_attention(
         q, layer.k_cache, layer.v_cache, pos, *lists, layer.attention.sink if sink else None, None,
-        block, 1, 0, layer.spec.d**-0.5, window,
+        block, rows, 0, layer.spec.d**-0.5, window,
     )  # fmt: skip
     return out
 
@@ -365,8 +374,12 @@ def attending(config: DecoderConfig, name: str) -> tuple[Attending, str, str]:
         return Attending(), "", ""
     at = int(number)
     role, policy = config.roles[at], config.attention
+    from mimo_compile.frontend.models.estimate import Estimating
+
     if role.kind == "reuse":
         return Following(policy), f"layers.{role.list_of}", ""
+    if role.kind == "select" and isinstance(policy, Sale):
+        return Estimating(policy, role, False), "", ""
     if role.kind == "select":
         lends = any(r.kind == "reuse" and r.list_of == at for r in config.roles)
         return Selecting(policy, role, lends), "", name if lends else ""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mimo_compile.errors import UsageError
 from mimo_compile.ir.policies import AttentionPolicy, LayerRole
 from mimo_compile.ir.policies.full import Model
+from mimo_compile.ir.workload import BUCKETS
 
 _AS_IT_SAYS = Model()
 LISTS = ("idx", "cnt")
@@ -316,10 +317,7 @@ class Decoder:
         """Empty the caches and run a prompt; returns hidden states ``[T, D]`` and logits ``[T, V]``."""
         self.reset()
         every = torch.tensor(list(ids), dtype=torch.int32)
-        parts = [
-            self.forward_step(every[at : at + STEP_TOKENS], at)
-            for at in range(0, len(every), STEP_TOKENS)
-        ]
+        parts = [self.forward_step(every[at : at + n], at) for at, n in self.pieces(len(every))]
         if not parts:
             raise UsageError("the prompt holds no token")
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
@@ -335,6 +333,21 @@ class Decoder:
             Logits ``[1, V]``.
         """
         last = torch.tensor([tokens[-1]], dtype=torch.int32)
+    def pieces(self, count: int) -> list[tuple[int, int]]:
+        """Return start and length of the calls in which a compiled module reads a prompt of so many tokens.
+
+        Some attention policies choose by what a call holds.
+        """
+        from mimo_compile.runtime.generate import plan_steps
+
+        most = self.config.max_context
+        steps = tuple(t for t in BUCKETS if t == 1 or t <= most)
+        out, at = [], 0
+        for step in plan_steps(count, steps, max(0, most - count)):
+            out.append((at, min(step, count - at)))
+            at += step
+        return out
+
         logits = self.forward_step(last, len(tokens) - 1, decode=True)[1]
         if self.config.decodes_apart:
             span = self.config.attention.rectified(len(tokens) - prompt, prompt) or (0, 0)
