@@ -108,7 +108,6 @@ class ListConverters:
             scale=factor(scale, d), len=measured(cap, t), c=self.cache_format(k_cache), lay=self.lay,
         )  # fmt: skip
 
-    def select_blocks(self, node: Any, imp: Any) -> Any:
     def key_mean(self, node: Any, imp: Any) -> Any:
         """Average the keys."""
         self._refuse_order("key_mean")
@@ -134,6 +133,7 @@ class ListConverters:
             least=least, every=every, len=measured(cap, t), c=self.cache_format(k_cache),
         )  # fmt: skip
 
+    def select_blocks(self, node: Any, imp: Any) -> Any:
         """Make lists."""
         score, pos, value, rule, k, share, block, rows, first, last, merge, kmax = (
             imp.retrieve_args(node)

@@ -176,9 +176,9 @@ def test_eager_ops_equal_their_references() -> None:
                 p["rows"], p["first"], p["last"], p["d"] ** -0.5, p["least"], p["every"],
             )  # fmt: skip
             got, slack = {"score": score}, 1
-        elif workload.op == "describe_blocks":
         elif workload.op == "key_mean":
             got, slack = {"mean": mimo.key_mean(t["k_cache"], t["pos"])}, 1
+        elif workload.op == "describe_blocks":
             stride = p["stride"] or p["size"]
             mimo.describe_blocks(t["k_cache"], t["pos"], t["desc"], p["kind"], p["size"], stride)
             got, slack = {"desc": t["desc"]}, 1

@@ -322,17 +322,6 @@ class Decoder:
             raise UsageError("the prompt holds no token")
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
-    def decode(self, tokens: Sequence[int], prompt: int) -> Tensor:
-        """Run the last of the tokens, which was generated, and make exact what the policy says.
-
-        Args:
-            tokens: All so far; those before the last have been run.
-            prompt: How many of them were the prompt.
-
-        Returns:
-            Logits ``[1, V]``.
-        """
-        last = torch.tensor([tokens[-1]], dtype=torch.int32)
     def pieces(self, count: int) -> list[tuple[int, int]]:
         """Return start and length of the calls in which a compiled module reads a prompt of so many tokens.
 
@@ -348,6 +337,17 @@ class Decoder:
             at += step
         return out
 
+    def decode(self, tokens: Sequence[int], prompt: int) -> Tensor:
+        """Run the last of the tokens, which was generated, and make exact what the policy says.
+
+        Args:
+            tokens: All so far; those before the last have been run.
+            prompt: How many of them were the prompt.
+
+        Returns:
+            Logits ``[1, V]``.
+        """
+        last = torch.tensor([tokens[-1]], dtype=torch.int32)
         logits = self.forward_step(last, len(tokens) - 1, decode=True)[1]
         if self.config.decodes_apart:
             span = self.config.attention.rectified(len(tokens) - prompt, prompt) or (0, 0)
