@@ -125,6 +125,35 @@ def window_cache_format(caches: CacheFormat | GroupedFormat) -> CacheFormat:
     return FORMATS["bf16"] if isinstance(caches, GroupedFormat) else caches
 
 
+def slot_of(position: Any, cap: int, first: int = 0) -> Any:
+    """Return the slots of positions, an array or tensor of integers, in a cache of ``cap`` slots.
+
+    The ``first`` positions stay in slots of their own; later ones share the rest as a ring.
+    """
+    ring = first + (position - first) % (cap - first)
+    late = position >= first
+    return ring * late + position * ~late if first else position % cap
+
+
+def check_first(op: str, p: Mapping[str, Any]) -> None:
+    """Refuse first positions, or a ring behind them, that do not fill whole vectors of 16 slots.
+
+    Raises:
+        UsageError: naming the op.
+    """
+    first, cap = p["first"], p["cap"]
+    if first and not (first % 16 == 0 and cap % 16 == 0 and first < cap):
+        raise UsageError(
+            f"{op}: first={first} positions cannot stay in a cache of cap={cap}",
+            remedy="use multiples of 16, and a greater cap than first",
+        )
+    if first and (p["c"] not in FORMATS or p["lay"] or p.get("page")):
+        raise UsageError(
+            f"{op}: first={first} is for caches of float numbers in their usual order",
+            remedy="leave out page, lay and c, or use c=bf16",
+        )
+
+
 CACHE_ORDERS = ("", "rows")
 """How kernels keep caches: as the format of their numbers has it, for whole blocks of slots; or each key, and
 each value, by itself, where single tokens are listed. A layer's ops must all say the same (``lay``);

@@ -152,17 +152,18 @@ class ListConverters:
 
     def sparse_attention(self, node: Any, imp: Any) -> Any:
         """Attend to lists."""
-        q, k_cache, v_cache, pos, idx, cnt, sink, table, block, rows, page, scale, window = (
+        q, k_cache, v_cache, pos, idx, cnt, sink, table, block, rows, page, scale, window, *more = (
             imp.retrieve_args(node)
         )
+        first = more[0] if more else 0
         (t, h, d), (cap, kv, _), dv = extents(q), extents(k_cache), extents(v_cache)[2]
         _, hs, kmax = extents(idx)
         return self.call(
             imp, "sparse_attention", [q, pos, idx, cnt, table, sink, k_cache, v_cache],
             [([t, h, dv], "float32"), ([t, h], "float32")], t=t, h=h, kv=kv, d=d, dv=dv, cap=cap, hs=hs,
             block=block, kmax=kmax, rows=rows, window=window, sink=int(sink is not None), page=page,
-            scale=factor(scale, d), len=measured(cap, t), c=self.cache_format(k_cache, v_cache),
-            lay=self.lay,
+            scale=factor(scale, d), len=0 if first else measured(cap, t), first=first,
+            c=self.cache_format(k_cache, v_cache), lay=self.lay,
         )  # fmt: skip
 
     def int8_attention(self, node: Any, imp: Any) -> Any:

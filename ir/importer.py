@@ -222,8 +222,8 @@ class _Converters:
         )
 
     def kv_append(self, node: Any, imp: Any) -> Any:
-        qkv, table, pos, q_norm, k_norm, k_cache, v_cache, heads, eps, v_scale = imp.retrieve_args(
-            node
+        qkv, table, pos, q_norm, k_norm, k_cache, v_cache, heads, eps, v_scale, *more = (
+            imp.retrieve_args(node)
         )
         t, (cap, kv, d), dv = _shape(qkv)[0], _shape(k_cache), _shape(v_cache)[2]
         self.lists.appended[k_cache] = t
@@ -232,7 +232,7 @@ class _Converters:
             imp, "kv_append", [qkv, table, pos, q_norm, k_norm, k_cache, v_cache],
             [([t, heads, d], "float32")], t=t, h=heads, kv=kv, d=d, dv=dv, cap=cap,
             rot=2 * _shape(table)[2], vscale=float(v_scale), c=_cache_format(k_cache, v_cache), lay=self.lay,
-            **norm,
+            first=more[0] if more else 0, **norm,
         )  # fmt: skip
 
     def cached_attention(self, node: Any, imp: Any) -> Any:

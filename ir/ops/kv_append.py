@@ -2,8 +2,9 @@
 
 Input rows are ``[q heads | k heads | v heads]``. q and k are RMS-normalised per head when norms are given
 (Qwen3), the first ``2 * table.shape[2]`` dimensions are rotated (half-split pairing: dimension i pairs with
-i + r/2), v is multiplied by ``v_scale``; k and v rows go to slot ``(start + i) % cap`` for ``i < valid``.
-Returns the rotated q. Rows are rounded to the caches' format (``c``), half to even; those of caches in groups
+i + r/2), v is multiplied by ``v_scale``; k and v rows go to slot ``(start + i) % cap`` for ``i < valid``;
+with ``first`` that many leading positions have slots of their own, before a ring (`caches.slot_of`). Returns
+the rotated q. Rows are rounded to the caches' format (``c``), half to even; those of caches in groups
 (``c=i8``, ``i4``, ``i2``) go into a float32 tail and are quantised when a group fills up: see `ir.kv_groups`.
 In torch these have an op of their own, ``kv_append_groups``, since a schema fixes the tensors that an op
 changes; both are workloads of `KvAppend`.
@@ -20,7 +21,13 @@ from torch import Tensor
 
 from mimo_compile.errors import UsageError
 from mimo_compile.ir import kv_groups
-from mimo_compile.ir.caches import check_cache_format, check_cache_order, parse_cache_format
+from mimo_compile.ir.caches import (
+    check_cache_format,
+    check_cache_order,
+    check_first,
+    parse_cache_format,
+    slot_of,
+)
 from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.ops.base import Arg, Array, OpDef, Param
 from mimo_compile.ir.ops.numerics import U32
@@ -43,7 +50,7 @@ def _norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 def prepare(
     qkv: Tensor, table: Tensor, pos: Tensor, q_norm: Tensor | None, k_norm: Tensor | None,
-    heads: int, kv_heads: int, d: int, dv: int, eps: float, v_scale: float, cap: int,
+    heads: int, kv_heads: int, d: int, dv: int, eps: float, v_scale: float, cap: int, first: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return rotated q ``[T, H, D]``, rows for the caches and their slots (valid tokens only)."""
     t = qkv.shape[0]
@@ -52,20 +59,20 @@ def prepare(
     q = rotate(_norm(q.reshape(t, heads, d), q_norm, eps), table)
     k = rotate(_norm(k.reshape(t, kv_heads, d), k_norm, eps), table)
     start, valid = int(pos[0]), int(pos[1])
-    slots = (start + torch.arange(valid)) % cap
+    slots = slot_of(start + torch.arange(valid), cap, first)
     return q, k[:valid], v.reshape(t, kv_heads, dv)[:valid] * v_scale, slots
 
 
 @torch.library.custom_op("mimo::kv_append", mutates_args=("k_cache", "v_cache"))
 def kv_append(
     qkv: Tensor, table: Tensor, pos: Tensor, q_norm: Tensor | None, k_norm: Tensor | None,
-    k_cache: Tensor, v_cache: Tensor, heads: int, eps: float, v_scale: float,
+    k_cache: Tensor, v_cache: Tensor, heads: int, eps: float, v_scale: float, first: int = 0,
 ) -> Tensor:  # fmt: skip
     """Append: ``qkv [T, H*D + KV*D + KV*DV]``, caches ``[cap, KV, D/DV]`` -> q ``[T, H, D]``."""
     cap, kv_heads, d = k_cache.shape
     q, k, v, slots = prepare(
-        qkv, table, pos, q_norm, k_norm, heads, kv_heads, d, v_cache.shape[2], eps, v_scale, cap
-    )
+        qkv, table, pos, q_norm, k_norm, heads, kv_heads, d, v_cache.shape[2], eps, v_scale, cap, first
+    )  # fmt: skip
     k_cache[slots] = k.to(k_cache.dtype)
     v_cache[slots] = v.to(v_cache.dtype)
     return q.clone()
@@ -74,7 +81,7 @@ def kv_append(
 @kv_append.register_fake
 def _(
     qkv: Tensor, table: Tensor, pos: Tensor, q_norm: Any, k_norm: Any, k_cache: Tensor, v_cache: Tensor,
-    heads: int, eps: float, v_scale: float,
+    heads: int, eps: float, v_scale: float, first: int = 0,
 ) -> Tensor:  # fmt: skip
     return qkv.new_empty((qkv.shape[0], heads, k_cache.shape[2]))
 
@@ -126,14 +133,16 @@ class KvAppend(OpDef):
         Param("c", str, "f32"),
         Param("tail", int, 0),
         Param("lay", str, ""),
+        Param("first", int, 0),
     )
 
     def check(self, p: Mapping[str, Any]) -> None:
         """Refuse odd or too wide rotations, calls longer than the cache, unknown cache formats."""
         check_cache_format(p["c"])
         check_cache_order(self.name, p)
-        if p["rot"] % 2 or p["rot"] > p["d"] or p["t"] > p["cap"]:
-            raise UsageError("kv_append: rot must be even and at most d, and t at most cap")
+        check_first(self.name, p)
+        if p["rot"] % 2 or p["rot"] > p["d"] or p["t"] > p["cap"] - p["first"]:
+            raise UsageError("kv_append: rot must be even and at most d, and t at most cap - first")
         kv_groups.check_groups(self.name, p)
 
     def args(self, workload: Workload) -> tuple[Arg, ...]:
@@ -181,7 +190,10 @@ class KvAppend(OpDef):
             for name in ("k_scale", "v_scale"):
                 out[name] = out[name].astype(np.float16)
             return out
-        out["pos"] = np.array([2 * p["cap"] - valid // 2 - 1, valid], np.int32)
+        turn = 2 * p["cap"] - p["first"]
+        if p["first"] and rng.integers(2):  # where the ring begins
+            turn = p["first"]
+        out["pos"] = np.array([max(0, turn - valid // 2 - 1), valid], np.int32)
         for name in ("k_cache", "v_cache"):
             out[name] = parse_cache_format(p["c"]).encode(out[name])
         return out
@@ -196,7 +208,7 @@ class KvAppend(OpDef):
         arr = {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in arrays.items()}
         q, k, v, slots = prepare(
             arr["qkv"].double(), arr["table"], arr["pos"], arr.get("q_norm"), arr.get("k_norm"),
-            p["h"], p["kv"], p["d"], p["dv"], p["eps"], p["vscale"], p["cap"],
+            p["h"], p["kv"], p["d"], p["dv"], p["eps"], p["vscale"], p["cap"], p["first"],
         )  # fmt: skip
         if fmt:
             held = {n: arr[n].double() if n.endswith("tail") else arr[n].clone() for n in states}

@@ -4,6 +4,7 @@ Token i of the call stands at position ``start + i`` (``pos = [start, valid]``; 
 padding) and sees the keys at positions up to its own that lie in a listed block or among the last
 ``window`` positions, each once. A list that names every block gives dense attention. The cache never
 wraps; with pages (``page > 0``) position j lives in slot ``table[j // page] * page + j % page``.
+With ``first`` it is a ring behind slots of the first positions, which alone may be listed (`caches.slot_of`).
 
 The sink is a phantom key with logit ``sink[h]`` and zero value. ``lse`` is the logarithm, base e, of the
 softmax denominator, the sink's share included. A row that sees nothing gives 0 and an lse of -inf (with a
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from mimo_compile.errors import UsageError
-from mimo_compile.ir.caches import check_cache_order, parse_cache_format
+from mimo_compile.ir.caches import check_cache_order, check_first, parse_cache_format, slot_of
 from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.ops import edge_keys
 from mimo_compile.ir.ops.base import Arg, Array, OpDef, Param
@@ -35,7 +36,7 @@ from mimo_compile.ir.workload import Workload
 def attend_lists(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, pos: Tensor, idx: Tensor, cnt: Tensor,
     sink: Tensor | None, table: Tensor | None,
-    block: int, rows: int, page: int, scale: float, window: int,
+    block: int, rows: int, page: int, scale: float, window: int, first: int = 0,
     disturb: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gather what each row sees and attend to it, in q's dtype; see `sparse_attention` for shapes.
@@ -45,7 +46,7 @@ def attend_lists(
     t, heads, _ = q.shape
     cap, kv_heads = k_cache.shape[0], k_cache.shape[1]
     lists = idx.shape[1]
-    check_lists(idx, cnt, blocks_of(cap, block))
+    check_lists(idx, cnt, first // block if first else blocks_of(cap, block))
     out = q.new_zeros((t, heads, v_cache.shape[2]))
     lse = q.new_full((t, heads), -math.inf)
     start, valid = int(pos[0]), int(pos[1])
@@ -56,7 +57,9 @@ def attend_lists(
         for g in range(groups):
             row, mine = (i // rows, g * lists // groups), slice(g * per, (g + 1) * per)
             keys = listed_keys(idx[row][: int(cnt[row])], start + i, block, window)
-            slots = keys if table is None else table[keys // page] * page + keys % page
+            slots = slot_of(keys, cap, first)
+            if table is not None:
+                slots = table[keys // page] * page + keys % page
             kv = g * kv_heads // groups
             logits = q[i, mine] @ k_cache[slots, kv].to(q.dtype).T * scale
             if sink is not None:  # the phantom key stands first; its value is left out below
@@ -79,7 +82,7 @@ def attend_lists(
 def sparse_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, pos: Tensor, idx: Tensor, cnt: Tensor,
     sink: Tensor | None, table: Tensor | None,
-    block: int, rows: int, page: int, scale: float, window: int,
+    block: int, rows: int, page: int, scale: float, window: int, first: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attend to listed blocks.
 
@@ -97,19 +100,20 @@ def sparse_attention(
         page: Positions in a page; 0 without a table.
         scale: Factor on q.k.
         window: Last positions that are always seen; 0: none.
+        first: Positions that stay, where the rest of the cache is a ring; 0: it is none.
 
     Returns:
         ``out [T, H, DV]`` and ``lse [T, H]`` (base e).
     """
     return attend_lists(
-        q, k_cache, v_cache, pos, idx, cnt, sink, table, block, rows, page, scale, window
+        q, k_cache, v_cache, pos, idx, cnt, sink, table, block, rows, page, scale, window, first
     )
 
 
 @sparse_attention.register_fake
 def _(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, pos: Tensor, idx: Tensor, cnt: Tensor, sink: Any,
-    table: Any, block: int, rows: int, page: int, scale: float, window: int,
+    table: Any, block: int, rows: int, page: int, scale: float, window: int, first: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return q.new_empty((q.shape[0], q.shape[1], v_cache.shape[2])), q.new_empty(q.shape[:2])
 
@@ -139,6 +143,7 @@ class SparseAttention(OpDef):
         Param("len", int, 0),
         Param("c", str, "f32"),
         Param("lay", str, ""),
+        Param("first", int, 0),
     )
 
     def check(self, p: Mapping[str, Any]) -> None:
@@ -149,14 +154,20 @@ class SparseAttention(OpDef):
             raise UsageError(f"sparse_attention: h={p['h']} is not a multiple of kv={p['kv']}")
         if p["hs"] not in (1, p["kv"], p["h"]):
             raise UsageError(f"sparse_attention: hs={p['hs']} is none of 1, kv and h")
-        if not p["t"] <= self.kv_length(p) <= p["cap"]:
+        check_first(self.name, p)
+        length, ring = self.kv_length(p), p["cap"] - p["first"]
+        if length < p["t"] or (length > p["cap"] and not p["first"]):
             raise UsageError("sparse_attention: len (KV length) must lie between t and cap")
+        if p["first"] and (p["block"] > p["first"] or p["window"] + p["t"] - 1 > ring):
+            raise UsageError(
+                "sparse_attention: first must hold a block, and the ring behind it window + t - 1"
+            )
         if p["page"] and p["cap"] % p["page"]:
             raise UsageError("sparse_attention: cap is not a multiple of page")
 
     def kv_length(self, p: Mapping[str, Any]) -> int:
         """Return the KV length (including the new tokens) that inputs are made for."""
-        return int(p["len"] or p["cap"])
+        return int(p["len"] or p["cap"] + (p["cap"] - p["first"]) // 2 * bool(p["first"]))
 
     def softmax_scale(self, p: Mapping[str, Any]) -> float:
         """Return the factor on q.k: the given one or ``1/sqrt(d)``."""
@@ -200,10 +211,10 @@ class SparseAttention(OpDef):
         out["pos"] = np.array([length - p["t"], p["t"]], np.int32)
         rows = blocks_of(p["t"], p["rows"])
         ends = row_spans(length - p["t"], p["t"], rows, p["rows"])[:, 1].tolist()
-        blocks = blocks_of(p["cap"], p["block"])
+        blocks = p["first"] // p["block"] if p["first"] else blocks_of(p["cap"], p["block"])
         chosen = np.zeros((rows, p["hs"], blocks), bool)
         for row, end in enumerate(ends):
-            seen = end // p["block"] + 1
+            seen = min(end // p["block"] + 1, blocks)
             for head in range(p["hs"]):
                 # one list falls short of kmax, as those of thresholds do
                 most = min(p["kmax"], seen) - int(row == rows - 1 and head == 0 and seen > 1)
@@ -212,15 +223,18 @@ class SparseAttention(OpDef):
         out["idx"], out["cnt"] = idx.numpy(), cnt.numpy()
         if p["page"]:
             out["table"] = rng.permutation(p["cap"] // p["page"]).astype(np.int32)
-        read = np.repeat(chosen.any((0, 1)), p["block"])[: p["cap"]]
+        read = np.zeros(max(p["cap"], length), bool)
+        listed = np.repeat(chosen.any((0, 1)), p["block"])[: p["cap"]]
+        read[: len(listed)] = listed
         read[length:] = False
         if p["window"]:
             read[max(0, length - p["t"] + 1 - p["window"]) : length] = True
-        slots = np.arange(p["cap"])
+        slots = np.arange(len(read))
         if p["page"]:
             slots = out["table"][slots // p["page"]] * p["page"] + slots % p["page"]
-        out["k_cache"][slots[~read]] = np.nan
-        out["v_cache"][slots[~read]] = np.nan
+        slots = slot_of(slots, p["cap"], p["first"])
+        unread = np.setdiff1d(np.arange(p["cap"]), slots[read])
+        out["k_cache"][unread], out["v_cache"][unread] = np.nan, np.nan
         if parse_cache_format(p["c"]).unit:
             self._weigh_edges(p, out, slots, rng)
         for name in ("k_cache", "v_cache"):
@@ -256,7 +270,7 @@ class SparseAttention(OpDef):
         out, lse = attend_lists(
             t["q"].to(dtype), t["k_cache"], t["v_cache"], t["pos"], t["idx"], t["cnt"],
             t["sink"] if p["sink"] else None, t["table"] if p["page"] else None,
-            p["block"], p["rows"], p["page"], self.softmax_scale(p), p["window"], disturb,
+            p["block"], p["rows"], p["page"], self.softmax_scale(p), p["window"], p["first"], disturb,
         )  # fmt: skip
         return out.double().numpy(), lse.double().numpy()
 

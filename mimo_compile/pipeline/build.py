@@ -235,4 +235,5 @@ def _layers(decoder: ModelDecoder, states: Mapping[str, State]) -> Iterator[Laye
             tuple(name for name in stage.states.values() if name in states),
             getattr(core.attend, "thresholds", ()),
             group=getattr(core.caches, "group", 0), tail=tail,
+            first=spec.stays,
         )  # fmt: skip

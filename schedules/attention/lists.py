@@ -51,6 +51,8 @@ class ListTiling(Tiling):
         most = p["kmax"] * (-(-p["block"] // self.chunk))
         if p["window"]:
             most += (p["window"] + self.tokens - 2) // self.chunk + 2
+        if p.get("first"):  # a block of slots at the ring's seam holds two parts
+            return int(most)
         most = min(most, -(-p["cap"] // self.chunk))
         straight = p["page"] % LANES == 0
         return int(min(most, self.cache_blocks) if straight else most)
@@ -91,10 +93,13 @@ class Row:
 
     def slot(self, position: Any) -> Any:
         """Return the slot of a position."""
-        page = int(self.sizes.p["page"])
-        if not page:
+        page, first = int(self.sizes.p["page"]), int(self.sizes.p.get("first", 0))
+        if not page and not first:
             return position
         at = fixed(position)
+        if first:
+            ring = first + T.truncmod(at - first, int(self.sizes.p["cap"]) - first)
+            return fixed(T.if_then_else(at < first, at, ring))
         return fixed(self.table[T.truncdiv(at, page)] * page + T.truncmod(at, page))
 
 

@@ -174,11 +174,25 @@ def _key_writer(p: dict[str, Any]) -> Any:
     return write_k if p["c"] == "f32" else write_pairs
 
 
+def slots_of(p: dict[str, Any]) -> Any:
+    """Return what gives the slot of a position."""
+    first, cap = p["first"], p["cap"]
+
+    def slot_at(position: Any) -> Any:
+        if not first:
+            return position % cap
+        ring = first + T.truncmod(position - first, cap - first)
+        return T.if_then_else(position < first, position, ring)
+
+    return slot_at
+
+
 def _kv_head(p: dict[str, Any]) -> Any:
     """Return all that is done for one KV head and its query heads."""
-    t, d, cap, group = p["t"], p["d"], p["cap"], p["h"] // p["kv"]
+    t, d, group = p["t"], p["d"], p["h"] // p["kv"]
     wide, k_at = layout.round_up(d), p["h"] * d
     head, (write_q, write_v), write_k = _head(p), _writing(p), _key_writer(p)
+    slot_at = slots_of(p)
 
     @T.inline
     def task(qkv, table, pos, q_norm, k_norm, k_cache, v_cache, q, h):
@@ -190,7 +204,7 @@ def _kv_head(p: dict[str, Any]) -> Any:
                 head(qkv, table, q_norm, row, acc, one, i, (h * group + g) * d)
                 write_q(q, row, i, h * group + g)
             if i < pos[1]:
-                slot: T.let = (pos[0] + i) % cap
+                slot: T.let = slot_at(pos[0] + i)
                 head(qkv, table, k_norm, row, acc, one, i, k_at + h * d)
                 write_k(row, k_cache, h, slot)
                 write_v(qkv, v_cache, i, h, slot)

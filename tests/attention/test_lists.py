@@ -110,6 +110,54 @@ WAYS = [
     "t=20,cap=200,hs=8,block=16,kmax=4,rows=64,window=5,sink=1",
 ]
 
+# a ring behind first positions: in it, across its seam, several laps on, and before it has filled
+RINGS = [
+    "t=1,cap=96,hs=1,block=4,kmax=1,window=70,first=16,len=300",
+    "t=5,cap=112,hs=1,block=3,kmax=1,window=60,first=16,sink=1",
+    "t=20,cap=128,hs=1,block=20,kmax=1,window=50,first=32,len=97",
+    "t=1,cap=96,hs=1,block=16,kmax=1,first=16,len=1000",
+    "t=9,cap=64,hs=1,block=4,kmax=1,window=30,first=16,len=12",
+]
+
+
+@pytest.mark.parametrize("c", SCHEDULE)
+@pytest.mark.parametrize("way", RINGS)
+def test_rings_behind_first_positions(way, c):
+    text = f"sparse_attention:{SMALL},{way},c={c}"
+    seed = zlib.crc32(text.encode())
+    proved(SCHEDULE[c], text, sample_config(SCHEDULE[c], parse_workload(text), CPU, seed))
+
+
+@pytest.mark.slow
+@settings(max_examples=40)
+@given(data=st.data())
+def test_any_ring_behind_first_positions(data):
+    draw = data.draw
+    t, block, window = draw(st.integers(1, 40)), draw(st.integers(1, 40)), draw(st.integers(1, 90))
+    first = -(-block // 16) * 16 + 16 * draw(st.integers(0, 1))
+    ring = -(-(window + t - 1) // 16) * 16 + 16 * draw(st.integers(0, 2))
+    text = (
+        f"sparse_attention:{SMALL},t={t},cap={first + ring},hs=1,block={block},kmax=1,window={window},"
+        f"first={first},len={draw(st.integers(t, 4 * ring))},sink={draw(st.integers(0, 1))},"
+        f"c={draw(st.sampled_from(sorted(SCHEDULE)))}"
+    )
+    workload = parse_workload(text)
+    schedule = SCHEDULE[OP.full(workload)["c"]]
+    proved(schedule, text, sample_config(schedule, workload, CPU, draw(st.integers(0, 999))))
+
+
+def test_rings_that_cannot_be_are_refused():
+    base = f"sparse_attention:t=3,{SMALL},hs=1,kmax=1"
+    for way, message in (
+        ("cap=96,block=4,window=70,first=12", "first=12 positions cannot stay"),
+        ("cap=90,block=4,window=70,first=16", "multiples of 16"),
+        ("cap=96,block=20,window=70,first=16", "first must hold a block"),
+        ("cap=96,block=4,window=79,first=16", "the ring behind it window"),
+        ("cap=96,block=4,window=9,first=16,lay=rows", "in their usual order"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            parse_workload(f"{base},{way}")
+
 
 @pytest.mark.parametrize("c", SCHEDULE)
 @pytest.mark.parametrize("way", WAYS)

@@ -118,3 +118,27 @@ def test_a_text_across_the_rings_end(deep, tmp_path, tools):
     got = list(module.generate_ids(prompt, 24, stop_at_eos=False))
     assert got == eager.generate_greedy(prompt, 24, stop=())
     assert {layer.slots for layer in module.manifest.decoder.layers} == {272, 320}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rolling", [0, 1])
+@pytest.mark.parametrize("quant", ["none", "kv16"])
+def test_a_text_across_the_seam_of_a_streams_ring(saved, tmp_path, tools, rolling, quant):
+    """Its caches hold 16 first positions and a ring of 272."""
+    source, folder = saved("llama-linear-mha")[1], tmp_path / "m.mimo"
+    text = f"stream:sink=3,recent=8,rolling={rolling}"
+    mc.compile(source, attention=text, quant=quant, db=tmp_path / "r.db", max_context=400).save(
+        folder
+    )
+    module, prompt = load(folder), tools.prompt(290)
+    assert {(x.slots, x.first) for x in module.manifest.decoder.layers} == {(288, 16)}
+    session = module.session()
+    got = list(module.generate_ids(prompt, 24, session=session, stop_at_eos=False))
+    if quant == "none":
+        eager = load_checkpoint(
+            source, parse_scheme(quant), 400, attention=parse_policy(text)
+        ).decoder
+        assert got == eager.generate_greedy(prompt, 24, stop=())
+    assert session.position == 313 and session.can_rewind(48) and not session.can_rewind(47)
+    session.rewind(290)
+    assert list(module.generate_ids(prompt, 24, session=session, stop_at_eos=False)) == got

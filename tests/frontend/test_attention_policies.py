@@ -14,6 +14,7 @@ import mimo_compile as mc
 from mimo_compile.errors import CheckpointWarning, UsageError
 from mimo_compile.frontend.huggingface import load_checkpoint
 from mimo_compile.ir.formats import parse_scheme
+from mimo_compile.ir.hardware import local_cpu
 from mimo_compile.ir.policies import parse_policy
 
 NONE = parse_scheme("none")
@@ -196,6 +197,26 @@ def test_eager_decoders_do_what_the_policy_says(deep, tools, text):
     assert not torch.allclose(got, run(decoder(folder, "model"), ids), rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("text", ["stream:sink=3,recent=8", "stream:sink=3,recent=8,rolling=0"])
+def test_sinks_stay_while_the_ring_turns(tools, tmp_path, text):
+    model = tools.make_model("llama", num_hidden_layers=2)
+    model.save_pretrained(tmp_path)
+    eager = load_checkpoint(tmp_path, NONE, 400, attention=parse_policy(text)).decoder
+    ids = tools.prompt(306)
+    got = [eager.prefill(ids[:300])[1][-9:]]
+    got += [eager.decode(ids[: at + 1], 300) for at in range(300, 306)]
+    caches = [b for s in eager.stages() for n, b in s.module.named_buffers() if n == "k_cache"]
+    assert {len(b) for b in caches} == {16 + 272}
+    transformers = pytest.importorskip("transformers")
+    config = model.config
+    plain = Plain(parse_policy(text), 2, config.num_attention_heads, config.num_key_value_heads)
+    transformers.AttentionInterface.register("plain", plain)
+    model.set_attn_implementation("plain")
+    with torch.no_grad():
+        want = model(torch.tensor([ids])).logits[0, -15:]
+    torch.testing.assert_close(torch.cat(got), want.float(), rtol=2e-3, atol=2e-3)
+
+
 @pytest.mark.parametrize("text", PLENTY)
 def test_enough_budget_is_full_attention(deep, tools, text):
     ids = tools.prompt(LENGTH)
@@ -261,7 +282,16 @@ def test_what_cannot_be_is_said_once(saved, text, message):
         mc.compile(saved("llama")[1], attention=text)
 
 
-@pytest.mark.parametrize("text", ["quest", "stream", "full+int8"])
+def test_streams_keep_rings_of_16_bits_beside_groups(saved):
+    policy = parse_policy("stream:recent=64")
+    loaded = load_checkpoint(
+        saved("llama")[1], parse_scheme("kv4"), attention=policy, hardware=local_cpu()
+    )
+    layers = [s.module for s in loaded.decoder.stages() if hasattr(s.module, "caches")]
+    assert {m.caches.name for m in layers} == {"bf16"}
+
+
+@pytest.mark.parametrize("text", ["quest", "full+int8"])
 def test_caches_in_groups_have_no_single_positions(saved, text):
     with pytest.raises(
         UsageError, match=r"reads keys of single positions, which \w+ caches .*kv16"

@@ -202,9 +202,11 @@ def test_append(data):
     draw = data.draw
     kv, group, t = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 9))
     d = draw(st.integers(1, 40))
+    first = draw(st.sampled_from((0, 16)))
+    cap = first + (16 * draw(st.integers(1, 3)) if first else draw(st.integers(t, 50)))
     text = (
         f"kv_append:t={t},h={kv * group},kv={kv},d={d},dv={draw(st.integers(1, 40))},"
-        f"cap={draw(st.integers(t, 50))},rot={2 * draw(st.integers(0, d // 2))},"
+        f"cap={cap},first={first},rot={2 * draw(st.integers(0, d // 2))},"
         f"norm={draw(st.integers(0, 1))},vscale={draw(st.sampled_from((1.0, 0.707)))}"
     )
     seed = draw(st.integers(0, 999))

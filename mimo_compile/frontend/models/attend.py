@@ -77,7 +77,9 @@ def with_attention(config: DecoderConfig, policy: AttentionPolicy) -> DecoderCon
     if isinstance(policy, Sale):
         policy = prepared(policy, config, roles)
     layers = tuple(
-        replace(spec, window=role.window) if _is_ring(policy, role) else spec
+        replace(spec, window=role.window, first=_stays(policy, spec))
+        if role.kind == "window"
+        else spec
         for spec, role in zip(config.layers, roles, strict=True)
     )
     if policy.rerun > STEP_TOKENS and any(spec.window for spec in layers):
@@ -92,9 +94,9 @@ def with_attention(config: DecoderConfig, policy: AttentionPolicy) -> DecoderCon
     )
 
 
-def _is_ring(policy: AttentionPolicy, role: LayerRole) -> bool:
-    """Say whether a window is all that a layer sees, so that a ring holds it."""
-    return role.kind == "window" and not (isinstance(policy, Stream) and policy.sink)
+def _stays(policy: AttentionPolicy, spec: LayerSpec) -> int:
+    """Return how many leading positions a layer sees beside its window, if this is the policy's."""
+    return policy.sink if isinstance(policy, Stream) and not spec.window else 0
 
 
 class Attending:
@@ -157,7 +159,7 @@ def listed(
     """
     out: Lists = torch.ops.mimo.sparse_attention(
         q, layer.k_cache, layer.v_cache, pos, *lists, layer.attention.sink if sink else None, None,
-        block, rows, 0, layer.spec.d**-0.5, window,
+        block, rows, 0, layer.spec.d**-0.5, window, layer.spec.stays,
     )  # fmt: skip
     return out
 
@@ -383,6 +385,6 @@ def attending(config: DecoderConfig, name: str) -> tuple[Attending, str, str]:
     if role.kind == "select":
         lends = any(r.kind == "reuse" and r.list_of == at for r in config.roles)
         return Selecting(policy, role, lends), "", name if lends else ""
-    if isinstance(policy, Stream) and policy.sink and not config.layers[at].window:
+    if isinstance(policy, Stream) and config.layers[at].first:
         return Streaming(policy), "", ""
     return Attending() if policy.arithmetic == "float" else Int8(policy.arithmetic), "", ""

@@ -39,6 +39,8 @@ class LayerSpec:
     """Width of a value head."""
     window: int = 0
     """Keys a query sees, itself included; 0: all."""
+    first: int = 0
+    """Leading positions that are seen beside the window."""
     sink: bool = False
     """One learned logit per query head in the softmax denominator."""
     rope_theta: float = 10000.0
@@ -73,7 +75,12 @@ class LayerSpec:
         slots = max_context
         if self.window:
             slots = self.window + min(STEP_TOKENS, max_context)
-        return -(-slots // 16) * 16
+        return self.stays + -(-slots // 16) * 16
+
+    @property
+    def stays(self) -> int:
+        """Leading positions that have slots of their own before a ring, a multiple of 16."""
+        return -(-self.first // 16) * 16
 
 
 @dataclass(frozen=True)
@@ -114,7 +121,10 @@ class DecoderConfig:
     def with_context(self, max_context: int) -> DecoderConfig:
         """Return the same decoder for fewer positions; a window that leaves none of them out is none."""
         layers, drafts = (
-            tuple(replace(spec, window=0) if spec.window >= max_context else spec for spec in specs)
+            tuple(
+                replace(spec, window=0, first=0) if spec.window >= max_context else spec
+                for spec in specs
+            )
             for specs in (self.layers, self.mtp)
         )
         return replace(self, max_context=max_context, layers=layers, mtp=drafts)

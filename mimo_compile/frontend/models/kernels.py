@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from mimo_compile.errors import UsageError
 from mimo_compile.frontend.models.attend import Attending, Int8, Selecting, attending
 from mimo_compile.frontend.models.decoder import DecoderConfig, LayerSpec
-from mimo_compile.ir.caches import FORMATS
+from mimo_compile.ir.caches import FORMATS, window_cache_format
 from mimo_compile.ir.formats import QuantScheme
 from mimo_compile.ir.hardware import Hardware
+from mimo_compile.ir.kv_groups import GROUPED
 from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.policies import Geometry
 from mimo_compile.ir.workload import Workload
@@ -52,10 +53,11 @@ def require_attention(config: DecoderConfig, caches: str, hardware: Hardware) ->
     """
     from mimo_compile.schedules import schedules_for
 
-    plain = all(
-        type(attending(config, f"layers.{i}")[0]) is Attending for i in range(len(config.layers))
+    single = all(
+        _held(spec, caches) in FORMATS or type(attending(config, f"layers.{i}")[0]) is Attending
+        for i, spec in enumerate(config.layers)
     )
-    if not plain and caches not in FORMATS:
+    if not single:
         raise UsageError(
             f"--attention {config.attention} reads keys of single positions, which {caches} caches (--quant) "
             "do not keep",
@@ -70,6 +72,13 @@ def require_attention(config: DecoderConfig, caches: str, hardware: Hardware) ->
             )
 
 
+def _held(spec: LayerSpec, caches: str) -> str:
+    """Return the name of the format of a layer's cache in a model with these."""
+    return (
+        window_cache_format(GROUPED[caches]).name if spec.window and caches in GROUPED else caches
+    )
+
+
 def _steps(config: DecoderConfig, caches: str) -> Iterator[Workload]:
     """Yield what choosing layers do for a token that is decoded and for tokens of a prompt."""
     policy = config.attention
@@ -77,18 +86,19 @@ def _steps(config: DecoderConfig, caches: str) -> Iterator[Workload]:
         attend = attending(config, f"layers.{number}")[0]
         if type(attend) is Attending:
             continue
+        held = _held(spec, caches)
         cap = spec.capacity(config.max_context)
         for phase, t in (("decode", 1), ("prefill", min(16, config.max_context))):
             if isinstance(attend, Selecting) and attend.described:
-                yield attend.describing(spec, cap, t, caches)
+                yield attend.describing(spec, cap, t, held)
             if isinstance(attend, Int8):
                 yield get_op("cached_attention").workload(
-                    t=t, h=spec.heads, kv=spec.kv_heads, d=spec.d, dv=spec.dv, cap=cap, c=caches,
+                    t=t, h=spec.heads, kv=spec.kv_heads, d=spec.d, dv=spec.dv, cap=cap, c=held,
                     window=spec.window, sink=int(spec.sink), arith=attend.arith,
                 )  # fmt: skip
             elif phase in policy.phases:
                 shape = (t, spec.heads, spec.kv_heads, spec.d, spec.dv, cap)
-                steps = policy.workloads(Geometry(*shape, 0, int(spec.sink), caches))
+                steps = policy.workloads(Geometry(*shape, 0, int(spec.sink), held))
                 found = (steps.score, steps.select, steps.attend)
                 yield from (w for w in found if w is not None)
 

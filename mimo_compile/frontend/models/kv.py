@@ -66,6 +66,7 @@ def append(layer: LayerCore, qkv: Tensor, table: Tensor, pos: Tensor) -> Tensor:
         s.heads,
         layer.eps,
         s.v_scale,
+        s.stays,
     )
     return plain
 
