@@ -53,6 +53,12 @@ SCHEDULES: dict[str, dict[str, str]] = {
         "sparse_attention.x86_rows": "attention.x86_rows:X86Rows",
         "sparse_attention.x86_rows_half": "attention.x86_rows:X86RowsHalf",
     },
+    "oracle_attention": {
+        "oracle_attention.x86_fused": "attention.x86_oracle:X86Oracle",
+        "oracle_attention.x86_fused_pairs": "attention.x86_oracle:X86OraclePairs",
+        "oracle_attention.x86_twice": "attention.x86_oracle:X86OracleTwice",
+        "oracle_attention.x86_twice_pairs": "attention.x86_oracle:X86OracleTwicePairs",
+    },
     "kv_append": {
         "kv_append.x86": "attention.x86_append:X86Append",
         "kv_append.x86_groups": "attention.x86_append_groups:X86AppendGroups",

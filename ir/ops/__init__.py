@@ -13,6 +13,7 @@ OPS: dict[str, str] = {
     "mpgemm": "MpGemm",
     "lora_mpgemm": "LoraMpGemm",
     "cached_attention": "CachedAttention",
+    "oracle_attention": "OracleAttention",
     "sparse_attention": "SparseAttention",
     "select_blocks": "SelectBlocks",
     "score_keys": "ScoreKeys",

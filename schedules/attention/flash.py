@@ -6,6 +6,7 @@ running maximum, denominator, output) is a few KiB of scratch per task.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
@@ -42,6 +43,8 @@ class Tile:
         """``head`` is that of the caches; ``lead`` the group of query heads, where those differ."""
         self.s, self.k, self.v, self.head = s, k, v, head
         self.lead = head if lead is None else lead
+        self.watch: Callable[[Reach, Any, Any], None] | None = None
+        """Emits what is to be done with the masked scores of a step, given the tile's first token."""
         width = s.blocks * LANES
         self.streams = s.ahead > 0 and s.height <= s.rows
         self.q = workspace((s.height, s.p["d"]), "float32")
@@ -231,6 +234,8 @@ class Tile:
             else:
                 with when(T.Not(clean)):
                     self.mask(reach, step, first)
+            if self.watch is not None:
+                self.watch(reach, first, step)
             self.weigh()
             self.values(reach, step)
 

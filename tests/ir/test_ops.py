@@ -23,6 +23,7 @@ WORKLOADS = [
     "cached_attention:t=4,h=4,kv=2,d=32,dv=16,cap=64,window=16,sink=1",
     "sparse_attention:t=3,h=4,kv=2,d=32,dv=16,cap=70,hs=2,block=8,kmax=4,sink=1,len=45",
     "sparse_attention:t=5,h=4,kv=1,d=8,dv=8,cap=64,hs=1,block=1,kmax=9,rows=2,window=4,page=16",
+    "oracle_attention:t=3,h=4,kv=2,d=16,dv=8,cap=70,block=16,len=45",
     "select_blocks:t=3,hs=2,cap=200,block=8,k=6,first=1,last=2,len=150",
     "select_blocks:t=3,hs=4,cap=200,block=1,k=20,first=2,last=4,merge=rank",
     "select_blocks:t=5,hs=2,cap=200,block=8,rule=threshold,rows=4,last=1",
