@@ -58,6 +58,7 @@ class ListConverters:
             "select_blocks.default": self.select_blocks,
             "sparse_attention.default": self.sparse_attention,
             "int8_attention.default": self.int8_attention,
+            "oracle_attention.default": self.oracle_attention,
         }
 
     def _refuse_order(self, op: str) -> None:
@@ -176,6 +177,18 @@ class ListConverters:
             t=t, h=h, kv=kv, d=d, dv=dv, cap=cap, window=window, sink=int(sink is not None),
             scale=factor(scale, d), len=0 if window else min(cap, max(t, DENSE_KV)),
             c=self.cache_format(k_cache, v_cache), arith=arith,
+        )  # fmt: skip
+
+    def oracle_attention(self, node: Any, imp: Any) -> Any:
+        """Attend to a cache, and score its blocks."""
+        self._refuse_order("oracle_attention")
+        q, k_cache, v_cache, pos, block, scale = imp.retrieve_args(node)
+        (t, h, d), (cap, kv, _), dv = extents(q), extents(k_cache), extents(v_cache)[2]
+        outs = [([t, h, dv], "float32"), ([t, kv, -(-cap // block)], "float32")]
+        return self.call(
+            imp, "oracle_attention", [q, pos, k_cache, v_cache], outs, t=t, h=h, kv=kv, d=d, dv=dv, cap=cap,
+            block=block, scale=factor(scale, d), len=min(cap, max(t, DENSE_KV)),
+            c=self.cache_format(k_cache, v_cache),
         )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -28,7 +29,7 @@ class HySparse(AttentionPolicy):
     branches: ClassVar[tuple[str, ...]] = ("listed", "window")
     alone: ClassVar[bool] = False
 
-    every: int = arg(12, "one layer in so many is full", low=1)
+    every: int = arg(12, "one layer in so many is full, unless the checkpoint says which", low=1)
     block: int = arg(64, "tokens of a block", low=1)
     budget: int = arg(1024, "tokens of the chosen blocks", low=1)
     window: int = arg(128, "positions of the window branch, the token's own included", low=1)
@@ -50,12 +51,16 @@ class HySparse(AttentionPolicy):
         return Select(k=max(1, self.budget // self.block), last=0)
 
     def roles(self, layers: int) -> tuple[LayerRole, ...]:
-        """A full layer selects for the sparse ones behind it."""
+        """One layer in ``every`` is full, and so is the last."""
+        return self.following([i % self.every != 0 and i != layers - 1 for i in range(layers)])
+
+    def following(self, sparse: Sequence[bool]) -> tuple[LayerRole, ...]:
+        """Return the roles of layers some of which (not the first) are sparse and follow a full one."""
         roles, source = [], 0
-        for i in range(layers):
-            if i % self.every == 0 or i == layers - 1:
+        for i, follows in enumerate(sparse):
+            if follows:
+                roles.append(LayerRole("reuse", False, source, source, self.window))
+            else:
                 source = i
                 roles.append(LayerRole("select", True, i, i))
-            else:
-                roles.append(LayerRole("reuse", False, source, source, self.window))
         return tuple(roles)

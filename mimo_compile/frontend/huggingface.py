@@ -188,6 +188,12 @@ def _calibrated(
             f"--calibrate {calibration.method}: the checkpoint's matrices are already quantised",
             remedy="Leave --calibrate out",
         )
+    if any(spec.gate for spec in config.layers):
+        raise UsageError(
+            f"--calibrate {calibration.method}: layers of a {config.name} model read the caches of others, "
+            "and calibration runs layers one by one",
+            remedy="Leave --calibrate out",
+        )
     ids = token_sequences(
         calibration, checkpoint.tokenizer_json(), config.vocab, config.hidden, config.max_context
     )

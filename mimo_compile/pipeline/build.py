@@ -232,7 +232,7 @@ def _layers(decoder: ModelDecoder, states: Mapping[str, State]) -> Iterator[Laye
             stage.name, kind, role.window if role is not None else spec.window,
             slots, core.caches.name,
             stage.follows[0].rpartition(".")[0] if stage.follows else "",
-            tuple(name for name in stage.states.values() if name in states),
+            tuple(n for n in stage.states.values() if n in states and n.startswith(f"{stage.name}.")),
             getattr(core.attend, "thresholds", ()),
             group=getattr(core.caches, "group", 0), tail=tail,
             first=spec.stays,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -75,14 +77,19 @@ def _write_json(path: Path, content: dict[str, object]) -> None:
 
 
 def export(
-    model: TinyModel, tokenizer_json: str, folder: Path, through: StraightThrough | None = None
+    model: TinyModel,
+    tokenizer_json: str,
+    folder: Path,
+    through: StraightThrough | None = None,
+    fields: Mapping[str, Any] | None = None,
 ) -> None:
     """Write config, weights and tokenizer into `folder`, replacing what is there.
 
-    With `through`, the matrices that were trained through a quantiser are stored as its codes.
+    With `through`, the matrices that were trained through a quantiser are stored as its codes. `fields` of
+    `config.json` go beside those of the shape, or in their place.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    config, tensors = model.config.to_json(), to_tensors(model)
+    config, tensors = model.config.to_json() | dict(fields or {}), to_tensors(model)
     if through is not None:
         packed, config["quantization_config"] = through.packed()
         for stack in through.stacks:

@@ -11,10 +11,16 @@ rotated once for each branch: the full layer's keys are cached as that layer rot
 Started from a trained hybrid model, gates are 1/2 everywhere, the output projection is doubled in
 return, and a large sink keeps the new branch quiet: the first step computes nearly what the model
 computed before.
+
+A trained one is kept as what differs from the model that it was made from. As a command, this makes a folder
+of both that `mimo-compile compile` reads:
+
+    python -m mimo_compile.tiny.hysparse --base tiny-4k --delta hysparse.safetensors --out tiny-hysparse
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 from dataclasses import asdict, dataclass
@@ -22,11 +28,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mimo_compile.ir.ops.score_keys import block_max, bring_together
+from mimo_compile.tiny.checkpoint import export, load
 from mimo_compile.tiny.training_config import TinyConfig
 from mimo_compile.tiny.training_model import (
     Attention,
@@ -254,3 +261,31 @@ def load_hysparse(
             if value.requires_grad:
                 value.copy_(stored[f"model.{name}"])
     return model
+
+
+def export_hysparse(model: HySparseModel, tokenizer_json: str, folder: Path) -> None:
+    """Write a Hugging Face folder of the whole model, in the dialect of `frontend.models.hysparse`."""
+    names = {"architectures": ["HySparseForCausalLM"], "model_type": "hysparse"}
+    shape = {**asdict(model.shape), "gate": "element"}
+    export(model, tokenizer_json, folder, fields={**names, "hysparse": shape})
+
+
+def main() -> None:
+    """Make a folder of a base model and what was trained on top of it."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mimo_compile.tiny.hysparse", description=main.__doc__
+    )
+    parser.add_argument("--base", type=Path, required=True, help="folder of the base model")
+    parser.add_argument("--delta", type=Path, required=True, help="file of `save_hysparse`")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    args = parser.parse_args()
+    try:
+        tokenizer = (args.base / "tokenizer.json").read_text(encoding="utf-8")
+        model = load_hysparse(load(args.base), args.delta)
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        parser.error(f"{args.base} and {args.delta} give no model: {error}")
+    export_hysparse(model, tokenizer, args.out)
+
+
+if __name__ == "__main__":
+    main()

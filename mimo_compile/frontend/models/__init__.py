@@ -14,6 +14,7 @@ FAMILIES: dict[str, str] = {
     "qwen2": "qwen2",
     "qwen3": "qwen3",
     "mimo_v2_flash": "mimo_v2_flash",
+    "hysparse": "hysparse",
 }
 """``model_type`` of a ``config.json`` to the module here that reads it."""
 

@@ -48,13 +48,22 @@ RETRAINED = {
 
 
 def with_attention(config: DecoderConfig, policy: AttentionPolicy) -> DecoderConfig:
-    """Return a decoder's shape under a policy.
+    """Return a decoder's shape under a policy; a model that was trained with one keeps it.
 
     Raises:
         UsageError: the policy needs weights that no checkpoint brings, has no kernels yet, shares lists in
-            a model some of whose layers have windows, or runs more tokens again than their rings hold.
+            a model some of whose layers have windows, or runs more tokens again than their rings hold; or
+            the model was trained with another one.
         InputError: a file that the policy names is missing, malformed or of another model.
     """
+    if config.roles:
+        if policy == config.attention or str(policy) == "model":
+            return config
+        raise UsageError(
+            f"--attention {policy}: the layers of this model were trained with {config.attention}, and "
+            "attend in no other way",
+            remedy="leave out --attention",
+        )
     if policy.arithmetic != "float" and policy.name not in WHOLE:
         raise UsageError(
             f"--attention {policy}: +{policy.arithmetic} is for {', '.join(WHOLE)} in this version",
@@ -253,8 +262,8 @@ class Selecting(Attending):
     def choose(self, layer: LayerCore, q: Tensor, pos: Tensor) -> Lists:
         """Score blocks and make lists."""
         p, s, cap = self.policy, layer.spec, layer.k_cache.shape[0]
-        source, rule = p.score, p.select
-        assert source is not None and rule is not None
+        source = p.score
+        assert source is not None
         if source.op == "score_keys":
             score = torch.ops.mimo.score_keys(
                 q, layer.k_cache, pos, None, None, source.source, source.agg, p.block, 0, s.d**-0.5
@@ -264,7 +273,13 @@ class Selecting(Attending):
                 q, layer.get_buffer("desc"), None, pos, source.source, source.agg, False, p.block,
                 1, -(-cap // p.block), p.block, p.block, s.d**-0.5,
             )  # fmt: skip
-        length = list_length(p, s, cap)
+        return self.lists(layer, score, pos)
+
+    def lists(self, layer: LayerCore, score: Tensor, pos: Tensor) -> Lists:
+        """Make lists of scores ``[R, HS, NB]``."""
+        p, rule = self.policy, self.policy.select
+        assert rule is not None
+        length = list_length(p, layer.spec, layer.k_cache.shape[0])
         out: Lists = torch.ops.mimo.select_blocks(
             score, pos, None, rule.rule, rule.k, rule.share, p.block, 1, rule.first, rule.last,
             rule.merge, length,
@@ -376,15 +391,21 @@ def attending(config: DecoderConfig, name: str) -> tuple[Attending, str, str]:
         return Attending(), "", ""
     at = int(number)
     role, policy = config.roles[at], config.attention
+    from mimo_compile.frontend.models.branches import Branches, Oracle
     from mimo_compile.frontend.models.estimate import Estimating
 
+    if role.kind == "reuse" and policy.branch_window:
+        lender, source = config.layers[role.cache_of], f"layers.{role.list_of}"
+        cap = lender.capacity(config.max_context)
+        return Branches(policy, lender, role.cache_of, cap), source, ""
     if role.kind == "reuse":
         return Following(policy), f"layers.{role.list_of}", ""
     if role.kind == "select" and isinstance(policy, Sale):
         return Estimating(policy, role, False), "", ""
     if role.kind == "select":
         lends = any(r.kind == "reuse" and r.list_of == at for r in config.roles)
-        return Selecting(policy, role, lends), "", name if lends else ""
+        read = any(r.cache_of == at for r in config.roles[at + 1 :])
+        return (Oracle if read else Selecting)(policy, role, lends), "", name if lends else ""
     if isinstance(policy, Stream) and config.layers[at].first:
         return Streaming(policy), "", ""
     return Attending() if policy.arithmetic == "float" else Int8(policy.arithmetic), "", ""

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from mimo_compile.errors import InputError
 from mimo_compile.frontend.models.attend import attending
+from mimo_compile.frontend.models.branches import Branches, BranchLayer
 from mimo_compile.frontend.models.decoder import LISTS, Decoder, DecoderConfig, LayerSpec, Stage
+from mimo_compile.frontend.models.drafts import MtpLayer
 from mimo_compile.frontend.models.family import Family, Names
 from mimo_compile.frontend.models.stages import (
     Attention,
@@ -28,7 +30,6 @@ from mimo_compile.frontend.models.stages import (
     Head,
     Layer,
     LayerCore,
-    MtpLayer,
     QuantLinear,
     Rope,
     frozen,
@@ -82,6 +83,8 @@ def _shapes(s: LayerSpec, hidden: int) -> dict[str, tuple[int, ...]]:
         "q_norm": (s.d,),
         "k_norm": (s.d,),
         "sink": (s.heads,),
+        "listed_sink": (s.heads,),
+        **dict.fromkeys(("listed_gate", "window_gate"), (s.gate_rows, hidden)),
         "o": (hidden, s.heads * s.dv),
         "eh_proj": (hidden, 2 * hidden),
         "gate": (s.ffn, hidden),
@@ -107,13 +110,15 @@ class Builder:
     scheme: QuantScheme
     kinds: dict[str, str] = field(default_factory=dict)
     """Structural key of a layer -> the short kind it got."""
+    ropes: dict[object, str] = field(default_factory=dict)
+    """`LayerSpec.rope_key` -> the stage that makes these angles."""
 
     def build(self) -> Decoder:
         """Read and quantise everything."""
         config = self.config
         table = frozen(self._stored(EMBED))
         stages = [Stage("embed", "embed", Embed(table), {}, ("ids",), ("x",))]
-        ropes: dict[object, str] = {}
+        ropes = self.ropes
         for spec in (*config.layers, *config.mtp):
             if spec.rope_key not in ropes:
                 name = ropes[spec.rope_key] = f"rope.{len(ropes)}"
@@ -212,12 +217,15 @@ class Builder:
         names = self.family.layer_names(spec, prefix, self.checkpoint)
         draft, first = name.startswith("mtp."), name == "layers.0"
         make: type[LayerCore] = MtpLayer if draft else FirstLayer if first else Layer
+        gates = None
+        if spec.gate:
+            make, gates = BranchLayer, self._linear([names["listed_gate"], names["window_gate"]])
         small = {k: self.checkpoint.real(n) for k, n in names.items() if k in _SMALL}
         bias = [small.pop(f"{part}_bias") for part in "qkv"] if spec.qkv_bias else None
         qkv = self._linear(
             [names[part] for part in "qkv"], None if bias is None else torch.cat(bias)
         )
-        attention = Attention(spec, qkv, self._linear([names["o"]]), small)
+        attention = Attention(spec, qkv, self._linear([names["o"]]), small, gates)
         attend, follows, lends = attending(self.config, name)
         module = make(
             spec,
@@ -238,8 +246,12 @@ class Builder:
         elif first:
             kind, inputs = "first", ("x",)
         states = {state: f"{name}.{state}" for state in module.states}
+        angles: tuple[str, ...] = (rope, "pos")
+        if isinstance(attend, Branches):
+            states |= attend.borrowed
+            angles += (self.ropes[attend.lender.rope_key],)
         return Stage(
-            name, self._kind(kind, module), module, states, (*inputs, rope, "pos"), outputs,
+            name, self._kind(kind, module), module, states, (*inputs, *angles), outputs,
             lists_of(follows), lists_of(lends),
         )  # fmt: skip
 
@@ -321,7 +333,7 @@ def lists_of(stage: str) -> tuple[str, ...]:
 
 
 _SMALL = frozenset(
-    "attn_norm mlp_norm q_norm k_norm sink q_bias k_bias v_bias enorm hnorm final_norm".split()
+    "attn_norm mlp_norm q_norm k_norm sink listed_sink q_bias k_bias v_bias enorm hnorm final_norm".split()
 )
 
 

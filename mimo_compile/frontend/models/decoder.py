@@ -49,6 +49,8 @@ class LayerSpec:
     v_scale: float = 1.0
     qk_norm: bool = False
     qkv_bias: bool = False
+    gate: Literal["", "element", "head"] = ""
+    """Width of the sigmoid gates that weigh what it follows and its window; empty: it has one branch."""
     rope_scaling: Mapping[str, Any] | None = field(default=None, hash=False)
     """None, or ``type`` (linear or llama3) and ``factor``; llama3 has ``low``, ``high``, ``original`` too."""
     mlp: Literal["dense", "moe"] = "dense"
@@ -63,6 +65,11 @@ class LayerSpec:
     factor: float = 1.0
     groups: int = 1
     top_groups: int = 1
+
+    @property
+    def gate_rows(self) -> int:
+        """Outputs of one branch's gate."""
+        return self.heads * (self.dv if self.gate == "element" else 1)
 
     @property
     def rope_key(self) -> tuple[Any, ...]:
@@ -162,7 +169,8 @@ class Stage:
     """Stages of equal kind have equal graphs and differ only in weights and states."""
     module: nn.Module
     states: Mapping[str, str] = field(default_factory=dict)
-    """Buffer of the module that is a KV cache -> global name of that state."""
+    """Buffer of the module that is a KV cache -> global name of that state: ``NAME.BUFFER``, or that of the
+    layer whose cache it is."""
     inputs: tuple[str, ...] = ()
     """Values that ``forward`` takes, in order: ``ids pos x delta hidden normed adapter`` or a rope stage's
     name."""
@@ -221,22 +229,27 @@ class Decoder:
         return self._by_name[name]
 
     def reset(self) -> None:
-        """Empty (and if need be allocate) every KV cache."""
-        for module, buffer, cache in self._caches():
-            if cache.is_meta:
-                setattr(module, buffer, torch.zeros_like(cache, device="cpu"))
+        """Empty (and if need be allocate) every KV cache; a layer that reads another's gets that one."""
+        made: dict[str, Tensor] = {}
+        for module, buffer, name, cache in self._caches():
+            if name in made:
+                setattr(module, buffer, made[name])
+            elif cache.is_meta:
+                made[name] = torch.zeros_like(cache, device="cpu")
+                setattr(module, buffer, made[name])
             else:
-                cache.zero_()
+                made[name] = cache.zero_()
 
     def release(self) -> None:
         """Give the memory of the KV caches back; the next step allocates them again."""
-        for module, buffer, cache in self._caches():
+        for module, buffer, _, cache in self._caches():
             setattr(module, buffer, cache.to("meta"))
 
-    def _caches(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    def _caches(self) -> Iterator[tuple[nn.Module, str, str, Tensor]]:
+        """Yield module, buffer, global name and tensor of every state."""
         for stage in self._stages:
-            for buffer in stage.states:
-                yield stage.module, buffer, stage.module.get_buffer(buffer)
+            for buffer, name in stage.states.items():
+                yield stage.module, buffer, name, stage.module.get_buffer(buffer)
 
     def _check_call(self, tokens: int, start: int, valid: int) -> None:
         if not 0 < valid <= tokens <= STEP_TOKENS:
@@ -272,7 +285,7 @@ class Decoder:
         self._check_call(ids.shape[0], start, count)
         if bool(((ids < 0) | (ids >= self.config.vocab)).any()):
             raise UsageError(f"token ids must be from 0 to {self.config.vocab - 1}")
-        if any(cache.is_meta for _, _, cache in self._caches()):
+        if any(cache.is_meta for *_, cache in self._caches()):
             self.reset()
         values["pos"] = torch.tensor([start, count], dtype=torch.int32)
         values["adapter"] = torch.full((ids.shape[0],), self.adapter, dtype=torch.int32)

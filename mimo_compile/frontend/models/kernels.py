@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from mimo_compile.errors import UsageError
 from mimo_compile.frontend.models.attend import Attending, Int8, Selecting, attending
+from mimo_compile.frontend.models.branches import Branches
 from mimo_compile.frontend.models.decoder import DecoderConfig, LayerSpec
 from mimo_compile.ir.caches import FORMATS, window_cache_format
 from mimo_compile.ir.formats import QuantScheme
@@ -82,12 +83,14 @@ def _held(spec: LayerSpec, caches: str) -> str:
 def _steps(config: DecoderConfig, caches: str) -> Iterator[Workload]:
     """Yield what choosing layers do for a token that is decoded and for tokens of a prompt."""
     policy = config.attention
-    for number, spec in enumerate(config.layers):
+    for number, own in enumerate(config.layers):
         attend = attending(config, f"layers.{number}")[0]
         if type(attend) is Attending:
             continue
+        branches = isinstance(attend, Branches)  # what such a layer reads is its lender's
+        spec = attend.lender if isinstance(attend, Branches) else own
         held = _held(spec, caches)
-        cap = spec.capacity(config.max_context)
+        cap, sink = spec.capacity(config.max_context), int(spec.sink or branches)
         for phase, t in (("decode", 1), ("prefill", min(16, config.max_context))):
             if isinstance(attend, Selecting) and attend.described:
                 yield attend.describing(spec, cap, t, held)
@@ -98,7 +101,7 @@ def _steps(config: DecoderConfig, caches: str) -> Iterator[Workload]:
                 )  # fmt: skip
             elif phase in policy.phases:
                 shape = (t, spec.heads, spec.kv_heads, spec.d, spec.dv, cap)
-                steps = policy.workloads(Geometry(*shape, 0, int(spec.sink), held))
+                steps = policy.workloads(Geometry(*shape, 0, sink, held))
                 found = (steps.score, steps.select, steps.attend)
                 yield from (w for w in found if w is not None)
 
@@ -131,6 +134,8 @@ def _shapes(s: LayerSpec, hidden: int) -> dict[str, tuple[int, int]]:
     """Return the matrices of a layer that are multiplied as one, but for experts: ``[N, K]``."""
     q, k, v = s.heads * s.d, s.kv_heads * s.d, s.kv_heads * s.dv
     out = {"qkv": (q + k + v, hidden), "o": (hidden, s.heads * s.dv)}
+    if s.gate:
+        out["gates"] = (2 * s.gate_rows, hidden)
     if s.mlp == "dense":
         out |= {"gate_up": (2 * s.ffn, hidden), "down": (hidden, s.ffn)}
     return out

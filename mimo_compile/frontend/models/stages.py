@@ -194,15 +194,24 @@ class Attention(nn.Module):
     q_norm: Tensor | None
     k_norm: Tensor | None
     sink: Tensor | None
+    listed_sink: Tensor | None
 
     def __init__(
-        self, spec: LayerSpec, qkv: QuantLinear, o: QuantLinear, small: dict[str, Tensor]
+        self,
+        spec: LayerSpec,
+        qkv: QuantLinear,
+        o: QuantLinear,
+        small: dict[str, Tensor],
+        gates: QuantLinear | None = None,
     ) -> None:
-        """Take both projections and, in ``small``, ``q_norm``, ``k_norm`` and ``sink`` where used."""
+        """Take the projections and, in ``small``, ``q_norm``, ``k_norm`` and ``sink`` where used.
+
+        A layer with two branches has ``listed_sink`` and ``gates``, the listed branch's rows first.
+        """
         super().__init__()
         self.spec = spec
-        self.qkv, self.o = qkv, o
-        for name in ("q_norm", "k_norm", "sink"):
+        self.qkv, self.o, self.gates = qkv, o, gates
+        for name in ("q_norm", "k_norm", "sink", "listed_sink"):
             self.register_buffer(name, small.get(name))
 
 
@@ -292,7 +301,7 @@ class LayerCore(nn.Module):
             s.heads, s.kv_heads, s.d, s.dv, s.window, s.sink, s.rotary_dim, s.v_scale, s.qk_norm,
             s.mlp, s.ffn, s.experts, s.top_k, s.moe_ffn, s.scoring, s.norm_topk, s.router_bias,
             s.factor, s.groups, s.top_groups, a.qkv.kind, a.o.kind, self.feed.kind,
-            self.caches.name, self.attend.kind,
+            self.caches.name, self.attend.kind, s.gate, "" if a.gates is None else a.gates.kind,
         )  # fmt: skip
         return repr(shape)
 
@@ -310,10 +319,15 @@ class LayerCore(nn.Module):
         Returns:
             The residual after attention, the block's output, and the lists that it lends, if any.
         """
-        a = self.attention
-        q = kv.append(self, a.qkv(normed, adapter), table, pos)
+        q = kv.append(self, self.attention.qkv(normed, adapter), table, pos)
         out, made = self.attend(self, q, pos, lists)
-        delta = a.o(out.flatten(1), adapter)
+        return self.after_attention(out, x, adapter, made)
+
+    def after_attention(
+        self, out: Tensor, x: Tensor, adapter: Tensor | None, made: Lists | None = None
+    ) -> tuple[Tensor, ...]:
+        """Run the layer on what attention gave, ``[T, H, DV]``, and the residual; returns as `after_norm`."""
+        delta = self.attention.o(out.flatten(1), adapter)
         normed, x = torch.ops.mimo.add_rms_norm(delta, x, self.mlp_norm, self.eps)
         return x, self.feed(normed, adapter), *(made or ())
 
@@ -377,30 +391,3 @@ class Head(nn.Module):
         """Return the logits."""
         logits: Tensor = self.lm_head(normed)
         return logits
-
-
-class MtpLayer(LayerCore):
-    """A draft layer: ``(hidden [T, D] before the final norm, ids [T], table, pos) -> normed [T, D]``."""
-
-    def bind(self, table: nn.Parameter, eh_proj: QuantLinear, norms: dict[str, Tensor]) -> MtpLayer:
-        """Attach the shared embedding, the joining projection and ``enorm hnorm final_norm``."""
-        self.table, self.eh_proj = table, eh_proj
-        self.enorm, self.hnorm = frozen(norms["enorm"]), frozen(norms["hnorm"])
-        self.final_norm = frozen(norms["final_norm"])
-        return self
-
-    @property
-    def kind(self) -> str:
-        """What the graph depends on, the joining projection and the table included."""
-        return f"{super().kind} {self.eh_proj.kind} {float_name(self.table)}"
-
-    def forward(self, hidden: Tensor, ids: Tensor, table: Tensor, pos: Tensor) -> Tensor:
-        """Join token and hidden state (token first), run the layer, normalise."""
-        norm, width = torch.nn.functional.rms_norm, (hidden.shape[-1],)
-        token = norm(torch.ops.mimo.embed(ids, self.table), width, self.enorm, self.eps)
-        state = norm(hidden, width, self.hnorm, self.eps)
-        x = self.eh_proj(torch.cat([token, state], dim=-1))
-        normed = norm(x, width, self.attn_norm, self.eps)
-        x, delta = self.after_norm(normed, x, table, pos)[:2]
-        out: Tensor = torch.ops.mimo.add_rms_norm(delta, x, self.final_norm, self.eps)[0]
-        return out

@@ -1,0 +1,327 @@
+"""HySparse folders: eager decoders against the definition in trainable torch, artifacts against both."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+import mimo_compile as mc
+from mimo_compile.errors import InputError, UsageError
+from mimo_compile.frontend.huggingface import load_checkpoint
+from mimo_compile.ir.formats import parse_scheme
+from mimo_compile.ir.policies import parse_policy
+from mimo_compile.runtime import load
+from mimo_compile.tiny import hysparse as hy
+from mimo_compile.tiny.training_config import TinyConfig
+from mimo_compile.tiny.training_model import TinyModel
+from mimo_compile.verify import verify_artifact
+
+NONE = parse_scheme("none")
+MICRO = TinyConfig(
+    vocab_size=4096,
+    hidden_size=32,
+    num_hidden_layers=5,
+    hybrid_layer_pattern=(0, 1, 0, 1, 1),
+    moe_layer_freq=(0, 0, 1, 0, 0),
+    head_dim=16,
+    v_head_dim=8,
+    swa_head_dim=16,
+    swa_v_head_dim=8,
+    sliding_window=8,
+    intermediate_size=32,
+    n_routed_experts=4,
+    moe_intermediate_size=16,
+    mtp_layers=0,
+    max_position_embeddings=512,
+)
+SHORT = {"num_hidden_layers": 3, "hybrid_layer_pattern": (0, 1, 1), "moe_layer_freq": (0, 0, 0)}
+TOKENIZER = (Path(hy.__file__).parent / "tokenizer.json").read_text()
+
+
+def random_model(block: int, budget: int, **changes) -> hy.HySparseModel:
+    """A model whose attention is far from even, with gates and sinks that matter; bf16 numbers."""
+    base = TinyModel(replace(MICRO, **changes), torch.float32)
+    base.initialise(0)
+    model = hy.from_hybrid(base, hy.HySparseShape(block, budget), torch.float32)
+    draw = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for layer in model.layers:
+            a = layer.self_attn
+            for part in (a.q_proj, a.k_proj, a.v_proj, a.o_proj):
+                part.weight *= 12.0
+            if isinstance(a, hy.SparseAttention):
+                a.attention_sink_bias.normal_(generator=draw)
+                a.listed_sink_bias.normal_(generator=draw)
+                a.listed_gate.weight.normal_(generator=draw)
+                a.window_gate.weight.normal_(generator=draw)
+        for name, value in model.named_parameters():
+            if not name.endswith("router"):
+                value.copy_(value.bfloat16())
+    return model
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Return a function: shape -> (the model, its folder), made once."""
+    found = {}
+
+    def get(block=4, budget=12, **changes):
+        key = (block, budget, *sorted(changes.items()))
+        if key not in found:
+            folder = tmp_path_factory.mktemp("hysparse")
+            model = random_model(block, budget, **changes)
+            hy.export_hysparse(model, TOKENIZER, folder)
+            found[key] = model, folder
+        return found[key]
+
+    return get
+
+
+def ids_of(count, seed=0):
+    return torch.randint(4096, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@torch.no_grad()
+def defined(model, ids):
+    """Logits ``[T, V]`` of the trainable definition."""
+    return model.logits(model(torch.tensor([ids]))[0])[0]
+
+
+def decoder(folder, context=96, quant=NONE):
+    return load_checkpoint(folder, quant, context).decoder
+
+
+def near(got, want):
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3 * float(want.abs().max()))
+
+
+# -- eager -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("block", "budget"), [(4, 12), (16, 32), (32, 32), (1, 10), (4, 400)])
+def test_eager_decoders_are_the_definition(made, block, budget):
+    model, folder = made(block, budget)
+    ids = ids_of(80)
+    want = defined(model, ids)
+    near(decoder(folder).prefill(ids)[1], want)
+    if budget < len(ids):  # and what was chosen matters
+        near_dense = defined(hy_with(model, budget=400), ids)
+        assert (near_dense - want).abs().max() > 1e-2 * want.abs().max()
+
+
+def hy_with(model, budget):
+    """Return the same model that chooses more."""
+    other = hy.HySparseModel(
+        model.config, hy.HySparseShape(model.shape.block, budget), torch.float32
+    )
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+@settings(max_examples=6, deadline=None)
+@given(cuts=st.lists(st.integers(1, 59), max_size=4, unique=True), one_by_one=st.integers(0, 6))
+def test_a_prompt_in_pieces_is_the_prompt(made, cuts, one_by_one):
+    folder = made()[1]
+    ids, model = ids_of(60), decoder(folder)
+    whole = model.prefill(ids)[1]
+    model.reset()
+    edges = sorted({0, *cuts, *range(60 - one_by_one, 61)})
+    rows = [
+        model.forward_step(torch.tensor(ids[a:b]), a, decode=b - a == 1)[1]
+        for a, b in itertools.pairwise(edges)
+    ]
+    near(torch.cat(rows), whole)
+
+
+def test_across_the_end_of_the_rings(made):
+    """Rings hold the window and a step of 256; the full layers' caches hold all."""
+    model, folder = made()
+    ids, eager = ids_of(300), decoder(folder, 320)
+    assert [s.capacity(320) for s in eager.config.layers] == [320, 272, 320, 272, 272]
+    near(eager.prefill(ids)[1], defined(model, ids))
+
+
+def test_only_full_layers_hold_the_context(made):
+    eager = decoder(made()[1], 320)
+    eager.reset()
+    owned = {}
+    for stage in eager.stages():
+        for buffer, name in stage.states.items():
+            owned.setdefault(name, stage.module.get_buffer(buffer))
+            assert stage.module.get_buffer(buffer) is owned[name]  # followers read the very cache
+    assert {name: len(cache) for name, cache in owned.items()} == {
+        f"layers.{i}.{part}_cache": 320 if i in (0, 2) else 272 for i in range(5) for part in "kv"
+    }
+    assert [stage.follows for stage in eager.stages() if stage.follows] == [
+        (f"layers.{i}.idx", f"layers.{i}.cnt") for i in (0, 2, 2)
+    ]
+
+
+def test_gates_of_heads_are_gates_of_elements_that_are_equal(made, tmp_path):
+    """One number for each head, and the same number for each of a head's values."""
+    folders = [tmp_path / width for width in ("head", "element")]
+    for folder in folders:
+        shutil.copytree(made()[1], folder)
+    tensors = load_file(folders[0] / "model.safetensors")
+    gates = {n: t[::8].contiguous() for n, t in tensors.items() if "_gate.weight" in n}
+    save_file(tensors | gates, folders[0] / "model.safetensors")
+    wide = {n: t.repeat_interleave(8, 0) for n, t in gates.items()}
+    save_file(tensors | wide, folders[1] / "model.safetensors")
+    edit(folders[0], gate="head")
+    ids = ids_of(40)
+    near(*(decoder(folder).prefill(ids)[1] for folder in folders))
+
+
+# -- what is refused -------------------------------------------------------------------------------
+
+
+def edit(folder, drop=(), top=None, **shape):
+    """Change fields of ``hysparse`` in a ``config.json`` (and top-level ones)."""
+    file = folder / "config.json"
+    content = json.loads(file.read_text())
+    content["hysparse"] = {k: v for k, v in (content["hysparse"] | shape).items() if k not in drop}
+    file.write_text(json.dumps(content | (top or {})))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"drop": ("block",)}, r"hysparse\.block is missing.*config\.json"),
+        ({"budget": "many"}, r"hysparse\.budget must be an integer.*'many'"),
+        ({"budget": 3}, r"hysparse\.budget=3 does not hold a block of 4"),
+        ({"gate": "row"}, r"hysparse\.gate='row' is not supported"),
+        ({"blocks": 4}, "hysparse holds 'blocks'.*block, budget, gate"),
+        ({"top": {"hysparse": None}}, "hysparse is missing"),
+        ({"top": {"hysparse": 7}}, "hysparse must be an object with block and budget, found 7"),
+        ({"top": {"hybrid_layer_pattern": [1, 1, 0, 1, 1]}}, "the first layer is sparse"),
+        ({"top": {"hybrid_layer_pattern": [0] * 5}}, "the first layer is full, as are all others"),
+        ({"top": {"swa_v_head_dim": 16}}, "sparse layer 1 has .* the full layer that it follows"),
+    ],
+)  # fmt: skip
+def test_a_config_that_is_wrong_is_said(made, tmp_path, change, message):
+    folder = tmp_path / "m"
+    shutil.copytree(made()[1], folder)
+    edit(folder, **change)
+    with pytest.raises(InputError, match=message):
+        decoder(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("layers.3.self_attn.listed_sink_bias", r"model\.layers\.3\.self_attn\.listed_sink_bias.*missing"),
+        ("layers.1.self_attn.window_gate.weight", "window_gate.weight.*missing"),
+    ],
+)  # fmt: skip
+def test_tensors_that_are_missing_or_wrong(made, tmp_path, name, message):
+    folder = tmp_path / "m"
+    shutil.copytree(made()[1], folder)
+    tensors = load_file(folder / "model.safetensors")
+    cut = tensors.pop(f"model.{name}")
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(InputError, match=message):
+        decoder(folder)
+    save_file(tensors | {f"model.{name}": cut[1:].contiguous()}, folder / "model.safetensors")
+    with pytest.raises(InputError, match=r"has shape .* config\.json says"):
+        decoder(folder)
+
+
+@pytest.mark.parametrize("text", ["full", "hysparse", "quest:budget=64", "model+int8"])
+def test_no_other_attention(made, text):
+    """What the checkpoint says is the only way; its own text is another spelling of ``model``."""
+    folder = made()[1]
+    own = decoder(folder).config.attention
+    assert load_checkpoint(folder, NONE, 96, attention=own).decoder.config.attention == own
+    with pytest.raises(UsageError, match="were trained with hysparse:block=4,budget=12,window=8"):
+        load_checkpoint(folder, NONE, 96, attention=parse_policy(text))
+
+
+def test_what_cannot_be_compiled_is_said(made):
+    folder = made()[1]
+    with pytest.raises(UsageError, match="reads keys of single positions, which i4 caches"):
+        mc.compile(folder, quant="kv4")
+    with pytest.raises(UsageError, match="layers of a hysparse model read the caches of others"):
+        mc.compile(folder, quant="w8a8", calibrate="gptq")
+
+
+def test_the_command_makes_a_folder(made, tmp_path, monkeypatch, capsys):
+    from mimo_compile.tiny.checkpoint import export
+
+    base = TinyModel(MICRO, torch.float32)
+    base.initialise(3)
+    export(base, TOKENIZER, tmp_path / "base")
+    model = hy.from_hybrid(base, hy.HySparseShape(4, 12), torch.float32)
+    hy.save_hysparse(model, tmp_path / "delta.safetensors", "base")
+    arguments = ["x", "--base", str(tmp_path / "base"), "--out", str(tmp_path / "out"), "--delta"]
+    monkeypatch.setattr("sys.argv", [*arguments, str(tmp_path / "delta.safetensors")])
+    hy.main()
+    assert decoder(tmp_path / "out").config.attention.budget == 12
+    monkeypatch.setattr("sys.argv", [*arguments, str(tmp_path / "none.safetensors")])
+    with pytest.raises(SystemExit):
+        hy.main()
+    assert "give no model" in capsys.readouterr().err
+
+
+# -- compiled --------------------------------------------------------------------------------------
+
+
+def prove(folder, model, tmp_path, context=96, quant="none"):
+    """Compile, save, verify, load; logits are those of the definition where nothing is quantised."""
+    path = mc.compile(folder, quant=quant, db=tmp_path / "r.db", max_context=context).save(
+        tmp_path / "m.mimo"
+    )
+    found = verify_artifact(path, source=folder, text=Path(hy.__file__).read_text())
+    assert found.ok and found.end_to_end is not None and not found.notes
+    module = load(path)
+    if quant == "none":
+        ids = ids_of(min(context, 80))
+        want = torch.log_softmax(defined(model, ids).double(), -1)[range(len(ids) - 1), ids[1:]]
+        torch.testing.assert_close(
+            torch.from_numpy(module.token_logprobs(ids)).double(), want, atol=2e-3, rtol=1e-3
+        )
+    return module
+
+
+@pytest.mark.slow
+@pytest.mark.compile
+def test_compiled(made, tmp_path):
+    """Prompt, decode, prefix reuse and going back; only the full layer holds the context."""
+    model, folder = made(4, 12, **SHORT)
+    module = prove(folder, model, tmp_path)
+    layers = module.manifest.decoder.layers
+    assert [(x.role, x.follows, x.window) for x in layers] == [
+        ("select", "", 0), ("reuse", "layers.0", 8), ("reuse", "layers.0", 8),
+    ]  # fmt: skip
+    assert all(name.startswith(x.name) for x in layers for name in x.states)
+    assert module.manifest.attention == "hysparse:block=4,budget=12,window=8"
+    assert module.manifest.decoder.decode == ()
+    ids, other = ids_of(70), [*ids_of(70)[:40], *ids_of(20, seed=5)]
+    session = module.session()
+    session.append(ids)
+    session.rewind(50)
+    again = [session.append(ids[50:])]
+    assert session.keep_prefix(other) == 40
+    again.append(session.append(other[40:]))
+    for got, whole in zip(again, (ids, other), strict=True):
+        want = module.session().append(whole)
+        assert abs(got - want).max() <= 1e-4 * abs(want).max()
+
+
+@pytest.mark.slow
+@pytest.mark.compile
+@pytest.mark.parametrize(
+    ("block", "budget", "quant"),
+    [(32, 64, "none"), (4, 12, "none"), (1, 10, "none"), (16, 32, "kv16"), (4, 12, "w8a8")],
+)
+def test_every_shape_compiled(made, tmp_path, block, budget, quant):
+    model, folder = made(block, budget)
+    prove(folder, model, tmp_path, 320, quant)
