@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from mimo_compile.errors import UsageError
+from mimo_compile.ir import float8
 from mimo_compile.ir.kv_groups import GROUPED, GroupedFormat
 from mimo_compile.ir.ops.base import Array
 from mimo_compile.ir.ops.numerics import bf16_to_f32, f32_to_bf16
@@ -29,7 +30,8 @@ class CacheFormat:
     scheme: str
     """Its spelling in ``--quant``, behind ``kv``; empty: the format of a scheme that names none."""
     dtype: str
-    """Of the ops' arguments; `bfloat16` arrays travel as uint16 bit patterns."""
+    """Of the ops' arguments; `bfloat16` arrays travel as uint16 bit patterns, those of scaled formats as what
+    their numbers stand for."""
     unit: float
     """Largest relative error of storing a float32 number (0: none)."""
 
@@ -41,6 +43,8 @@ class CacheFormat:
     @property
     def stored(self) -> str:
         """Element type of the arrays that kernels and artifacts hold."""
+        if self.name in SCALED:
+            return "uint8"
         return "uint16" if self.dtype == "bfloat16" else self.dtype
 
     @property
@@ -52,6 +56,8 @@ class CacheFormat:
 
     def encode(self, values: Array) -> Array:
         """Round float32 values (NaN too) to stored elements, half to even."""
+        if self.name in SCALED:
+            return float8.rounded_array(values)
         if self.dtype == "float32":
             return values.astype(np.float32)
         bits = f32_to_bf16(values)
@@ -76,6 +82,19 @@ FORMATS = {
 """Every format that keeps each number by itself, by name."""
 
 
+SCALED = {"e4m3": CacheFormat("e4m3", 8, "fp8", "float32", float8.UNIT)}
+"""Formats that keep each number by itself but for a scale, which those of a row share, by name."""
+
+
+def single_format(text: str) -> CacheFormat:
+    """Return the format of a name, one of `FORMATS` or `SCALED`.
+
+    Raises:
+        UsageError: there is no such format.
+    """
+    return SCALED[text] if text in SCALED else parse_cache_format(text)
+
+
 def parse_cache_format(text: str) -> CacheFormat:
     """Return the format of single numbers of a name: ``f32`` or ``bf16``.
 
@@ -95,26 +114,20 @@ def check_cache_format(text: str) -> None:
     Raises:
         UsageError: there is no such format.
     """
-    if text not in FORMATS and text not in GROUPED:
-        known = ", ".join([*FORMATS, *GROUPED])
-        raise UsageError(f"unknown format of KV caches {text!r}", remedy=f"use one of {known}")
+    if text not in (known := [*FORMATS, *SCALED, *GROUPED]):
+        raise UsageError(
+            f"unknown format of KV caches {text!r}", remedy=f"use one of {', '.join(known)}"
+        )
 
 
 def scheme_cache_format(kv: str) -> CacheFormat | GroupedFormat:
-    """Return the cache format of a ``--quant`` value's KV part, e.g. ``16`` in ``w4g64a8kv16``.
-
-    Raises:
-        UsageError: no kernels keep caches in it.
-    """
-    known: list[CacheFormat | GroupedFormat] = [*FORMATS.values(), *GROUPED.values()]
-    for found in known:
-        if found.scheme == kv:
-            return found
-    have = ", ".join(f"kv{f.scheme}" for f in known if f.scheme)
-    raise UsageError(
-        f"KV caches cannot be quantised to kv{kv} yet (--quant)",
-        remedy=f"use {have}, or leave kv... out of --quant for float32 caches",
-    )
+    """Return the cache format of the KV part of a ``--quant`` value, e.g. ``16`` in ``w4g64a8kv16``."""
+    known: list[CacheFormat | GroupedFormat] = [
+        *FORMATS.values(),
+        *SCALED.values(),
+        *GROUPED.values(),
+    ]
+    return next(found for found in known if found.scheme == kv)
 
 
 def window_cache_format(caches: CacheFormat | GroupedFormat) -> CacheFormat:

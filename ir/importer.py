@@ -64,6 +64,11 @@ def _cache_format(*caches: Any) -> str:
     return found[0]
 
 
+def _named(more: list[Any]) -> str:
+    """Return the format of caches that an op's last argument names; empty: their type says it."""
+    return str(more[0]) if more else ""
+
+
 def _group_shape(states: list[Any]) -> dict[str, int]:
     """Return the parameters of ops that a cache in groups decides on (`kv_groups.STATES`)."""
     (cap, kv, d), dv = _shape(states[0]), _shape(states[3])[2]
@@ -231,19 +236,19 @@ class _Converters:
         return self.call(
             imp, "kv_append", [qkv, table, pos, q_norm, k_norm, k_cache, v_cache],
             [([t, heads, d], "float32")], t=t, h=heads, kv=kv, d=d, dv=dv, cap=cap,
-            rot=2 * _shape(table)[2], vscale=float(v_scale), c=_cache_format(k_cache, v_cache), lay=self.lay,
-            first=more[0] if more else 0, **norm,
+            rot=2 * _shape(table)[2], vscale=float(v_scale), lay=self.lay,
+            c=_named(more[1:]) or _cache_format(k_cache, v_cache), first=more[0] if more else 0, **norm,
         )  # fmt: skip
 
     def cached_attention(self, node: Any, imp: Any) -> Any:
-        q, k_cache, v_cache, pos, sink, scale, window = imp.retrieve_args(node)
+        q, k_cache, v_cache, pos, sink, scale, window, *more = imp.retrieve_args(node)
         (t, h, d), (cap, kv, _), dv = _shape(q), _shape(k_cache), _shape(v_cache)[2]
         same = abs(float(scale) * d**0.5 - 1) < 1e-6
         return self.call(
             imp, "cached_attention", [q, pos, sink, k_cache, v_cache], [([t, h, dv], "float32")],
             t=t, h=h, kv=kv, d=d, dv=dv, cap=cap, window=window, sink=int(sink is not None),
             scale=0.0 if same else float(scale), len=0 if window else min(cap, max(t, MEASURED_KV)),
-            c=_cache_format(k_cache, v_cache), lay=self.lay,
+            c=_named(more) or _cache_format(k_cache, v_cache), lay=self.lay,
         )  # fmt: skip
 
     def kv_append_groups(self, node: Any, imp: Any) -> Any:

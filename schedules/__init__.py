@@ -43,6 +43,7 @@ SCHEDULES: dict[str, dict[str, str]] = {
         "cached_attention.x86_flash_pairs": "attention.x86_flash_pairs:X86FlashPairs",
         "cached_attention.x86_flash_amx": "attention.x86_flash_amx:X86FlashAmx",
         "cached_attention.x86_flash_groups": "attention.x86_flash_groups:X86FlashGroups",
+        "cached_attention.x86_flash_float8": "attention.x86_flash_float8:X86FlashFloat8",
         "cached_attention.x86_int8": "attention.x86_int8:X86Int8",
         "cached_attention.x86_flash_rows": "attention.x86_rows:X86FlashRows",
         "cached_attention.x86_flash_rows_half": "attention.x86_rows:X86FlashRowsHalf",
@@ -62,6 +63,7 @@ SCHEDULES: dict[str, dict[str, str]] = {
     "kv_append": {
         "kv_append.x86": "attention.x86_append:X86Append",
         "kv_append.x86_groups": "attention.x86_append_groups:X86AppendGroups",
+        "kv_append.x86_float8": "attention.x86_append_float8:X86AppendFloat8",
     },
     "describe_blocks": {"describe_blocks.x86": "attention.x86_describe:X86Describe"},
     "key_mean": {"key_mean.x86": "attention.x86_key_mean:X86KeyMean"},

@@ -197,9 +197,7 @@ def test_unsupported_input_is_refused():
         quantize(np.ones(4, np.float32), parse_weight_format("w4g64"))
     with pytest.raises(UsageError, match="no quantised format"):
         quantize(np.ones((1, 4), np.float32), parse_weight_format("bf16"))
-    with pytest.raises(UsageError, match=r"kvfp8 yet.*use kv16"):
-        check_scheme(parse_scheme("w4g64a8kvfp8"))
-    for scheme in ("none", "kv16", "w4g64a8kv16"):
+    for scheme in ("none", "kv16", "w4g64a8kv16", "w4g64a8kvfp8"):
         check_scheme(parse_scheme(scheme))
 
 

@@ -7,10 +7,11 @@ were appended must be finite: a kernel may multiply what one of several tokens d
 
 The sink is a phantom key with logit ``sink[h]`` and zero value: it only adds to the softmax denominator.
 
-Caches are float32, or (``c=bf16``) bfloat16, whose values are exact operands of float32 arithmetic, or
-(``c=i8``, ``i4``, ``i2``) groups of few bits with a float32 tail: see `ir.kv_groups`. In torch these have an
-op of their own, ``grouped_attention``, since a schema fixes the tensors that an op takes; both are workloads
-of `CachedAttention`.
+Caches are float32, or (``c=bf16``) bfloat16, or (``c=e4m3``) 8-bit floats with a power of two for each row
+(`ir.float8`), whose values are exact operands of float32 arithmetic, or (``c=i8``, ``i4``, ``i2``) groups of
+few bits with a float32 tail: see `ir.kv_groups`. In torch these have an op of their own,
+``grouped_attention``, since a schema fixes the tensors that an op takes; both are workloads of
+`CachedAttention`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from mimo_compile.errors import UsageError
 from mimo_compile.ir import kv_groups, kv_rounding
-from mimo_compile.ir.caches import check_cache_format, check_cache_order, parse_cache_format
+from mimo_compile.ir.caches import SCALED, check_cache_format, check_cache_order, single_format
 from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.ops import edge_keys, int8_attention
 from mimo_compile.ir.ops.base import Arg, Array, OpDef, Param
@@ -118,15 +119,20 @@ def cached_attention(
     sink: Tensor | None,
     scale: float,
     window: int,
+    c: str = "",
 ) -> Tensor:
-    """Attend: ``q [T, H, D]``, caches ``[cap, KV, D/DV]``, ``pos`` int32 [2] -> ``[T, H, DV]``."""
+    """Attend: ``q [T, H, D]``, caches ``[cap, KV, D/DV]``, ``pos`` int32 [2] -> ``[T, H, DV]``.
+
+    ``c`` names the caches' format where their type does not, as for `kv_append`.
+    """
     return attend(q, k_cache, v_cache, pos, sink, scale, window)
 
 
 @cached_attention.register_fake
 def _(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, pos: Tensor, sink: Any, scale: float, window: int
-) -> Tensor:
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, pos: Tensor, sink: Any, scale: float, window: int,
+    c: str = "",
+) -> Tensor:  # fmt: skip
     return q.new_empty((q.shape[0], q.shape[1], v_cache.shape[2]))
 
 
@@ -211,7 +217,7 @@ class CachedAttention(OpDef):
         if fmt := kv_groups.grouped(p):
             states = kv_groups.states_of(p, fmt, mutated=False)
         else:
-            stored = parse_cache_format(p["c"]).dtype
+            stored = single_format(p["c"]).dtype
             states = (
                 Arg("k_cache", "state", (p["cap"], p["kv"], p["d"]), stored),
                 Arg("v_cache", "state", (p["cap"], p["kv"], p["dv"]), stored),
@@ -250,13 +256,13 @@ class CachedAttention(OpDef):
         if length < p["cap"]:
             out["k_cache"][length:] = np.nan
             out["v_cache"][length:] = np.nan
-        if parse_cache_format(p["c"]).unit and p["arith"] == "float":
+        if single_format(p["c"]).unit and p["arith"] == "float":
             edges = edge_keys.edges_of_range(length - p["t"], p["t"], p["window"])
             slots = [at % p["cap"] for at in edges if at >= length - p["cap"]]
             seen = min(length, p["window"] or length)
             out["v_cache"][slots] *= edge_keys.weights_of_edges(p["kv"], seen, rng)
         for name in ("k_cache", "v_cache"):
-            out[name] = parse_cache_format(p["c"]).encode(out[name])
+            out[name] = single_format(p["c"]).encode(out[name])
         return out
 
     def _attend(
@@ -276,7 +282,7 @@ class CachedAttention(OpDef):
             states = {n: torch.from_numpy(inputs[n]) for n in kv_groups.STATES}
             k, v, seen = kv_groups.visible(states, pos, p["t"], fmt, dtype)
             return attend_seen(q, k, v, seen, int(pos[1]), sink, scale, disturb)
-        stored = parse_cache_format(p["c"])
+        stored = single_format(p["c"])
         k, v = (
             torch.from_numpy(stored.decode(inputs[n])).to(dtype) for n in ("k_cache", "v_cache")
         )
@@ -294,15 +300,15 @@ class CachedAttention(OpDef):
     ) -> dict[str, Array]:
         """Allow what roundings of a kernel's arithmetic do, head by head.
 
-        Float32 caches: `exact_bound`. 16-bit caches: kernels may round q and the weights to bfloat16, by at
-        most ``u = 2**-8`` relative each. Weights ``w (1 + e)``, which are summed as they are rounded, move an
-        output by ``sum_j p_j e_j (v_j - o)`` at first order, so by at most ``u sum_j p_j |v_j - o|``, under
-        ``2**-7 max|V|``; a rounded q moves logit j by ``D_j = scale sum_i q_i e_i k_ji`` and the output by
-        ``sum_j p_j D_j (v_j - o)``. Over long contexts both are so far above what roundings do, whose signs
-        do not conspire, that the worst case would let a kernel miss keys. So they allow four times the
-        largest error of some runs in which each factor ``1 + e`` is drawn anew from {1 - u, 1 + u}, which is
-        2.4 times as far from 1, in the mean square, as roundings are. Caches in groups: see
-        `kv_rounding.allowed`.
+        Caches of float32 and of 8-bit floats: `exact_bound`. 16-bit caches: kernels may round q and the
+        weights to bfloat16, by at most ``u = 2**-8`` relative each. Weights ``w (1 + e)``, which are summed
+        as they are rounded, move an output by ``sum_j p_j e_j (v_j - o)`` at first order, so by at most ``u
+        sum_j p_j |v_j - o|``, under ``2**-7 max|V|``; a rounded q moves logit j by ``D_j = scale sum_i q_i
+        e_i k_ji`` and the output by ``sum_j p_j D_j (v_j - o)``. Over long contexts both are so far above
+        what roundings do, whose signs do not conspire, that the worst case would let a kernel miss keys. So
+        they allow four times the largest error of some runs in which each factor ``1 + e`` is drawn anew from
+        {1 - u, 1 + u}, which is 2.4 times as far from 1, in the mean square, as roundings are. Caches in
+        groups: see `kv_rounding.allowed`.
         """
         p = self.full(workload)
         if p["arith"] != "float":
@@ -313,8 +319,8 @@ class CachedAttention(OpDef):
                 "out": out
                 + kv_rounding.allowed(inputs, self.softmax_scale(p), expected["out"], fmt)
             }
-        unit = parse_cache_format(p["c"]).unit
-        if unit:
+        unit = single_format(p["c"]).unit
+        if unit and p["c"] not in SCALED:
             draw = torch.Generator().manual_seed(0)
 
             def disturb(x: Tensor) -> Tensor:
@@ -341,7 +347,7 @@ class CachedAttention(OpDef):
         if fmt := kv_groups.grouped(p):
             vmax = kv_groups.largest_values(inputs, fmt)
         else:
-            values = parse_cache_format(p["c"]).decode(inputs["v_cache"])
+            values = single_format(p["c"]).decode(inputs["v_cache"])
             vmax = np.nanmax(np.abs(values), axis=(0, 2), initial=0.0)
         room = 32 * U32 * np.repeat(vmax, p["h"] // p["kv"])[None, :, None]
         return {"out": np.broadcast_to(8 * error + room, expected["out"].shape).copy()}
@@ -356,7 +362,7 @@ class CachedAttention(OpDef):
         if fmt := kv_groups.grouped(p):
             caches = kv_groups.read_bytes(p, length, fmt)
         else:
-            caches = parse_cache_format(p["c"]).bytes * read * p["kv"] * (p["d"] + p["dv"])
+            caches = single_format(p["c"]).bytes * read * p["kv"] * (p["d"] + p["dv"])
         return Counts(
             {**int8_attention.products(p, work), "exp_f32": work},
             {"dram": caches + 4.0 * p["t"] * p["h"] * (p["d"] + p["dv"])},

@@ -4,10 +4,12 @@ Input rows are ``[q heads | k heads | v heads]``. q and k are RMS-normalised per
 (Qwen3), the first ``2 * table.shape[2]`` dimensions are rotated (half-split pairing: dimension i pairs with
 i + r/2), v is multiplied by ``v_scale``; k and v rows go to slot ``(start + i) % cap`` for ``i < valid``;
 with ``first`` that many leading positions have slots of their own, before a ring (`caches.slot_of`). Returns
-the rotated q. Rows are rounded to the caches' format (``c``), half to even; those of caches in groups
-(``c=i8``, ``i4``, ``i2``) go into a float32 tail and are quantised when a group fills up: see `ir.kv_groups`.
-In torch these have an op of their own, ``kv_append_groups``, since a schema fixes the tensors that an op
-changes; both are workloads of `KvAppend`.
+the rotated q.
+
+Rows are rounded to the caches' format (``c``), half to even; those of caches in groups (``c=i8``, ``i4``,
+``i2``) go into a float32 tail and are quantised when a group fills up: see `ir.kv_groups`. In torch these
+have an op of their own, ``kv_append_groups``, since a schema fixes the tensors that an op changes; both are
+workloads of `KvAppend`.
 """
 
 from __future__ import annotations
@@ -20,12 +22,13 @@ import torch
 from torch import Tensor
 
 from mimo_compile.errors import UsageError
-from mimo_compile.ir import kv_groups
+from mimo_compile.ir import float8, kv_groups
 from mimo_compile.ir.caches import (
+    SCALED,
     check_cache_format,
     check_cache_order,
     check_first,
-    parse_cache_format,
+    single_format,
     slot_of,
 )
 from mimo_compile.ir.counts import Counts
@@ -66,13 +69,18 @@ def prepare(
 @torch.library.custom_op("mimo::kv_append", mutates_args=("k_cache", "v_cache"))
 def kv_append(
     qkv: Tensor, table: Tensor, pos: Tensor, q_norm: Tensor | None, k_norm: Tensor | None,
-    k_cache: Tensor, v_cache: Tensor, heads: int, eps: float, v_scale: float, first: int = 0,
+    k_cache: Tensor, v_cache: Tensor, heads: int, eps: float, v_scale: float, first: int = 0, c: str = "",
 ) -> Tensor:  # fmt: skip
-    """Append: ``qkv [T, H*D + KV*D + KV*DV]``, caches ``[cap, KV, D/DV]`` -> q ``[T, H, D]``."""
+    """Append: ``qkv [T, H*D + KV*D + KV*DV]``, caches ``[cap, KV, D/DV]`` -> q ``[T, H, D]``.
+
+    ``c`` names the caches' format where their type does not: a scaled one, whose numbers are float32 here.
+    """
     cap, kv_heads, d = k_cache.shape
     q, k, v, slots = prepare(
         qkv, table, pos, q_norm, k_norm, heads, kv_heads, d, v_cache.shape[2], eps, v_scale, cap, first
     )  # fmt: skip
+    if c in SCALED:
+        k, v = float8.rounded(k), float8.rounded(v)
     k_cache[slots] = k.to(k_cache.dtype)
     v_cache[slots] = v.to(v_cache.dtype)
     return q.clone()
@@ -81,7 +89,7 @@ def kv_append(
 @kv_append.register_fake
 def _(
     qkv: Tensor, table: Tensor, pos: Tensor, q_norm: Any, k_norm: Any, k_cache: Tensor, v_cache: Tensor,
-    heads: int, eps: float, v_scale: float, first: int = 0,
+    heads: int, eps: float, v_scale: float, first: int = 0, c: str = "",
 ) -> Tensor:  # fmt: skip
     return qkv.new_empty((qkv.shape[0], heads, k_cache.shape[2]))
 
@@ -159,7 +167,7 @@ class KvAppend(OpDef):
         if fmt := kv_groups.grouped(p):
             states = kv_groups.states_of(p, fmt, mutated=True)
         else:
-            stored = parse_cache_format(p["c"]).dtype
+            stored = single_format(p["c"]).dtype
             states = (
                 Arg("k_cache", "state", (p["cap"], p["kv"], p["d"]), stored, mutated=True),
                 Arg("v_cache", "state", (p["cap"], p["kv"], p["dv"]), stored, mutated=True),
@@ -195,7 +203,7 @@ class KvAppend(OpDef):
             turn = p["first"]
         out["pos"] = np.array([max(0, turn - valid // 2 - 1), valid], np.int32)
         for name in ("k_cache", "v_cache"):
-            out[name] = parse_cache_format(p["c"]).encode(out[name])
+            out[name] = single_format(p["c"]).encode(out[name])
         return out
 
     def reference(self, workload: Workload, inputs: Mapping[str, Array]) -> dict[str, Array]:
@@ -203,7 +211,7 @@ class KvAppend(OpDef):
         p = self.full(workload)
         fmt = kv_groups.grouped(p)
         states = kv_groups.STATES if fmt else ("k_cache", "v_cache")
-        decode = (lambda x: x) if fmt else parse_cache_format(p["c"]).decode
+        decode = (lambda x: x) if fmt else single_format(p["c"]).decode
         arrays = {k: decode(v) if k in states else v for k, v in inputs.items()}
         arr = {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in arrays.items()}
         q, k, v, slots = prepare(
@@ -238,10 +246,12 @@ class KvAppend(OpDef):
         if fmt := kv_groups.grouped(p):
             start, valid = (int(n) for n in inputs["pos"])
             return out | kv_groups.allowed(expected, start, valid, 2 * tol, fmt)
-        stored = parse_cache_format(p["c"])
+        stored = single_format(p["c"])
         for name in ("k_cache", "v_cache"):
             same = expected[name] == stored.decode(inputs[name])
             allowed = 2 * tol + stored.unit * (np.abs(expected[name]) + 2 * tol)
+            if p["c"] in SCALED:
+                allowed = float8.most_off(expected[name], 2 * tol)
             out[name] = np.where(same, 0.0, allowed)
         return out
 
@@ -253,7 +263,7 @@ class KvAppend(OpDef):
             codes = fmt.bytes_of(p["d"], keys=True) + fmt.bytes_of(p["dv"], keys=False)
             saved = -codes * p["kv"]
         else:
-            saved = (4.0 - parse_cache_format(p["c"]).bytes) * p["kv"] * (p["d"] + p["dv"])
+            saved = (4.0 - single_format(p["c"]).bytes) * p["kv"] * (p["d"] + p["dv"])
         return Counts(
             {"fma_f32": 2.0 * p["t"] * (p["h"] + p["kv"]) * p["rot"]},
             {"dram": p["t"] * (8.0 * width - saved)},

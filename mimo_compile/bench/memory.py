@@ -14,7 +14,7 @@ from mimo_compile.bench.oracle import (
 )
 from mimo_compile.bench.peers.base import LeftOut
 from mimo_compile.bench.runnable import copies
-from mimo_compile.ir.caches import parse_cache_format
+from mimo_compile.ir.caches import single_format
 from mimo_compile.ir.kv_groups import grouped, tail_of
 from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.workload import Workload
@@ -59,7 +59,7 @@ def _cell_bytes(p: Mapping[str, Any]) -> float:
     """Return the bytes of a number of the packed caches; of those in groups with what it shares."""
     fmt = grouped(p)
     if fmt is None:
-        return parse_cache_format(p["c"]).bytes
+        return single_format(p["c"]).bytes
     codes = fmt.bytes_of(p["d"], keys=True) + fmt.bytes_of(p["dv"], keys=False)
     return float(codes / (p["d"] + p["dv"]) + 4.0 * tail_of(p, fmt) / p["cap"])
 

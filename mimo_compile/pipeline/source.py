@@ -84,11 +84,8 @@ def open_source(
     require_compile_extra()
     import torch
 
-    from mimo_compile.ir.caches import scheme_cache_format
-
     scheme = parse_scheme(quant)
     policy = parse_policy(attention)
-    scheme_cache_format(scheme.kv)
     decoder = not isinstance(source, torch.nn.Module) and Path(str(source)).suffix != ".pt2"
     if adapters and not decoder:
         raise UsageError("adapters are for model folders (--adapter)")

@@ -25,7 +25,6 @@ import torch
 from torch import Tensor
 
 from mimo_compile.errors import MimoError, UsageError
-from mimo_compile.ir.caches import scheme_cache_format
 from mimo_compile.ir.formats import (
     GROUP_TENSOR,
     QuantScheme,
@@ -49,11 +48,9 @@ def check_scheme(scheme: QuantScheme) -> None:
     """Refuse schemes that no quantiser here can produce.
 
     Raises:
-        UsageError: complex weights that real ones cannot become, activations that its weights cannot have,
-            or a KV cache that has no kernels.
+        UsageError: complex weights that real ones cannot become, or activations that its weights cannot have.
     """
     fmt = scheme.weight
-    scheme_cache_format(scheme.kv)
     if fmt is not None and fmt.family == "complex" and fmt.terms == 1:
         raise UsageError(
             f"{fmt} holds weights of a model that was trained with complex ones",

@@ -19,7 +19,7 @@ from mimo_compile.runtime.weights import Spot
 
 ROLES = ("full", "window", "select", "reuse", "quantised")
 """What a layer may be, as `program.Layer` says."""
-FORMATS = ("f32", "bf16", "i8", "i4", "i2")
+FORMATS = ("f32", "bf16", "e4m3", "i8", "i4", "i2")
 """Formats of KV caches that can be in an artifact."""
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from mimo_compile.runtime.program import Layer
 
-FREE = ("f32", "bf16")
+FREE = ("f32", "bf16", "e4m3")
 """Formats of caches that hold each position by itself, so that any can be written again."""
 
 

@@ -8,6 +8,8 @@ tiles of matrix units load them as they lie. Keys ``k16.d2``: ``[KV, ceil(cap/16
 along d; the pad of an odd D is zero. Values ``v16.s2``: ``[KV, 8 * ceil(cap/16), 16 * ceil(DV/16), 2]``,
 pairs along slots. In memory the last two extents are one.
 
+8-bit floats have the layout of `float8_layout`.
+
 With ``lay=rows`` the numbers of each key, and of each value, lie together: see `rows_layout`.
 
 Caches in groups of few bits have the layout of `group_layout`.
@@ -20,12 +22,12 @@ from typing import Any
 
 import numpy as np
 
-from mimo_compile.ir.caches import parse_cache_format
+from mimo_compile.ir.caches import SCALED, single_format
 from mimo_compile.ir.kv_groups import GROUPED, STATES, grouped
 from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.ops.base import Arg, Array
 from mimo_compile.ir.workload import Workload
-from mimo_compile.schedules.attention import rows_layout
+from mimo_compile.schedules.attention import float8_layout, rows_layout
 from mimo_compile.schedules.attention.group_layout import group_args, pack_groups, unpack_groups
 from mimo_compile.schedules.emit.vector import LANES
 
@@ -41,6 +43,8 @@ def layouts(workload: Workload) -> dict[str, str]:
     if by_rows(p):
         return dict(rows_layout.LAYOUTS)
     c = p["c"]
+    if c in SCALED:
+        return dict(float8_layout.LAYOUTS)
     return dict.fromkeys(STATES, f"g64.{c}") if c in GROUPED else dict(_LAYOUTS[c])
 
 
@@ -58,8 +62,10 @@ def cache_shapes(p: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Return the packed shapes for an op's parameters ``cap``, ``kv``, ``d``, ``c``, and ``dv`` if any."""
     if by_rows(p):
         return rows_layout.row_shapes(p)
+    if p["c"] in SCALED:
+        return float8_layout.float8_shapes(p)
     slots, dv = round_up(p["cap"]), p.get("dv", 0)
-    if parse_cache_format(p["c"]).bits == 16:
+    if single_format(p["c"]).bits == 16:
         return {
             "k_cache": (p["kv"], slots // LANES, -(-p["d"] // 2), 2 * LANES),
             "v_cache": (p["kv"], slots // 2, 2 * round_up(dv)),
@@ -76,7 +82,7 @@ def kernel_args(workload: Workload) -> tuple[Arg, ...]:
     p = op.full(workload)
     if fmt := grouped(p):
         return group_args(op.args(workload), p, fmt)
-    shapes, stored = cache_shapes(p), parse_cache_format(p["c"]).stored
+    shapes, stored = cache_shapes(p), single_format(p["c"]).stored
     return tuple(
         Arg(a.name, a.role, shapes[a.name], stored, a.mutated) if a.name in shapes else a
         for a in op.args(workload)
@@ -88,7 +94,7 @@ def pack_caches(workload: Workload, arrays: Mapping[str, Array]) -> dict[str, Ar
     p = get_op(workload.op).full(workload)
     if fmt := grouped(p):
         return pack_groups(p, fmt, arrays)
-    shapes, pair = cache_shapes(p), 2 if parse_cache_format(p["c"]).bits == 16 else 1
+    shapes, pair = cache_shapes(p), 2 if single_format(p["c"]).bits == 16 else 1
     out = {}
     for name, array in arrays.items():
         if name not in shapes:
@@ -96,6 +102,9 @@ def pack_caches(workload: Workload, arrays: Mapping[str, Array]) -> dict[str, Ar
             continue
         if by_rows(p):
             out[name] = rows_layout.pack_rows(p, name, array)
+            continue
+        if p["c"] in SCALED:
+            out[name] = float8_layout.pack_float8(p, name, array)
             continue
         cap, heads, width = array.shape
         wide = -(-width // pair) * pair if name == "k_cache" else round_up(width)
@@ -113,11 +122,13 @@ def unpack_caches(workload: Workload, arrays: Mapping[str, Array]) -> dict[str, 
     p = get_op(workload.op).full(workload)
     if fmt := grouped(p):
         return unpack_groups(p, fmt, arrays)
-    pair = 2 if parse_cache_format(p["c"]).bits == 16 else 1
+    pair = 2 if single_format(p["c"]).bits == 16 else 1
     out = {}
     for name, array in arrays.items():
         if name in ("k_cache", "v_cache") and by_rows(p):
             out[name] = rows_layout.unpack_rows(p, name, array)
+        elif name in ("k_cache", "v_cache") and p["c"] in SCALED:
+            out[name] = float8_layout.unpack_float8(p, name, array)
         elif name == "k_cache":
             lanes = array.reshape(p["kv"], -1, -(-p["d"] // pair), LANES, pair)
             slots = lanes.transpose(1, 3, 0, 2, 4).reshape(round_up(p["cap"]), p["kv"], -1)

@@ -24,7 +24,8 @@ def flash_work(
         splits: Parts of the keys.
         hardware: Whose caches and threads count.
         parallel: Tasks are spread over threads.
-        arith: ``f32``; or over bfloat16 caches ``widen``, ``dot``, ``dot2`` (see `pairs`).
+        arith: ``f32``; over 8-bit floats ``float8`` (see `float8_tile`); over bfloat16 caches ``widen``,
+            ``dot``, ``dot2`` (see `pairs`).
     """
     p, height, width = s.p, float(s.height), float(s.columns * LANES)
     steps, live = visited(s, length - p["t"], p["t"], np.arange(0, p["t"], s.tokens))
@@ -62,8 +63,9 @@ def products(
     d, width, height = float(s.p["d"]), float(s.columns * LANES), float(s.height)
     if arith == "f32":
         return {"fma_f32": heads * height * (slots * d + values * width)}
-    if arith == "widen":  # one operation for each element that a row tile reads
+    if arith in ("widen", "float8"):  # one operation for each element that a row tile reads
         read = heads * row_tiles * (slots * d + values * width)
+        read *= 3 if arith == "float8" else 1  # widen, shift, mask
         return {"fma_f32": heads * height * (slots * d + values * width), "int_op": read}
     even = d + d % 2
     terms = 2.0 if arith == "dot2" else 1.0

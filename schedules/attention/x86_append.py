@@ -11,9 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mimo_compile.ir.caches import parse_cache_format
+from mimo_compile.ir.caches import FORMATS, parse_cache_format
 from mimo_compile.ir.hardware import Hardware
-from mimo_compile.ir.kv_groups import GROUPED
 from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.ops.base import Arg, Array
 from mimo_compile.ir.workload import Workload
@@ -265,7 +264,7 @@ class X86Append(RowSchedule):
         """Every workload of the op whose caches hold each number by itself, on any x86-64."""
         if not super().supports(workload, hardware):
             return False
-        return get_op(self.op).full(workload)["c"] not in GROUPED
+        return get_op(self.op).full(workload)["c"] in FORMATS
 
     def space(self, workload: Workload, hardware: Hardware) -> Space:
         """KV heads over threads, or not."""

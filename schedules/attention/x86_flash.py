@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from mimo_compile.ir.caches import parse_cache_format
+from mimo_compile.ir.caches import single_format
 from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.ops import get_op
@@ -149,7 +149,7 @@ class X86Flash(Schedule):
         tokens = min(c.tile, p["t"])
         blocks = min(c.block // LANES, round_up(p["cap"]) // LANES)
         rows = min(c.rows, tokens * (p["h"] // p["kv"]))
-        cell = parse_cache_format(p["c"]).bytes
+        cell = single_format(p["c"]).bytes
         return Tiling(
             p, tokens, blocks, rows, self.registers(c, hardware), c.ahead, cell, hardware.has_avx512
         )

@@ -290,8 +290,6 @@ def test_wrong_calls(folder):
             load_checkpoint(folder, NONE, max_context=size)
     with pytest.raises(UsageError, match="trained with complex"):
         load_checkpoint(folder, parse_scheme("complex2"))
-    with pytest.raises(UsageError, match="KV caches"):
-        load_checkpoint(folder, parse_scheme("w4g64a8kvfp8"))
 
 
 def test_generation_settings_and_tokenizer(folder, tools):

@@ -83,16 +83,30 @@ def test_every_scheme_of_groups(saved, tmp_path, case, quant):
     prove(saved, tmp_path, case, quant, f"i{quant[-1]}")
 
 
+@pytest.mark.slow
+@pytest.mark.compile
+@pytest.mark.parametrize("case", ["llama-linear-mha", "mimo_v2_flash", "qwen3"])
+@pytest.mark.parametrize("quant", ["kvfp8", "w4g32a8kvfp8"])
+def test_every_scheme_of_8_bit_floats(saved, tmp_path, case, quant):
+    prove(saved, tmp_path, case, quant, "e4m3", "e4m3")
+
+
 def test_layers_with_windows_keep_rings(saved):
     stages = load_checkpoint(saved("mimo_v2_flash")[1], parse_scheme("kv4"), 96).decoder.stages()
     layers = [s.module for s in stages if hasattr(s.module, "caches")]
     assert {m.spec.window > 0: m.caches.name for m in layers} == {True: "bf16", False: "i4"}
 
 
-def test_formats_without_kernels_name_those_with(saved):
-    for refuse in (mc.compile, lambda source, quant: load_checkpoint(source, parse_scheme(quant))):
-        with pytest.raises(UsageError, match=r"kvfp8 yet \(--quant\).*use kv16, kv8, kv4, kv2"):
-            refuse(saved("llama-linear-mha")[1], quant="w4g64a8kvfp8")
+@pytest.mark.slow
+@pytest.mark.compile
+def test_caches_of_8_bit_floats_compiled_are_eager(saved, tmp_path):
+    # in rings of windows, too
+    artifact = prove(saved, tmp_path, "qwen2-window", "kvfp8", "e4m3", "e4m3")
+    assert {s.dtype for s in artifact.manifest.states.values()} == {"uint8"}
+    session, ids = artifact.module().session(), list(range(2, 52))
+    session.append(ids)
+    session.rewind(31)
+    assert session.keep_prefix(ids[:20]) == 19
 
 
 def test_policies_that_choose_keys_refuse_groups(saved):

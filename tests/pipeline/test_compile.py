@@ -125,7 +125,7 @@ def test_workloads_weigh_by_the_tokens_that_need_them() -> None:
         ({"source": 3}, UsageError),
         ({"source": "tiny", "quant": "w9"}, UsageError),
         ({"source": "tiny", "attention": "seer"}, UsageError),
-        ({"source": "tiny", "quant": "w4kvfp8"}, UsageError),
+        ({"source": "tiny", "quant": "w4kv3"}, UsageError),
         ({"source": "tiny", "target": "cuda"}, UsageError),
         ({"source": "tiny", "threads": 0}, UsageError),
         ({"source": torch.nn.Linear(2, 2)}, UsageError),

@@ -84,6 +84,8 @@ WORKLOADS = [
     "sparse_attention:t=3,h=8,kv=2,d=32,dv=20,cap=640,hs=2,block=8,kmax=50,page=4,c=bf16",
     "sparse_attention:t=3,h=8,kv=2,d=32,dv=20,cap=96,hs=1,block=4,kmax=1,window=60,first=16,c=bf16",
     "kv_append:t=3,h=4,kv=2,d=24,dv=20,cap=64,rot=8,first=16",
+    "cached_attention:t=1,h=8,kv=2,d=33,dv=16,cap=320,c=e4m3",
+    "kv_append:t=3,h=4,kv=2,d=24,dv=20,cap=64,rot=8,c=e4m3",
     "describe_blocks:t=3,kv=2,d=24,cap=90,kind=pool3,size=8",
     "describe_blocks:t=1,kv=2,d=24,cap=90,kind=bounds,size=16,len=80,whole=1,c=bf16,e=bf16",
     "score_blocks:t=3,h=4,kv=2,d=24,cap=900,kind=quest,agg=max,block=8,len=600",

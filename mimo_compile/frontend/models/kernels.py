@@ -61,7 +61,7 @@ def require_attention(config: DecoderConfig, caches: str, hardware: Hardware) ->
     if not single:
         raise UsageError(
             f"--attention {config.attention} reads keys of single positions, which {caches} caches (--quant) "
-            "do not keep",
+            "do not keep as they are",
             remedy="use kv16, or leave kv... out of --quant",
         )
     for workload in dict.fromkeys(_steps(config, caches)):

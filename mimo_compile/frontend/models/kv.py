@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mimo_compile.frontend.models.decoder import STEP_TOKENS, LayerSpec
-from mimo_compile.ir.caches import CacheFormat, window_cache_format
+from mimo_compile.ir.caches import SCALED, CacheFormat, window_cache_format
 from mimo_compile.ir.kv_groups import GROUPED, STATES, GroupedFormat, state_shapes
 
 if TYPE_CHECKING:
@@ -46,6 +46,11 @@ def cache_arrays(spec: LayerSpec, caches: Caches, max_context: int) -> dict[str,
     }
 
 
+def _named(layer: LayerCore) -> str:
+    """Return the name of the layer's format where the type of its arrays does not say it."""
+    return layer.caches.name if layer.caches.name in SCALED else ""
+
+
 def append(layer: LayerCore, qkv: Tensor, table: Tensor, pos: Tensor) -> Tensor:
     """Append a step's keys and values: ``qkv [T, H*D + KV*D + KV*DV]`` -> rotated q ``[T, H, D]``."""
     s, a = layer.spec, layer.attention
@@ -67,6 +72,7 @@ def append(layer: LayerCore, qkv: Tensor, table: Tensor, pos: Tensor) -> Tensor:
         layer.eps,
         s.v_scale,
         s.stays,
+        _named(layer),
     )
     return plain
 
@@ -80,6 +86,6 @@ def attend_all(layer: LayerCore, q: Tensor, pos: Tensor) -> Tensor:
         )
         return out
     plain: Tensor = torch.ops.mimo.cached_attention(
-        q, layer.k_cache, layer.v_cache, pos, sink, s.d**-0.5, s.window
+        q, layer.k_cache, layer.v_cache, pos, sink, s.d**-0.5, s.window, _named(layer)
     )
     return plain
