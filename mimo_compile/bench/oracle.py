@@ -2,12 +2,13 @@
 
 Attention over long contexts is judged in parts: a few heads of one KV head at a time, of prompts the tokens
 at some places. Heads and tokens do not depend on each other, so a part is a workload of its own; float64
-scores of all of a prompt of 8192 tokens would take 17 GB.
+scores of all of a prompt of 8192 tokens would take 17 GB. Of attention of prompts to lists, and of their
+low-bit scores, the first and the last KV head stand for all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -71,7 +72,7 @@ class Oracle:
             if message:
                 where = ", ".join(f"{s.start}..{s.stop - 1}" for s in part.index)
                 return worst, message + (f" (within tokens and heads {where})" if where else "")
-            if part.index and not np.isfinite(got["out"]).all():
+            if part.index and "out" in got and not np.isfinite(got["out"]).all():
                 return np.inf, "out has values that are not finite"
         return worst, ""
 
@@ -97,6 +98,10 @@ def _split(
     workload: Workload, inputs: Mapping[str, Array]
 ) -> Iterator[tuple[Workload, Mapping[str, Array], tuple[slice, ...]]]:
     p = get_op(workload.op).full(workload)
+    if workload.op in _SOME and p["t"] * p["h"] * p["cap"] * 8 > WHOLE_BYTES and p["t"] > 1:
+        for head in sorted({0, p["kv"] - 1}):
+            yield from _SOME[workload.op](workload, p, inputs, head)
+        return
     if workload.op != "cached_attention" or float64_bytes(p) <= WHOLE_BYTES:
         yield workload, inputs, ()
         return
@@ -130,6 +135,60 @@ def _part(
     if "sink" in inputs:
         given["sink"] = inputs["sink"][heads].copy()
     return Workload.make(workload.op, own), given, (tokens, heads)
+
+
+Split = Iterator[tuple[Workload, Mapping[str, Array], tuple[slice, ...]]]
+
+
+def _one_head(
+    workload: Workload, inputs: Mapping[str, Array], heads: slice, kv: int, tokens: slice
+) -> dict[str, Array]:
+    """Return what one KV head and its query heads read, for some tokens."""
+    args = get_op(workload.op).args(workload)
+    first = int(inputs["pos"][0]) + tokens.start
+    given = dict(inputs) | {n: inputs[n][heads].copy() for n in ("sink", "q_mean") if n in inputs}
+    given |= {n: inputs[n][kv : kv + 1].copy() for n in ("k_mean",) if n in inputs}
+    given |= {a.name: inputs[a.name][:, kv : kv + 1].copy() for a in args if a.role == "state"}
+    given["q"] = inputs["q"][tokens, heads].copy()
+    given["pos"] = np.array([first, tokens.stop - tokens.start], np.int32)
+    return given
+
+
+def _lists_of_one(
+    workload: Workload, p: Mapping[str, int], inputs: Mapping[str, Array], kv: int
+) -> Split:
+    """Yield attention to lists of one KV head: the first tokens of the first and of the last list."""
+    group, lists, last = p["h"] // p["kv"], p["hs"], -(-p["t"] // p["rows"]) - 1
+    heads = slice(kv * group, (kv + 1) * group)
+    own = heads if lists == p["h"] else slice(kv, kv + 1) if lists == p["kv"] else slice(0, 1)
+    for row in sorted({0, last}):
+        begin = row * p["rows"]
+        tokens = slice(begin, min(begin + min(p["rows"], PART_TOKENS), p["t"]))
+        given = _one_head(workload, inputs, heads, kv, tokens)
+        given |= {n: inputs[n][row : row + 1, own].copy() for n in ("idx", "cnt")}
+        count = tokens.stop - tokens.start
+        small = {"t": count, "rows": count, "h": group, "kv": 1, "hs": own.stop - own.start}
+        yield Workload.make(workload.op, dict(workload.params) | small), given, (tokens, heads)
+
+
+def _scores_of_one(
+    workload: Workload, p: Mapping[str, int], inputs: Mapping[str, Array], kv: int
+) -> Split:
+    """Yield low-bit scores of the query heads of one KV head."""
+    group = p["h"] // p["kv"]
+    heads = slice(kv * group, (kv + 1) * group)
+    given = _one_head(workload, inputs, heads, kv, slice(0, p["t"]))
+    own = dict(workload.params) | {"h": group, "kv": 1}
+    every = slice(0, -(-p["t"] // p["rows"]))
+    yield Workload.make(workload.op, own), given, (every, heads)
+
+
+_SOME: dict[str, Callable[..., Split]] = {
+    "sparse_attention": _lists_of_one,
+    "score_lowbit": _scores_of_one,
+}
+"""Ops of prompts of which the first and the last KV head are judged, where float64 scores of all take more
+than `WHOLE_BYTES`."""
 
 
 def visible_keys(p: Mapping[str, int]) -> int:

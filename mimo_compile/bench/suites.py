@@ -110,6 +110,10 @@ _SUITES: dict[str, dict[str, list[str]]] = {
 }
 
 
+_OTHERS = {"attention": ("sparse",)}
+"""Suites whose entries are no single workloads: see `bench.sparse`."""
+
+
 def suite(kind: str, text: str) -> list[str]:
     """Return the workloads of a named suite, or some of them.
 
@@ -127,7 +131,7 @@ def suite(kind: str, text: str) -> list[str]:
     if found is None:
         raise UsageError(
             f"there is no suite {name!r} of {kind} (--suite)",
-            remedy=f"use one of {', '.join(_SUITES[kind])}",
+            remedy=f"use one of {', '.join((*_SUITES[kind], *_OTHERS.get(kind, ())))}",
         )
     kept = list(found)
     for condition in filter(None, filters.split(",")):

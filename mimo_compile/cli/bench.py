@@ -96,6 +96,10 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(
             f"bench {args.kind} takes no --source and no --keep", remedy="Did you mean bench model?"
         )
+    if args.kind == "attention" and (args.suite or "").partition(":")[0] == "sparse":
+        from mimo_compile.cli.bench_sparse import run_sparse
+
+        return run_sparse(args)
     return _kernels(args)
 
 

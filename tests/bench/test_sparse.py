@@ -1,0 +1,122 @@
+"""The suite of sparse attention: its cells, what their parts compute, and that wrong kernels stop it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from mimo_compile.bench import oracle as oracles
+from mimo_compile.bench import sparse
+from mimo_compile.bench.oracle import Oracle
+from mimo_compile.bench.sparse import Cell, all_cells, bench_cell, cells, kept_blocks, parts
+from mimo_compile.cli import main
+from mimo_compile.errors import UsageError
+from mimo_compile.ir.hardware import local_cpu
+from mimo_compile.ir.ops import get_op, parse_workload
+from mimo_compile.ir.ops.block_lists import check_lists
+
+HEADS = (("h", 4), ("kv", 2), ("d", 16), ("dv", 16))
+SMALL = [
+    Cell("quest:budget=64,page=16,dense=0", 1, 640, HEADS),
+    Cell("lessismore:budget=64", 1, 640, HEADS),
+    Cell("sale:least=64,every=4", 64, 640, HEADS),
+]
+
+
+def test_cells_cover_blocks_tokens_and_chunks_of_prompts() -> None:
+    found = all_cells()
+    assert len({str(c) for c in found}) == len(found)
+    decode = [c.params for c in found if c.t == 1]
+    assert {p["cap"] for p in decode} == {"65536", "131072"}
+    assert {p["block"] for p in decode} >= {"1", "16", "64"}
+    prompts = [c.params for c in found if c.t > 1]
+    assert {p["cap"] for p in prompts} == {"16384", "32768", "65536"}
+    assert {p["policy"] for p in prompts} == {"sale", "moba"}
+
+
+def test_parts_are_workloads_with_a_tenth_of_the_keys() -> None:
+    for cell in all_cells():
+        found = parts(cell)
+        assert list(found)[-3:] == ["select", "attend", "dense"] and "score" in found
+        assert all(parse_workload(str(w)) == w for w in found.values())
+        keys = kept_blocks(found["attend"]) * found["attend"]["block"]
+        assert 0.08 * cell.cap <= keys <= 0.101 * cell.cap, str(cell)
+        assert found["dense"]["c"] == found["attend"]["c"] == "bf16"
+
+
+def test_conditions_keep_a_part() -> None:
+    assert [c.policy for c in cells("sparse:policy=sale,cap=65536")] == ["sale", "sale:every=4"]
+    assert cells("sparse") == all_cells()
+    with pytest.raises(UsageError, match=r"policy=best.*use policy=quest\+resa"):
+        cells("sparse:policy=best")
+    with pytest.raises(UsageError, match="conditions are on policy, block, t"):
+        cells("sparse:colour=red")
+
+
+@pytest.mark.parametrize(
+    "cell", [SMALL[0], *(pytest.param(c, marks=pytest.mark.slow) for c in SMALL[1:])], ids=str
+)
+def test_a_cell_is_measured_part_by_part(cell: Cell) -> None:
+    found = bench_cell(cell, local_cpu().with_threads(1), None, 2)
+    names = [m.part for m in found]
+    assert names[0] == "all" and names[-1] == "dense" and {"score", "select", "attend"} < set(names)
+    dense = found[-1]
+    assert dense.time[0] == dense.bytes == dense.work == 1
+    assert found[0].bytes == pytest.approx(sum(m.bytes for m in found[1:-1]))
+    row = found[0].json()
+    assert row["speed_up"] == pytest.approx(1 / row["time_ratio"])
+    assert row["share"] == pytest.approx(row["speed_up"] * row["byte_ratio"])
+    assert json.dumps(row)
+
+
+def test_lists_that_are_drawn_are_lists() -> None:
+    workload = parts(SMALL[2])["attend"]
+    p = get_op("sparse_attention").full(workload)
+    draws = list(sparse._draws(workload, np.random.default_rng(0)))
+    assert len({d["idx"].tobytes() for d in draws}) == sparse.DRAWS
+    import torch
+
+    for draw in draws:
+        check_lists(*(torch.from_numpy(draw[n]) for n in ("idx", "cnt")), p["cap"] // p["block"])
+        assert (draw["cnt"] == kept_blocks(workload)).all()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "sparse_attention:t=40,h=4,kv=2,d=16,dv=24,cap=300,hs=4,block=8,kmax=20,rows=16,sink=1",
+        "sparse_attention:t=9,h=4,kv=2,d=16,dv=24,cap=300,hs=2,block=1,kmax=50,window=9,c=bf16",
+        "score_lowbit:t=40,h=4,kv=2,d=16,cap=300,block=8,rows=16,first=1,last=2,every=2",
+    ],
+)
+def test_parts_say_what_the_whole_says(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    workload = parse_workload(text)
+    inputs = get_op(workload.op).make_inputs(workload, np.random.default_rng(0))
+    (whole,) = Oracle(workload, inputs).parts
+    monkeypatch.setattr(oracles, "WHOLE_BYTES", 0)
+    parted = Oracle(workload, inputs)
+    assert len(parted.parts) > 1
+    got = {n: np.array(a, np.float64) for n, a in whole.expected.items()}
+    assert parted.judge(got) == (pytest.approx(0, abs=1e-3), "")
+    name = "out" if "out" in got else "score"
+    index = (0, 0) if name == "out" else tuple(np.argwhere(np.isfinite(got["score"][:, :1]))[0])
+    got[name][index] += 20.0
+    assert "within tokens and heads" in parted.judge(got)[1]
+
+
+def test_what_does_not_fit_is_left_out_by_name(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sparse, "SPARE_BYTES", 1 << 60)
+    line = ["bench", "attention", "--suite", "sparse:policy=quest,cap=65536,block=16", "--json"]
+    assert main(line) == 0
+    body = json.loads(capsys.readouterr().out)
+    assert body["rows"] == [] and "GB are free" in body["left_out"][0]["reason"]
+
+
+def test_the_command_prints_a_cell(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sparse, "all_cells", lambda: [replace(SMALL[0], t=1)])
+    assert main(["bench", "attention", "--suite", "sparse", "--rounds", "1", "--threads", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "as fast as dense" in out and "fewer bytes" in out and "attend" in out
