@@ -51,6 +51,8 @@ class ListConverters:
         """The converters by ATen name."""
         return {
             "describe_blocks.default": self.describe_blocks,
+            "gate_queries.default": self.gate_queries,
+            "gate_keys.default": self.gate_keys,
             "score_blocks.default": self.score_blocks,
             "score_keys.default": self.score_keys,
             "score_lowbit.default": self.score_lowbit,
@@ -78,6 +80,32 @@ class ListConverters:
             imp, "describe_blocks", [pos, k_cache, desc], [([1], "int32")], t=t, kv=kv, d=d, cap=cap,
             kind=kind, size=size, stride=0 if stride == size else stride, len=measured(cap, t),
             c=self.cache_format(k_cache), whole=int(bool(whole and whole[0])), e=_format(desc),
+        )  # fmt: skip
+        self.effects.append(done)
+
+    def gate_queries(self, node: Any, imp: Any) -> Any:
+        """Project queries for gates."""
+        q, pos, inv_freq, gate_freq, weight, norm, eps = imp.retrieve_args(node)
+        (t, h, d), (kv, _, g) = extents(q), extents(weight)
+        return self.call(
+            imp, "gate_queries", [q, pos, inv_freq, gate_freq, weight, norm], [([t, kv, g], "float32")],
+            t=t, h=h, kv=kv, d=d, g=g, rot=2 * extents(inv_freq)[0], grot=2 * extents(gate_freq)[0],
+            norm=int(norm is not None), eps=float(eps), w=_format(weight),
+        )  # fmt: skip
+
+    def gate_keys(self, node: Any, imp: Any) -> None:
+        """Compress the blocks that the tokens of the call complete."""
+        self._refuse_order("gate_keys")
+        k_cache, pos, inv_freq, gate_freq, weight, norm, desc, size, last, eps = imp.retrieve_args(
+            node
+        )
+        (cap, kv, d), t = extents(k_cache), self.appended[k_cache]
+        done = self.call(
+            imp, "gate_keys", [pos, inv_freq, gate_freq, weight, norm, k_cache, desc],
+            [([1], "int32")], t=t, kv=kv, d=d, cap=cap, size=size, g=extents(weight)[2],
+            rot=2 * extents(inv_freq)[0], grot=2 * extents(gate_freq)[0], norm=int(norm is not None),
+            last=int(last), eps=float(eps), len=measured(cap, t), c=self.cache_format(k_cache),
+            w=_format(weight),
         )  # fmt: skip
         self.effects.append(done)
 
@@ -192,7 +220,7 @@ class ListConverters:
         )  # fmt: skip
 
 
-def _format(desc: Any) -> str:
-    """Return the name of the format of descriptors."""
-    kind = str(desc.ty.dtype)
+def _format(array: Any) -> str:
+    """Return the name of the format of descriptors or weights."""
+    kind = str(array.ty.dtype)
     return next(f.name for f in FORMATS.values() if f.dtype == kind)

@@ -44,6 +44,7 @@ def compile(
     calibrate: str | Calibration = "rtn",
     adapters: Mapping[str, str | os.PathLike[str]] | None = None,
     adapter_format: str = "exact",
+    gates: str | os.PathLike[str] | None = None,
 ) -> Artifact:
     """Compile a model to an artifact.
 
@@ -74,6 +75,7 @@ def compile(
         adapters: low-rank adapters over the model's frozen weights: name -> folder in PEFT's format. Each
             request chooses one of them, or none.
         adapter_format: how adapters are stored: ``"exact"``, or rounded to ``"bf16"`` or ``"fp8"``.
+        gates: safetensors file of the gates that the policy ``"seer"`` chooses by; None: the model's own.
 
     Returns:
         The artifact: ``.save(path)``, or ``.module()`` to run it in this process.
@@ -97,8 +99,10 @@ def compile(
             remedy="compile once for each shape",
         )
     if is_artifact(source):
-        asked = (quant, attention, target, max_context, example_inputs, calibrate, adapter_format)
-        if adapters or asked != ("none", "model", "cpu", None, None, "rtn", "exact"):
+        asked = (
+            quant, attention, target, max_context, example_inputs, calibrate, adapter_format, gates
+        )  # fmt: skip
+        if adapters or asked != ("none", "model", "cpu", None, None, "rtn", "exact", None):
             raise UsageError(
                 "an artifact keeps its target, formats, context and adapters: only its plan can change",
                 remedy="compile it from its source",
@@ -110,13 +114,14 @@ def compile(
     opened = open_source(
         source, quant=quant, attention=attention, max_context=max_context,
         example_inputs=example_inputs, calibration=calibrate, adapters=adapters,
-        adapter_format=adapter_format, hardware=hardware,
+        adapter_format=adapter_format, hardware=hardware, gates=gates,
     )  # fmt: skip
     plan = _planned(opened.graphs, hardware, objective, trials, seconds, db, seed, progress)
     extras = Extras(
         quant=str(opened.scheme), attention=opened.attention, objective=objective, config=opened.config,
         tokenizer=opened.tokenizer, records=plan.records,
         calibrated=None if opened.loaded is None else opened.loaded.calibrated,
+        gates=None if opened.loaded is None else opened.loaded.gates,
     )  # fmt: skip
     return build_artifact(opened.graphs, plan.choices, hardware, extras)
 
@@ -171,6 +176,7 @@ def tune(
     example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
     progress: Callable[[Any], None] | None = None,
     on: str | None = None,
+    gates: str | os.PathLike[str] | None = None,
 ) -> TuningResult:
     """Search the best kernels of a model, or of one op, and keep every measurement in the database.
 
@@ -196,6 +202,7 @@ def tune(
         progress: called with each `search.progress.Event`.
         on: where candidates are built and measured: None is this machine, ``"ray"`` a Ray cluster of this
             machine alone, ``"ray:HOST:PORT"`` one that runs and of which this machine is a node.
+        gates: as for `compile`.
 
     Returns:
         What is known afterwards: ``.best`` and ``.pareto`` by workload. Ctrl-C ends the search and
@@ -236,7 +243,7 @@ def tune(
     else:
         opened = open_source(
             source, quant=quant, attention=attention, max_context=max_context,
-            example_inputs=example_inputs, hardware=hardware,
+            example_inputs=example_inputs, hardware=hardware, gates=gates,
         )  # fmt: skip
         workloads = tunable(opened.graphs, hardware, search=True)
         if hardware.kind == "sim":

@@ -67,6 +67,8 @@ SCHEDULES: dict[str, dict[str, str]] = {
     },
     "describe_blocks": {"describe_blocks.x86": "attention.x86_describe:X86Describe"},
     "key_mean": {"key_mean.x86": "attention.x86_key_mean:X86KeyMean"},
+    "gate_queries": {"gate_queries.x86": "attention.x86_gates:X86GateQueries"},
+    "gate_keys": {"gate_keys.x86": "attention.x86_gates:X86GateKeys"},
     "score_blocks": {"score_blocks.x86": "attention.x86_score_blocks:X86ScoreBlocks"},
     "score_keys": {"score_keys.x86": "attention.x86_score_keys:X86ScoreKeys"},
     "score_lowbit": {"score_lowbit.x86": "attention.x86_score_lowbit:X86ScoreLowbit"},

@@ -20,6 +20,8 @@ OPS: dict[str, str] = {
     "score_blocks": "ScoreBlocks",
     "score_lowbit": "ScoreLowbit",
     "describe_blocks": "DescribeBlocks",
+    "gate_queries": "GateQueries",
+    "gate_keys": "GateKeys",
     "kv_append": "KvAppend",
     "key_mean": "KeyMean",
     "moe": "Moe",

@@ -45,6 +45,14 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
 
 
+def turn_back(x: Tensor, table: Tensor) -> Tensor:
+    """Undo `rotate`: ``x [T, H, D]``, ``table [T, 2, R/2]`` (cos, sin)."""
+    half = table.shape[2]
+    cos, sin = table[:, None, 0], table[:, None, 1]
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat([a * cos + b * sin, b * cos - a * sin, rest], dim=-1)
+
+
 def _norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     if weight is None:
         return x

@@ -16,10 +16,10 @@ from mimo_compile.ir.policies.base import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seer(AttentionPolicy):
-    """``budget`` tokens of the blocks with the highest gate, or with ``tau`` every block at or above it.
+    """``budget`` tokens of the blocks with the highest gate; with ``threshold`` every block at or above it.
 
     Gates are a softmax over blocks, so a threshold means less the longer the context is. The running block
-    has no compressed key yet and is always attended to.
+    has no compressed key yet and is always attended to. Blocks and width are those of the gates' training.
     """
 
     name: ClassVar[str] = "seer"
@@ -28,7 +28,7 @@ class Seer(AttentionPolicy):
 
     budget: int = arg(4096, "tokens that are attended to", low=1)
     block: int = arg(64, "tokens of a block", low=1)
-    tau: float = arg(0.0, "threshold on the gate; 0: the budget decides")
+    threshold: float = arg(0.0, "threshold on the gate; 0: the budget decides", high=1)
     gate: int = arg(128, "width of a gate's head", low=1)
     sink: int = arg(0, "first blocks that are always attended to")
     start: int = arg(0, "first layers that see everything")
@@ -39,14 +39,14 @@ class Seer(AttentionPolicy):
     @property
     def score(self) -> Score:
         """The gate's logits (their order is the softmax's), or its softmax for a threshold."""
-        options = (("d", self.gate), ("soft", int(self.tau > 0)))
+        options = (("d", self.gate), ("soft", int(self.threshold > 0)))
         return Score("score_blocks", "gate", "group", options=options)
 
     @property
     def select(self) -> Select:
         """The best blocks, the running one among them."""
-        if self.tau:
-            return Select(rule="threshold", value=self.tau, first=self.sink)
+        if self.threshold:
+            return Select(rule="threshold", value=self.threshold, first=self.sink)
         return Select(k=max(1, self.budget // self.block), first=self.sink)
 
     def role_alone(self, layer: int) -> LayerRole:

@@ -15,6 +15,7 @@ from mimo_compile.cli.options import (
     adapters,
     add_adapters,
     add_calibration,
+    add_gates,
     add_model_options,
     calibration,
     check_output,
@@ -56,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
     add_calibration(parser)
     add_adapters(parser)
+    add_gates(parser)
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument(
         "--trials", type=positive, metavar="N", help="tune first: at most N candidates"
@@ -84,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
             objective=args.objective, trials=args.trials, seconds=args.time, db=args.db,
             threads=args.threads, seed=args.seed, max_context=args.max_context, progress=progress,
             calibrate=calibration(args) or "rtn", adapters=adapters(args),
-            adapter_format=args.adapter_format,
+            adapter_format=args.adapter_format, gates=args.gates,
         )  # fmt: skip
         artifact.save(output)
     taken = time.perf_counter() - begin
@@ -128,6 +130,7 @@ def summary(manifest: Manifest) -> dict[str, Any]:
         "quant": manifest.quant,
         "attention": manifest.attention,
         "calibrated": _plain(manifest.calibrated),
+        "gates": _plain(manifest.gates),
         "objective": manifest.objective,
         "target": {
             "name": manifest.target.name, "features": manifest.target.features,

@@ -143,6 +143,8 @@ def _artifact(args: argparse.Namespace, parts: Parts) -> int:
     console.say(f"target    {manifest.target.name}, {manifest.target.threads} threads")
     console.say(f"requires  {' '.join(manifest.target.features) or 'nothing beyond x86-64'}")
     console.say(f"attention {manifest.attention}")
+    if manifest.gates is not None:
+        console.say(f"gates     {manifest.gates.file}, sha256 {manifest.gates.sha256}")
     console.say(f"objective {manifest.objective}")
     if manifest.decoder is not None and manifest.decoder.adapters:
         console.say(f"adapters  {', '.join(manifest.decoder.adapters)}")

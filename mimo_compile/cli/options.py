@@ -93,8 +93,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--attention",
         default="model",
         metavar="A",
-        help="model (default: as the model says), full, window:size=N, stream, quest:budget=N, lessismore, "
-        "moba, resa, sale (see docs/attention-policies.md)",
+        help="model (default: as the model says), full, window:size=N, stream, quest:budget=N, seer, "
+        "lessismore, moba, resa, sale (see docs/attention-policies.md)",
     )
     parser.add_argument(
         "--objective",
@@ -132,6 +132,16 @@ def calibration(args: argparse.Namespace) -> Any:
         return None
     console: Console = args.console
     return parse_calibration(args.calibrate, seed=args.seed, log=console.log)
+
+
+def add_gates(parser: argparse.ArgumentParser) -> None:
+    """Add the gates that an attention policy chooses by."""
+    parser.add_argument(
+        "--gates",
+        type=Path,
+        metavar="FILE",
+        help="safetensors file of the gates that --attention seer chooses by (default: the model's own)",
+    )
 
 
 def add_adapters(parser: argparse.ArgumentParser) -> None:

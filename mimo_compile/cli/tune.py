@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from mimo_compile.cli.options import (
+    add_gates,
     add_model_options,
     joules,
     need_extra,
@@ -35,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", nargs="?", metavar="SRC", help="checkpoint folder, .pt2, or tiny")
     parser.add_argument("--op", metavar="SPEC", help="one workload instead of a model")
     add_model_options(parser)
+    add_gates(parser)
     parser.add_argument(
         "--trials",
         type=positive,
@@ -78,6 +80,8 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.op is not None and args.quant != "none":
         raise UsageError("--quant goes with SRC; in --op SPEC formats are given by w= and a=")
+    if args.op is not None and args.gates is not None:
+        raise UsageError("--gates goes with SRC, not with --op SPEC")
     if args.trials is None and args.time is None and args.joules is None:
         args.time = _DEFAULT_SECONDS
     from mimo_compile.api import tune
@@ -94,6 +98,7 @@ def run(args: argparse.Namespace) -> int:
             objective=args.objective, trials=args.trials, seconds=args.time, joules=args.joules,
             db=args.db, threads=args.threads, seed=args.seed, max_context=args.max_context,
             strategy=args.strategy, meter=args.meter, progress=progress, on=args.on,
+            gates=args.gates,
         )  # fmt: skip
     path = args.db or default_path()
     show(console, result)

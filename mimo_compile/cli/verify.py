@@ -6,7 +6,13 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mimo_compile.cli.options import add_calibration, calibration, need_extra, positive
+from mimo_compile.cli.options import (
+    add_calibration,
+    add_gates,
+    calibration,
+    need_extra,
+    positive,
+)
 from mimo_compile.errors import UsageError, VerificationError
 
 if TYPE_CHECKING:
@@ -53,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
     add_calibration(parser)
+    add_gates(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -71,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
         args.artifact, source=args.source, threads=args.threads, seed=args.seed, tokens=args.tokens,
         text=text, perplexity_tokens=args.perplexity_tokens if args.perplexity else 0,
         log=lambda line: console.log(line, 1), calibration=calibration(args),
+        gates=args.gates,
     )  # fmt: skip
     _show(console, found)
     console.result({**found.to_json(), "exit_code": 0 if found.ok else VerificationError.exit_code})

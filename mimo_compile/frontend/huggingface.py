@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import warnings
 from collections import Counter
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from mimo_compile.errors import CheckpointWarning, InputError, UsageError
+from mimo_compile.frontend.gates import TENSOR as GATE
+from mimo_compile.frontend.gates import find_gates
 from mimo_compile.frontend.models import get_family
 from mimo_compile.frontend.models.attend import with_attention
 from mimo_compile.frontend.models.build import EMBED, HEAD, Builder, expected_tensors
@@ -26,7 +29,7 @@ from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.policies import AttentionPolicy
 from mimo_compile.quantize import check_scheme
 from mimo_compile.quantize.calibration import Calibration, fingerprint, token_sequences
-from mimo_compile.runtime.program import Calibrated
+from mimo_compile.runtime.program import Calibrated, GateFile
 
 DEFAULT_MAX_CONTEXT = 4096
 """Positions that are provided for unless asked otherwise; a model's own maximum may be less."""
@@ -46,7 +49,7 @@ class LoadReport:
     dtypes: dict[str, int]
     """Stored type -> numbers."""
     unused: tuple[str, ...]
-    """Tensors that are not needed (derived from the configuration, or a tied copy)."""
+    """Tensors that are not read with the model's own: derived from the configuration, a tied copy, gates."""
     notes: tuple[str, ...] = ()
     """What is odd about the values, one sentence each."""
 
@@ -68,6 +71,8 @@ class LoadedModel:
     report: LoadReport
     calibrated: Calibrated | None = None
     """How codes were chosen, unless by rounding to the nearest."""
+    gates: GateFile | None = None
+    """File that gates came from, if they did not come with the model."""
 
 
 def resolve_source(source: str | Path) -> Path:
@@ -105,6 +110,7 @@ def load_checkpoint(
     calibration: Calibration | None = None,
     hardware: Hardware | None = None,
     attention: AttentionPolicy | None = None,
+    gate_file: str | os.PathLike[str] | None = None,
 ) -> LoadedModel:
     """Load a model folder and quantise its matrices.
 
@@ -118,6 +124,7 @@ def load_checkpoint(
         hardware: what the model is for: a scheme that has no kernels there is refused before anything is
             quantised; None: do not look.
         attention: what layers attend to; None: what the checkpoint says.
+        gate_file: gates that `seer` chooses by; None: the checkpoint's own.
 
     Returns:
         The decoder and what generation needs.
@@ -125,7 +132,7 @@ def load_checkpoint(
     Raises:
         InputError: something in the folder is missing, damaged or not supported; names the file.
         UsageError: the scheme has no quantiser or no kernels, does not fit the stored one or the
-            calibration, or ``max_context`` or the attention policy does not fit the model.
+            calibration, or ``max_context``, the attention policy or its gates do not fit the model.
         EnvironmentMismatch: a plug-in that reads weights is broken.
 
     Warns:
@@ -136,8 +143,9 @@ def load_checkpoint(
     fields = Fields(checkpoint.config, checkpoint.config_file)
     family = get_family(fields.get("model_type"), fields.file)
     config = _configure_context(family.configure(fields, checkpoint), max_context)
+    gates = find_gates(attention, checkpoint, gate_file)
     if attention is not None:
-        config = with_attention(config, attention)
+        config = with_attention(config, attention if gates is None else gates.policy)
     generation = checkpoint.generation()
     if "eos_token_id" in generation:
         file = checkpoint.source / "generation_config.json"
@@ -145,13 +153,15 @@ def load_checkpoint(
     expected = expected_tensors(config, family, checkpoint)
     unused = _unused(checkpoint, expected, config)
     checkpoint.require(expected)
+    if gates is not None:
+        gates.check(config)
     quant = _check_stored_formats(checkpoint, expected, quant)
     if hardware is not None and hardware.kind == "cpu":
         require_kernels(config, quant, hardware)
         require_attention(config, scheme_cache_format(quant.kv).name, hardware)
     if checkpoint.entries[EMBED].dtype == "BF16":
         config = replace(config, dtype="bf16")
-    builder, calibrated = Builder(config, family, checkpoint, quant), None
+    builder, calibrated = Builder(config, family, checkpoint, quant, gates=gates), None
     if calibration is not None and calibration.method != "rtn":
         builder, calibrated = _calibrated(builder, calibration, expected)
     decoder = builder.build()
@@ -173,6 +183,7 @@ def load_checkpoint(
             len(expected), sum(dtypes.values()), dict(dtypes), unused, tuple(checkpoint.notes)
         ),
         calibrated,
+        None if gates is None else gates.record,
     )
 
 
@@ -197,7 +208,9 @@ def _calibrated(
     ids = token_sequences(
         calibration, checkpoint.tokenizer_json(), config.vocab, config.hidden, config.max_context
     )
-    builder = CalibratedBuilder(config, plain.family, checkpoint, plain.scheme, calibration, ids)
+    builder = CalibratedBuilder(
+        config, plain.family, checkpoint, plain.scheme, calibration, ids, plain.gates
+    )
     record = Calibrated(
         calibration.method, "" if calibration.text is None else calibration.text.name,
         len(ids), ids.shape[1], calibration.seed, fingerprint(ids),
@@ -256,6 +269,7 @@ def _unused(
         name
         for name in extra
         if not _DERIVED.fullmatch(name)
+        and not GATE.fullmatch(name)
         and not (config.tied and name == HEAD)
         and not checkpoint.ignorable(name)
     ]

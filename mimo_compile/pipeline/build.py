@@ -23,6 +23,7 @@ from mimo_compile.runtime.program import (
     Calibrated,
     Choice,
     Decoder,
+    GateFile,
     Layer,
     Manifest,
     Programs,
@@ -48,6 +49,7 @@ class Extras:
     tokenizer: bytes | None = None
     records: bytes | None = None
     calibrated: Calibrated | None = None
+    gates: GateFile | None = None
 
 
 def lower_model(
@@ -147,6 +149,7 @@ def build_artifact(
         decoder=_decoder(model, emitter.states),
         modelled=any(c.source == "modelled" for c in plan),
         calibrated=extras.calibrated,
+        gates=extras.gates,
     )
     return Artifact(
         manifest,

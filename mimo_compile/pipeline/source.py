@@ -62,6 +62,7 @@ def open_source(
     adapters: Mapping[str, str | os.PathLike[str]] | None = None,
     adapter_format: str = "exact",
     hardware: Hardware | None = None,
+    gates: str | os.PathLike[str] | None = None,
 ) -> Source:
     """Load, quantise, export and lower a model.
 
@@ -75,6 +76,7 @@ def open_source(
         adapters: name -> folder of low-rank adapters in PEFT's format (model folders).
         adapter_format: how they are stored: ``exact``, ``bf16`` or ``fp8``.
         hardware: the target, whose kernels are asked for before anything is quantised; None: do not ask.
+        gates: file of the gates that ``seer`` chooses by; None: the model's own.
 
     Raises:
         UsageError: options that do not fit the source or have no kernels yet.
@@ -89,6 +91,8 @@ def open_source(
     decoder = not isinstance(source, torch.nn.Module) and Path(str(source)).suffix != ".pt2"
     if adapters and not decoder:
         raise UsageError("adapters are for model folders (--adapter)")
+    if gates is not None and not decoder:
+        raise UsageError("gates are for model folders (--gates)")
     if isinstance(source, torch.nn.Module):
         _plain_only(scheme, quant, calibration, attention)
         graphs = module_graphs(
@@ -107,8 +111,9 @@ def open_source(
         program = load_program(Path(source))
         return Source(program_graphs(program, Path(source).stem), scheme)
     return _open_checkpoint(
-        source, scheme, max_context, calibration, adapters or {}, adapter_format, hardware, policy
-    )
+        source, scheme, max_context, calibration, adapters or {}, adapter_format, hardware, policy,
+        gates,
+    )  # fmt: skip
 
 
 def _open_checkpoint(
@@ -120,6 +125,7 @@ def _open_checkpoint(
     adapter_format: str,
     hardware: Hardware | None,
     attention: AttentionPolicy,
+    gates: str | os.PathLike[str] | None,
 ) -> Source:
     from mimo_compile.frontend.huggingface import load_checkpoint, resolve_source
     from mimo_compile.frontend.models.attend import RETRAINED
@@ -130,7 +136,7 @@ def _open_checkpoint(
             remedy="use --calibrate gptq or rtn",
         )
     loaded = load_checkpoint(
-        resolve_source(source), scheme, max_context, calibration, hardware, attention
+        resolve_source(source), scheme, max_context, calibration, hardware, attention, gates
     )
     if attention.name in RETRAINED:
         warnings.warn(

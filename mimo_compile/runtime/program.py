@@ -179,6 +179,14 @@ class Calibrated(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Of the calibration tokens, int32 little-endian."""
 
 
+class GateFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A file that gates of an attention policy came from."""
+
+    file: str
+    """Its name."""
+    sha256: str
+
+
 def decoding_entry(entries: Collection[str]) -> str:
     """Return the name of the entry point that decodes one token, of those that an artifact has."""
     return "decode_1" if "decode_1" in entries else "step_1"
@@ -206,6 +214,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
     """None: weights are stored as they were, or rounded to the nearest."""
     attention: str = "model"
     """Policy that the layers follow, as ``--attention`` spells it."""
+    gates: GateFile | None = None
+    """None: the policy has no gates, or they came with the model."""
 
 
 class Programs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

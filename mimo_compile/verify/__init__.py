@@ -58,6 +58,7 @@ def verify_artifact(
     perplexity_tokens: int = 0,
     calibration: Calibration | None = None,
     log: Callable[[str], None] = lambda text: None,
+    gates: str | os.PathLike[str] | None = None,
 ) -> Verification:
     """Check an artifact in every way that is possible here.
 
@@ -75,9 +76,11 @@ def verify_artifact(
         calibration: How the codes of the eager model are chosen; None: as the artifact's were, which finds
             the calibration text by itself unless that was a file.
         log: Told what goes on.
+        gates: The file of gates that it was compiled with, if there was one.
 
     Raises:
-        UsageError: the artifact's codes were chosen in another way than ``calibration`` says.
+        UsageError: the artifact's codes were chosen in another way than ``calibration`` says, or its gates
+            came from a file that is not given.
         ArtifactError: it is damaged or does not fit this machine.
         InputError: the source cannot be read, or is another model.
     """
@@ -88,6 +91,7 @@ def verify_artifact(
     origin = source if source is not None else builtin_source(parts)
     if origin is not None:  # refused before the work of checking kernels
         repeat_calibration(parts.manifest.calibrated, calibration, log)
+        check_gates(parts.manifest, gates)
     log(f"all bytes of {found.path} match their hashes")
     module = Module(parts, threads=threads)
     for check in check_kernels(parts, module.threads, seed):
@@ -107,7 +111,7 @@ def verify_artifact(
     if origin is None:
         found.notes.append("not compared with eager torch: give the checkpoint folder by --source")
         return found
-    eager = eager_decoder(parts.manifest, origin, calibration, log)
+    eager = eager_decoder(parts.manifest, origin, calibration, log, gates)
     rows, tokens = tokens, compared_tokens(parts.manifest, tokens, found.notes)
     reference_threads(2.0 * tokens * parts.manifest.decoder.hidden * parts.manifest.decoder.vocab)
     ids = np.random.default_rng(seed).integers(0, parts.manifest.decoder.vocab, tokens)
@@ -191,6 +195,7 @@ def eager_decoder(
     source: str | Path,
     calibration: Calibration | None = None,
     log: Callable[[str], None] = lambda text: None,
+    gates: str | os.PathLike[str] | None = None,
 ) -> Decoder:
     """Load the model that an artifact was compiled from, quantised in the same way.
 
@@ -199,10 +204,13 @@ def eager_decoder(
         source: Where the model is.
         calibration: As for `verify_artifact`.
         log: Told what the calibration does.
+        gates: The file of its gates, if there was one.
 
     Raises:
-        UsageError: ``calibration`` is not the artifact's, or is missing for one that used a file.
-        InputError: the source has another shape than the artifact, or the calibration text is another.
+        UsageError: ``calibration`` is not the artifact's, or is missing for one that used a file; likewise
+            ``gates``.
+        InputError: the source has another shape than the artifact, or the calibration text, or the gates,
+            are others.
     """
     from mimo_compile.frontend.huggingface import load_checkpoint, resolve_source
     from mimo_compile.quantize.calibration import repeat_calibration
@@ -212,9 +220,16 @@ def eager_decoder(
     folder = resolve_source(source)
     again = repeat_calibration(manifest.calibrated, calibration, log)
     policy = policy_of(manifest)
+    check_gates(manifest, gates)
     loaded = load_checkpoint(
-        folder, parse_scheme(manifest.quant), decoder.max_context, again, attention=policy
-    )
+        folder, parse_scheme(manifest.quant), decoder.max_context, again, attention=policy,
+        gate_file=gates,
+    )  # fmt: skip
+    if loaded.gates != manifest.gates:
+        raise InputError(
+            "these are not the gates that the artifact was compiled with", file=gates,
+            remedy="Verify with the same file",
+        )  # fmt: skip
     eager, found = loaded.decoder, loaded.calibrated
     record = manifest.calibrated
     if found is not None and record is not None and found.sha256 != record.sha256:
@@ -226,6 +241,24 @@ def eager_decoder(
     if (eager.config.vocab, eager.config.hidden) != (decoder.vocab, decoder.hidden):
         raise InputError("this is not the model that the artifact was compiled from", file=folder)
     return eager
+
+
+def check_gates(manifest: Manifest, gates: str | os.PathLike[str] | None) -> None:
+    """Check that a file of gates is given where the artifact's came from one.
+
+    Raises:
+        UsageError: it is not, or there was none.
+    """
+    record = manifest.gates
+    if record is not None and gates is None:
+        raise UsageError(
+            f"the artifact was compiled with the gates of {record.file}, which are needed again",
+            remedy=f"give --gates path/to/{record.file}",
+        )
+    if record is None and gates is not None:
+        raise UsageError(
+            "the artifact was not compiled with a file of gates", remedy="leave out --gates"
+        )
 
 
 def text_ids(module: Module, text: str | None, count: int, seed: int | None) -> Any:

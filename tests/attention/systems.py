@@ -15,7 +15,7 @@ from mimo_compile.ir.policies import AttentionPolicy, Geometry, parse_policy
 
 SMALL = [
     "quest:budget=8,page=4,least=1", "quest:budget=8,page=4,per=head", "seer:budget=8,block=4,gate=6",
-    "seer:tau=0.15,block=4,gate=6,sink=1", "lessismore:budget=10,sink=2", "resa:p=0.3,block=4,least=2",
+    "seer:threshold=0.15,block=4,gate=6,sink=1", "lessismore:budget=10,sink=2", "resa:p=0.3,block=4,least=2",
     "resa:p=0.3,block=4,least=2,heads=max,local=2",
     "sale:tau=0.3,bq=4,bk=2,sink=2,local=2,bits=8,least=0",
     "hysparse:block=4,budget=8,window=5", "hysparse2:tokens=6,window=3",
@@ -24,11 +24,11 @@ SMALL = [
 ]  # fmt: skip
 """Every system that chooses, small enough for 40 positions."""
 PLENTY = [
-    "quest:budget=64,page=4", "seer:budget=64,block=4,gate=6", "seer:tau=0,block=4,gate=6",
+    "quest:budget=64,page=4", "seer:budget=64,block=4,gate=6", "seer:threshold=0,block=4,gate=6",
     "lessismore:budget=64,sink=2", "resa:p=1,block=4", "sale:tau=0,bq=4,bk=2,sink=2,local=2,least=0",
     "hysparse:block=4,budget=64", "hysparse2:tokens=64,window=3", "dsa:k=64,heads=4,width=5",
     "tailorkv:channels=3,budget=64", "nsa:block=8,n=9,compress=4,stride=2", "moba:block=4,k=16",
-    "seer:tau=1e-30,block=4,gate=6",
+    "seer:threshold=1e-30,block=4,gate=6",
 ]  # fmt: skip
 """The same with nothing to drop."""
 

@@ -19,7 +19,7 @@ from mimo_compile.ir.policies.tailorkv import mass_outside
 
 NOT_DEFAULT = [
     "model", "full", "window:size=512,every=4", "stream:sink=8,recent=100,rolling=0",
-    "quest:budget=512,page=32,least=4,dense=0,per=head", "seer:tau=0.004,block=16,block_pos=last",
+    "quest:budget=512,page=32,least=4,dense=0,per=head", "seer:threshold=0.004,block=16,block_pos=last",
     "lessismore:budget=1024,recent=0.5,sink=2,correct=20", "resa:p=0.2,block=32,f=64,heads=max",
     "sale:tau=0.004,bits=8,bq=32,bk=16,sink=16,local=64", "hysparse:every=4,budget=512,gate=head",
     "hysparse2:tokens=512,bridge=0", "tailorkv:channels=12,budget=960,quantised=2,bits=2",

@@ -44,6 +44,8 @@ WORKLOADS = [
     "key_mean:t=9,kv=2,d=8,cap=70,len=50",
     "key_mean:t=9,kv=2,d=8,cap=70,len=50,c=bf16",
     "describe_blocks:t=5,kv=2,d=8,cap=64,kind=mean,size=8,stride=4,len=50",
+    "gate_queries:t=3,h=6,kv=2,d=16,g=24,rot=8,grot=12,norm=1,w=bf16",
+    "gate_keys:t=20,kv=2,d=16,cap=70,size=8,g=24,rot=16,grot=24,norm=1,last=1,len=50,c=bf16",
     "sparse_attention:t=3,h=4,kv=2,d=32,dv=16,cap=70,hs=2,block=8,kmax=4,sink=1,len=45,c=bf16",
     "score_keys:t=3,h=4,kv=2,d=16,cap=70,kind=oracle,agg=max,block=8,len=45,c=bf16",
     "score_keys:t=2,h=6,kv=2,d=16,cap=40,kind=channels,agg=mean,channels=5,len=33,c=bf16",
@@ -182,6 +184,18 @@ def test_eager_ops_equal_their_references() -> None:
         elif workload.op == "describe_blocks":
             stride = p["stride"] or p["size"]
             mimo.describe_blocks(t["k_cache"], t["pos"], t["desc"], p["kind"], p["size"], stride)
+            got, slack = {"desc": t["desc"]}, 1
+        elif workload.op == "gate_queries":
+            out = mimo.gate_queries(
+                t["q"], t["pos"], t["inv_freq"], t["gate_freq"], t["weight"].view(torch.bfloat16),
+                t["norm"], p["eps"],
+            )  # fmt: skip
+            got, slack = {"out": out}, 1
+        elif workload.op == "gate_keys":
+            mimo.gate_keys(
+                t["k_cache"], t["pos"], t["inv_freq"], t["gate_freq"], t["weight"], t["norm"],
+                t["desc"], p["size"], bool(p["last"]), p["eps"],
+            )  # fmt: skip
             got, slack = {"desc": t["desc"]}, 1
         elif workload.op == "select_blocks":
             idx, cnt = mimo.select_blocks(

@@ -19,7 +19,7 @@ DESCRIBE, SCORE, SELECT = (
     get_schedule(f"{n}.x86") for n in ("describe_blocks", "score_blocks", "select_blocks")
 )
 POLICIES = (
-    "quest", "quest:per=head", "seer", "seer:tau=0.01", "lessismore", "resa", "resa:heads=max", "sale",
+    "quest", "quest:per=head", "seer", "seer:threshold=0.01", "lessismore", "resa", "resa:heads=max", "sale",
     "hysparse", "hysparse2", "tailorkv", "nsa", "moba", "dsa",
 )  # fmt: skip
 

@@ -88,6 +88,8 @@ WORKLOADS = [
     "kv_append:t=3,h=4,kv=2,d=24,dv=20,cap=64,rot=8,c=e4m3",
     "describe_blocks:t=3,kv=2,d=24,cap=90,kind=pool3,size=8",
     "describe_blocks:t=1,kv=2,d=24,cap=90,kind=bounds,size=16,len=80,whole=1,c=bf16,e=bf16",
+    "gate_queries:t=3,h=4,kv=2,d=24,g=40,rot=24,grot=40,norm=1,w=bf16",
+    "gate_keys:t=20,kv=2,d=24,cap=90,size=8,g=40,rot=24,grot=40,c=bf16",
     "score_blocks:t=3,h=4,kv=2,d=24,cap=900,kind=quest,agg=max,block=8,len=600",
     "score_blocks:t=3,h=4,kv=2,d=24,cap=90,kind=gate,block=8,soft=1,e=bf16",
     "score_keys:t=3,h=4,kv=2,d=24,cap=900,kind=oracle,agg=max,block=16,len=600",

@@ -31,7 +31,7 @@ SHAPE = seer.GateShape(block=4, width=16)
 SMALL = [
     "stream:recent=12,sink=2", "stream:recent=12,rolling=0", "window:size=12,every=0",
     "quest:budget=16,page=4,dense=0", "quest:budget=16,page=4,dense=0,per=head",
-    "seer:budget=16,block=4,gate=16", "seer:tau=0.1,block=4,gate=16", "lessismore:budget=16,sink=2",
+    "seer:budget=16,block=4,gate=16", "seer:threshold=0.1,block=4,gate=16", "lessismore:budget=16,sink=2",
     "resa:p=0.2,block=4,least=1,f=8", "resa:p=0.2,block=4,least=1,f=0,heads=max",
     "sale:tau=0.5,bq=8,bk=4,sink=4,local=4,bits=8,least=16", "moba:block=8,k=2",
     "tailorkv:channels=3,budget=16,sink=2,recent=6,quantised=0",
@@ -39,7 +39,7 @@ SMALL = [
 """Every system without weights of its own (and seer), small enough to drop something."""
 PLENTY = [
     "stream:recent=500,sink=2", "window:size=500,every=0", "quest:budget=500,page=4,dense=0",
-    "quest:dense=6", "seer:budget=500,block=4,gate=16", "seer:tau=1e-30,block=4,gate=16",
+    "quest:dense=6", "seer:budget=500,block=4,gate=16", "seer:threshold=1e-30,block=4,gate=16",
     "lessismore:budget=500", "resa:p=1,block=4,f=8", "sale:tau=0,bq=8,bk=4,sink=4,local=4,least=0",
     "moba:block=8,k=100", "tailorkv:channels=3,budget=500,quantised=0", "full",
 ]  # fmt: skip

@@ -24,8 +24,10 @@ from mimo_compile.frontend.models.decoder import (
 from mimo_compile.frontend.models.thresholds import prepared
 from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.ops.describe_blocks import PARTS, entries_of
+from mimo_compile.ir.ops.kv_append import turn_back
 from mimo_compile.ir.policies import AttentionPolicy, Geometry, LayerRole
 from mimo_compile.ir.policies.sale import Sale
+from mimo_compile.ir.policies.seer import Seer
 from mimo_compile.ir.policies.stream import Stream
 from mimo_compile.ir.workload import Workload
 
@@ -36,7 +38,7 @@ Lists = tuple[Tensor, Tensor]
 """``idx`` int32 ``[T, HS, kmax]`` and ``cnt`` int32 ``[T, HS]``, see `ir.ops.block_lists`."""
 DESCRIBED = {"quest": "bounds", "mean": "mean"}
 """Source of scores -> kind of the descriptors that it reads."""
-READY = ("model", "full", "window", "stream", "quest", "lessismore", "moba", "resa", "sale")
+READY = ("model", "full", "window", "stream", "quest", "seer", "lessismore", "moba", "resa", "sale")
 """Policies that layers can follow here; the others are data so far."""
 WHOLE = ("model", "full", "window")
 """Policies without lists, whose attention can be computed in int8."""
@@ -223,13 +225,18 @@ class Selecting(Attending):
         source = self.policy.score
         return DESCRIBED[source.source] if source and source.op == "score_blocks" else ""
 
-    def describing(self, spec: LayerSpec, cap: int, tokens: int, cache: str) -> Workload:
-        """Return the workload that keeps descriptors up to date, for caches of a format."""
+    def describing(
+        self, spec: LayerSpec, cap: int, tokens: int, cache: str
+    ) -> tuple[Workload, ...]:
+        """Return the workloads that make what is scored beside keys, for caches of a format."""
+        if not self.described:
+            return ()
         entries = cache if self.described == "bounds" else "f32"
-        return get_op("describe_blocks").workload(
+        describe = get_op("describe_blocks").workload(
             t=tokens, kv=spec.kv_heads, d=spec.d, cap=cap, kind=self.described,
             size=self.policy.block, whole=1, c=cache, e=entries,
         )  # fmt: skip
+        return (describe,)
 
     def states(self, spec: LayerSpec, cap: int, cache: torch.dtype) -> dict[str, Tensor]:
         """Descriptors of blocks; bounds of 16-bit keys are exact in 16 bits, means are not."""
@@ -244,44 +251,53 @@ class Selecting(Attending):
         self, layer: LayerCore, q: Tensor, pos: Tensor, lists: Lists | None
     ) -> tuple[Tensor, Lists | None]:
         """Keep descriptors up to date always, choose where layers choose."""
-        block = self.policy.block
-        if self.described:
-            # a block is scored once it is complete, and forced before
-            torch.ops.mimo.describe_blocks(
-                layer.k_cache, pos, layer.get_buffer("desc"), self.described, block, block, True
-            )
+        self.describe(layer, pos)
         if not layer.chooses or (self.role.dense and not self.lends):
             return dense(layer, q, pos), None
         lists = self.choose(layer, q, pos)
         if self.role.dense:
             out = dense(layer, q, pos)
         else:
-            out = listed(layer, q, pos, lists, block, self.policy.kept_window)[0]
+            out = listed(layer, q, pos, lists, self.policy.block, self.policy.kept_window)[0]
         return out, lists if self.lends else None
+
+    def describe(self, layer: LayerCore, pos: Tensor) -> None:
+        """Keep descriptors up to date: a block is scored once it is complete, and forced before."""
+        block = self.policy.block
+        if self.described:
+            torch.ops.mimo.describe_blocks(
+                layer.k_cache, pos, layer.get_buffer("desc"), self.described, block, block, True
+            )
 
     def choose(self, layer: LayerCore, q: Tensor, pos: Tensor) -> Lists:
         """Score blocks and make lists."""
+        return self.lists(layer, self.score(layer, q, pos), pos)
+
+    def score(self, layer: LayerCore, q: Tensor, pos: Tensor) -> Tensor:
+        """Score blocks: ``q [T, H, D]`` -> ``[T, HS, blocks]``."""
         p, s, cap = self.policy, layer.spec, layer.k_cache.shape[0]
         source = p.score
         assert source is not None
+        out: Tensor
         if source.op == "score_keys":
-            score = torch.ops.mimo.score_keys(
+            out = torch.ops.mimo.score_keys(
                 q, layer.k_cache, pos, None, None, source.source, source.agg, p.block, 0, s.d**-0.5
             )
         else:
-            score = torch.ops.mimo.score_blocks(
+            out = torch.ops.mimo.score_blocks(
                 q, layer.get_buffer("desc"), None, pos, source.source, source.agg, False, p.block,
                 1, -(-cap // p.block), p.block, p.block, s.d**-0.5,
             )  # fmt: skip
-        return self.lists(layer, score, pos)
+        return out
 
     def lists(self, layer: LayerCore, score: Tensor, pos: Tensor) -> Lists:
         """Make lists of scores ``[R, HS, NB]``."""
         p, rule = self.policy, self.policy.select
         assert rule is not None
+        level = layer.get_buffer("level") if rule.rule == "threshold" else None
         length = list_length(p, layer.spec, layer.k_cache.shape[0])
         out: Lists = torch.ops.mimo.select_blocks(
-            score, pos, None, rule.rule, rule.k, rule.share, p.block, 1, rule.first, rule.last,
+            score, pos, level, rule.rule, rule.k, rule.share, p.block, 1, rule.first, rule.last,
             rule.merge, length,
         )  # fmt: skip
         return out
@@ -368,14 +384,6 @@ class Streaming(Attending):
         return merge(both, sinks), None
 
 
-def turn_back(x: Tensor, table: Tensor) -> Tensor:
-    """Undo a rotation: ``x [T, H, D]``, ``table [T, 2, R/2]`` (cos, sin)."""
-    half = table.shape[2]
-    cos, sin = table[:, None, 0], table[:, None, 1]
-    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return torch.cat([a * cos + b * sin, b * cos - a * sin, rest], dim=-1)
-
-
 def merge(one: Lists, other: Lists) -> Tensor:
     """Join two attentions over different keys, each ``[T, H, DV]`` with its lse ``[T, H]``."""
     # rows that saw nothing have -inf, which must not meet another one
@@ -393,6 +401,7 @@ def attending(config: DecoderConfig, name: str) -> tuple[Attending, str, str]:
     role, policy = config.roles[at], config.attention
     from mimo_compile.frontend.models.branches import Branches, Oracle
     from mimo_compile.frontend.models.estimate import Estimating
+    from mimo_compile.frontend.models.gated import Gated
 
     if role.kind == "reuse" and policy.branch_window:
         lender, source = config.layers[role.cache_of], f"layers.{role.list_of}"
@@ -400,6 +409,8 @@ def attending(config: DecoderConfig, name: str) -> tuple[Attending, str, str]:
         return Branches(policy, lender, role.cache_of, cap), source, ""
     if role.kind == "reuse":
         return Following(policy), f"layers.{role.list_of}", ""
+    if role.kind == "select" and isinstance(policy, Seer):
+        return Gated(policy, role, False), "", ""
     if role.kind == "select" and isinstance(policy, Sale):
         return Estimating(policy, role, False), "", ""
     if role.kind == "select":

@@ -7,8 +7,8 @@ keeps at least four bits. What is not: embedding, router, norms, biases, sinks a
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from mimo_compile.frontend.models.branches import Branches, BranchLayer
 from mimo_compile.frontend.models.decoder import LISTS, Decoder, DecoderConfig, LayerSpec, Stage
 from mimo_compile.frontend.models.drafts import MtpLayer
 from mimo_compile.frontend.models.family import Family, Names
+from mimo_compile.frontend.models.gated import Gated
 from mimo_compile.frontend.models.stages import (
     Attention,
     Embed,
@@ -39,6 +40,9 @@ from mimo_compile.frontend.weights.checkpoint import Checkpoint
 from mimo_compile.ir.caches import scheme_cache_format
 from mimo_compile.ir.formats import QuantScheme, QuantTensor, WeightFormat
 from mimo_compile.quantize import head_format, quantize
+
+if TYPE_CHECKING:
+    from mimo_compile.frontend.gates import Gates
 
 EMBED, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 """Names that all families share."""
@@ -112,6 +116,8 @@ class Builder:
     """Structural key of a layer -> the short kind it got."""
     ropes: dict[object, str] = field(default_factory=dict)
     """`LayerSpec.rope_key` -> the stage that makes these angles."""
+    gates: Gates | None = None
+    """Of layers that choose by gates."""
 
     def build(self) -> Decoder:
         """Read and quantise everything."""
@@ -227,6 +233,9 @@ class Builder:
         )
         attention = Attention(spec, qkv, self._linear([names["o"]]), small, gates)
         attend, follows, lends = attending(self.config, name)
+        if isinstance(attend, Gated):
+            assert self.gates is not None
+            attend = replace(attend, weights=self.gates.of(name, spec))
         module = make(
             spec,
             attention,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,9 @@ from mimo_compile.quantize import quantize
 from mimo_compile.quantize.calibration import Calibration, describe
 from mimo_compile.quantize.gptq import Gain, gptq
 from mimo_compile.quantize.moments import Moments
+
+if TYPE_CHECKING:
+    from mimo_compile.frontend.gates import Gates
 
 _SMALL = 1024
 """Hidden sizes below this are run by one thread: waking others takes longer than the work."""
@@ -131,6 +135,7 @@ class CalibratedBuilder(Builder):
         scheme: QuantScheme,
         calibration: Calibration,
         ids: Tensor,
+        gates: Gates | None = None,
     ) -> None:
         """Prepare a build.
 
@@ -141,6 +146,7 @@ class CalibratedBuilder(Builder):
             scheme: a quantised weight format.
             calibration: method ``gptq`` or ``awq``.
             ids: ``[S, L]`` tokens of the calibration text, L at most the model's context.
+            gates: Of layers that choose by gates, which stay as they are.
 
         Raises:
             UsageError: the method does not fit the format.
@@ -156,8 +162,8 @@ class CalibratedBuilder(Builder):
                 f"--calibrate {calibration.method} has no {fmt}", remedy="Use --calibrate rtn"
             )
         self._folded = Folded(checkpoint)
-        super().__init__(config, family, self._folded, scheme)
-        self._plain = Builder(config, family, self._folded, QuantScheme(None))
+        super().__init__(config, family, self._folded, scheme, gates=gates)
+        self._plain = Builder(config, family, self._folded, QuantScheme(None), gates=gates)
         self.calibration, self._ids = calibration, ids
         self._x: list[Tensor] = []
         self._delta: list[Tensor] = []

@@ -92,8 +92,8 @@ def _steps(config: DecoderConfig, caches: str) -> Iterator[Workload]:
         held = _held(spec, caches)
         cap, sink = spec.capacity(config.max_context), int(spec.sink or branches)
         for phase, t in (("decode", 1), ("prefill", min(16, config.max_context))):
-            if isinstance(attend, Selecting) and attend.described:
-                yield attend.describing(spec, cap, t, held)
+            if isinstance(attend, Selecting):
+                yield from attend.describing(spec, cap, t, held)
             if isinstance(attend, Int8):
                 yield get_op("cached_attention").workload(
                     t=t, h=spec.heads, kv=spec.kv_heads, d=spec.d, dv=spec.dv, cap=cap, c=held,
