@@ -64,6 +64,12 @@ def _cache_format(*caches: Any) -> str:
     return found[0]
 
 
+def _sequences(cache: Any) -> int:
+    """Return how many sequences a batch's caches ``[B, cap, KV, D]`` belong to; without that extent one."""
+    shape = _shape(cache)
+    return shape[0] if len(shape) == 4 else 1
+
+
 def _named(more: list[Any]) -> str:
     """Return the format of caches that an op's last argument names; empty: their type says it."""
     return str(more[0]) if more else ""
@@ -230,25 +236,28 @@ class _Converters:
         qkv, table, pos, q_norm, k_norm, k_cache, v_cache, heads, eps, v_scale, *more = (
             imp.retrieve_args(node)
         )
-        t, (cap, kv, d), dv = _shape(qkv)[0], _shape(k_cache), _shape(v_cache)[2]
+        rows, (cap, kv, d), dv = _shape(qkv)[0], _shape(k_cache)[-3:], _shape(v_cache)[-1]
+        t = rows // (b := _sequences(k_cache))
         self.lists.appended[k_cache] = t
         norm = {"norm": 1, "eps": float(eps)} if q_norm is not None else {}
         return self.call(
             imp, "kv_append", [qkv, table, pos, q_norm, k_norm, k_cache, v_cache],
-            [([t, heads, d], "float32")], t=t, h=heads, kv=kv, d=d, dv=dv, cap=cap,
+            [([rows, heads, d], "float32")], t=t, h=heads, kv=kv, d=d, dv=dv, cap=cap,
             rot=2 * _shape(table)[2], vscale=float(v_scale), lay=self.lay,
-            c=_named(more[1:]) or _cache_format(k_cache, v_cache), first=more[0] if more else 0, **norm,
+            c=_named(more[1:]) or _cache_format(k_cache, v_cache), first=more[0] if more else 0, b=b,
+            **norm,
         )  # fmt: skip
 
     def cached_attention(self, node: Any, imp: Any) -> Any:
         q, k_cache, v_cache, pos, sink, scale, window, *more = imp.retrieve_args(node)
-        (t, h, d), (cap, kv, _), dv = _shape(q), _shape(k_cache), _shape(v_cache)[2]
+        (rows, h, d), (cap, kv, _), dv = _shape(q), _shape(k_cache)[-3:], _shape(v_cache)[-1]
+        t = rows // (b := _sequences(k_cache))
         same = abs(float(scale) * d**0.5 - 1) < 1e-6
         return self.call(
-            imp, "cached_attention", [q, pos, sink, k_cache, v_cache], [([t, h, dv], "float32")],
+            imp, "cached_attention", [q, pos, sink, k_cache, v_cache], [([rows, h, dv], "float32")],
             t=t, h=h, kv=kv, d=d, dv=dv, cap=cap, window=window, sink=int(sink is not None),
             scale=0.0 if same else float(scale), len=0 if window else min(cap, max(t, MEASURED_KV)),
-            c=_named(more) or _cache_format(k_cache, v_cache), lay=self.lay,
+            c=_named(more) or _cache_format(k_cache, v_cache), lay=self.lay, b=b,
         )  # fmt: skip
 
     def kv_append_groups(self, node: Any, imp: Any) -> Any:
@@ -292,10 +301,9 @@ class _Converters:
 
     def rope_table(self, node: Any, imp: Any) -> Any:
         pos, inv_freq, t = imp.retrieve_args(node)
-        half = _shape(inv_freq)[0]
-        return self.call(
-            imp, "rope_table", [pos, inv_freq], [([t, 2, half], "float32")], t=t, rot=2 * half
-        )
+        half, b = _shape(inv_freq)[0], _shape(pos)[0] if len(_shape(pos)) == 2 else 1
+        out = [([b * t, 2, half], "float32")]
+        return self.call(imp, "rope_table", [pos, inv_freq], out, t=t, rot=2 * half, b=b)
 
     def swiglu(self, node: Any, imp: Any) -> Any:
         (x,) = imp.retrieve_args(node)

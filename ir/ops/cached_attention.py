@@ -12,6 +12,8 @@ Caches are float32, or (``c=bf16``) bfloat16, or (``c=e4m3``) 8-bit floats with 
 few bits with a float32 tail: see `ir.kv_groups`. In torch these have an op of their own,
 ``grouped_attention``, since a schema fixes the tensors that an op takes; both are workloads of
 `CachedAttention`.
+
+With ``b`` sequences each has T tokens, a cache and a ``pos`` of its own: see `batches`.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from mimo_compile.errors import UsageError
 from mimo_compile.ir import kv_groups, kv_rounding
 from mimo_compile.ir.caches import SCALED, check_cache_format, check_cache_order, single_format
 from mimo_compile.ir.counts import Counts
-from mimo_compile.ir.ops import edge_keys, int8_attention
+from mimo_compile.ir.ops import batches, edge_keys, int8_attention
 from mimo_compile.ir.ops.base import Arg, Array, OpDef, Param
 from mimo_compile.ir.ops.numerics import U32
 from mimo_compile.ir.workload import Workload
@@ -123,9 +125,13 @@ def cached_attention(
 ) -> Tensor:
     """Attend: ``q [T, H, D]``, caches ``[cap, KV, D/DV]``, ``pos`` int32 [2] -> ``[T, H, DV]``.
 
+    Of B sequences: ``q [B * T, H, D]``, caches ``[B, cap, KV, D/DV]``, ``pos [B, 2]`` -> ``[B * T, H, DV]``.
     ``c`` names the caches' format where their type does not, as for `kv_append`.
     """
-    return attend(q, k_cache, v_cache, pos, sink, scale, window)
+    if k_cache.dim() == 3:
+        return attend(q, k_cache, v_cache, pos, sink, scale, window)
+    each = zip(q.chunk(len(pos)), k_cache, v_cache, pos, strict=True)
+    return torch.cat([attend(*one, sink, scale, window) for one in each])
 
 
 @cached_attention.register_fake
@@ -133,7 +139,7 @@ def _(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, pos: Tensor, sink: Any, scale: float, window: int,
     c: str = "",
 ) -> Tensor:  # fmt: skip
-    return q.new_empty((q.shape[0], q.shape[1], v_cache.shape[2]))
+    return q.new_empty((q.shape[0], q.shape[1], v_cache.shape[-1]))
 
 
 @torch.library.custom_op("mimo::grouped_attention", mutates_args=())
@@ -161,7 +167,8 @@ def _(
 class CachedAttention(OpDef):
     """``cached_attention:t=1,h=32,kv=8,d=128,dv=128,cap=4096,len=1024``.
 
-    ``len`` is the KV length at which kernels are measured.
+    ``len`` is the KV length at which kernels are measured. Those of the ``b`` sequences of a batch go from it
+    down to its half, so that each must go by its own; with ``even=1`` all are equal.
     """
 
     name = "cached_attention"
@@ -180,6 +187,8 @@ class CachedAttention(OpDef):
         Param("tail", int, 0),
         Param("arith", str, "float"),
         Param("lay", str, ""),
+        Param("b", int, 1, low=1),
+        Param("even", int, 0),
     )
 
     def check(self, p: Mapping[str, Any]) -> None:
@@ -187,6 +196,7 @@ class CachedAttention(OpDef):
         check_cache_format(p["c"])
         check_cache_order(self.name, p)
         int8_attention.check_arith(p)
+        batches.check_batch(self.name, p)
         if p["h"] % p["kv"]:
             raise UsageError(f"cached_attention: h={p['h']} is not a multiple of kv={p['kv']}")
         if p["window"] and p["cap"] < p["window"] + p["t"] - 1:
@@ -200,6 +210,12 @@ class CachedAttention(OpDef):
     def kv_length(self, p: Mapping[str, Any]) -> int:
         """Return the KV length (including the new tokens) that inputs are made for."""
         return int(p["len"] or (p["cap"] if not p["window"] else p["cap"] + p["window"] // 2))
+
+    def lengths(self, p: Mapping[str, Any]) -> list[int]:
+        """Return the KV length of each sequence that inputs are made for, the longest first."""
+        longest, b = self.kv_length(p), p["b"]
+        fewer = (0 if p["even"] else i * longest // (2 * b) + i for i in range(b))
+        return [max(p["t"], longest - n) for n in fewer]
 
     def softmax_scale(self, p: Mapping[str, Any]) -> float:
         """Return the factor on q.k: the given one or ``1/sqrt(d)``."""
@@ -222,7 +238,8 @@ class CachedAttention(OpDef):
                 Arg("k_cache", "state", (p["cap"], p["kv"], p["d"]), stored),
                 Arg("v_cache", "state", (p["cap"], p["kv"], p["dv"]), stored),
             )
-        return (*out, *states, Arg("out", "output", (p["t"], p["h"], p["dv"]), "float32"))
+        out += [*states, Arg("out", "output", (p["t"], p["h"], p["dv"]), "float32")]
+        return batches.batched(out, p["b"], p["t"])
 
     def make_inputs(self, workload: Workload, rng: np.random.Generator) -> dict[str, Array]:
         """Draw normal q, k, v; what no query sees holds NaN, which must not reach the output.
@@ -230,6 +247,9 @@ class CachedAttention(OpDef):
         Values at the ends of what queries see are heavy where kernels may round; see `edge_keys`.
         """
         p = self.full(workload)
+        if p["b"] > 1:
+            each = [batches.alone(workload, len=n) for n in self.lengths(p)]
+            return batches.join(self, workload, [self.make_inputs(one, rng) for one in each])
         length = self.kv_length(p)
         if fmt := kv_groups.grouped(p):
             out = {
@@ -288,6 +308,7 @@ class CachedAttention(OpDef):
         )
         return attend(q, k, v, pos, sink, scale, p["window"], disturb)
 
+    @batches.one_by_one
     def reference(self, workload: Workload, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Compute in float64."""
         p = self.full(workload)
@@ -295,6 +316,7 @@ class CachedAttention(OpDef):
             return {"out": int8_attention.attended(p, self.softmax_scale(p), inputs).out.numpy()}
         return {"out": self._attend(workload, inputs, torch.float64).numpy()}
 
+    @batches.one_by_one
     def bound(
         self, workload: Workload, inputs: Mapping[str, Array], expected: Mapping[str, Array]
     ) -> dict[str, Array]:
@@ -355,6 +377,9 @@ class CachedAttention(OpDef):
     def counts(self, workload: Workload) -> Counts:
         """Visible keys and values once for each KV head; two multiply-adds per element and query head."""
         p = self.full(workload)
+        if p["b"] > 1:
+            each = (self.counts(batches.alone(workload, len=n)) for n in self.lengths(p))
+            return sum(each, Counts())
         length = self.kv_length(p)
         per_query = min(length, p["window"] or length)
         read = min(length, (p["window"] + p["t"] - 1) if p["window"] else length)

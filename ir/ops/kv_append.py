@@ -32,6 +32,7 @@ from mimo_compile.ir.caches import (
     slot_of,
 )
 from mimo_compile.ir.counts import Counts
+from mimo_compile.ir.ops import batches
 from mimo_compile.ir.ops.base import Arg, Array, OpDef, Param
 from mimo_compile.ir.ops.numerics import U32
 from mimo_compile.ir.workload import Workload
@@ -81,17 +82,26 @@ def kv_append(
 ) -> Tensor:  # fmt: skip
     """Append: ``qkv [T, H*D + KV*D + KV*DV]``, caches ``[cap, KV, D/DV]`` -> q ``[T, H, D]``.
 
-    ``c`` names the caches' format where their type does not: a scaled one, whose numbers are float32 here.
+    Of B sequences: ``qkv [B * T, ...]``, ``table [B * T, 2, R/2]``, ``pos [B, 2]``, caches
+    ``[B, cap, KV, D/DV]`` -> q ``[B * T, H, D]``. ``c`` names the caches' format where their type does not: a
+    scaled one, whose numbers are float32 here.
     """
-    cap, kv_heads, d = k_cache.shape
-    q, k, v, slots = prepare(
-        qkv, table, pos, q_norm, k_norm, heads, kv_heads, d, v_cache.shape[2], eps, v_scale, cap, first
-    )  # fmt: skip
-    if c in SCALED:
-        k, v = float8.rounded(k), float8.rounded(v)
-    k_cache[slots] = k.to(k_cache.dtype)
-    v_cache[slots] = v.to(v_cache.dtype)
-    return q.clone()
+    cap, kv_heads, d = k_cache.shape[-3:]
+    several = k_cache.dim() == 4
+    caches = zip(k_cache, v_cache, strict=True) if several else [(k_cache, v_cache)]
+    places = pos if several else pos[None]
+    rows = zip(qkv.chunk(len(places)), table.chunk(len(places)), places, strict=True)
+    made = []
+    for (mine, angles, at), (keys, values) in zip(rows, caches, strict=True):
+        q, k, v, slots = prepare(
+            mine, angles, at, q_norm, k_norm, heads, kv_heads, d, values.shape[2], eps, v_scale, cap, first
+        )  # fmt: skip
+        if c in SCALED:
+            k, v = float8.rounded(k), float8.rounded(v)
+        keys[slots] = k.to(keys.dtype)
+        values[slots] = v.to(values.dtype)
+        made.append(q)
+    return torch.cat(made)
 
 
 @kv_append.register_fake
@@ -99,7 +109,7 @@ def _(
     qkv: Tensor, table: Tensor, pos: Tensor, q_norm: Any, k_norm: Any, k_cache: Tensor, v_cache: Tensor,
     heads: int, eps: float, v_scale: float, first: int = 0, c: str = "",
 ) -> Tensor:  # fmt: skip
-    return qkv.new_empty((qkv.shape[0], heads, k_cache.shape[2]))
+    return qkv.new_empty((qkv.shape[0], heads, k_cache.shape[-1]))
 
 
 @torch.library.custom_op("mimo::kv_append_groups", mutates_args=kv_groups.STATES)
@@ -132,7 +142,10 @@ def _(
 
 
 class KvAppend(OpDef):
-    """``kv_append:t=1,h=32,kv=8,d=128,dv=128,cap=4096,rot=128``; ``norm=1`` for QK-norm."""
+    """``kv_append:t=1,h=32,kv=8,d=128,dv=128,cap=4096,rot=128``; ``norm=1`` for QK-norm.
+
+    ``b`` sequences have T tokens and a cache each: see `batches`.
+    """
 
     name = "kv_append"
     params = (
@@ -150,6 +163,7 @@ class KvAppend(OpDef):
         Param("tail", int, 0),
         Param("lay", str, ""),
         Param("first", int, 0),
+        Param("b", int, 1, low=1),
     )
 
     def check(self, p: Mapping[str, Any]) -> None:
@@ -160,6 +174,7 @@ class KvAppend(OpDef):
         if p["rot"] % 2 or p["rot"] > p["d"] or p["t"] > p["cap"] - p["first"]:
             raise UsageError("kv_append: rot must be even and at most d, and t at most cap - first")
         kv_groups.check_groups(self.name, p)
+        batches.check_batch(self.name, p)
 
     def args(self, workload: Workload) -> tuple[Arg, ...]:
         """Return qkv, table, pos, norms, the caches' arrays (all written), q."""
@@ -180,14 +195,22 @@ class KvAppend(OpDef):
                 Arg("k_cache", "state", (p["cap"], p["kv"], p["d"]), stored, mutated=True),
                 Arg("v_cache", "state", (p["cap"], p["kv"], p["dv"]), stored, mutated=True),
             )
-        return (*out, *states, Arg("q", "output", (p["t"], p["h"], p["d"]), "float32"))
+        out += [*states, Arg("q", "output", (p["t"], p["h"], p["d"]), "float32")]
+        return batches.batched(out, p["b"], p["t"])
 
     def make_inputs(self, workload: Workload, rng: np.random.Generator) -> dict[str, Array]:
         """Draw rows, angles and a start that makes the call wrap around the end of the cache.
 
-        A cache in groups never wraps; there one is to fill up, if the call is long enough for it.
+        A cache in groups never wraps; there one is to fill up, if the call is long enough for it. Sequences
+        of a batch stand at different positions, and every third has no token that counts.
         """
         p = self.full(workload)
+        if p["b"] > 1:
+            each = [self.make_inputs(batches.alone(workload), rng) for _ in range(p["b"])]
+            for i, one in enumerate(each):
+                start, valid = (int(n) for n in one["pos"])
+                one["pos"] = np.array([max(start - i, 0), valid * (i % 3 != 2)], np.int32)
+            return batches.join(self, workload, each)
         fmt = kv_groups.grouped(p)
         out: dict[str, Array] = {
             a.name: rng.standard_normal(a.shape, dtype=np.float32)
@@ -214,6 +237,7 @@ class KvAppend(OpDef):
             out[name] = single_format(p["c"]).encode(out[name])
         return out
 
+    @batches.one_by_one
     def reference(self, workload: Workload, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Compute in float64, unrounded but for codes and scales; unwritten slots keep their values."""
         p = self.full(workload)
@@ -234,6 +258,7 @@ class KvAppend(OpDef):
         k_cache[slots], v_cache[slots] = k, v
         return {"k_cache": k_cache.numpy(), "v_cache": v_cache.numpy(), "q": q.numpy()}
 
+    @batches.one_by_one
     def bound(
         self, workload: Workload, inputs: Mapping[str, Array], expected: Mapping[str, Array]
     ) -> dict[str, Array]:
@@ -272,7 +297,8 @@ class KvAppend(OpDef):
             saved = -codes * p["kv"]
         else:
             saved = (4.0 - single_format(p["c"]).bytes) * p["kv"] * (p["d"] + p["dv"])
+        tokens = p["b"] * p["t"]
         return Counts(
-            {"fma_f32": 2.0 * p["t"] * (p["h"] + p["kv"]) * p["rot"]},
-            {"dram": p["t"] * (8.0 * width - saved)},
+            {"fma_f32": 2.0 * tokens * (p["h"] + p["kv"]) * p["rot"]},
+            {"dram": tokens * (8.0 * width - saved)},
         )

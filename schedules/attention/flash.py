@@ -43,6 +43,8 @@ class Tile:
         """``head`` is that of the caches; ``lead`` the group of query heads, where those differ."""
         self.s, self.k, self.v, self.head = s, k, v, head
         self.lead = head if lead is None else lead
+        self.before: Any = None
+        """Rows of queries of the sequences before this one; None: there are none."""
         self.watch: Callable[[Reach, Any, Any], None] | None = None
         """Emits what is to be done with the masked scores of a step, given the tile's first token."""
         width = s.blocks * LANES
@@ -60,7 +62,8 @@ class Tile:
         """Load the queries from token ``first`` on, scaled for base 2, and clear the sums."""
         s, d = self.s, self.s.p["d"]
         with loop(s.tokens) as token:
-            source = bind(T.min(first + token, T.int32(s.p["t"] - 1)))
+            source = T.min(first + token, T.int32(s.p["t"] - 1))
+            source = bind(source if self.before is None else self.before + source)
             with loop(s.group) as g:
                 row, head = token * s.group + g, self.lead * s.group + g
                 with loop(d // LANES) as j:

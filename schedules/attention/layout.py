@@ -12,6 +12,8 @@ pairs along slots. In memory the last two extents are one.
 
 With ``lay=rows`` the numbers of each key, and of each value, lie together: see `rows_layout`.
 
+Those of the sequences of a batch follow one another: ``[B * KV, ...]``.
+
 Caches in groups of few bits have the layout of `group_layout`.
 """
 
@@ -59,20 +61,20 @@ def round_up(n: int) -> int:
 
 
 def cache_shapes(p: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return the packed shapes for an op's parameters ``cap``, ``kv``, ``d``, ``c``, and ``dv`` if any."""
+    """Return the packed shapes for an op's ``cap``, ``kv``, ``d``, ``c``, and ``dv`` and ``b`` if any."""
     if by_rows(p):
         return rows_layout.row_shapes(p)
     if p["c"] in SCALED:
         return float8_layout.float8_shapes(p)
-    slots, dv = round_up(p["cap"]), p.get("dv", 0)
+    slots, dv, heads = round_up(p["cap"]), p.get("dv", 0), p["kv"] * p.get("b", 1)
     if single_format(p["c"]).bits == 16:
         return {
-            "k_cache": (p["kv"], slots // LANES, -(-p["d"] // 2), 2 * LANES),
-            "v_cache": (p["kv"], slots // 2, 2 * round_up(dv)),
+            "k_cache": (heads, slots // LANES, -(-p["d"] // 2), 2 * LANES),
+            "v_cache": (heads, slots // 2, 2 * round_up(dv)),
         }
     return {
-        "k_cache": (p["kv"], slots // LANES, p["d"], LANES),
-        "v_cache": (p["kv"], slots, round_up(dv)),
+        "k_cache": (heads, slots // LANES, p["d"], LANES),
+        "v_cache": (heads, slots, round_up(dv)),
     }
 
 
@@ -106,9 +108,11 @@ def pack_caches(workload: Workload, arrays: Mapping[str, Array]) -> dict[str, Ar
         if p["c"] in SCALED:
             out[name] = float8_layout.pack_float8(p, name, array)
             continue
-        cap, heads, width = array.shape
+        *_, cap, _, width = array.shape
+        each = array.reshape(-1, *array.shape[-3:]).swapaxes(0, 1).reshape(cap, -1, width)
+        heads = each.shape[1]  # of all sequences of a batch
         wide = -(-width // pair) * pair if name == "k_cache" else round_up(width)
-        padded = np.pad(array, ((0, round_up(cap) - cap), (0, 0), (0, wide - width)))
+        padded = np.pad(each, ((0, round_up(cap) - cap), (0, 0), (0, wide - width)))
         if name == "k_cache":
             lanes = padded.reshape(-1, LANES, heads, wide // pair, pair).transpose(2, 0, 3, 1, 4)
         else:
@@ -118,10 +122,12 @@ def pack_caches(workload: Workload, arrays: Mapping[str, Array]) -> dict[str, Ar
 
 
 def unpack_caches(workload: Workload, arrays: Mapping[str, Array]) -> dict[str, Array]:
-    """Inverse of `pack_caches`: canonical ``[cap, KV, D]`` and ``[cap, KV, DV]``."""
+    """Inverse of `pack_caches`: canonical ``[cap, KV, D]`` and ``[cap, KV, DV]``, of a batch ``[B, ...]``."""
     p = get_op(workload.op).full(workload)
     if fmt := grouped(p):
         return unpack_groups(p, fmt, arrays)
+    b = p.get("b", 1)
+    heads = b * p["kv"]
     pair = 2 if single_format(p["c"]).bits == 16 else 1
     out = {}
     for name, array in arrays.items():
@@ -130,13 +136,21 @@ def unpack_caches(workload: Workload, arrays: Mapping[str, Array]) -> dict[str, 
         elif name in ("k_cache", "v_cache") and p["c"] in SCALED:
             out[name] = float8_layout.unpack_float8(p, name, array)
         elif name == "k_cache":
-            lanes = array.reshape(p["kv"], -1, -(-p["d"] // pair), LANES, pair)
-            slots = lanes.transpose(1, 3, 0, 2, 4).reshape(round_up(p["cap"]), p["kv"], -1)
-            out[name] = np.ascontiguousarray(slots[: p["cap"], :, : p["d"]])
+            lanes = array.reshape(heads, -1, -(-p["d"] // pair), LANES, pair)
+            slots = lanes.transpose(1, 3, 0, 2, 4).reshape(round_up(p["cap"]), heads, -1)
+            out[name] = _by_sequence(slots[: p["cap"], :, : p["d"]], b)
         elif name == "v_cache":
-            lanes = array.reshape(p["kv"], -1, round_up(p["dv"]), pair).transpose(1, 3, 0, 2)
-            slots = lanes.reshape(round_up(p["cap"]), p["kv"], -1)
-            out[name] = np.ascontiguousarray(slots[: p["cap"], :, : p["dv"]])
+            lanes = array.reshape(heads, -1, round_up(p["dv"]), pair).transpose(1, 3, 0, 2)
+            slots = lanes.reshape(round_up(p["cap"]), heads, -1)
+            out[name] = _by_sequence(slots[: p["cap"], :, : p["dv"]], b)
         else:
             out[name] = array
     return out
+
+
+def _by_sequence(slots: Array, b: int) -> Array:
+    """Return ``[cap, KV, D]`` as it is, or of a batch ``[cap, B * KV, D]`` as ``[B, cap, KV, D]``."""
+    if b > 1:
+        cap, _, width = slots.shape
+        slots = slots.reshape(cap, b, -1, width).swapaxes(0, 1)
+    return np.ascontiguousarray(slots)

@@ -12,6 +12,22 @@ from mimo_compile.schedules.emit.build import Register, T, bind, load, loop, sto
 from mimo_compile.schedules.emit.vector import LANES, LOG2E, exp2, log2, splat
 
 
+class Turn:
+    """Whose turn it is: a sequence of a batch, or the only one."""
+
+    def __init__(self, s: Tiling, pos: Any, sequence: Any | None) -> None:
+        self.sequence = sequence
+        """None: there is one."""
+        self.pos = pos if sequence is None else (pos[sequence, 0], pos[sequence, 1])
+        """Start and valid."""
+        self.before = None if sequence is None else bind(sequence * s.p["t"])
+        """Rows of the sequences before it."""
+
+    def row(self, token: Any) -> Any:
+        """Return the row of a token in queries and results."""
+        return token if self.before is None else self.before + token
+
+
 def emit(
     s: Tiling,
     splits: int,
@@ -35,7 +51,7 @@ def emit(
         parallel: Spread tasks over threads.
         scale: Factor on q.k.
         q: Queries.
-        pos: Start and valid.
+        pos: Start and valid, of each sequence of a batch.
         sink: Logits of phantom keys, or None.
         k: Cache of keys.
         v: Cache of values.
@@ -46,7 +62,8 @@ def emit(
             first token of a tile and its group of query heads; None: all that causality and window leave.
     """
     p = s.p
-    shape = (s.groups * s.tiles * splits, s.height)
+    batch, run = s.sequences, s.tiles * splits
+    shape = (s.groups * batch * run, s.height)
     if splits > 1:
         part_out = workspace((*shape, s.columns * LANES), "float32")
         part_top, part_sum = workspace(shape, "float32"), workspace(shape, "float32")
@@ -55,15 +72,14 @@ def emit(
         return None if sink is None else bind(sink[head] * T.float32(LOG2E))
 
     with loop(shape[0], parallel=parallel) as task:
-        head, tile = bind(task // (s.tiles * splits)), bind(task // splits % s.tiles)
+        # sequences differ in length: threads, which take runs of tasks, get a part of each
+        head, tile = bind(task // (run * batch)), bind(task // splits % s.tiles)
+        turn = Turn(s, pos, None if batch == 1 else bind(task // run % batch))
         # alternately from both ends, so that threads with a contiguous share get equal causal work
         tile = bind(T.if_then_else(tile % 2 == 0, tile // 2, s.tiles - 1 - tile // 2))
         first = fixed(tile * s.tokens)
-        reach = Reach(s, pos, first) if visit is None else visit(s, pos, first, head)
-        if s.groups == p["kv"]:
-            state = kind(s, k, v, head)
-        else:
-            state = kind(s, k, v, bind(head * p["kv"] // s.groups), head)
+        reach = Reach(s, turn.pos, first) if visit is None else visit(s, pos, first, head)
+        state = _tile_of(s, kind, k, v, head, turn)
         state.begin(q, first, scale)
         share = fixed(T.floordiv(reach.steps + (splits - 1), splits))
         begin = fixed(T.min(task % splits * share, reach.steps))
@@ -93,11 +109,22 @@ def emit(
                         high = log_sum(state.top[row], total, own_sink)
                         write_lse(lse, at, query_head, at < reach.valid, high)
                     write_row(
-                        out, at, query_head, p["dv"], at < reach.valid,
+                        out, turn.row(at), query_head, p["dv"], at < reach.valid,
                         lambda j, n, row=row, by=by: load(state.out, row, j, lanes=n) * splat(by, n),
                     )  # fmt: skip
     if splits > 1:
         _merge(s, splits, pos, sink_of, part_out, part_top, part_sum, out, lse)
+
+
+def _tile_of(s: Tiling, kind: Callable[..., Tile], k: Any, v: Any, head: Any, turn: Turn) -> Tile:
+    """Return the tile of a group of query heads, over the caches of its sequence and KV head."""
+    if turn.sequence is not None:
+        state = kind(s, k, v, bind(turn.sequence * s.p["kv"] + head), head)
+        state.before = turn.before
+        return state
+    if s.groups == s.p["kv"]:
+        return kind(s, k, v, head)
+    return kind(s, k, v, bind(head * s.p["kv"] // s.groups), head)
 
 
 def _merge(
@@ -112,9 +139,10 @@ def _merge(
     lse: Any,
 ) -> None:
     """Add the parts of each row, weighted by their maxima."""
-    p = s.p
-    with loop(s.groups * s.tiles) as task, loop(s.tokens) as token, loop(s.group) as g:
+    p, batch = s.p, s.sequences
+    with loop(s.groups * batch * s.tiles) as task, loop(s.tokens) as token, loop(s.group) as g:
         tile = bind(task % s.tiles)
+        turn = Turn(s, pos, None if batch == 1 else bind(task // s.tiles % batch))
         tile = bind(T.if_then_else(tile % 2 == 0, tile // 2, s.tiles - 1 - tile // 2))
         row, at = bind(token * s.group + g), bind(tile * s.tokens + token)
         top = Register("float32", 1, T.float32(START))
@@ -126,7 +154,7 @@ def _merge(
             weight = bind(exp2(part_top[task * splits + i, row] - top.get(), 1))
             store(weights, weight, i)
             total.set(total.get() + part_sum[task * splits + i, row] * weight)
-        head = bind(task // s.tiles * s.group + g)
+        head = bind(task // (s.tiles * batch) * s.group + g)
         own_sink = sink_of(head)
         by = factor(top.get(), total.get(), own_sink)
 
@@ -142,8 +170,8 @@ def _merge(
         with T.If(at < p["t"]), T.Then():
             if lse is not None:
                 high = log_sum(top.get(), total.get(), own_sink)
-                write_lse(lse, at, head, at < pos[1], high)
-            write_row(out, at, head, p["dv"], at < pos[1], value)
+                write_lse(lse, at, head, at < turn.pos[1], high)
+            write_row(out, turn.row(at), head, p["dv"], at < turn.pos[1], value)
 
 
 def log_sum(top: Any, total: Any, sink: Any | None) -> Any:

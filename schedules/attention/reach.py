@@ -48,6 +48,11 @@ class Tiling:
         return int(self.p["kv"])
 
     @property
+    def sequences(self) -> int:
+        """Sequences of the batch."""
+        return int(self.p.get("b", 1))
+
+    @property
     def height(self) -> int:
         """Rows of a tile."""
         return self.tokens * self.group

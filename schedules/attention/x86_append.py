@@ -3,7 +3,7 @@
 
 One task is a KV head with its query heads, over all tokens: 16 neighbouring tokens share the cache lines of
 a key block, so tokens are never split over threads. 16-bit caches take each row rounded, half to even, into
-its half of the pairs that lie there.
+its half of the pairs that lie there. The sequences of a batch, too, are worked on by the task of their head.
 """
 
 from __future__ import annotations
@@ -93,31 +93,31 @@ def _writing(p: dict[str, Any]) -> tuple[Any, Any]:
         over(d, step)
 
     @T.inline
-    def write_v(qkv, v_cache, i, h, slot):
+    def write_v(qkv, v_cache, i, h, at, slot):
         @T.inline
         def step(j, lanes):
             v: T.let = qkv[i, ramp(v_at + h * dv + j, lanes)]
-            v_cache[h, slot, ramp(j, lanes)] = v * splat(v_scale, lanes)
+            v_cache[at, slot, ramp(j, lanes)] = v * splat(v_scale, lanes)
 
         over(dv, step)
 
     @T.inline
-    def write_pairs(qkv, v_cache, i, h, slot):
+    def write_pairs(qkv, v_cache, i, h, at, slot):
         @T.inline
         def step(j, lanes):
             v: T.let = qkv[i, ramp(v_at + h * dv + j, lanes)]
-            v_cache[h, slot // 2, every_other(2 * j + slot % 2, lanes)] = upper_half(
+            v_cache[at, slot // 2, every_other(2 * j + slot % 2, lanes)] = upper_half(
                 v * splat(v_scale, lanes), lanes
             )
 
         over(dv, step)
 
     @T.inline
-    def write_row(qkv, v_cache, i, h, slot):
+    def write_row(qkv, v_cache, i, h, at, slot):
         @T.inline
         def step(j, lanes):
             v: T.let = qkv[i, ramp(v_at + h * dv + j, lanes)]
-            v_cache[h, slot, ramp(j, lanes)] = upper_half(v * splat(v_scale, lanes), lanes)
+            v_cache[at, slot, ramp(j, lanes)] = upper_half(v * splat(v_scale, lanes), lanes)
 
         over(dv, step)
 
@@ -188,31 +188,41 @@ def slots_of(p: dict[str, Any]) -> Any:
 
 def _kv_head(p: dict[str, Any]) -> Any:
     """Return all that is done for one KV head and its query heads."""
-    t, d, group = p["t"], p["d"], p["h"] // p["kv"]
+    t, d, group, b, kv = p["t"], p["d"], p["h"] // p["kv"], p["b"], p["kv"]
     wide, k_at = layout.round_up(d), p["h"] * d
     head, (write_q, write_v), write_k = _head(p), _writing(p), _key_writer(p)
     slot_at = slots_of(p)
+
+    def start(pos: Any, i: Any) -> Any:
+        return pos[0] + i if b == 1 else pos[i // t, 0] + i % t
+
+    def counts(pos: Any, i: Any) -> Any:
+        return i < pos[1] if b == 1 else i % t < pos[i // t, 1]
+
+    def place(h: Any, i: Any) -> Any:  # of the head's rows in the caches of row i's sequence
+        return h if b == 1 else i // t * kv + h
 
     @T.inline
     def task(qkv, table, pos, q_norm, k_norm, k_cache, v_cache, q, h):
         row = T.sblock_alloc_buffer((wide,), "float32")
         acc = T.sblock_alloc_buffer((LANES,), "float32")
         one = T.sblock_alloc_buffer((1,), "float32")
-        for i in range(t):
+        for i in range(b * t):
             for g in range(group):
                 head(qkv, table, q_norm, row, acc, one, i, (h * group + g) * d)
                 write_q(q, row, i, h * group + g)
-            if i < pos[1]:
-                slot: T.let = slot_at(pos[0] + i)
+            if counts(pos, i):
+                slot: T.let = slot_at(start(pos, i))
                 head(qkv, table, k_norm, row, acc, one, i, k_at + h * d)
-                write_k(row, k_cache, h, slot)
-                write_v(qkv, v_cache, i, h, slot)
+                write_k(row, k_cache, place(h, i), slot)
+                write_v(qkv, v_cache, i, h, place(h, i), slot)
 
     return task
 
 
 def _make(p: dict[str, Any], rows: Any) -> Any:
-    t, heads, kv, d, half = p["t"], p["h"], p["kv"], p["d"], p["rot"] // 2
+    t, heads, kv, d, half = p["b"] * p["t"], p["h"], p["kv"], p["d"], p["rot"] // 2
+    where = (2,) if p["b"] == 1 else (p["b"], 2)
     width = (heads + kv) * d + kv * p["dv"]
     k_shape, v_shape = layout.cache_shapes(p).values()
     stored = parse_cache_format(p["c"]).stored
@@ -224,7 +234,7 @@ def _make(p: dict[str, Any], rows: Any) -> Any:
         @T.prim_func(s_tir=True)
         def normed(
             qkv: T.Buffer((t, width), "float32"), table: angles,
-            pos: T.Buffer((2,), "int32"), q_norm: T.Buffer((d,), "float32"),
+            pos: T.Buffer(where, "int32"), q_norm: T.Buffer((d,), "float32"),
             k_norm: T.Buffer((d,), "float32"), k_cache: T.Buffer(k_shape, stored),
             v_cache: T.Buffer(v_shape, stored), q: T.Buffer((t, heads, d), "float32"),
         ):  # fmt: skip
@@ -240,7 +250,7 @@ def _make(p: dict[str, Any], rows: Any) -> Any:
     @T.prim_func(s_tir=True)
     def plain(
         qkv: T.Buffer((t, width), "float32"), table: angles,
-        pos: T.Buffer((2,), "int32"), k_cache: T.Buffer(k_shape, stored),
+        pos: T.Buffer(where, "int32"), k_cache: T.Buffer(k_shape, stored),
         v_cache: T.Buffer(v_shape, stored), q: T.Buffer((t, heads, d), "float32"),
     ):  # fmt: skip
         T.func_attr({"tirx.noalias": True})

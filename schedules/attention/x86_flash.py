@@ -133,8 +133,10 @@ class X86Flash(Schedule):
         # long steps rescale the output less often; where queries are many, the diagonal masks most of one
         far = not p["window"] and p["cap"] >= 8 * p["t"]
         step = max(n for n in blocks if n <= (128 if stream else 256 if far else 64))
-        tasks = p["kv"] * -(-p["t"] // tile)
-        work = float(p["t"] * p["h"] * min(p["cap"], p["window"] or p["cap"]) * (p["d"] + p["dv"]))
+        b = p.get("b", 1)
+        tasks = b * p["kv"] * -(-p["t"] // tile)
+        seen = min(p["cap"], p["window"] or p["cap"])
+        work = float(b * p["t"] * p["h"] * seen * (p["d"] + p["dv"]))
         threads = hardware.threads if work >= PARALLEL_FMA else 1
         # enough tasks that none of the threads waits long for another
         part = next(
@@ -187,7 +189,7 @@ class X86Flash(Schedule):
 
         workspace_bytes = 0
         if config.splits > 1:
-            tasks = p["kv"] * s.tiles * config.splits
+            tasks = s.sequences * p["kv"] * s.tiles * config.splits
             workspace_bytes = 4 * tasks * s.height * (s.columns * LANES + 2)
         return Kernel(
             name,
@@ -203,9 +205,8 @@ class X86Flash(Schedule):
         op: Any = get_op(self.op)
         p = op.full(workload)
         s = self.tiling(p, config, hardware)
-        length = op.kv_length(p)
         return flash_work(
-            s, length, config.splits, hardware, parallel=config.parallel,
+            s, op.lengths(p), config.splits, hardware, parallel=config.parallel,
             arith=self.arithmetic(config),
         )  # fmt: skip
 

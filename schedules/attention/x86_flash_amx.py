@@ -36,7 +36,8 @@ class X86FlashAmx(X86Flash):
         if not super().supports(workload, hardware) or not hardware.features >= NEEDS_BF16 | NEEDS:
             return False
         p = get_op(self.op).full(workload)
-        return bool(p["d"] % DEPTH == 0 and p["t"] >= SIDE and p["cap"] > SIDE)
+        fills = p["d"] % DEPTH == 0 and p["t"] >= SIDE and p["cap"] > SIDE
+        return bool(fills and p["b"] == 1)
 
     def space(self, workload: Workload, hardware: Hardware) -> Space:
         """Return the tiles and steps of the vector kernel that fill matrix tiles."""

@@ -9,7 +9,7 @@ from mimo_compile.schedules.elementwise.rows import RowSchedule
 from mimo_compile.schedules.emit.vector import LANES, T, cos, ramp, sin, splat
 
 
-def _make(t: int, half: int, rows: Any) -> Any:
+def _make(t: int, half: int, b: int, rows: Any) -> Any:
     vectors, tail = divmod(half, LANES)
 
     @T.inline
@@ -21,22 +21,27 @@ def _make(t: int, half: int, rows: Any) -> Any:
 
     @T.prim_func(s_tir=True)
     def kernel(
-        pos: T.Buffer((2,), "int32"),
+        pos: T.Buffer((2,) if b == 1 else (b, 2), "int32"),
         inv_freq: T.Buffer((half,), "float32"),
-        table: T.Buffer((t, 2, half), "float32"),
+        table: T.Buffer((b * t, 2, half), "float32"),
     ):
         T.func_attr({"tirx.noalias": True})
-        for i in rows(t):
+        for i in rows(b * t):
             with T.sblock("row"):
-                T.reads(pos[0], inv_freq[0:half])
-                T.writes(table[i, 0:2, 0:half])
-                position: T.let = T.cast(pos[0] + i, "float32")
+                T.reads()
+                T.writes()
+                position: T.let = T.cast(_position(pos, b, t, i), "float32")
                 for j in range(vectors):
                     step(inv_freq, table, position, i, j * LANES, LANES)
                 for j in range(tail):
                     step(inv_freq, table, position, i, vectors * LANES + j, 1)
 
     return kernel
+
+
+def _position(pos: Any, b: int, t: int, i: Any) -> Any:
+    """Return where row ``i`` stands, of the sequences' rows one after the other."""
+    return pos[0] + i if b == 1 else pos[i // t, 0] + i % t
 
 
 class X86RopeTable(RowSchedule):
@@ -47,4 +52,4 @@ class X86RopeTable(RowSchedule):
 
     def make(self, p: dict[str, Any], rows: Any, unroll: int) -> Any:
         """Return the PrimFunc (pos, inv_freq, table)."""
-        return _make(p["t"], p["rot"] // 2, rows)
+        return _make(p["t"], p["rot"] // 2, p["b"], rows)
