@@ -36,7 +36,7 @@ MODELS = {
 QUANTS = ("w8a8", "w4g64a8", "w2g64a8", "w1.58a8")
 """What cells are compiled as unless asked otherwise."""
 THREADS = (1, 2)
-KEY = ("model", "quant", "threads", "prompt_tokens", "new_tokens")
+KEY = ("model", "quant", "threads", "batch", "prompt_tokens", "new_tokens")
 """What cells of the results are told apart by."""
 
 
@@ -89,7 +89,8 @@ def make_checkpoint(folder, name):
 def artifact(folder, cell, source, settings):
     """Return the compiled model of a cell, made now unless it is there."""
     model, quant, threads = cell
-    path = folder / f"{model}-{quant}-{threads}.mimo"
+    together = f"-b{settings.batch}" if settings.batch > 1 else ""
+    path = folder / f"{model}-{quant}-{threads}{together}.mimo"
     if not path.exists():
         context = settings.prompt_tokens + settings.new_tokens
         command = [
@@ -101,6 +102,8 @@ def artifact(folder, cell, source, settings):
             threads,
             "--max-context",
             context,
+            "--batch",
+            settings.batch,
         ]
         cli([*command, "-o", path, *(["--db", settings.db] if settings.db else [])])
     return path
@@ -131,7 +134,7 @@ def measure(folder, cell, settings):
     begin = time.time()
     found = cli(arguments)
     return {
-        "model": model, "quant": quant, "threads": threads, "date": int(begin),
+        "model": model, "quant": quant, "threads": threads, "batch": settings.batch, "date": int(begin),
         "seconds": round(time.time() - begin, 1), **found,
     }  # fmt: skip
 
@@ -204,6 +207,12 @@ def main():
     parser.add_argument("--peers", default="torch,llama.cpp")
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument(
+        "--batch",
+        type=int,
+        default=1,
+        help="ours also generates so many texts together; default: 1",
+    )
     parser.add_argument("--rounds", type=int, default=3, help="at most 5")
     parser.add_argument("--db", type=Path, help="tuning records; default: the user's")
     parser.add_argument(
@@ -213,7 +222,8 @@ def main():
     parser.add_argument("--show", action="store_true", help="print the table of the results")
     settings = parser.parse_args()
     file = settings.folder / "results.jsonl"
-    results = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    lines = file.read_text().splitlines() if file.exists() else []
+    results = [{"batch": 1, **json.loads(line)} for line in lines]
     if settings.show:
         show(results)
         return
@@ -223,7 +233,7 @@ def main():
         for quant in [settings.quant] if settings.quant else QUANTS:
             for threads in [settings.threads] if settings.threads else THREADS:
                 cell = (model, quant, threads)
-                key = (*cell, settings.prompt_tokens, settings.new_tokens)
+                key = (*cell, settings.batch, settings.prompt_tokens, settings.new_tokens)
                 if key in done and not (settings.again or settings.prepare):
                     continue
                 print(*cell, file=sys.stderr, flush=True)

@@ -38,6 +38,7 @@ def compile(
     threads: int | None = None,
     seed: int = 0,
     max_context: int | None = None,
+    batch: int = 1,
     example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
     dynamic_shapes: Mapping[str, Any] | None = None,
     progress: Callable[[Any], None] | None = None,
@@ -65,6 +66,7 @@ def compile(
         threads: threads to choose kernels for; None: all cores of the target.
         seed: decides random choices of tuning.
         max_context: positions that KV caches provide for; None: the model's own, at most 4096.
+        batch: sequences that can be decoded together, each with its own caches (model folders).
         example_inputs: a module's arguments, in their order or (a dict) by name: they fix shapes,
             and whatever is no tensor is fixed itself.
         dynamic_shapes: not supported yet: must be None.
@@ -100,11 +102,11 @@ def compile(
         )
     if is_artifact(source):
         asked = (
-            quant, attention, target, max_context, example_inputs, calibrate, adapter_format, gates
+            quant, attention, target, max_context, batch, example_inputs, calibrate, adapter_format, gates
         )  # fmt: skip
-        if adapters or asked != ("none", "model", "cpu", None, None, "rtn", "exact", None):
+        if adapters or asked != ("none", "model", "cpu", None, 1, None, "rtn", "exact", None):
             raise UsageError(
-                "an artifact keeps its target, formats, context and adapters: only its plan can change",
+                "an artifact keeps target, formats, context, batch and adapters: only its plan can change",
                 remedy="compile it from its source",
             )
         return _replanned(source, objective, trials, seconds, db, threads, seed, progress)
@@ -114,7 +116,7 @@ def compile(
     opened = open_source(
         source, quant=quant, attention=attention, max_context=max_context,
         example_inputs=example_inputs, calibration=calibrate, adapters=adapters,
-        adapter_format=adapter_format, hardware=hardware, gates=gates,
+        adapter_format=adapter_format, hardware=hardware, batch=batch, gates=gates,
     )  # fmt: skip
     plan = _planned(opened.graphs, hardware, objective, trials, seconds, db, seed, progress)
     extras = Extras(
@@ -173,6 +175,7 @@ def tune(
     threads: int | None = None,
     seed: int = 0,
     max_context: int | None = None,
+    batch: int = 1,
     example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
     progress: Callable[[Any], None] | None = None,
     on: str | None = None,
@@ -198,6 +201,7 @@ def tune(
         threads: threads to tune for.
         seed: decides random choices.
         max_context: positions that KV caches provide for.
+        batch: as for `compile`.
         example_inputs: tensors that fix a module's input shapes.
         progress: called with each `search.progress.Event`.
         on: where candidates are built and measured: None is this machine, ``"ray"`` a Ray cluster of this
@@ -243,7 +247,7 @@ def tune(
     else:
         opened = open_source(
             source, quant=quant, attention=attention, max_context=max_context,
-            example_inputs=example_inputs, hardware=hardware, gates=gates,
+            example_inputs=example_inputs, hardware=hardware, batch=batch, gates=gates,
         )  # fmt: skip
         workloads = tunable(opened.graphs, hardware, search=True)
         if hardware.kind == "sim":

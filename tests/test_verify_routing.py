@@ -29,7 +29,7 @@ def run(led, logits, rule=RULE, bias=None, start=0):
 def noted(rows, layer=0, start=0):
     seen = defaultdict(deque)
     for at, row in enumerate(rows, start):
-        seen[layer, at].append(np.asarray(row, np.float32))
+        seen[0, layer, at].append(np.asarray(row, np.float32))
     return seen
 
 
@@ -68,7 +68,7 @@ def test_rows_that_the_compiled_model_did_not_run_keep_their_own():
 
 def test_a_position_that_is_run_again_has_logits_of_its_own():
     seen = noted([[1.0, 1.001, 1.002]])
-    seen[0, 0].append(np.array([1.002, 1.001, 1.0], np.float32))
+    seen[0, 0, 0].append(np.array([1.002, 1.001, 1.0], np.float32))
     led, mine = Led(seen, 1e-2), torch.tensor([[1.001, 1.0, 1.001]])
     assert run(led, mine)[0].sort().values.tolist() == [[1, 2]]
     assert run(led, mine)[0].sort().values.tolist() == [[0, 1]]

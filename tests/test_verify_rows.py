@@ -21,14 +21,14 @@ def manifest(policy, context, rerun=0):
 def test_decoded_rows_cannot_hide_among_those_of_a_long_prompt():
     reference = np.random.default_rng(0).standard_normal((400, 9))
     bound = LogitsBound(1e-3, math.inf)
-    assert end_to_end._compare(reference, reference, bound, decoded=8).ok
+    assert end_to_end.compare_rows(reference, reference, bound, decoded=8).ok
     wrong = reference.copy()
     wrong[-8:] *= 1.5
-    found = end_to_end._compare(wrong, reference, bound, decoded=8)
+    found = end_to_end.compare_rows(wrong, reference, bound, decoded=8)
     assert found.p95_error <= found.bound_p95 and found.decoded_median > 0.4 and not found.ok
     # one that chose otherwise where scores nearly tie
     wrong[-7:] = reference[-7:]
-    assert end_to_end._compare(wrong, reference, bound, decoded=8).ok
+    assert end_to_end.compare_rows(wrong, reference, bound, decoded=8).ok
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,12 @@ def run_model(args: argparse.Namespace) -> int:
     """Compare tokens/s, load time and memory of a model, compiled and by peers; return 0."""
     from mimo_compile.bench.machine import machine_facts
     from mimo_compile.bench.model import ModelRow, compare_models, find_entrants, random_prompt
-    from mimo_compile.bench.models.compiled import entrant, roof_entrant, weight_bytes
+    from mimo_compile.bench.models.compiled import (
+        batch_entrant,
+        entrant,
+        roof_entrant,
+        weight_bytes,
+    )
     from mimo_compile.bench.models.entrant import ModelAsk
     from mimo_compile.bench.peers import parse_peers
     from mimo_compile.bench.runner import missing_peers
@@ -52,10 +57,11 @@ def run_model(args: argparse.Namespace) -> int:
         ours = ModelRow(f"mimo {module.manifest.quant}", module.threads, weight_bytes=nbytes)
         roof = roof_entrant(nbytes, module.threads) if nbytes else None
         side = entrant(artifact, module)
+        together = [batch_entrant(artifact, module)] if module.batch > 1 else []
         del module  # its own process loads it again
         field, left_out = find_entrants(peers, ask)
         found = compare_models(
-            (ours, side), field, prompt, args.new_tokens, min(args.rounds, 5),
+            (ours, side), [*together, *field], prompt, args.new_tokens, min(args.rounds, 5),
             lambda text: console.log(text, 1), roof,
         )  # fmt: skip
     left_out += found.left_out
@@ -95,6 +101,7 @@ def _artifact(args: argparse.Namespace, scratch: Path) -> tuple[Path, Path | Non
     artifact = compile_model(
         folder, quant=args.quant, objective=args.objective, db=args.db, threads=args.threads,
         seed=args.seed, max_context=args.max_context or args.prompt_tokens + args.new_tokens,
+        batch=args.batch,
         calibrate=calibration(args) or "rtn",
     )  # fmt: skip
     return artifact.save(scratch / "bench.mimo"), folder

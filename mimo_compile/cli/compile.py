@@ -84,7 +84,8 @@ def run(args: argparse.Namespace) -> int:
         artifact = compile_model(
             args.source, target=args.target, quant=args.quant, attention=args.attention,
             objective=args.objective, trials=args.trials, seconds=args.time, db=args.db,
-            threads=args.threads, seed=args.seed, max_context=args.max_context, progress=progress,
+            threads=args.threads, seed=args.seed, max_context=args.max_context, batch=args.batch,
+            progress=progress,
             calibrate=calibration(args) or "rtn", adapters=adapters(args),
             adapter_format=args.adapter_format, gates=args.gates,
         )  # fmt: skip
@@ -138,6 +139,7 @@ def summary(manifest: Manifest) -> dict[str, Any]:
         },
         "entries": manifest.entries,
         "adapters": manifest.decoder.adapters if manifest.decoder else (),
+        "batch": manifest.decoder.batch if manifest.decoder else 1,
         "choices": dict(Counter(c.source for c in manifest.plan)),
         "plan": [plan_row(c) for c in manifest.plan],
     }  # fmt: skip

@@ -146,6 +146,8 @@ def _artifact(args: argparse.Namespace, parts: Parts) -> int:
     if manifest.gates is not None:
         console.say(f"gates     {manifest.gates.file}, sha256 {manifest.gates.sha256}")
     console.say(f"objective {manifest.objective}")
+    if batch_of(manifest) > 1:
+        console.say(f"batch     {batch_of(manifest)} sequences at a time")
     if manifest.decoder is not None and manifest.decoder.adapters:
         console.say(f"adapters  {', '.join(manifest.decoder.adapters)}")
     console.say("built by  " + ", ".join(f"{n} {v}" for n, v in manifest.versions.items()))
@@ -159,7 +161,7 @@ def _artifact(args: argparse.Namespace, parts: Parts) -> int:
     states = [(n, f"{s.dtype}{list(s.shape)}") for n, s in manifest.states.items()]
     from mimo_compile.runtime import dtypes
 
-    held = sum(dtypes.size(s.dtype, s.shape) for s in manifest.states.values())
+    held = batch_of(manifest) * sum(dtypes.size(s.dtype, s.shape) for s in manifest.states.values())
     arena = max((e.arena_bytes for e in parts.programs.entries.values()), default=0)
     weights = manifest.members[WEIGHTS].bytes
     planned = {"weights": weights, "states": held, "arena": arena}
@@ -170,6 +172,7 @@ def _artifact(args: argparse.Namespace, parts: Parts) -> int:
     if states:
         console.say(
             f"\n{len(states)} states, {size(held)}, for example {states[0][0]} {states[0][1]}"
+            + (f", each {batch_of(manifest)} times" if batch_of(manifest) > 1 else "")
         )
     layers = layer_rows(manifest)
     if layers:
@@ -211,12 +214,18 @@ def _artifact(args: argparse.Namespace, parts: Parts) -> int:
     return 0
 
 
+def batch_of(manifest: Manifest) -> int:
+    """Return how many sequences may be in progress at once."""
+    return manifest.decoder.batch if manifest.decoder is not None else 1
+
+
 def layer_rows(manifest: Manifest) -> list[dict[str, Any]]:
     """Return what each layer of a decoder attends to and keeps, as plain values."""
     from mimo_compile.runtime import dtypes
 
     found = manifest.decoder.layers if manifest.decoder is not None else ()
-    held = {n: dtypes.size(s.dtype, s.shape) for n, s in manifest.states.items()}
+    batch = batch_of(manifest)
+    held = {n: batch * dtypes.size(s.dtype, s.shape) for n, s in manifest.states.items()}
     return [
         {
             "name": layer.name, "role": layer.role, "window": layer.window, "slots": layer.slots,

@@ -109,6 +109,13 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="longest sequence of tokens, prompt included",
     )
     parser.add_argument(
+        "--batch",
+        type=positive,
+        default=1,
+        metavar="B",
+        help="sequences that can be decoded together, each with caches of its own (default: 1)",
+    )
+    parser.add_argument(
         "--db", type=Path, metavar="FILE", help="tuning records (default: the user's data folder)"
     )
 

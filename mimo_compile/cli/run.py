@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ per token where a meter exists. Temperature 0 (the default) is greedy."""
 EXAMPLE = """
 mimo-compile run t.mimo --prompt "def " --max-new-tokens 64
 mimo-compile run t.mimo --prompt "import os" --temperature 0.8 --seed 1 --json
+mimo-compile run t.mimo --prompt "def add(" --prompt "class Stack:" --max-new-tokens 32
 """
 
 
@@ -28,7 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the verb's arguments."""
     parser.add_argument("artifact", type=Path, metavar="OUT.mimo")
     prompt = parser.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--prompt", metavar="TEXT")
+    prompt.add_argument(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="may be repeated: as many texts at a time as the artifact was compiled for (--batch)",
+    )
     prompt.add_argument(
         "--prompt-file",
         type=Path,
@@ -57,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Generate, stream, print figures; return 0."""
     console: Console = args.console
-    prompt = _prompt(args)
+    prompts = _prompts(args)
     from mimo_compile.runtime import load
     from mimo_compile.runtime.generate import Stats
 
@@ -68,23 +75,24 @@ def run(args: argparse.Namespace) -> int:
     limit = args.max_new_tokens
     if limit is None:
         decoder = module.manifest.decoder
-        room = decoder.max_context - len(module.tokenizer.encode(prompt).ids) + 1 if decoder else 0
-        limit = max(0, min(128, room))
-    pieces: list[str] = []
-    try:
-        for piece in module.generate(
-            prompt, limit, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
-            seed=args.seed, stop_at_eos=not args.ignore_eos, stats=stats, adapter=args.adapter,
-        ):  # fmt: skip
-            pieces.append(piece)
-            console.stream(piece)
-    finally:
-        console.stream("\n" if pieces else "")
+        longest = max(len(module.tokenizer.encode(prompt).ids) for prompt in prompts)
+        limit = max(0, min(128, decoder.max_context - longest + 1 if decoder else 0))
+    how: dict[str, Any] = {
+        "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed,
+        "stop_at_eos": not args.ignore_eos, "stats": stats, "adapter": args.adapter,
+    }  # fmt: skip
+    made: dict[str, Any]
+    if len(prompts) == 1:
+        text = _stream(console, module.generate(prompts[0], limit, **how))
+        made = {"prompt": prompts[0], "text": text}
+    else:
+        pairs = module.generate_batch(prompts, limit, **how)
+        made = {"prompts": prompts, "texts": _collect(console, prompts, pairs)}
     console.log(_figures(stats))
     console.result(
         {
-            "ok": True, "artifact": args.artifact, "prompt": prompt, "text": "".join(pieces),
-            "adapter": args.adapter, "prompt_tokens": stats.prompt_tokens, "new_tokens": stats.new_tokens,
+            "ok": True, "artifact": args.artifact, **made, "adapter": args.adapter,
+            "prompt_tokens": stats.prompt_tokens, "new_tokens": stats.new_tokens,
             "prefill_tokens_per_s": stats.prefill_tokens_per_s,
             "decode_tokens_per_s": stats.decode_tokens_per_s,
             "joules_per_token": stats.joules_per_token,
@@ -96,15 +104,39 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _prompt(args: argparse.Namespace) -> str:
+def _stream(console: Console, pieces: Iterator[str]) -> str:
+    """Show a text as it comes, and return it."""
+    got: list[str] = []
+    try:
+        for piece in pieces:
+            got.append(piece)
+            console.stream(piece)
+    finally:
+        console.stream("\n" if got else "")
+    return "".join(got)
+
+
+def _collect(console: Console, prompts: list[str], pairs: Iterator[tuple[int, str]]) -> list[str]:
+    """Return the texts of several prompts, and show each behind its prompt when all are complete."""
+    texts = [""] * len(prompts)
+    try:
+        for index, piece in pairs:
+            texts[index] += piece
+    finally:  # also what there is when it is interrupted
+        for prompt, text in zip(prompts, texts, strict=True):
+            console.stream(f"{prompt}{text}\n\n")
+    return texts
+
+
+def _prompts(args: argparse.Namespace) -> list[str]:
     if args.prompt is not None:
-        return _argument_text(args.prompt)
+        return [_argument_text(text) for text in args.prompt]
     if str(args.prompt_file) == "-":
         data, name = sys.stdin.buffer.read(), "on standard input"
     else:
         data, name = args.prompt_file.read_bytes(), f"file {args.prompt_file}"
     try:
-        return str(data.decode("utf-8"))
+        return [str(data.decode("utf-8"))]
     except UnicodeDecodeError as error:
         raise UsageError(f"the prompt {name} is not UTF-8 text") from error
 

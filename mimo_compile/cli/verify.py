@@ -106,11 +106,12 @@ def _show(console: Console, found: Verification) -> None:
     for check in found.kernels:
         if not check.ok:
             console.say(f"WRONG {check.workload} ({check.schedule}): {check.message}")
-    whole = found.end_to_end
-    if whole is not None:
+    for what, whole in (("end to end", found.end_to_end), ("in a batch", found.batch)):
+        if whole is None:
+            continue
         state = "ok" if whole.ok else "WRONG"
         console.say(
-            f"end to end, {whole.rows} rows against eager torch: {state}; error over the row's largest: "
+            f"{what}, {whole.rows} rows against eager torch: {state}; error over the row's largest: "
             f"median {whole.median_error:.1e}, p95 {whole.p95_error:.1e} (bound {whole.bound_p95:.0e}), "
             f"decoded {whole.decoded_median:.1e}, max {whole.max_error:.1e}"
             + (f" (bound {whole.bound_max:.0e})" if whole.bound_max < 1e30 else "")

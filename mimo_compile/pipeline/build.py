@@ -205,7 +205,7 @@ def _decoder(model: ModelGraphs, states: Mapping[str, State]) -> Decoder | None:
     config = model.decoder.config
     counts = {
         kind: tuple(int(n.rpartition("_")[2]) for n in model.entries if n.startswith(f"{kind}_"))
-        for kind in ("step", "decode")
+        for kind in ("step", "decode", "batch")
     }
     return Decoder(
         steps=counts["step"], heads=HEADS, hidden=config.hidden, vocab=config.vocab,
@@ -213,7 +213,7 @@ def _decoder(model: ModelGraphs, states: Mapping[str, State]) -> Decoder | None:
         mtp=len(config.mtp), mtp_steps=within_context(DRAFT_STEPS, config.max_context) if config.mtp else (),
         adapters=model.decoder.adapters, decode=counts["decode"],
         rerun=config.attention.rerun if config.decodes_apart else 0,
-        layers=tuple(_layers(model.decoder, states)),
+        layers=tuple(_layers(model.decoder, states)), batch=(*counts["batch"], 1)[0],
     )  # fmt: skip
 
 

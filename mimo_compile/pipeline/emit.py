@@ -121,9 +121,13 @@ class Emitter:
             )  # fmt: skip
         return out
 
-    def state(self, arg: Arg, value: Value) -> str:
-        """Register a state in the layout that a kernel reads; every kernel must agree."""
-        name, state = value.root.source, State(arg.shape, arg.dtype)
+    def state(self, arg: Arg, value: Value, sequences: int) -> str:
+        """Register a state in the layout that a kernel reads; every kernel must agree.
+
+        It is that of one sequence: a kernel of a batch reads those of so many, one after the other.
+        """
+        shape = (arg.shape[0] // sequences, *arg.shape[1:])
+        name, state = value.root.source, State(shape, arg.dtype)
         if self.states.setdefault(name, state) != state:
             raise MimoError(f"kernels disagree on the layout of {name}", where=str(state))
         return name
@@ -177,7 +181,8 @@ class _EntryBuilder:
             values = [*node.args, *node.outputs]
             args = [self._value(v, a) for v, a in zip(values, low.kernel.args, strict=True)]
             return Call(low.kernel.name, tuple(args), node.label)
-        op_args = get_op(node.workload.op).args(node.workload)
+        op = get_op(node.workload.op)
+        op_args, sequences = op.args(node.workload), op.full(node.workload).get("b", 1)
         given = dict(zip([a.name for a in op_args if a.role != "output"], node.args, strict=True))
         given |= zip([a.name for a in op_args if a.role == "output"], node.outputs, strict=True)
         weights = {a.name: given[a.name] for a in op_args if a.role == "weight"}
@@ -188,7 +193,7 @@ class _EntryBuilder:
                 buffer = Buffer("weight", arg.shape, arg.dtype, source=packed[arg.name])
                 args.append(self._add(buffer))
             elif arg.role == "state":
-                source = self.emitter.state(arg, given[arg.name])
+                source = self.emitter.state(arg, given[arg.name], sequences)
                 args.append(self._add(Buffer("state", arg.shape, arg.dtype, source=source)))
             else:
                 args.append(self._value(given[arg.name], arg))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from mimo_compile.ir.graph import KernelGraph, Value, build_graph, instantiate
 from mimo_compile.ir.importer import import_exported
 from mimo_compile.ir.passes.lower import lower_generic
 from mimo_compile.ir.workload import BUCKETS, Workload
+from mimo_compile.pipeline.batch import check_layers
 
 if TYPE_CHECKING:
     import torch
@@ -80,7 +82,7 @@ class _StageGraphs:
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
-        self.templates: dict[tuple[str, int, bool], KernelGraph] = {}
+        self.templates: dict[tuple[str, int, bool, int], KernelGraph] = {}
         self.names: dict[str, str] = {}
         self.tensors: dict[str, Callable[[], torch.Tensor]] = {}
         first: dict[Any, str] = {}
@@ -96,7 +98,7 @@ class _StageGraphs:
                 if self.names[own] == own:
                     self.tensors[own] = partial(_same, tensor)
 
-    def _example(self, stage: Stage, tokens: int) -> tuple[Any, ...]:
+    def _example(self, stage: Stage, tokens: int, batch: int) -> tuple[Any, ...]:
         import torch
 
         hidden = self.decoder.config.hidden
@@ -105,7 +107,8 @@ class _StageGraphs:
             if name == "ids":
                 out.append(torch.zeros(tokens, dtype=torch.int32))
             elif name == "pos":
-                out.append(torch.tensor([0, tokens], dtype=torch.int32))
+                pos = torch.tensor([0, tokens // batch], dtype=torch.int32)
+                out.append(pos if batch == 1 else pos.repeat(batch, 1))
             elif name == "adapter":
                 out.append(torch.zeros(tokens, dtype=torch.int32))
             elif name.startswith("rope."):
@@ -119,20 +122,21 @@ class _StageGraphs:
         return self.names[f"{stage}.{name}"]
 
     def template(
-        self, stage: Stage, tokens: int, chooses: bool, lists: Iterable[Value]
+        self, stage: Stage, tokens: int, chooses: bool, lists: Iterable[Value], batch: int = 1
     ) -> KernelGraph:
-        key = (stage.kind, tokens, chooses and stage.may_choose)
+        key = (stage.kind, tokens, chooses and stage.may_choose, batch)
         if key not in self.templates:
             import torch
 
             from mimo_compile.frontend.models.decoder import LISTS
 
-            stage.prepare(tokens, chooses)
+            stage.prepare(tokens // batch, chooses)
             shapes = (torch.zeros(v.shape, dtype=torch.int32) for v in lists)
-            self.templates[key] = export_graph(
-                stage.module, self._example(stage, tokens), stage.states,
-                dict(zip(LISTS, shapes, strict=False)),
-            )  # fmt: skip
+            with caches_of(stage, batch):
+                self.templates[key] = export_graph(
+                    stage.module, self._example(stage, tokens, batch), stage.states,
+                    dict(zip(LISTS, shapes, strict=False)),
+                )  # fmt: skip
         return self.templates[key]
 
     def chain(
@@ -142,17 +146,19 @@ class _StageGraphs:
         inputs: tuple[str, ...],
         outputs: tuple[str, ...],
         chooses: bool = False,
+        batch: int = 1,
     ) -> KernelGraph:
         """Join stages into one graph; values meet by name.
 
-        ``chooses``: layers choose what they attend to, where their policy lets them.
+        ``chooses``: layers choose what they attend to, where their policy lets them. ``batch``: the tokens
+        are those of so many sequences, as many of each.
         """
         values: dict[str, Value] = {}
         graph_inputs: list[Value] = []
         nodes = []
         for stage in stages:
             lists = [values[name] for name in stage.takes(chooses)[len(stage.inputs) :]]
-            template = self.template(stage, tokens, chooses, lists)
+            template = self.template(stage, tokens, chooses, lists, batch)
             given: dict[str, Value] = {}
             for slot, name in zip(template.inputs, stage.takes(chooses), strict=True):
                 if name not in values:
@@ -167,19 +173,43 @@ class _StageGraphs:
         return KernelGraph(tuple(graph_inputs), tuple(values[name] for name in outputs), nodes)
 
 
+@contextmanager
+def caches_of(stage: Stage, batch: int) -> Iterator[None]:
+    """Let a stage's module have the caches of so many sequences, ``[B, ...]`` on the meta device."""
+    import torch
+
+    module = stage.module
+    own = {name: module.get_buffer(name) for name in stage.states} if batch > 1 else {}
+    try:
+        for name, cache in own.items():
+            made = torch.empty((batch, *cache.shape), dtype=cache.dtype, device="meta")
+            setattr(module, name, made)
+        yield
+    finally:
+        for name, cache in own.items():
+            setattr(module, name, cache)
+
+
 def within_context(steps: tuple[int, ...], max_context: int) -> tuple[int, ...]:
     """Return the token counts that a model of so many positions can ever be given, 1 among them."""
     return tuple(t for t in steps if t == 1 or t <= max_context)
 
 
-def decoder_graphs(decoder: Decoder, steps: tuple[int, ...] = BUCKETS) -> ModelGraphs:
-    """Return the entry points of a decoder: ``step_T``, ``decode_T``, ``head_T`` and ``mtp{s}_T``.
+def decoder_graphs(
+    decoder: Decoder, steps: tuple[int, ...] = BUCKETS, batch: int = 1
+) -> ModelGraphs:
+    """Return the entry points of a decoder: ``step_T``, ``decode_T``, ``batch_B``, ``head_T``, ``mtp{s}_T``.
 
     Args:
         decoder: The model with its (quantised) weights.
         steps: Token counts of ``step_T``; those beyond the model's context are left out, of drafts too.
+        batch: Sequences that are decoded together; 1: there is no ``batch_B``.
+
+    Raises:
+        UsageError: layers of the model cannot decode several sequences together.
     """
     config = decoder.config
+    check_layers(decoder, batch)
     steps = within_context(steps, config.max_context)
     graphs = _StageGraphs(decoder)
     stages = decoder.stages()
@@ -196,9 +226,9 @@ def decoder_graphs(decoder: Decoder, steps: tuple[int, ...] = BUCKETS) -> ModelG
 
     def add(
         name: str, parts: list[Stage], tokens: int, ins: tuple[str, ...], outs: dict[str, str],
-        chooses: bool = False,
+        chooses: bool = False, batch: int = 1,
     ) -> None:  # fmt: skip
-        model.entries[name] = graphs.chain(parts, tokens, ins, tuple(outs.values()), chooses)
+        model.entries[name] = graphs.chain(parts, tokens, ins, tuple(outs.values()), chooses, batch)
         model.input_names[name] = tuple(
             {"normed": "hidden", "hidden": "prenorm"}.get(n, n) for n in ins
         )
@@ -210,6 +240,8 @@ def decoder_graphs(decoder: Decoder, steps: tuple[int, ...] = BUCKETS) -> ModelG
         add(f"step_{t}", body, t, inputs, outs, config.chooses(decode=False))
     for t in DECODE_STEPS if config.decodes_apart else ():
         add(f"decode_{t}", body, t, inputs, outs, config.chooses(decode=True))
+    if batch > 1:
+        add(f"batch_{batch}", body, batch, inputs, outs, batch=batch)
     for t in HEADS:
         add(f"head_{t}", [head], t, ("normed",), {"logits": "logits"})
     for index, draft in enumerate(drafts):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mimo_compile.errors import CheckpointWarning, MissingExtra, UsageError
 from mimo_compile.ir.formats import QuantScheme, parse_scheme
 from mimo_compile.ir.policies import AttentionPolicy, parse_policy
+from mimo_compile.pipeline.batch import check_batch
 from mimo_compile.pipeline.graphs import ModelGraphs, decoder_graphs, module_graphs, program_graphs
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ def open_source(
     adapters: Mapping[str, str | os.PathLike[str]] | None = None,
     adapter_format: str = "exact",
     hardware: Hardware | None = None,
+    batch: int = 1,
     gates: str | os.PathLike[str] | None = None,
 ) -> Source:
     """Load, quantise, export and lower a model.
@@ -76,6 +78,7 @@ def open_source(
         adapters: name -> folder of low-rank adapters in PEFT's format (model folders).
         adapter_format: how they are stored: ``exact``, ``bf16`` or ``fp8``.
         hardware: the target, whose kernels are asked for before anything is quantised; None: do not ask.
+        batch: sequences to decode together (model folders).
         gates: file of the gates that ``seer`` chooses by; None: the model's own.
 
     Raises:
@@ -91,8 +94,11 @@ def open_source(
     decoder = not isinstance(source, torch.nn.Module) and Path(str(source)).suffix != ".pt2"
     if adapters and not decoder:
         raise UsageError("adapters are for model folders (--adapter)")
+    if batch != 1 and not decoder:
+        raise UsageError("batches of sequences are for model folders (--batch)")
     if gates is not None and not decoder:
         raise UsageError("gates are for model folders (--gates)")
+    check_batch(batch, scheme, policy)
     if isinstance(source, torch.nn.Module):
         _plain_only(scheme, quant, calibration, attention)
         graphs = module_graphs(
@@ -113,6 +119,7 @@ def open_source(
     return _open_checkpoint(
         source, scheme, max_context, calibration, adapters or {}, adapter_format, hardware, policy,
         gates,
+        batch,
     )  # fmt: skip
 
 
@@ -126,6 +133,7 @@ def _open_checkpoint(
     hardware: Hardware | None,
     attention: AttentionPolicy,
     gates: str | os.PathLike[str] | None,
+    batch: int,
 ) -> Source:
     from mimo_compile.frontend.huggingface import load_checkpoint, resolve_source
     from mimo_compile.frontend.models.attend import RETRAINED
@@ -150,7 +158,7 @@ def _open_checkpoint(
 
         attach_adapters(loaded, adapters, adapter_format)
     return Source(
-        decoder_graphs(loaded.decoder),
+        decoder_graphs(loaded.decoder, batch=batch),
         loaded.scheme,
         config=loaded.config,
         tokenizer=loaded.tokenizer,

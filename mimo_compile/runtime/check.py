@@ -15,10 +15,12 @@ from mimo_compile.runtime.program import (
     Programs,
     State,
 )
-from mimo_compile.runtime.weights import Spot
+from mimo_compile.runtime.weights import ALIGNMENT, Spot
 
 ROLES = ("full", "window", "select", "reuse", "quantised")
 """What a layer may be, as `program.Layer` says."""
+MOST_SEQUENCES = 4096
+"""Sequences that an artifact may have in progress."""
 FORMATS = ("f32", "bf16", "e4m3", "i8", "i4", "i2")
 """Formats of KV caches that can be in an artifact."""
 
@@ -40,11 +42,19 @@ def check_programs(
     for name, state in manifest.states.items():
         if not _sound(state.dtype, state.shape):
             raise ArtifactError(f"state {name!r} has no sound shape and dtype", where=where)
-    sizes = {
-        "weight": {name: spot.end - spot.begin for name, spot in weights.items()},
-        "state": {name: dtypes.size(s.dtype, s.shape) for name, s in manifest.states.items()},
-    }
+    held = {name: dtypes.size(s.dtype, s.shape) for name, s in manifest.states.items()}
+    batch = 1 if manifest.decoder is None else manifest.decoder.batch
+    if not 1 <= batch <= MOST_SEQUENCES:
+        raise ArtifactError(f"batch {batch} is no number of sequences", where=where)
+    if batch > 1 and any(size % ALIGNMENT for size in held.values()):
+        raise ArtifactError(
+            f"a state of one of {batch} sequences does not end on a {ALIGNMENT}-byte boundary",
+            where=where,
+        )
+    sizes = {"weight": {name: spot.end - spot.begin for name, spot in weights.items()}}
     for name, entry in programs.entries.items():
+        sequences = batch if name == f"batch_{batch}" else 1
+        sizes["state"] = {state: sequences * size for state, size in held.items()}
         _check_entry(entry, sizes, f"entry {name} of {where}")
     if manifest.decoder is not None:
         _check_decoder(manifest.decoder, programs.entries, where)
@@ -104,12 +114,18 @@ def _check_decoder(decoder: Decoder, entries: Mapping[str, Entry], where: str) -
         raise ArtifactError(f"decode {list(decoder.decode)} does not ascend from 1", where=where)
     if decoder.rerun < 0 or (decoder.rerun and not decoder.decode):
         raise ArtifactError(f"rerun {decoder.rerun} without decode entries", where=where)
+    if decoder.batch > 1 and decoder.decode:
+        raise ArtifactError(
+            f"batch {decoder.batch} beside decode {list(decoder.decode)}", where=where
+        )
     tokens = [(f"step_{t}", t) for t in decoder.steps]
     tokens += [(f"decode_{t}", t) for t in decoder.decode]
+    tokens += [(f"batch_{decoder.batch}", decoder.batch)] if decoder.batch > 1 else []
     for entry, count in tokens:
         hidden = ("float32", (count, decoder.hidden))
         outputs = {"hidden": hidden} | ({"prenorm": hidden} if decoder.mtp else {})
-        inputs: list[tuple[str, tuple[int, ...]]] = [("int32", (count,)), ("int32", (2,))]
+        pos = (count, 2) if entry.startswith("batch_") else (2,)
+        inputs: list[tuple[str, tuple[int, ...]]] = [("int32", (count,)), ("int32", pos)]
         if decoder.adapters:
             inputs.append(("int32", (count,)))
         _check_shapes(entries, entry, inputs, outputs, where)

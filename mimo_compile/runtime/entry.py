@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,8 @@ class Memory:
     """Where the buffers of all entries of a module lie.
 
     The entries share one arena, since only one of them runs at a time; what they have in common
-    (weights, states) is made into tensors once.
+    (weights, states) is made into tensors once. A state's memory holds those of all sequences that may
+    be in progress, one after the other.
     """
 
     def __init__(
@@ -34,27 +35,35 @@ class Memory:
         self._code = code
         self._where = where
         self._functions: dict[str, Callable[..., Any]] = {}
-        self._made: dict[Buffer, tuple[Array, Any]] = {}
+        self._made: dict[tuple[Buffer, int], tuple[Array, Any]] = {}
 
     def prepare(self, buffers: list[Buffer]) -> None:
         """Check the weights among these buffers against their hashes."""
         names = {buffer.source: None for buffer in buffers if buffer.kind == "weight"}
         self._weights.prepare(names)
 
-    def place(self, buffer: Buffer) -> tuple[Array, Any]:
-        """Return a buffer as an array and as a tensor for kernels, both on the same memory."""
-        made = self._made.get(buffer)
+    def place(self, buffer: Buffer, slot: int = 0) -> tuple[Array, Any]:
+        """Return a buffer as an array and as a tensor for kernels, both on the same memory.
+
+        Args:
+            buffer: Which.
+            slot: Of a state: whose, where it is that of one sequence.
+        """
+        key = (buffer, slot if buffer.kind == "state" else 0)
+        made = self._made.get(key)
         if made is None:
+            before = 0
             if buffer.kind == "arena":
                 data = self._arena
             elif buffer.kind == "state":
                 data = self._states[buffer.source]
+                before = slot * dtypes.size(buffer.dtype, buffer.shape)
             else:
                 data = self._weights.data(buffer.source)
-            array = as_array(data, buffer.dtype, buffer.shape, buffer.offset)
+            array = as_array(data, buffer.dtype, buffer.shape, buffer.offset + before)
             made = array, as_tensor(array)
             if buffer.kind != "arena":  # those of arenas are seldom shared
-                self._made[buffer] = made
+                self._made[key] = made
         return made
 
     def function(self, kernel: str) -> Callable[..., Any]:
@@ -83,14 +92,19 @@ class BoundEntry:
         outputs: Name to array; valid until any entry of the module runs again.
     """
 
-    def __init__(self, name: str, program: Entry, memory: Memory, where: str) -> None:
-        """Check the entry's weights against their hashes and bind buffers and kernels."""
+    def __init__(
+        self, name: str, program: Entry, memory: Memory, where: str, slot: int = 0
+    ) -> None:
+        """Check the entry's weights against their hashes and bind buffers and kernels.
+
+        ``slot`` says which sequence's states it works on, of several that may be in progress.
+        """
         self.name = name
         self._where = where
         used = {index for call in program.calls for index in call.args}
         used.update(program.inputs.values(), program.outputs.values())
         memory.prepare([program.buffers[index] for index in sorted(used)])
-        placed = {index: memory.place(program.buffers[index]) for index in sorted(used)}
+        placed = {index: memory.place(program.buffers[index], slot) for index in sorted(used)}
         self.inputs: dict[str, Array] = {n: placed[i][0] for n, i in program.inputs.items()}
         self.outputs: dict[str, Array] = {n: placed[i][0] for n, i in program.outputs.items()}
         self.calls: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [
@@ -125,6 +139,35 @@ class BoundEntry:
             f"kernel {call.kernel} failed: {reason}",
             where=f"{label}call {position} of entry {self.name} of {self._where}",
         )
+
+
+class Signature(NamedTuple):
+    """What an entry point takes and gives: name to (dtype, shape)."""
+
+    inputs: dict[str, tuple[str, tuple[int, ...]]]
+    outputs: dict[str, tuple[str, tuple[int, ...]]]
+
+    def __str__(self) -> str:
+        """For people: `(x float32[1, 4]) -> (y float32[1, 2])`."""
+        sides = (", ".join(f"{n} {dtypes.spell(*t)}" for n, t in side.items()) for side in self)
+        return "({}) -> ({})".format(*sides)
+
+
+class Timing(NamedTuple):
+    """How long one call of an entry took, by kernel call."""
+
+    label: str
+    kernel: str
+    seconds: float
+
+
+def signature_of(entry: Entry) -> Signature:
+    """Return what an entry point takes and gives."""
+
+    def side(names: dict[str, int]) -> dict[str, tuple[str, tuple[int, ...]]]:
+        return {n: (entry.buffers[i].dtype, entry.buffers[i].shape) for n, i in names.items()}
+
+    return Signature(side(entry.inputs), side(entry.outputs))
 
 
 def accept(value: Any, buffer: Buffer, what: str) -> Array:
@@ -186,10 +229,13 @@ def _through_bits(value: Any, dtype: np.dtype[Any], what: str, wanted: str) -> A
         ) from error
 
 
-def state_offsets(states: dict[str, State], boundary: int = 4096) -> tuple[dict[str, int], int]:
-    """Return where each state begins in one block of memory, and the size of the block."""
-    offsets, at = {}, 0
+def state_spans(
+    states: dict[str, State], sequences: int = 1, boundary: int = 4096
+) -> tuple[dict[str, slice], int]:
+    """Return where the states of so many sequences lie in one block of memory, and the block's size."""
+    spans, at = {}, 0
     for name, state in states.items():
-        offsets[name] = at
-        at += -(-dtypes.size(state.dtype, state.shape) // boundary) * boundary
-    return offsets, at
+        size = sequences * dtypes.size(state.dtype, state.shape)
+        spans[name] = slice(at, at + size)
+        at += -(-size // boundary) * boundary
+    return spans, at

@@ -40,6 +40,8 @@ class Stats:
     prompt_tokens: int = 0
     reused_tokens: int = 0
     """Prompt tokens that the session held already."""
+    sequences: int = 1
+    """Texts that have begun, of a batch."""
     new_tokens: int = 0
     prefill_seconds: float = 0.0
     """Until the first token is known."""
@@ -72,17 +74,22 @@ class Stats:
 
     @property
     def _decoded(self) -> int:
-        return max(self.new_tokens - 1, 0)
+        return max(self.new_tokens - self.sequences, 0)
 
 
 class Session:
     """A sequence of tokens in a decoder's states.
 
-    A module has one at a time: beginning another one, or `Module.reset`, ends it.
+    A module has one at a time, or in each slot one: beginning another one there, or `Module.reset`,
+    ends it.
     """
 
-    def __init__(self, module: Module, number: int, adapter: str | None = None) -> None:
+    def __init__(
+        self, module: Module, number: int, adapter: str | None = None, slot: int = 0
+    ) -> None:
         """Begin an empty sequence; made by `Module.session`."""
+        self.slot = slot
+        """Which of the module's places for sequences it has."""
         self._module = module
         self._number = number
         self._decoder = decoder_of(module)
@@ -142,12 +149,7 @@ class Session:
         decoder = self._decoder
         tokens = check_ids(ids, decoder)
         end = self.position + len(tokens)
-        if end > decoder.max_context:
-            raise UsageError(
-                f"{end} tokens do not fit the context of {decoder.max_context} that the artifact "
-                "was compiled for",
-                remedy="Shorten the prompt, or compile with a longer context.",
-            )
+        self._check_room(end)
         apart = decode and bool(decoder.decode)
         sizes, kind = (decoder.decode, "decode") if apart else (decoder.steps, "step")
         done, mark = 0, self.mark
@@ -159,17 +161,44 @@ class Session:
                 if decoder.rerun:
                     # rings hold one step more than the window: later they have forgotten too much
                     self._make_exact(decoder.rerun if apart else 1)
-                at = self.position
-                hidden = self._step(f"{kind}_{count}", part, at)
-                self._tokens += part.tolist()
-                self._held.append(self.position)
-                if not apart and self._exact == at:
-                    self._exact = self.position
+                exact = self._exact
+                hidden = self._step(f"{kind}_{count}", part, self.position)
+                self.took(part.tolist())
+                if apart:
+                    self._exact = exact
                 mark = self.mark
             done += valid
             yield hidden
             if apart and decoder.rerun:
                 self._make_exact(decoder.rerun)
+
+    def place_of_next(self, module: Module) -> tuple[int, int]:
+        """Return what an entry of a module takes for the next token: its position, the adapter's index.
+
+        Raises:
+            UsageError: The context is full, or the session has ended or is of another module.
+        """
+        self._check_alive()
+        if self._module is not module:
+            raise UsageError("this sequence is of another module")
+        self._check_room(self.position + 1)
+        return self.position, self._adapter
+
+    def took(self, tokens: Sequence[int]) -> None:
+        """Note tokens that an entry has appended to the states."""
+        at = self.position
+        self._tokens += tokens
+        self._held.append(self.position)
+        if self._exact == at:
+            self._exact = self.position
+
+    def _check_room(self, end: int) -> None:
+        if end > self._decoder.max_context:
+            raise UsageError(
+                f"{end} tokens do not fit the context of {self._decoder.max_context} that the artifact "
+                "was compiled for",
+                remedy="Shorten the prompt, or compile with a longer context.",
+            )
 
     def _step(self, entry: str, tokens: Array, at: int) -> Array:
         """Run an entry point on some tokens at a position; returns their hidden states."""
@@ -289,7 +318,8 @@ class Session:
         for count in plan_steps(len(hidden), self._decoder.heads, self._decoder.heads[-1]):
             valid = min(count, len(hidden) - done)
             with self.lock:
-                bound = self._entry(f"head_{count}")
+                self._check_alive()
+                bound = self._module.bind(f"head_{count}")
                 (into,) = bound.inputs.values()
                 into[:valid] = hidden[done : done + valid]
                 into[valid:] = 0
@@ -300,13 +330,13 @@ class Session:
 
     def _entry(self, name: str) -> Any:
         self._check_alive()
-        return self._module.bind(name)
+        return self._module.bind(name, self.slot)
 
     def _check_alive(self) -> None:
         if not self._module.owns(self._number):
             raise UsageError(
                 "this sequence has ended: another one began on the same module",
-                remedy="Load the artifact twice to generate two texts at a time.",
+                remedy="Load the artifact twice, or compile it with --batch 2, for two texts at a time.",
             )
 
 
@@ -422,17 +452,7 @@ def generate_ids(
     """Check the arguments at once and return the ids one by one; see `Module.generate`."""
     decoder = decoder_of(module)
     ids = encode(module, prompt)
-    # the last token that is generated needs no place in the states
-    room = decoder.max_context - len(ids) + 1
-    count = room if max_new_tokens is None else max_new_tokens
-    if count < 0:
-        raise UsageError(f"max_new_tokens is {count}; it must be 0 or more")
-    if len(ids) > decoder.max_context or count > room:
-        raise UsageError(
-            f"{len(ids)} prompt tokens and {max(count, 0)} new ones do not fit the context of "
-            f"{decoder.max_context} that the artifact was compiled for",
-            remedy="Shorten the prompt, ask for fewer, or compile with a longer context.",
-        )
+    count = new_tokens(decoder, len(ids), max_new_tokens)
     adapter_index(module, adapter)
     if session is not None and not isinstance(session, Session):
         raise UsageError(
@@ -445,6 +465,26 @@ def generate_ids(
             remedy="Begin one with Module.session, with the same adapter.",
         )
     return _generate(module, ids, count, sampling, stop_at_eos, stats or Stats(), adapter, session)
+
+
+def new_tokens(decoder: Decoder, prompt: int, most: int | None) -> int:
+    """Return how many tokens may follow a prompt of so many: ``most``, or (None) as many as fit.
+
+    Raises:
+        UsageError: they do not fit the context.
+    """
+    # the last token that is generated needs no place in the states
+    room = decoder.max_context - prompt + 1
+    count = room if most is None else most
+    if count < 0 and most is not None:
+        raise UsageError(f"max_new_tokens is {count}; it must be 0 or more")
+    if count > room or prompt > decoder.max_context:
+        raise UsageError(
+            f"{prompt} prompt tokens and {max(count, 0)} new ones do not fit the context of "
+            f"{decoder.max_context} that the artifact was compiled for",
+            remedy="Shorten the prompt, ask for fewer, or compile with a longer context.",
+        )
+    return count
 
 
 def generate_text(

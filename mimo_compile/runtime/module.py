@@ -6,19 +6,30 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
 from mimo_compile import _tvm
-from mimo_compile.errors import ArtifactError, MimoError, UsageError
-from mimo_compile.runtime import cpu, dtypes, generate, scores
+from mimo_compile.errors import ArtifactError, UsageError
+from mimo_compile.runtime import batch, cpu, generate, scores
 from mimo_compile.runtime.container import Parts, Verify, open_artifact
-from mimo_compile.runtime.entry import Array, BoundEntry, Memory, accept, state_offsets
+from mimo_compile.runtime.entry import (
+    Array,
+    BoundEntry,
+    Memory,
+    Signature,
+    Timing,
+    accept,
+    signature_of,
+    state_spans,
+)
+from mimo_compile.runtime.generate import Prompt, Stats
 from mimo_compile.runtime.memory import Zeroed
 from mimo_compile.runtime.program import Entry, Manifest
 from mimo_compile.runtime.sampling import Sampling
+from mimo_compile.runtime.threads import thread_count, use_threads
 
 
 def load(
@@ -42,26 +53,6 @@ def load(
     return Module(open_artifact(path, verify=verify), threads=threads)
 
 
-class Signature(NamedTuple):
-    """What an entry point takes and gives: name to (dtype, shape)."""
-
-    inputs: dict[str, tuple[str, tuple[int, ...]]]
-    outputs: dict[str, tuple[str, tuple[int, ...]]]
-
-    def __str__(self) -> str:
-        """For people: `(x float32[1, 4]) -> (y float32[1, 2])`."""
-        sides = (", ".join(f"{n} {dtypes.spell(*t)}" for n, t in side.items()) for side in self)
-        return "({}) -> ({})".format(*sides)
-
-
-class Timing(NamedTuple):
-    """How long one call of an entry took, by kernel call."""
-
-    label: str
-    kernel: str
-    seconds: float
-
-
 class Module:
     """A loaded artifact: entry points that are called, or a decoder that generates text.
 
@@ -75,38 +66,25 @@ class Module:
         self._programs = parts.programs.entries
         self._texts = parts.texts
         self._where = parts.where
-        self.threads = self._thread_count(threads)
+        self.threads = thread_count(threads, self.manifest.target.threads)
         cpu.check_object(parts.code, parts.where)
         if "amx-tile" in self.manifest.target.features:
             cpu.permit_amx()
         code = _tvm.load_object(parts.code)
         arena = Zeroed(max((e.arena_bytes for e in self._programs.values()), default=0), huge=True)
-        offsets, size = state_offsets(self.manifest.states)
+        decoder = self.manifest.decoder
+        self.batch = 1 if decoder is None else decoder.batch
+        """Sequences that may be in progress at once."""
+        spans, size = state_spans(self.manifest.states, self.batch)
         self._states = Zeroed(size)
-        states = {
-            name: self._states.bytes[at : at + dtypes.size(state.dtype, state.shape)]
-            for (name, state), at in zip(
-                self.manifest.states.items(), offsets.values(), strict=True
-            )
-        }
+        states = {name: self._states.bytes[span] for name, span in spans.items()}
         self._memory = Memory(arena.bytes, states, parts.weights, code, parts.where)
-        self._bound: dict[str, BoundEntry] = {}
+        self._bound: dict[tuple[str, int], BoundEntry] = {}
         self.lock = threading.RLock()
         """Held while an entry point runs and until its outputs are copied; one thread at a time."""
         self._tokenizer: Any = None
-        self._session = 0  # of the states: one sequence at a time
-
-    def _thread_count(self, threads: int | None) -> int:
-        _tvm.configure()
-        most = _tvm.max_threads()
-        if threads is None:
-            return max(1, min(self.manifest.target.threads, most))
-        if not 1 <= threads <= most:
-            raise UsageError(
-                f"{threads} threads asked for, 1 to {most} are possible",
-                remedy="Set TVM_NUM_THREADS before the start to raise the limit.",
-            )
-        return threads
+        self._begun = 0
+        self._owners = [0] * self.batch  # number of the sequence that each slot's states belong to
 
     def __repr__(self) -> str:
         """Name the artifact and what it can do."""
@@ -121,7 +99,7 @@ class Module:
     @property
     def entries(self) -> Mapping[str, Signature]:
         """The entry points by name, with what they take and give."""
-        return {name: _signature(entry) for name, entry in self._programs.items()}
+        return {name: signature_of(entry) for name, entry in self._programs.items()}
 
     def call(self, entry: str, *inputs: Any) -> Any:
         """Call an entry point.
@@ -153,7 +131,7 @@ class Module:
         if len(inputs) != len(program.inputs):
             raise UsageError(
                 f"entry {entry} takes {len(program.inputs)} inputs, {len(inputs)} are given: "
-                f"{entry}{_signature(program)}"
+                f"{entry}{signature_of(program)}"
             )
         return [
             accept(value, program.buffers[index], f"input {name} of entry {entry}")
@@ -171,22 +149,38 @@ class Module:
             )
         return self.call("main", *inputs)
 
-    def bind(self, entry: str) -> BoundEntry:
+    def bind(self, entry: str, slot: int = 0) -> BoundEntry:
         """Return an entry point ready to run on this thread; for those who fill the arena themselves.
 
         Nothing guards what is done with it against other threads.
 
+        Args:
+            entry: Its name.
+            slot: Whose states it works on, of the sequences that may be in progress; `batch_B` works
+                on those of all.
+
         Raises:
-            UsageError: There is no such entry.
+            UsageError: There is no such entry or slot.
             ArtifactError: Its weights differ from their hash, or a kernel is missing.
         """
-        _use_threads(self.threads)
-        bound = self._bound.get(entry)
+        use_threads(self.threads)
+        bound = self._bound.get((entry, slot))
         if bound is None:
             with self.lock:
-                bound = BoundEntry(entry, self._program(entry), self._memory, self._where)
-                self._bound[entry] = bound
+                program = self._program(entry)
+                self._check_slot(slot)
+                if slot and entry.startswith("batch_"):
+                    raise UsageError(f"{entry} works on all sequences, not on {slot} alone")
+                bound = BoundEntry(entry, program, self._memory, self._where, slot)
+                self._bound[entry, slot] = bound
         return bound
+
+    def _check_slot(self, slot: int) -> None:
+        if not 0 <= slot < self.batch:
+            raise UsageError(
+                f"there is no sequence {slot}: {self.manifest.name} was compiled for {self.batch} at a time",
+                remedy="Compile it with a greater --batch.",
+            )
 
     def _program(self, entry: str) -> Entry:
         try:
@@ -199,7 +193,7 @@ class Module:
     def reset(self) -> None:
         """Make all states zero, as they were after loading, and end sequences in progress."""
         with self.lock:
-            self._session += 1
+            self._owners = [0] * self.batch
             self._states.clear()
 
     def profile(self, entry: str, *inputs: Any, repeat: int = 5) -> list[Timing]:
@@ -252,23 +246,27 @@ class Module:
         """Return an optional member (`config.json`, `records.jsonl`, `tokenizer.json`) or None."""
         return self._texts.get(member)
 
-    def session(self, adapter: str | None = None) -> generate.Session:
+    def session(self, adapter: str | None = None, slot: int = 0) -> generate.Session:
         """Begin a sequence of tokens; it ends the one before it. See `generate.Session`.
 
         Args:
             adapter: Which of the artifact's adapters changes the model for it; None: none.
+            slot: In which of the artifact's places for sequences, of which there are `batch`: it
+                ends the one in this place only.
 
         Raises:
-            UsageError: There is no such adapter.
+            UsageError: There is no such adapter or slot.
         """
         with self.lock:
-            session = generate.Session(self, self._session + 1, adapter)
-            self._session += 1
+            self._check_slot(slot)
+            session = generate.Session(self, self._begun + 1, adapter, slot)
+            self._begun += 1
+            self._owners[slot] = self._begun
             return session
 
     def owns(self, session: int) -> bool:
-        """Whether the states still belong to this session."""
-        return session == self._session
+        """Whether states still belong to this session."""
+        return session in self._owners
 
     def generate_ids(
         self,
@@ -329,6 +327,64 @@ class Module:
             self, prompt, max_new_tokens, sampling, stop_at_eos, stats, adapter, session
         )
 
+    def generate_batch_ids(
+        self,
+        prompts: Sequence[Prompt],
+        max_new_tokens: int | None = None,
+        *,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | Sequence[int] = 0,
+        stop_at_eos: bool = True,
+        stats: Stats | None = None,
+        adapter: str | Sequence[str | None] | None = None,
+    ) -> Iterator[tuple[int, int]]:
+        """Generate token ids of several texts; arguments as in `generate_batch`."""
+        draw = (temperature, top_k, top_p)
+        asks = batch.asks_of(self, prompts, max_new_tokens, draw, seed, adapter)
+        return batch.generate_ids(self, asks, stop_at_eos, stats)
+
+    def generate_batch(
+        self,
+        prompts: Sequence[Prompt],
+        max_new_tokens: int | None = None,
+        *,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | Sequence[int] = 0,
+        stop_at_eos: bool = True,
+        stats: Stats | None = None,
+        adapter: str | Sequence[str | None] | None = None,
+    ) -> Iterator[tuple[int, str]]:
+        """Generate several texts, as many at a time as the artifact was compiled for (`--batch`).
+
+        Each text is what `generate` alone would give, up to roundings. A prompt that finds no place waits
+        until a text ends, so there may be any number of them. All sequences that were in progress end.
+
+        Args:
+            prompts: Texts, or token ids of each.
+            max_new_tokens: How many tokens to add at most to each; by default as many as fit.
+            temperature: As in `generate`, likewise `top_k`, `top_p` and `stop_at_eos`.
+            top_k: As in `generate`.
+            top_p: As in `generate`.
+            seed: One for all, or one for each prompt.
+            stop_at_eos: As in `generate`.
+            stats: Filled with totals while tokens are generated; energy is not measured.
+            adapter: Of all texts, or one for each prompt.
+
+        Returns:
+            Pairs of the index of a prompt and a piece of its text, as they come.
+
+        Raises:
+            UsageError: The artifact is no decoder, or an argument is out of range; at once, and it
+                names the prompt.
+        """
+        draw = (temperature, top_k, top_p)
+        asks = batch.asks_of(self, prompts, max_new_tokens, draw, seed, adapter)
+        return batch.generate_text(self, asks, stop_at_eos, stats)
+
     def token_logprobs(
         self, ids: Sequence[int] | npt.NDArray[Any], *, adapter: str | None = None
     ) -> npt.NDArray[np.float64]:
@@ -344,43 +400,3 @@ class Module:
             `[n - 1]` float64: entry i belongs to `ids[i + 1]`. Unit: nats.
         """
         return scores.token_logprobs(self, ids, adapter)
-
-
-_PER_THREAD = threading.local()
-_pool = False  # threads of kernels were started
-_pool_lost = False  # in a parent of this process: they did not come along
-
-
-def _note_fork() -> None:
-    global _pool_lost
-    _pool_lost = _pool
-
-
-os.register_at_fork(after_in_child=_note_fork)
-
-
-def _use_threads(count: int) -> None:
-    """Set the number of kernel threads of the calling thread, unless it is set so already.
-
-    Raises:
-        MimoError: This process was forked from one that had such threads; a kernel would wait for
-            them for ever.
-    """
-    global _pool
-    if count > 1:
-        if _pool_lost:
-            raise MimoError(
-                "this process was forked after kernels had run, whose threads did not come along",
-                remedy="Start processes by spawn, or fork before the first call.",
-            )
-        _pool = True
-    if getattr(_PER_THREAD, "count", None) != count:
-        _tvm.set_threads(count)
-        _PER_THREAD.count = count
-
-
-def _signature(entry: Entry) -> Signature:
-    def side(names: dict[str, int]) -> dict[str, tuple[str, tuple[int, ...]]]:
-        return {n: (entry.buffers[i].dtype, entry.buffers[i].shape) for n, i in names.items()}
-
-    return Signature(side(entry.inputs), side(entry.outputs))

@@ -59,7 +59,10 @@ class Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A tensor that lives across calls (a KV cache), in the layout its kernels chose; zero at start."""
+    """A tensor that lives across calls (a KV cache), in the layout its kernels chose; zero at start.
+
+    It is that of one sequence. Where several may be in progress, their tensors follow one another in memory.
+    """
 
     shape: tuple[int, ...]
     dtype: str
@@ -124,6 +127,9 @@ class Decoder(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     """After so many tokens of ``decode_T`` these run again by ``step_T``, which makes their keys exact."""
     layers: tuple[Layer, ...] = ()
     """All layers in running order, draft heads last; empty in artifacts from before it was noted."""
+    batch: int = 1
+    """Sequences that may be in progress at once. Of more than one there is an entry ``batch_B``: like
+    ``step_1`` for one token of each of B sequences, with ``ids int32 [B]`` and ``pos int32 [B, 2]``."""
 
 
 class Member(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -26,6 +26,7 @@ from mimo_compile.runtime.container import Parts, open_artifact
 from mimo_compile.runtime.module import Module
 from mimo_compile.runtime.program import Choice, Manifest
 from mimo_compile.schedules import get_schedule
+from mimo_compile.verify.batch import compare_batch
 from mimo_compile.verify.end_to_end import (
     ROWS,
     compare_logits,
@@ -119,6 +120,11 @@ def verify_artifact(
         ids = text_ids(module, text, tokens, seed)
     found.end_to_end = compare_logits(module, eager, ids[:tokens], rows or ROWS)
     log(f"logits of {tokens} tokens: p95 error {found.end_to_end.p95_error:.2e} of the largest")
+    if module.batch > 1:
+        found.batch = compare_batch(module, eager, ids[:tokens])
+        log(
+            f"{module.batch} sequences together: p95 error {found.batch.p95_error:.2e} of the largest"
+        )
     if perplexity_tokens:
         found.perplexity = compare_perplexity(
             module, eager, text_ids(module, text, perplexity_tokens, None)

@@ -115,7 +115,7 @@ def compare_logits(
     led = Led(seen, bound.nearly_all)
     with led if seen else nullcontext():
         reference = _eager_logits(eager, ids, split, first)
-    found = _compare(got, reference, bound, decoded=len(ids) - split)
+    found = compare_rows(got, reference, bound, decoded=len(ids) - split)
     return replace(found, choices=led.choices, followed=led.followed, strayed=led.strayed)
 
 
@@ -147,7 +147,12 @@ def _eager_logits(eager: Decoder, ids: npt.NDArray[Any], split: int, first: int)
     return np.concatenate(rows).astype(np.float64)
 
 
-def _compare(got: Any, reference: Any, bound: LogitsBound, decoded: int = 0) -> EndToEnd:
+def compare_rows(got: Any, reference: Any, bound: LogitsBound, decoded: int = 0) -> EndToEnd:
+    """Compare rows of logits ``[n, V]`` float64, the last ``decoded`` of which were decoded.
+
+    Raises:
+        VerificationError: they have different shapes.
+    """
     if got.shape != reference.shape:
         raise VerificationError(f"outputs have shape {got.shape}, the reference {reference.shape}")
     largest = np.maximum(np.abs(reference).max(-1), 1e-30)
@@ -191,7 +196,7 @@ def compare_program(module: Module, source: Path, seed: int) -> EndToEnd:
     result = module.call(entry, *inputs)
     results = list(result) if isinstance(result, tuple) else [result]
     worst = [
-        _compare(
+        compare_rows(
             np.asarray(g, np.float64).reshape(1, -1), w.numpy().astype(np.float64).reshape(1, -1),
             LogitsBound(1e-3, 1e-3),
         )

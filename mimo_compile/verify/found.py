@@ -102,6 +102,8 @@ class Verification:
     path: str
     kernels: list[KernelCheck] = field(default_factory=list)
     end_to_end: EndToEnd | None = None
+    batch: EndToEnd | None = None
+    """Of tokens of several sequences that were decoded together, where the artifact does that."""
     perplexity: Perplexity | None = None
     notes: list[str] = field(default_factory=list)
     """What was not checked and why."""
@@ -109,7 +111,7 @@ class Verification:
     @property
     def ok(self) -> bool:
         """True when nothing that was checked is wrong."""
-        parts = [p.ok for p in (self.end_to_end, self.perplexity) if p is not None]
+        parts = [p.ok for p in (self.end_to_end, self.batch, self.perplexity) if p is not None]
         return all(k.ok for k in self.kernels) and all(parts)
 
     def to_json(self) -> dict[str, Any]:
@@ -122,6 +124,8 @@ class Verification:
         }  # fmt: skip
         if self.end_to_end is not None:
             out["end_to_end"] = {**asdict(self.end_to_end), "ok": self.end_to_end.ok}
+        if self.batch is not None:
+            out["batch"] = {**asdict(self.batch), "ok": self.batch.ok}
         if self.perplexity is not None:
             p = self.perplexity
             out["perplexity"] = {

@@ -28,34 +28,39 @@ from mimo_compile.ir.workload import Workload
 from mimo_compile.runtime.entry import BoundEntry
 from mimo_compile.runtime.module import Module
 
-Seen = Mapping[tuple[int, int], "deque[Array]"]
-"""Router logits ``[E]`` by number of the router in a step and position, one for each time it was run."""
+Seen = Mapping[tuple[int, int, int], "deque[Array]"]
+"""Router logits ``[E]`` by slot of the sequence, number of the router in a step and position, one for each
+time it was run."""
 
 
 @contextmanager
 def watched(module: Module) -> Iterator[Seen]:
     """Note the router logits of all tokens that the module runs meanwhile."""
-    seen: dict[tuple[int, int], deque[Array]] = defaultdict(deque)
+    seen: dict[tuple[int, int, int], deque[Array]] = defaultdict(deque)
     op, shapes = get_op("route"), {}
     for choice in module.manifest.plan:
         if choice.workload.startswith("route:"):
             logits = op.args(Workload.parse(choice.workload))[0]
             shapes[choice.kernel] = logits.shape
     names = [n for n in module.entries if n.startswith(("step_", "decode_")) and shapes]
-    tapped = [(bound, list(bound.calls)) for bound in map(module.bind, names)]
+    places = [(n, slot) for n in names for slot in range(module.batch)]
+    places += [(n, 0) for n in module.entries if n.startswith("batch_") and shapes]
+    tapped = [(module.bind(*place), place[1]) for place in places]
+    before = [list(bound.calls) for bound, _ in tapped]
     try:
-        for bound, _ in tapped:
-            _tap(bound, shapes, seen)
+        for bound, slot in tapped:
+            _tap(bound, slot, shapes, seen)
         yield seen
     finally:
-        for bound, calls in tapped:
+        for (bound, _), calls in zip(tapped, before, strict=True):
             bound.calls[:] = calls
 
 
 def _tap(
     bound: BoundEntry,
+    slot: int,
     shapes: Mapping[str, tuple[int, ...]],
-    seen: dict[tuple[int, int], deque[Array]],
+    seen: dict[tuple[int, int, int], deque[Array]],
 ) -> None:
     """Have the entry's router kernels (of logits of these shapes) tell what they are given."""
     number = 0
@@ -69,7 +74,7 @@ def _tap(
         )  # fmt: skip
         function, arguments = bound.calls[at]
         logits = np.from_dlpack(arguments[place])
-        noting = partial(_note, function, logits, bound.inputs["pos"], number, seen)
+        noting = partial(_note, function, logits, bound.inputs["pos"], slot, number, seen)
         bound.calls[at] = noting, arguments
         number += 1
 
@@ -78,23 +83,25 @@ def _note(
     function: Callable[..., Any],
     logits: Array,
     pos: Array,
+    slot: int,
     number: int,
-    seen: dict[tuple[int, int], deque[Array]],
+    seen: dict[tuple[int, int, int], deque[Array]],
     *arguments: Any,
 ) -> None:
-    start, valid = (int(p) for p in pos)
-    for row in range(valid):
-        seen[number, start + row].append(logits[row].copy())
+    places = pos.reshape(-1, 2)  # of a batch one for each slot, with a row each
+    for place, (start, valid) in enumerate(places.tolist()):
+        for row in range(valid):
+            seen[slot + place, number, start + row].append(logits[place + row].copy())
     function(*arguments)
 
 
 class Led(TorchDispatchMode):
     """While it is on, `mimo::route` takes the experts of a compiled model where that is right."""
 
-    def __init__(self, seen: Seen, slack: float) -> None:
-        """Follow logits that differ by at most ``slack`` of a row's largest."""
+    def __init__(self, seen: Seen, slack: float, slot: int = 0) -> None:
+        """Follow logits of the sequence in a slot that differ by at most ``slack`` of a row's largest."""
         super().__init__()  # type: ignore[no-untyped-call]
-        self._seen, self._slack = seen, slack
+        self._seen, self._slack, self._slot = seen, slack, slot
         self._number = self._start = 0
         self.choices = 0
         """Rows of all routers."""
@@ -144,5 +151,5 @@ class Led(TorchDispatchMode):
 
     def _next(self, number: int, position: int) -> Array | None:
         """Return the next logits that were noted there; None where the compiled model ran no such row."""
-        waiting = self._seen.get((number, position))
+        waiting = self._seen.get((self._slot, number, position))
         return waiting.popleft() if waiting else None

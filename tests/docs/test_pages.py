@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(DOCS.glob("*.md"))]
 HOW_TO = ["an-op", "a-schedule", "a-model", "a-weight-format", "a-meter", "a-strategy"]
-SLOW = {"mistral.py", "tune_an_op.py"}
+SLOW = {"mistral.py", "several_texts.py", "tune_an_op.py"}
 """Examples that take longest; tests of families and of the search are like them."""
 
 

@@ -181,3 +181,12 @@ def saved(tmp_path_factory):
         return made[case]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def windowed(saved, tmp_path_factory):
+    """An artifact whose layers 1 and 2 see 8 positions, in rings of 272, for three sequences at a time."""
+    import mimo_compile as mc
+
+    db = tmp_path_factory.mktemp("windowed") / "records.db"
+    return mc.compile(saved("qwen2-window")[1], db=db, max_context=320, threads=1, batch=3)

@@ -16,11 +16,8 @@ pytestmark = pytest.mark.compile
 
 
 @pytest.fixture(scope="module")
-def module(saved, tmp_path_factory):
-    """A model whose layers 1 and 2 see 8 positions, in rings of 272."""
-    folder = tmp_path_factory.mktemp("sessions")
-    source = saved("qwen2-window")[1]
-    return mc.compile(source, db=folder / "records.db", max_context=CONTEXT, threads=1).module()
+def module(windowed):
+    return windowed.module()
 
 
 def logits(session, hidden):

@@ -25,6 +25,7 @@ from mimo_compile.runtime.program import (
 N = 64
 VOCAB, WIDTH, CONTEXT, EOS = 257, 16, 48, 256
 STEPS = (1, 4, 16)
+BATCH = 3
 
 
 @cache
@@ -51,6 +52,7 @@ def code() -> bytes:
     functions = {"double": double, "add": add}
     functions |= {f"step{n}": _step(n) for n in STEPS}
     functions |= {f"head{n}": _head(n) for n in (1, 4)}
+    functions["batch"] = _batch(BATCH)
     module = tvm.IRModule({k: f.with_attr("global_symbol", k) for k, f in functions.items()})
     target = tvm.target.Target({"kind": "llvm", "mcpu": "x86-64-v2"})
     with tempfile.TemporaryDirectory() as folder:
@@ -81,6 +83,30 @@ def _step(n: int):
                     H[t, d] = H[t, d] + K[j, d]
 
     return step
+
+
+def _batch(n: int):
+    """Append an embedding to the cache of each of n sequences, where its `pos` says so."""
+    from tvm.script import tirx as T
+
+    @T.prim_func(s_tir=True)
+    def batch(ids: T.handle, pos: T.handle, embed: T.handle, cache: T.handle, hidden: T.handle):
+        I = T.match_buffer(ids, (n,), "int32")  # noqa: E741
+        P = T.match_buffer(pos, (n, 2), "int32")
+        E = T.match_buffer(embed, (VOCAB, WIDTH), "float32")
+        K = T.match_buffer(cache, (n, CONTEXT, WIDTH), "float32")
+        H = T.match_buffer(hidden, (n, WIDTH), "float32")
+        for t in T.serial(n):
+            if P[t, 1] > 0:
+                for d in T.serial(WIDTH):
+                    K[t, P[t, 0], d] = E[I[t], d]
+        for t, d in T.grid(n, WIDTH):
+            H[t, d] = T.float32(0)
+            for j in T.serial(CONTEXT):
+                if P[t, 1] > 0 and j <= P[t, 0]:
+                    H[t, d] = H[t, d] + K[t, j, d]
+
+    return batch
 
 
 def _head(n: int):
@@ -183,8 +209,11 @@ def tokenizer_json() -> bytes:
     return tokenizer.to_str().encode()
 
 
-def decoder() -> Artifact:
-    """A decoder: hidden state = sum of the embeddings so far; logits = head of it."""
+def decoder(batch: int = 1) -> Artifact:
+    """A decoder: hidden state = sum of the embeddings so far; logits = head of it.
+
+    ``batch``: sequences at a time, 1 or `BATCH`.
+    """
     entries = {}
     for n in STEPS:
         entries[f"step_{n}"] = Entry(
@@ -197,6 +226,20 @@ def decoder() -> Artifact:
                 Buffer("arena", (n, WIDTH), "float32", 128),
             ),
             calls=(Call(f"step{n}", (0, 1, 2, 3, 4), "layers.0"),),
+            inputs={"ids": 0, "pos": 1},
+            outputs={"hidden": 4},
+        )
+    if batch > 1:
+        entries[f"batch_{batch}"] = Entry(
+            arena_bytes=128 + 64 * batch,
+            buffers=(
+                Buffer("arena", (batch,), "int32", 0),
+                Buffer("arena", (batch, 2), "int32", 64),
+                Buffer("weight", (VOCAB, WIDTH), "float32", 0, "embed"),
+                Buffer("state", (batch, CONTEXT, WIDTH), "float32", 0, "cache"),
+                Buffer("arena", (batch, WIDTH), "float32", 128),
+            ),
+            calls=(Call("batch", (0, 1, 2, 3, 4), "layers.0"),),
             inputs={"ids": 0, "pos": 1},
             outputs={"hidden": 4},
         )
@@ -213,7 +256,7 @@ def decoder() -> Artifact:
             outputs={"logits": 2},
         )
     embed, head = embeddings()
-    facts = Decoder(STEPS, (1, 4), WIDTH, VOCAB, CONTEXT, eos=(EOS,))
+    facts = Decoder(STEPS, (1, 4), WIDTH, VOCAB, CONTEXT, eos=(EOS,), batch=batch)
     states = {"cache": State((CONTEXT, WIDTH), "float32")}
     return Artifact(
         manifest("decoder", entries, states, facts),

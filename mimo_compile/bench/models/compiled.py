@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,27 @@ class CompiledRunner:
             "prefill": stats.prefill_tokens_per_s, "decode": stats.decode_tokens_per_s,
             "joules": stats.joules_per_token, "joules_source": stats.joules_source or "",
         }  # fmt: skip
+
+
+def batch_entrant(artifact: Path, module: Module) -> Entrant:
+    """Return an artifact that generates as many texts at a time as it was compiled for."""
+    alone = entrant(artifact, module)
+    return replace(
+        alone, impl=f"{alone.impl}, {module.batch} together", runner=f"{__name__}:BatchRunner"
+    )
+
+
+class BatchRunner(CompiledRunner):
+    """Generates several texts together; rates are those of all of them."""
+
+    def run(self, prompt: Sequence[int], new: int) -> dict[str, Any]:
+        """Generate from prompts of equal length; see `Runner.run`."""
+        assert self._module is not None
+        stats = Stats()
+        prompts = [np.roll(np.array(prompt, np.int32), i) for i in range(self._module.batch)]
+        for _ in self._module.generate_batch_ids(prompts, new, stop_at_eos=False, stats=stats):
+            pass
+        return {"prefill": stats.prefill_tokens_per_s, "decode": stats.decode_tokens_per_s}
 
 
 class ReadRoof:

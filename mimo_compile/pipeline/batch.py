@@ -1,0 +1,70 @@
+"""Which models can decode several sequences together (``--batch``)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mimo_compile.errors import UsageError
+from mimo_compile.ir.caches import FORMATS, scheme_cache_format
+from mimo_compile.ir.formats import QuantScheme
+from mimo_compile.ir.policies import AttentionPolicy
+
+if TYPE_CHECKING:
+    from mimo_compile.frontend.models.decoder import Decoder
+
+MOST_SEQUENCES = 256
+"""Of a batch: as many rows as the longest step has."""
+POLICIES = ("model", "full", "window")
+"""Whose layers attend to all that their windows leave, which kernels of batches do."""
+
+
+def check_batch(batch: int, scheme: QuantScheme, policy: AttentionPolicy) -> None:
+    """Refuse what cannot be, before a model is read.
+
+    Args:
+        batch: Sequences to decode together; 1 asks for nothing.
+        scheme: How weights and caches are stored.
+        policy: What layers attend to.
+
+    Raises:
+        UsageError: so many sequences, or batches over such caches or with such a policy, have no kernels.
+    """
+    if not 1 <= batch <= MOST_SEQUENCES:
+        raise UsageError(
+            f"{batch} sequences cannot be decoded together (--batch)",
+            remedy=f"use 1 to {MOST_SEQUENCES}",
+        )
+    if batch == 1:
+        return
+    if scheme_cache_format(scheme.kv).name not in FORMATS:
+        have = " and ".join(f"kv{f.scheme}" for f in FORMATS.values() if f.scheme)
+        raise UsageError(
+            f"--batch {batch} has no kernels for caches in kv{scheme.kv}",
+            remedy=f"use {have}, or leave kv... out of --quant for float32 caches",
+        )
+    if policy.name not in POLICIES or policy.arithmetic != "float":
+        raise UsageError(
+            f"--batch {batch} has no kernels for --attention {policy}",
+            remedy=f"use {', '.join(POLICIES)}, or leave out --batch",
+        )
+
+
+def check_layers(decoder: Decoder, batch: int) -> None:
+    """Refuse a model some of whose layers choose by themselves what they attend to.
+
+    Raises:
+        UsageError: naming the first of them.
+    """
+    from mimo_compile.frontend.models.stages import LayerCore
+
+    if batch == 1:
+        return
+    for stage in decoder.stages():
+        module = stage.module
+        if isinstance(module, LayerCore) and (
+            module.attend.kind or module.attend.lay or module.caches.name not in FORMATS
+        ):
+            raise UsageError(
+                f"--batch {batch} has no kernels for the attention of {stage.name}",
+                remedy="leave out --batch",
+            )

@@ -1,0 +1,214 @@
+"""Several sequences at a time: a token of each in one pass over the weights; prompts wait for a place."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mimo_compile.errors import MimoError, UsageError
+from mimo_compile.runtime.generate import (
+    Array,
+    Prompt,
+    Session,
+    Stats,
+    adapter_index,
+    check_ids,
+    decoder_of,
+    encode,
+    new_tokens,
+)
+from mimo_compile.runtime.sampling import Sampling, sample
+from mimo_compile.runtime.text import TextStream
+
+if TYPE_CHECKING:
+    from mimo_compile.runtime.module import Module
+
+
+def append_each(module: Module, sessions: Sequence[Session], tokens: Sequence[int]) -> Array:
+    """Append one token to each of several sequences of a module, in one pass over its weights.
+
+    Args:
+        module: Compiled for as many sequences at a time.
+        sessions: Sequences in progress, in slots of their own.
+        tokens: The next token of each.
+
+    Returns:
+        Their hidden states `[n, D]` float32, a copy.
+
+    Raises:
+        UsageError: A sequence has ended, is of another module or has filled its context, two of them are
+            the same, or an id is not in the vocabulary. No sequence has changed then.
+    """
+    with module.lock:
+        ids = check_ids(tokens, decoder_of(module))
+        slots = [session.slot for session in sessions]
+        if len(set(slots)) != len(slots) or len(ids) != len(slots):
+            raise UsageError(
+                f"{len(ids)} tokens are for {len(set(slots))} sequences: give one to each"
+            )
+        if len(slots) == 1:  # what computes several rows takes longer for one
+            return sessions[0].append(ids, decode=True)
+        places = [session.place_of_next(module) for session in sessions]
+        bound = module.bind(f"batch_{module.batch}")
+        into, pos, *adapters = bound.inputs.values()
+        into[...], pos[...] = 0, 0  # no token of the sequences that rest
+        into[slots], pos[slots, 0], pos[slots, 1] = ids, [at for at, _ in places], 1
+        for chosen in adapters:
+            chosen[...] = -1
+            chosen[slots] = [adapter for _, adapter in places]
+        bound.run()
+        for session, token in zip(sessions, ids.tolist(), strict=True):
+            session.took([token])
+        hidden: Array = bound.outputs["hidden"][slots]
+        return hidden
+
+
+def for_each(value: Any, count: int, what: str) -> list[Any]:
+    """Return one value for each prompt: the same, or those of a list.
+
+    Raises:
+        UsageError: The list has another length.
+    """
+    if isinstance(value, str) or not isinstance(value, Sequence | np.ndarray):
+        return [value] * count
+    if len(value) != count:
+        raise UsageError(
+            f"{count} prompts have {len(value)} of {what}: give one for all, or one for each"
+        )
+    return list(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One text to generate."""
+
+    index: int
+    ids: Array
+    count: int
+    """New tokens at most."""
+    sampling: Sampling
+    adapter: str | None
+
+
+@dataclass(slots=True)
+class _Running:
+    """A text in progress."""
+
+    ask: Ask
+    session: Session
+    token: int
+    """The newest one, which is not in the states yet."""
+    made: int = 0
+
+
+def asks_of(
+    module: Module,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int | None,
+    draw: tuple[float, int, float],
+    seed: int | Sequence[int],
+    adapter: str | Sequence[str | None] | None,
+) -> list[Ask]:
+    """Check all arguments of `Module.generate_batch` and return what to generate.
+
+    ``draw`` is temperature, `top_k` and `top_p`.
+
+    Raises:
+        UsageError: The prompts are no list, or one of them is wrong or too long; names its index.
+    """
+    decoder = decoder_of(module)
+    if isinstance(prompts, str):
+        raise UsageError("the prompts are one text", remedy="Pass a list of them, or use generate.")
+    seeds = for_each(seed, len(prompts), "seed")
+    adapters = for_each(adapter, len(prompts), "adapter")
+    out = []
+    for index, prompt in enumerate(prompts):
+        try:
+            sampling = Sampling(*draw, seeds[index])
+            adapter_index(module, adapters[index])
+            ids = encode(module, prompt)
+            count = new_tokens(decoder, len(ids), max_new_tokens)
+        except MimoError as error:
+            error.where = error.where or f"prompt {index}"
+            raise
+        out.append(Ask(index, ids, count, sampling, adapters[index]))
+    return out
+
+
+def generate_ids(
+    module: Module, asks: Sequence[Ask], stop_at_eos: bool, stats: Stats | None
+) -> Iterator[tuple[int, int]]:
+    """Return pairs of index and id; see `Module.generate_batch`."""
+    return _generate(module, asks, stop_at_eos, stats or Stats())
+
+
+def generate_text(
+    module: Module, asks: Sequence[Ask], stop_at_eos: bool, stats: Stats | None
+) -> Iterator[tuple[int, str]]:
+    """Return pairs of index and piece of text; see `Module.generate_batch`."""
+    streams = [TextStream(module.tokenizer, ask.ids.tolist()) for ask in asks]
+    tokens = _generate(module, asks, stop_at_eos, stats or Stats())
+    pieces = ((index, streams[index].add(token)) for index, token in tokens)
+    return ((index, piece) for index, piece in pieces if piece)
+
+
+def _generate(
+    module: Module, asks: Sequence[Ask], stop_at_eos: bool, stats: Stats
+) -> Iterator[tuple[int, int]]:
+    eos = frozenset(decoder_of(module).eos) if stop_at_eos else frozenset()
+    stats.sequences, stats.joules_reason = 0, "several texts share each pass over the weights"
+    stats.prompt_tokens = sum(len(ask.ids) for ask in asks)
+    waiting = deque(ask for ask in asks if ask.count)
+    free = deque(range(module.batch))
+    running: list[_Running] = []
+    ends = set()
+    while waiting or running:
+        if waiting and free:
+            running.append(_begin(module, waiting.popleft(), free.popleft(), stats))
+            turn = running[-1:]
+        else:
+            _advance(module, running, stats)
+            turn = list(running)
+        for one in turn:
+            end = "eos" if one.token in eos else ""
+            if not end:
+                one.made += 1
+                stats.new_tokens += 1
+                stats.sequences += one.made == 1
+                yield one.ask.index, one.token
+                end = "length" if one.made == one.ask.count else ""
+            if end:
+                ends.add(end)
+                running.remove(one)
+                free.append(one.session.slot)
+    stats.stopped = "eos" if ends == {"eos"} else "length"
+
+
+def _begin(module: Module, ask: Ask, slot: int, stats: Stats) -> _Running:
+    """Read a prompt into a slot; returns the text with its first token."""
+    begin = time.perf_counter()
+    with module.lock:
+        session = module.session(ask.adapter, slot)
+        (logits,) = session.logits(session.append(ask.ids))
+        token = sample(logits[0], ask.sampling, session.position)
+    stats.prefill_seconds += time.perf_counter() - begin
+    return _Running(ask, session, token)
+
+
+def _advance(module: Module, running: Sequence[_Running], stats: Stats) -> None:
+    """Append the newest token of each text and draw the next one."""
+    begin = time.perf_counter()
+    with module.lock:
+        hidden = append_each(module, [r.session for r in running], [r.token for r in running])
+        done = 0
+        for logits in running[0].session.logits(hidden):
+            for row in logits:
+                one = running[done]
+                one.token = sample(row, one.ask.sampling, one.session.position)
+                done += 1
+    stats.decode_seconds += time.perf_counter() - begin
