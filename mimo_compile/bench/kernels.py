@@ -108,7 +108,7 @@ def bits_per_weight(workload: Workload, runnable: Runnable) -> float | None:
     elif workload.op == "moe":
         count = 3 * p["e"] * p["d"] * p["f"]
     elif workload.op == "cached_attention":
-        count, role = p["cap"] * p["kv"] * (p["d"] + p["dv"]), "state"
+        count, role = p["b"] * p["cap"] * p["kv"] * (p["d"] + p["dv"]), "state"
     else:
         return None
     stored = sum(

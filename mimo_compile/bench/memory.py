@@ -38,10 +38,12 @@ def needed_bytes(
     if workload.op != "cached_attention":
         return 0.0
     p = op.full(workload)
-    numbers = float(p["kv"] * (p["d"] + p["dv"]))  # of one key with its value
+    numbers = float(
+        p["b"] * p["kv"] * (p["d"] + p["dv"])
+    )  # of one key with its value, in each sequence
     width = _cell_bytes(p)
     keys, caches = visible_keys(p), numbers * p["cap"]
-    rows = 4.0 * p["t"] * p["h"] * (p["d"] + p["dv"])
+    rows = 4.0 * p["b"] * p["t"] * p["h"] * (p["d"] + p["dv"])
 
     def sets(each: float) -> float:
         return each * copies(int(each), cold_bytes, memory_bytes)

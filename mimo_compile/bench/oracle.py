@@ -1,9 +1,9 @@
 """What a workload's result must be, computed once for all who compete.
 
 Attention over long contexts is judged in parts: a few heads of one KV head at a time, of prompts the tokens
-at some places. Heads and tokens do not depend on each other, so a part is a workload of its own; float64
-scores of all of a prompt of 8192 tokens would take 17 GB. Of attention of prompts to lists, and of their
-low-bit scores, the first and the last KV head stand for all.
+at some places, the sequences of a batch one by one. These do not depend on each other, so a part is a
+workload of its own; float64 scores of all of a prompt of 8192 tokens would take 17 GB. Of attention of
+prompts to lists, and of their low-bit scores, the first and the last KV head stand for all.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from functools import cached_property
 
 import numpy as np
 
-from mimo_compile.ir.ops import get_op
+from mimo_compile.ir.ops import batches, get_op
 from mimo_compile.ir.ops.base import Array
 from mimo_compile.ir.ops.cached_attention import CachedAttention
 from mimo_compile.ir.workload import Workload
@@ -104,6 +104,14 @@ def _split(
         return
     if workload.op != "cached_attention" or float64_bytes(p) <= WHOLE_BYTES:
         yield workload, inputs, ()
+        return
+    if p["b"] > 1:
+        each = batches.split(get_op(workload.op), workload, inputs)
+        for i, given in enumerate(each):
+            for one, of_one, index in _split(batches.alone(workload), given):
+                rows, rest = index[0] if index else slice(0, p["t"]), index[1:]
+                start = i * p["t"]
+                yield one, of_one, (slice(start + rows.start, start + rows.stop), *rest)
         return
     group = p["h"] // p["kv"]
     for tokens in _places(p["t"], p["h"] * p["cap"]):
@@ -198,7 +206,10 @@ def visible_keys(p: Mapping[str, int]) -> int:
 
 
 def float64_bytes(p: Mapping[str, int]) -> float:
-    """Return the bytes of keys and values of each query head and of scores, as the reference holds them."""
+    """Return the bytes of keys and values of each query head and of scores, as the reference holds them.
+
+    Those of one sequence: of a batch one after the other is computed.
+    """
     return 8.0 * p["h"] * p["cap"] * (p["d"] + p["dv"] + p["t"])
 
 

@@ -23,6 +23,8 @@ _HEADS = (
 )
 """Groups of four heads, wide and narrow; values narrower than keys; one KV head for all."""
 _KEYS = (4096, 16384, 32768, 65536, 131072)
+_BATCH, _BATCH_KEYS = 4, (4096, 32768)
+"""Sequences of a batch, and keys of each."""
 _PROMPTS = (1024, 2048, 4096, 8192)
 _CHUNKS = (256, 512)
 _WINDOW = 128
@@ -80,7 +82,11 @@ _SUITES: dict[str, dict[str, list[str]]] = {
     },
     "attention": {
         "quick": [f"cached_attention:t=1,{_HEADS[0]},cap=4096"],
-        "decode": _attention(f"t=1,{{}},cap={n}" for n in _KEYS),
+        "decode": [
+            *_attention(f"t=1,{{}},cap={n}" for n in _KEYS),
+            # as many sequences, all of one length, as peers take them
+            *_attention(f"t=1,{{}},cap={n},b={_BATCH},even=1" for n in _BATCH_KEYS),
+        ],
         "prefill": _attention(
             [f"t={n},{{}},cap={n}" for n in _PROMPTS] + [f"t={t},{{}},cap=4096" for t in _CHUNKS]
         ),

@@ -41,6 +41,7 @@ def attentions(draw: st.DrawFn) -> str:
     d, dv = draw(st.sampled_from([(16, 16), (24, 16), (16, 24)]))
     text = f"cached_attention:t={t},h={kv * group},kv={kv},d={d},dv={dv}"
     text += draw(st.sampled_from(["", ",c=bf16"]))
+    text += draw(st.sampled_from(["", "", ",b=2,even=1", ",b=3,even=1"]))
     if draw(st.booleans()):
         window = draw(st.integers(1, 20))
         cap = window + t - 1 + draw(st.integers(0, 5))
@@ -255,7 +256,9 @@ def test_suites_have_the_cells_that_matter() -> None:
     assert {w["cap"] for w in decode} >= {4096, 16384, 32768, 65536, 131072}
     heads = {(w["h"], w["kv"], w["d"], w["dv"]) for w in decode}
     caches = [get_op("cached_attention").full(w)["c"] for w in decode]
-    assert caches.count("f32") == caches.count("bf16") == 20
+    assert caches.count("f32") == caches.count("bf16") == 28
+    batches = [get_op("cached_attention").full(w) for w in decode if "b" in dict(w.params)]
+    assert {(p["b"], p["even"], p["cap"]) for p in batches} == {(4, 1, 4096), (4, 1, 32768)}
     assert heads >= {(32, 8, 64, 64), (32, 8, 128, 128), (32, 8, 192, 128), (32, 1, 128, 128)}
     assert suite("attention", "decode:d=128,kv=8,cap=32768")[0] == (
         "cached_attention:t=1,h=32,kv=8,d=128,dv=128,cap=32768"

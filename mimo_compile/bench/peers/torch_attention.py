@@ -5,8 +5,8 @@ heads of a group folded into the rows of the query, so that keys and values are 
 several times faster at decode. `torch-matmul`: softmax between two products, folded as well. `torch-flex`:
 FlexAttention under `torch.compile`, with a block mask.
 
-Keys and values are the visible ones, in order of their positions, laid out as [1, KV, S, D] before the
-clock starts; so are the query and its folding. All forms of one type share them.
+Keys and values are the visible ones, in order of their positions, laid out as [B, KV, S, D] before the
+clock starts, B = 1 but for batches; so are the query and its folding. All forms of one type share them.
 """
 
 from __future__ import annotations
@@ -44,27 +44,27 @@ class Setting:
         self.ask, self.label = ask, label
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[label]
         p = ask.params
-        self.t, self.h, self.kv, self.d, self.dv = (p[n] for n in ("t", "h", "kv", "d", "dv"))
+        self.b, self.t, self.h, self.kv = (p[n] for n in ("b", "t", "h", "kv"))
+        self.d, self.dv = p["d"], p["dv"]
         self.group, self.window = self.h // self.kv, p["window"]
         self.keys, self.scale = visible_keys(p), CachedAttention().softmax_scale(p)
         self.sink = torch.from_numpy(ask.inputs["sink"]).to(self.dtype) if p["sink"] else None
 
     @property
     def q(self) -> torch.Tensor:
-        """The query, [1, H, T, D]."""
+        """The query, [B, H, T, D]."""
         import torch
 
-        return (
-            torch.from_numpy(self.ask.inputs["q"]).to(self.dtype).transpose(0, 1)[None].contiguous()
-        )
+        rows = torch.from_numpy(self.ask.inputs["q"]).to(self.dtype)
+        return rows.view(self.b, self.t, self.h, self.d).transpose(1, 2).contiguous()
 
     @property
     def folded(self) -> torch.Tensor:
-        """The query with its groups in its rows, [1, KV, group * T, D]."""
-        return self.q.reshape(1, self.kv, self.group * self.t, self.d)
+        """The query with its groups in its rows, [B, KV, group * T, D]."""
+        return self.q.reshape(self.b, self.kv, self.group * self.t, self.d)
 
     def cached(self, name: str, number: int, width: int) -> torch.Tensor:
-        """Return copy ``number`` of the visible keys or values, [1, KV, S, width], zeros behind their own."""
+        """Return copy ``number`` of the visible keys or values, [B, KV, S, width], zeros behind their own."""
         copies = self.ask.shared.setdefault((name, self.label, width), [])
         while len(copies) <= number:
             copies.append(copies[0].clone() if copies else self._lay_out(name, width))
@@ -78,13 +78,15 @@ class Setting:
         length = CachedAttention().kv_length(p)
         slots = torch.arange(length - self.keys, length) % p["cap"]
         if fmt := kv_groups.grouped(p):
-            rows = self._real(name, fmt)
-        elif p["c"] == "bf16":
-            rows = torch.from_numpy(stored.view(np.int16)).view(torch.bfloat16)[slots]
+            rows = self._real(name, fmt)[None]
         else:
-            rows = torch.from_numpy(stored)[slots]
+            each = stored.reshape(self.b, *stored.shape[-3:])
+            if p["c"] == "bf16":
+                rows = torch.from_numpy(each.view(np.int16)).view(torch.bfloat16)[:, slots]
+            else:
+                rows = torch.from_numpy(each)[:, slots]
         rows = torch.nn.functional.pad(rows.to(self.dtype), (0, width - rows.shape[-1]))
-        return rows.transpose(0, 1)[None].contiguous()
+        return rows.transpose(1, 2).contiguous()
 
     def _real(self, name: str, fmt: kv_groups.GroupedFormat) -> torch.Tensor:
         """Return what the codes of a cache in groups stand for, and behind them the rows of its tail.
@@ -122,7 +124,7 @@ class Setting:
         return seen & (key > query - self.window) if self.window else seen
 
     def variant(self, call: Callable[[Any], Any], width: int = 0) -> Variant:
-        """Return the variant whose call gives [1, H, T, DV or more], or the same rows folded.
+        """Return the variant whose call gives [B, H, T, DV or more], or the same rows folded.
 
         Args:
             call: Computes with a pair of keys and values.
@@ -137,12 +139,13 @@ class Setting:
                 return call(arguments)
 
         def result(arguments: Any) -> Any:
-            out = guarded(arguments)[..., : self.dv].reshape(self.h, self.t, self.dv)
-            return out.transpose(0, 1).float().numpy()
+            out = guarded(arguments)[..., : self.dv].reshape(self.b, self.h, self.t, self.dv)
+            return out.transpose(1, 2).flatten(0, 1).float().numpy()
 
-        size = self.kv * self.keys * (self.d + width) * self.dtype.itemsize
+        heads = self.b * self.kv
+        size = heads * self.keys * (self.d + width) * self.dtype.itemsize
         label = self.label if width == self.dv else f"{self.label} v-padded"
-        bits = 8 * size / (self.kv * self.keys * (self.d + self.dv))
+        bits = 8 * size / (heads * self.keys * (self.d + self.dv))
         error = ERRORS[self.label] + (INT8_ERROR if self.ask.params["arith"] != "float" else 0)
         return Variant(label, self.sets(width), guarded, size, bits, result, error=error)
 
@@ -170,8 +173,12 @@ class TorchAttention(Peer):
             return
         for label in ERRORS:
             setting = Setting(ask, label)
-            size = 4.0 * setting.h * setting.t * setting.keys
-            if setting.sink is not None and not self.sinks:
+            size = 4.0 * setting.b * setting.h * setting.t * setting.keys
+            if setting.b > 1 and not ask.params["even"]:
+                yield LeftOut(
+                    label, "its batches are of sequences of one length: compare with even=1"
+                )
+            elif setting.sink is not None and not self.sinks:
                 yield LeftOut(label, "knows no sink")
             elif self.scores and setting.t > 1 and size > ask.memory_bytes:
                 yield LeftOut(label, _SCORES.format(size / 1e9))
@@ -238,23 +245,24 @@ class TorchMatmul(TorchAttention):
         """Return the variant of one type."""
         import torch
 
-        q = setting.folded[0] * setting.scale
+        q = setting.folded.flatten(0, 1) * setting.scale
         mask, keys = setting.mask(), setting.keys
         hidden = None if mask is None else ~mask.repeat(setting.group, 1)
         column = None
         if setting.sink is not None:
             column = setting.sink.view(setting.kv, setting.group, 1, 1)
             column = column.expand(-1, -1, setting.t, 1).reshape(setting.kv, -1, 1)
+            column = column.repeat(setting.b, 1, 1)
 
         def call(arguments: Any) -> Any:
-            k, v = arguments
-            scores = torch.bmm(q, k[0].transpose(1, 2))
+            k, v = (each.flatten(0, 1) for each in arguments)
+            scores = torch.bmm(q, k.transpose(1, 2))
             if hidden is not None:
                 scores.masked_fill_(hidden, float("-inf"))
             if column is None:
-                return torch.bmm(torch.softmax(scores, -1), v[0])[None]
+                return torch.bmm(torch.softmax(scores, -1), v)
             weights = torch.softmax(torch.cat([scores, column], -1), -1)
-            return torch.bmm(weights[..., :keys], v[0])[None]
+            return torch.bmm(weights[..., :keys], v)
 
         return setting.variant(call)
 
