@@ -521,11 +521,12 @@ def test_layers_that_cannot_be_are_refused(
 def test_the_runtime_knows_every_cache_format() -> None:
     from typing import get_args
 
-    from mimo_compile.ir.caches import FORMATS, GROUPED
+    from mimo_compile.ir.caches import FORMATS, GROUPED, SCALED
     from mimo_compile.ir.policies.base import Kind
-    from mimo_compile.runtime import check
+    from mimo_compile.runtime import check, rollback
 
-    assert set(check.FORMATS) == {*FORMATS, *GROUPED}
+    assert set(check.FORMATS) == {*FORMATS, *SCALED, *GROUPED}
+    assert set(rollback.FREE) == {*FORMATS, *SCALED}
     assert set(check.ROLES) == set(get_args(Kind))
 
 
