@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mimo_compile.ir.caches import CacheFormat, parse_cache_format
+from mimo_compile.schedules.attention import int8_dot
 from mimo_compile.schedules.attention.layout import round_up
 from mimo_compile.schedules.attention.reach import fixed
 from mimo_compile.schedules.attention.score_common import across, channels, lanes_of, over
@@ -30,6 +31,10 @@ UP = 128
 """Added to a query's codes, so that they have no sign."""
 FOUR = 4
 """Channels of a 32-bit lane."""
+MOVED = 0x808080
+"""128 in the three lower bytes of a lane."""
+ONES = 0x01010101
+"""1 in each byte of a lane."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,15 +128,21 @@ class KeyCodes:
         store(self.scales, most / splat(s.most), head, vector * LANES, lanes=LANES)
         total = Register("int32", LANES, splat(T.int32(0)))
         with loop(s.words) as w:
-            word = splat(T.int32(0))
-            for j in range(FOUR):
-                value = load(near, w * FOUR + j, 0, lanes=LANES)
-                code = bind(T.cast(_code(value, inverse, s.most, LANES), "int32x16"))
-                total.set(total.get() + code)
-                byte = T.bitwise_and(code, splat(T.int32(255)))
-                word = bind(T.bitwise_or(word, T.shift_left(byte, splat(T.int32(8 * j)))))
+            word = splat(T.int32(MOVED))
+            for j in range(FOUR - 1):
+                word = bind(word + self._shifted(near, w, j, inverse))
+            # moved up, no byte takes from the next one; flipping its highest bit moves each down again
+            low = T.bitwise_xor(word, splat(T.int32(MOVED)))
+            word = bind(T.bitwise_or(low, self._shifted(near, w, FOUR - 1, inverse)))
+            total.set(int8_dot.dot(s.way, total.get(), splat(T.int32(ONES)), word))
             store(self.codes, word, head, vector, w, 0, lanes=LANES)
         store(self.sums, total.get(), head, vector * LANES, lanes=LANES)
+
+    @staticmethod
+    def _shifted(near: Any, word: Any, j: int, inverse: Any) -> Any:
+        """Return the codes of one of four channels at their place in a word; the sign is above it."""
+        code = T.cast(_code(load(near, word * FOUR + j, 0, lanes=LANES), inverse), "int32x16")
+        return T.shift_left(code, splat(T.int32(8 * j)))
 
     def _means(self, near: Any, q_mean: Any, head: Any, vector: Any) -> None:
         """Multiply the keys with the mean queries of the group's heads."""
@@ -186,13 +197,15 @@ class QueryCodes:
             with loop(s.words) as w:
                 word = T.int32(0)
                 for j in range(FOUR):
-                    code = _code(near[w * FOUR + j], inverse.get(), s.most, 1)
+                    code = _code(near[w * FOUR + j], inverse.get())
                     byte = T.cast(code, "int32") + UP
                     word = bind(T.bitwise_or(word, T.shift_left(byte, T.int32(8 * j))))
                 store(self.words, word, row, w)
 
 
-def _code(value: Any, inverse: Any, most: float, lanes: int) -> Any:
-    """Return codes as whole float32 numbers."""
-    code = bind(rint(value * inverse))
-    return T.min(T.max(code, splat(-most, lanes)), splat(most, lanes))
+def _code(value: Any, inverse: Any) -> Any:
+    """Return codes as whole float32 numbers.
+
+    The largest magnitude times its inverse is off by two roundings, which never reach the next whole number.
+    """
+    return bind(rint(value * inverse))

@@ -30,9 +30,9 @@ from mimo_compile.schedules.work import Stream, Tile, busiest, work
 class LowbitConfig:
     """Knobs."""
 
-    rows: int = 4
+    rows: int = 8
     """Queries of a register tile."""
-    wide: int = 4
+    wide: int = 2
     """Vectors of slots of a register tile."""
     parallel: bool = True
 
@@ -56,7 +56,7 @@ class X86ScoreLowbit(Schedule):
         rows = tuple(n for n in (1, 2, 4, 8) if n <= -(-min(p["rows"], p["t"]) // p["every"]))
         most = 24 if hardware.has_avx512 else 8
         threads = (False, True) if hardware.threads > 1 else (False,)
-        row = max(n for n in rows if n <= 4)
+        row = max(n for n in rows if n <= (8 if hardware.has_avx512 else 4))
         side = max(n for n in (1, 2, 4) if n * row <= most - 4 or n == 1)
         default = LowbitConfig(row, side, hardware.threads > 1)
         return Space(
