@@ -98,7 +98,7 @@ class X86Oracle(X86Flash):
         s = self.tiling(p, config, hardware)
         length = op.kv_length(p)
         found = flash_work(
-            s, length, config.splits, hardware, parallel=config.parallel,
+            s, [length], config.splits, hardware, parallel=config.parallel,
             arith=self.arithmetic(config),
         )  # fmt: skip
         rows, blocks = float(s.groups * s.tiles * s.height), -(-length // p["block"])
