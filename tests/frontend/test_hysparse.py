@@ -249,6 +249,8 @@ def test_what_cannot_be_compiled_is_said(made):
     folder = made()[1]
     with pytest.raises(UsageError, match="reads keys of single positions, which i4 caches"):
         mc.compile(folder, quant="kv4")
+    with pytest.raises(UsageError, match="--batch 2 has no kernels for"):
+        mc.compile(folder, max_context=16, batch=2)
     with pytest.raises(UsageError, match="layers of a hysparse model read the caches of others"):
         mc.compile(folder, quant="w8a8", calibrate="gptq")
 
@@ -283,7 +285,7 @@ def prove(folder, model, tmp_path, context=96, quant="none"):
     assert found.ok and found.end_to_end is not None and not found.notes
     module = load(path)
     if quant == "none":
-        ids = ids_of(min(context, 80))
+        ids = ids_of(min(context, 290))
         want = torch.log_softmax(defined(model, ids).double(), -1)[range(len(ids) - 1), ids[1:]]
         torch.testing.assert_close(
             torch.from_numpy(module.token_logprobs(ids)).double(), want, atol=2e-3, rtol=1e-3
@@ -324,4 +326,10 @@ def test_compiled(made, tmp_path):
 )
 def test_every_shape_compiled(made, tmp_path, block, budget, quant):
     model, folder = made(block, budget)
-    prove(folder, model, tmp_path, 320, quant)
+    manifest = prove(folder, model, tmp_path, 320, quant).manifest
+    assert [x.slots for x in manifest.decoder.layers] == [320, 272, 320, 272, 272]
+    assert sorted(manifest.states) == sorted(
+        f"layers.{i}.{n}_cache" for i in range(5) for n in "kv"
+    )
+    fused = {c.schedule for c in manifest.plan if c.workload.startswith("oracle_attention")}
+    assert all(".x86_fused" in name for name in fused) and bool(fused) == (block >= 16)
