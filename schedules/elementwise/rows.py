@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from mimo_compile.ir.counts import Counts
@@ -54,10 +55,8 @@ class RowSchedule(Schedule):
 
     def lower(self, workload: Workload, config: RowConfig, hardware: Hardware) -> Kernel:
         """Generate the kernel of one config."""
-        op = get_op(self.op)
         name = symbol(self.op, self.name, self.version, workload, config, sorted(hardware.features))
-        rows = T.parallel if config.parallel else T.serial
-        func = self.make(op.full(workload), rows, config.unroll).with_attr("global_symbol", name)
+        func = _made(type(self), workload, config).with_attr("global_symbol", name)
         return Kernel(name, func, self.kernel_args(workload), self.work(workload, config, hardware))
 
     def work(self, workload: Workload, config: RowConfig, hardware: Hardware) -> Counts:
@@ -84,3 +83,10 @@ class RowSchedule(Schedule):
     @abstractmethod
     def make(self, p: dict[str, Any], rows: Any, unroll: int) -> Any:
         """Return the PrimFunc for the op's parameters ``p``; ``rows`` makes the loop over rows."""
+
+
+@lru_cache(maxsize=256)
+def _made(schedule: type[RowSchedule], workload: Workload, config: RowConfig) -> Any:
+    """Return the PrimFunc of a config; parsing one takes long, and compilations of one shape ask again."""
+    rows = T.parallel if config.parallel else T.serial
+    return schedule().make(get_op(schedule.op).full(workload), rows, config.unroll)
