@@ -137,7 +137,7 @@ def test_a_search_with_a_schedule_and_a_strategy_of_others(site: Any) -> None:
     )
     site.install(entries, s=SCHEDULE, t=STRATEGY)
     tune = ("-m", "mimo_compile.cli", "tune", "--op", "swiglu:t=2,f=64", "--db", "r.db", "--json")
-    done = run(site, *tune, "--trials", "4", "--strategy", "backwards", "--threads", "1")
+    done = run(site, *tune, "--trials", "2", "--strategy", "backwards", "--threads", "1")
     assert done.returncode == 0, done.stderr
     from mimo_compile.search.database import Database
 

@@ -12,10 +12,10 @@ pytestmark = pytest.mark.compile
 FAST = ("w4g32a8g32", "abf16")
 
 
-def prove(saved, tmp_path, case, quant):
+def prove(saved, tmp_path, case, quant, context=96, tokens=64):
     source = saved(case)[1]
-    artifact = mc.compile(source, quant=quant, db=tmp_path / "records.db", max_context=96)
-    found = verify_artifact(artifact.save(tmp_path / "model.mimo"), source=source, tokens=64)
+    artifact = mc.compile(source, quant=quant, db=tmp_path / "records.db", max_context=context)
+    found = verify_artifact(artifact.save(tmp_path / "model.mimo"), source=source, tokens=tokens)
     assert found.ok and found.end_to_end is not None
     act = f"a{parse_scheme(quant).act}"
     assert artifact.manifest.quant == str(parse_scheme(quant))
@@ -25,13 +25,14 @@ def prove(saved, tmp_path, case, quant):
 
 @pytest.mark.parametrize("quant", FAST)
 def test_compiled_is_eager(saved, tmp_path, quant):
-    prove(saved, tmp_path, "llama-linear-mha", quant)
+    prove(saved, tmp_path, "llama-linear-mha", quant, context=32, tokens=32)  # no steps of 64
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["llama-linear-mha", "mimo_v2_flash"])
 @pytest.mark.parametrize(
-    "quant", ["af16", "bf16abf16", "w4g32abf16", "w8a8g64", "w4zg32af16", "nf4abf16", "w2g32a8g64"]
+    "quant",
+    [*FAST, "af16", "bf16abf16", "w4g32abf16", "w8a8g64", "w4zg32af16", "nf4abf16", "w2g32a8g64"],
 )
 def test_every_format(saved, tmp_path, case, quant):
     prove(saved, tmp_path, case, quant)

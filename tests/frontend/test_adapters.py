@@ -18,6 +18,8 @@ from mimo_compile.frontend.huggingface import load_checkpoint
 from mimo_compile.ir.formats import parse_scheme
 
 pytestmark = pytest.mark.compile
+CONTEXT = 48
+"""Steps of up to 16 tokens; the slow test has those of 64."""
 PROMPT = [3, 14, 15, 92, 65, 35, 89, 79, 32, 38, 46, 26]
 ATTENTION = ("self_attn.q_proj", "self_attn.v_proj")
 EVERY = (
@@ -102,7 +104,11 @@ def compiled(case, tmp_path_factory):
         if quant not in made:
             folder = tmp_path_factory.mktemp(f"lora-{quant}")
             artifact = mc.compile(
-                case[1], quant=quant, adapters=case[2], db=folder / "records.db", max_context=96
+                case[1],
+                quant=quant,
+                adapters=case[2],
+                db=folder / "records.db",
+                max_context=CONTEXT,
             )
             made[quant] = artifact.save(folder / "model.mimo")
         return made[quant]
@@ -140,7 +146,7 @@ def test_tokens_equal_eager_for_each_adapter_and_for_none(case, compiled, quant)
 
 
 def test_without_an_adapter_the_model_is_the_plain_one_to_the_bit(case, compiled, tmp_path):
-    plain = mc.compile(case[1], quant="w4g32a8", db=tmp_path / "records.db", max_context=96)
+    plain = mc.compile(case[1], quant="w4g32a8", db=tmp_path / "records.db", max_context=CONTEXT)
     base = mc.load(plain.save(tmp_path / "plain.mimo"))
     module = mc.load(compiled("w4g32a8"))
     wanted = base.token_logprobs(PROMPT)

@@ -38,9 +38,20 @@ def schedules(text):
     return found
 
 
-@settings(max_examples=20)
+@settings(max_examples=8)
 @given(data=st.data())
 def test_any_shape_format_and_config(data):
+    one_of_any(data)
+
+
+@pytest.mark.slow
+@settings(max_examples=80)
+@given(data=st.data())
+def test_many_shapes_formats_and_configs(data):
+    one_of_any(data)
+
+
+def one_of_any(data):
     fmt = data.draw(st.sampled_from((*(b + g for b in BOOKS for g in GROUPS), "fp8b128")))
     m, n, k = (data.draw(st.integers(1, most)) for most in (7, 100, 300))
     act, bias = (
@@ -103,11 +114,14 @@ def test_adversarial_values(fmt):
                 assert np.isfinite(done.outputs["y"]).all(), name
 
 
-@settings(max_examples=8)
-@given(
-    seed=st.integers(0, 2**31), fmt=st.sampled_from(["fp3grow", "fp4grow", "afp3grow", "afp4grow"])
-)
-def test_sums_of_whole_numbers_are_exact(seed, fmt):
+@pytest.mark.parametrize(
+    ("fmt", "seed"),
+    [
+        *(pytest.param(fmt, seed, marks=[pytest.mark.slow] * (seed > 0 or "3" in fmt))
+          for fmt in ("fp3grow", "fp4grow", "afp3grow", "afp4grow") for seed in range(4)),
+    ],
+)  # fmt: skip
+def test_sums_of_whole_numbers_are_exact(fmt, seed):
     # rows whose largest value is 127 are their own codes; scales of powers of two keep sides apart
     m, n, k = 2, 20, 333
     rng = np.random.default_rng(seed)
@@ -167,12 +181,21 @@ def test_packing_is_undone(fmt, n, k, seed):
                 assert packed[arg.name].shape == arg.shape
 
 
-@pytest.mark.parametrize("features", [(), ("sse3", "ssse3"), ("avx", "avx2", "fma", "ssse3")])
-def test_code_for_lesser_cpus_is_right(features):
+LESSER = [
+    pytest.param(
+        features, fmt, act, marks=[pytest.mark.slow] * (fmt == "anf3" and "avx" not in features)
+    )  # LLVM takes long to make vectors of three planes out of less
+    for features in ((), ("sse3", "ssse3"), ("avx", "avx2", "fma", "ssse3"))
+    for fmt, act in (("nf4", "a8"), ("anf3", "a16"), ("afp4g32", "a8"), ("fp8b128", "a16"))
+]
+
+
+@pytest.mark.parametrize(("features", "fmt", "act"), LESSER)
+def test_code_for_lesser_cpus_is_right(features, fmt, act):
     hardware = dataclasses.replace(CPU, features=frozenset(features) & CPU.features)
-    for fmt, act in (("nf4", "a8"), ("anf3", "a16"), ("afp4g32", "a8"), ("fp8b128", "a16")):
-        for schedule in schedules_for(parse_workload(spec(fmt, 2, 20, 100, act)), hardware):
-            check(schedule, spec(fmt, 2, 20, 100, act), hardware=hardware, threads=1)
+    workload = parse_workload(spec(fmt, 2, 20, 100, act))
+    for schedule in schedules_for(workload, hardware):
+        check(schedule, workload, hardware=hardware, threads=1)
 
 
 @vnni

@@ -45,12 +45,26 @@ def supported(name, text):
     return schedule, workload, hardware
 
 
-@settings(max_examples=16)
-@given(
+ANY = (
     st.sampled_from(CASES), st.integers(1, 16), st.integers(1, 100), st.integers(1, 700),
     st.sampled_from(["normal", "sign", "heavy"]), st.integers(0, 999),
 )  # fmt: skip
+
+
+@settings(max_examples=7)
+@given(*ANY)
 def test_any_shape_and_config_is_exact(case, m, n, k, kind, seed):
+    one_of_any(case, m, n, k, kind, seed)
+
+
+@pytest.mark.slow
+@settings(max_examples=80)
+@given(*ANY)
+def test_many_shapes_and_configs_are_exact(case, m, n, k, kind, seed):
+    one_of_any(case, m, n, k, kind, seed)
+
+
+def one_of_any(case, m, n, k, kind, seed):
     name, fmt = case
     schedule, workload, hardware = supported(name, f"mpgemm:m={m},n={n},k={k},w={fmt},a=a8")
     rng = np.random.default_rng(seed)
