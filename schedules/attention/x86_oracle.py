@@ -24,6 +24,7 @@ from mimo_compile.schedules.attention.x86_score_keys import KeysConfig, X86Score
 from mimo_compile.schedules.base import Kernel, Space
 from mimo_compile.schedules.emit.build import function
 from mimo_compile.schedules.emit.vector import LANES, symbol
+from mimo_compile.schedules.work import Stream, moved
 
 MOST_BLOCK = 512
 """Positions of the largest block: a step holds whole ones."""
@@ -105,9 +106,13 @@ class X86Oracle(X86Flash):
         # a maximum of each score, and of each noted one a power; noted, read again, and written as scores
         more = {"add_f32": rows * length + rows * blocks, "exp_f32": rows * blocks}
         ops = {**found.ops, **{n: found.ops.get(n, 0.0) + x for n, x in more.items()}}
-        moved = {"dram": 4.0 * p["t"] * p["kv"] * blocks, "l2": 8.0 * rows * blocks}
-        levels = {**found.bytes, **{n: found.bytes.get(n, 0.0) + x for n, x in moved.items()}}
-        return replace(found, ops=ops, bytes=levels)
+        noted = 4.0 * rows * noted_blocks(s, p["block"])
+        streams = [
+            Stream(4.0 * rows * blocks, ((2, noted),), made=True),
+            Stream(4.0 * p["t"] * p["kv"] * blocks),
+        ]
+        levels = moved(streams, hardware)
+        return replace(found, ops=ops, bytes={n: x + levels[n] for n, x in found.bytes.items()})
 
 
 class X86OraclePairs(X86FlashPairs, X86Oracle):
@@ -212,7 +217,13 @@ class X86OracleTwice(X86Flash):
         assert isinstance(config, TwiceConfig)
         dense, scored = parts(workload)
         first = self.flash.work(dense, config, hardware)
-        return first + self.scores.work(scored, _score_config(config), hardware)
+        second = self.scores.work(scored, _score_config(config), hardware)
+        cost = [c.flops for c in (first, second)]
+        both = {  # of the two passes, each by what it costs; loops are described by the first one's
+            n: (first.traits[n] * cost[0] + second.traits[n] * cost[1]) / sum(cost)
+            for n in ("share", "useful")
+        }
+        return replace(first + second, traits={**first.traits, **both})
 
 
 class X86OracleTwicePairs(X86OracleTwice):

@@ -77,6 +77,8 @@ WORKLOADS = [
     "cached_attention:t=1,h=8,kv=2,d=33,dv=16,cap=320,c=i8",
     "cached_attention:t=40,h=4,kv=2,d=24,dv=80,cap=192,sink=1,c=i4",
     "kv_append:t=3,h=4,kv=2,d=25,dv=20,cap=64,rot=8,c=i2",
+    "oracle_attention:t=3,h=8,kv=2,d=33,dv=20,cap=300,block=32,len=200",
+    "oracle_attention:t=40,h=4,kv=2,d=24,dv=16,cap=200,block=64,c=bf16",
     "sparse_attention:t=1,h=8,kv=2,d=33,dv=16,cap=700,hs=2,block=64,kmax=4",
     "sparse_attention:t=3,h=8,kv=2,d=32,dv=20,cap=640,hs=8,block=1,kmax=90,window=33,sink=1,page=16",
     "sparse_attention:t=40,h=4,kv=2,d=24,dv=20,cap=200,hs=2,block=16,kmax=5,rows=16,len=130",
