@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mimo_compile.bench.model import ModelRow, compare_models, find_entrants
+from mimo_compile.bench.models.compiled import batch_entrant
 from mimo_compile.bench.models.eager import EagerRunner, entrants
 from mimo_compile.bench.models.entrant import Entrant, ModelAsk
 from mimo_compile.bench.models.gguf_file import Export, make_files, paired
@@ -23,6 +24,7 @@ from mimo_compile.bench.models.worker import Worker, memory
 from mimo_compile.bench.peers import LeftOut, get_peer
 from mimo_compile.cli import main
 from mimo_compile.errors import MimoError, UsageError
+from mimo_compile.runtime import load
 
 RUNNER = """
 import os, sys, time
@@ -119,6 +121,19 @@ def test_a_process_that_hangs_is_ended(fake, monkeypatch: pytest.MonkeyPatch) ->
         with pytest.raises(MimoError, match="no answer to 'run'"):
             worker.ask("run", [1], 1)
     assert worker._process.returncode == -9
+
+
+def test_texts_together_take_part_by_themselves(tmp_path: Path) -> None:
+    sys.path.insert(0, str(Path(__file__).parents[1] / "runtime"))
+    import runtime_samples
+
+    path = runtime_samples.decoder(runtime_samples.BATCH).save(tmp_path / "b.mimo")
+    one = batch_entrant(path, load(path, threads=1))
+    assert one.impl.endswith(", 3 together") and not one.peer
+    with Worker(one) as worker:
+        worker.ask("load")
+        figures = worker.ask("run", [1, 2, 3], 4)
+    assert figures["prefill"] > 0 and figures["decode"] > 0
 
 
 def test_memory_is_measured_in_bytes() -> None:

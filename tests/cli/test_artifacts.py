@@ -42,6 +42,25 @@ def test_run_streams_text_and_reports(cli, decoder_file) -> None:
     assert json.loads(again.out)["text"] == json.loads(other.out)["text"]
 
 
+def test_several_prompts_give_the_texts_of_each(cli, decoder_file, tmp_path) -> None:
+    prompts, batch = ["hello", "x = ", "import"], tmp_path / "batch.mimo"
+    runtime_samples.decoder(runtime_samples.BATCH).save(batch)
+    alone = [
+        json.loads(cli("run", decoder_file, "--prompt", p, *RUN[2:], "--json").out)["text"]
+        for p in prompts
+    ]
+    asked = [word for prompt in prompts for word in ("--prompt", prompt)]
+    for artifact in (decoder_file, batch):  # one after the other, and together
+        value = json.loads(cli("run", artifact, *asked, *RUN[2:], "--json").out)
+        assert (value["prompts"], value["texts"]) == (prompts, alone) and "text" not in value
+        assert value["prompt_tokens"] == 15 and value["decode_tokens_per_s"] > 0
+    plain = cli("run", batch, *asked, *RUN[2:])
+    assert plain.out == "".join(f"{p}{t}\n\n" for p, t in zip(prompts, alone, strict=True))
+    done = cli("run", batch, *asked, "--max-new-tokens", "45")
+    assert done.code == 2 and "(prompt 0)" in done.err
+    assert json.loads(cli("inspect", batch, "--json").out)["batch"] == runtime_samples.BATCH
+
+
 def test_prompt_comes_from_a_file_too(cli, decoder_file, tmp_path) -> None:
     (tmp_path / "p.txt").write_text("hello")
     done = cli(

@@ -158,6 +158,20 @@ def test_without_an_adapter_the_model_is_the_plain_one_to_the_bit(case, compiled
     assert not base.manifest.decoder.adapters
 
 
+@pytest.mark.slow
+def test_texts_of_a_batch_have_adapters_of_their_own(case, tmp_path):
+    module = mc.compile(
+        case[1], quant="w4g32a8", adapters=case[2], db=tmp_path / "r.db", max_context=96, batch=3
+    ).module()
+    names = ["med", None, "law", "med"]
+    alone = [list(module.generate_ids(PROMPT, 16, adapter=n, stop_at_eos=False)) for n in names]
+    got = [[] for _ in names]
+    pairs = module.generate_batch_ids([PROMPT] * 4, 16, adapter=names, stop_at_eos=False)
+    for index, token in pairs:
+        got[index].append(token)
+    assert got == alone and got[0] == got[3] and got[0] != got[1] != got[2]
+
+
 def test_layers_that_no_adapter_touches_keep_plain_kernels(case, tmp_path):
     model, folder, _, _ = case
     write_adapter(tmp_path / "one", model, 2, ("down_proj",), layers=(1,))
