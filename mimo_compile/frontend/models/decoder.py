@@ -336,15 +336,6 @@ class Decoder:
         values = {"ids": ids, "hidden": hidden}
         return self._steps([*ropes, stage.name, "head"], values, start, valid)["logits"]
 
-    def prefill(self, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Empty the caches and run a prompt; returns hidden states ``[T, D]`` and logits ``[T, V]``."""
-        self.reset()
-        every = torch.tensor(list(ids), dtype=torch.int32)
-        parts = [self.forward_step(every[at : at + n], at) for at, n in self.pieces(len(every))]
-        if not parts:
-            raise UsageError("the prompt holds no token")
-        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
-
     def pieces(self, count: int) -> list[tuple[int, int]]:
         """Return start and length of the calls in which a compiled module reads a prompt of so many tokens.
 
@@ -359,6 +350,15 @@ class Decoder:
             out.append((at, min(step, count - at)))
             at += step
         return out
+
+    def prefill(self, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Empty the caches and run a prompt; returns hidden states ``[T, D]`` and logits ``[T, V]``."""
+        self.reset()
+        every = torch.tensor(list(ids), dtype=torch.int32)
+        parts = [self.forward_step(every[at : at + n], at) for at, n in self.pieces(len(every))]
+        if not parts:
+            raise UsageError("the prompt holds no token")
+        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
     def decode(self, tokens: Sequence[int], prompt: int) -> Tensor:
         """Run the last of the tokens, which was generated, and make exact what the policy says.
