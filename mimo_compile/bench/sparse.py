@@ -206,7 +206,8 @@ def bench_cell(
             remedy="take fewer keys (--suite sparse:cap=16384)",
         )
     _tvm.set_threads(hardware.threads)
-    entrants, shared = {}, {}  # type: ignore[var-annotated]
+    entrants: dict[str, Contestant] = {}
+    shared: dict[tuple[str, tuple[int, ...]], Array] = {}
     workloads = parts(cell)
     for name in sorted(workloads, key=lambda n: n != "dense"):  # its caches are everybody's
         entrants[name] = _contestant(cell, name, workloads[name], hardware, db, shared, seed)
