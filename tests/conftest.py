@@ -8,6 +8,10 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    # before numpy or torch: threads that wait for each other spin, on cores that the other tests need
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // workers)))
+
 from mimo_compile import _tvm
 
 # before anything loads TVM or torch: the default pool has half of the CPUs and pins them
