@@ -44,4 +44,4 @@ def test_rows_whose_experts_fell_otherwise_are_right(rounded, monkeypatch):
     # led by nobody, the eager model takes other experts there
     monkeypatch.setattr(Led, "_lead", lambda self, own, *_: own)
     alone = verify_artifact(path, source=source, tokens=256).end_to_end
-    assert alone.max_error > 2 * whole.max_error
+    assert not alone.ok and alone.max_error > 0.5 > 10 * whole.max_error
