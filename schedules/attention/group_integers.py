@@ -39,6 +39,13 @@ def folded(buffer: Any, value: Any, join: Callable[[Any, Any], Any]) -> Any:
     return bind(value)
 
 
+def _largest(value: Any) -> Any:
+    """Return the largest of 16 numbers, none of which is negative: then it is that of their bits."""
+    bits = T.reinterpret("int32x16", value)
+    most = T.call_llvm_pure_intrin("int32", "llvm.vector.reduce.smax", bits)
+    return bind(T.reinterpret("float32", most))
+
+
 def added(a: Any, b: Any) -> Any:
     """Return the sum."""
     return a + b
@@ -54,6 +61,28 @@ def _unit(most: Any, levels: int) -> tuple[Any, Any]:
 def _four(buffer: Any, *index: Any) -> Any:
     """Return four neighbouring bytes in each lane, bound."""
     return bind(splat(T.reinterpret("int32", load(buffer, *index, lanes=4))))
+
+
+class Asked:
+    """Which lines of the codes of a later group are prefetched when.
+
+    Asked for in the loops of dots alone, they would come in two bursts, and memory would be idle while
+    queries and weights are rounded, which takes as long.
+    """
+
+    def __init__(self, lines: int, rounds: int, dots: int) -> None:
+        """Spread ``lines`` over turns of rounding and of dots; few lines over those of dots alone."""
+        self.each = lines // (rounds + dots)
+        self.done = self.each * rounds
+        self.more = -(-max(0, lines - self.done) // dots)
+
+    def rounding(self, turn: Any) -> list[Any]:
+        """Return the lines that a turn of rounding asks for."""
+        return [turn * self.each + n for n in range(self.each)]
+
+    def dots(self, turn: Any) -> list[Any]:
+        """Return the lines that a turn of dots asks for."""
+        return [self.done + turn * self.more + n for n in range(self.more)]
 
 
 class Integers(GroupTile):
@@ -74,6 +103,16 @@ class Integers(GroupTile):
         self.weights = workspace((self.value_groups, s.height, GROUP), "uint8")
         self.weight_unit = workspace((self.value_groups, s.height), "float32")
         self.middles = workspace((self.value_groups, s.height, LANES), "float32")
+        # only tiles of one row tile prefetch
+        rows, folds = min(s.rows, s.height), 2 * s.height
+        parts = BLOCKS // self._side_by_side(self.terms * rows)
+        columns = -(-s.columns // self._columns_at_once(rows))
+        self.keys_asked = Asked(BLOCKS * self.words, folds * self.wide // LANES, parts * self.words)
+        self.values_asked = Asked(
+            s.columns * GROUP // self.per,
+            folds * self.value_groups * BLOCKS,
+            columns * GROUP // self.per,
+        )
 
     def begin(self, q: Any, first: Any, scale: float) -> None:
         """Load the queries as `Tile.begin` does; padding of a query is zero."""
@@ -87,41 +126,51 @@ class Integers(GroupTile):
     def old(self, reach: GroupReach, step: Any, first: Any) -> None:
         """See `GroupTile.old`."""
         with loop(self.s.height) as row:
-            self.round_query(row)
+            self.round_query(step, row)
         for base, rows, count in self._row_tiles():
             wide = self._side_by_side(self.terms * rows)
             with loop(BLOCKS // wide) as part, loop(count) as tile:
-                self.multiply_keys(step, part * wide, wide, bind(tile * rows + base), rows)
+                self.multiply_keys(step, part, wide, bind(tile * rows + base), rows)
         self.hide(reach, step, first)
         self.weigh()
         with loop(self.s.height) as row, loop(self.value_groups) as g:
-            self.round_weights(row, g)
+            self.round_weights(step, row, g)
         for base, rows, count in self._row_tiles():
-            wide = min(self._side_by_side(rows), 1 << (self.s.columns.bit_length() - 1))
+            wide = self._columns_at_once(rows)
             full, rest = divmod(self.s.columns, wide)
             for column, width, parts in ((0, wide, full), (full * wide, 1, rest)):
                 if parts:
                     with loop(parts) as part, loop(count) as tile:
                         at = bind(part * width + column)
-                        self.multiply_values(step, at, width, bind(tile * rows + base), rows)
+                        turn = part if width == wide else full + part
+                        self.multiply_values(step, at, width, turn, bind(tile * rows + base), rows)
 
     def _side_by_side(self, sums: int) -> int:
         """Return how many vectors of codes are multiplied at once, for so many sums of each."""
         return max(w for w in (1, 2, 4) if w == 1 or sums * w <= self.s.registers)
 
-    def round_query(self, row: Any) -> None:
+    def _columns_at_once(self, rows: int) -> int:
+        """Return how many columns of values are multiplied at once, for so many rows."""
+        return min(self._side_by_side(rows), 1 << (self.s.columns.bit_length() - 1))
+
+    def round_query(self, step: Any, row: Any) -> None:
         """Fold the scales of a group's channels into a query, round it, sum up what middle codes give."""
         zero = splat(0.0)
         top, total, rounded = (Register("float32", LANES, zero) for _ in range(3))
+        turn = bind(row * (2 * self.wide // LANES))
         with loop(self.wide // LANES) as j:
+            for n in self.keys_asked.rounding(turn + j):
+                self.ask_keys(step, 0, n)
             query = bind(load(self.q, row, j * LANES, lanes=LANES))
             value = bind(query * load(self.k_params, 0, j * LANES, lanes=LANES))
             total.set(total.get() + query * load(self.k_params, 1, j * LANES, lanes=LANES))
             top.set(T.max(top.get(), T.max(value, zero - value)))
             store(self.scratch, value, j * LANES, lanes=LANES)
-        most = folded(self.lanes, top.get(), T.max)
+        most = _largest(top.get())
         by, unit = _unit(most, query_levels(self.fmt))
         with loop(self.wide // LANES) as j:
+            for n in self.keys_asked.rounding(turn + self.wide // LANES + j):
+                self.ask_keys(step, 0, n)
             value = bind(rint(load(self.scratch, j * LANES, lanes=LANES) * splat(by)))
             rounded.set(rounded.get() + value)
             whole = bind(T.cast(value, "int32x16"))
@@ -135,13 +184,14 @@ class Integers(GroupTile):
         store(self.offset, folded(self.lanes, offset, added), row)
         store(self.unit, unit, row)
 
-    def multiply_keys(self, step: Any, block: Any, wide: int, first: Any, rows: int) -> None:
-        """Write the scores of ``rows`` queries with ``wide`` blocks of codes."""
+    def multiply_keys(self, step: Any, part: Any, wide: int, first: Any, rows: int) -> None:
+        """Write the scores of ``rows`` queries with the ``part``-th ``wide`` blocks of codes."""
+        block = part * wide
         acc = [self._accumulators(self.terms, wide) for _ in range(rows)]
         with loop(self.words) as w:
             lines = [line(self.k_codes, self.head, step, block + u, w) for u in range(wide)]
-            for u in range(wide):
-                self.ask_keys(step, block + u, w)
+            for n in self.keys_asked.dots(part * self.words + w):
+                self.ask_keys(step, 0, n)
             for four in range(self.per // 4):
                 codes = [bind(field(x, four * self.fmt.bits, self.fmt.bits, LANES)) for x in lines]
                 for r in range(rows):
@@ -159,21 +209,26 @@ class Integers(GroupTile):
                 score = total * unit + offset
                 store(self.score, score, first + r, (block + u) * LANES, lanes=LANES)
 
-    def round_weights(self, row: Any, g: Any) -> None:
+    def round_weights(self, step: Any, row: Any, g: Any) -> None:
         """Fold the scales of a group's tokens into a row's weights, and sum up what middle codes give."""
         top = Register("float32", LANES, splat(0.0))
         total = load(self.middles, g, row, 0, lanes=LANES) * splat(self.shrink[row])
         middles, rounded = Register("float32", LANES, total), Register("float32", LANES, splat(0.0))
+        turn = bind((row * self.value_groups + g) * (2 * BLOCKS))
         with loop(BLOCKS) as u:
+            for n in self.values_asked.rounding(turn + u):
+                self.ask_values(step, 0, n)
             weight = bind(load(self.score, row, u * LANES, lanes=LANES))
             value = bind(weight * load(self.v_params, 0, g, u * LANES, lanes=LANES))
             more = weight * load(self.v_params, 1, g, u * LANES, lanes=LANES)
             middles.set(middles.get() + more)
             top.set(T.max(top.get(), value))
             store(self.scratch, value, u * LANES, lanes=LANES)
-        most = folded(self.lanes, top.get(), T.max)
+        most = _largest(top.get())
         by, unit = _unit(most, WEIGHT_LEVELS)
         with loop(BLOCKS) as u:
+            for n in self.values_asked.rounding(turn + BLOCKS + u):
+                self.ask_values(step, 0, n)
             value = bind(rint(load(self.scratch, u * LANES, lanes=LANES) * splat(by)))
             rounded.set(rounded.get() + value)
             whole = T.cast(T.cast(value, "int32x16"), "uint8x16")
@@ -184,15 +239,17 @@ class Integers(GroupTile):
         store(self.middles, total, g, row, 0, lanes=LANES)
         store(self.weight_unit, unit, g, row)
 
-    def multiply_values(self, step: Any, column: Any, wide: int, first: Any, rows: int) -> None:
+    def multiply_values(
+        self, step: Any, column: Any, wide: int, turn: Any, first: Any, rows: int
+    ) -> None:
         """Add ``wide`` vectors of weighted values, whose tokens share their scales, to ``rows`` rows."""
         acc = [self._accumulators(1, wide)[0] for _ in range(rows)]
         per_scale = self.fmt.columns // LANES
         g = bind(column // per_scale) if self.value_groups > 1 else 0
         with loop(GROUP // self.per) as run:
             lines = [line(self.v_codes, self.head, step, column + c, run) for c in range(wide)]
-            for c in range(wide):
-                self.ask_values(step, column + c, run)
+            for n in self.values_asked.dots(turn * (GROUP // self.per) + run):
+                self.ask_values(step, 0, n)
             for four in range(self.per // 4):
                 codes = [bind(field(x, four * self.fmt.bits, self.fmt.bits, LANES)) for x in lines]
                 for r in range(rows):

@@ -18,6 +18,7 @@ from mimo_compile.ir.hardware import PRESETS, local_cpu
 from mimo_compile.ir.kv_groups import GROUPED, STATES
 from mimo_compile.ir.ops import get_op, parse_workload
 from mimo_compile.schedules import get_schedule
+from mimo_compile.schedules.attention.group_integers import Asked
 from mimo_compile.schedules.attention.group_layout import group_shapes, pack_groups, unpack_groups
 from mimo_compile.schedules.attention.group_reach import GroupReach
 from mimo_compile.schedules.attention.layout import kernel_args
@@ -335,3 +336,12 @@ def test_each_schedule_takes_its_own_caches():
         w = parse_workload(f"kv_append:t=1,h=4,kv=2,d=8,dv=8,cap=64,c={c}")
         assert APPEND.supports(w, CPU) == (c in GROUPED)
         assert get_schedule("kv_append.x86").supports(w, CPU) == (c not in GROUPED)
+
+
+@given(st.integers(1, 300), st.integers(1, 200), st.integers(1, 100))
+def test_every_line_is_asked_for(lines: int, rounds: int, dots: int) -> None:
+    asked = Asked(lines, rounds, dots)
+    early = [n for turn in range(rounds) for n in asked.rounding(turn)]
+    late = [n for turn in range(dots) for n in asked.dots(turn)]
+    assert set(early + late) >= set(range(lines))
+    assert len(early + late) < lines + rounds + dots
