@@ -73,7 +73,9 @@ SPACES = {
     "attention_append": Wanted("cached_attention:t=16,h=8,kv=2,d=64,dv=64,cap=1024", threads=2),
     "attention_mqa": Wanted("cached_attention:t=16,h=16,kv=1,d=192,dv=128,cap=1024", threads=2),
     "attention_decode": Wanted("cached_attention:t=4,h=32,kv=2,d=64,dv=64,cap=2048", threads=2),
-    "attention_bf16": Wanted("cached_attention:t=16,h=8,kv=2,d=64,dv=64,cap=1024,c=bf16", threads=2),
+    "attention_bf16": Wanted(
+        "cached_attention:t=16,h=8,kv=2,d=64,dv=64,cap=1024,c=bf16", threads=2
+    ),
 }
 
 
