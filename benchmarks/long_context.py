@@ -30,7 +30,7 @@ VARIANTS = {
     "kv8": ("kv8", "model"),
     "kv4": ("kv4", "model"),
     "window": ("kv16", "window:size=128,every=6"),
-    "quest": ("kv16", "quest:budget={tenth},dense=0,agg=query"),
+    "quest": ("kv16", "quest:budget={tenth},dense=0"),
 }
 """Name to the cache's format and the policy; ``{tenth}`` is a tenth of the context."""
 
