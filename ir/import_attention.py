@@ -164,7 +164,7 @@ class ListConverters:
 
     def select_blocks(self, node: Any, imp: Any) -> Any:
         """Make lists."""
-        score, pos, value, rule, k, share, block, rows, first, last, merge, kmax = (
+        score, pos, value, rule, k, share, block, rows, first, last, merge, kmax, *more = (
             imp.retrieve_args(node)
         )
         r, hs, blocks = extents(score)
@@ -172,6 +172,7 @@ class ListConverters:
         p: dict[str, Value] = {
             "t": t, "hs": hs, "cap": cap, "block": block, "k": k, "rule": rule, "share": float(share),
             "rows": rows, "first": first, "last": last, "merge": merge, "len": measured(cap, t),
+            "positive": int(bool(more and more[0])),
         }  # fmt: skip
         op: Any = get_op("select_blocks")
         p["kmax"] = 0 if op.list_length(op.full(op.workload(**p))) == kmax else kmax

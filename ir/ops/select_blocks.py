@@ -2,7 +2,8 @@
 
 The candidates of a list row are the blocks up to that of its last token. Forced are the ``first`` blocks,
 and with ``last > 0`` the blocks of the row's own tokens and ``last - 1`` before them. A candidate whose score
-is -inf (or NaN) is chosen only by force. Of equal scores the lower block wins. Rules:
+is -inf (or NaN) is chosen only by force; with ``positive`` so is one below 2^-126, the least normal float32:
+a probability that underflowed, of which nobody knows the order. Of equal scores the lower block wins. Rules:
 
 - ``topk``: the best blocks, until ``max(k, ceil(share * candidates))`` are chosen, forced ones counted;
 - ``threshold``: every score at or above ``value[head]``, and at least the ``k`` best;
@@ -35,6 +36,8 @@ from mimo_compile.ir.workload import Workload
 RULES = ("topk", "threshold", "mass")
 SUMS = 64
 """Lanes in which kernels sum scores."""
+LEAST_POSITIVE = 2.0**-126
+"""The least normal float32, and the least score that ``positive`` lets a list hold."""
 
 
 def frame(
@@ -66,12 +69,13 @@ def merge_ranks(score: Tensor) -> Tensor:
 
 def choose(
     score: Tensor, pos: Tensor, value: Tensor | None, rule: str, k: int, share: float,
-    block: int, rows: int, first: int, last: int, merge: str, kmax: int,
+    block: int, rows: int, first: int, last: int, merge: str, kmax: int, positive: bool = False,
 ) -> Tensor:  # fmt: skip
     """Return the choice as a mask ``[R, HS, NB]`` (HS 1 if merged); see the module's text."""
     count, _, blocks = score.shape
     candidates, forced = (m[:, None] for m in frame(pos, count, rows, blocks, block, first, last))
-    score = torch.where(candidates & ~score.isnan(), score, -math.inf)
+    there = score >= LEAST_POSITIVE if positive else ~score.isnan()
+    score = torch.where(candidates & there, score, -math.inf)
     if merge == "rank":
         score = merge_ranks(torch.where(forced, -math.inf, score))
     candidates, forced = candidates.expand_as(score), forced.expand_as(score)
@@ -107,21 +111,23 @@ def choose(
 @torch.library.custom_op("mimo::select_blocks", mutates_args=())
 def select_blocks(
     score: Tensor, pos: Tensor, value: Tensor | None, rule: str, k: int, share: float,
-    block: int, rows: int, first: int, last: int, merge: str, kmax: int,
+    block: int, rows: int, first: int, last: int, merge: str, kmax: int, positive: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Choose blocks: ``score [R, HS, NB]``, ``pos`` int32 [2], ``value [HS]`` -> lists.
 
     Returns:
         ``idx`` int32 ``[R, HS, kmax]`` and ``cnt`` int32 ``[R, HS]``; HS is 1 with ``merge=rank``.
     """
-    chosen = choose(score, pos, value, rule, k, share, block, rows, first, last, merge, kmax)
+    chosen = choose(
+        score, pos, value, rule, k, share, block, rows, first, last, merge, kmax, positive
+    )
     return to_lists(chosen, kmax)
 
 
 @select_blocks.register_fake
 def _(
     score: Tensor, pos: Tensor, value: Any, rule: str, k: int, share: float, block: int, rows: int,
-    first: int, last: int, merge: str, kmax: int,
+    first: int, last: int, merge: str, kmax: int, positive: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     lists = (score.shape[0], 1 if merge == "rank" else score.shape[1])
     return (
@@ -151,6 +157,7 @@ class SelectBlocks(OpDef):
         Param("merge", str, "none"),
         Param("kmax", int, 0),
         Param("len", int, 0),
+        Param("positive", int, 0),
     )
 
     def check(self, p: Mapping[str, Any]) -> None:
@@ -227,7 +234,7 @@ class SelectBlocks(OpDef):
         return choose(
             torch.from_numpy(inputs["score"]).double(), torch.from_numpy(inputs["pos"]), value,
             p["rule"], p["k"], p["share"], p["block"], p["rows"], p["first"], p["last"],
-            p["merge"], self.list_length(p),
+            p["merge"], self.list_length(p), bool(p["positive"]),
         )  # fmt: skip
 
     def reference(self, workload: Workload, inputs: Mapping[str, Array]) -> dict[str, Array]:

@@ -65,6 +65,7 @@ class Select:
     first: int = 0
     last: int = 1
     merge: str = "none"
+    positive: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,7 +274,7 @@ class AttentionPolicy(ABC):
         choice = chooser.workload(
             t=g.t, hs=g.h if select.merge == "rank" else hs, k=select.k, rule=select.rule,
             share=select.share, rows=self.rows, first=select.first, last=select.last,
-            merge=select.merge, **op,
+            merge=select.merge, positive=int(select.positive), **op,
         )  # fmt: skip
         kmax = next(a.shape[2] for a in chooser.args(choice) if a.name == "idx")
         attend = get_op("sparse_attention").workload(

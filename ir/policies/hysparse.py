@@ -47,8 +47,8 @@ class HySparse(AttentionPolicy):
 
     @property
     def select(self) -> Select:
-        """The best blocks; nothing is forced, near tokens are the window's business."""
-        return Select(k=max(1, self.budget // self.block), last=0)
+        """The best blocks that got anything; nothing is forced, near tokens are the window's business."""
+        return Select(k=max(1, self.budget // self.block), last=0, positive=True)
 
     def roles(self, layers: int) -> tuple[LayerRole, ...]:
         """One layer in ``every`` is full, and so is the last."""

@@ -23,7 +23,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -33,6 +33,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mimo_compile.ir.ops.score_keys import block_max, bring_together
+from mimo_compile.ir.ops.select_blocks import LEAST_POSITIVE
 from mimo_compile.tiny.checkpoint import export, load
 from mimo_compile.tiny.training_config import TinyConfig
 from mimo_compile.tiny.training_model import (
@@ -57,7 +58,15 @@ class HySparseShape:
     block: int = 32
     """Tokens of a block."""
     budget: int = 256
-    """Tokens of the chosen blocks."""
+    """Tokens of the chosen blocks, a whole number of them."""
+
+    def __post_init__(self) -> None:
+        if not all(type(n) is int and n > 0 for n in (self.block, self.budget)):
+            raise ValueError(
+                f"block={self.block} and budget={self.budget} must be counts of tokens"
+            )
+        if self.budget % self.block:
+            raise ValueError(f"budget={self.budget} is no whole number of blocks of {self.block}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +85,12 @@ def chosen_blocks(weights: Tensor, kv_heads: int, block: int, count: int) -> Ten
     """The blocks a full layer selects for the tokens of one sequence.
 
     weights: attention probabilities [rows, heads, keys], 0 where a key may not be seen. Returns a
-    mask [rows, kv, blocks] of the `count` best; blocks without any probability are never chosen.
+    mask [rows, kv, blocks] of the `count` best; blocks whose probability underflowed are never chosen.
     """
     score = bring_together(block_max(weights, block), kv_heads, "max")
     best = score.topk(min(count, score.shape[-1]), dim=-1).indices
     chosen = torch.zeros_like(score, dtype=torch.bool).scatter_(-1, best, True)
-    return chosen & (score > 0)
+    return chosen & (score >= LEAST_POSITIVE)
 
 
 @torch.no_grad()
@@ -212,7 +221,7 @@ def from_hybrid(
 ) -> HySparseModel:
     """A HySparse model that computes nearly what the hybrid `model` (without draft layers) does.
 
-    Only attention learns: that of the sparse layers, and of the full layers that they follow.
+    Only attention learns, that of all layers but a last one that is full: no layer follows it.
     """
     made = HySparseModel(model.config, shape, compute)
     missing, unexpected = made.load_state_dict(model.state_dict(), strict=False)
@@ -225,9 +234,11 @@ def from_hybrid(
                 attention.o_proj.weight.mul_(2.0)
                 for gate in (attention.listed_gate, attention.window_gate):
                     gate.weight.zero_()
+    full = not model.config.hybrid_layer_pattern[-1]
+    last = f"layers.{len(made.layers) - 1}."
     for name, parameter in made.named_parameters():
-        last = f"layers.{len(made.layers) - 1}."
-        parameter.requires_grad = ".self_attn." in name and not name.startswith(last)
+        unfollowed = full and name.startswith(last)
+        parameter.requires_grad = ".self_attn." in name and not unfollowed
     return made
 
 
@@ -251,16 +262,42 @@ def save_hysparse(model: HySparseModel, path: Path, base: str) -> None:
 def load_hysparse(
     base: TinyModel, path: Path, compute: torch.dtype = torch.float32
 ) -> HySparseModel:
-    """Read what `save_hysparse` wrote, on top of `base`; raises KeyError on a missing tensor."""
-    with safe_open(path, framework="pt") as file:
-        shape = HySparseShape(**json.loads(file.metadata()["hysparse"]))
-    model = from_hybrid(base, shape, compute)
+    """Read what `save_hysparse` wrote, on top of `base`.
+
+    Raises:
+        ValueError: `path` was not written by `save_hysparse`, or for a model of another shape.
+    """
+    model = from_hybrid(base, _stored_shape(path), compute)
     stored = load_file(path)
     with torch.no_grad():
         for name, value in model.named_parameters():
-            if value.requires_grad:
-                value.copy_(stored[f"model.{name}"])
+            if not value.requires_grad:
+                continue
+            found = stored.get(f"model.{name}")
+            if found is None:
+                raise ValueError(f"{path}: model.{name} is missing")
+            if found.shape != value.shape:
+                raise ValueError(
+                    f"{path}: model.{name} has shape {list(found.shape)}, the base model needs "
+                    f"{list(value.shape)}"
+                )
+            value.copy_(found)
     return model
+
+
+def _stored_shape(path: Path) -> HySparseShape:
+    """What `save_hysparse` noted of the lists; raises ValueError where it did not."""
+    with safe_open(path, framework="pt") as file:
+        text = (file.metadata() or {}).get("hysparse")
+    known = {f.name for f in fields(HySparseShape)}
+    given = None if text is None else json.loads(text)
+    if not isinstance(given, dict) or set(given) != known:
+        wanted = " and ".join(sorted(known))
+        raise ValueError(f"{path}: its metadata hold no 'hysparse' of {wanted}: {text!r}")
+    try:
+        return HySparseShape(**given)
+    except ValueError as error:
+        raise ValueError(f"{path}: 'hysparse' of its metadata: {error}") from None
 
 
 def export_hysparse(model: HySparseModel, tokenizer_json: str, folder: Path) -> None:
@@ -268,6 +305,14 @@ def export_hysparse(model: HySparseModel, tokenizer_json: str, folder: Path) -> 
     names = {"architectures": ["HySparseForCausalLM"], "model_type": "hysparse"}
     shape = {**asdict(model.shape), "gate": "element"}
     export(model, tokenizer_json, folder, fields={**names, "hysparse": shape})
+
+
+def _require_base(folder: Path) -> None:
+    """Raise ValueError where `folder` is not that of a model without sparse layers."""
+    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    kind = content.get("model_type") if isinstance(content, dict) else None
+    if kind != "mimo_v2_flash":
+        raise ValueError(f"{folder}: the base's model_type is {kind!r}, not 'mimo_v2_flash'")
 
 
 def main() -> None:
@@ -279,7 +324,10 @@ def main() -> None:
     parser.add_argument("--delta", type=Path, required=True, help="file of `save_hysparse`")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     args = parser.parse_args()
+    if args.out.resolve() == args.base.resolve():
+        parser.error(f"--out {args.out} is the base model's folder: name another one")
     try:
+        _require_base(args.base)
         tokenizer = (args.base / "tokenizer.json").read_text(encoding="utf-8")
         model = load_hysparse(load(args.base), args.delta)
     except (OSError, SafetensorError, KeyError, ValueError) as error:

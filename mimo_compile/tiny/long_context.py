@@ -302,6 +302,11 @@ def main() -> None:
     args = parser.parse_args()
     if args.what != "base" and args.init is None:
         parser.error(f"{args.what} needs --init, the folder of the trained base")
+    if args.what == "hysparse":
+        try:
+            HySparseShape(args.block, args.budget)
+        except ValueError as error:
+            parser.error(f"--block and --budget: {error}")
     torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
     start = Settings()

@@ -371,8 +371,8 @@ class Run:
         s = chooser.full(steps.select)
         value = torch.full((score.shape[1],), policy.select.value, dtype=score.dtype)
         chosen = choose(
-            score, pos, value, s["rule"], s["k"], s["share"], block, policy.rows, s["first"],
-            s["last"], s["merge"], chooser.list_length(s),  # type: ignore[attr-defined]
+            score, pos, value, s["rule"], s["k"], s["share"], block, policy.rows, s["first"], s["last"],
+            s["merge"], chooser.list_length(s), bool(s["positive"]),  # type: ignore[attr-defined]
         )  # fmt: skip
         chosen = chosen.repeat_interleave(policy.rows, 0)[:count]
         chosen = chosen.repeat_interleave(block, -1)[..., :end]

@@ -113,7 +113,8 @@ class List:
     def __init__(self, s: Choice, frame: Frame, score: Any, row: Any, head: Any) -> None:
         self.s, self.frame = s, frame
         self.keys = workspace((s.room,), "int32")
-        self.vectors = fill_keys(self.keys, score, (row, head), frame.seen, s.unit)
+        positive = bool(s.p["positive"])
+        self.vectors = fill_keys(self.keys, score, (row, head), frame.seen, s.unit, positive)
         self.level = Register("int32", 1, T.int32(MOST))
         self.ties = Register("int32", 1, T.int32(0))
         """Blocks of exactly that level that are taken, the lower ones."""

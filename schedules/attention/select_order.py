@@ -30,6 +30,8 @@ LEAST = NONE + 1
 """Every other key is at least this."""
 MOST = 2**31 - 1
 """No key is as great."""
+POSITIVE = 0x00800000
+"""Key of the least normal float32."""
 UNIT = 4
 """Vectors that a search looks at in one turn."""
 _INFINITY = 0x7F800000
@@ -62,18 +64,30 @@ def values_of(key: Any, lanes: int) -> Any:
     return T.reinterpret(vector_type("float32", lanes), T.max(key, zero))
 
 
-def fill_keys(keys: Any, score: Any, row: tuple[Any, ...], count: Any, unit: int) -> Any:
-    """Write the keys of a row's first ``count`` scores; returns the vectors that hold them, padded."""
+def fill_keys(
+    keys: Any, score: Any, row: tuple[Any, ...], count: Any, unit: int, positive: bool
+) -> Any:
+    """Write the keys of a row's first ``count`` scores; returns the vectors that hold them, padded.
+
+    With ``positive``, scores below the least normal float32 may not be chosen.
+    """
+
+    def allowed(value: Any, lanes: int) -> Any:
+        key = keys_of(value, lanes)
+        if not positive:
+            return key
+        return T.Select(key < splat(T.int32(POSITIVE), lanes), splat(T.int32(NONE), lanes), key)
+
     whole = fixed(T.floordiv(count, T.int32(LANES)))
     with T.serial(0, whole) as j:
         store(
-            keys, keys_of(load(score, *row, j * LANES, lanes=LANES), LANES), j * LANES, lanes=LANES
+            keys, allowed(load(score, *row, j * LANES, lanes=LANES), LANES), j * LANES, lanes=LANES
         )
     vectors = fixed(T.floordiv(count + (LANES * unit - 1), T.int32(LANES * unit)) * unit)
     with T.serial(0, fixed(vectors - whole)) as j:
         store(keys, splat(T.int32(NONE)), (whole + j) * LANES, lanes=LANES)
     with T.serial(0, fixed(count - whole * LANES)) as j:
-        store(keys, keys_of(score[(*row, whole * LANES + j)], 1), whole * LANES + j)
+        store(keys, allowed(score[(*row, whole * LANES + j)], 1), whole * LANES + j)
     return vectors
 
 

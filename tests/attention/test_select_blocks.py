@@ -30,6 +30,8 @@ def draws(draw, rules=("topk", "threshold", "mass")):
         block=block, k=draw(st.integers(0, 14)), rule=rule, rows=pick(1, 1, 2, 4),
         first=pick(0, 0, 1, 3), last=pick(0, 1, 2), len=length,
     )  # fmt: skip
+    if rule != "mass":
+        p["positive"] = pick(0, 1)
     if rule == "topk":
         p |= dict(share=pick(0.0, 0.25, 1.0), merge=pick("none", "rank"))
     elif draw(st.booleans()):
@@ -49,6 +51,8 @@ def ranked(score, barred):
 def walk(workload, inputs):
     """Return the chosen sets by row and head, written as the rules are told."""
     p, kmax = OP.full(workload), OP.list_length(OP.full(workload))
+    if p["positive"]:  # the grid of scores has zeros
+        inputs = inputs | {"score": np.where(inputs["score"] > 0, inputs["score"], -np.inf)}
     start, valid = inputs["pos"].tolist()
     out = []
     for r in range(inputs["score"].shape[0]):
@@ -112,7 +116,7 @@ def test_enough_is_everything(drawn) -> None:
     workload, inputs = drawn
     p = OP.full(workload)
     inputs["score"] = np.where(np.isinf(inputs["score"]), 0, inputs["score"]).astype(np.float32)
-    whole = OP.workload(**{**p, "k": inputs["score"].shape[2]})
+    whole = OP.workload(**{**p, "k": inputs["score"].shape[2], "positive": 0})
     got = OP.reference(whole, inputs)
     for r in range(got["cnt"].shape[0]):
         last = min((r + 1) * p["rows"], inputs["pos"][1]) - 1
@@ -146,6 +150,19 @@ def test_ties_go_to_the_lower_block_and_the_lower_head() -> None:
     # rank 0: 6 (head 0), 0 (head 1); rank 1: 7 before 1
     assert OP.reference(merged, apart)["idx"].tolist() == [[[0, 6, 7]]]
     assert OP.reference(merged, even)["idx"].tolist() == [[[0, 1, 2]]]  # heads agree wholly
+
+
+def test_probabilities_that_underflowed_are_not_chosen() -> None:
+    """Zeros and subnormal numbers, which kernels may flush; the least normal number may be chosen."""
+    least = float(np.finfo(np.float32).tiny)
+    score = np.array([[[0.0, 1e-45, least, -0.0, 0.5, least / 2, np.nan, -np.inf]]], np.float32)
+    inputs = {"score": score, "pos": np.array([7, 1], np.int32)}
+    text = "select_blocks:t=1,hs=1,cap=8,block=1,k=6"
+    got = OP.reference(parse_workload(f"{text},positive=1"), inputs)
+    assert got["idx"].tolist() == [[[2, 4, -1, -1, -1, -1]]] and got["cnt"].tolist() == [[2]]
+    forced = OP.reference(parse_workload(f"{text},positive=1,first=1,last=1"), inputs)
+    assert forced["idx"].tolist() == [[[0, 2, 4, 7, -1, -1]]]
+    assert OP.reference(parse_workload(text), inputs)["cnt"].tolist() == [[6]]
 
 
 def test_tie_band() -> None:
@@ -199,7 +216,7 @@ def test_mass_of_many_blocks_is_judged(blocks) -> None:
 def test_fake_rule() -> None:
     args = (torch.randn(2, 3, 9), torch.tensor([16, 2], dtype=torch.int32), None)
     for merge in ("none", "rank"):
-        rest = ("topk", 4, 0.0, 2, 1, 1, 1, merge, 5)
+        rest = ("topk", 4, 0.0, 2, 1, 1, 1, merge, 5, merge == "none")
         torch.library.opcheck(
             select_blocks, (*args, *rest), test_utils=("test_schema", "test_faketensor")
         )

@@ -17,10 +17,14 @@ from safetensors.torch import load_file, save_file
 import mimo_compile as mc
 from mimo_compile.errors import InputError, UsageError
 from mimo_compile.frontend.huggingface import load_checkpoint
+from mimo_compile.frontend.models.kernels import require_attention
 from mimo_compile.ir.formats import parse_scheme
+from mimo_compile.ir.hardware import local_cpu
+from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.policies import parse_policy
 from mimo_compile.runtime import load
 from mimo_compile.tiny import hysparse as hy
+from mimo_compile.tiny.checkpoint import export
 from mimo_compile.tiny.training_config import TinyConfig
 from mimo_compile.tiny.training_model import TinyModel
 from mimo_compile.verify import verify_artifact
@@ -29,9 +33,9 @@ NONE = parse_scheme("none")
 MICRO = TinyConfig(
     vocab_size=4096,
     hidden_size=32,
-    num_hidden_layers=5,
-    hybrid_layer_pattern=(0, 1, 0, 1, 1),
-    moe_layer_freq=(0, 0, 1, 0, 0),
+    num_hidden_layers=6,
+    hybrid_layer_pattern=(0, 1, 1, 0, 1, 0),
+    moe_layer_freq=(0, 0, 1, 0, 0, 0),
     head_dim=16,
     v_head_dim=8,
     swa_head_dim=16,
@@ -43,6 +47,8 @@ MICRO = TinyConfig(
     mtp_layers=0,
     max_position_embeddings=512,
 )
+SLOTS = [320, 272, 272, 320, 272, 320]
+"""Of each layer's caches for a context of 320: all of it, or the window and a step of 256."""
 SHORT = {"num_hidden_layers": 3, "hybrid_layer_pattern": (0, 1, 1), "moe_layer_freq": (0, 0, 0)}
 TOKENIZER = (Path(hy.__file__).parent / "tokenizer.json").read_text()
 
@@ -114,7 +120,7 @@ def test_eager_decoders_are_the_definition(made, block, budget):
     want = defined(model, ids)
     near(decoder(folder).prefill(ids)[1], want)
     if budget < len(ids):  # and what was chosen matters
-        near_dense = defined(hy_with(model, budget=400), ids)
+        near_dense = defined(hy_with(model, budget=416), ids)
         assert (near_dense - want).abs().max() > 1e-2 * want.abs().max()
 
 
@@ -146,7 +152,7 @@ def test_across_the_end_of_the_rings(made):
     """Rings hold the window and a step of 256; the full layers' caches hold all."""
     model, folder = made()
     ids, eager = ids_of(300), decoder(folder, 320)
-    assert [s.capacity(320) for s in eager.config.layers] == [320, 272, 320, 272, 272]
+    assert [s.capacity(320) for s in eager.config.layers] == SLOTS
     near(eager.prefill(ids)[1], defined(model, ids))
 
 
@@ -159,26 +165,52 @@ def test_only_full_layers_hold_the_context(made):
             owned.setdefault(name, stage.module.get_buffer(buffer))
             assert stage.module.get_buffer(buffer) is owned[name]  # followers read the very cache
     assert {name: len(cache) for name, cache in owned.items()} == {
-        f"layers.{i}.{part}_cache": 320 if i in (0, 2) else 272 for i in range(5) for part in "kv"
+        f"layers.{i}.{part}_cache": slots for i, slots in enumerate(SLOTS) for part in "kv"
     }
     assert [stage.follows for stage in eager.stages() if stage.follows] == [
-        (f"layers.{i}.idx", f"layers.{i}.cnt") for i in (0, 2, 2)
+        (f"layers.{i}.idx", f"layers.{i}.cnt") for i in (0, 0, 3)
     ]
+    assert [stage.lends for stage in eager.stages() if stage.lends] == [
+        (f"layers.{i}.idx", f"layers.{i}.cnt") for i in (0, 3)
+    ]  # the last layer lends to nobody
+
+
+def by_head(source, folder):
+    """Copy a folder with a gate for each head, the first of each head's eight; returns these gates."""
+    shutil.copytree(source, folder)
+    tensors = load_file(folder / "model.safetensors")
+    gates = {n: t[::8].contiguous() for n, t in tensors.items() if "_gate.weight" in n}
+    save_file(tensors | gates, folder / "model.safetensors")
+    edit(folder, gate="head")
+    return gates
 
 
 def test_gates_of_heads_are_gates_of_elements_that_are_equal(made, tmp_path):
     """One number for each head, and the same number for each of a head's values."""
     folders = [tmp_path / width for width in ("head", "element")]
-    for folder in folders:
-        shutil.copytree(made()[1], folder)
-    tensors = load_file(folders[0] / "model.safetensors")
-    gates = {n: t[::8].contiguous() for n, t in tensors.items() if "_gate.weight" in n}
-    save_file(tensors | gates, folders[0] / "model.safetensors")
+    gates = by_head(made()[1], folders[0])
+    shutil.copytree(made()[1], folders[1])
     wide = {n: t.repeat_interleave(8, 0) for n, t in gates.items()}
-    save_file(tensors | wide, folders[1] / "model.safetensors")
-    edit(folders[0], gate="head")
+    save_file(load_file(folders[1] / "model.safetensors") | wide, folders[1] / "model.safetensors")
     ids = ids_of(40)
     near(*(decoder(folder).prefill(ids)[1] for folder in folders))
+
+
+@pytest.mark.parametrize("block", [4, 32])
+def test_kernels_are_looked_for_that_will_be_compiled(made, block, monkeypatch):
+    """Attention that scores, or its halves, which the last layer's is, too; lists and rings; nothing else."""
+    asked = []
+    monkeypatch.setattr(
+        "mimo_compile.schedules.schedules_for", lambda work, _: asked.append(work) or [work]
+    )
+    config = decoder(made(block, 64)[1], 320).config
+    require_attention(config, "bf16", local_cpu())
+    scored = {"oracle_attention"} if block == 32 else {"score_keys"}
+    attended = {"cached_attention", "sparse_attention", "select_blocks"}
+    assert {w.op for w in asked} == scored | attended
+    dense = [get_op(w.op).full(w) for w in asked if w.op == "cached_attention"]
+    assert {(p["cap"], p["window"], p["sink"]) for p in dense} == {(272, 8, 1), (320, 0, 0)}
+    assert all(get_op(w.op).full(w).get("c", "bf16") == "bf16" for w in asked)
 
 
 # -- what is refused -------------------------------------------------------------------------------
@@ -198,12 +230,13 @@ def edit(folder, drop=(), top=None, **shape):
         ({"drop": ("block",)}, r"hysparse\.block is missing.*config\.json"),
         ({"budget": "many"}, r"hysparse\.budget must be an integer.*'many'"),
         ({"budget": 3}, r"hysparse\.budget=3 does not hold a block of 4"),
+        ({"budget": 14}, r"hysparse\.budget=14 is not a whole number of blocks of 4.*12 tokens are 3"),
         ({"gate": "row"}, r"hysparse\.gate='row' is not supported"),
         ({"blocks": 4}, "hysparse holds 'blocks'.*block, budget, gate"),
         ({"top": {"hysparse": None}}, "hysparse is missing"),
         ({"top": {"hysparse": 7}}, "hysparse must be an object with block and budget, found 7"),
-        ({"top": {"hybrid_layer_pattern": [1, 1, 0, 1, 1]}}, "the first layer is sparse"),
-        ({"top": {"hybrid_layer_pattern": [0] * 5}}, "the first layer is full, as are all others"),
+        ({"top": {"hybrid_layer_pattern": [1, 1, 1, 0, 1, 0]}}, "the first layer is sparse"),
+        ({"top": {"hybrid_layer_pattern": [0] * 6}}, "the first layer is full, as are all others"),
         ({"top": {"swa_v_head_dim": 16}}, "sparse layer 1 has .* the full layer that it follows"),
     ],
 )  # fmt: skip
@@ -218,7 +251,7 @@ def test_a_config_that_is_wrong_is_said(made, tmp_path, change, message):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("layers.3.self_attn.listed_sink_bias", r"model\.layers\.3\.self_attn\.listed_sink_bias.*missing"),
+        ("layers.4.self_attn.listed_sink_bias", r"model\.layers\.4\.self_attn\.listed_sink_bias.*missing"),
         ("layers.1.self_attn.window_gate.weight", "window_gate.weight.*missing"),
     ],
 )  # fmt: skip
@@ -255,22 +288,60 @@ def test_what_cannot_be_compiled_is_said(made):
         mc.compile(folder, quant="w8a8", calibrate="gptq")
 
 
-def test_the_command_makes_a_folder(made, tmp_path, monkeypatch, capsys):
-    from mimo_compile.tiny.checkpoint import export
-
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """Return a function: names of base, delta and output -> what the command complains of; and the delta."""
     base = TinyModel(MICRO, torch.float32)
     base.initialise(3)
     export(base, TOKENIZER, tmp_path / "base")
     model = hy.from_hybrid(base, hy.HySparseShape(4, 12), torch.float32)
-    hy.save_hysparse(model, tmp_path / "delta.safetensors", "base")
-    arguments = ["x", "--base", str(tmp_path / "base"), "--out", str(tmp_path / "out"), "--delta"]
-    monkeypatch.setattr("sys.argv", [*arguments, str(tmp_path / "delta.safetensors")])
-    hy.main()
+    hy.save_hysparse(model, tmp_path / "delta", "base")
+
+    def call(base="base", delta="delta", out="out"):
+        named = {"--base": base, "--delta": delta, "--out": out}
+        words = [w for flag, name in named.items() for w in (flag, str(tmp_path / name))]
+        monkeypatch.setattr("sys.argv", ["x", *words])
+        try:
+            hy.main()
+        except SystemExit:
+            return capsys.readouterr().err
+        return ""
+
+    return call
+
+
+def test_the_command_makes_a_folder(command, tmp_path):
+    assert not command()
     assert decoder(tmp_path / "out").config.attention.budget == 12
-    monkeypatch.setattr("sys.argv", [*arguments, str(tmp_path / "none.safetensors")])
-    with pytest.raises(SystemExit):
-        hy.main()
-    assert "give no model" in capsys.readouterr().err
+
+
+def test_the_command_keeps_its_base(command, tmp_path):
+    """It is no output folder, by whatever name; what the command made is no base."""
+    kept = {file.name: file.read_bytes() for file in (tmp_path / "base").iterdir()}
+    assert "is the base model's folder" in command(out="base/../base")
+    assert kept == {file.name: file.read_bytes() for file in (tmp_path / "base").iterdir()}
+    assert not command()
+    assert "model_type is 'hysparse', not 'mimo_v2_flash'" in command(base="out", out="other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_command_says_what_is_wrong_with_a_delta(command, tmp_path):
+    tensors = load_file(tmp_path / "delta")
+    lists = {"hysparse": '{"block": 4, "budget": 12}'}
+    name = "model.layers.1.self_attn.listed_gate.weight"
+    cut = tensors | {name: tensors[name][1:].contiguous()}
+    less = {n: t for n, t in tensors.items() if n != name}
+    for stored, meta, message in (
+        (tensors, None, "hold no 'hysparse' of block and budget: None"),
+        (tensors, {"hysparse": '{"block": 4}'}, "hold no 'hysparse' of block and budget"),
+        (tensors, {"hysparse": '{"block": 4, "budget": 13}'}, "budget=13 is no whole number"),
+        (tensors, {"hysparse": "many"}, "give no model"),
+        (cut, lists, f"{name} has shape [31, 32], the base model needs [32, 32]"),
+        (less, lists, f"{name} is missing"),
+    ):
+        save_file(stored, tmp_path / "bad", metadata=meta)
+        assert message in " ".join(command(delta="bad").split())
+    assert "give no model" in command(delta="none")
 
 
 # -- compiled --------------------------------------------------------------------------------------
@@ -327,9 +398,9 @@ def test_compiled(made, tmp_path):
 def test_every_shape_compiled(made, tmp_path, block, budget, quant):
     model, folder = made(block, budget)
     manifest = prove(folder, model, tmp_path, 320, quant).manifest
-    assert [x.slots for x in manifest.decoder.layers] == [320, 272, 320, 272, 272]
+    assert [x.slots for x in manifest.decoder.layers] == SLOTS
     assert sorted(manifest.states) == sorted(
-        f"layers.{i}.{n}_cache" for i in range(5) for n in "kv"
+        f"layers.{i}.{n}_cache" for i in range(6) for n in "kv"
     )
     fused = {c.schedule for c in manifest.plan if c.workload.startswith("oracle_attention")}
     assert all(".x86_fused" in name for name in fused) and bool(fused) == (block >= 16)

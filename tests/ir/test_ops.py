@@ -28,6 +28,7 @@ WORKLOADS = [
     "select_blocks:t=3,hs=4,cap=200,block=1,k=20,first=2,last=4,merge=rank",
     "select_blocks:t=5,hs=2,cap=200,block=8,rule=threshold,rows=4,last=1",
     "select_blocks:t=3,hs=2,cap=200,block=8,k=2,rule=mass,last=1,kmax=9",
+    "select_blocks:t=3,hs=2,cap=200,block=8,k=20,positive=1",
     "score_keys:t=3,h=4,kv=2,d=16,cap=70,kind=oracle,agg=max,block=8,len=45",
     "score_keys:t=2,h=6,kv=2,d=16,cap=40,kind=logits,agg=mean,block=4",
     "score_keys:t=2,h=6,kv=2,d=16,cap=40,kind=logits",
@@ -205,6 +206,7 @@ def test_eager_ops_equal_their_references() -> None:
             idx, cnt = mimo.select_blocks(
                 t["score"], t["pos"], t.get("value"), p["rule"], p["k"], p["share"], p["block"],
                 p["rows"], p["first"], p["last"], p["merge"], expected["idx"].shape[2],
+                bool(p["positive"]),
             )  # fmt: skip
             got, slack = {"idx": idx, "cnt": cnt}, 1
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from harness import check, sample_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,7 +12,11 @@ from hypothesis import strategies as st
 from mimo_compile.ir.caches import parse_cache_format
 from mimo_compile.ir.hardware import local_cpu
 from mimo_compile.ir.ops import get_op, parse_workload
+from mimo_compile.ir.ops.score_keys import ScoreKeys
+from mimo_compile.ir.policies.base import Geometry
+from mimo_compile.ir.policies.hysparse import HySparse
 from mimo_compile.schedules import get_schedule, schedules_for
+from mimo_compile.tiny.hysparse import chosen_blocks
 
 CPU = local_cpu()
 OP = get_op("oracle_attention")
@@ -108,6 +113,28 @@ def test_heads_are_normalised_before_they_are_brought_together():
         assert raw.argmax() == 0 and score.argmax() == 2 and score[2] > 0.9
 
 
+@pytest.mark.parametrize("name", [FUSED["f32"], pytest.param(TWICE["f32"], marks=pytest.mark.slow)])
+def test_peaked_heads_list_what_the_model_was_trained_to_list(name):
+    """Most blocks underflow to 0, one to a subnormal number: whatever makes the scores, none is listed."""
+    text, block, wanted = "oracle_attention:t=1,h=1,kv=1,d=2,dv=1,cap=128,block=16,scale=1", 16, 6
+    keys = np.zeros((128, 1, 2), np.float32)
+    keys[:, 0, 0] = np.linspace(-300, -200, 128)
+    keys[50, 0, 0], keys[20, 0, 0], keys[70, 0, 0] = 0, -60, -95
+    q = np.array([[[1, 0]]], np.float32)
+    policy = HySparse(block=block, budget=wanted * block)
+    weights = torch.softmax(torch.from_numpy(keys[:, 0] @ q[0].T).T[None], -1)
+    trained = chosen_blocks(weights, 1, block, wanted)[0, 0].nonzero()[:, 0].tolist()
+    seen = check(get_schedule(name), text, inputs={"q": q, "k_cache": keys})
+    choice = policy.workloads(Geometry(1, 1, 1, 2, 1, 128)).select
+    inputs = {"score": seen.outputs["score"], "pos": seen.inputs["pos"]}
+    exact = {"score": seen.expected["score"].astype(np.float32), "pos": seen.inputs["pos"]}
+    listed = [
+        check(get_schedule("select_blocks.x86"), choice, inputs=i).outputs for i in (inputs, exact)
+    ]
+    for lists in listed:
+        assert lists["idx"][0, 0, : lists["cnt"][0, 0]].tolist() == trained == [1, 3]
+
+
 def test_bounds_refuse_scores_of_other_keys():
     """A block whose best key is missed, and heads that are not normalised, lie outside."""
     workload = parse_workload("oracle_attention:t=3,h=4,kv=2,d=16,dv=16,cap=90,block=16,len=70")
@@ -121,6 +148,13 @@ def test_bounds_refuse_scores_of_other_keys():
     lost["k_cache"][:16] *= 0.5
     wrong = OP.reference(workload, lost)["score"][..., 0]
     assert (np.abs(wrong - expected["score"][..., 0]) > allowed[..., 0]).all()
+    # the softmax of a group's largest logits, which is what bringing raw heads together gives
+    raw = ScoreKeys().reference(
+        parse_workload("score_keys:t=3,h=4,kv=2,d=16,cap=90,kind=logits,agg=max,len=70"), inputs
+    )["score"]
+    shares = np.exp(raw - np.logaddexp.reduce(raw, -1, keepdims=True))
+    shares = np.pad(shares, ((0, 0), (0, 0), (0, 6))).reshape(3, 2, 6, 16).max(-1)
+    assert (np.abs(shares - expected["score"]) > allowed)[seen].all()
 
 
 def test_a_block_that_cannot_be_noted_has_two_passes():

@@ -49,6 +49,7 @@ def one_of_any(data, rule, most):
     p = dict(
         t=t, hs=pick(1, 2, 3), cap=cap, block=block, k=pick(0, 1, 5, 14, 100), rule=rule,
         rows=pick(1, 1, 2, 16), first=pick(0, 0, 1, 3, 40), last=pick(0, 1, 2, 30),
+        positive=pick(0, 1),
     )  # fmt: skip
     if rule == "topk":
         p |= dict(share=pick(0.0, 0.0, 0.1, 0.25, 1.0), merge=pick("none", "none", "rank"))
@@ -112,6 +113,17 @@ def test_nothing_may_be_chosen(more):
     text = f"select_blocks:t=2,hs=2,cap=40,block=4,{more}"
     for value in (np.nan, -np.inf):
         check(SELECT, text, inputs={"score": np.full((2, 2, 10), value, np.float32)})
+
+
+@pytest.mark.parametrize("run", [0, 2])
+def test_probabilities_that_underflowed_are_not_chosen(run):
+    """Zeros, subnormal and negative numbers in whole vectors and behind them; fewer are left than wanted."""
+    text = "select_blocks:t=1,hs=2,cap=300,block=1,k=60,positive=1"
+    least = np.finfo(np.float32).tiny
+    score = np.random.default_rng(0).choice([0.0, -0.0, 1e-45, least / 2, -1.0], (1, 2, 300))
+    score[..., 5:300:21], score[0, 1, 298] = least, 0.5
+    seen = check(SELECT, text, SelectConfig(run), inputs={"score": score.astype(np.float32)})
+    assert seen.outputs["cnt"].tolist() == [[15, 16]]
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 1.5, np.nan, -np.inf, np.inf, 0.999999])

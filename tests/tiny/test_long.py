@@ -351,6 +351,7 @@ def test_hysparse_reaches_beyond_the_window_only_by_its_list() -> None:
         _without_far(model, ids)[:, far], _without_far(model, other)[:, far], rtol=0, atol=0
     )
     wide = hy.from_hybrid(plain, hy.HySparseShape(4, 400), torch.float32)
+    assert wide.layers[1].self_attn.listed_gate.weight.requires_grad  # a sparse last layer learns
     with torch.no_grad():
         wide.layers[0].self_attn.o_proj.weight.zero_()
         wide.layers[1].self_attn.listed_sink_bias.zero_()
@@ -395,6 +396,13 @@ def test_hysparse_needs_fitting_shapes() -> None:
         hy.HySparseModel(replace(CONFIG, hybrid_layer_pattern=(1, 1, 1, 0)), SHAPE)
     with pytest.raises(ValueError, match="shape"):
         hy.HySparseModel(replace(CONFIG, swa_head_dim=32), SHAPE)
+    for block, budget, message in (
+        (4, 18, "no whole number"),
+        (0, 16, "counts"),
+        (4, "16", "counts"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            hy.HySparseShape(block, budget)
 
 
 # --- the command ----------------------------------------------------------------------------

@@ -296,7 +296,7 @@ class Selecting(Attending):
         length = list_length(p, layer.spec, layer.k_cache.shape[0])
         out: Lists = torch.ops.mimo.select_blocks(
             score, pos, level, rule.rule, rule.k, rule.share, p.block, 1, rule.first, rule.last,
-            rule.merge, length,
+            rule.merge, length, rule.positive,
         )  # fmt: skip
         return out
 
@@ -307,6 +307,11 @@ def list_length(policy: AttentionPolicy, spec: LayerSpec, cap: int) -> int:
     select = policy.workloads(g).select
     assert select is not None
     return next(a.shape[2] for a in get_op("select_blocks").args(select) if a.name == "idx")
+
+
+def order_of(policy: AttentionPolicy) -> str:
+    """Return the order of caches read by lists: by keys where blocks are less than a vector's 16 slots."""
+    return "rows" if policy.block < 16 else ""
 
 
 @dataclass(frozen=True)
@@ -322,8 +327,8 @@ class Following(Attending):
 
     @property
     def lay(self) -> str:  # type: ignore[override]
-        """Keys by themselves where blocks are less than the 16 slots of a vector."""
-        return "rows" if self.policy.block < 16 else ""
+        """The order that lists are read in."""
+        return order_of(self.policy)
 
     def __call__(
         self, layer: LayerCore, q: Tensor, pos: Tensor, lists: Lists | None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mimo_compile.frontend.models import kv
-from mimo_compile.frontend.models.attend import Attending, Lists, Selecting
+from mimo_compile.frontend.models.attend import Attending, Lists, Selecting, order_of
 from mimo_compile.frontend.models.decoder import LayerSpec
 from mimo_compile.frontend.models.stages import Attention, Feed, Layer, LayerCore
 from mimo_compile.ir.ops.kv_append import rotate
@@ -22,11 +22,6 @@ from mimo_compile.ir.policies import AttentionPolicy
 
 BORROWED = {"far_k": "k_cache", "far_v": "v_cache"}
 """Buffers of a layer with branches -> those of the layer whose caches they are."""
-
-
-def order_of(policy: AttentionPolicy) -> str:
-    """Return the order of shared caches: by keys where blocks are less than the 16 slots of a vector."""
-    return "rows" if policy.block < 16 else ""
 
 
 class Oracle(Selecting):
@@ -37,11 +32,15 @@ class Oracle(Selecting):
         """The order that followers read."""
         return order_of(self.policy)
 
+    def at_once(self, sink: bool) -> bool:
+        """Say whether one op attends and scores, in a layer that has a sink or none."""
+        return not (self.lay or sink)
+
     def __call__(
         self, layer: LayerCore, q: Tensor, pos: Tensor, lists: Lists | None
     ) -> tuple[Tensor, Lists | None]:
         """Attend and score at once, where one op does both."""
-        if self.lay or layer.attention.sink is not None:
+        if not self.at_once(layer.attention.sink is not None):
             return super().__call__(layer, q, pos, lists)
         out, score = torch.ops.mimo.oracle_attention(
             q, layer.k_cache, layer.v_cache, pos, self.policy.block, layer.spec.d**-0.5

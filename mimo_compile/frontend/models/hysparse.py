@@ -70,6 +70,11 @@ def _policy(fields: Fields, window: int) -> HySparse:
     block, budget = (inner.integer(f"hysparse.{n}", high=MOST) for n in ("block", "budget"))
     if budget < block:
         raise fields.fail(f"hysparse.budget={budget} does not hold a block of {block} tokens")
+    if budget % block:
+        raise fields.fail(
+            f"hysparse.budget={budget} is not a whole number of blocks of {block} tokens",
+            f"{budget // block * block} tokens are {budget // block} blocks",
+        )
     gate = inner.get("hysparse.gate", "element")
     return HySparse(block=block, budget=budget, window=max(1, window), gate=gate)
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from mimo_compile.errors import UsageError
 from mimo_compile.frontend.models.attend import Attending, Int8, Selecting, attending
-from mimo_compile.frontend.models.branches import Branches
+from mimo_compile.frontend.models.branches import Branches, Oracle
 from mimo_compile.frontend.models.decoder import DecoderConfig, LayerSpec
 from mimo_compile.ir.caches import FORMATS, window_cache_format
 from mimo_compile.ir.formats import QuantScheme
@@ -102,8 +103,36 @@ def _steps(config: DecoderConfig, caches: str) -> Iterator[Workload]:
             elif phase in policy.phases:
                 shape = (t, spec.heads, spec.kv_heads, spec.d, spec.dv, cap)
                 steps = policy.workloads(Geometry(*shape, 0, sink, held))
-                found = (steps.score, steps.select, steps.attend)
+                found: tuple[Workload | None, ...] = (steps.score, steps.select, steps.attend)
+                if isinstance(attend, Selecting) and attend.role.dense and not attend.lends:
+                    found = (_dense(config, own, t, held),)
+                elif isinstance(attend, Oracle):
+                    found = (*_oracle(config, attend, spec, t, held), steps.select)
+                elif isinstance(attend, Branches):
+                    found = (steps.attend, _dense(config, own, t, _held(own, caches)))
                 yield from (w for w in found if w is not None)
+
+
+def _dense(config: DecoderConfig, spec: LayerSpec, t: int, held: str) -> Workload:
+    """Return attention of a layer to its own cache, or its window in it."""
+    return get_op("cached_attention").workload(
+        t=t, h=spec.heads, kv=spec.kv_heads, d=spec.d, dv=spec.dv,
+        cap=spec.capacity(config.max_context), c=held, window=spec.window, sink=int(spec.sink),
+    )  # fmt: skip
+
+
+def _oracle(
+    config: DecoderConfig, attend: Oracle, spec: LayerSpec, t: int, held: str
+) -> tuple[Workload, ...]:
+    """Return what a layer does that attends to everything and scores blocks by what that gave."""
+    op: Any = get_op("oracle_attention")
+    both: Workload = op.workload(
+        t=t, h=spec.heads, kv=spec.kv_heads, d=spec.d, dv=spec.dv,
+        cap=spec.capacity(config.max_context), block=config.attention.block, c=held,
+    )  # fmt: skip
+    if attend.at_once(spec.sink):
+        return (both,)
+    return _dense(config, spec, t, held), op.parts(both)[1]
 
 
 def _quantised(config: DecoderConfig, scheme: QuantScheme) -> Iterator[tuple[str, Workload]]:
