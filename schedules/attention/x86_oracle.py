@@ -77,13 +77,13 @@ class X86Oracle(X86Flash):
         s = self.tiling(p, config, hardware)
         name = symbol(self.op, self.name, self.version, workload, config, hardware.has_avx512)
         args, scale = kernel_args(workload), op.softmax_scale(p)
-        kind, _ = self.tile(config)
+        splits, parallel = config.splits, config.parallel
 
         def body(q: Any, pos: Any, *rest: Any) -> None:
             k, v, out, score = rest
-            emit_oracle(
-                s, p["block"], config.splits, config.parallel, scale, q, pos, k, v, out, score, kind
-            )
+            kind, frame = self.tile(config)
+            with frame or nullcontext():
+                emit_oracle(s, p["block"], splits, parallel, scale, q, pos, k, v, out, score, kind)
 
         rows = s.groups * s.tiles * s.height
         room = 4 * rows * noted_blocks(s, p["block"]) + 4 * p["t"] * p["h"]
