@@ -51,9 +51,9 @@ def append_each(module: Module, sessions: Sequence[Session], tokens: Sequence[in
             raise UsageError(
                 f"{len(ids)} tokens are for {len(set(slots))} sequences: give one to each"
             )
+        places = [session.place_of_next(module) for session in sessions]
         if len(slots) == 1:  # what computes several rows takes longer for one
             return sessions[0].append(ids, decode=True)
-        places = [session.place_of_next(module) for session in sessions]
         bound = module.bind(f"batch_{module.batch}")
         into, pos, *adapters = bound.inputs.values()
         into[...], pos[...] = 0, 0  # no token of the sequences that rest
@@ -74,13 +74,17 @@ def for_each(value: Any, count: int, what: str) -> list[Any]:
     Raises:
         UsageError: The list has another length.
     """
-    if isinstance(value, str) or not isinstance(value, Sequence | np.ndarray):
+    if isinstance(value, str) or not _is_list(value):
         return [value] * count
     if len(value) != count:
         raise UsageError(
             f"{count} prompts have {len(value)} of {what}: give one for all, or one for each"
         )
     return list(value)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) or (isinstance(value, np.ndarray) and value.ndim > 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +128,11 @@ def asks_of(
     decoder = decoder_of(module)
     if isinstance(prompts, str):
         raise UsageError("the prompts are one text", remedy="Pass a list of them, or use generate.")
+    if not _is_list(prompts):
+        raise UsageError(
+            f"the prompts are of type {type(prompts).__name__}",
+            remedy="Pass a list of texts, or of token ids of each.",
+        )
     seeds = for_each(seed, len(prompts), "seed")
     adapters = for_each(adapter, len(prompts), "adapter")
     out = []
@@ -161,8 +170,8 @@ def _generate(
     module: Module, asks: Sequence[Ask], stop_at_eos: bool, stats: Stats
 ) -> Iterator[tuple[int, int]]:
     eos = frozenset(decoder_of(module).eos) if stop_at_eos else frozenset()
-    stats.sequences, stats.joules_reason = 0, "several texts share each pass over the weights"
-    stats.prompt_tokens = sum(len(ask.ids) for ask in asks)
+    stats.begin(sum(len(ask.ids) for ask in asks), sequences=0)
+    stats.joules_reason = "several texts share each pass over the weights"
     waiting = deque(ask for ask in asks if ask.count)
     free = deque(range(module.batch))
     running: list[_Running] = []

@@ -19,7 +19,7 @@ from mimo_compile.runtime.weights import ALIGNMENT, Spot
 
 ROLES = ("full", "window", "select", "reuse", "quantised")
 """What a layer may be, as `program.Layer` says."""
-MOST_SEQUENCES = 4096
+MOST_SLOTS = 4096
 """Sequences that an artifact may have in progress."""
 FORMATS = ("f32", "bf16", "e4m3", "i8", "i4", "i2")
 """Formats of KV caches that can be in an artifact."""
@@ -44,7 +44,7 @@ def check_programs(
             raise ArtifactError(f"state {name!r} has no sound shape and dtype", where=where)
     held = {name: dtypes.size(s.dtype, s.shape) for name, s in manifest.states.items()}
     batch = 1 if manifest.decoder is None else manifest.decoder.batch
-    if not 1 <= batch <= MOST_SEQUENCES:
+    if not 1 <= batch <= MOST_SLOTS:
         raise ArtifactError(f"batch {batch} is no number of sequences", where=where)
     if batch > 1 and any(size % ALIGNMENT for size in held.values()):
         raise ArtifactError(

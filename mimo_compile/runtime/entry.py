@@ -26,11 +26,18 @@ class Memory:
     """
 
     def __init__(
-        self, arena: Bytes, states: dict[str, Bytes], weights: WeightSource, code: Any, where: str
+        self,
+        arena: Bytes,
+        states: dict[str, Bytes],
+        weights: WeightSource,
+        code: Any,
+        where: str,
+        sequences: int = 1,
     ) -> None:
-        """Put together what exists; `code` is the linked module of kernels."""
+        """Put together what exists; `code` is the linked module of kernels, states are of all `sequences`."""
         self._arena = arena
         self._states = states
+        self._sequences = sequences
         self._weights = weights
         self._code = code
         self._where = where
@@ -57,7 +64,7 @@ class Memory:
                 data = self._arena
             elif buffer.kind == "state":
                 data = self._states[buffer.source]
-                before = slot * dtypes.size(buffer.dtype, buffer.shape)
+                before = slot * (len(data) // self._sequences)
             else:
                 data = self._weights.data(buffer.source)
             array = as_array(data, buffer.dtype, buffer.shape, buffer.offset + before)

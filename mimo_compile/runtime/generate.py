@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from operator import index
 from typing import TYPE_CHECKING, Any
@@ -54,6 +54,12 @@ class Stats:
     """Why there is no measured energy."""
     stopped: str = ""
     """`eos`, `length`, or empty while (or if) more could come."""
+
+    def begin(self, prompt_tokens: int, sequences: int = 1) -> None:
+        """Forget what a generation before this one has left."""
+        fresh = Stats(prompt_tokens, sequences=sequences)
+        for field in fields(fresh):
+            setattr(self, field.name, getattr(fresh, field.name))
 
     @property
     def prefill_tokens_per_s(self) -> float | None:
@@ -255,7 +261,7 @@ class Session:
             UsageError: There are not so many, the session has ended, or layers have forgotten what
                 they would need: `can_rewind` tells.
         """
-        position = _whole(position)
+        position = whole(position, "position")
         with self.lock:
             self._check_alive()
             if not 0 <= position <= self.position:
@@ -336,7 +342,10 @@ class Session:
         if not self._module.owns(self._number):
             raise UsageError(
                 "this sequence has ended: another one began on the same module",
-                remedy="Load the artifact twice, or compile it with --batch 2, for two texts at a time.",
+                remedy="Load the artifact twice, or compile it with --batch 2, for two texts at a time."
+                if self._module.batch == 1
+                else f"Begin each in a slot of its own, of which there are {self._module.batch}; generate "
+                "begins in slot 0, generate_batch in as many as it has texts.",
             )
 
 
@@ -407,16 +416,16 @@ def adapter_index(module: Module, name: str | None) -> int:
     return known.index(name)
 
 
-def _whole(position: Any) -> int:
-    """Return a position as a whole number.
+def whole(value: Any, what: str) -> int:
+    """Return what a caller gave, and calls so, as a whole number.
 
     Raises:
         UsageError: It is none.
     """
     try:
-        return index(position)
+        return index(value)
     except TypeError as error:
-        raise UsageError(f"{position!r} is no position: it must be a whole number") from error
+        raise UsageError(f"{what} is {value!r}; it must be a whole number") from error
 
 
 def check_ids(ids: Sequence[int] | Array, decoder: Decoder) -> npt.NDArray[np.int32]:
@@ -425,7 +434,10 @@ def check_ids(ids: Sequence[int] | Array, decoder: Decoder) -> npt.NDArray[np.in
     Raises:
         UsageError: They are not a flat sequence of whole numbers within the vocabulary.
     """
-    array = np.asarray(ids)
+    try:
+        array = np.asarray(ids)
+    except ValueError as error:  # lists of different lengths
+        raise UsageError("token ids must be a flat sequence of whole numbers") from error
     if not array.size:
         return np.zeros(0, np.int32)
     if array.ndim != 1 or array.dtype.kind not in "iu":
@@ -475,7 +487,7 @@ def new_tokens(decoder: Decoder, prompt: int, most: int | None) -> int:
     """
     # the last token that is generated needs no place in the states
     room = decoder.max_context - prompt + 1
-    count = room if most is None else most
+    count = room if most is None else whole(most, "max_new_tokens")
     if count < 0 and most is not None:
         raise UsageError(f"max_new_tokens is {count}; it must be 0 or more")
     if count > room or prompt > decoder.max_context:
@@ -544,8 +556,9 @@ def _generate(
 ) -> Iterator[int]:
     decoder = decoder_of(module)
     eos = frozenset(decoder.eos) if stop_at_eos else frozenset()
-    stats.prompt_tokens, stats.stopped = len(ids), "" if count else "length"
+    stats.begin(len(ids))
     if not count:
+        stats.stopped = "length"
         return
     session = module.session(adapter) if session is None else session
     with session.lock:

@@ -78,7 +78,7 @@ class Module:
         spans, size = state_spans(self.manifest.states, self.batch)
         self._states = Zeroed(size)
         states = {name: self._states.bytes[span] for name, span in spans.items()}
-        self._memory = Memory(arena.bytes, states, parts.weights, code, parts.where)
+        self._memory = Memory(arena.bytes, states, parts.weights, code, parts.where, self.batch)
         self._bound: dict[tuple[str, int], BoundEntry] = {}
         self.lock = threading.RLock()
         """Held while an entry point runs and until its outputs are copied; one thread at a time."""
@@ -168,19 +168,21 @@ class Module:
         if bound is None:
             with self.lock:
                 program = self._program(entry)
-                self._check_slot(slot)
+                slot = self._slot(slot)
                 if slot and entry.startswith("batch_"):
                     raise UsageError(f"{entry} works on all sequences, not on {slot} alone")
                 bound = BoundEntry(entry, program, self._memory, self._where, slot)
                 self._bound[entry, slot] = bound
         return bound
 
-    def _check_slot(self, slot: int) -> None:
+    def _slot(self, slot: int) -> int:
+        slot = generate.whole(slot, "slot")
         if not 0 <= slot < self.batch:
             raise UsageError(
                 f"there is no sequence {slot}: {self.manifest.name} was compiled for {self.batch} at a time",
                 remedy="Compile it with a greater --batch.",
             )
+        return slot
 
     def _program(self, entry: str) -> Entry:
         try:
@@ -258,7 +260,7 @@ class Module:
             UsageError: There is no such adapter or slot.
         """
         with self.lock:
-            self._check_slot(slot)
+            slot = self._slot(slot)
             session = generate.Session(self, self._begun + 1, adapter, slot)
             self._begun += 1
             self._owners[slot] = self._begun
@@ -361,7 +363,9 @@ class Module:
         """Generate several texts, as many at a time as the artifact was compiled for (`--batch`).
 
         Each text is what `generate` alone would give, up to roundings. A prompt that finds no place waits
-        until a text ends, so there may be any number of them. All sequences that were in progress end.
+        until a text ends, so there may be any number of them. Sequences in progress end in the slots that
+        are used: one for each prompt, from 0 on, up to all. `generate` uses slot 0, so the two cannot take
+        turns.
 
         Args:
             prompts: Texts, or token ids of each.

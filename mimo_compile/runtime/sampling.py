@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,14 @@ from mimo_compile.errors import MimoError, UsageError
 
 _MASK = (1 << 64) - 1
 _FIRST_LOOK = 512  # most probable tokens among which top_p is looked for before sorting all
+
+
+_RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("temperature", lambda x: 0 <= x < math.inf, "0 or more"),
+    ("top_k", lambda x: x == int(x) and x >= 0, "0 or more, whole"),
+    ("top_p", lambda x: 0 < x <= 1, "above 0, at most 1"),
+    ("seed", lambda x: x == int(x), "whole"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,14 +39,14 @@ class Sampling:
         Raises:
             UsageError: A value is out of its range.
         """
-        for name, good, range_ in (
-            ("temperature", 0 <= self.temperature < math.inf, "0 or more"),
-            ("top_k", self.top_k == int(self.top_k) and self.top_k >= 0, "0 or more, whole"),
-            ("top_p", 0 < self.top_p <= 1, "above 0, at most 1"),
-            ("seed", self.seed == int(self.seed), "whole"),
-        ):
-            if not good:
-                raise UsageError(f"{name} is {getattr(self, name)}; it must be {range_}")
+        for name, good, range_ in _RANGES:
+            value = getattr(self, name)
+            try:
+                fits = bool(good(value))
+            except (TypeError, ValueError, OverflowError):  # no number at all, or infinite
+                fits = False
+            if not fits:
+                raise UsageError(f"{name} is {value}; it must be {range_}")
 
 
 def sample(logits: npt.NDArray[Any], sampling: Sampling, position: int) -> int:

@@ -11,6 +11,8 @@ from runtime_samples import BATCH, CONTEXT, VOCAB, WIDTH
 from mimo_compile.errors import ArtifactError, UsageError
 from mimo_compile.runtime import Module, Stats, load
 from mimo_compile.runtime.batch import append_each
+from mimo_compile.runtime.entry import Memory
+from mimo_compile.runtime.program import Buffer
 
 PROMPTS = [list(b"def main(argv):"), list(b"x"), list(b"import os\n"), list(b"class A:"), [7, 8]]
 
@@ -138,6 +140,79 @@ def test_what_cannot_be_is_said(module):
     with pytest.raises(UsageError, match="the prompts are one text"):
         module.generate_batch("def add(")
     assert list(module.generate_batch_ids([])) == []
+
+
+@pytest.mark.parametrize(
+    ("prompts", "how", "match"),
+    [
+        (None, {}, "the prompts are of type NoneType"),
+        (5, {}, "the prompts are of type int"),
+        (iter([[5]]), {}, "the prompts are of type list_iterator"),
+        (np.array(5), {}, "the prompts are of type ndarray"),
+        ([[5], [[1], [2, 3]]], {}, r"flat sequence of whole numbers \(prompt 1\)"),
+        ([[5]], {"seed": None}, "seed is None; it must be whole"),
+        ([[5]], {"seed": "x"}, "seed is x; it must be whole"),
+        ([[5]], {"temperature": "x"}, "temperature is x"),
+        ([[5]], {"top_k": float("inf")}, "top_k is inf"),
+        ([[5]], {"max_new_tokens": 2.5}, "max_new_tokens is 2.5; it must be a whole number"),
+    ],
+)
+def test_what_is_no_list_or_number_is_said(module, prompts, how, match):
+    with pytest.raises(UsageError, match=match):
+        module.generate_batch_ids(prompts, **how)
+
+
+@pytest.mark.parametrize("slot", [1.0, "0", None])
+def test_slots_are_whole_numbers(module, slot):
+    with pytest.raises(UsageError, match=r"slot is .*; it must be a whole number"):
+        module.session(slot=slot)
+
+
+def test_one_sequence_of_another_module_is_refused(module, single):
+    other = single.session()
+    other.append([5])
+    with pytest.raises(UsageError, match="of another module"):
+        append_each(module, [other], [1])
+    assert other.position == 1
+
+
+def test_what_ended_a_sequence_and_what_to_do_fits_the_module(module, single):
+    for one, remedy in ((single, "--batch 2"), (module, "slot of its own, of which there are 3")):
+        first = one.session()
+        list(one.generate_ids([5], 1))
+        with pytest.raises(UsageError, match=f"has ended.*{remedy}"):
+            first.append([5])
+
+
+def test_figures_of_a_run_are_not_those_of_the_one_before(module):
+    used, fresh = Stats(), Stats()
+    session = module.session()
+    session.append(PROMPTS[0])
+    runs = (
+        lambda s: module.generate_ids([*PROMPTS[0], 1], 6, session=session, stats=s),
+        lambda s: module.generate_batch_ids(PROMPTS, 4, stop_at_eos=False, stats=s),
+    )
+    for run in (runs[0], runs[1], runs[1]):
+        assert list(run(used))
+    list(runs[1](fresh))
+    for name in ("prompt_tokens", "reused_tokens", "sequences", "new_tokens", "stopped"):
+        assert getattr(used, name) == getattr(fresh, name)
+    assert used.joules_source is None is used.joules_decode
+    used.prefill_seconds = used.decode_seconds = 1e9
+    list(module.generate_ids([5], 3, stop_at_eos=False, stats=used))
+    assert (used.new_tokens, used.sequences, used.prompt_tokens) == (3, 1, 1)
+    assert max(used.prefill_seconds, used.decode_seconds) < 1e9
+
+
+def test_slots_lie_as_far_apart_as_states_are_long():
+    """Whatever part of a state an entry works on."""
+    held = np.zeros(3 * 256, np.uint8)
+    memory = Memory(held[:0], {"cache": held}, None, None, "here", 3)
+    part = Buffer("state", (16,), "float32", 0, "cache")
+    for slot in range(3):
+        memory.place(part, slot)[0][...] = slot + 1
+    assert held.view(np.float32).reshape(3, 64)[:, :16].tolist() == [[n] * 16 for n in (1, 2, 3)]
+    assert not held.view(np.float32).reshape(3, 64)[:, 16:].any()
 
 
 def test_who_begins_anew_ends_a_batch_in_progress(module):
