@@ -214,8 +214,9 @@ class CachedAttention(OpDef):
     def lengths(self, p: Mapping[str, Any]) -> list[int]:
         """Return the KV length of each sequence that inputs are made for, the longest first."""
         longest, b = self.kv_length(p), p["b"]
+        least = max(p["t"], -(-longest // 2))
         fewer = (0 if p["even"] else i * longest // (2 * b) + i for i in range(b))
-        return [max(p["t"], longest - n) for n in fewer]
+        return [max(least, longest - n) for n in fewer]
 
     def softmax_scale(self, p: Mapping[str, Any]) -> float:
         """Return the factor on q.k: the given one or ``1/sqrt(d)``."""

@@ -202,14 +202,15 @@ class KvAppend(OpDef):
         """Draw rows, angles and a start that makes the call wrap around the end of the cache.
 
         A cache in groups never wraps; there one is to fill up, if the call is long enough for it. Sequences
-        of a batch stand at different positions, and every third has no token that counts.
+        of a batch stand at different positions, and one of them, drawn anew, has no token that counts.
         """
         p = self.full(workload)
         if p["b"] > 1:
             each = [self.make_inputs(batches.alone(workload), rng) for _ in range(p["b"])]
+            resting = int(rng.integers(p["b"]))
             for i, one in enumerate(each):
                 start, valid = (int(n) for n in one["pos"])
-                one["pos"] = np.array([max(start - i, 0), valid * (i % 3 != 2)], np.int32)
+                one["pos"] = np.array([max(start - i, 0), valid * (i != resting)], np.int32)
             return batches.join(self, workload, each)
         fmt = kv_groups.grouped(p)
         out: dict[str, Array] = {

@@ -58,8 +58,9 @@ def emit(
         out: Results.
         kind: How the caches are read and multiplied.
         lse: Where the logarithms (base e) of the denominators go; None: nowhere.
-        visit: Returns the slots to visit (a `Reach`, or what answers as one) from the sizes, ``pos``, the
-            first token of a tile and its group of query heads; None: all that causality and window leave.
+        visit: Returns the slots to visit (a `Reach`, or what answers as one) from the sizes, start and
+            valid of the sequence, the first token of a tile and its group of query heads; None: all that
+            causality and window leave.
     """
     p = s.p
     batch, run = s.sequences, s.tiles * splits
@@ -78,7 +79,7 @@ def emit(
         # alternately from both ends, so that threads with a contiguous share get equal causal work
         tile = bind(T.if_then_else(tile % 2 == 0, tile // 2, s.tiles - 1 - tile // 2))
         first = fixed(tile * s.tokens)
-        reach = Reach(s, turn.pos, first) if visit is None else visit(s, pos, first, head)
+        reach = Reach(s, turn.pos, first) if visit is None else visit(s, turn.pos, first, head)
         state = _tile_of(s, kind, k, v, head, turn)
         state.begin(q, first, scale)
         share = fixed(T.floordiv(reach.steps + (splits - 1), splits))
@@ -107,7 +108,7 @@ def emit(
                 with T.If(at < p["t"]), T.Then():
                     if lse is not None:
                         high = log_sum(state.top[row], total, own_sink)
-                        write_lse(lse, at, query_head, at < reach.valid, high)
+                        write_lse(lse, turn.row(at), query_head, at < reach.valid, high)
                     write_row(
                         out, turn.row(at), query_head, p["dv"], at < reach.valid,
                         lambda j, n, row=row, by=by: load(state.out, row, j, lanes=n) * splat(by, n),
@@ -170,7 +171,7 @@ def _merge(
         with T.If(at < p["t"]), T.Then():
             if lse is not None:
                 high = log_sum(top.get(), total.get(), own_sink)
-                write_lse(lse, at, head, at < turn.pos[1], high)
+                write_lse(lse, turn.row(at), head, at < turn.pos[1], high)
             write_row(out, turn.row(at), head, p["dv"], at < turn.pos[1], value)
 
 

@@ -18,8 +18,9 @@ from mimo_compile.ir.ops.base import Arg, Array
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.attention import layout
 from mimo_compile.schedules.attention.half import every_other, upper_half
-from mimo_compile.schedules.base import Space
+from mimo_compile.schedules.base import Kernel, Space
 from mimo_compile.schedules.elementwise.rows import PARALLEL_BYTES, RowConfig, RowSchedule
+from mimo_compile.schedules.emit.build import check_states
 from mimo_compile.schedules.emit.vector import LANES, T, ramp, splat
 
 
@@ -285,6 +286,15 @@ class X86Append(RowSchedule):
         return Space(
             RowConfig, {"parallel": (False, True) if may else (False,), "unroll": (1,)}, default
         )
+
+    def lower(self, workload: Workload, config: RowConfig, hardware: Hardware) -> Kernel:
+        """Generate the kernel of one config.
+
+        Raises:
+            UsageError: The caches have more elements than kernels can index.
+        """
+        check_states(self.name, self.kernel_args(workload))
+        return super().lower(workload, config, hardware)
 
     def make(self, p: dict[str, Any], rows: Any, unroll: int) -> Any:
         """Return the PrimFunc (qkv, table, pos, [q_norm, k_norm], k_cache, v_cache, q)."""

@@ -36,12 +36,7 @@ def function(name: str, args: Sequence[Arg], body: Callable[..., None]) -> Any:
     Raises:
         UsageError: A state has more than `MOST` elements.
     """
-    for arg in args:
-        if arg.role == "state" and math.prod(arg.shape) > MOST:
-            raise UsageError(
-                f"{name}: {arg.name} {list(arg.shape)} has more than 2^31 elements",
-                remedy="give it a smaller capacity",
-            )
+    check_states(name, args)
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name(name)
         T.func_attr({"tirx.noalias": True, "global_symbol": name})
@@ -49,6 +44,20 @@ def function(name: str, args: Sequence[Arg], body: Callable[..., None]) -> Any:
         kinds = [T.buffer(a.shape, a.dtype) if all(a.shape) else T.handle() for a in args]
         body(*(T.arg(a.name, kind) for a, kind in zip(args, kinds, strict=True)))
     return builder.get()
+
+
+def check_states(name: str, args: Sequence[Arg]) -> None:
+    """Refuse states that a kernel, here ``name``, could not index.
+
+    Raises:
+        UsageError: A state has more than `MOST` elements.
+    """
+    for arg in args:
+        if arg.role == "state" and math.prod(arg.shape) > MOST:
+            raise UsageError(
+                f"{name}: {arg.name} {list(arg.shape)} has more than 2^31 elements",
+                remedy="give it a smaller capacity",
+            )
 
 
 @contextmanager

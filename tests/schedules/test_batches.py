@@ -116,6 +116,49 @@ def test_fresh_inputs_find_a_kernel_that_goes_by_the_length_of_another(c):
     assert (off[:2] > bound[:2]).any(axis=(1, 2)).all() and (off[2] <= bound[2]).all()
 
 
+@pytest.mark.parametrize("b", [2, 3, 5])
+def test_fresh_inputs_find_an_append_for_sequences_that_rest(b):
+    op, resting = get_op("kv_append"), set()
+    workload = parse_workload(f"kv_append:t=1,h=2,kv=1,d=16,dv=16,cap=64,rot=16,b={b}")
+    for seed in range(20):
+        arrays = op.make_inputs(workload, np.random.default_rng(seed))
+        (rests,) = np.flatnonzero(arrays["pos"][:, 1] == 0)
+        resting.add(int(rests))
+        expected = op.reference(workload, arrays)
+        bound = op.bound(workload, arrays, expected)
+        everyone = {**arrays, "pos": np.maximum(arrays["pos"], [[0, 1]])}
+        wrong = op.reference(workload, everyone)
+        off = np.abs(wrong["k_cache"] - expected["k_cache"]) > bound["k_cache"]
+        assert np.flatnonzero(off.any(axis=(1, 2, 3))).tolist() == [rests]
+    assert resting == set(range(b))
+
+
+@given(
+    st.integers(1, 300), st.integers(1, 80), st.sampled_from((1, 1, 3)), st.sampled_from((0, 16)),
+)  # fmt: skip
+def test_fresh_lengths_go_down_to_half(longest, b, t, window):
+    cap = max(longest, t, 32)
+    text = f"cached_attention:t={t},h=1,kv=1,d=4,dv=4,cap={cap},len={max(longest, t)},window={window},b={b}"
+    op = get_op("cached_attention")
+    found = op.lengths(op.full(parse_workload(text)))
+    assert len(found) == b and found[0] == max(longest, t)
+    assert found == sorted(found, reverse=True)
+    assert min(found) >= max(t, found[0] / 2)
+
+
+def test_caches_that_kernels_cannot_index_are_refused():
+    """Their indices have 32 bits: of 20 such sequences, the last ones would be elsewhere."""
+    text = "kv_append:t=1,h=8,kv=8,d=128,dv=128,cap=131072,rot=128,c=bf16"
+    for b, fits in ((16, True), (17, False)):
+        workload = parse_workload(f"{text},b={b}")
+        config = APPEND.space(workload, CPU).default
+        if fits:
+            assert APPEND.lower(workload, config, CPU).args
+        else:
+            with pytest.raises(UsageError, match=r"k_cache .* has more than 2\^31 elements"):
+                APPEND.lower(workload, config, CPU)
+
+
 @pytest.mark.parametrize("c", ["f32", "bf16"])
 def test_caches_of_sequences_follow_one_another(c):
     workload = parse_workload(f"cached_attention:t=1,h=4,kv=2,d=5,dv=7,cap=20,c={c},b=3")
