@@ -87,6 +87,12 @@ def _artifact(args: argparse.Namespace, scratch: Path) -> tuple[Path, Path | Non
 
     source = args.source or "tiny"
     if is_artifact(source):
+        if args.batch != 1:
+            raise UsageError(
+                f"--batch is for models that are compiled here; {source} has the sequences that it was "
+                "compiled for",
+                remedy="leave it out",
+            )
         from mimo_compile.runtime.container import open_artifact
         from mimo_compile.verify import builtin_source
 

@@ -102,6 +102,7 @@ def test_no_arguments_show_the_help_and_are_wrong_usage(cli) -> None:
         (["bench", "mpgemm", "--cache", "warm"], "hot, cold"),
         (["bench", "moe", "--op", "mpgemm:m=1,n=64,k=64"], "not a workload of bench moe"),
         (["bench", "model", "tiny", "--op", "mpgemm:m=1,n=64,k=64"], "takes no --op"),
+        (["bench", "model", "x.mimo", "--batch", "3"], "leave it out"),
         (["inspect"], "either OUT.mimo or --op"),
         (["inspect", "x.mimo", "--asm"], "need --kernel"),
         (["inspect", "x.mimo", "--entry", "main"], "goes with --dot"),
