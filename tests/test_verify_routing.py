@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict, deque
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mimo_compile.ir.ops import load_all
-from mimo_compile.verify.routing import Led
+from mimo_compile.verify.routing import Led, watched
 
 load_all()
 RULE = (2, "softmax", True, 1.0, 1, 1)
@@ -31,6 +32,21 @@ def noted(rows, layer=0, start=0):
     for at, row in enumerate(rows, start):
         seen[0, layer, at].append(np.asarray(row, np.float32))
     return seen
+
+
+def test_only_the_slots_that_are_compared_are_watched():
+    bound = []
+
+    def bind(entry, slot=0):
+        bound.append((entry, slot))
+        return SimpleNamespace(calls=[], program=SimpleNamespace(calls=[]))
+
+    choice = SimpleNamespace(workload="route:e=8,k=2,t=1", kernel="r")
+    module = SimpleNamespace(
+        manifest=SimpleNamespace(plan=[choice]), batch=256, bind=bind, entries=["step_1", "batch_256"]
+    )
+    with watched(module, (0, 9, 255)):
+        assert bound == [("step_1", 0), ("step_1", 9), ("step_1", 255), ("batch_256", 0)]
 
 
 def test_a_tie_that_rounding_breaks_is_followed_with_own_weights():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from operator import index
 from typing import TYPE_CHECKING
 
 from mimo_compile.errors import UsageError
@@ -18,8 +20,8 @@ POLICIES = ("model", "full", "window")
 """Whose layers attend to all that their windows leave, which kernels of batches do."""
 
 
-def check_batch(batch: int, scheme: QuantScheme, policy: AttentionPolicy) -> None:
-    """Refuse what cannot be, before a model is read.
+def check_batch(batch: int, scheme: QuantScheme, policy: AttentionPolicy) -> int:
+    """Refuse what cannot be, before a model is read; returns the number of sequences.
 
     Args:
         batch: Sequences to decode together; 1 asks for nothing.
@@ -29,13 +31,17 @@ def check_batch(batch: int, scheme: QuantScheme, policy: AttentionPolicy) -> Non
     Raises:
         UsageError: so many sequences, or batches over such caches or with such a policy, have no kernels.
     """
-    if not 1 <= batch <= MOST_SEQUENCES:
+    try:
+        count = 0 if isinstance(batch, bool) else index(batch)
+    except TypeError:
+        count = 0
+    if not 1 <= count <= MOST_SEQUENCES:
         raise UsageError(
-            f"{batch} sequences cannot be decoded together (--batch)",
+            f"{batch!r} sequences cannot be decoded together (--batch)",
             remedy=f"use 1 to {MOST_SEQUENCES}",
         )
-    if batch == 1:
-        return
+    if count == 1:
+        return count
     if scheme_cache_format(scheme.kv).name not in FORMATS:
         have = " and ".join(f"kv{f.scheme}" for f in FORMATS.values() if f.scheme)
         raise UsageError(
@@ -47,10 +53,11 @@ def check_batch(batch: int, scheme: QuantScheme, policy: AttentionPolicy) -> Non
             f"--batch {batch} has no kernels for --attention {policy}",
             remedy=f"use {', '.join(POLICIES)}, or leave out --batch",
         )
+    return count
 
 
 def check_layers(decoder: Decoder, batch: int) -> None:
-    """Refuse a model some of whose layers choose by themselves what they attend to.
+    """Refuse a model some of whose layers choose by themselves what they attend to, or with too large caches.
 
     Raises:
         UsageError: naming the first of them.
@@ -59,6 +66,7 @@ def check_layers(decoder: Decoder, batch: int) -> None:
 
     if batch == 1:
         return
+    _check_size(decoder, batch)
     for stage in decoder.stages():
         module = stage.module
         if isinstance(module, LayerCore) and (
@@ -67,4 +75,31 @@ def check_layers(decoder: Decoder, batch: int) -> None:
             raise UsageError(
                 f"--batch {batch} has no kernels for the attention of {stage.name}",
                 remedy="leave out --batch",
+            )
+
+
+def _check_size(decoder: Decoder, batch: int) -> None:
+    """Refuse caches that are so large together that kernels could not index them.
+
+    Raises:
+        UsageError: naming the layer.
+    """
+    from mimo_compile.frontend.models.stages import LayerCore
+    from mimo_compile.schedules.attention.layout import cache_shapes
+    from mimo_compile.schedules.emit.build import MOST
+
+    for stage in decoder.stages():
+        module = stage.module
+        if not isinstance(module, LayerCore) or module.caches.name not in FORMATS:
+            continue
+        (cap, kv, d), dv = module.k_cache.shape, module.v_cache.shape[2]
+        sizes = {"cap": cap, "kv": kv, "d": d, "dv": dv, "c": module.caches.name}
+        each = max(math.prod(shape) for shape in cache_shapes(sizes).values())
+        if each * batch > MOST:
+            raise UsageError(
+                f"--batch {batch}: caches of {stage.name} would have {each * batch} numbers, and kernels "
+                f"index at most {MOST}",
+                remedy=f"use --batch {MOST // each}, or a smaller --max-context"
+                if each <= MOST
+                else "use a smaller --max-context",
             )

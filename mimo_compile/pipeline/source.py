@@ -98,7 +98,7 @@ def open_source(
         raise UsageError("batches of sequences are for model folders (--batch)")
     if gates is not None and not decoder:
         raise UsageError("gates are for model folders (--gates)")
-    check_batch(batch, scheme, policy)
+    batch = check_batch(batch, scheme, policy)
     if isinstance(source, torch.nn.Module):
         _plain_only(scheme, quant, calibration, attention)
         graphs = module_graphs(

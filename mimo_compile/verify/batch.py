@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -24,20 +25,25 @@ _SEQUENCES, _DECODED = 4, 8
 def compare_batch(module: Module, eager: Decoder, ids: npt.NDArray[Any]) -> EndToEnd:
     """Compare the logits of tokens that are decoded together, after prompts of different lengths.
 
-    Sequences take the first and the last slots; each has the tokens in another order. The eager model is led
-    where roundings choose other experts, see `routing`.
+    Sequences take the first slot, the last one and others between; each has the tokens in another order,
+    and rests in turns of its own. The eager model is led where roundings choose other experts, see `routing`.
+
+    Args:
+        module: Compiled for several sequences.
+        eager: The model in torch.
+        ids: `[n]` tokens, n at least 2.
     """
     from mimo_compile.verify.routing import Led, watched
 
-    count, decoded = min(module.batch, _SEQUENCES), min(_DECODED, len(ids) - 1)
-    slots = [*range(count // 2), *range(module.batch - (count - count // 2), module.batch)]
+    slots = slots_of(module.batch, ids)
+    count, decoded = len(slots), min(_DECODED, len(ids) - 1)
     prompts = [max(1, (len(ids) - decoded) * (i + 1) // count) for i in range(count)]
     texts = [
         [int(t) for t in np.roll(ids, 7 * i)[: prompt + decoded]]
         for i, prompt in enumerate(prompts)
     ]
     bound = logits_bound(module.manifest)
-    with watched(module) as seen:
+    with watched(module, slots) as seen:
         got = _compiled(module, texts, slots, decoded)
     rows, leads = [], []
     for text, slot in zip(texts, slots, strict=True):
@@ -51,16 +57,48 @@ def compare_batch(module: Module, eager: Decoder, ids: npt.NDArray[Any]) -> EndT
     )  # fmt: skip
 
 
+def slots_of(batch: int, ids: npt.NDArray[Any]) -> list[int]:
+    """Return the slots to compare: the first, the last and, of many between, those that the tokens draw."""
+    if batch <= _SEQUENCES:
+        return list(range(batch))
+    rng = np.random.default_rng(np.abs(ids))
+    between = rng.choice(np.arange(1, batch - 1), _SEQUENCES - 2, replace=False)
+    return [0, *sorted(between.tolist()), batch - 1]
+
+
+def turns_of(count: int, decoded: int) -> Iterator[list[int]]:
+    """Give the sequences that get a token, turn by turn, until each of them has ``decoded``.
+
+    First all do; then one after the other rests. The first sequence rests from the middle on, until the
+    others have ended, and goes on by itself: what is read then are states that batches had to leave alone.
+    """
+    left = [decoded] * count
+    turn = 0
+    while any(left):
+        resting = {turn % (count + 1) - 1}
+        if 2 * left[0] <= decoded and any(left[1:]) and turn:
+            resting.add(0)
+        going = [i for i in range(count) if left[i] and i not in resting]
+        for i in going:
+            left[i] -= 1
+        turn += 1
+        if going:
+            yield going
+
+
 def _compiled(module: Module, texts: list[list[int]], slots: list[int], decoded: int) -> Any:
     """Return the logits float64 of the last tokens of each text, one text after the other."""
     sessions = [module.session(slot=slot) for slot in slots]
     for session, text in zip(sessions, texts, strict=True):
         session.append(text[:-decoded])
-    turns = []
-    for turn in range(decoded):
-        hidden = append_each(module, sessions, [text[turn - decoded] for text in texts])
-        turns.append(np.concatenate([rows.copy() for rows in sessions[0].logits(hidden)]))
-    return np.stack(turns, axis=1).reshape(len(texts) * decoded, -1).astype(np.float64)
+    rows: list[list[Any]] = [[] for _ in texts]
+    for going in turns_of(len(texts), decoded):
+        tokens = [texts[i][len(rows[i]) - decoded] for i in going]
+        hidden = append_each(module, [sessions[i] for i in going], tokens)
+        found = np.concatenate([part.copy() for part in sessions[0].logits(hidden)])
+        for i, row in zip(going, found, strict=True):
+            rows[i].append(row)
+    return np.concatenate(rows).astype(np.float64)
 
 
 def _eager(eager: Decoder, text: list[int], prompt: int) -> Any:

@@ -11,7 +11,7 @@ show it.
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -34,8 +34,11 @@ time it was run."""
 
 
 @contextmanager
-def watched(module: Module) -> Iterator[Seen]:
-    """Note the router logits of all tokens that the module runs meanwhile."""
+def watched(module: Module, slots: Sequence[int] = (0,)) -> Iterator[Seen]:
+    """Note the router logits of all tokens that the module runs meanwhile.
+
+    ``slots`` are those of the sequences that have steps of their own.
+    """
     seen: dict[tuple[int, int, int], deque[Array]] = defaultdict(deque)
     op, shapes = get_op("route"), {}
     for choice in module.manifest.plan:
@@ -43,7 +46,7 @@ def watched(module: Module) -> Iterator[Seen]:
             logits = op.args(Workload.parse(choice.workload))[0]
             shapes[choice.kernel] = logits.shape
     names = [n for n in module.entries if n.startswith(("step_", "decode_")) and shapes]
-    places = [(n, slot) for n in names for slot in range(module.batch)]
+    places = [(n, slot) for n in names for slot in slots]
     places += [(n, 0) for n in module.entries if n.startswith("batch_") and shapes]
     tapped = [(module.bind(*place), place[1]) for place in places]
     before = [list(bound.calls) for bound, _ in tapped]

@@ -12,6 +12,10 @@ from hypothesis import strategies as st
 
 import mimo_compile as mc
 from mimo_compile.errors import ArtifactError, UsageError
+from mimo_compile.frontend.huggingface import load_checkpoint
+from mimo_compile.ir.formats import parse_scheme
+from mimo_compile.ir.ops import get_op, parse_workload
+from mimo_compile.pipeline.batch import check_layers
 from mimo_compile.runtime import Stats
 from mimo_compile.runtime.batch import append_each
 from mimo_compile.verify import batch as batch_check
@@ -106,6 +110,12 @@ def test_sequences_come_and_go_by_themselves(module, tools):
     [
         ({"batch": 0}, "0 sequences cannot be decoded together"),
         ({"batch": 257}, "257 sequences cannot be decoded together"),
+        ({"batch": "2"}, "'2' sequences cannot"),
+        ({"batch": 2.0}, "2.0 sequences cannot"),
+        ({"batch": 2.5}, "2.5 sequences cannot"),
+        ({"batch": True}, "True sequences cannot"),
+        ({"batch": None}, "None sequences cannot"),
+        ({"attention": "stream"}, "--batch 2 has no kernels for --attention stream"),
         ({"quant": "w4g64a8kv4"}, "--batch 2 has no kernels for caches in kv4"),
         ({"attention": "quest:budget=64"}, "--batch 2 has no kernels for --attention quest"),
         ({"attention": "full+int8"}, r"--batch 2 has no kernels for --attention full\+int8"),
@@ -114,6 +124,15 @@ def test_sequences_come_and_go_by_themselves(module, tools):
 def test_models_that_no_kernels_batch_are_refused_at_once(asked, match):
     with pytest.raises(UsageError, match=match):
         mc.compile("no such folder", **{"batch": 2, **asked})
+
+
+def test_caches_too_large_to_index_are_refused_before_kernels_are_built(saved):
+    source = saved("qwen2-window")[1]
+    loaded = load_checkpoint(source, parse_scheme("none"), 512)
+    each = 2 * 16 * 512  # heads, numbers, slots; those of windows are smaller
+    check_layers(loaded.decoder, (1 << 31) // each)
+    with pytest.raises(UsageError, match=f"use --batch {(1 << 31) // each}, or a smaller --max"):
+        check_layers(loaded.decoder, (1 << 31) // each + 1)
 
 
 def test_states_are_those_of_one_sequence(windowed):
@@ -132,9 +151,71 @@ def test_verify_compares_batches_with_each_alone(saved, windowed, tmp_path, monk
     def exchanged(module, sessions, tokens):
         return append_each(module, sessions, tokens)[::-1].copy()
 
-    monkeypatch.setattr(batch_check, "append_each", exchanged)
     eager, ids = eager_decoder(windowed.manifest, source), np.array(tools.prompt(32))
-    assert not batch_check.compare_batch(windowed.module(), eager, ids).ok
+    module = windowed.module()
+    with monkeypatch.context() as patch:
+        patch.setattr(batch_check, "append_each", exchanged)
+        assert not batch_check.compare_batch(module, eager, ids).ok
+
+    def spoiling(module, sessions, tokens):
+        """Lose what one of the sequences that rest has at its first position, as a wrong kernel might."""
+        hidden = append_each(module, sessions, tokens)
+        resting = {*range(BATCH)} - {session.slot for session in sessions}
+        for name, data in module._memory._states.items():
+            if "k_cache" in name and len(sessions) > 1:
+                for slot in resting:
+                    data.reshape(BATCH, -1)[slot, :64] = 0xFF
+        return hidden
+
+    assert any("k_cache" in name for name in module._memory._states)
+    monkeypatch.setattr(batch_check, "append_each", spoiling)
+    assert not batch_check.compare_batch(module, eager, ids).ok
+
+
+def test_one_token_leaves_the_batch_out_of_verification(saved, windowed, tmp_path, monkeypatch):
+    monkeypatch.setattr("mimo_compile.verify.check_kernels", lambda *a: ())
+    artifact = windowed.save(tmp_path / "b.mimo")
+    found = verify_artifact(artifact, source=saved("qwen2-window")[1], tokens=1)
+    assert found.end_to_end.ok and found.batch is None
+    assert any("2 tokens" in note for note in found.notes)
+
+
+@given(count=st.integers(2, 4), decoded=st.integers(1, 8))
+def test_sequences_that_are_compared_rest_and_go_on(count, decoded):
+    turns = list(batch_check.turns_of(count, decoded))
+    assert turns[0] == list(range(count)) and all(turns)
+    took = [sum(i in going for going in turns) for i in range(count)]
+    assert took == [decoded] * count
+    if decoded > 1:
+        assert turns[-1] == [0]  # by itself, when others had turns without it
+        assert any(0 not in going for going in turns)
+    if decoded >= count > 2:
+        rested = {i for going in turns if len(going) > 1 for i in range(count) if i not in going}
+        assert rested == set(range(count))
+
+
+@given(st.integers(2, 256), st.lists(st.integers(0, 999), min_size=1, max_size=9))
+def test_slots_that_are_compared_are_the_outer_ones_and_others(batch, ids):
+    slots = batch_check.slots_of(batch, np.array(ids))
+    assert slots == sorted(set(slots)) and len(slots) == min(batch, 4)
+    assert (slots[0], slots[-1]) == (0, batch - 1)
+
+
+@pytest.mark.slow
+def test_experts_sinks_and_one_kv_head_over_16_bit_caches(saved, tmp_path):
+    source = saved("mimo_v2_flash")[1]
+    artifact = mc.compile(
+        source, quant="kv16", db=tmp_path / "r.db", max_context=64, threads=1, batch=BATCH
+    )
+    workloads = [parse_workload(c.workload) for c in artifact.manifest.plan]
+    attend = get_op("cached_attention")
+    asked = [attend.full(w) for w in workloads if w.op == attend.name]
+    batched = [p for p in asked if p["b"] == BATCH]
+    assert {p["c"] for p in batched} == {"bf16"} and {p["kv"] for p in batched} == {1, 2}
+    assert any(p["sink"] for p in batched)
+    found = verify_artifact(artifact.save(tmp_path / "b.mimo"), source=source, tokens=40)
+    assert found.ok and found.batch is not None and found.batch.rows == BATCH * 8
+    assert found.batch.choices > 0 == found.batch.strayed
 
 
 def test_a_program_for_more_sequences_than_there_are_is_refused(windowed, tmp_path):
