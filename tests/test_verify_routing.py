@@ -43,7 +43,10 @@ def test_only_the_slots_that_are_compared_are_watched():
 
     choice = SimpleNamespace(workload="route:e=8,k=2,t=1", kernel="r")
     module = SimpleNamespace(
-        manifest=SimpleNamespace(plan=[choice]), batch=256, bind=bind, entries=["step_1", "batch_256"]
+        manifest=SimpleNamespace(plan=[choice]),
+        batch=256,
+        bind=bind,
+        entries=["step_1", "batch_256"],
     )
     with watched(module, (0, 9, 255)):
         assert bound == [("step_1", 0), ("step_1", 9), ("step_1", 255), ("batch_256", 0)]
