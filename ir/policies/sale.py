@@ -35,6 +35,8 @@ class Sale(AttentionPolicy):
 
     def problem(self) -> str:
         """Sinks and local keys are whole blocks, codes fit a byte, a tile has a query to estimate."""
+        if self.thresholds and self.tau != self.estimate.tau:
+            return f"tau={self.tau} does nothing beside thresholds={self.thresholds}: leave out one"
         if self.every > self.bq:
             return f"every={self.every} is above bq={self.bq}"
         if self.sink % self.bk or self.local % self.bk:

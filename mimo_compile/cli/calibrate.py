@@ -74,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
     from mimo_compile.frontend.huggingface import load_checkpoint, resolve_source
     from mimo_compile.frontend.models.calibrate_thresholds import Text, calibrate_thresholds
     from mimo_compile.ir.formats import parse_scheme
+    from mimo_compile.ir.hardware import local_cpu
     from mimo_compile.ir.policies import parse_policy
 
     policy = parse_policy(args.attention)
@@ -82,8 +83,9 @@ def run(args: argparse.Namespace) -> int:
             f"--attention {policy} has no thresholds to calibrate", remedy="use --attention sale"
         )
     loaded = load_checkpoint(
-        resolve_source(args.source), parse_scheme(args.quant), args.max_context, attention=policy
-    )
+        resolve_source(args.source), parse_scheme(args.quant), args.max_context,
+        hardware=local_cpu(), attention=policy,
+    )  # fmt: skip
     found = calibrate_thresholds(
         loaded, args.theta, Text(args.text, args.sequences, args.length, args.seed), console.log
     )

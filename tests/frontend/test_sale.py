@@ -149,6 +149,10 @@ def test_a_file_gives_each_head_its_own_threshold(saved, tools, tmp_path):
         (lambda b: b["layers"].update({"1": [0.1]}), "layer 1 needs 4 thresholds"),
         (lambda b: b["layers"].update({"2": [0.1, 0.1, 0.1, -1]}), "layer 2 needs 4 thresholds"),
         (lambda b: b["layers"].update({"2": [0.1, 0.1, 0.1, True]}), "numbers of at least 0"),
+        (
+            lambda b: b["layers"].update({"2": [0.1, 0.1, 0.1, 10**400]}),
+            "at least 0 and at most 1e\\+38",
+        ),
         (lambda b: b.update(policy="sale:bq=32"), "calibrated for sale:bq=32, not for sale:bq=16"),
         (lambda b: b.update(model="qwen3"), "those of a qwen3 model, this is a llama"),
         (lambda b: b.update(format=2), "no file of thresholds of format 1"),
@@ -179,6 +183,12 @@ def test_tiles_divide_the_steps_of_prompts(saved):
         mc.compile(saved("llama")[1], attention="sale:bq=48")
     with pytest.raises(UsageError, match="every=65 is above bq=64"):
         parse_policy("sale:every=65")
+
+
+def test_a_threshold_beside_a_file_of_them_is_refused():
+    with pytest.raises(UsageError, match=r"tau=0\.02 does nothing beside thresholds=t\.json"):
+        parse_policy("sale:tau=0.02,thresholds=t.json")
+    assert parse_policy("sale:thresholds=t.json").thresholds == "t.json"
 
 
 # -- calibration -----------------------------------------------------------------------------------
@@ -258,6 +268,7 @@ def test_what_cannot_be_calibrated(tmp_path, capsys):
     for words, message in (
         (["--attention", "quest"], "quest has no thresholds"),
         (["--theta", "0"], "--theta 0 is not a positive number"),
+        (["--quant", "kv8"], "reads keys of single positions, which"),
         (["--length", "512"], "nothing is left out of 512 tokens"),
         (["--text", str(tmp_path / "no.txt"), "--length", "1280"], "cannot be read"),
     ):

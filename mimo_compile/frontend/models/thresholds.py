@@ -8,7 +8,6 @@ query heads; 0: the head is dense) and ``share`` (number of a layer -> part of t
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +21,8 @@ from mimo_compile.runtime.strict_json import decode
 
 FORMAT = 1
 _LARGEST = 1 << 26
+_MOST = 1e38
+"""Greatest threshold: a float32 number."""
 _AGAIN = "write it with `mimo-compile calibrate`"
 
 
@@ -111,7 +112,8 @@ def _with_file(policy: Sale, config: DecoderConfig, choosing: Sequence[int]) -> 
         row = rows.get(str(i), [])
         if i in choosing and not _is_row(row, spec.heads):
             raise InputError(
-                f"layer {i} needs {spec.heads} thresholds, numbers of at least 0", file=path, remedy=_AGAIN
+                f"layer {i} needs {spec.heads} thresholds, numbers of at least 0 and at most {_MOST:g}",
+                file=path, remedy=_AGAIN,
             )  # fmt: skip
         table.append(tuple(float(tau) for tau in row))
     return replace(policy, thresholds=path.name, table=tuple(table))
@@ -122,10 +124,7 @@ def _is_row(row: Any, heads: int) -> bool:
         isinstance(row, list)
         and len(row) == heads
         and all(
-            isinstance(tau, int | float)
-            and not isinstance(tau, bool)
-            and tau >= 0
-            and math.isfinite(tau)
+            isinstance(tau, int | float) and not isinstance(tau, bool) and 0 <= tau <= _MOST
             for tau in row
         )
     )
