@@ -9,7 +9,6 @@ trained for stands in ``config.json`` (``seerattn_gate_block_size``), or in ``ga
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mimo_compile.errors import InputError, UsageError
+from mimo_compile.errors import ArtifactError, InputError, UsageError
 from mimo_compile.frontend.models.attend import READY
 from mimo_compile.frontend.models.decoder import DecoderConfig, LayerSpec
 from mimo_compile.frontend.models.gated import GateWeights, rotated
@@ -29,8 +28,10 @@ from mimo_compile.frontend.weights.plain import read_header
 from mimo_compile.ir.policies import AttentionPolicy
 from mimo_compile.ir.policies.seer import Seer
 from mimo_compile.runtime.program import GateFile
+from mimo_compile.runtime.strict_json import decode
 
-TENSOR = re.compile(r"model\.layers\.(?P<layer>\d+)\.self_attn\.attn_gate\.(?P<part>\w+)\.weight")
+TENSOR = re.compile(r"model\.layers\.\d+\.self_attn\.attn_gate\..+")
+"""Everything that belongs to gates, whatever it is."""
 _Q, _K, _NORMS = "attngate_linear_q", "attngate_linear_k", ("attngate_qnorm", "attngate_knorm")
 _FIXED = {
     "seerattn_use_rope": True, "seerattn_k_seq_pooling_type": "Kmaxminavg",
@@ -53,17 +54,19 @@ class Gates:
     @property
     def record(self) -> GateFile | None:
         """Say which file they come from; None: from the checkpoint."""
-        if self.checkpoint is not None:
-            return None
-        with self.file.open("rb") as file:
-            return GateFile(self.file.name, hashlib.file_digest(file, "sha256").hexdigest())
+        return None if self.checkpoint is not None else gate_record(self.file)
 
     def check(self, config: DecoderConfig) -> None:
-        """Check names, types and shapes of all layers that choose.
+        """Check names, types and shapes of all layers that choose; those of other layers are left unread.
 
         Raises:
-            InputError: a tensor is missing, or is another one than the model needs.
+            InputError: a tensor is missing, is another one than the model needs, or has no place in it.
         """
+        known = {name for i, spec in enumerate(config.layers) for name in self._shapes(i, spec)}
+        if odd := sorted(set(self.entries) - known):
+            raise self._wrong(
+                f"{odd[0]} belongs to no gate of this model of {len(config.layers)} layers"
+            )
         for i, (spec, role) in enumerate(zip(config.layers, config.roles, strict=True)):
             if role.kind != "select":
                 continue
@@ -132,6 +135,22 @@ class Gates:
         return InputError(
             what, file=self.file, remedy="Give gates that were trained for this model"
         )
+
+
+def gate_record(file: Path) -> GateFile:
+    """Return what an artifact says of a file of gates.
+
+    Raises:
+        InputError: the file is missing or cannot be read.
+    """
+    try:
+        with file.open("rb") as opened:
+            return GateFile(file.name, hashlib.file_digest(opened, "sha256").hexdigest())
+    except OSError as error:
+        raise InputError(
+            f"the gates cannot be read: {error.strerror or error}", file=file,
+            remedy="Give the file of gates that was compiled with (--gates)",
+        ) from error  # fmt: skip
 
 
 def find_gates(
@@ -217,8 +236,8 @@ def _said_by_file(file: Path) -> int | None:
     try:
         with safe_open(file, framework="pt") as opened:
             text = (opened.metadata() or {}).get("gates", "{}")
-        said = json.loads(text)
-    except (SafetensorError, OSError, ValueError) as error:
+        said = decode(text.encode(), "gates")
+    except (SafetensorError, OSError, ArtifactError) as error:
         raise InputError(f"its metadata cannot be read: {error}", file=file) from error
     if not isinstance(said, dict):
         raise InputError(f"gates of its metadata must be a JSON object, found {said!r}", file=file)

@@ -92,6 +92,7 @@ def verify_artifact(
     origin = source if source is not None else builtin_source(parts)
     if origin is not None:  # refused before the work of checking kernels
         repeat_calibration(parts.manifest.calibrated, calibration, log)
+    if origin is not None or gates is not None:
         check_gates(parts.manifest, gates)
     log(f"all bytes of {found.path} match their hashes")
     module = Module(parts, threads=threads)
@@ -233,11 +234,6 @@ def eager_decoder(
         folder, parse_scheme(manifest.quant), decoder.max_context, again, attention=policy,
         gate_file=gates,
     )  # fmt: skip
-    if loaded.gates != manifest.gates:
-        raise InputError(
-            "these are not the gates that the artifact was compiled with", file=gates,
-            remedy="Verify with the same file",
-        )  # fmt: skip
     eager, found = loaded.decoder, loaded.calibrated
     record = manifest.calibrated
     if found is not None and record is not None and found.sha256 != record.sha256:
@@ -252,11 +248,14 @@ def eager_decoder(
 
 
 def check_gates(manifest: Manifest, gates: str | os.PathLike[str] | None) -> None:
-    """Check that a file of gates is given where the artifact's came from one.
+    """Check that a file of gates is given where the artifact's came from one, by any name, and only there.
 
     Raises:
         UsageError: it is not, or there was none.
+        InputError: the file cannot be read, or holds others.
     """
+    from mimo_compile.frontend.gates import gate_record
+
     record = manifest.gates
     if record is not None and gates is None:
         raise UsageError(
@@ -267,6 +266,13 @@ def check_gates(manifest: Manifest, gates: str | os.PathLike[str] | None) -> Non
         raise UsageError(
             "the artifact was not compiled with a file of gates", remedy="leave out --gates"
         )
+    if record is not None and gates is not None:
+        file = Path(gates)
+        if gate_record(file).sha256 != record.sha256:
+            raise InputError(
+                "these are not the gates that the artifact was compiled with", file=file,
+                remedy="Verify with the same file",
+            )  # fmt: skip
 
 
 def text_ids(module: Module, text: str | None, count: int, seed: int | None) -> Any:

@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 
 import mimo_compile as mc
 from mimo_compile.errors import InputError, UsageError
+from mimo_compile.frontend.gates import gate_record
 from mimo_compile.frontend.huggingface import load_checkpoint
 from mimo_compile.ir.formats import parse_scheme
 from mimo_compile.ir.policies import parse_policy
-from mimo_compile.verify import verify_artifact
+from mimo_compile.verify import check_gates, verify_artifact
 
 BLOCK, WIDTH = 4, 12
 CONTEXT, LENGTH, NONE = 96, 60, parse_scheme("none")
@@ -249,6 +250,18 @@ def damaged(gates, change):
             "holds what is no finite number",
         ),
         (lambda g: g.clear(), "holds no gates"),
+        (
+            lambda g: g.update({name_of(2, "q"): g[name_of(0, "q")] + 1}),
+            r"layers\.2.*linear_q\.weight belongs to no gate of this model of 2 layers",
+        ),
+        (
+            lambda g: g.update({name_of(0, "q").replace("linear_q", "q_norm"): torch.ones(WIDTH)}),
+            r"attngate_q_norm\.weight belongs to no gate",
+        ),
+        (
+            lambda g: g.update({name_of(1, "k").replace("weight", "bias"): torch.ones(WIDTH)}),
+            r"attngate_linear_k\.bias belongs to no gate",
+        ),
     ],
 )
 def test_wrong_gates_are_named(llama, gates, tmp_path, change, message):
@@ -270,7 +283,7 @@ def test_files_that_cannot_be_read_are_named(llama, tmp_path, gates):
         decoder(llama[1], TEXT, pickled)
     one_line(error, "pickled tensors", "safetensors.torch.save_file")
     path = tmp_path / "g.safetensors"
-    for said in ("{", '{"block": "4"}', '{"block": 0}', "3"):
+    for said in ("{", '{"block": "4"}', '{"block": 0}', "3", "[" * 100_000):
         save_file(gates, path, metadata={"gates": said})
         with pytest.raises(InputError) as error:
             decoder(llama[1], TEXT, path)
@@ -288,6 +301,20 @@ def test_gates_of_another_training_are_refused(llama, folder, file, tools):
     with pytest.raises(InputError) as error:
         decoder(folder, TEXT)
     one_line(error, "seerattn_q_head_pooling_type='Qavg'", r"config\.json")
+
+
+def test_verification_takes_the_same_gates_by_any_name(file, gates, tmp_path):
+    class Compiled:
+        gates = gate_record(file)
+
+    renamed, other = tmp_path / "renamed.safetensors", tmp_path / "other.safetensors"
+    shutil.copy(file, renamed)
+    save_file({n: 2 * g for n, g in gates.items()}, other)
+    check_gates(Compiled, renamed)
+    with pytest.raises(InputError, match="not the gates that the artifact was compiled with"):
+        check_gates(Compiled, other)
+    with pytest.raises(InputError, match=r"gates cannot be read: .*none\.safetensors"):
+        check_gates(Compiled, tmp_path / "none.safetensors")
 
 
 def test_gates_go_with_seer(llama, file):
@@ -324,6 +351,8 @@ def test_compiled_models_choose_by_their_gates(llama, file, tools, tmp_path, cap
         verify_artifact(path, source=source)
     other = tmp_path / "other.safetensors"
     save_file(drawn_gates(llama[0].config, seed=1), other)
+    with pytest.raises(InputError, match="not the gates that the artifact was compiled with"):
+        verify_artifact(path, gates=other)  # its gates are looked at without a model, too
     with pytest.raises(InputError, match="not the gates that the artifact was compiled with"):
         verify_artifact(path, source=source, gates=other, tokens=8)
 
