@@ -20,6 +20,9 @@ from mimo_compile.ir.ops.base import Arg, Array, OpDef, Param
 from mimo_compile.ir.ops.numerics import U32
 from mimo_compile.ir.workload import Workload
 
+PARTS = 16
+"""A kernel adds up at least so many parts of the keys by themselves, and then those."""
+
 
 def mean_key(k_cache: Tensor, pos: Tensor) -> Tensor:
     """Return the mean ``[KV, D]`` of the first ``start + valid`` keys (of at least one)."""
@@ -76,11 +79,21 @@ class KeyMean(OpDef):
         )
 
     def make_inputs(self, workload: Workload, rng: np.random.Generator) -> dict[str, Array]:
-        """Draw normal keys around means of some size; later slots hold NaN."""
+        """Draw normal keys around means of some size; later slots hold NaN.
+
+        Keys at both ends, in the middle and where vectors of slots begin and end are so large that leaving
+        out any of them, or taking it twice, exceeds the bound: one of size K moves the mean by K / n, and the
+        bound is about n / 16 * U32 * (1 + 7 K / n).
+        """
         p = self.full(workload)
         length = int(p["len"] or p["cap"])
         keys = rng.standard_normal((p["cap"], p["kv"], p["d"]), dtype=np.float32)
         keys += rng.standard_normal((p["kv"], p["d"]), dtype=np.float32)
+        whole = length // PARTS * PARTS
+        places = {0, PARTS - 1, PARTS, length // 2, whole - 1, whole, length - 1}
+        large = 8 + length * length * U32 / 4
+        for at in sorted(place for place in places if 0 <= place < length):
+            keys[at] += np.copysign(np.float32(large), keys[at])
         keys[length:] = np.nan
         pos = np.array([length - p["t"], p["t"]], np.int32)
         return {"pos": pos, "k_cache": parse_cache_format(p["c"]).encode(keys)}
@@ -95,11 +108,16 @@ class KeyMean(OpDef):
     def bound(
         self, workload: Workload, inputs: Mapping[str, Array], expected: Mapping[str, Array]
     ) -> dict[str, Array]:
-        """A sum of n numbers in any order rounds n - 1 times, the division once, each by its magnitude."""
+        """Bound a sum in parts by how many roundings a number goes through, each U32 of what it rounds.
+
+        Of n numbers a part has ceil(n / 16), and one addition less; the parts are added by a tree of 4 steps;
+        n, the division and the result round once each. Together r roundings are off by r U / (1 - r U).
+        """
         stored = parse_cache_format(self.full(workload)["c"]).decode(inputs["k_cache"])
         length = max(1, int(inputs["pos"].sum()))
         size = np.abs(stored[:length]).astype(np.float64).mean(0)
-        return {"mean": (length + 2) * U32 * size}
+        rounded = (-(-length // PARTS) + 6) * U32
+        return {"mean": rounded / (1 - rounded) * size}
 
     def counts(self, workload: Workload) -> Counts:
         """Keys are read and added once."""

@@ -52,6 +52,29 @@ def test_a_key_that_is_left_out_shows():
     assert (np.abs(less - want["mean"]) > bound).all()
 
 
+@pytest.mark.parametrize("length", [16, 40, 16384, 65536])
+@pytest.mark.parametrize("c", ["f32", "bf16"])
+def test_a_key_left_out_or_taken_twice_shows_at_any_length(length, c):
+    """At both ends, in the middle and at the seams of vectors."""
+    workload = parse_workload(f"key_mean:t=2,kv=2,d=3,cap={length + 5},len={length},c={c}")
+    inputs = OP.make_inputs(workload, np.random.default_rng(0))
+    want = OP.reference(workload, inputs)
+    bound = OP.bound(workload, inputs, want)["mean"]
+    keys = parse_cache_format(c).decode(inputs["k_cache"]).astype(np.float64)
+    last = length // 16 * 16 - 1
+    for slot in {
+        0,
+        15,
+        min(16, length - 1),
+        length // 2,
+        last,
+        min(last + 1, length - 1),
+        length - 1,
+    }:
+        assert (np.abs(keys[slot] / length) > bound).all(), slot
+    assert np.isnan(keys[length:]).all()
+
+
 def test_lengths_beyond_the_cache_are_refused():
     with pytest.raises(UsageError, match="between t and cap"):
         parse_workload("key_mean:t=3,kv=1,d=8,cap=8,len=9")
