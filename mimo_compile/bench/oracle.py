@@ -165,18 +165,26 @@ def _one_head(
 def _lists_of_one(
     workload: Workload, p: Mapping[str, int], inputs: Mapping[str, Array], kv: int
 ) -> Split:
-    """Yield attention to lists of one KV head: the first tokens of the first and of the last list."""
+    """Yield attention of one KV head to the first, a middle and the last list: of each, both ends."""
     group, lists, last = p["h"] // p["kv"], p["hs"], -(-p["t"] // p["rows"]) - 1
     heads = slice(kv * group, (kv + 1) * group)
     own = heads if lists == p["h"] else slice(kv, kv + 1) if lists == p["kv"] else slice(0, 1)
-    for row in sorted({0, last}):
-        begin = row * p["rows"]
-        tokens = slice(begin, min(begin + min(p["rows"], PART_TOKENS), p["t"]))
+    for row, begin in _ends({0, last // 2, last}, p["rows"], p["t"]):
+        tokens = slice(begin, min(begin + PART_TOKENS, (row + 1) * p["rows"], p["t"]))
         given = _one_head(workload, inputs, heads, kv, tokens)
         given |= {n: inputs[n][row : row + 1, own].copy() for n in ("idx", "cnt")}
         count = tokens.stop - tokens.start
         small = {"t": count, "rows": count, "h": group, "kv": 1, "hs": own.stop - own.start}
         yield Workload.make(workload.op, dict(workload.params) | small), given, (tokens, heads)
+
+
+def _ends(lists: set[int], rows: int, tokens: int) -> list[tuple[int, int]]:
+    """Return lists with the tokens where parts begin: their first, and `PART_TOKENS` before their end."""
+    found = []
+    for row in sorted(lists):
+        begin, end = row * rows, min((row + 1) * rows, tokens)
+        found += [(row, at) for at in sorted({begin, max(begin, end - PART_TOKENS)})]
+    return found
 
 
 def _scores_of_one(

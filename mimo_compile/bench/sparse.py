@@ -1,10 +1,11 @@
 """Sparse attention beside our own dense attention: what a policy's kernels take, part by part and in a row.
 
 A cell is a policy at the end of a context: one decoded token, or the last chunk of a prompt. Its parts are
-the kernels that a choosing layer runs: `describe` (descriptors kept up to date, or means of keys), `score`,
-`select` and `attend`; `all` runs them one after the other, `dense` is `cached_attention` over the same
-caches. All take turns in one run. Lists are random blocks, several draws in turn, so that the calls together
-read more than caches hold; each kernel was checked against its op's reference before.
+the kernels that a choosing layer runs: `describe` (descriptors kept up to date, or means of keys), `queries`
+(those of gates), `score`, `select` and `attend`; `all` runs them one after the other, `dense` is
+`cached_attention` over the same caches. All take turns in one run. Lists are random blocks, several draws in
+turn, so that the calls together read more than caches hold; each kernel was checked against its op's
+reference before.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.ops.base import Array
 from mimo_compile.ir.ops.block_lists import to_lists
 from mimo_compile.ir.policies import Geometry, parse_policy
+from mimo_compile.ir.policies.seer import Seer
 from mimo_compile.ir.workload import Value, Workload
 from mimo_compile.schedules import get_schedule
 from mimo_compile.search.database import Database
@@ -128,13 +130,23 @@ def parts(cell: Cell) -> dict[str, Workload]:
         out["describe"] = get_op("describe_blocks").workload(
             **shape, kind=kind, size=policy.block, whole=1, e=entries
         )
-    if score.op == "score_blocks" and source.source != "mean":
-        score = score.replace(e=g.c)
+        if kind == "bounds":
+            score = score.replace(e=entries)
+    elif isinstance(policy, Seer):
+        out |= _gates(policy, g)
     apart = score.op == "score_blocks" or policy.alone is False  # nothing scores these keys
     if policy.block < 16 and apart:
         attend = attend.replace(lay="rows")
     dense = get_op("cached_attention").workload(**shape, h=g.h, dv=g.dv)
     return out | {"score": score, "select": steps.select, "attend": attend, "dense": dense}
+
+
+def _gates(policy: Seer, g: Geometry) -> dict[str, Workload]:
+    """Return what makes compressed keys and queries of gates with norms, where all channels are rotated."""
+    width = policy.gate
+    shape = {"t": g.t, "kv": g.kv, "d": g.d, "g": width, "norm": 1, "rot": g.d, "grot": width}
+    keys = get_op("gate_keys").workload(**shape, cap=g.cap, size=policy.block, c=g.c)
+    return {"describe": keys, "queries": get_op("gate_queries").workload(**shape, h=g.h)}
 
 
 def kept_blocks(attend: Workload) -> int:
@@ -211,7 +223,7 @@ def bench_cell(
     workloads = parts(cell)
     for name in sorted(workloads, key=lambda n: n != "dense"):  # its caches are everybody's
         entrants[name] = _contestant(cell, name, workloads[name], hardware, db, shared, seed)
-    order = [n for n in ("describe", "score", "select", "attend") if n in entrants]
+    order = [n for n in ("describe", "queries", "score", "select", "attend") if n in entrants]
     chain = _chain(cell, [entrants[n] for n in order])
     field = [chain, *(entrants[n] for n in order), entrants["dense"]]
     rows = compete(field, rounds=rounds)

@@ -14,9 +14,12 @@ from mimo_compile.bench.oracle import Oracle
 from mimo_compile.bench.sparse import Cell, all_cells, bench_cell, cells, kept_blocks, parts
 from mimo_compile.cli import main
 from mimo_compile.errors import UsageError
+from mimo_compile.frontend.models.decoder import LayerSpec
+from mimo_compile.frontend.models.gated import Gated
 from mimo_compile.ir.hardware import local_cpu
 from mimo_compile.ir.ops import get_op, parse_workload
 from mimo_compile.ir.ops.block_lists import check_lists
+from mimo_compile.ir.policies import parse_policy
 
 HEADS = (("h", 4), ("kv", 2), ("d", 16), ("dv", 16))
 SMALL = [
@@ -45,6 +48,23 @@ def test_parts_are_workloads_with_a_tenth_of_the_keys() -> None:
         keys = kept_blocks(found["attend"]) * found["attend"]["block"]
         assert 0.08 * cell.cap <= keys <= 0.101 * cell.cap, str(cell)
         assert found["dense"]["c"] == found["attend"]["c"] == "bf16"
+
+
+def test_parts_of_gates_are_what_a_model_runs() -> None:
+    (cell,) = cells("sparse:policy=seer,block=64,cap=65536")
+    g, policy = cell.geometry, parse_policy(cell.policy)
+    layer = LayerSpec(g.h, g.kv, g.d, g.dv, rotary_dim=g.d)
+    gated = Gated(policy, policy.role_alone(0), False)
+    found = parts(cell)
+    assert (found["describe"], found["queries"]) == gated.describing(layer, g.cap, g.t, g.c)
+    assert found["score"] == policy.workloads(g).score
+
+
+def test_entries_are_floats_unless_they_are_bounds_of_keys() -> None:
+    for cell in all_cells():
+        score = get_op((w := parts(cell)["score"]).op).full(w)
+        if w.op == "score_blocks":
+            assert score["e"] == ("bf16" if score["kind"] == "quest" else "f32"), str(cell)
 
 
 def test_conditions_keep_a_part() -> None:
@@ -88,6 +108,7 @@ def test_lists_that_are_drawn_are_lists() -> None:
     "text",
     [
         "sparse_attention:t=40,h=4,kv=2,d=16,dv=24,cap=300,hs=4,block=8,kmax=20,rows=16,sink=1",
+        "sparse_attention:t=70,h=4,kv=2,d=16,dv=24,cap=300,hs=4,block=8,kmax=20,rows=32",
         "sparse_attention:t=9,h=4,kv=2,d=16,dv=24,cap=300,hs=2,block=1,kmax=50,window=9,c=bf16",
         "score_lowbit:t=40,h=4,kv=2,d=16,cap=300,block=8,rows=16,first=1,last=2,every=2",
     ],
@@ -102,9 +123,16 @@ def test_parts_say_what_the_whole_says(text: str, monkeypatch: pytest.MonkeyPatc
     got = {n: np.array(a, np.float64) for n, a in whole.expected.items()}
     assert parted.judge(got) == (pytest.approx(0, abs=1e-3), "")
     name = "out" if "out" in got else "score"
-    index = (0, 0) if name == "out" else tuple(np.argwhere(np.isfinite(got["score"][:, :1]))[0])
-    got[name][index] += 20.0
-    assert "within tokens and heads" in parted.judge(got)[1]
+    places = [tuple(np.argwhere(np.isfinite(got[name][:, :1]))[0])]
+    if name == "out":  # both ends of the first, the middle and the last list
+        rows = get_op(workload.op).full(workload)["rows"]
+        last = -(-len(got["out"]) // rows) - 1
+        ends = {e for r in (0, last // 2, last) for e in (r * rows, (r + 1) * rows - 1)}
+        places = [(min(end, len(got["out"]) - 1), 0) for end in ends]
+    for place in places:
+        wrong = got | {name: got[name].copy()}
+        wrong[name][place] += 20.0
+        assert "within tokens and heads" in parted.judge(wrong)[1], place
 
 
 def test_what_does_not_fit_is_left_out_by_name(monkeypatch, capsys) -> None:
