@@ -229,11 +229,12 @@ def _layers(decoder: ModelDecoder, states: Mapping[str, State]) -> Iterator[Laye
         core, spec = stage.module, stage.module.spec
         part, _, number = stage.name.partition(".")
         role = config.roles[int(number)] if part == "layers" and config.roles else None
-        kind = role.kind if role is not None else "window" if spec.window else "full"
+        kind = role.kind if role is not None else "window"
+        if kind == "window" and not spec.window:  # it would leave nothing out of this context
+            kind = "full"
         slots, tail = kv.extent(spec, core.caches, config.max_context)
         yield Layer(
-            stage.name, kind, role.window if role is not None else spec.window,
-            slots, core.caches.name,
+            stage.name, kind, spec.window, slots, core.caches.name,
             stage.follows[0].rpartition(".")[0] if stage.follows else "",
             tuple(n for n in stage.states.values() if n in states and n.startswith(f"{stage.name}.")),
             getattr(core.attend, "thresholds", ()),

@@ -164,7 +164,8 @@ def _check_layers(decoder: Decoder, states: Mapping[str, State], where: str) -> 
         whole = 0 < layer.group <= layer.tail <= layer.slots and not layer.tail % layer.group
         if grouped and not (whole and not layer.window):
             raise ArtifactError(
-                f"{what} keeps {layer.tail} of {layer.slots} positions beside groups of {layer.group}",
+                f"{what} keeps {layer.tail} of {layer.slots} positions beside groups of {layer.group}, and "
+                f"sees {layer.window or 'all'}",
                 where=where,
             )
         behind = layer.slots - layer.first

@@ -15,6 +15,9 @@ from mimo_compile.frontend.huggingface import load_checkpoint
 from mimo_compile.ir.formats import parse_scheme
 from mimo_compile.ir.hardware import local_cpu
 from mimo_compile.ir.policies import parse_policy
+from mimo_compile.pipeline.build import _layers
+from mimo_compile.runtime.check import _check_layers
+from mimo_compile.runtime.program import Decoder
 
 NONE = parse_scheme("none")
 CONTEXT, LENGTH = 96, 60
@@ -152,6 +155,18 @@ def test_streams_keep_rings_of_16_bits_beside_groups(saved):
     )
     layers = [s.module for s in loaded.decoder.stages() if hasattr(s.module, "caches")]
     assert {m.caches.name for m in layers} == {"bf16"}
+
+
+@pytest.mark.parametrize("quant", ["none", "kv4"])
+@pytest.mark.parametrize("text", ["window:size=300,every=0", "stream", "stream:sink=4,recent=124"])
+def test_layers_whose_window_leaves_nothing_out_are_full(saved, text, quant):
+    decoder = load_checkpoint(
+        saved("llama")[1], parse_scheme(quant), 128, attention=parse_policy(text),
+        hardware=local_cpu(),
+    ).decoder  # fmt: skip
+    layers = tuple(_layers(decoder, {}))
+    assert {(n.role, n.window, n.first) for n in layers} == {("full", 0, 0)}
+    _check_layers(Decoder((1,), (1,), 64, 96, 128, layers=layers), {}, "artifact")
 
 
 @pytest.mark.parametrize("text", ["quest", "full+int8"])

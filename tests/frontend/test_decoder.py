@@ -165,12 +165,16 @@ def test_a_window_that_leaves_nothing_out_costs_no_more_than_a_full_cache():
     short = config.with_context(96)
     assert [spec.window for spec in (*short.layers, *short.mtp)] == [0, 95, 0, 0, 0]
     assert short.layers[3].capacity(96) == 96
-    for text in ("window:size=4096,every=0", "stream:recent=4096,sink=0"):
+    for text in ("window:size=96,every=0", "stream:recent=96,sink=0", "stream:recent=92,sink=4"):
         under = with_attention(
             DecoderConfig("m", 32, 257, layers[:1] * 2, 1e-6, False, 96), parse_policy(text)
         )
         assert [spec.capacity(96) for spec in under.layers] == [96, 96]
         assert attending(under, "layers.0")[0].kind == ""
+    some = with_attention(
+        DecoderConfig("m", 32, 257, layers[:1], 1e-6, False, 97), parse_policy("stream:recent=92")
+    )
+    assert (some.layers[0].window, some.layers[0].first) == (92, 4)
 
 
 def test_what_is_offered_in_place_of_shared_lists_works():

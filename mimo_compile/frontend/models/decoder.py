@@ -129,7 +129,9 @@ class DecoderConfig:
         """Return the same decoder for fewer positions; a window that leaves none of them out is none."""
         layers, drafts = (
             tuple(
-                replace(spec, window=0, first=0) if spec.window >= max_context else spec
+                replace(spec, window=0, first=0)
+                if spec.window and spec.window + spec.first >= max_context
+                else spec
                 for spec in specs
             )
             for specs in (self.layers, self.mtp)
