@@ -11,8 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mimo_compile.errors import VerificationError
 from mimo_compile.ir.ops import load_all
-from mimo_compile.verify.routing import Led, watched
+from mimo_compile.verify.end_to_end import with_choices
+from mimo_compile.verify.found import EndToEnd
+from mimo_compile.verify.routing import Led, _tap, watched
 
 load_all()
 RULE = (2, "softmax", True, 1.0, 1, 1)
@@ -82,7 +85,11 @@ def test_nan_is_not_followed():
 def test_rows_that_the_compiled_model_did_not_run_keep_their_own():
     led = Led(noted([[0.0, 1.0, 2.0]], start=5), 1e-3)
     ids, _ = run(led, torch.tensor([[3.0, 2.0, 1.0]]), start=4)
-    assert ids.tolist() == [[0, 1]] and (led.choices, led.followed, led.strayed) == (1, 0, 0)
+    assert (
+        ids.tolist() == [[0, 1]]
+        and (led.choices, led.unseen) == (0, 1)
+        and led.followed == led.strayed == 0
+    )
 
 
 def test_a_position_that_is_run_again_has_logits_of_its_own():
@@ -94,29 +101,66 @@ def test_a_position_that_is_run_again_has_logits_of_its_own():
     assert led.followed == 2
 
 
+def test_experts_that_do_not_tie_keep_their_places():
+    """Though all logits are within the bound, which is of the row's largest."""
+    mine = torch.tensor([[4.0, 1.0, 0.97, 0.94, -3.0]])
+    for theirs, wanted in (([0.97, 1.0, 0.94], [0, 2]), ([0.97, 0.96, 0.975], [0, 1])):
+        led = Led(noted([[4.0, *theirs, -3.0]]), 1e-2)
+        assert run(led, mine)[0].sort().values.tolist() == [wanted]
+        assert (led.followed, led.strayed) == ((1, 0) if wanted == [0, 2] else (0, 1))
+
+
+def test_noise_of_the_size_of_the_bound_is_not_right():
+    draw = np.random.default_rng(0)
+    mine = draw.standard_normal((512, 64)).astype(np.float32)
+    largest = np.abs(mine).max(-1, keepdims=True)
+    theirs = mine + 0.0495 * largest * draw.choice([-1, 1], mine.shape).astype(np.float32)
+    led = Led(noted(theirs), 0.05)
+    run(led, torch.from_numpy(mine), (8, "softmax", True, 1.0, 1, 1))
+    found = EndToEnd(1, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0)
+    assert found.ok and not with_choices(found, [led]).ok
+
+
+def test_a_router_without_logits_is_said():
+    program = SimpleNamespace(calls=[SimpleNamespace(kernel="route", args=[])], buffers=[])
+    with pytest.raises(VerificationError, match="route chooses experts, but is given no logits"):
+        _tap(SimpleNamespace(program=program), 0, {"route": (1, 8)}, {})
+
+
 @settings(max_examples=40)
 @given(
     st.integers(0, 2**31), st.sampled_from(["softmax", "sigmoid"]), st.booleans(),
     st.sampled_from([(1, 1), (4, 2)]), st.floats(0, 0.05),
 )  # fmt: skip
-def test_within_the_bound_the_experts_are_those_of_the_other_logits(
-    seed, scoring, bias, groups, off
-):
-    """By every rule there is, and whatever is far off keeps its own."""
+def test_experts_are_own_ones_or_those_of_the_other_logits(seed, scoring, bias, groups, off):
+    """By every rule there is; which of both, by plain scores, a comparison of pairs says."""
     draw = np.random.default_rng(seed)
     mine = draw.standard_normal((6, 16)).astype(np.float32)
-    largest = np.abs(mine).max(-1, keepdims=True)
-    theirs = mine + np.float32(off) * largest * draw.uniform(-1, 1, mine.shape).astype(np.float32)
+    largest = np.abs(mine).max(-1)
+    theirs = mine + np.float32(off) * largest[:, None] * draw.uniform(-1, 1, mine.shape).astype(
+        np.float32
+    )
     rule = (3, scoring, True, 2.5, *groups)
     added = torch.from_numpy(draw.standard_normal(16).astype(np.float32)) if bias else None
     led = Led(noted(theirs), 0.02)
     ids, weights = run(led, torch.from_numpy(mine), rule, added)
-    near = np.abs(theirs - mine).max(-1) <= 0.02 * largest[:, 0]
-    wanted = torch.from_numpy(np.where(near[:, None], theirs, mine))
-    chosen = torch.ops.mimo.route(wanted, added, *rule)[0]
-    assert torch.equal(ids.sort().values, chosen.sort().values)
+    near = np.abs(theirs - mine).max(-1) <= 0.02 * largest
+    own, other = (
+        [set(row) for row in torch.ops.mimo.route(torch.from_numpy(x), added, *rule)[0].tolist()]
+        for x in (mine, theirs)
+    )
+    followed = strayed = 0
+    for i, row in enumerate(ids.tolist()):
+        assert set(row) in (own[i], other[i]) and (near[i] or set(row) == own[i])
+        followed += set(row) != own[i]
+        strayed += set(row) != other[i]
+        if not bias and groups == (1, 1) and near[i] and own[i] != other[i]:
+            apart = mine[i, list(own[i] - other[i])].max() - mine[i, list(other[i] - own[i])].min()
+            if abs(apart / largest[i] - 0.02) > 1e-5:
+                assert (set(row) == other[i]) == (apart <= 0.02 * largest[i])
+    assert (led.choices, led.followed, led.strayed) == (6, followed, strayed)
     score = torch.from_numpy(mine).double()
     score = score.sigmoid() if scoring == "sigmoid" else score.softmax(-1)
-    own = score.gather(1, ids.long())
-    expected = (2.5 * own / own.sum(-1, keepdim=True)).float()
+    taken = score.gather(1, ids.long())
+    expected = (2.5 * taken / taken.sum(-1, keepdim=True)).float()
     torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-6)

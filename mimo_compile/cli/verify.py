@@ -89,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _show(console: Console, found: Verification) -> None:
     from mimo_compile.cli.console import table
+    from mimo_compile.verify.found import STRAYED_BOUND
 
     rows = []
     by_op: dict[str, list[float]] = {}
@@ -117,10 +118,13 @@ def _show(console: Console, found: Verification) -> None:
             + (f" (bound {whole.bound_max:.0e})" if whole.bound_max < 1e30 else "")
             + f"; same largest logit in {100 * whole.same_choice:.1f} %"
         )
-        if whole.followed or whole.strayed:
+        if whole.followed or whole.strayed or whole.unseen:
+            share = 100 * whole.followed / max(1, whole.choices)
             console.say(
-                f"experts: {whole.followed} of {whole.choices} choices fell otherwise at scores that nearly "
-                f"tie, and were followed; {whole.strayed} by router logits outside of the bound were not"
+                f"experts: {whole.followed} of {whole.choices} choices ({share:.2g} %) fell otherwise at "
+                f"scores that nearly tie, and were followed; {whole.strayed} at others were not (bound "
+                f"{100 * STRAYED_BOUND:.0f} %)"
+                + (f"; {whole.unseen} could not be compared" if whole.unseen else "")
             )
     p = found.perplexity
     if p is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +11,7 @@ import numpy.typing as npt
 
 from mimo_compile.runtime.batch import append_each
 from mimo_compile.runtime.module import Module
-from mimo_compile.verify.end_to_end import compare_rows, logits_bound
+from mimo_compile.verify.end_to_end import compare_rows, logits_bound, with_choices
 from mimo_compile.verify.found import EndToEnd
 
 if TYPE_CHECKING:
@@ -51,10 +50,7 @@ def compare_batch(module: Module, eager: Decoder, ids: npt.NDArray[Any]) -> EndT
         with leads[-1] if seen else nullcontext():
             rows.append(_eager(eager, text, len(text) - decoded))
     found = compare_rows(got, np.concatenate(rows), bound, decoded=len(got))
-    return replace(
-        found, choices=sum(led.choices for led in leads), followed=sum(led.followed for led in leads),
-        strayed=sum(led.strayed for led in leads),
-    )  # fmt: skip
+    return with_choices(found, leads)
 
 
 def slots_of(batch: int, ids: npt.NDArray[Any]) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from mimo_compile.verify.found import EndToEnd, LogitsBound, Perplexity
 
 if TYPE_CHECKING:
     from mimo_compile.frontend.models.decoder import Decoder
+    from mimo_compile.verify.routing import Led
 
 ROWS = 96
 """Rows of logits that are compared unless asked otherwise."""
@@ -116,7 +118,18 @@ def compare_logits(
     with led if seen else nullcontext():
         reference = _eager_logits(eager, ids, split, first)
     found = compare_rows(got, reference, bound, decoded=len(ids) - split)
-    return replace(found, choices=led.choices, followed=led.followed, strayed=led.strayed)
+    return with_choices(found, [led])
+
+
+def with_choices(found: EndToEnd, leads: Sequence[Led]) -> EndToEnd:
+    """Add up how the choices of experts fell."""
+    return replace(
+        found,
+        choices=sum(led.choices for led in leads),
+        followed=sum(led.followed for led in leads),
+        strayed=sum(led.strayed for led in leads),
+        unseen=sum(led.unseen for led in leads),
+    )
 
 
 def _compiled_logits(module: Module, ids: npt.NDArray[Any], split: int, first: int) -> Any:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+STRAYED_BOUND = 0.05
+"""Largest share of choices that stray, as of rows that are outside of their bound."""
 PERPLEXITY_BOUND = 1e-3
 """Largest relative difference between compiled and eager perplexity."""
 
@@ -55,17 +57,21 @@ class EndToEnd:
     decoded_median: float = 0.0
     """Their median error: few among many rows, they may all be wrong within the other bounds."""
     choices: int = 0
-    """Choices of experts, of all tokens that were run in all layers that choose."""
+    """Choices of experts that were compared, of all tokens that were run in all layers that choose."""
     followed: int = 0
-    """Those that fell otherwise by router logits within the bound: the eager model followed them."""
+    """Those that fell otherwise where experts nearly tie, by router logits within the bound: the eager model
+    followed them."""
     strayed: int = 0
-    """Those that fell otherwise by logits outside of it: the eager model kept its own."""
+    """Others that fell otherwise: the eager model kept its own."""
+    unseen: int = 0
+    """Choices of the eager model alone: the compiled one's logits were not seen."""
 
     @property
     def ok(self) -> bool:
         """True within all bounds."""
         most = max(self.p95_error, self.decoded_median)
-        return most <= self.bound_p95 and self.max_error <= self.bound_max
+        within = most <= self.bound_p95 and self.max_error <= self.bound_max
+        return within and self.strayed <= STRAYED_BOUND * self.choices
 
 
 @dataclass(frozen=True, slots=True)

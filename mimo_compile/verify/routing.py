@@ -2,10 +2,12 @@
 
 Roundings move a router's logits. Where two experts nearly tie, another one may be chosen for that, and from
 there on the row is another row: no bound on logits could tell it from a wrong one. So the eager model is led:
-wherever the logits of the compiled router are within the bound of its own, it takes the experts that *those*
-logits give, and weighs them by its own. All that comes behind is compared as ever, and what was followed is
-counted. A router whose logits are further off is not followed, nor a wrong choice by right logits: such rows
-show it.
+wherever the logits of the compiled router are within the bound of its own, and its own nearly tie, it takes
+the experts that the compiled router's logits give, and weighs them by its own. They nearly tie where moving
+them by half the bound, up those of the other choice and down all else, makes it theirs: of plain scores,
+where no two experts change places that are further apart than the bound. All that comes behind is compared as
+ever, and what was followed is counted. A router that is further off is not followed, nor a wrong choice by
+right logits: such rows show it.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mimo_compile.errors import VerificationError
 from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.ops.base import Array
 from mimo_compile.ir.ops.route import scores_of, weights_of
@@ -71,12 +74,16 @@ def _tap(
         if call.kernel not in shapes:
             continue
         buffers = [bound.program.buffers[index] for index in call.args]
-        place = next(
+        places = [
             i for i, b in enumerate(buffers)
             if b.kind == "arena" and (b.shape, b.dtype) == (shapes[call.kernel], "float32")
-        )  # fmt: skip
+        ]  # fmt: skip
+        if not places:
+            raise VerificationError(
+                f"{call.kernel} chooses experts, but is given no logits {list(shapes[call.kernel])}"
+            )
         function, arguments = bound.calls[at]
-        logits = np.from_dlpack(arguments[place])
+        logits = np.from_dlpack(arguments[places[0]])
         noting = partial(_note, function, logits, bound.inputs["pos"], slot, number, seen)
         bound.calls[at] = noting, arguments
         number += 1
@@ -102,16 +109,21 @@ class Led(TorchDispatchMode):
     """While it is on, `mimo::route` takes the experts of a compiled model where that is right."""
 
     def __init__(self, seen: Seen, slack: float, slot: int = 0) -> None:
-        """Follow logits of the sequence in a slot that differ by at most ``slack`` of a row's largest."""
+        """Follow logits of the sequence in a slot that differ by at most ``slack`` of a row's largest.
+
+        Experts change places where own logits differ by no more than that, too.
+        """
         super().__init__()  # type: ignore[no-untyped-call]
         self._seen, self._slack, self._slot = seen, slack, slot
         self._number = self._start = 0
         self.choices = 0
-        """Rows of all routers."""
+        """Rows of routers whose compiled logits were seen."""
+        self.unseen = 0
+        """Those whose were not: there was nothing to compare a choice with."""
         self.followed = 0
         """Those whose experts are other ones by the compiled router's logits, which were followed."""
         self.strayed = 0
-        """Those whose experts are other ones by logits that are further off, which were not."""
+        """Those whose experts are other ones by logits that are further off, or apart, which were not."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an op; routers get their experts replaced."""
@@ -143,10 +155,15 @@ class Led(TorchDispatchMode):
         rule = (k, scoring, norm, factor, groups, top_groups)
         ids, _ = torch.ops.mimo.route(theirs, bias, *rule)
         other = (ids.sort(-1).values != own[0].sort(-1).values).any(-1)
-        off = (theirs - logits).abs().amax(-1)
-        near = there & (off <= self._slack * logits.abs().amax(-1))  # false for NaN, too
+        slack = self._slack * logits.abs().amax(-1)
+        near = there & ((theirs - logits).abs().amax(-1) <= slack)  # false for NaN, too
+        chosen = torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, ids.long(), True)
+        moved = logits + torch.where(chosen, 0.5, -0.5) * slack[:, None]
+        again, _ = torch.ops.mimo.route(moved, bias, *rule)
+        near &= (again.sort(-1).values == ids.sort(-1).values).all(-1)
         follow = (other & near)[:, None]
-        self.choices += len(logits)
+        self.choices += int(there.sum())
+        self.unseen += int((~there).sum())
         self.followed += int(follow.sum())
         self.strayed += int((other & ~near).sum())
         weights = weights_of(scores_of(logits.float(), scoring), ids, norm, factor)
