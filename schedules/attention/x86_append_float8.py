@@ -15,7 +15,7 @@ from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.attention.append_task import Task, magnitude, over
 from mimo_compile.schedules.attention.layout import kernel_args, round_up
 from mimo_compile.schedules.attention.reach import fixed
-from mimo_compile.schedules.attention.x86_append import X86Append, slots_of
+from mimo_compile.schedules.attention.x86_append import X86Append
 from mimo_compile.schedules.emit.build import (
     Register,
     T,
@@ -128,7 +128,6 @@ class X86AppendFloat8(X86Append):
         """Return the PrimFunc (qkv, table, pos, [q_norm, k_norm], k_cache, v_cache, q)."""
         args = kernel_args(get_op(self.op).workload(**p))
         parallel, group = rows is script.parallel, p["h"] // p["kv"]
-        slot_at = slots_of(p)
 
         def body(*buffers: Any) -> None:
             given = {a.name: b for a, b in zip(args, buffers, strict=True)}
@@ -140,7 +139,7 @@ class X86AppendFloat8(X86Append):
                         task.prepare(i, (h * group + g) * p["d"], given.get("q_norm"))
                         task.write_q(i, h * group + g)
                     with when(i < valid):
-                        slot = fixed(slot_at(fixed(start + i)))
+                        slot = fixed((start + i) % p["cap"])
                         task.prepare(i, (p["h"] + h) * p["d"], given.get("k_norm"))
                         task.write_key(slot)
                         task.write_value(i, slot)
