@@ -50,7 +50,8 @@ def allowed(
 
     That is, element by element, what they change, and not how much roundings may change at most: in that a
     group of wrong codes among hundreds would hide. Numbers between two integers may go either way: that adds
-    four times the largest change, in a head, of some runs in which each of them goes another way.
+    one number per head, four times the largest change in it of some runs in which each of them goes another
+    way.
 
     Args:
         inputs: ``q``, ``pos``, perhaps ``sink``, and the arrays of the cache.
