@@ -48,14 +48,17 @@ class Part:
 class Oracle:
     """The float64 result of a workload for one set of inputs, and the error that is allowed."""
 
-    def __init__(self, workload: Workload, inputs: Mapping[str, Array]) -> None:
-        self.workload, self.inputs = workload, inputs
+    def __init__(
+        self, workload: Workload, inputs: Mapping[str, Array], exact: bool = False
+    ) -> None:
+        """Allow what the op's `bound` does, or with ``exact`` its `exact_bound`."""
+        self.workload, self.inputs, self._exact = workload, inputs, exact
 
     @cached_property
     def parts(self) -> tuple[Part, ...]:
         """The parts that are compared, computed on first use."""
         return tuple(
-            _solve(workload, inputs, index)
+            _solve(workload, inputs, index, self._exact)
             for workload, inputs, index in _split(self.workload, self.inputs)
         )
 
@@ -86,10 +89,12 @@ class Oracle:
         return worst
 
 
-def _solve(workload: Workload, inputs: Mapping[str, Array], index: tuple[slice, ...]) -> Part:
+def _solve(
+    workload: Workload, inputs: Mapping[str, Array], index: tuple[slice, ...], exact: bool
+) -> Part:
     op = get_op(workload.op)
     expected = op.reference(workload, inputs)
-    bound = op.bound(workload, inputs, expected)
+    bound = (op.exact_bound if exact else op.bound)(workload, inputs, expected)
     # the copies of a part's keys and values are not needed to judge it
     return Part(workload, {} if index else inputs, expected, bound, index)
 

@@ -103,7 +103,7 @@ class Runnable:
             VerificationError: a result is outside its bound (the message names the element), or memory
                 that is not the kernel's to write was changed.
         """
-        oracle = oracle or Oracle(self.workload, self.inputs)
+        oracle = oracle or Oracle(self.workload, self.inputs, self.schedule.exact(self.config))
         kept = [a.name for a in self.kernel.args if a.role != "output" and not a.mutated]
         before = {name: _digest(self.arrays[name]) for name in kept}
         self.function(*self.tensors)

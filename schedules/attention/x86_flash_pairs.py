@@ -9,7 +9,7 @@ from typing import Any
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.attention.flash import Tile
-from mimo_compile.schedules.attention.pairs import TILES, imported
+from mimo_compile.schedules.attention.pairs import EXACT, TILES, imported
 from mimo_compile.schedules.attention.x86_flash import FlashConfig, X86Flash
 from mimo_compile.schedules.base import Space
 from mimo_compile.schedules.emit.bf16 import NEEDS
@@ -54,6 +54,10 @@ class X86FlashPairs(X86Flash):
         """Return the arithmetic of a config, and the frame that its instructions need."""
         arith = self._arith(config)
         return TILES[arith], None if arith == "widen" else imported()
+
+    def exact(self, config: FlashConfig) -> bool:
+        """Pairs made float32 are."""
+        return self._arith(config) in EXACT
 
     def features(self, config: FlashConfig) -> frozenset[str]:
         """Return the features that a config's instructions need."""

@@ -12,7 +12,7 @@ from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.attention.flash import Tile
 from mimo_compile.schedules.attention.lists import ListTiling
-from mimo_compile.schedules.attention.rows import ROWS
+from mimo_compile.schedules.attention.rows import EXACT_ROWS, ROWS
 from mimo_compile.schedules.attention.tokens import following
 from mimo_compile.schedules.attention.x86_flash import FlashConfig, X86Flash
 from mimo_compile.schedules.attention.x86_flash_pairs import SHORT, PairsConfig
@@ -70,6 +70,10 @@ class Half(X86Flash):
         """Return the arithmetic of a config, and the frame that its instructions need."""
         arith = self.arithmetic(config)
         return ROWS[arith], imported() if arith == "dot" else None
+
+    def exact(self, config: FlashConfig) -> bool:
+        """Keys and values made float32 are."""
+        return self.arithmetic(config) in EXACT_ROWS
 
     def features(self, config: FlashConfig) -> frozenset[str]:
         """Return the features that a config's instructions need."""

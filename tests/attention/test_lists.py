@@ -21,8 +21,6 @@ from mimo_compile.schedules import get_schedule, schedules_for
 from mimo_compile.schedules.attention.layout import cache_shapes, pack_caches, unpack_caches
 from mimo_compile.schedules.attention.lists import ListTiling
 from mimo_compile.schedules.attention.lists_work import visits
-from mimo_compile.schedules.attention.pairs import EXACT
-from mimo_compile.schedules.attention.rows import EXACT_ROWS
 from mimo_compile.schedules.compile import assembly
 
 CPU = local_cpu()
@@ -49,8 +47,8 @@ def proved(schedule, workload, config=None, inputs=None):
     workload = parse_workload(workload) if isinstance(workload, str) else workload
     config = config or schedule.space(workload, CPU).default
     seen = check(schedule, workload, config, inputs=inputs)
-    exact = EXACT_ROWS if OP.full(workload)["lay"] else EXACT
-    if getattr(config, "arith", "") in exact:
+    assert schedule.exact(config) == (getattr(config, "arith", "") == "widen")
+    if schedule.exact(config):
         bounds = OP.exact_bound(workload, seen.inputs, seen.expected)
         for name in ("out", "lse"):
             compare(schedule.name, name, seen.outputs[name], seen.expected[name], bounds[name])

@@ -17,7 +17,6 @@ from mimo_compile.ir.ops import edge_keys, get_op, parse_workload
 from mimo_compile.ir.ops.numerics import bf16_to_f32, f32_to_bf16
 from mimo_compile.schedules import get_schedule
 from mimo_compile.schedules.attention.layout import cache_shapes, pack_caches, unpack_caches
-from mimo_compile.schedules.attention.pairs import EXACT
 from mimo_compile.schedules.attention.x86_flash_pairs import PairsConfig
 from mimo_compile.schedules.compile import assembly
 
@@ -55,7 +54,8 @@ def proved(text, config, given_, seed=0):
     """Check a config; exact arithmetic must meet the bound of float32 arithmetic."""
     seen = check(FLASH, text, config, seed, inputs=given_)
     workload = parse_workload(text) if isinstance(text, str) else text
-    if config.arith in EXACT:
+    assert FLASH.exact(config) == (config.arith == "widen")
+    if FLASH.exact(config):
         exact = OP.exact_bound(workload, seen.inputs, seen.expected)["out"]
         assert (np.abs(seen.outputs["out"] - seen.expected["out"]) <= exact).all()
     return seen
