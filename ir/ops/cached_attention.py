@@ -357,6 +357,7 @@ class CachedAttention(OpDef):
                 out = np.maximum(out, 4 * error)
         return {"out": out}
 
+    @batches.one_by_one
     def exact_bound(
         self, workload: Workload, inputs: Mapping[str, Array], expected: Mapping[str, Array]
     ) -> dict[str, Array]:

@@ -209,3 +209,19 @@ def test_work_is_that_of_all_sequences():
             assert whole.ops[name] == pytest.approx(sum(w.ops[name] for w in each))
         needed = sum(op.counts(p).bytes["dram"] for p in parts)
         assert op.counts(workload).bytes["dram"] == needed
+
+
+def test_bounds_of_exact_kernels_are_those_of_each_sequence_alone():
+    op = get_op("cached_attention")
+    workload = parse_workload("cached_attention:t=1,h=4,kv=2,d=16,dv=16,cap=48,b=3,c=bf16")
+    inputs = op.make_inputs(workload, np.random.default_rng(0))
+    expected = op.reference(workload, inputs)
+    allowed = op.exact_bound(workload, inputs, expected)["out"]
+    one = batches.alone(workload)
+    parts = [
+        op.exact_bound(one, x, y)["out"]
+        for x, y in zip(
+            batches.split(op, workload, inputs), batches.split(op, workload, expected), strict=True
+        )
+    ]
+    assert np.array_equal(allowed, np.concatenate(parts))
