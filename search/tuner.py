@@ -20,6 +20,7 @@ from mimo_compile.schedules.base import Schedule
 from mimo_compile.search.ahead import LookAhead
 from mimo_compile.search.budget import Clock, Share, mark_heavy, next_share, patience
 from mimo_compile.search.database import Database
+from mimo_compile.search.interrupts import finish_first
 from mimo_compile.search.joules import Joules
 from mimo_compile.search.learner import Learner, Prior
 from mimo_compile.search.measure import Measurement, Measures, Predicts, Recalls
@@ -261,10 +262,11 @@ class Tuner:
             message=m.message, code_hash=m.code_hash, requires=m.requires, ops=dict(m.counts.ops),
             bytes=dict(m.counts.bytes), time=time.time(), twin=m.twin,
         )  # fmt: skip
-        self.db.add(record)
-        new = record.key not in task.records
-        self._learn(task, record)
-        task.new += new
+        with finish_first():  # what is stored is also counted
+            self.db.add(record)
+            new = record.key not in task.records
+            self._learn(task, record)
+            task.new += new
         self._tell("measured" if phase == "search" else "confirm", task, record=record)
         return record
 

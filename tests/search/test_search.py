@@ -6,6 +6,8 @@ import dataclasses
 import io
 import itertools
 import math
+import os
+import signal
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +25,7 @@ from mimo_compile.search import tune as front
 from mimo_compile.search.budget import Budget, Clock, Share, mark_heavy, next_share, patience
 from mimo_compile.search.database import Database
 from mimo_compile.search.grid import Grid
+from mimo_compile.search.interrupts import finish_first
 from mimo_compile.search.learner import Learner
 from mimo_compile.search.lookup import Result, best, meter_of, pareto
 from mimo_compile.search.measure.replay import ReplayMeasurer
@@ -333,6 +336,30 @@ def test_interruption_keeps_everything(tmp_path: Path) -> None:
         result = tune(db, Interrupted(recorded(LARGE)))
         assert result.interrupted and result.new_trials == 19 == len(db)
         assert result.best[str(LARGE)].latency_us < math.inf
+
+
+def test_an_interruption_while_a_record_is_stored_waits_until_it_is_counted(tmp_path: Path) -> None:
+    with Database(tmp_path / "a.db") as db:
+        add, left = db.add, iter(range(11))
+
+        def interrupted(*records: object) -> None:
+            if next(left, None) is None:
+                os.kill(os.getpid(), signal.SIGINT)
+            add(*records)
+
+        db.add = interrupted  # type: ignore[method-assign]
+        result = tune(db, ReplayMeasurer(recorded(LARGE)))
+        assert result.interrupted and result.new_trials == 12 == len(db)
+
+
+def test_a_second_interruption_does_not_wait() -> None:
+    passed = []
+    with pytest.raises(KeyboardInterrupt), finish_first():
+        os.kill(os.getpid(), signal.SIGINT)
+        passed.append(1)
+        os.kill(os.getpid(), signal.SIGINT)
+        passed.append(2)
+    assert passed == [1] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_database_that_takes_no_more_ends_the_search_with_what_was_found(tmp_path: Path) -> None:
