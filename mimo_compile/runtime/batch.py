@@ -11,18 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mimo_compile.errors import MimoError, UsageError
-from mimo_compile.runtime.generate import (
-    Array,
-    Prompt,
-    Session,
-    Stats,
-    adapter_index,
-    check_ids,
-    decoder_of,
-    encode,
-    new_tokens,
-)
+from mimo_compile.runtime.arguments import Array, adapter_index, check_ids, decoder_of
+from mimo_compile.runtime.generate import Prompt, Stats, encode, new_tokens
 from mimo_compile.runtime.sampling import Sampling, sample
+from mimo_compile.runtime.session import Session
 from mimo_compile.runtime.text import TextStream
 
 if TYPE_CHECKING:

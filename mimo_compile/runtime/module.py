@@ -14,6 +14,7 @@ import numpy.typing as npt
 from mimo_compile import _tvm
 from mimo_compile.errors import ArtifactError, UsageError
 from mimo_compile.runtime import batch, cpu, generate, scores
+from mimo_compile.runtime.arguments import whole
 from mimo_compile.runtime.container import Parts, Verify, open_artifact
 from mimo_compile.runtime.entry import (
     Array,
@@ -29,6 +30,7 @@ from mimo_compile.runtime.generate import Prompt, Stats
 from mimo_compile.runtime.memory import Zeroed
 from mimo_compile.runtime.program import Entry, Manifest
 from mimo_compile.runtime.sampling import Sampling
+from mimo_compile.runtime.session import Session
 from mimo_compile.runtime.threads import thread_count, use_threads
 
 
@@ -176,7 +178,7 @@ class Module:
         return bound
 
     def _slot(self, slot: int) -> int:
-        slot = generate.whole(slot, "slot")
+        slot = whole(slot, "slot")
         if not 0 <= slot < self.batch:
             raise UsageError(
                 f"there is no sequence {slot}: {self.manifest.name} was compiled for {self.batch} at a time",
@@ -248,8 +250,8 @@ class Module:
         """Return an optional member (`config.json`, `records.jsonl`, `tokenizer.json`) or None."""
         return self._texts.get(member)
 
-    def session(self, adapter: str | None = None, slot: int = 0) -> generate.Session:
-        """Begin a sequence of tokens; it ends the one before it. See `generate.Session`.
+    def session(self, adapter: str | None = None, slot: int = 0) -> Session:
+        """Begin a sequence of tokens; it ends the one before it. See `Session`.
 
         Args:
             adapter: Which of the artifact's adapters changes the model for it; None: none.
@@ -261,7 +263,7 @@ class Module:
         """
         with self.lock:
             slot = self._slot(slot)
-            session = generate.Session(self, self._begun + 1, adapter, slot)
+            session = Session(self, self._begun + 1, adapter, slot)
             self._begun += 1
             self._owners[slot] = self._begun
             return session
@@ -280,9 +282,9 @@ class Module:
         top_p: float = 1.0,
         seed: int = 0,
         stop_at_eos: bool = True,
-        stats: generate.Stats | None = None,
+        stats: Stats | None = None,
         adapter: str | None = None,
-        session: generate.Session | None = None,
+        session: Session | None = None,
     ) -> Iterator[int]:
         """Generate token ids one by one; arguments as in `generate`."""
         sampling = Sampling(temperature, top_k, top_p, seed)
@@ -300,9 +302,9 @@ class Module:
         top_p: float = 1.0,
         seed: int = 0,
         stop_at_eos: bool = True,
-        stats: generate.Stats | None = None,
+        stats: Stats | None = None,
         adapter: str | None = None,
-        session: generate.Session | None = None,
+        session: Session | None = None,
     ) -> Iterator[str]:
         """Generate text, piece by piece; no piece ends within a character.
 

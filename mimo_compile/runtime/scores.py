@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mimo_compile.errors import UsageError
-from mimo_compile.runtime.generate import check_ids, decoder_of
+from mimo_compile.runtime.arguments import check_ids, decoder_of
 
 if TYPE_CHECKING:
     from mimo_compile.runtime.module import Module

@@ -18,8 +18,8 @@ from runtime_samples import CONTEXT, EOS, VOCAB, reference_logits
 
 from mimo_compile.errors import UsageError
 from mimo_compile.runtime import Module, Stats, load
-from mimo_compile.runtime.generate import plan_steps
 from mimo_compile.runtime.sampling import Sampling, sample
+from mimo_compile.runtime.steps import plan_steps
 
 PROMPT = list(b"def main(argv):")
 

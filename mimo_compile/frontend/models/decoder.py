@@ -343,7 +343,7 @@ class Decoder:
 
         Some attention policies choose by what a call holds.
         """
-        from mimo_compile.runtime.generate import plan_steps
+        from mimo_compile.runtime.steps import plan_steps
 
         most = self.config.max_context
         steps = tuple(t for t in BUCKETS if t == 1 or t <= most)
