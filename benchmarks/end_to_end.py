@@ -24,7 +24,7 @@ MODELS = {
     "llama1b": {
         "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
         "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 32000,
-        "rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "rope_theta": 500000.0,
+        "rms_norm_eps": 1e-5, "max_position_embeddings": 131072, "rope_theta": 500000.0,
     },
     "bitnet3b": {
         "hidden_size": 3200, "intermediate_size": 8640, "num_hidden_layers": 26,
