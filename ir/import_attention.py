@@ -22,6 +22,12 @@ def extents(var: Any) -> list[int]:
     return [int(d) for d in var.ty.shape.values]
 
 
+def sequences(pos: Any) -> int:
+    """Return how many sequences there are: of a batch ``pos`` is ``[B, 2]``."""
+    shape = extents(pos)
+    return shape[0] if len(shape) == 2 else 1
+
+
 def measured(cap: int, t: int) -> int:
     """Return the parameter ``len`` of a workload over a cache; 0 is the whole cache."""
     length = min(cap, max(t, MEASURED_KV))
@@ -75,22 +81,24 @@ class ListConverters:
         """Update descriptors of the tokens that the call appended."""
         self._refuse_order("describe_blocks")
         k_cache, pos, desc, kind, size, stride, *whole = imp.retrieve_args(node)
-        (cap, kv, d), t = extents(k_cache), self.appended[k_cache]
+        (cap, kv, d), t = extents(k_cache)[-3:], self.appended[k_cache]
         done = self.call(
             imp, "describe_blocks", [pos, k_cache, desc], [([1], "int32")], t=t, kv=kv, d=d, cap=cap,
             kind=kind, size=size, stride=0 if stride == size else stride, len=measured(cap, t),
             c=self.cache_format(k_cache), whole=int(bool(whole and whole[0])), e=_format(desc),
+            b=sequences(pos),
         )  # fmt: skip
         self.effects.append(done)
 
     def gate_queries(self, node: Any, imp: Any) -> Any:
         """Project queries for gates."""
         q, pos, inv_freq, gate_freq, weight, norm, eps = imp.retrieve_args(node)
-        (t, h, d), (kv, _, g) = extents(q), extents(weight)
+        (rows, h, d), (kv, _, g), b = extents(q), extents(weight), sequences(pos)
         return self.call(
-            imp, "gate_queries", [q, pos, inv_freq, gate_freq, weight, norm], [([t, kv, g], "float32")],
-            t=t, h=h, kv=kv, d=d, g=g, rot=2 * extents(inv_freq)[0], grot=2 * extents(gate_freq)[0],
-            norm=int(norm is not None), eps=float(eps), w=_format(weight),
+            imp, "gate_queries", [q, pos, inv_freq, gate_freq, weight, norm],
+            [([rows, kv, g], "float32")], t=rows // b, h=h, kv=kv, d=d, g=g, rot=2 * extents(inv_freq)[0],
+            grot=2 * extents(gate_freq)[0], norm=int(norm is not None), eps=float(eps), w=_format(weight),
+            b=b,
         )  # fmt: skip
 
     def gate_keys(self, node: Any, imp: Any) -> None:
@@ -99,13 +107,13 @@ class ListConverters:
         k_cache, pos, inv_freq, gate_freq, weight, norm, desc, size, last, eps = imp.retrieve_args(
             node
         )
-        (cap, kv, d), t = extents(k_cache), self.appended[k_cache]
+        (cap, kv, d), t = extents(k_cache)[-3:], self.appended[k_cache]
         done = self.call(
             imp, "gate_keys", [pos, inv_freq, gate_freq, weight, norm, k_cache, desc],
             [([1], "int32")], t=t, kv=kv, d=d, cap=cap, size=size, g=extents(weight)[2],
             rot=2 * extents(inv_freq)[0], grot=2 * extents(gate_freq)[0], norm=int(norm is not None),
             last=int(last), eps=float(eps), len=measured(cap, t), c=self.cache_format(k_cache),
-            w=_format(weight),
+            w=_format(weight), b=sequences(pos),
         )  # fmt: skip
         self.effects.append(done)
 
@@ -114,8 +122,8 @@ class ListConverters:
         q, desc, weight, pos, kind, agg, soft, block, rows, blocks, size, stride, scale = (
             imp.retrieve_args(node)
         )
-        (r, h, d), kv = extents(q), extents(desc)[1]
-        t, cap = r * rows, blocks * block
+        (r, h, d), kv, b = extents(q), extents(desc)[-3], sequences(pos)
+        t, cap = r // b * rows, blocks * block
         heads = h if agg == "none" else kv
         sizes: dict[str, Value] = {"size": size, "stride": stride} if kind == "compressed" else {}
         ones = kind == "indexer"
@@ -123,7 +131,7 @@ class ListConverters:
             imp, "score_blocks", [q, pos, weight, desc], [([r, heads, blocks], "float32")], t=t, h=h,
             kv=kv, d=d, cap=cap, kind=kind, agg=agg, block=block, rows=rows, soft=int(soft),
             scale=0.0 if ones and scale == 1 else factor(scale, d), len=measured(cap, t),
-            e=_format(desc), **sizes,
+            e=_format(desc), b=b, **sizes,
         )  # fmt: skip
 
     def score_keys(self, node: Any, imp: Any) -> Any:
@@ -167,12 +175,12 @@ class ListConverters:
         score, pos, value, rule, k, share, block, rows, first, last, merge, kmax, *more = (
             imp.retrieve_args(node)
         )
-        r, hs, blocks = extents(score)
-        t, cap = r * rows, blocks * block
+        (r, hs, blocks), b = extents(score), sequences(pos)
+        t, cap = r // b * rows, blocks * block
         p: dict[str, Value] = {
             "t": t, "hs": hs, "cap": cap, "block": block, "k": k, "rule": rule, "share": float(share),
             "rows": rows, "first": first, "last": last, "merge": merge, "len": measured(cap, t),
-            "positive": int(bool(more and more[0])),
+            "positive": int(bool(more and more[0])), "b": b,
         }  # fmt: skip
         op: Any = get_op("select_blocks")
         p["kmax"] = 0 if op.list_length(op.full(op.workload(**p))) == kmax else kmax
@@ -186,14 +194,15 @@ class ListConverters:
             imp.retrieve_args(node)
         )
         first = more[0] if more else 0
-        (t, h, d), (cap, kv, _), dv = extents(q), extents(k_cache), extents(v_cache)[2]
-        _, hs, kmax = extents(idx)
+        (r, h, d), (cap, kv, _), dv = extents(q), extents(k_cache)[-3:], extents(v_cache)[-1]
+        (_, hs, kmax), b = extents(idx), sequences(pos)
+        t = r // b
         return self.call(
             imp, "sparse_attention", [q, pos, idx, cnt, table, sink, k_cache, v_cache],
-            [([t, h, dv], "float32"), ([t, h], "float32")], t=t, h=h, kv=kv, d=d, dv=dv, cap=cap, hs=hs,
+            [([r, h, dv], "float32"), ([r, h], "float32")], t=t, h=h, kv=kv, d=d, dv=dv, cap=cap, hs=hs,
             block=block, kmax=kmax, rows=rows, window=window, sink=int(sink is not None), page=page,
             scale=factor(scale, d), len=0 if first else measured(cap, t), first=first,
-            c=self.cache_format(k_cache, v_cache), lay=self.lay,
+            c=self.cache_format(k_cache, v_cache), lay=self.lay, b=b,
         )  # fmt: skip
 
     def int8_attention(self, node: Any, imp: Any) -> Any:

@@ -77,8 +77,8 @@ def _named(more: list[Any]) -> str:
 
 def _group_shape(states: list[Any]) -> dict[str, int]:
     """Return the parameters of ops that a cache in groups decides on (`kv_groups.STATES`)."""
-    (cap, kv, d), dv = _shape(states[0]), _shape(states[3])[2]
-    return {"kv": kv, "d": d, "dv": dv, "cap": cap, "tail": _shape(states[2])[0]}
+    (cap, kv, d), dv, tail = _shape(states[0])[-3:], _shape(states[3])[-1], _shape(states[2])[-3]
+    return {"kv": kv, "d": d, "dv": dv, "cap": cap, "tail": tail, "b": _sequences(states[0])}
 
 
 class _Converters:
@@ -262,20 +262,21 @@ class _Converters:
 
     def kv_append_groups(self, node: Any, imp: Any) -> Any:
         qkv, table, pos, q_norm, k_norm, *states, heads, eps, gain, c = imp.retrieve_args(node)
-        t, norm = _shape(qkv)[0], {"norm": 1, "eps": float(eps)} if q_norm is not None else {}
-        shape = _group_shape(states)
+        norm = {"norm": 1, "eps": float(eps)} if q_norm is not None else {}
+        rows, shape = _shape(qkv)[0], _group_shape(states)
         return self.call(
             imp, "kv_append", [qkv, table, pos, q_norm, k_norm, *states],
-            [([t, heads, shape["d"]], "float32")], t=t, h=heads, rot=2 * _shape(table)[2],
+            [([rows, heads, shape["d"]], "float32")], t=rows // shape["b"], h=heads, rot=2 * _shape(table)[2],
             vscale=float(gain), c=c, **shape, **norm,
         )  # fmt: skip
 
     def grouped_attention(self, node: Any, imp: Any) -> Any:
         q, *states, pos, sink, scale, c = imp.retrieve_args(node)
-        (t, h, d), shape = _shape(q), _group_shape(states)
+        (rows, h, d), shape = _shape(q), _group_shape(states)
+        t = rows // shape["b"]
         same, cap = abs(float(scale) * d**0.5 - 1) < 1e-6, shape["cap"]
         return self.call(
-            imp, "cached_attention", [q, pos, sink, *states], [([t, h, shape["dv"]], "float32")],
+            imp, "cached_attention", [q, pos, sink, *states], [([rows, h, shape["dv"]], "float32")],
             t=t, h=h, sink=int(sink is not None), scale=0.0 if same else float(scale),
             len=min(cap, max(t, MEASURED_KV)), c=c, **shape,
         )  # fmt: skip

@@ -87,6 +87,8 @@ def attend_rounded(
     q, pos = inputs["q"], inputs["pos"]
     t, heads, d = q.shape
     k, v, seen = visible(inputs, pos, t, fmt, torch.float32)
+    if not len(k):  # a sequence that rests before its first token
+        return q.new_zeros((t, heads, v.shape[2]))
     kv = k.shape[1]
     packed = max(int(pos.sum()) - 1, 0) // fmt.group * fmt.group
     rows = q.reshape(t, kv, heads // kv, d)

@@ -9,21 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import wraps
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mimo_compile.errors import UsageError
-from mimo_compile.ir.caches import FORMATS
+from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.ops.base import Arg, Array, OpDef
 from mimo_compile.ir.workload import Value, Workload
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 OWN = ("b", "even")
 """Parameters that a sequence by itself does not have."""
 
 
 def check_batch(op: str, p: Mapping[str, Any]) -> None:
-    """Refuse batches over caches that no kernel reads several of, and equal lengths of one sequence.
+    """Refuse batches of what no kernel computes for several, and equal lengths of one sequence.
 
     Raises:
         UsageError: naming the op.
@@ -34,26 +37,69 @@ def check_batch(op: str, p: Mapping[str, Any]) -> None:
         )
     if p["b"] == 1:
         return
-    if p["c"] not in FORMATS or p["lay"] or p.get("arith", "float") != "float":
+    if p.get("arith", "float") != "float":
         raise UsageError(
-            f"{op}: b={p['b']} is for caches of float numbers in their usual order, and float arithmetic",
-            remedy="leave out c, lay and arith, or use c=bf16",
+            f"{op}: b={p['b']} is for float arithmetic", remedy="leave out arith, or b"
+        )
+    if p.get("page"):
+        raise UsageError(
+            f"{op}: b={p['b']} is for caches without pages", remedy="leave out page, or b"
+        )
+    if p.get("kind") == "channels":
+        raise UsageError(
+            f"{op}: b={p['b']} is not for kind=channels", remedy="leave out b, or score by logits"
         )
 
 
-def batched(args: Sequence[Arg], b: int, t: int) -> tuple[Arg, ...]:
-    """Return the arguments of ``b`` sequences from those of one with ``t`` tokens."""
+def batched(args: Sequence[Arg], b: int) -> tuple[Arg, ...]:
+    """Return the arguments of ``b`` sequences from those of one."""
     if b == 1:
         return tuple(args)
-    return tuple(Arg(a.name, a.role, _shape(a, b, t), a.dtype, a.mutated) for a in args)
+    return tuple(Arg(a.name, a.role, _shape(a, b), a.dtype, a.mutated) for a in args)
 
 
-def _shape(arg: Arg, b: int, t: int) -> tuple[int, ...]:
+def _shape(arg: Arg, b: int) -> tuple[int, ...]:
     if arg.role == "weight":
         return arg.shape
     if arg.role == "state" or arg.name == "pos":
         return (b, *arg.shape)
-    return (b * t, *arg.shape[1:])
+    return (b * arg.shape[0], *arg.shape[1:])
+
+
+def lengths(longest: int, p: Mapping[str, Any]) -> list[int]:
+    """Return the KV length of each sequence that inputs are made for: from the longest down to its half."""
+    b, least = p["b"], max(p["t"], -(-longest // 2))
+    fewer = (0 if p.get("even") else i * longest // (2 * b) + i for i in range(b))
+    return [max(least, longest - n) for n in fewer]
+
+
+def drawn(
+    op: OpDef, workload: Workload, rng: np.random.Generator, lengths: Sequence[int]
+) -> dict[str, Array]:
+    """Draw inputs of a batch: of each sequence those of its KV length alone."""
+    each = [alone(workload, len=n) for n in lengths]
+    return join(op, workload, [op.make_inputs(one, rng) for one in each])
+
+
+def counted(op: OpDef, workload: Workload, lengths: Sequence[int]) -> Counts:
+    """Return the work of a batch: that of each sequence at its KV length."""
+    return sum((op.counts(alone(workload, len=n)) for n in lengths), Counts())
+
+
+def rested(
+    workload: Workload, inputs: Mapping[str, Array], rng: np.random.Generator
+) -> dict[str, Array] | None:
+    """Return inputs of a batch one of whose sequences, drawn anew, has no token; None: it is no batch.
+
+    Its rows, and with them its states, are what kernels may touch by mistake. Inputs to be timed have none:
+    all sequences of a batch are to go on.
+    """
+    pos = inputs.get("pos")
+    if dict(workload.params).get("b", 1) == 1 or pos is None:
+        return None
+    places = pos.copy()
+    places[int(rng.integers(len(places))), 1] = 0
+    return {**inputs, "pos": places}
 
 
 def alone(workload: Workload, **changes: Value) -> Workload:
@@ -73,11 +119,17 @@ def split(op: OpDef, workload: Workload, arrays: Mapping[str, Array]) -> Iterato
     p = op.full(workload)
     roles = {a.name: a.role for a in op.args(workload)}
     for i in range(p["b"]):
-        rows = slice(i * p["t"], (i + 1) * p["t"])
         yield {
-            name: a if roles[name] == "weight" else a[i if _by_itself(roles, name) else rows]
+            name: a if roles[name] == "weight" else _part(a, i, p["b"], _by_itself(roles, name))
             for name, a in arrays.items()
         }
+
+
+def _part(array: Array, i: int, b: int, by_itself: bool) -> Array:
+    """Return what belongs to sequence ``i`` of ``b``: an entry of the first extent, or some rows."""
+    rows = len(array) // b
+    part: Array = array[i] if by_itself else array[i * rows : (i + 1) * rows]
+    return part
 
 
 def join(op: OpDef, workload: Workload, parts: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
@@ -109,3 +161,24 @@ def one_by_one(method: Callable[..., dict[str, Array]]) -> Callable[..., dict[st
 def _by_itself(roles: Mapping[str, str], name: str) -> bool:
     """Say whether an array has an extent for the sequences, rather than rows of each."""
     return roles[name] == "state" or name == "pos"
+
+
+def several(
+    one: Callable[..., Any],
+    pos: Tensor,
+    rows: Sequence[Tensor | None],
+    states: Sequence[Tensor] = (),
+) -> list[Any]:
+    """Return what ``one(pos, *rows, *states)`` gives for each sequence.
+
+    Args:
+        one: Computes one sequence.
+        pos: int32 ``[2]`` of a single sequence, whose tensors are passed as they are, or ``[B, 2]``.
+        rows: Tensors of rows, those of the first sequence first; or None.
+        states: Tensors with an entry for each sequence.
+    """
+    if pos.dim() == 1:
+        return [one(pos, *rows, *states)]
+    b = len(pos)
+    parts = ([None] * b if given is None else given.chunk(b) for given in rows)
+    return [one(at, *mine) for at, *mine in zip(pos, *parts, *states, strict=True)]

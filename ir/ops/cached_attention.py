@@ -128,10 +128,11 @@ def cached_attention(
     Of B sequences: ``q [B * T, H, D]``, caches ``[B, cap, KV, D/DV]``, ``pos [B, 2]`` -> ``[B * T, H, DV]``.
     ``c`` names the caches' format where their type does not, as for `kv_append`.
     """
-    if k_cache.dim() == 3:
-        return attend(q, k_cache, v_cache, pos, sink, scale, window)
-    each = zip(q.chunk(len(pos)), k_cache, v_cache, pos, strict=True)
-    return torch.cat([attend(*one, sink, scale, window) for one in each])
+
+    def one(at: Tensor, mine: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        return attend(mine, keys, values, at, sink, scale, window)
+
+    return torch.cat(batches.several(one, pos, (q,), (k_cache, v_cache)))
 
 
 @cached_attention.register_fake
@@ -147,13 +148,18 @@ def grouped_attention(
     q: Tensor, k_cache: Tensor, k_scale: Tensor, k_tail: Tensor, v_cache: Tensor, v_scale: Tensor,
     v_tail: Tensor, pos: Tensor, sink: Tensor | None, scale: float, c: str,
 ) -> Tensor:  # fmt: skip
-    """Attend over a cache in groups (`ir.kv_groups`, format ``c``): ``q [T, H, D]`` -> ``[T, H, DV]``."""
-    states = dict(
-        zip(kv_groups.STATES, (k_cache, k_scale, k_tail, v_cache, v_scale, v_tail), strict=True)
-    )
-    fmt = kv_groups.GROUPED[c]
-    k, v, seen = kv_groups.visible(states, pos, q.shape[0], fmt, q.dtype)
-    return attend_seen(q, k, v, seen, int(pos[1]), sink, scale)
+    """Attend over a cache in groups (`ir.kv_groups`, format ``c``): ``q [T, H, D]`` -> ``[T, H, DV]``.
+
+    Several sequences: as for `cached_attention`.
+    """
+
+    def one(at: Tensor, mine: Tensor, *held: Tensor) -> Tensor:
+        states, fmt = dict(zip(kv_groups.STATES, held, strict=True)), kv_groups.GROUPED[c]
+        k, v, seen = kv_groups.visible(states, at, mine.shape[0], fmt, mine.dtype)
+        return attend_seen(mine, k, v, seen, int(at[1]), sink, scale)
+
+    held = (k_cache, k_scale, k_tail, v_cache, v_scale, v_tail)
+    return torch.cat(batches.several(one, pos, (q,), held))
 
 
 @grouped_attention.register_fake
@@ -161,7 +167,7 @@ def _(
     q: Tensor, k_cache: Tensor, k_scale: Tensor, k_tail: Tensor, v_cache: Tensor, v_scale: Tensor,
     v_tail: Tensor, pos: Tensor, sink: Any, scale: float, c: str,
 ) -> Tensor:  # fmt: skip
-    return q.new_empty((q.shape[0], q.shape[1], v_cache.shape[2]))
+    return q.new_empty((q.shape[0], q.shape[1], v_cache.shape[-1]))
 
 
 class CachedAttention(OpDef):
@@ -213,10 +219,7 @@ class CachedAttention(OpDef):
 
     def lengths(self, p: Mapping[str, Any]) -> list[int]:
         """Return the KV length of each sequence that inputs are made for, the longest first."""
-        longest, b = self.kv_length(p), p["b"]
-        least = max(p["t"], -(-longest // 2))
-        fewer = (0 if p["even"] else i * longest // (2 * b) + i for i in range(b))
-        return [max(least, longest - n) for n in fewer]
+        return batches.lengths(self.kv_length(p), p)
 
     def softmax_scale(self, p: Mapping[str, Any]) -> float:
         """Return the factor on q.k: the given one or ``1/sqrt(d)``."""
@@ -240,7 +243,7 @@ class CachedAttention(OpDef):
                 Arg("v_cache", "state", (p["cap"], p["kv"], p["dv"]), stored),
             )
         out += [*states, Arg("out", "output", (p["t"], p["h"], p["dv"]), "float32")]
-        return batches.batched(out, p["b"], p["t"])
+        return batches.batched(out, p["b"])
 
     def make_inputs(self, workload: Workload, rng: np.random.Generator) -> dict[str, Array]:
         """Draw normal q, k, v; what no query sees holds NaN, which must not reach the output.
@@ -249,8 +252,7 @@ class CachedAttention(OpDef):
         """
         p = self.full(workload)
         if p["b"] > 1:
-            each = [batches.alone(workload, len=n) for n in self.lengths(p)]
-            return batches.join(self, workload, [self.make_inputs(one, rng) for one in each])
+            return batches.drawn(self, workload, rng, self.lengths(p))
         length = self.kv_length(p)
         if fmt := kv_groups.grouped(p):
             out = {
@@ -381,8 +383,7 @@ class CachedAttention(OpDef):
         """Visible keys and values once for each KV head; two multiply-adds per element and query head."""
         p = self.full(workload)
         if p["b"] > 1:
-            each = (self.counts(batches.alone(workload, len=n)) for n in self.lengths(p))
-            return sum(each, Counts())
+            return batches.counted(self, workload, self.lengths(p))
         length = self.kv_length(p)
         per_query = min(length, p["window"] or length)
         read = min(length, (p["window"] + p["t"] - 1) if p["window"] else length)

@@ -9,6 +9,8 @@ the running one, which would cost a pass over its keys at every step.
 
 Kinds and their parts: ``bounds`` (least, greatest), ``mean``, ``peak`` (greatest magnitude), ``pool3``
 (greatest, least, mean: what SeerAttention's gates compress).
+
+``b`` sequences have a cache, descriptors and a ``pos`` each: see `batches`.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from torch import Tensor
 from mimo_compile.errors import UsageError
 from mimo_compile.ir.caches import parse_cache_format
 from mimo_compile.ir.counts import Counts
+from mimo_compile.ir.ops import batches
 from mimo_compile.ir.ops.base import Arg, Array, OpDef, Param
 from mimo_compile.ir.ops.block_lists import blocks_of
 from mimo_compile.ir.ops.numerics import U32
@@ -72,12 +75,18 @@ def describe_blocks(
         size: Positions of an entry.
         stride: Positions from one entry to the next.
         whole: Leave entries alone until they are complete.
+
+    Of B sequences: ``k_cache [B, cap, KV, D]``, ``pos [B, 2]``, ``desc [B, entries, KV, parts, D]``.
     """
-    end = int(pos[0]) + int(pos[1])
     wide = torch.promote_types(desc.dtype, torch.float32)
-    for e in touched(pos, desc.shape[0], size, stride, whole):
-        keys = k_cache[e * stride : min(e * stride + size, end)]
-        desc[e] = describe(keys.to(wide), kind).to(desc.dtype)
+
+    def one(at: Tensor, cache: Tensor, entries: Tensor) -> None:
+        end = int(at[0]) + int(at[1])
+        for e in touched(at, entries.shape[0], size, stride, whole):
+            keys = cache[e * stride : min(e * stride + size, end)]
+            entries[e] = describe(keys.to(wide), kind).to(entries.dtype)
+
+    batches.several(one, pos, (), (k_cache, desc))
 
 
 @describe_blocks.register_fake
@@ -108,10 +117,12 @@ class DescribeBlocks(OpDef):
         Param("c", str, "f32"),
         Param("whole", int, 0),
         Param("e", str, "f32"),
+        Param("b", int, 1, low=1),
     )
 
     def check(self, p: Mapping[str, Any]) -> None:
         """Refuse unknown kinds and lengths beyond the cache."""
+        batches.check_batch(self.name, p)
         if parse_cache_format(p["e"]).bits < parse_cache_format(p["c"]).bits:
             raise UsageError(
                 f"describe_blocks: e={p['e']} entries would round c={p['c']} keys: there are none",
@@ -134,16 +145,19 @@ class DescribeBlocks(OpDef):
         """Return pos, k_cache, desc (written)."""
         p = self.full(workload)
         shape = (self._sizes(workload)[0], p["kv"], PARTS[p["kind"]], p["d"])
-        return (
+        one = (
             Arg("pos", "input", (2,), "int32"),
             Arg("k_cache", "state", (p["cap"], p["kv"], p["d"]), parse_cache_format(p["c"]).dtype),
             Arg("desc", "state", shape, parse_cache_format(p["e"]).dtype, mutated=True),
         )
+        return batches.batched(one, p["b"])
 
     def make_inputs(self, workload: Workload, rng: np.random.Generator) -> dict[str, Array]:
         """Draw keys, and wild descriptors that nothing may be merged with; later slots hold NaN."""
         p = self.full(workload)
         length = int(p["len"] or p["cap"])
+        if p["b"] > 1:
+            return batches.drawn(self, workload, rng, batches.lengths(length, p))
         _, cache, desc = self.args(workload)
         keys = rng.standard_normal(cache.shape, dtype=np.float32)
         keys[length:] = np.nan
@@ -153,6 +167,7 @@ class DescribeBlocks(OpDef):
         )
         return {"pos": np.array([length - p["t"], p["t"]], np.int32), "k_cache": keys, "desc": wild}
 
+    @batches.one_by_one
     def reference(self, workload: Workload, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Compute in float64; untouched entries keep their values."""
         p = self.full(workload)
@@ -163,6 +178,7 @@ class DescribeBlocks(OpDef):
         describe_blocks(keys, pos, desc, p["kind"], size, stride, bool(p["whole"]))
         return {"desc": desc.numpy()}
 
+    @batches.one_by_one
     def bound(
         self, workload: Workload, inputs: Mapping[str, Array], expected: Mapping[str, Array]
     ) -> dict[str, Array]:
@@ -186,6 +202,8 @@ class DescribeBlocks(OpDef):
         p = self.full(workload)
         entries, size, stride = self._sizes(workload)
         length = int(p["len"] or p["cap"])
+        if p["b"] > 1:
+            return batches.counted(self, workload, batches.lengths(length, p))
         pos = torch.tensor([length - p["t"], p["t"]])
         made = touched(pos, entries, size, stride, bool(p["whole"]))
         keys = min(length, made.stop * stride - stride + size) - made.start * stride if made else 0

@@ -6,6 +6,8 @@ pooled (greatest, least, mean), projected, normalised where the gates have a nor
 first position, or its last one (see `seer_gates`). Nothing is kept of a running block, since its keys are in
 the cache; so after going back, a block that is completed again gets the entry of its new keys. Other entries
 keep their values.
+
+``b`` sequences have a cache, entries and a ``pos`` each: see `batches`.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from torch import Tensor
 from mimo_compile.errors import UsageError
 from mimo_compile.ir.caches import parse_cache_format
 from mimo_compile.ir.counts import Counts
-from mimo_compile.ir.ops import seer_gates
+from mimo_compile.ir.ops import batches, seer_gates
 from mimo_compile.ir.ops.base import Arg, Array, OpDef, Param
 from mimo_compile.ir.ops.describe_blocks import describe, entries_of, touched
 from mimo_compile.ir.ops.kv_append import turn_back
@@ -58,13 +60,20 @@ def gate_keys(
         size: Positions of a block.
         last: Rotate at a block's last position instead of its first.
         eps: Of the norm.
+
+    Of B sequences: ``k_cache [B, cap, KV, D]``, ``pos [B, 2]``, ``desc [B, entries, KV, 1, G]``.
     """
     dtype = desc.dtype
-    for e in made(pos, desc.shape[0], size):
-        pools = describe(_block(k_cache, e, size, inv_freq, dtype), "pool3")
-        at = torch.tensor([e * size + (size - 1) * last])
-        table = seer_gates.angles(at, gate_freq, dtype)
-        desc[e] = seer_gates.gate_keys(pools[None], weight.to(dtype), norm, table, eps)[0][:, None]
+
+    def one(where: Tensor, cache: Tensor, entries: Tensor) -> None:
+        for e in made(where, entries.shape[0], size):
+            pools = describe(_block(cache, e, size, inv_freq, dtype), "pool3")
+            at = torch.tensor([e * size + (size - 1) * last])
+            table = seer_gates.angles(at, gate_freq, dtype)
+            key = seer_gates.gate_keys(pools[None], weight.to(dtype), norm, table, eps)
+            entries[e] = key[0][:, None]
+
+    batches.several(one, pos, (), (k_cache, desc))
 
 
 @gate_keys.register_fake
@@ -97,12 +106,14 @@ class GateKeys(OpDef):
         Param("len", int, 0),
         Param("c", str, "f32"),
         Param("w", str, "f32"),
+        Param("b", int, 1, low=1),
     )
 
     def check(self, p: Mapping[str, Any]) -> None:
         """Refuse lengths beyond the cache, unknown formats, and what `check_gates` does."""
         parse_cache_format(p["c"])
         seer_gates.check_gates(self.name, p)
+        batches.check_batch(self.name, p)
         if not p["t"] <= int(p["len"] or p["cap"]) <= p["cap"]:
             raise UsageError("gate_keys: len (KV length) must lie between t and cap")
 
@@ -110,17 +121,20 @@ class GateKeys(OpDef):
         """Return pos, frequencies, projection, norm (if any), k_cache, desc (written)."""
         p = self.full(workload)
         entries = entries_of(p["cap"], p["size"], p["size"])
-        return (
+        one = (
             Arg("pos", "input", (2,), "int32"),
             *seer_gates.weight_args(p, 3 * p["d"]),
             Arg("k_cache", "state", (p["cap"], p["kv"], p["d"]), parse_cache_format(p["c"]).dtype),
             Arg("desc", "state", (entries, p["kv"], 1, p["g"]), "float32", mutated=True),
         )
+        return batches.batched(one, p["b"])
 
     def make_inputs(self, workload: Workload, rng: np.random.Generator) -> dict[str, Array]:
         """Draw keys, and wild entries that none may be merged with; later slots hold NaN."""
         p = self.full(workload)
         length = int(p["len"] or p["cap"])
+        if p["b"] > 1:
+            return batches.drawn(self, workload, rng, batches.lengths(length, p))
         *_, cache, desc = self.args(workload)
         keys = rng.standard_normal(cache.shape, dtype=np.float32)
         keys[length:] = np.nan
@@ -131,6 +145,7 @@ class GateKeys(OpDef):
             "desc": 100 * rng.standard_normal(desc.shape, dtype=np.float32),
         }
 
+    @batches.one_by_one
     def reference(self, workload: Workload, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Compute in float64, from float32 angles; entries of other blocks keep their values."""
         p, w = self.full(workload), seer_gates.real_weights(inputs)
@@ -142,6 +157,7 @@ class GateKeys(OpDef):
         )  # fmt: skip
         return {"desc": desc.numpy()}
 
+    @batches.one_by_one
     def bound(
         self, workload: Workload, inputs: Mapping[str, Array], expected: Mapping[str, Array]
     ) -> dict[str, Array]:
@@ -168,9 +184,9 @@ class GateKeys(OpDef):
     def counts(self, workload: Workload) -> Counts:
         """Keys of the blocks that are completed and the weights once; nothing where none is."""
         p = self.full(workload)
-        length = int(p["len"] or p["cap"])
         entries = entries_of(p["cap"], p["size"], p["size"])
-        blocks = len(made(torch.tensor([length - p["t"], p["t"]]), entries, p["size"]))
+        places = [[n - p["t"], p["t"]] for n in batches.lengths(int(p["len"] or p["cap"]), p)]
+        blocks = sum(len(made(at, entries, p["size"])) for at in torch.tensor(places))
         rows, outs = float(blocks * p["size"] * p["kv"]), float(blocks * p["kv"])
         weights = p["kv"] * 3.0 * p["d"] * p["g"] * (4 if p["w"] == "f32" else 2) * bool(blocks)
         moved = rows * p["d"] * parse_cache_format(p["c"]).bytes + weights + 4.0 * outs * p["g"]
@@ -179,4 +195,4 @@ class GateKeys(OpDef):
             "add_f32": 3 * rows * p["d"],
             "exp_f32": float(blocks * (p["size"] * p["rot"] + p["grot"])),
         }
-        return Counts(ops, {"dram": moved + 8.0})
+        return Counts(ops, {"dram": moved + 8.0 * p["b"]})

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mimo_compile.errors import UsageError
 from mimo_compile.ir.counts import Counts
-from mimo_compile.ir.ops import seer_gates
+from mimo_compile.ir.ops import batches, seer_gates
 from mimo_compile.ir.ops.base import Arg, Array, OpDef, Param
 from mimo_compile.ir.ops.kv_append import turn_back
 from mimo_compile.ir.workload import Workload
@@ -36,11 +36,17 @@ def gate_queries(
         weight: ``[KV, H/KV * D, G]``, float32 or bfloat16.
         norm: ``[G]`` or None.
         eps: Of the norm.
+
+    Of B sequences: ``q [B * T, H, D]``, ``pos [B, 2]`` -> ``[B * T, KV, G]``.
     """
-    at = pos[0] + torch.arange(q.shape[0])
-    raw = turn_back(q, seer_gates.angles(at, inv_freq, q.dtype))
-    table = seer_gates.angles(at, gate_freq, q.dtype)
-    return seer_gates.gate_queries(raw, weight.to(q.dtype), norm, table, eps)
+
+    def one(where: Tensor, mine: Tensor) -> Tensor:
+        at = where[0] + torch.arange(mine.shape[0])
+        raw = turn_back(mine, seer_gates.angles(at, inv_freq, q.dtype))
+        table = seer_gates.angles(at, gate_freq, q.dtype)
+        return seer_gates.gate_queries(raw, weight.to(q.dtype), norm, table, eps)
+
+    return torch.cat(batches.several(one, pos, (q,)))
 
 
 @gate_queries.register_fake
@@ -51,7 +57,7 @@ def _(
 
 
 class GateQueries(OpDef):
-    """``gate_queries:t=1,h=32,kv=8,d=128,g=128,rot=128,grot=128,norm=1,w=bf16``."""
+    """``gate_queries:t=1,h=32,kv=8,d=128,g=128,rot=128,grot=128,norm=1,w=bf16``; ``b``: see `batches`."""
 
     name = "gate_queries"
     params = (
@@ -65,6 +71,7 @@ class GateQueries(OpDef):
         Param("norm", int, 0),
         Param("eps", float, 1e-6),
         Param("w", str, "f32"),
+        Param("b", int, 1, low=1),
     )
 
     def check(self, p: Mapping[str, Any]) -> None:
@@ -76,16 +83,21 @@ class GateQueries(OpDef):
     def args(self, workload: Workload) -> tuple[Arg, ...]:
         """Return q, pos, frequencies, projection, norm (if any), out."""
         p = self.full(workload)
-        return (
+        one = (
             Arg("q", "input", (p["t"], p["h"], p["d"]), "float32"),
             Arg("pos", "input", (2,), "int32"),
             *seer_gates.weight_args(p, p["h"] // p["kv"] * p["d"]),
             Arg("out", "output", (p["t"], p["kv"], p["g"]), "float32"),
         )
+        return batches.batched(one, p["b"])
 
     def make_inputs(self, workload: Workload, rng: np.random.Generator) -> dict[str, Array]:
         """Draw normal queries at far positions, some of them padding."""
         p = self.full(workload)
+        if p["b"] > 1:
+            alone = batches.alone(workload)
+            each = [self.make_inputs(alone, rng) for _ in range(p["b"])]
+            return batches.join(self, workload, each)
         start, valid = int(rng.integers(0, 200_000)), int(rng.integers(1, p["t"] + 1))
         return {
             "q": rng.standard_normal((p["t"], p["h"], p["d"]), dtype=np.float32),
@@ -93,6 +105,7 @@ class GateQueries(OpDef):
             **seer_gates.draw_weights(p, p["h"] // p["kv"] * p["d"], rng),
         }
 
+    @batches.one_by_one
     def reference(self, workload: Workload, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Compute in float64, from float32 angles."""
         w = seer_gates.real_weights(inputs)
@@ -101,6 +114,7 @@ class GateQueries(OpDef):
         out = gate_queries(q, pos, w["inv_freq"], w["gate_freq"], w["weight"], w.get("norm"), eps)
         return {"out": out.numpy()}
 
+    @batches.one_by_one
     def bound(
         self, workload: Workload, inputs: Mapping[str, Array], expected: Mapping[str, Array]
     ) -> dict[str, Array]:
@@ -124,10 +138,10 @@ class GateQueries(OpDef):
     def counts(self, workload: Workload) -> Counts:
         """Each weight once for each token, angles once; queries in, results out, weights read once."""
         p = self.full(workload)
-        columns = p["h"] // p["kv"] * p["d"]
-        macs = float(p["t"] * p["kv"] * columns * p["g"])
+        columns, tokens = p["h"] // p["kv"] * p["d"], p["b"] * p["t"]
+        macs = float(tokens * p["kv"] * columns * p["g"])
         weights = float(p["kv"] * columns * p["g"] * (4 if p["w"] == "f32" else 2))
-        turns = float(p["t"] * (p["h"] * p["rot"] + p["kv"] * p["grot"]))
-        moved = 4.0 * p["t"] * (p["h"] * p["d"] + p["kv"] * p["g"])
-        ops = {"fma_f32": macs + 2 * turns, "exp_f32": float(p["t"] * (p["rot"] + p["grot"]))}
+        turns = float(tokens * (p["h"] * p["rot"] + p["kv"] * p["grot"]))
+        moved = 4.0 * tokens * (p["h"] * p["d"] + p["kv"] * p["g"])
+        ops = {"fma_f32": macs + 2 * turns, "exp_f32": float(tokens * (p["rot"] + p["grot"]))}
         return Counts(ops, {"dram": weights + moved})

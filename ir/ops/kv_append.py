@@ -86,22 +86,19 @@ def kv_append(
     ``[B, cap, KV, D/DV]`` -> q ``[B * T, H, D]``. ``c`` names the caches' format where their type does not: a
     scaled one, whose numbers are float32 here.
     """
-    cap, kv_heads, d = k_cache.shape[-3:]
-    several = k_cache.dim() == 4
-    caches = zip(k_cache, v_cache, strict=True) if several else [(k_cache, v_cache)]
-    places = pos if several else pos[None]
-    rows = zip(qkv.chunk(len(places)), table.chunk(len(places)), places, strict=True)
-    made = []
-    for (mine, angles, at), (keys, values) in zip(rows, caches, strict=True):
+    (cap, kv_heads, d), dv = k_cache.shape[-3:], v_cache.shape[-1]
+
+    def one(at: Tensor, mine: Tensor, angles: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         q, k, v, slots = prepare(
-            mine, angles, at, q_norm, k_norm, heads, kv_heads, d, values.shape[2], eps, v_scale, cap, first
-        )  # fmt: skip
+            mine, angles, at, q_norm, k_norm, heads, kv_heads, d, dv, eps, v_scale, cap, first
+        )
         if c in SCALED:
             k, v = float8.rounded(k), float8.rounded(v)
         keys[slots] = k.to(keys.dtype)
         values[slots] = v.to(values.dtype)
-        made.append(q)
-    return torch.cat(made)
+        return q
+
+    return torch.cat(batches.several(one, pos, (qkv, table), (k_cache, v_cache)))
 
 
 @kv_append.register_fake
@@ -120,16 +117,20 @@ def kv_append_groups(
 ) -> Tensor:  # fmt: skip
     """Append to a cache in groups (`ir.kv_groups`, format ``c``): ``qkv [T, ...]`` -> q ``[T, H, D]``.
 
-    ``gain`` multiplies the values.
+    ``gain`` multiplies the values. Several sequences: as for `kv_append`.
     """
-    cap, kv_heads, d = k_cache.shape
-    q, k, v, _ = prepare(
-        qkv, table, pos, q_norm, k_norm, heads, kv_heads, d, v_cache.shape[2], eps, gain, cap
-    )
-    states = (k_cache, k_scale, k_tail, v_cache, v_scale, v_tail)
-    named = dict(zip(kv_groups.STATES, states, strict=True))
-    kv_groups.append_rows(named, k, v, int(pos[0]), kv_groups.GROUPED[c])
-    return q.clone()
+    (cap, kv_heads, d), dv = k_cache.shape[-3:], v_cache.shape[-1]
+
+    def one(at: Tensor, mine: Tensor, angles: Tensor, *states: Tensor) -> Tensor:
+        q, k, v, _ = prepare(
+            mine, angles, at, q_norm, k_norm, heads, kv_heads, d, dv, eps, gain, cap
+        )
+        named = dict(zip(kv_groups.STATES, states, strict=True))
+        kv_groups.append_rows(named, k, v, int(at[0]), kv_groups.GROUPED[c])
+        return q
+
+    held = (k_cache, k_scale, k_tail, v_cache, v_scale, v_tail)
+    return torch.cat(batches.several(one, pos, (qkv, table), held))
 
 
 @kv_append_groups.register_fake
@@ -138,7 +139,7 @@ def _(
     k_tail: Tensor, v_cache: Tensor, v_scale: Tensor, v_tail: Tensor, heads: int, eps: float, gain: float,
     c: str,
 ) -> Tensor:  # fmt: skip
-    return qkv.new_empty((qkv.shape[0], heads, k_cache.shape[2]))
+    return qkv.new_empty((qkv.shape[0], heads, k_cache.shape[-1]))
 
 
 class KvAppend(OpDef):
@@ -196,21 +197,19 @@ class KvAppend(OpDef):
                 Arg("v_cache", "state", (p["cap"], p["kv"], p["dv"]), stored, mutated=True),
             )
         out += [*states, Arg("q", "output", (p["t"], p["h"], p["d"]), "float32")]
-        return batches.batched(out, p["b"], p["t"])
+        return batches.batched(out, p["b"])
 
     def make_inputs(self, workload: Workload, rng: np.random.Generator) -> dict[str, Array]:
         """Draw rows, angles and a start that makes the call wrap around the end of the cache.
 
         A cache in groups never wraps; there one is to fill up, if the call is long enough for it. Sequences
-        of a batch stand at different positions, and one of them, drawn anew, has no token that counts.
+        of a batch stand at different positions.
         """
         p = self.full(workload)
         if p["b"] > 1:
             each = [self.make_inputs(batches.alone(workload), rng) for _ in range(p["b"])]
-            resting = int(rng.integers(p["b"]))
             for i, one in enumerate(each):
-                start, valid = (int(n) for n in one["pos"])
-                one["pos"] = np.array([max(start - i, 0), valid * (i != resting)], np.int32)
+                one["pos"][0] = max(int(one["pos"][0]) - i, 0)
             return batches.join(self, workload, each)
         fmt = kv_groups.grouped(p)
         out: dict[str, Array] = {

@@ -50,7 +50,7 @@ class RopeTable(OpDef):
             Arg("inv_freq", "weight", (p["rot"] // 2,), "float32"),
             Arg("table", "output", (p["t"], 2, p["rot"] // 2), "float32"),
         )
-        return batches.batched(one, p["b"], p["t"])
+        return batches.batched(one, p["b"])
 
     def make_inputs(self, workload: Workload, rng: np.random.Generator) -> dict[str, Array]:
         """Draw a far start and the usual geometric frequencies."""

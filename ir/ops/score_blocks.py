@@ -16,6 +16,8 @@
 of the queries scores (ReSA). A block counts once it is complete at the row's last token, so that nothing of
 later tokens can leak in; an incomplete one has -inf and has to be forced by the selection (``gate`` and
 ``compressed`` score it without looking at it). Later blocks, and rows of padding, have -inf.
+
+``b`` sequences have descriptors and a ``pos`` each: see `batches`.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from torch import Tensor
 from mimo_compile.errors import UsageError
 from mimo_compile.ir.caches import parse_cache_format
 from mimo_compile.ir.counts import Counts
+from mimo_compile.ir.ops import batches
 from mimo_compile.ir.ops.base import Arg, Array, OpDef, Param
 from mimo_compile.ir.ops.block_lists import blocks_of, row_spans
 from mimo_compile.ir.ops.describe_blocks import entries_of
@@ -124,10 +127,16 @@ def score_blocks(
 
     Returns:
         ``[R, HS, blocks]``; HS is H, or KV where heads are brought together, or 1 for `indexer`.
+
+    Of B sequences: R times B rows, ``desc [B, entries, KV, parts, D]``, ``pos [B, 2]``.
     """
-    return block_scores(
-        q, desc, weight, pos, kind, agg, soft, block, rows, blocks, size, stride, scale
-    ).clone()
+
+    def one(at: Tensor, mine: Tensor, own: Tensor | None, entries: Tensor) -> Tensor:
+        return block_scores(
+            mine, entries, own, at, kind, agg, soft, block, rows, blocks, size, stride, scale
+        )
+
+    return torch.cat(batches.several(one, pos, (q, weight), (desc,)))
 
 
 @score_blocks.register_fake
@@ -135,7 +144,7 @@ def _(
     q: Tensor, desc: Tensor, weight: Any, pos: Tensor, kind: str, agg: str, soft: bool,
     block: int, rows: int, blocks: int, size: int, stride: int, scale: float,
 ) -> Tensor:  # fmt: skip
-    heads = q.shape[1] if agg == "none" else desc.shape[1]
+    heads = q.shape[1] if agg == "none" else desc.shape[-3]
     return q.new_empty((q.shape[0], heads, blocks))
 
 
@@ -162,11 +171,13 @@ class ScoreBlocks(OpDef):
         Param("scale", float, 0.0),
         Param("len", int, 0),
         Param("e", str, "f32"),
+        Param("b", int, 1, low=1),
     )
 
     def check(self, p: Mapping[str, Any]) -> None:
         """Refuse unknown kinds, heads that do not group, sizes that mean nothing."""
         parse_cache_format(p["e"])
+        batches.check_batch(self.name, p)
         if p["kind"] not in KINDS or p["agg"] not in KINDS[p["kind"]]:
             ways = "; ".join(f"{kind}: {', '.join(aggs)}" for kind, aggs in KINDS.items())
             raise UsageError(f"score_blocks: no kind={p['kind']}, agg={p['agg']}", remedy=ways)
@@ -209,18 +220,19 @@ class ScoreBlocks(OpDef):
         ]
         if p["kind"] == "indexer":
             out.append(Arg("weight", "input", (rows, heads), "float32"))
-        return (
-            *out,
-            Arg(
-                "desc", "state", (entries, p["kv"], parts, p["d"]), parse_cache_format(p["e"]).dtype
-            ),
+        stored = parse_cache_format(p["e"]).dtype
+        out += [
+            Arg("desc", "state", (entries, p["kv"], parts, p["d"]), stored),
             Arg("score", "output", (rows, scored, blocks_of(p["cap"], p["block"])), "float32"),
-        )
+        ]
+        return batches.batched(out, p["b"])
 
     def make_inputs(self, workload: Workload, rng: np.random.Generator) -> dict[str, Array]:
         """Draw normal values, bounds in order; entries that no row may see hold NaN."""
         p = self.full(workload)
         length, (size, stride) = int(p["len"] or p["cap"]), self.sizes(p)
+        if p["b"] > 1:
+            return batches.drawn(self, workload, rng, batches.lengths(length, p))
         out: dict[str, Array] = {
             a.name: rng.standard_normal(a.shape, dtype=np.float32)
             for a in self.args(workload)
@@ -242,10 +254,12 @@ class ScoreBlocks(OpDef):
             *self.sizes(p), self.softmax_scale(p),
         )  # fmt: skip
 
+    @batches.one_by_one
     def reference(self, workload: Workload, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Compute in float64."""
         return {"score": self._score(self.full(workload), inputs).numpy()}
 
+    @batches.one_by_one
     def bound(
         self, workload: Workload, inputs: Mapping[str, Array], expected: Mapping[str, Array]
     ) -> dict[str, Array]:
@@ -286,6 +300,9 @@ class ScoreBlocks(OpDef):
     def counts(self, workload: Workload) -> Counts:
         """Descriptors once, a product for each query head and entry, scores written once."""
         p = self.full(workload)
+        if p["b"] > 1:
+            lengths = batches.lengths(int(p["len"] or p["cap"]), p)
+            return batches.counted(self, workload, lengths)
         filled = float(p["len"] or p["cap"]) / p["cap"]
         sizes = {a.name: float(math.prod(a.shape)) for a in self.args(workload)}
         entries = sizes["desc"] * filled / p["kv"]  # elements of one KV head

@@ -14,6 +14,8 @@ a probability that underflowed, of which nobody knows the order. Of equal scores
 A row holds at most ``kmax`` blocks: forced ones, then the best. ``merge=rank`` makes one list for all heads:
 blocks that are not forced stand in the order of their best rank over the heads, at equal rank by head
 (LessIsMore, arXiv 2508.07101: walk rank by rank over the heads, keep first occurrences).
+
+``b`` sequences have rows and a ``pos`` each: see `batches`.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from torch import Tensor
 
 from mimo_compile.errors import UsageError
 from mimo_compile.ir.counts import Counts
+from mimo_compile.ir.ops import batches
 from mimo_compile.ir.ops.base import Arg, Array, OpDef, Param
 from mimo_compile.ir.ops.block_lists import blocks_of, row_spans, to_lists
 from mimo_compile.ir.ops.numerics import U32
@@ -117,11 +120,18 @@ def select_blocks(
 
     Returns:
         ``idx`` int32 ``[R, HS, kmax]`` and ``cnt`` int32 ``[R, HS]``; HS is 1 with ``merge=rank``.
+
+    Of B sequences: R times B rows, ``pos [B, 2]``.
     """
-    chosen = choose(
-        score, pos, value, rule, k, share, block, rows, first, last, merge, kmax, positive
-    )
-    return to_lists(chosen, kmax)
+
+    def one(at: Tensor, mine: Tensor) -> tuple[Tensor, Tensor]:
+        chosen = choose(
+            mine, at, value, rule, k, share, block, rows, first, last, merge, kmax, positive
+        )
+        return to_lists(chosen, kmax)
+
+    idx, cnt = zip(*batches.several(one, pos, (score,)), strict=True)
+    return torch.cat(idx), torch.cat(cnt)
 
 
 @select_blocks.register_fake
@@ -158,10 +168,12 @@ class SelectBlocks(OpDef):
         Param("kmax", int, 0),
         Param("len", int, 0),
         Param("positive", int, 0),
+        Param("b", int, 1, low=1),
     )
 
     def check(self, p: Mapping[str, Any]) -> None:
         """Refuse unknown rules and lists that cannot hold what is forced."""
+        batches.check_batch(self.name, p)
         if p["rule"] not in RULES or p["merge"] not in ("none", "rank"):
             raise UsageError(
                 f"select_blocks: no rule={p['rule']}, merge={p['merge']}",
@@ -202,16 +214,18 @@ class SelectBlocks(OpDef):
         ]
         if p["rule"] != "topk":
             out.append(Arg("value", "weight", (p["hs"],), "float32"))
-        return (
-            *out,
+        out += [
             Arg("idx", "output", (rows, heads, self.list_length(p)), "int32"),
             Arg("cnt", "output", (rows, heads), "int32"),
-        )
+        ]
+        return batches.batched(out, p["b"])
 
     def make_inputs(self, workload: Workload, rng: np.random.Generator) -> dict[str, Array]:
         """Draw scores on a coarse grid, so that ties occur; later blocks hold NaN, a few -inf."""
         p = self.full(workload)
         length = int(p["len"] or p["cap"])
+        if p["b"] > 1:
+            return batches.drawn(self, workload, rng, batches.lengths(length, p))
         arg = self.args(workload)[0]
         low = 0 if p["rule"] == "mass" else -96
         score = (rng.integers(low, 97, arg.shape) / 32).astype(np.float32)
@@ -237,6 +251,7 @@ class SelectBlocks(OpDef):
             p["merge"], self.list_length(p), bool(p["positive"]),
         )  # fmt: skip
 
+    @batches.one_by_one
     def reference(self, workload: Workload, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Choose by float64 sums; comparisons of float32 scores are exact."""
         idx, cnt = to_lists(
@@ -244,6 +259,7 @@ class SelectBlocks(OpDef):
         )
         return {"idx": idx.numpy(), "cnt": cnt.numpy()}
 
+    @batches.one_by_one
     def bound(
         self, workload: Workload, inputs: Mapping[str, Array], expected: Mapping[str, Array]
     ) -> dict[str, Array]:
@@ -278,6 +294,9 @@ class SelectBlocks(OpDef):
     def counts(self, workload: Workload) -> Counts:
         """Scores are read and compared once, lists are written once."""
         p = self.full(workload)
+        if p["b"] > 1:
+            lengths = batches.lengths(int(p["len"] or p["cap"]), p)
+            return batches.counted(self, workload, lengths)
         args = {a.name: math.prod(a.shape) for a in self.args(workload)}
         visible = args["score"] * min(1.0, (p["len"] or p["cap"]) / p["cap"])
         return Counts({"int_op": visible}, {"dram": 4.0 * (visible + args["idx"] + args["cnt"])})

@@ -10,6 +10,8 @@ The sink is a phantom key with logit ``sink[h]`` and zero value. ``lse`` is the 
 softmax denominator, the sink's share included. A row that sees nothing gives 0 and an lse of -inf (with a
 sink: the sink's logit); padding gives 0 and -inf. Values at positions up to the newest token's must be
 finite: a kernel may multiply what one of several tokens does not see yet by zero.
+
+``b`` sequences have caches, lists and a ``pos`` each: see `batches`.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from torch import Tensor
 from mimo_compile.errors import UsageError
 from mimo_compile.ir.caches import check_cache_order, check_first, parse_cache_format, slot_of
 from mimo_compile.ir.counts import Counts
-from mimo_compile.ir.ops import edge_keys
+from mimo_compile.ir.ops import batches, edge_keys
 from mimo_compile.ir.ops.base import Arg, Array, OpDef, Param
 from mimo_compile.ir.ops.block_lists import blocks_of, check_lists, listed_keys, row_spans, to_lists
 from mimo_compile.ir.ops.cached_attention import DRAWS
@@ -104,10 +106,33 @@ def sparse_attention(
 
     Returns:
         ``out [T, H, DV]`` and ``lse [T, H]`` (base e).
+
+    Of B sequences: rows of one after the other, ``pos [B, 2]``, caches ``[B, cap, KV, D/DV]``; no table.
     """
-    return attend_lists(
-        q, k_cache, v_cache, pos, idx, cnt, sink, table, block, rows, page, scale, window, first
-    )
+
+    def one(
+        at: Tensor, mine: Tensor, ids: Tensor, counts: Tensor, keys: Tensor, values: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return attend_lists(
+            mine,
+            keys,
+            values,
+            at,
+            ids,
+            counts,
+            sink,
+            table,
+            block,
+            rows,
+            page,
+            scale,
+            window,
+            first,
+        )
+
+    parts = batches.several(one, pos, (q, idx, cnt), (k_cache, v_cache))
+    out, lse = zip(*parts, strict=True)
+    return torch.cat(out), torch.cat(lse)
 
 
 @sparse_attention.register_fake
@@ -115,7 +140,7 @@ def _(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, pos: Tensor, idx: Tensor, cnt: Tensor, sink: Any,
     table: Any, block: int, rows: int, page: int, scale: float, window: int, first: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return q.new_empty((q.shape[0], q.shape[1], v_cache.shape[2])), q.new_empty(q.shape[:2])
+    return q.new_empty((q.shape[0], q.shape[1], v_cache.shape[-1])), q.new_empty(q.shape[:2])
 
 
 class SparseAttention(OpDef):
@@ -144,6 +169,7 @@ class SparseAttention(OpDef):
         Param("c", str, "f32"),
         Param("lay", str, ""),
         Param("first", int, 0),
+        Param("b", int, 1, low=1),
     )
 
     def check(self, p: Mapping[str, Any]) -> None:
@@ -155,6 +181,7 @@ class SparseAttention(OpDef):
         if p["hs"] not in (1, p["kv"], p["h"]):
             raise UsageError(f"sparse_attention: hs={p['hs']} is none of 1, kv and h")
         check_first(self.name, p)
+        batches.check_batch(self.name, p)
         length, ring = self.kv_length(p), p["cap"] - p["first"]
         if length < p["t"] or (length > p["cap"] and not p["first"]):
             raise UsageError("sparse_attention: len (KV length) must lie between t and cap")
@@ -188,13 +215,17 @@ class SparseAttention(OpDef):
             out.append(Arg("table", "input", (p["cap"] // p["page"],), "int32"))
         if p["sink"]:
             out.append(Arg("sink", "weight", (p["h"],), "float32"))
-        return (
-            *out,
+        out += [
             Arg("k_cache", "state", (p["cap"], p["kv"], p["d"]), stored),
             Arg("v_cache", "state", (p["cap"], p["kv"], p["dv"]), stored),
             Arg("out", "output", (p["t"], p["h"], p["dv"]), "float32"),
             Arg("lse", "output", (p["t"], p["h"]), "float32"),
-        )
+        ]
+        return batches.batched(out, p["b"])
+
+    def lengths(self, p: Mapping[str, Any]) -> list[int]:
+        """Return the KV length of each sequence that inputs are made for, the longest first."""
+        return batches.lengths(self.kv_length(p), p)
 
     def make_inputs(self, workload: Workload, rng: np.random.Generator) -> dict[str, Array]:
         """Draw lists of the row's visible blocks, mostly full; all that no row lists holds NaN.
@@ -202,6 +233,8 @@ class SparseAttention(OpDef):
         Values at the ends of runs that are seen are heavy where kernels may round; see `edge_keys`.
         """
         p = self.full(workload)
+        if p["b"] > 1:
+            return batches.drawn(self, workload, rng, self.lengths(p))
         length = self.kv_length(p)
         out: dict[str, Array] = {
             a.name: rng.standard_normal(a.shape, dtype=np.float32)
@@ -274,11 +307,13 @@ class SparseAttention(OpDef):
         )  # fmt: skip
         return out.double().numpy(), lse.double().numpy()
 
+    @batches.one_by_one
     def reference(self, workload: Workload, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Compute in float64."""
         out, lse = self._attend(workload, inputs, torch.float64)
         return {"out": out, "lse": lse}
 
+    @batches.one_by_one
     def bound(
         self, workload: Workload, inputs: Mapping[str, Array], expected: Mapping[str, Array]
     ) -> dict[str, Array]:
@@ -304,6 +339,7 @@ class SparseAttention(OpDef):
         most["lse"] = np.where(np.isfinite(expected["lse"]), most["lse"], 0.0)
         return most
 
+    @batches.one_by_one
     def exact_bound(
         self, workload: Workload, inputs: Mapping[str, Array], expected: Mapping[str, Array]
     ) -> dict[str, Array]:
@@ -337,6 +373,8 @@ class SparseAttention(OpDef):
     def counts(self, workload: Workload) -> Counts:
         """Listed keys and values once for each KV head, as if its lists agreed; q, out and lists once."""
         p = self.full(workload)
+        if p["b"] > 1:
+            return batches.counted(self, workload, self.lengths(p))
         length = self.kv_length(p)
         keys = min(length, p["kmax"] * p["block"] + p["window"])
         work = float(p["t"]) * p["h"] * keys

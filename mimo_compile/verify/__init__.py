@@ -20,7 +20,7 @@ from mimo_compile import _tvm
 from mimo_compile.errors import InputError, UsageError, VerificationError
 from mimo_compile.ir.formats import parse_scheme
 from mimo_compile.ir.hardware import local_cpu
-from mimo_compile.ir.ops import OPS, get_op
+from mimo_compile.ir.ops import OPS, batches, get_op
 from mimo_compile.ir.workload import Workload
 from mimo_compile.runtime.container import Parts, open_artifact
 from mimo_compile.runtime.module import Module
@@ -166,11 +166,15 @@ def check_kernels(parts: Parts, threads: int, seed: int) -> Iterable[KernelCheck
         op = get_op(workload.op)
         inputs = op.make_inputs(workload, rng)
         reference_threads(op.counts(workload).flops)
+        rested = batches.rested(workload, inputs, rng)
+        ratio: float | None = None
         try:
-            runnable = Runnable(
-                workload, schedule, choice.config, hardware, inputs, code, choice.kernel
-            )
-            ratio, message = runnable.check(), ""
+            for given in (inputs,) if rested is None else (inputs, rested):
+                runnable = Runnable(
+                    workload, schedule, choice.config, hardware, given, code, choice.kernel
+                )
+                ratio = max(ratio or 0.0, runnable.check())
+            message = ""
         except VerificationError as error:
             ratio, message = None, str(error)
         yield KernelCheck(choice.workload, choice.schedule, choice.kernel, ratio, message)

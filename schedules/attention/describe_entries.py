@@ -14,7 +14,8 @@ from mimo_compile.schedules.attention import descriptors
 from mimo_compile.schedules.attention.half import upper_half
 from mimo_compile.schedules.attention.reach import fixed
 from mimo_compile.schedules.attention.score_common import NEVER, across, add, channels, lanes_of
-from mimo_compile.schedules.emit.build import Register, T, bind, loop, store
+from mimo_compile.schedules.attention.sequences import part_of, place_of, turns
+from mimo_compile.schedules.emit.build import Register, T, bind, store
 from mimo_compile.schedules.emit.vector import LANES, splat
 
 FOLDS = {
@@ -58,8 +59,8 @@ class Sizes:
         """Return the extents of the descriptors as they lie."""
         p, parts = self.p, PARTS[self.p["kind"]]
         if self.laned:
-            return descriptors.shape(self.entries, p["kv"], parts, p["d"], self.format)
-        return (self.entries, p["kv"], parts, p["d"])
+            return descriptors.shape(self.entries, p["b"] * p["kv"], parts, p["d"], self.format)
+        return (p["b"] * self.entries, p["kv"], parts, p["d"])
 
 
 def sizes_of(workload: Workload) -> Sizes:
@@ -142,16 +143,19 @@ class Entry:
 
 def emit(s: Sizes, parallel: bool, pos: Any, k: Any, desc: Any) -> None:
     """Emit the kernel."""
-    start, valid = fixed(pos[0]), fixed(pos[1])
-    end = fixed(start + valid)
-    first = fixed(T.max(T.floordiv(start - s.size, T.int32(s.stride)) + 1, T.int32(0)))
-    last = end - s.size if s.p["whole"] else end - 1
-    stop = T.min(T.floordiv(last, T.int32(s.stride)) + 1, T.int32(s.entries))
-    stop = fixed(T.if_then_else(valid > 0, stop, T.int32(0)))
-    with loop(s.p["kv"] * s.groups, parallel=parallel) as task:
+    b = s.p["b"]
+    with turns(b, s.p["kv"] * s.groups, parallel=parallel) as (sequence, task):
+        where = place_of(pos, sequence)
+        start, valid = fixed(where[0]), fixed(where[1])
+        end = fixed(start + valid)
+        first = fixed(T.max(T.floordiv(start - s.size, T.int32(s.stride)) + 1, T.int32(0)))
+        last = end - s.size if s.p["whole"] else end - 1
+        stop = T.min(T.floordiv(last, T.int32(s.stride)) + 1, T.int32(s.entries))
+        stop = fixed(T.if_then_else(valid > 0, stop, T.int32(0)))
         head = bind(task // s.groups) if s.groups > 1 else task
+        keys, entries = (part_of(buffer, sequence, b) for buffer in (k, desc))
         group = fixed(first // LANES + (task % s.groups if s.groups > 1 else 0))
         low = fixed(T.max(first, group * LANES))
         high = fixed(T.max(T.min(stop, group * LANES + LANES), low))
         with T.serial(0, high - low) as e:
-            Entry(s, k, desc, head, fixed(low + e), end).emit()
+            Entry(s, keys, entries, head, fixed(low + e), end).emit()

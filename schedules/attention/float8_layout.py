@@ -27,10 +27,10 @@ def _up(n: int) -> int:
 
 def float8_shapes(p: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Return the packed shapes for an op's parameters; all are bytes."""
-    blocks = _up(p["cap"]) // LANES
+    blocks, heads = _up(p["cap"]) // LANES, p["kv"] * p.get("b", 1)
     return {
-        "k_cache": (p["kv"], blocks, p["d"] + 1, LANES),
-        "v_cache": (p["kv"], blocks, LANES * _up(p["dv"]) + LANES),
+        "k_cache": (heads, blocks, p["d"] + 1, LANES),
+        "v_cache": (heads, blocks, LANES * _up(p["dv"]) + LANES),
     }
 
 

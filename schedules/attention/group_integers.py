@@ -91,8 +91,10 @@ class Integers(GroupTile):
     way: ClassVar[str]
     """Of `int8_dot`."""
 
-    def __init__(self, s: Tiling, fmt: GroupedFormat, k: Any, v: Any, head: Any) -> None:
-        super().__init__(s, fmt, k, v, head)
+    def __init__(
+        self, s: Tiling, fmt: GroupedFormat, k: Any, v: Any, head: Any, lead: Any = None
+    ) -> None:
+        super().__init__(s, fmt, k, v, head, lead)
         self.wide = round_up(int(s.p["d"]))
         self.terms = query_terms(fmt)
         self.q = workspace((s.height, self.wide), "float32")

@@ -42,7 +42,8 @@ def _up(n: int) -> int:
 def group_shapes(p: Mapping[str, Any], fmt: GroupedFormat) -> dict[str, tuple[int, ...]]:
     """Return the packed shapes for an op's parameters."""
     assert fmt.group == BLOCKS * LANES
-    kv, groups, tail, per = p["kv"], p["cap"] // fmt.group, tail_of(p, fmt), elements(fmt)
+    kv, groups = p["kv"] * p.get("b", 1), p["cap"] // fmt.group
+    tail, per = tail_of(p, fmt), elements(fmt)
     return {
         "k_cache": (kv, groups, BLOCKS, -(-p["d"] // per), 4 * LANES),
         "k_scale": (kv, groups, 2, _up(p["d"])),

@@ -39,11 +39,13 @@ def number(words: Any, bits: int, place: int, *, signed: bool = False) -> Any:
 class GroupTile(Tile):
     """What both ways share: steps over codes, then steps over the tail."""
 
-    def __init__(self, s: Tiling, fmt: GroupedFormat, k: Any, v: Any, head: Any) -> None:
+    def __init__(
+        self, s: Tiling, fmt: GroupedFormat, k: Any, v: Any, head: Any, lead: Any = None
+    ) -> None:
         """``k`` and ``v`` are (codes, scales, tail)."""
         self.k_codes, self.k_scale, k_tail = k
         self.v_codes, self.v_scale, v_tail = v
-        super().__init__(s, k_tail, v_tail, head)
+        super().__init__(s, k_tail, v_tail, head, lead)
         self.fmt, self.per, d = fmt, elements(fmt), int(s.p["d"])
         self.words = -(-d // self.per)
         self.ask = self.streams
@@ -113,8 +115,10 @@ class GroupTile(Tile):
 class Real(GroupTile):
     """Codes of a group become float32 keys and values."""
 
-    def __init__(self, s: Tiling, fmt: GroupedFormat, k: Any, v: Any, head: Any) -> None:
-        super().__init__(s, fmt, k, v, head)
+    def __init__(
+        self, s: Tiling, fmt: GroupedFormat, k: Any, v: Any, head: Any, lead: Any = None
+    ) -> None:
+        super().__init__(s, fmt, k, v, head, lead)
         self.real_k = workspace((1, BLOCKS, self.words * self.per, LANES), "float32")
         self.real_v = workspace((1, GROUP, s.columns * LANES), "float32")
 

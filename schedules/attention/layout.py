@@ -10,9 +10,10 @@ pairs along slots. In memory the last two extents are one.
 
 8-bit floats have the layout of `float8_layout`.
 
-With ``lay=rows`` the numbers of each key, and of each value, lie together: see `rows_layout`.
+With ``lay=rows`` the numbers of each key, and of each value, lie together: see `rows_layout`. A copy of keys
+that is read by channels has the layout of `channel_layout`.
 
-Those of the sequences of a batch follow one another: ``[B * KV, ...]``.
+Those of the sequences of a batch follow one another, in every layout: ``[B * KV, ...]``.
 
 Caches in groups of few bits have the layout of `group_layout`.
 """
@@ -29,7 +30,7 @@ from mimo_compile.ir.kv_groups import GROUPED, STATES, grouped
 from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.ops.base import Arg, Array
 from mimo_compile.ir.workload import Workload
-from mimo_compile.schedules.attention import float8_layout, rows_layout
+from mimo_compile.schedules.attention import channel_layout, float8_layout, rows_layout, sequences
 from mimo_compile.schedules.attention.group_layout import group_args, pack_groups, unpack_groups
 from mimo_compile.schedules.emit.vector import LANES
 
@@ -45,6 +46,8 @@ def layouts(workload: Workload) -> dict[str, str]:
     if by_rows(p):
         return dict(rows_layout.LAYOUTS)
     c = p["c"]
+    if by_channels(p):
+        return {"k_cache": channel_layout.name(c)}
     if c in SCALED:
         return dict(float8_layout.LAYOUTS)
     return dict.fromkeys(STATES, f"g64.{c}") if c in GROUPED else dict(_LAYOUTS[c])
@@ -53,6 +56,11 @@ def layouts(workload: Workload) -> dict[str, str]:
 def by_rows(p: Mapping[str, Any]) -> bool:
     """Say whether a workload's parameters ask for caches that keep each key by itself."""
     return bool(p.get("lay") == "rows")
+
+
+def by_channels(p: Mapping[str, Any]) -> bool:
+    """Say whether a workload's keys are a copy by channels."""
+    return bool(p.get("kind") == "channels")
 
 
 def round_up(n: int) -> int:
@@ -64,6 +72,8 @@ def cache_shapes(p: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Return the packed shapes for an op's ``cap``, ``kv``, ``d``, ``c``, and ``dv`` and ``b`` if any."""
     if by_rows(p):
         return rows_layout.row_shapes(p)
+    if by_channels(p):
+        return {"k_cache": channel_layout.shape(p)}
     if p["c"] in SCALED:
         return float8_layout.float8_shapes(p)
     slots, dv, heads = round_up(p["cap"]), p.get("dv", 0), p["kv"] * p.get("b", 1)
@@ -93,6 +103,11 @@ def kernel_args(workload: Workload) -> tuple[Arg, ...]:
 
 def pack_caches(workload: Workload, arrays: Mapping[str, Array]) -> dict[str, Array]:
     """Lay out canonical caches (those given); slots and lanes of padding are zero."""
+    return sequences.pack_each(workload, arrays, _pack)
+
+
+def _pack(workload: Workload, arrays: Mapping[str, Array]) -> dict[str, Array]:
+    """Lay out the caches of one sequence."""
     p = get_op(workload.op).full(workload)
     if fmt := grouped(p):
         return pack_groups(p, fmt, arrays)
@@ -105,14 +120,15 @@ def pack_caches(workload: Workload, arrays: Mapping[str, Array]) -> dict[str, Ar
         if by_rows(p):
             out[name] = rows_layout.pack_rows(p, name, array)
             continue
+        if by_channels(p):
+            out[name] = channel_layout.pack(p, array)
+            continue
         if p["c"] in SCALED:
             out[name] = float8_layout.pack_float8(p, name, array)
             continue
-        *_, cap, _, width = array.shape
-        each = array.reshape(-1, *array.shape[-3:]).swapaxes(0, 1).reshape(cap, -1, width)
-        heads = each.shape[1]  # of all sequences of a batch
+        cap, heads, width = array.shape
         wide = -(-width // pair) * pair if name == "k_cache" else round_up(width)
-        padded = np.pad(each, ((0, round_up(cap) - cap), (0, 0), (0, wide - width)))
+        padded = np.pad(array, ((0, round_up(cap) - cap), (0, 0), (0, wide - width)))
         if name == "k_cache":
             lanes = padded.reshape(-1, LANES, heads, wide // pair, pair).transpose(2, 0, 3, 1, 4)
         else:
@@ -123,34 +139,32 @@ def pack_caches(workload: Workload, arrays: Mapping[str, Array]) -> dict[str, Ar
 
 def unpack_caches(workload: Workload, arrays: Mapping[str, Array]) -> dict[str, Array]:
     """Inverse of `pack_caches`: canonical ``[cap, KV, D]`` and ``[cap, KV, DV]``, of a batch ``[B, ...]``."""
+    return sequences.unpack_each(workload, arrays, _unpack)
+
+
+def _unpack(workload: Workload, arrays: Mapping[str, Array]) -> dict[str, Array]:
+    """Return the canonical caches of one sequence."""
     p = get_op(workload.op).full(workload)
     if fmt := grouped(p):
         return unpack_groups(p, fmt, arrays)
-    b = p.get("b", 1)
-    heads = b * p["kv"]
+    heads = p["kv"]
     pair = 2 if single_format(p["c"]).bits == 16 else 1
     out = {}
     for name, array in arrays.items():
         if name in ("k_cache", "v_cache") and by_rows(p):
             out[name] = rows_layout.unpack_rows(p, name, array)
+        elif name == "k_cache" and by_channels(p):
+            out[name] = channel_layout.unpack(p, array)
         elif name in ("k_cache", "v_cache") and p["c"] in SCALED:
             out[name] = float8_layout.unpack_float8(p, name, array)
         elif name == "k_cache":
             lanes = array.reshape(heads, -1, -(-p["d"] // pair), LANES, pair)
             slots = lanes.transpose(1, 3, 0, 2, 4).reshape(round_up(p["cap"]), heads, -1)
-            out[name] = _by_sequence(slots[: p["cap"], :, : p["d"]], b)
+            out[name] = np.ascontiguousarray(slots[: p["cap"], :, : p["d"]])
         elif name == "v_cache":
             lanes = array.reshape(heads, -1, round_up(p["dv"]), pair).transpose(1, 3, 0, 2)
             slots = lanes.reshape(round_up(p["cap"]), heads, -1)
-            out[name] = _by_sequence(slots[: p["cap"], :, : p["dv"]], b)
+            out[name] = np.ascontiguousarray(slots[: p["cap"], :, : p["dv"]])
         else:
             out[name] = array
     return out
-
-
-def _by_sequence(slots: Array, b: int) -> Array:
-    """Return ``[cap, KV, D]`` as it is, or of a batch ``[cap, B * KV, D]`` as ``[B, cap, KV, D]``."""
-    if b > 1:
-        cap, _, width = slots.shape
-        slots = slots.reshape(cap, b, -1, width).swapaxes(0, 1)
-    return np.ascontiguousarray(slots)

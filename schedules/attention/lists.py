@@ -12,7 +12,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mimo_compile.schedules.attention.phases import Turn
 from mimo_compile.schedules.attention.reach import Tiling, fixed
+from mimo_compile.schedules.attention.sequences import part_of
 from mimo_compile.schedules.emit.build import Register, T, bind, loop, store, when, workspace
 from mimo_compile.schedules.emit.vector import LANES, splat
 
@@ -62,9 +64,9 @@ class Row:
     """The list of one tile, and the positions of its queries."""
 
     def __init__(
-        self, s: ListTiling, pos: Any, first: Any, group: Any, lists: Mapping[str, Any]
+        self, s: ListTiling, turn: Turn, first: Any, group: Any, lists: Mapping[str, Any]
     ) -> None:
-        p = s.p
+        p, pos = s.p, turn.pos
         self.sizes = s
         self.table: Any = lists.get("table")
         self.start, self.valid = fixed(pos[0]), fixed(pos[1])
@@ -72,9 +74,9 @@ class Row:
         last = fixed(self.start + self.valid - 1)
         self.high_query = fixed(T.min(self.low_query + (s.tokens - 1), last))
         self.any = bind(first < self.valid)
-        self.ids = lists["idx"]
+        self.ids, counts = (part_of(lists[n], turn.sequence, s.sequences) for n in ("idx", "cnt"))
         self.row, self.head = fixed(first // p["rows"]), fixed(group * p["hs"] // s.groups)
-        self.count = fixed(T.min(lists["cnt"][self.row, self.head], T.int32(p["kmax"])))
+        self.count = fixed(T.min(counts[self.row, self.head], T.int32(p["kmax"])))
 
     def id(self, at: Any) -> Any:
         """Return the block that stands at a place of the list."""
@@ -141,9 +143,9 @@ class Listed(Parts):
     """Blocks of whole parts, in pages of whole parts, and no window: the list is what is visited."""
 
     def __init__(
-        self, s: ListTiling, pos: Any, first: Any, group: Any, lists: Mapping[str, Any]
+        self, s: ListTiling, turn: Turn, first: Any, group: Any, lists: Mapping[str, Any]
     ) -> None:
-        super().__init__(s, pos, first, group, lists)
+        super().__init__(s, turn, first, group, lists)
         self.many = int(s.p["block"]) // LANES
         newest = fixed(T.truncdiv(T.max(self.high_query, T.int32(0)), s.p["block"]))
         seen = fixed(self.before(newest + 1))
@@ -205,9 +207,9 @@ class Gathered(Parts):
     """
 
     def __init__(
-        self, s: ListTiling, pos: Any, first: Any, group: Any, lists: Mapping[str, Any]
+        self, s: ListTiling, turn: Turn, first: Any, group: Any, lists: Mapping[str, Any]
     ) -> None:
-        super().__init__(s, pos, first, group, lists)
+        super().__init__(s, turn, first, group, lists)
         self.window = int(s.p["window"])
         kinds = ("block", "origin", "kept", *(["listed"] if self.window else []))
         self.held = {name: workspace((max(s.parts, 1),), "int32") for name in kinds}
@@ -336,11 +338,11 @@ class Gathered(Parts):
 
 
 def visiting(s: ListTiling, lists: Mapping[str, Any]) -> Callable[..., Any]:
-    """Return what makes a tile's way through its list from sizes, ``pos``, first token and group of heads.
+    """Return what makes a tile's way through its list from sizes, its turn, first token and group of heads.
 
     Args:
         s: Sizes.
         lists: ``idx``, ``cnt``, and ``table`` with pages: parameters of the kernel.
     """
     way: type[Parts] = Listed if s.whole else Gathered
-    return lambda _, pos, first, group: way(s, pos, first, group, lists)
+    return lambda _, turn, first, group: way(s, turn, first, group, lists)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,7 @@ def visits(s: ListTiling, length: int) -> tuple[Any, Any]:
 
 def lists_work(
     s: ListTiling,
-    length: int,
+    lengths: Sequence[int],
     splits: int,
     hardware: Hardware,
     *,
@@ -54,7 +55,8 @@ def lists_work(
 ) -> Counts:
     """Return the counts on whole steps, as `flash_work` does; arguments as there."""
     p, height, width = s.p, float(s.height), float(s.columns * LANES)
-    parts, live = visits(s, length)
+    each = [visits(s, length) for length in lengths]
+    parts, live = (np.concatenate(found) for found in zip(*each, strict=True))
     steps = np.ceil(parts / s.blocks)
     scored = steps * s.blocks * LANES
     slots, values, turns = (float(n.sum()) for n in (scored, live, steps))
@@ -66,7 +68,8 @@ def lists_work(
         "add_f32": groups * height * (2.0 * slots + turns * width),
     }
     if splits > 1:
-        ops["fma_f32"] = ops.get("fma_f32", 0.0) + groups * s.tiles * height * splits * width
+        merged = groups * s.sequences * s.tiles * height * splits * width
+        ops["fma_f32"] = ops.get("fma_f32", 0.0) + merged
     tasks, share = spread(s, steps + 1.0, splits, hardware.threads if parallel else 1)
     rows = min(s.rows, s.height)
     step = s.cell * s.blocks * LANES
@@ -85,16 +88,19 @@ def lists_work(
 def _streams(
     s: ListTiling, slots: float, values: float, splits: int, row_tiles: int
 ) -> list[Stream]:
-    """Return what tiles pass over: lists share what they can of the caches, each reads its own part."""
+    """Return what tiles pass over: lists share what they can of the caches, each reads its own part.
+
+    ``slots`` and ``values`` are those of all sequences.
+    """
     p, width = s.p, float(s.columns * LANES)
-    groups, tiles = float(s.groups), float(s.tiles)
+    groups, tiles, b = float(s.groups), float(s.tiles), float(s.sequences)
     # all lists of a KV head together see at most the whole cache
     shared = groups / p["kv"] * tiles
-    room = float(s.cache_blocks * LANES)
+    room = b * s.cache_blocks * LANES
     own_keys, own_values = slots * groups / p["kv"], values * groups / p["kv"]
     held_keys = min(own_keys, room)
     held_values = min(own_values, room)
-    between = s.cell * (slots * p["d"] + values * width) / tiles / splits
+    between = s.cell * (slots * p["d"] + values * width) / b / tiles / splits
     state = 4.0 * s.height * (p["d"] + width + s.blocks * LANES)
     step = s.cell * s.blocks * LANES
     again_keys = max(own_keys / max(held_keys, 1.0), 1.0)
@@ -104,11 +110,11 @@ def _streams(
     out = [
         Stream(s.cell * p["kv"] * held_keys * p["d"], ((again_keys, apart), inner[0])),
         Stream(s.cell * p["kv"] * held_values * width, ((again_values, apart), inner[1])),
-        Stream(4.0 * p["t"] * p["h"] * p["d"]),
-        Stream(4.0 * p["t"] * p["h"] * (p["dv"] + 1.0)),
-        Stream(4.0 * -(-p["t"] // p["rows"]) * p["hs"] * (p["kmax"] + 1.0)),
+        Stream(4.0 * b * p["t"] * p["h"] * p["d"]),
+        Stream(4.0 * b * p["t"] * p["h"] * (p["dv"] + 1.0)),
+        Stream(4.0 * b * -(-p["t"] // p["rows"]) * p["hs"] * (p["kmax"] + 1.0)),
     ]
     if splits > 1:
-        parts = 4.0 * groups * tiles * splits * s.height * (width + 2)
+        parts = 4.0 * b * groups * tiles * splits * s.height * (width + 2)
         out.append(Stream(parts, ((2, 0.0),), made=True))
     return out

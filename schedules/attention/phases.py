@@ -58,9 +58,9 @@ def emit(
         out: Results.
         kind: How the caches are read and multiplied.
         lse: Where the logarithms (base e) of the denominators go; None: nowhere.
-        visit: Returns the slots to visit (a `Reach`, or what answers as one) from the sizes, start and
-            valid of the sequence, the first token of a tile and its group of query heads; None: all that
-            causality and window leave.
+        visit: Returns the slots to visit (a `Reach`, or what answers as one) from the sizes, whose `Turn` it
+            is, the first token of a tile and its group of query heads; None: all that causality and window
+            leave.
     """
     p = s.p
     batch, run = s.sequences, s.tiles * splits
@@ -79,7 +79,7 @@ def emit(
         # alternately from both ends, so that threads with a contiguous share get equal causal work
         tile = bind(T.if_then_else(tile % 2 == 0, tile // 2, s.tiles - 1 - tile // 2))
         first = fixed(tile * s.tokens)
-        reach = Reach(s, turn.pos, first) if visit is None else visit(s, turn.pos, first, head)
+        reach = Reach(s, turn.pos, first) if visit is None else visit(s, turn, first, head)
         state = _tile_of(s, kind, k, v, head, turn)
         state.begin(q, first, scale)
         share = fixed(T.floordiv(reach.steps + (splits - 1), splits))
@@ -119,13 +119,12 @@ def emit(
 
 def _tile_of(s: Tiling, kind: Callable[..., Tile], k: Any, v: Any, head: Any, turn: Turn) -> Tile:
     """Return the tile of a group of query heads, over the caches of its sequence and KV head."""
+    own = head if s.groups == s.p["kv"] else bind(head * s.p["kv"] // s.groups)
     if turn.sequence is not None:
-        state = kind(s, k, v, bind(turn.sequence * s.p["kv"] + head), head)
-        state.before = turn.before
-        return state
-    if s.groups == s.p["kv"]:
-        return kind(s, k, v, head)
-    return kind(s, k, v, bind(head * s.p["kv"] // s.groups), head)
+        own = bind(turn.sequence * s.p["kv"] + own)
+    state = kind(s, k, v, own, head)
+    state.before = turn.before
+    return state
 
 
 def _merge(

@@ -21,12 +21,12 @@ LAYOUTS = {"k_cache": "rows", "v_cache": "rows"}
 
 
 def row_shapes(p: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return the packed shapes for an op's parameters ``cap``, ``kv``, ``d``, ``c``, and ``dv`` if any."""
+    """Return the packed shapes for an op's ``cap``, ``kv``, ``d``, ``c``, and ``dv`` and ``b`` if any."""
     slots = -(-p["cap"] // LANES) * LANES
-    line = int(64 // parse_cache_format(p["c"]).bytes)
+    line, heads = int(64 // parse_cache_format(p["c"]).bytes), p["kv"] * p.get("b", 1)
     return {
-        "k_cache": (p["kv"], slots, -(-p["d"] // line) * line),
-        "v_cache": (p["kv"], slots, -(-p.get("dv", 0) // LANES) * LANES),
+        "k_cache": (heads, slots, -(-p["d"] // line) * line),
+        "v_cache": (heads, slots, -(-p.get("dv", 0) // LANES) * LANES),
     }
 
 

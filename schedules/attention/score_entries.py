@@ -8,7 +8,7 @@ from typing import Any
 
 from mimo_compile.ir.caches import CacheFormat, parse_cache_format
 from mimo_compile.ir.hardware import Hardware
-from mimo_compile.ir.ops import get_op
+from mimo_compile.ir.ops import batches, get_op
 from mimo_compile.ir.ops.block_lists import blocks_of
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.attention import descriptors
@@ -23,6 +23,7 @@ from mimo_compile.schedules.attention.score_common import (
     row_end,
 )
 from mimo_compile.schedules.attention.score_soft import overlapped, softened
+from mimo_compile.schedules.attention.sequences import part_of, place_of, turns
 from mimo_compile.schedules.emit.build import (
     Register,
     T,
@@ -59,7 +60,7 @@ class Entries:
         """Return the sizes of a workload and a config."""
         op: Any = get_op(workload.op)
         p = op.full(workload)
-        args = {a.name: a.shape for a in op.args(workload)}
+        args = {a.name: a.shape for a in op.args(batches.alone(workload))}
         count, scored, blocks = args["score"]
         size, stride = op.sizes(p)
         desc = args["desc"]
@@ -112,7 +113,8 @@ class Entries:
 
     def shape(self) -> tuple[int, ...]:
         """Return the extents of the descriptors as they lie."""
-        return descriptors.shape(self.entries, self.p["kv"], self.parts, self.p["d"], self.format)
+        heads = self.p["b"] * self.p["kv"]
+        return descriptors.shape(self.entries, heads, self.parts, self.p["d"], self.format)
 
     def filled_groups(self, length: int) -> int:
         """Return the register tiles that hold an entry that has begun at a length."""
@@ -231,17 +233,20 @@ def emit(
     """Emit the kernel."""
     tiles = -(-s.count // s.tile)
     splits = min(config.splits, s.groups)
-    span = (fixed(pos[0]), fixed(pos[1]))
-    held = None
+    b, held = s.p["b"], None
     if s.raw:
-        held = workspace((s.count, s.p["kv"] * s.heads, s.vectors * LANES), "float32")
+        held = workspace((b * s.count, s.p["kv"] * s.heads, s.vectors * LANES), "float32")
+    whole = {"q": q, "weight": weight, "desc": desc, "score": score, "held": held}
     share = -(-s.groups // splits)
-    with loop(s.p["kv"] * tiles * splits, parallel=config.parallel) as task:
+    with turns(b, s.p["kv"] * tiles * splits, parallel=config.parallel) as (sequence, task):
+        where = place_of(pos, sequence)
+        span = (fixed(where[0]), fixed(where[1]))
+        own = {name: part_of(buffer, sequence, b) for name, buffer in whole.items()}
         head = bind(T.floordiv(task, T.int32(tiles * splits)))
         first = fixed(T.floormod(T.floordiv(task, T.int32(splits)), T.int32(tiles)) * s.tile)
         part = T.floormod(task, T.int32(splits))
-        rows = Rows(s, q, span, head, first)
-        products = Products(s, config, desc, rows)
+        rows = Rows(s, own["q"], span, head, first)
+        products = Products(s, config, own["desc"], rows)
         used = fixed(T.floordiv(rows.most + (LANES * s.wide - 1), T.int32(LANES * s.wide)))
         # the entries that there are now are what is shared out, so that no part is idle
         each = fixed(T.floordiv(used + (splits - 1), T.int32(splits)))
@@ -249,15 +254,17 @@ def emit(
         with T.serial(0, fixed(T.min(begin + each, used) - begin)) as step:
             group = fixed(begin + step)
             with loop(s.tile) as row, when(first + row < s.count):
-                _score(s, products, rows, group, row, scale, weight, held, score)
+                _score(
+                    s, products, rows, group, row, scale, own["weight"], own["held"], own["score"]
+                )
         if held is None:
             begin = fixed(T.max(part * share, used))
             with T.serial(
                 0, fixed(T.max(T.min((part + 1) * share, T.int32(s.groups)) - begin, 0))
             ) as step:
-                _nothing(s, rows, fixed(begin + step), score)
+                _nothing(s, rows, fixed(begin + step), own["score"])
     if held is not None:
-        _finish(s, config, span, held, score)
+        _finish(s, config, pos, held, score)
 
 
 def _score(
@@ -300,9 +307,13 @@ def _nothing(s: Entries, rows: Rows, group: Any, score: Any) -> None:
             _put(s, score, splat(NEVER), place, at)
 
 
-def _finish(s: Entries, config: Any, span: tuple[Any, Any], held: Any, score: Any) -> None:
+def _finish(s: Entries, config: Any, pos: Any, logits: Any, scores: Any) -> None:
     """Turn logits into scores, a row of a KV head at a time."""
-    with loop(s.count * s.p["kv"], parallel=config.parallel) as task:
+    b = s.p["b"]
+    with turns(b, s.count * s.p["kv"], parallel=config.parallel) as (sequence, task):
+        where = place_of(pos, sequence)
+        span = (fixed(where[0]), fixed(where[1]))
+        held, score = (part_of(buffer, sequence, b) for buffer in (logits, scores))
         row = bind(T.floordiv(task, T.int32(s.p["kv"])))
         head = bind(T.floormod(task, T.int32(s.p["kv"])))
         end = fixed(row_end(*span, row, s.p["rows"]))

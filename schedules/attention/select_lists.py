@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mimo_compile.ir.ops import get_op
+from mimo_compile.ir.ops import batches, get_op
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.attention.reach import fixed
 from mimo_compile.schedules.attention.score_common import reduced, row_end
@@ -47,7 +47,7 @@ class Choice:
 
     p: Mapping[str, Any]
     rows: int
-    """List rows."""
+    """List rows of a sequence."""
     blocks: int
     kmax: int
     run: int
@@ -58,7 +58,7 @@ class Choice:
         """Return the sizes of a workload and a config."""
         op: Any = get_op(workload.op)
         p = op.full(workload)
-        args = {a.name: a.shape for a in op.args(workload)}
+        args = {a.name: a.shape for a in op.args(batches.alone(workload))}
         return cls(p, args["score"][0], args["score"][2], args["idx"][2], run)
 
     @property

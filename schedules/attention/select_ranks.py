@@ -8,6 +8,7 @@ from mimo_compile.schedules.attention.reach import fixed
 from mimo_compile.schedules.attention.score_common import reduced
 from mimo_compile.schedules.attention.select_lists import Choice, Frame, List
 from mimo_compile.schedules.attention.select_order import MOST
+from mimo_compile.schedules.attention.sequences import part_of
 from mimo_compile.schedules.emit.build import (
     Register,
     T,
@@ -28,11 +29,17 @@ _DIGITS = 1 << BITS
 class Ranking:
     """The best blocks of each row and head, best first."""
 
-    def __init__(self, s: Choice) -> None:
-        lists = s.rows * s.p["hs"]
+    def __init__(self, s: Choice, ids: Any = None, counts: Any = None) -> None:
+        """Take room for all sequences, or what one of them has of it."""
+        lists = s.p["b"] * s.rows * s.p["hs"]
         self.s = s
-        self.ids = workspace((lists, s.kmax), "int32")
-        self.counts = workspace((lists,), "int32")
+        self.ids = workspace((lists, s.kmax), "int32") if ids is None else ids
+        self.counts = workspace((lists,), "int32") if counts is None else counts
+
+    def of(self, sequence: Any | None) -> Ranking:
+        """Return the ranking of a sequence."""
+        parts = (part_of(held, sequence, self.s.p["b"]) for held in (self.ids, self.counts))
+        return Ranking(self.s, *parts)
 
     def fill(self, span: tuple[Any, Any], score: Any, task: Any) -> None:
         """Rank one head's blocks."""

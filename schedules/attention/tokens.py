@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mimo_compile.schedules.attention.lists import NEVER, ListTiling, Row
+from mimo_compile.schedules.attention.phases import Turn
 from mimo_compile.schedules.attention.reach import fixed
 from mimo_compile.schedules.emit.build import T, bind, load, store, workspace
 from mimo_compile.schedules.emit.vector import LANES, splat
@@ -21,9 +22,9 @@ class Tokens(Row):
     touches = 1
 
     def __init__(
-        self, s: ListTiling, pos: Any, first: Any, group: Any, lists: Mapping[str, Any]
+        self, s: ListTiling, turn: Turn, first: Any, group: Any, lists: Mapping[str, Any]
     ) -> None:
-        super().__init__(s, pos, first, group, lists)
+        super().__init__(s, turn, first, group, lists)
         p, window = s.p, int(s.p["window"])
         assert not window or s.tokens == 1
         end = fixed(T.max(self.high_query, T.int32(-1)) + 1)
@@ -95,4 +96,4 @@ class Tokens(Row):
 
 def following(s: ListTiling, lists: Mapping[str, Any]) -> Callable[..., Any]:
     """Return what makes a tile's way through single keys; see `lists.visiting`."""
-    return lambda _, pos, first, group: Tokens(s, pos, first, group, lists)
+    return lambda _, turn, first, group: Tokens(s, turn, first, group, lists)

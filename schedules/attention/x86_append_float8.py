@@ -1,6 +1,6 @@
 """Prepare one attention step and append to KV caches of 8-bit floats (`ir.float8`).
 
-One task is a KV head with its query heads, over all tokens, as in `x86_append`.
+One task is a KV head with its query heads, over all tokens of all sequences, as in `x86_append`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.attention.append_task import Task, magnitude, over
 from mimo_compile.schedules.attention.layout import kernel_args, round_up
 from mimo_compile.schedules.attention.reach import fixed
+from mimo_compile.schedules.attention.sequences import parts_of, turns
 from mimo_compile.schedules.attention.x86_append import X86Append
 from mimo_compile.schedules.emit.build import (
     Register,
@@ -126,13 +127,15 @@ class X86AppendFloat8(X86Append):
 
     def make(self, p: dict[str, Any], rows: Any, unroll: int) -> Any:
         """Return the PrimFunc (qkv, table, pos, [q_norm, k_norm], k_cache, v_cache, q)."""
-        args = kernel_args(get_op(self.op).workload(**p))
+        workload = get_op(self.op).workload(**p)
+        args = kernel_args(workload)
         parallel, group = rows is script.parallel, p["h"] // p["kv"]
 
         def body(*buffers: Any) -> None:
-            given = {a.name: b for a, b in zip(args, buffers, strict=True)}
-            start, valid = fixed(given["pos"][0]), fixed(given["pos"][1])
-            with loop(p["kv"], parallel=parallel) as h:
+            whole = {a.name: b for a, b in zip(args, buffers, strict=True)}
+            with loop(p["kv"], parallel=parallel) as h, turns(p["b"], 1) as (sequence, _):
+                given = parts_of(workload, whole, sequence)
+                start, valid = fixed(given["pos"][0]), fixed(given["pos"][1])
                 task = Float8Task(p, given, h)
                 with loop(p["t"]) as i:
                     with loop(group) as g:

@@ -1,6 +1,6 @@
 """Prepare one attention step and append to KV caches in groups: rows into the tail, full groups into codes.
 
-One task is a KV head with its query heads, over all tokens, as in `x86_append`.
+One task is a KV head with its query heads, over all tokens of all sequences, as in `x86_append`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from mimo_compile.schedules.attention.append_task import Task, magnitude, over
 from mimo_compile.schedules.attention.group_layout import BLOCKS, elements
 from mimo_compile.schedules.attention.layout import kernel_args, round_up
 from mimo_compile.schedules.attention.reach import fixed
+from mimo_compile.schedules.attention.sequences import parts_of, turns
 from mimo_compile.schedules.attention.x86_append import X86Append
 from mimo_compile.schedules.emit.build import (
     Register,
@@ -131,19 +132,19 @@ class GroupTask(Task):
         least = T.call_llvm_pure_intrin("float32", "llvm.vector.reduce.fmin", low)
         most = T.call_llvm_pure_intrin("float32", "llvm.vector.reduce.fmax", high)
         limit = T.float32(F16_MOST)
-        least, most = bind(least), bind(most)
-        largest = bind(T.call_llvm_pure_intrin("int32", "llvm.vector.reduce.smax", size))
+        least, most = fixed(least, "float32"), fixed(most, "float32")
+        largest = fixed(T.call_llvm_pure_intrin("int32", "llvm.vector.reduce.smax", size))
         lost, nan = largest >= T.int32(INFINITE), T.reinterpret("float32", T.int32(NAN))
         zero = T.max(T.min(least, limit), T.float32(-F16_MOST))
-        zero = bind(T.cast(T.if_then_else(lost, nan, zero), "float16"))
-        real = bind(T.cast(zero, "float32"))
+        zero = fixed(T.cast(T.if_then_else(lost, nan, zero), "float16"), "float16")
+        real = fixed(T.cast(zero, "float32"), "float32")
         step = T.min(T.max((most - real) / T.float32(self.fmt.levels), T.float32(0)), limit)
-        scale = bind(T.cast(T.if_then_else(lost, nan, step), "float16"))
+        scale = fixed(T.cast(T.if_then_else(lost, nan, step), "float16"), "float16")
         store(self.args[name], scale, *outer, 0, *at)
         store(self.args[name], zero, *outer, 1, *at)
-        wide = bind(T.cast(scale, "float32"))
+        wide = fixed(T.cast(scale, "float32"), "float32")
         some = wide > T.float32(0)
-        return real, bind(T.if_then_else(some, T.float32(1) / wide, T.float32(0)))
+        return real, fixed(T.if_then_else(some, T.float32(1) / wide, T.float32(0)), "float32")
 
     def _code(self, row: Any, zero: Any, by: Any, place: int, bias: int = 0) -> Any:
         """Return the codes of 16 numbers in the bits of element ``place`` of their lanes."""
@@ -178,14 +179,15 @@ class X86AppendGroups(X86Append):
 
     def make(self, p: dict[str, Any], rows: Any, unroll: int) -> Any:
         """Return the PrimFunc (qkv, table, pos, [q_norm, k_norm], the caches' arrays, q)."""
-        op, fmt = get_op(self.op), GROUPED[p["c"]]
-        args = kernel_args(op.workload(**p))
+        workload, fmt = get_op(self.op).workload(**p), GROUPED[p["c"]]
+        args = kernel_args(workload)
         parallel, group = rows is script.parallel, p["h"] // p["kv"]
 
         def body(*buffers: Any) -> None:
-            given = {a.name: b for a, b in zip(args, buffers, strict=True)}
-            start, valid = fixed(given["pos"][0]), fixed(given["pos"][1])
-            with loop(p["kv"], parallel=parallel) as h:
+            whole = {a.name: b for a, b in zip(args, buffers, strict=True)}
+            with loop(p["kv"], parallel=parallel) as h, turns(p["b"], 1) as (sequence, _):
+                given = parts_of(workload, whole, sequence)
+                start, valid = fixed(given["pos"][0]), fixed(given["pos"][1])
                 task = GroupTask(p, fmt, given, h)
                 with loop(p["t"]) as i:
                     with loop(group) as g:

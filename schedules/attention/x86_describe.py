@@ -1,7 +1,7 @@
 """Descriptors of blocks of keys on x86: each entry that tokens were written to is made anew from its keys.
 
-A task is a KV head with the entries that share vectors of descriptors. Lanes of a cache are slots, so a
-channel's least, greatest and sum are folded over the lanes once for each entry.
+A task is a KV head of a sequence with the entries that share vectors of descriptors. Lanes of a cache are
+slots, so a channel's least, greatest and sum are folded over the lanes once for each entry.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.ops.base import Arg, Array
 from mimo_compile.ir.ops.describe_blocks import PARTS
 from mimo_compile.ir.workload import Workload
-from mimo_compile.schedules.attention import descriptors, layout
+from mimo_compile.schedules.attention import descriptors, layout, sequences
 from mimo_compile.schedules.attention.describe_entries import emit, sizes_of
 from mimo_compile.schedules.base import Kernel, Schedule, Space
 from mimo_compile.schedules.elementwise.rows import PARALLEL_BYTES
@@ -47,7 +47,7 @@ class X86Describe(Schedule):
     def space(self, workload: Workload, hardware: Hardware) -> Space:
         """Threads or not."""
         s = sizes_of(workload)
-        may = s.p["kv"] * s.groups > 1 and hardware.threads > 1
+        may = s.p["b"] * s.p["kv"] * s.groups > 1 and hardware.threads > 1
         traffic = get_op(self.op).counts(workload).bytes["dram"]
         default = DescribeConfig(may and traffic >= PARALLEL_BYTES)
         return Space(DescribeConfig, {"parallel": (False, True) if may else (False,)}, default)
@@ -73,7 +73,7 @@ class X86Describe(Schedule):
     def work(self, workload: Workload, config: DescribeConfig, hardware: Hardware) -> Counts:
         """Return what the op cannot avoid, in whole vectors of slots."""
         s, need = sizes_of(workload), get_op(self.op).counts(workload)
-        tasks = s.p["kv"] * s.groups
+        tasks = s.p["b"] * s.p["kv"] * s.groups
         threads = hardware.threads if config.parallel else 1
         return work(
             dict(need.ops),
@@ -97,6 +97,10 @@ class X86Describe(Schedule):
         self, workload: Workload, config: DescribeConfig, arrays: Mapping[str, Array]
     ) -> dict[str, Array]:
         """Lay out the cache and the descriptors."""
+        return sequences.pack_each(workload, arrays, self._pack)
+
+    @staticmethod
+    def _pack(workload: Workload, arrays: Mapping[str, Array]) -> dict[str, Array]:
         s = sizes_of(workload)
         out = layout.pack_caches(workload, arrays)
         if "desc" in out and s.laned:
@@ -107,6 +111,10 @@ class X86Describe(Schedule):
         self, workload: Workload, config: DescribeConfig, arrays: Mapping[str, Array]
     ) -> dict[str, Array]:
         """Return the canonical cache and descriptors."""
+        return sequences.unpack_each(workload, arrays, self._unpack)
+
+    @staticmethod
+    def _unpack(workload: Workload, arrays: Mapping[str, Array]) -> dict[str, Array]:
         s = sizes_of(workload)
         out = dict(layout.unpack_caches(workload, arrays))
         if "desc" in out and s.laned:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,7 +22,7 @@ from mimo_compile.schedules.attention.group_layout import elements
 from mimo_compile.schedules.attention.group_reach import GROUP, GroupReach, group_steps
 from mimo_compile.schedules.attention.group_tile import GroupTile, Real
 from mimo_compile.schedules.attention.layout import kernel_args, round_up
-from mimo_compile.schedules.attention.phases import emit
+from mimo_compile.schedules.attention.phases import Turn, emit
 from mimo_compile.schedules.attention.reach import Tiling
 from mimo_compile.schedules.attention.work import spread
 from mimo_compile.schedules.attention.x86_flash import FlashConfig, X86Flash
@@ -110,8 +111,8 @@ class X86FlashGroups(X86Flash):
         args = kernel_args(workload)
         kind = TILES[arith]
 
-        def made(s: Tiling, k: Any, v: Any, head: Any) -> Any:
-            return kind(s, fmt, k, v, head)
+        def made(s: Tiling, k: Any, v: Any, head: Any, lead: Any) -> Any:
+            return kind(s, fmt, k, v, head, lead)
 
         def body(q: Any, pos: Any, *rest: Any) -> None:
             sink, out, states = (rest[0] if p["sink"] else None), rest[-1], rest[-7:-1]
@@ -126,7 +127,7 @@ class X86FlashGroups(X86Flash):
 
         workspace_bytes = 0
         if config.splits > 1:
-            tasks = p["kv"] * s.tiles * config.splits
+            tasks = s.sequences * p["kv"] * s.tiles * config.splits
             workspace_bytes = 4 * tasks * s.height * (s.columns * LANES + 2)
         return Kernel(
             name,
@@ -142,7 +143,7 @@ class X86FlashGroups(X86Flash):
         op: Any = get_op(self.op)
         p, fmt = op.full(workload), self.format(workload)
         s, arith = self.tiling(p, config, hardware), self._arith(config)
-        return groups_work(s, fmt, op.kv_length(p), config.splits, hardware, config.parallel, arith)
+        return groups_work(s, fmt, op.lengths(p), config.splits, hardware, config.parallel, arith)
 
     @staticmethod
     def _arith(config: FlashConfig) -> str:
@@ -150,20 +151,20 @@ class X86FlashGroups(X86Flash):
         return config.arith
 
 
-def _visit(fmt: GroupedFormat, s: Tiling, pos: Any, first: Any, head: Any) -> GroupReach:
-    return GroupReach(s, fmt, pos, first)
+def _visit(fmt: GroupedFormat, s: Tiling, turn: Turn, first: Any, head: Any) -> GroupReach:
+    return GroupReach(s, fmt, turn.pos, first)
 
 
 def groups_work(
-    s: Tiling, fmt: GroupedFormat, length: int, splits: int, hardware: Hardware, parallel: bool,
-    arith: str,
+    s: Tiling, fmt: GroupedFormat, lengths: Sequence[int], splits: int, hardware: Hardware,
+    parallel: bool, arith: str,
 ) -> Counts:  # fmt: skip
     """Return the counts on whole steps, at the op's nominal KV length.
 
     Args:
         s: Sizes of the kernel.
         fmt: Format of the caches.
-        length: Positions in the cache, those of this step's tokens among them.
+        lengths: Positions in the cache of each sequence, those of this step's tokens among them.
         splits: Parts of the keys.
         hardware: Whose caches and threads count.
         parallel: Tasks are spread over threads.
@@ -172,7 +173,9 @@ def groups_work(
     p, height, heads = s.p, float(s.height), float(s.p["kv"])
     d, width, per = float(p["d"]), float(s.columns * LANES), elements(fmt)
     packed_d = float(-(-p["d"] // per) * per)
-    old, new, live = group_steps(s, length - p["t"], np.arange(0, p["t"], s.tokens))
+    first = np.arange(0, p["t"], s.tokens)
+    each = [group_steps(s, length - p["t"], first) for length in lengths]
+    old, new, live = (np.concatenate(parts) for parts in zip(*each, strict=True))
     codes, tail, rows_read = (float(n.sum()) for n in (old * GROUP, new * GROUP, live))
     row_tiles = sum(count for _, count in s.row_tiles())
     ops = {
@@ -192,20 +195,21 @@ def groups_work(
         # codes of fewer than 8 bits are moved and masked; integers are split into bytes
         ops["int_op"] = 6.0 * folded + (0.5 * row_tiles * numbers if fmt.bits < 8 else 0.0)
     if splits > 1:
-        ops["fma_f32"] += heads * s.tiles * height * splits * width
+        ops["fma_f32"] += heads * s.sequences * s.tiles * height * splits * width
     tasks, share = spread(s, old + new + 1.0, splits, hardware.threads if parallel else 1)
     step = GROUP * (fmt.bytes_of(p["d"], keys=True) + fmt.bytes_of(p["dv"], keys=False))
     made = 4.0 * GROUP * (d + width) if arith == "real" else 0.0
     state = 4.0 * height * (d + width + GROUP) + made
-    once = read_bytes(p, length, fmt)
-    passes = (codes + rows_read) / max(1.0, float((old * GROUP + live).max()))
+    b, once = s.sequences, sum(read_bytes(p, length, fmt) for length in lengths)
+    most = (old * GROUP + live).reshape(b, -1).max(1).sum()
+    passes = (codes + rows_read) / max(1.0, float(most))
     streams = [
-        Stream(once, ((passes, once / splits + state), (float(row_tiles), step + state))),
-        Stream(4.0 * p["t"] * p["h"] * p["d"]),
-        Stream(4.0 * p["t"] * p["h"] * p["dv"]),
+        Stream(once, ((passes, once / b / splits + state), (float(row_tiles), step + state))),
+        Stream(4.0 * b * p["t"] * p["h"] * p["d"]),
+        Stream(4.0 * b * p["t"] * p["h"] * p["dv"]),
     ]
     if splits > 1:
-        parts = 4.0 * heads * s.tiles * splits * height * (width + 2)
+        parts = 4.0 * b * heads * s.tiles * splits * height * (width + 2)
         streams.append(Stream(parts, ((2, 0.0),), made=True))
     rows = min(s.rows, s.height)
     return work(

@@ -1,7 +1,8 @@
 """SeerAttention-R's gates on x86: queries of a group to one, keys of a block to one.
 
 A task is a KV head with a token, or with a block that the call completed. Its queries (or pools) go to
-scratch memory, from where each number meets vectors of its row of the projection.
+scratch memory, from where each number meets vectors of its row of the projection. Sequences of a batch
+complete blocks one after the other.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.ops.base import Arg, Array
 from mimo_compile.ir.ops.describe_blocks import entries_of
 from mimo_compile.ir.workload import Workload
-from mimo_compile.schedules.attention import descriptors, layout
+from mimo_compile.schedules.attention import descriptors, layout, sequences
 from mimo_compile.schedules.attention.gate_emit import Pools, finish, project, turned_queries
 from mimo_compile.schedules.attention.reach import fixed
 from mimo_compile.schedules.attention.score_common import over
@@ -55,7 +56,7 @@ class _Gates(Schedule):
 
     @abstractmethod
     def tasks(self, p: Mapping[str, Any]) -> int:
-        """Return how many tasks there are at most."""
+        """Return how many tasks a sequence has at most."""
 
     @abstractmethod
     def columns(self, p: Mapping[str, Any]) -> int:
@@ -67,7 +68,7 @@ class _Gates(Schedule):
         vectors = max(1, p["g"] // LANES)
         most = 24 if hardware.has_avx512 else 12
         wide = tuple(n for n in (1, 2, 4, 8) if n < 2 * vectors)
-        may = self.tasks(p) > 1 and hardware.threads > 1
+        may = p["b"] * self.tasks(p) > 1 and hardware.threads > 1
         heavy = get_op(self.op).counts(workload).bytes["dram"] >= PARALLEL_BYTES
         side = max(n for n in wide if hardware.has_avx512 or n <= 4)
         # a sum waits some cycles for the one before: eight of them hide that
@@ -84,7 +85,7 @@ class _Gates(Schedule):
         op = get_op(self.op)
         p, need = op.full(workload), op.counts(workload)
         ops = {**need.ops, "exp_f32": need.ops["exp_f32"] * p["kv"]}
-        tasks = self.tasks(p)
+        tasks = p["b"] * self.tasks(p)
         threads = hardware.threads if config.parallel else 1
         row = p["g"] * (4.0 if p["w"] == "f32" else 2.0)
         again = tasks // p["kv"]  # tokens or blocks, each of which reads the projection
@@ -119,16 +120,19 @@ class X86GateQueries(_Gates):
 
         def body(q: Any, pos: Any, inv_freq: Any, gate_freq: Any, weight: Any, *rest: Any) -> None:
             norm, out = rest[0] if p["norm"] else None, rest[-1]
-            with loop(self.tasks(p), parallel=config.parallel) as task:
+            b, tasks = p["b"], self.tasks(p)
+            with sequences.turns(b, tasks, parallel=config.parallel) as (sequence, task):
                 token, head = bind(task // p["kv"]), bind(task % p["kv"])
                 x, y = workspace((columns,), "float32"), workspace((p["g"],), "float32")
-                position = bind(T.cast(pos[0] + token, "float32"))
-                turned_queries(p, q, token, head, inv_freq, x, position)
+                start = sequences.place_of(pos, sequence)[0]
+                position = bind(T.cast(start + token, "float32"))
+                mine, own = (sequences.part_of(buffer, sequence, b) for buffer in (q, out))
+                turned_queries(p, mine, token, head, inv_freq, x, position)
                 project(p, columns, x, weight, head, y, config.wide, config.chains)
                 finish(p, y, norm, position, gate_freq)
 
                 def copy(at: Any, lanes: int) -> None:
-                    store(out, load(y, at, lanes=lanes), token, head, at, lanes=lanes)
+                    store(own, load(y, at, lanes=lanes), token, head, at, lanes=lanes)
 
                 over(p["g"], copy)
 
@@ -167,21 +171,24 @@ class X86GateKeys(_Gates):
         entries = entries_of(p["cap"], size, size)
 
         def body(pos: Any, inv_freq: Any, gate_freq: Any, weight: Any, *rest: Any) -> None:
-            norm, k, desc = rest[0] if p["norm"] else None, rest[-2], rest[-1]
-            start = fixed(pos[0])
-            first = fixed(start // size)
-            stop = fixed(T.min((start + pos[1]) // size, T.int32(entries)))
-            # most steps of decoding complete no block: then no thread is woken either
-            with when(first < stop), loop(self.tasks(p), parallel=config.parallel) as task:
-                head, entry = bind(task // most), fixed(first + task % most)
-                with when(entry < stop):
-                    x = Pools(p, keys.bits, k, inv_freq, head, entry).emit()
-                    y = workspace((p["g"],), "float32")
-                    project(p, 3 * p["d"], x, weight, head, y, config.wide, config.chains)
-                    position = entry * size + (size - 1 if p["last"] else 0)
-                    finish(p, y, norm, bind(T.cast(position, "float32")), gate_freq)
-                    with loop(p["g"]) as at:
-                        store(desc, y[at], head, entry // LANES, 0, at, entry % LANES)
+            norm = rest[0] if p["norm"] else None
+            with sequences.turns(p["b"], 1) as (sequence, _):
+                where = sequences.place_of(pos, sequence)
+                k, desc = (sequences.part_of(held, sequence, p["b"]) for held in rest[-2:])
+                start = fixed(where[0])
+                first = fixed(start // size)
+                stop = fixed(T.min((start + where[1]) // size, T.int32(entries)))
+                # most steps of decoding complete no block: then no thread is woken either
+                with when(first < stop), loop(self.tasks(p), parallel=config.parallel) as task:
+                    head, entry = bind(task // most), fixed(first + task % most)
+                    with when(entry < stop):
+                        x = Pools(p, keys.bits, k, inv_freq, head, entry).emit()
+                        y = workspace((p["g"],), "float32")
+                        project(p, 3 * p["d"], x, weight, head, y, config.wide, config.chains)
+                        position = entry * size + (size - 1 if p["last"] else 0)
+                        finish(p, y, norm, bind(T.cast(position, "float32")), gate_freq)
+                        with loop(p["g"]) as at:
+                            store(desc, y[at], head, entry // LANES, 0, at, entry % LANES)
 
         return Kernel(name, function(name, args, body), args, self.work(workload, config, hardware))
 
@@ -191,7 +198,7 @@ class X86GateKeys(_Gates):
         entries = entries_of(p["cap"], p["size"], p["size"])
         return {
             "k_cache": layout.cache_shapes(p)["k_cache"],
-            "desc": descriptors.shape(entries, p["kv"], 1, p["g"], ENTRIES),
+            "desc": descriptors.shape(entries, p["b"] * p["kv"], 1, p["g"], ENTRIES),
         }
 
     def layouts(self, workload: Workload, config: GateConfig) -> dict[str, str]:
@@ -205,6 +212,10 @@ class X86GateKeys(_Gates):
         self, workload: Workload, config: GateConfig, arrays: Mapping[str, Array]
     ) -> dict[str, Array]:
         """Lay out the cache and the compressed keys."""
+        return sequences.pack_each(workload, arrays, self._pack)
+
+    @staticmethod
+    def _pack(workload: Workload, arrays: Mapping[str, Array]) -> dict[str, Array]:
         out = layout.pack_caches(workload, arrays)
         if "desc" in out:
             out["desc"] = descriptors.laid_out(out["desc"], ENTRIES)
@@ -214,7 +225,11 @@ class X86GateKeys(_Gates):
         self, workload: Workload, config: GateConfig, arrays: Mapping[str, Array]
     ) -> dict[str, Array]:
         """Return the canonical cache and compressed keys."""
-        p = get_op(self.op).full(workload)
+        return sequences.unpack_each(workload, arrays, self._unpack)
+
+    @staticmethod
+    def _unpack(workload: Workload, arrays: Mapping[str, Array]) -> dict[str, Array]:
+        p = get_op(workload.op).full(workload)
         out = dict(layout.unpack_caches(workload, arrays))
         if "desc" in out:
             entries = entries_of(p["cap"], p["size"], p["size"])

@@ -72,8 +72,8 @@ class X86Lists(X86Flash):
         stream = height == group and height in rows
         row = height if stream else max(n for n in rows if n <= 4 and (height % n == 0 or n == 1))
         step = max(n for n in blocks if n <= (128 if stream else 64))
-        tasks = groups * -(-p["t"] // tile)
-        work = float(p["t"] * p["h"] * _reach(p) * (p["d"] + p["dv"]))
+        tasks = p["b"] * groups * -(-p["t"] // tile)
+        work = float(p["b"] * p["t"] * p["h"] * _reach(p) * (p["d"] + p["dv"]))
         threads = hardware.threads if work >= PARALLEL_FMA else 1
         part = next(
             (n for n in splits if tasks * n % threads == 0 and tasks * n >= threads), splits[-1]
@@ -113,7 +113,7 @@ class X86Lists(X86Flash):
 
         workspace_bytes = 0
         if config.splits > 1:
-            tasks = s.groups * s.tiles * config.splits
+            tasks = s.sequences * s.groups * s.tiles * config.splits
             workspace_bytes = 4 * tasks * s.height * (s.columns * LANES + 2)
         return Kernel(
             name,
@@ -129,7 +129,7 @@ class X86Lists(X86Flash):
         op: Any = get_op(self.op)
         p = op.full(workload)
         return lists_work(
-            self.tiling(p, config, hardware), op.kv_length(p), config.splits, hardware,
+            self.tiling(p, config, hardware), op.lengths(p), config.splits, hardware,
             parallel=config.parallel, arith=self.arithmetic(config),
         )  # fmt: skip
 

@@ -1,9 +1,9 @@
 """Scores of blocks from their descriptors on x86: lanes are entries, so nothing is summed over lanes.
 
-A task is a KV head with a tile of score rows and a part of the entries; its queries' coefficients (for
-`quest`: their negative and positive halves, since a maximum of products is the product with one of the
-bounds) stay in the first-level cache while the descriptors stream by. Where a softmax follows, logits go to
-scratch memory and a second phase turns them into scores.
+A task is a KV head of a sequence with a tile of score rows and a part of the entries; its queries'
+coefficients (for `quest`: their negative and positive halves, since a maximum of products is the product with
+one of the bounds) stay in the first-level cache while the descriptors stream by. Where a softmax follows,
+logits go to scratch memory and a second phase turns them into scores.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any
 from mimo_compile.ir.caches import parse_cache_format
 from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.hardware import Hardware
-from mimo_compile.ir.ops import get_op
+from mimo_compile.ir.ops import batches, get_op
 from mimo_compile.ir.ops.base import Arg, Array
 from mimo_compile.ir.workload import Workload
-from mimo_compile.schedules.attention import descriptors
+from mimo_compile.schedules.attention import descriptors, sequences
 from mimo_compile.schedules.attention.score_entries import Entries, emit
 from mimo_compile.schedules.base import Kernel, Schedule, Space
 from mimo_compile.schedules.emit.build import function
@@ -70,7 +70,7 @@ class X86ScoreBlocks(Schedule):
         tile = max(n for n in tiles if n <= 16)
         row = max(n for n in rows if n <= 4)
         side = max(n for n in wide if n * row <= (16 if hardware.has_avx512 else 4) or n == 1)
-        tasks = s.p["kv"] * -(-count // tile)
+        tasks = s.p["b"] * s.p["kv"] * -(-count // tile)
         heavy = get_op(self.op).counts(workload).ops["fma_f32"] >= PARALLEL_FMA
         crew = hardware.threads if heavy else 1
         part = next((n for n in splits if tasks * n >= crew and tasks * n % crew == 0), splits[-1])
@@ -101,7 +101,7 @@ class X86ScoreBlocks(Schedule):
 
         room = 0
         if s.raw:
-            room = 4 * s.count * s.p["kv"] * s.heads * s.vectors * LANES
+            room = 4 * s.p["b"] * s.count * s.p["kv"] * s.heads * s.vectors * LANES
         counts = self.work(workload, config, hardware)
         return Kernel(name, function(name, args, body), args, counts, room)
 
@@ -109,8 +109,8 @@ class X86ScoreBlocks(Schedule):
         """Return the kernel's work without generating it: whole vectors of entries, read once a tile."""
         s = Entries.of(workload, config, hardware)
         p, need = s.p, get_op(self.op).counts(workload)
-        groups = s.filled_groups(int(p["len"] or p["cap"]))
-        entries = float(groups * s.wide * LANES)
+        b, lengths = p["b"], batches.lengths(int(p["len"] or p["cap"]), p)
+        entries = sum(float(s.filled_groups(n) * s.wide * LANES) for n in lengths)
         heads = float(s.count * p["kv"] * s.heads)
         ops = {
             **need.ops,
@@ -125,15 +125,15 @@ class X86ScoreBlocks(Schedule):
         step = s.format.bytes * config.wide * LANES * s.parts * p["d"]
         state = 4.0 * s.tile * s.heads * s.parts * p["d"]
         streams = [
-            Stream(whole, ((tiles, whole / p["kv"] + state), (row_tiles, step + state))),
-            Stream(4.0 * s.count * p["h"] * p["d"]),
-            Stream(4.0 * s.count * s.scored * s.blocks * min(1.0, p["len"] / p["cap"] or 1.0)),
+            Stream(whole, ((tiles, whole / b / p["kv"] + state), (row_tiles, step + state))),
+            Stream(4.0 * b * s.count * p["h"] * p["d"]),
+            Stream(4.0 * s.count * s.scored * s.blocks * sum(lengths) / p["cap"]),
         ]
         if s.raw:
             streams.append(
-                Stream(4.0 * heads * s.vectors * LANES, ((3, 4.0 * entries),), made=True)
+                Stream(4.0 * b * heads * s.vectors * LANES, ((3, 4.0 * entries),), made=True)
             )
-        tasks = p["kv"] * tiles * config.splits
+        tasks = b * p["kv"] * tiles * config.splits
         threads = hardware.threads if config.parallel else 1
         return work(
             ops, streams, hardware, tasks=tasks if threads > 1 else 1, share=busiest(tasks, threads),
@@ -150,14 +150,22 @@ class X86ScoreBlocks(Schedule):
         self, workload: Workload, config: BlocksConfig, arrays: Mapping[str, Array]
     ) -> dict[str, Array]:
         """Lay out the descriptors."""
-        fmt = parse_cache_format(get_op(self.op).full(workload)["e"])
+        return sequences.pack_each(workload, arrays, self._pack)
+
+    @staticmethod
+    def _pack(workload: Workload, arrays: Mapping[str, Array]) -> dict[str, Array]:
+        fmt = parse_cache_format(get_op(workload.op).full(workload)["e"])
         return {n: descriptors.laid_out(a, fmt) if n == "desc" else a for n, a in arrays.items()}
 
     def unpack_state(
         self, workload: Workload, config: BlocksConfig, arrays: Mapping[str, Array]
     ) -> dict[str, Array]:
         """Return the canonical descriptors."""
-        op = get_op(self.op)
+        return sequences.unpack_each(workload, arrays, self._unpack)
+
+    @staticmethod
+    def _unpack(workload: Workload, arrays: Mapping[str, Array]) -> dict[str, Array]:
+        op = get_op(workload.op)
         fmt = parse_cache_format(op.full(workload)["e"])
         entries, *_, d = next(a.shape for a in op.args(workload) if a.name == "desc")
         return {

@@ -12,13 +12,14 @@ from typing import Any
 
 from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.hardware import Hardware
-from mimo_compile.ir.ops import get_op
+from mimo_compile.ir.ops import batches, get_op
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.attention.reach import fixed
 from mimo_compile.schedules.attention.select_lists import Choice, Frame, List
 from mimo_compile.schedules.attention.select_ranks import Ranking, finish
+from mimo_compile.schedules.attention.sequences import part_of, place_of, turns
 from mimo_compile.schedules.base import Kernel, Schedule, Space
-from mimo_compile.schedules.emit.build import Register, T, function, loop, store
+from mimo_compile.schedules.emit.build import Register, T, function, store
 from mimo_compile.schedules.emit.vector import LANES, symbol
 from mimo_compile.schedules.work import Stream, Tile, busiest, work
 
@@ -52,7 +53,7 @@ class X86Select(Schedule):
     def space(self, workload: Workload, hardware: Hardware) -> Space:
         """How many scores a first search looks at; threads."""
         s = Choice.of(workload, 0)
-        p, lists = s.p, s.rows * s.p["hs"]
+        p, lists = s.p, s.p["b"] * s.rows * s.p["hs"]
         runs = RUNS if p["rule"] == "topk" else RUNS[:1]
         runs = tuple(n for n in runs if n == 0 or s.blocks >= 2 * n * LANES)
         seen = -(-int(p["len"] or p["cap"]) // p["block"])
@@ -77,7 +78,7 @@ class X86Select(Schedule):
         room = 4 * (s.room * (3 if config.run else 1) + (4 * s.kmax if _ranked(s) else 0))
         threads = hardware.threads if config.parallel else 1
         if _ranked(s):
-            room = room * threads + 4 * s.rows * s.p["hs"] * s.kmax
+            room = room * threads + 4 * s.p["b"] * s.rows * s.p["hs"] * s.kmax
         return Kernel(
             name, function(name, args, body), args, self.work(workload, config, hardware), room
         )
@@ -86,8 +87,8 @@ class X86Select(Schedule):
         """Return the kernel's work: passes over keys that stay in a cache, and what is taken."""
         s = Choice.of(workload, config.run)
         p, need = s.p, get_op(self.op).counts(workload)
-        lists = s.rows * p["hs"]
-        seen = float(min(s.blocks, -(-int(p["len"] or p["cap"]) // p["block"])))
+        lists, lengths = p["b"] * s.rows * p["hs"], batches.lengths(int(p["len"] or p["cap"]), p)
+        seen = sum(float(min(s.blocks, -(-n // p["block"]))) for n in lengths) / p["b"]
         # of a sieve, the keys of the first search, and those that are left
         searched = seen / config.run + 1.5 * min(s.kmax, seen) if config.run else seen
         sorts = 8.0 * s.kmax if _ranked(s) else 0.0
@@ -112,19 +113,27 @@ def _ranked(s: Choice) -> bool:
 
 def _emit(s: Choice, parallel: bool, score: Any, pos: Any, value: Any, idx: Any, cnt: Any) -> None:
     """Emit the kernel."""
-    span = (fixed(pos[0]), fixed(pos[1]))
-    lists = s.rows * s.p["hs"]
+    b, lists = s.p["b"], s.rows * s.p["hs"]
+
+    def own(sequence: Any | None, *buffers: Any) -> tuple[Any, ...]:
+        where = place_of(pos, sequence)
+        span = (fixed(where[0]), fixed(where[1]))
+        return (span, *(part_of(buffer, sequence, b) for buffer in buffers))
+
     if _ranked(s):
         ranking = Ranking(s)
-        with loop(lists, parallel=parallel) as task:
-            ranking.fill(span, score, task)
-        with loop(s.rows, parallel=parallel and s.rows > 1) as row:
-            ranking.merge(span, idx, cnt, row)
+        with turns(b, lists, parallel=parallel) as (sequence, task):
+            span, scores = own(sequence, score)
+            ranking.of(sequence).fill(span, scores, task)
+        with turns(b, s.rows, parallel=parallel and b * s.rows > 1) as (sequence, row):
+            span, ids, counts = own(sequence, idx, cnt)
+            ranking.of(sequence).merge(span, ids, counts, row)
         return
-    with loop(lists, parallel=parallel) as task:
+    with turns(b, lists, parallel=parallel) as (sequence, task):
         heads = T.int32(s.p["hs"])
         row, head = fixed(T.floordiv(task, heads)), fixed(T.floormod(task, heads))
-        _one(s, span, score, value, idx, cnt, row, head)
+        span, scores, ids, counts = own(sequence, score, idx, cnt)
+        _one(s, span, scores, value, ids, counts, row, head)
 
 
 def _one(

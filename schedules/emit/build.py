@@ -105,7 +105,10 @@ def load(buffer: Any, *index: Any, lanes: int = 1, stride: int = 1) -> Any:
 def store(buffer: Any, value: Any, *index: Any, lanes: int = 1) -> None:
     """Store a vector at ``index`` and behind."""
     *outer, last = index
-    T.buffer_store(buffer, value, [*outer, last if lanes == 1 else T.ramp(last, 1, lanes)])
+    where = [*outer, last if lanes == 1 else T.ramp(last, 1, lanes)]
+    if isinstance(buffer, Part):
+        buffer, where = buffer.buffer, [*buffer.index(where)]
+    T.buffer_store(buffer, value, where)
 
 
 def splat(value: Any, lanes: int) -> Any:
@@ -130,6 +133,23 @@ def prefetch(buffer: Any, *index: Any, near: bool = True) -> None:
 def workspace(shape: Sequence[int], dtype: str) -> Any:
     """Allocate scratch memory that lives until the function returns (or the enclosing scope ends)."""
     return T.alloc_buffer(tuple(shape), dtype)
+
+
+class Part:
+    """A buffer of which the first index counts from a row on: what belongs to one of several."""
+
+    def __init__(self, buffer: Any, first: Any) -> None:
+        self.buffer, self.first = buffer, first
+        self.shape = buffer.shape
+        """Of the whole buffer."""
+
+    def index(self, index: Sequence[Any]) -> tuple[Any, ...]:
+        """Return the index in the whole buffer."""
+        return (self.first + index[0], *index[1:])
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return an element, or a vector of them."""
+        return self.buffer[self.index(index if isinstance(index, tuple) else (index,))]
 
 
 class Register:

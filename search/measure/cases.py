@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from mimo_compile.errors import MimoError
-from mimo_compile.ir.ops import get_op
+from mimo_compile.ir.ops import batches, get_op
 from mimo_compile.ir.ops.base import Arg, Array
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.base import Schedule
@@ -95,6 +95,8 @@ class Case:
     inputs: dict[str, Array]
     expected: dict[str, Array]
     bound: dict[str, Array]
+    rests: bool = False
+    """One of its sequences has no token: to verify with, not to time."""
 
     @property
     def nbytes(self) -> int:
@@ -105,12 +107,28 @@ class Case:
 
 def make_case(workload: Workload, seed: int) -> Case:
     """Draw inputs and compute the reference (imports torch)."""
-    op = get_op(workload.op)
+    return _case(
+        workload, seed, get_op(workload.op).make_inputs(workload, _drawing(workload, seed))
+    )
+
+
+def make_rested(case: Case) -> Case | None:
+    """Return the case of a batch with a sequence that rests, see `batches.rested`; None: it is no batch."""
+    given = batches.rested(case.workload, case.inputs, _drawing(case.workload, case.seed))
+    return None if given is None else _case(case.workload, case.seed, given, rests=True)
+
+
+def _drawing(workload: Workload, seed: int) -> np.random.Generator:
+    """Return where the numbers of a workload's inputs come from."""
     text = hashlib.sha256(f"{workload}|{seed}".encode()).digest()
-    rng = np.random.default_rng(np.frombuffer(text, np.uint32))
-    inputs = op.make_inputs(workload, rng)
+    return np.random.default_rng(np.frombuffer(text, np.uint32))
+
+
+def _case(workload: Workload, seed: int, inputs: dict[str, Array], rests: bool = False) -> Case:
+    """Compute the reference of inputs (imports torch)."""
     import torch
 
+    op = get_op(workload.op)
     threads = torch.get_num_threads()
     if (
         op.counts(workload).flops < 1e9
@@ -121,7 +139,7 @@ def make_case(workload: Workload, seed: int) -> Case:
         bound = op.bound(workload, inputs, expected)
     finally:
         torch.set_num_threads(threads)
-    return Case(workload, seed, op.args(workload), inputs, expected, bound)
+    return Case(workload, seed, op.args(workload), inputs, expected, bound, rests)
 
 
 class CaseStore:
@@ -133,7 +151,8 @@ class CaseStore:
         self._limit = limit_bytes
         self._cases: OrderedDict[tuple[Workload, int], Case] = OrderedDict()
         self._files: dict[tuple[Workload, int], dict[str, dict[str, Path]]] = {}
-        self._exact: dict[tuple[Workload, int], dict[str, Array]] = {}
+        self._exact: dict[tuple[Workload, int, bool], dict[str, Array]] = {}
+        self._rested: dict[tuple[Workload, int], Case | None] = {}
         self._serial = 0
 
     def case(self, workload: Workload, seed: int) -> Case:
@@ -148,11 +167,18 @@ class CaseStore:
         self._cases.move_to_end(key)
         return self._cases[key]
 
+    def rested(self, case: Case) -> Case | None:
+        """Return the same case with a sequence that rests, see `make_rested`."""
+        key = (case.workload, case.seed)
+        if key not in self._rested:
+            self._rested[key] = make_rested(case)
+        return self._rested[key]
+
     def bound(self, case: Case, exact: bool) -> dict[str, Array]:
         """Return the bound of a case, or that of kernels that round nothing beyond float32."""
         if not exact:
             return case.bound
-        key = case.workload, case.seed
+        key = case.workload, case.seed, case.rests
         if key not in self._exact:
             op = get_op(case.workload.op)
             self._exact[key] = op.exact_bound(case.workload, case.inputs, case.expected)
@@ -165,7 +191,9 @@ class CaseStore:
 
     def _forget(self, key: tuple[Workload, int]) -> None:
         self._cases.pop(key, None)
-        self._exact.pop(key, None)
+        self._rested.pop(key, None)
+        for rests in (False, True):
+            self._exact.pop((*key, rests), None)
         for files in self._files.pop(key, {}).values():
             for path in files.values():
                 path.unlink(missing_ok=True)
@@ -173,10 +201,11 @@ class CaseStore:
     def files(self, case: Case, schedule: Schedule, config: Any) -> dict[str, Path]:
         """Return the ``.npy`` file of each array a kernel may ask for: inputs, packed weights and states."""
         per_case = self._files.setdefault((case.workload, case.seed), {})
-        common = per_case.get("")
+        inputs = "rests" if case.rests else ""
+        common = per_case.get(inputs)
         if common is None:
             plain = {a.name: case.inputs[a.name] for a in case.args if a.role == "input"}
-            common = per_case[""] = self._save(plain)
+            common = per_case[inputs] = self._save(plain)
         layout = json.dumps(
             [schedule.name, sorted(schedule.layouts(case.workload, config).items())]
         )

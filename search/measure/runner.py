@@ -99,7 +99,19 @@ class Runner:
     def verified(
         self, space: JointSpace, candidate: Candidate, built: Reply, case: Case
     ) -> Measurement:
-        """Load and run a built candidate and compare; the slot stays loaded when the verdict is ok."""
+        """Load and run a built candidate and compare; the slot stays loaded when the verdict is ok.
+
+        A kernel of a batch is run with a sequence that rests before.
+        """
+        if (rested := self.cases.rested(case)) is not None:
+            found = self._compared(space, candidate, built, rested)
+            if found.verdict is not Verdict.OK:
+                return replace(found, message=f"with a sequence that rests: {found.message}")
+        return self._compared(space, candidate, built, case)
+
+    def _compared(
+        self, space: JointSpace, candidate: Candidate, built: Reply, case: Case
+    ) -> Measurement:
         schedule, config = space.schedules[candidate.schedule], space.config(candidate)
         facts = built.value
         base = Measurement(

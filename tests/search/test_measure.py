@@ -119,6 +119,20 @@ def test_states_are_restored_and_compared_canonically(measurer: Measurer) -> Non
     assert [m.verdict for m in found] == [Verdict.OK], found
 
 
+@pytest.mark.fault
+def test_kernels_of_batches_are_run_with_a_sequence_that_rests(measurer: Measurer) -> None:
+    """What is timed has none: there a kernel that reads for sequences without a token is right."""
+    from restless import Restless
+
+    workload = parse_workload("cached_attention:t=1,h=2,kv=1,d=16,dv=16,cap=64,b=2")
+    verdicts = []
+    for schedules in (None, [Restless()]):
+        space = JointSpace(workload, local_cpu(), schedules)
+        verdicts += measurer.measure(space, space.defaults()[:1], 5)
+    assert [m.verdict for m in verdicts] == [Verdict.OK, Verdict.WRONG], verdicts
+    assert verdicts[1].message.startswith("with a sequence that rests: out")
+
+
 def test_too_fast_is_suspicious(tmp_path: Path) -> None:
     slow = DeviceModel.guess(local_cpu())
 
