@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import count
 
+from mimo_compile.search.farm.hosts import Answer
 from mimo_compile.search.farm.scheduling import Action, Node, Scheduler, Start
 from mimo_compile.search.farm.simulation import Fifo, Job, Span, Trace, simulate
 
@@ -197,10 +198,10 @@ SCALE = 0.5
 class Sleeper:
     """A host whose orders are durations."""
 
-    def run(self, seconds: float) -> tuple[str, float]:
+    def run(self, seconds: float) -> Answer:
         """Sleep."""
         time.sleep(seconds)
-        return "ok", seconds
+        return "ok", seconds, seconds
 
     def close(self) -> None:
         """Nothing to release."""

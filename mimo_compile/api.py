@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mimo_compile.errors import UsageError
+from mimo_compile.errors import MimoError, UsageError
 
 if TYPE_CHECKING:
     from mimo_compile.artifact import Artifact
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from mimo_compile.quantize.calibration import Calibration
     from mimo_compile.search import TuningResult
     from mimo_compile.search.database import Database
+    from mimo_compile.search.farm_runs import Worker
 
 _LOG = logging.getLogger(__name__)
 DbLike = "str | os.PathLike[str] | Database | None"
@@ -254,10 +256,12 @@ def tune(
             workloads = _supported(workloads, hardware)
     with _database(db) as database, _farm(on, hardware, meter) as farm:
         how = {"meter": counter} if farm is None else farm.how()
-        return _tune(
-            workloads, hardware, trials, seconds, joules, objective, database, seed, progress,
-            strategy=strategy, **how,
-        )  # fmt: skip
+        with _tallied(farm, database) as workers:
+            found = _tune(
+                workloads, hardware, trials, seconds, joules, objective, database, seed, progress,
+                strategy=strategy, **how,
+            )  # fmt: skip
+    return replace(found, workers=tuple(workers))
 
 
 def _farm(on: str | None, hardware: Hardware, meter: str) -> Any:
@@ -267,6 +271,23 @@ def _farm(on: str | None, hardware: Hardware, meter: str) -> Any:
     from mimo_compile.search.farm.tuning import open_farm
 
     return open_farm(on, hardware, meter=meter)
+
+
+@contextlib.contextmanager
+def _tallied(farm: Any, database: Database) -> Iterator[list[Worker]]:
+    """Give a list that tells afterwards what a farm's workers did; it is stored however the search ends."""
+    told: list[Worker] = []
+    try:
+        yield told
+    finally:
+        if farm is not None:
+            from mimo_compile.search.farm_runs import store
+
+            told += farm.workers()
+            try:
+                store(database, told)
+            except MimoError as error:  # the search has told, or will tell, its own
+                _LOG.warning("what the workers did is not kept: %s", error)
 
 
 def _supported(workloads: dict[Workload, float], hardware: Hardware) -> dict[Workload, float]:

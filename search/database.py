@@ -133,9 +133,14 @@ class Database:
                 ) from error
         elif not self.path.exists():
             raise InputError("there is no such database", file=self.path)
-        self._read = self._connect()
+        self._read = self.connect()
 
-    def _connect(self) -> sqlite3.Connection:
+    def connect(self) -> sqlite3.Connection:
+        """Open a connection of one's own, after a look whether the file is ours.
+
+        Raises:
+            InputError: the file is damaged, foreign or of a newer schema.
+        """
         try:
             if self.path.exists() and self.path.is_dir():
                 raise sqlite3.DatabaseError("this is a folder")
@@ -248,7 +253,7 @@ class Database:
                     break
                 batch.append(more)
             try:
-                db = db or self._connect()
+                db = db or self.connect()
                 self._commit(db, [r for rows, _ in batch for r in rows])
             except Exception as error:  # reported to each waiting caller
                 failure = self.unusable(error) if isinstance(error, sqlite3.Error) else error

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mimo_compile.errors import InputError
+from mimo_compile.search import farm_runs
 from mimo_compile.search.database import Database
 from mimo_compile.search.lookup import summarise
 from mimo_compile.search.records import Record, checksum, decode, encode
@@ -140,7 +141,10 @@ def import_records(db: Database, path: str | os.PathLike[str]) -> tuple[int, int
 
 
 def merge(db: Database, other: str | os.PathLike[str]) -> tuple[int, int]:
-    """Add all records of another database (or JSON-lines file); return (new, already there)."""
+    """Add all records of another database (or JSON-lines file); return (new, already there).
+
+    What a database keeps of farms' workers comes along.
+    """
     source = Path(other)
     if not source.exists():
         raise InputError("there is no such file", file=source)
@@ -149,6 +153,7 @@ def merge(db: Database, other: str | os.PathLike[str]) -> tuple[int, int]:
     if not start.startswith(b"SQLite format 3"):
         return import_records(db, source)
     with Database(source, read_only=True) as from_db:
+        farm_runs.store(db, reversed(farm_runs.load(from_db)))
         return _insert(db, from_db)
 
 
@@ -179,7 +184,7 @@ def prune(
     older_than_days: float | None = None,
     failures: bool = False,
 ) -> int:
-    """Delete records and return how many.
+    """Delete records and return how many; by age, what is kept of farms' workers goes as well.
 
     Args:
         db: The database.
@@ -205,6 +210,7 @@ def prune(
         with contextlib.closing(raw):
             raw.execute("BEGIN IMMEDIATE")
             raw.executemany("DELETE FROM records WHERE sum = ?", ((s,) for s in sorted(drop)))
+            farm_runs.delete_before(raw, db, limit)
             raw.execute("COMMIT")
             with contextlib.suppress(sqlite3.Error):  # needs space, and nobody else at the file
                 raw.execute("VACUUM")
@@ -253,6 +259,8 @@ def check(path: str | os.PathLike[str]) -> Check:
             problems.append(str(error))
         finally:
             raw.close()
+        if bad := farm_runs.damaged(db):
+            problems.append(f"{bad} rows of farms' workers do not match their checksums")
     return Check(rows, sound, tuple(problems[:50]))
 
 
@@ -269,6 +277,7 @@ def salvage(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> int:
     if target.exists():
         raise InputError("the output exists already", file=target, remedy="Give another -o FILE")
     found: dict[str, Record] = {}
+    workers: dict[bytes, farm_runs.Worker] = {}
     for file in (source, source.with_name(source.name + "-wal")):
         try:
             data = file.read_bytes()
@@ -284,12 +293,16 @@ def salvage(path: str | os.PathLike[str], out: str | os.PathLike[str]) -> int:
             except InputError:
                 continue
             found[checksum(line.decode())] = record
+        for line in farm_runs.LINE.findall(data):
+            with contextlib.suppress(InputError):
+                workers[line] = farm_runs.decode(line)
     order = sorted(found.values(), key=lambda r: r.time)
     with _published(target) as temporary:
         try:
             with Database(temporary) as db:
                 for chunk in _chunks(order):
                     db.add(*chunk)
+                farm_runs.store(db, workers.values())
             _settle(temporary, len(order))
         except (InputError, sqlite3.Error) as error:
             text = error.what if isinstance(error, InputError) else f"it cannot be written: {error}"

@@ -23,7 +23,8 @@ SCHEMA = 1
 """Version of the record; a reader refuses newer ones."""
 
 _SUM = b',"sum":"'
-_NO_TWIN = b',"twin":""}'
+_LATER = (b',"worker":""}', b',"twin":""}')
+"""Fields that came after the first records, last first: left out at the end of a line where empty."""
 
 
 NODES_VANISHED = "nodes vanished below it"
@@ -98,6 +99,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     twin: str = ""
     """Key of a record whose code this candidate becomes, byte for byte: the figures are that one's, no clock
     was read for this one."""
+    worker: str = ""
+    """Who on a farm came to the verdict, ``NAME/DEVICE``, or ``NAME`` where that was a build; "": no farm."""
 
     @property
     def ok(self) -> bool:
@@ -149,6 +152,24 @@ def _sum(body: bytes) -> str:
     return hashlib.sha256(body).hexdigest()[:32]
 
 
+def seal(body: bytes) -> str:
+    """Return a JSON object as a line that ends with its checksum."""
+    return (body[:-1] + _SUM + _sum(body).encode() + b'"}').decode()
+
+
+def unseal(line: bytes, *, what: str = "a tuning record", file: object) -> bytes:
+    """Return the JSON object in a line that `seal` made.
+
+    Raises:
+        InputError: the line is damaged, or something else; ``what`` names it.
+    """
+    head, mark, tail = line.strip().rpartition(_SUM)
+    body = head + b"}"
+    if not mark or tail != _sum(body).encode() + b'"}':
+        raise InputError(f"{what} does not match its checksum", file=file)
+    return body
+
+
 def encode(record: Record) -> str:
     """Return the record as one line of JSON that ends with its checksum.
 
@@ -157,9 +178,11 @@ def encode(record: Record) -> str:
     """
     _validate(record)
     body = msgspec.json.encode(record)
-    if body.endswith(_NO_TWIN):  # written only where there is one: older lines stay what they are
-        body = body[: -len(_NO_TWIN)] + b"}"
-    return (body[:-1] + _SUM + _sum(body).encode() + b'"}').decode()
+    for field in _LATER:  # written only where there is one: older lines stay what they are
+        if not body.endswith(field):
+            break
+        body = body[: -len(field)] + b"}"
+    return seal(body)
 
 
 def decode(line: str | bytes, *, file: object = "record") -> Record:
@@ -168,11 +191,7 @@ def decode(line: str | bytes, *, file: object = "record") -> Record:
     Raises:
         InputError: damaged, of a newer schema, or not a record at all.
     """
-    data = line.encode() if isinstance(line, str) else line
-    head, mark, tail = data.strip().rpartition(_SUM)
-    body = head + b"}"
-    if not mark or tail != _sum(body).encode() + b'"}':
-        raise InputError("a tuning record does not match its checksum", file=file)
+    body = unseal(line.encode() if isinstance(line, str) else line, file=file)
     try:
         record = msgspec.json.decode(body, type=Record)
         if record.schema > SCHEMA:

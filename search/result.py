@@ -8,6 +8,7 @@ from typing import Any
 
 from mimo_compile.errors import MimoError
 from mimo_compile.ir.workload import Workload
+from mimo_compile.search.farm_runs import Worker
 from mimo_compile.search.lookup import Result, best, meter_of, pareto
 from mimo_compile.search.meters import MODELLED
 from mimo_compile.search.objective import Objective
@@ -83,6 +84,8 @@ class TuningResult:
     joules: float | None
     failure: MimoError | None = None
     """Why the database took no more records; what is here was found before."""
+    workers: tuple[Worker, ...] = ()
+    """What the workers of the farm did, where the search ran on one."""
 
     @property
     def simulated(self) -> bool:
@@ -120,6 +123,7 @@ class TuningResult:
             "objective": str(self.objective), "stopped": self.stopped, "seconds": self.seconds,
             "joules": self.joules, "trials": self.trials, "new_trials": self.new_trials,
             "workloads": [w.to_json() for w in self.workloads],
+            "workers": [w.to_json() for w in self.workers],
         }  # fmt: skip
 
 

@@ -261,6 +261,7 @@ class Tuner:
             energy_window_s=m.energy_window_s, modelled_mj=m.modelled_mj, error_ratio=m.error_ratio,
             message=m.message, code_hash=m.code_hash, requires=m.requires, ops=dict(m.counts.ops),
             bytes=dict(m.counts.bytes), time=time.time(), twin=m.twin,
+            worker=m.worker,
         )  # fmt: skip
         with finish_first():  # what is stored is also counted
             self.db.add(record)

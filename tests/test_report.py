@@ -314,3 +314,29 @@ def test_a_page_that_would_be_too_large_has_fewer_charts(tmp_path, monkeypatch) 
     monkeypatch.setattr("mimo_compile.report.MOST_BYTES", 5000)
     with pytest.raises(MimoError, match="more than 5000"):
         write_report(tmp_path / "r.db", tmp_path / "r3.html")
+
+
+def test_workers_of_farms_are_shown(tmp_path):
+    from mimo_compile.search.farm_runs import Worker, store
+
+    path = tmp_path / "r.db"
+    text = write(tmp_path, [make_record("mpgemm:m=1,n=64,k=64,w=w4g64,a=a8", 0, worker="lab/cpu")])
+    assert "What the workers did" not in text
+    names = [f"lab<{i}>" for i in range(3)]
+    rows = [
+        Worker(
+            name=n, search="s", hardware="x", threads=2, began=9e8, seconds=40.0, tuner_s=3.0,
+            busy_s=10.0 * i, idle_s=40.0 - 10.0 * i, measured=7 * i, started=2, waited_s=1.0,
+        )
+        for i, n in enumerate(names)
+    ]  # fmt: skip
+    with Database(path) as db:
+        store(db, rows)
+        store(db, [Worker(name="old", search=f"s{i}", began=float(i)) for i in range(20)])
+    text = page(gather(path))
+    check(text)
+    assert "What the workers did" in text and "13 older ones are left out" in text
+    assert "lab&lt;2&gt;" in text and "50 % of 40 s" in text and "lab<" not in text
+    assert 'style="width:50.0%"' in text and 'style="width:25.0%"' in text
+    assert "1 lab/cpu" in text
+    assert len(text) < MOST_BYTES

@@ -148,6 +148,16 @@ def show(console: Console, result: Any) -> None:
         f"{result.seconds:.0f} s, stopped by {result.stopped}"
         + (f"; rejected: {text}" if text else "")
     )
+    if result.workers:
+        from mimo_compile.search.farm_runs import TITLES, table_cells
+
+        console.say(
+            table(table_cells(result.workers), TITLES, right="ll" + "r" * (len(TITLES) - 2))
+        )
+        tuner, whole = result.workers[0].tuner_s, result.workers[0].seconds
+        console.say(
+            f"the farm was open for {whole:.0f} s; for {tuner:.0f} s of it the tuner computed"
+        )
     if title(None) in titles:
         console.say(f"{NOTE} (`mimo-compile targets` says why)")
     if result.simulated:

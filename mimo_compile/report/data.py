@@ -12,6 +12,7 @@ from pathlib import Path
 from mimo_compile.errors import InputError
 from mimo_compile.ir.hardware import Hardware, local_cpu
 from mimo_compile.runtime.program import Choice, Manifest, decoding_entry
+from mimo_compile.search.farm_runs import Worker
 from mimo_compile.search.lookup import Result, pareto, summarise, use_measured
 from mimo_compile.search.records import Record, decode
 
@@ -138,6 +139,8 @@ class ReportData:
     """Bytes of the artifact's members."""
     unread: int = 0
     """Records of the artifact that this version cannot read."""
+    workers: list[Worker] = field(default_factory=list)
+    """What workers of farms did, of a database that farms wrote to."""
 
 
 def gather(path: str | os.PathLike[str]) -> ReportData:
@@ -154,10 +157,11 @@ def gather(path: str | os.PathLike[str]) -> ReportData:
         raise InputError(f"cannot be read: {error.strerror}", file=file) from error
     if start.startswith(b"SQLite format 3"):
         from mimo_compile.search.database import open_records
+        from mimo_compile.search.farm_runs import load
 
         with open_records(file) as db:
             assert db is not None  # of a path that is given
-            return ReportData(file.name, str(file), _machines(db, {}))
+            return ReportData(file.name, str(file), _machines(db, {}), workers=load(db))
     if not start.startswith(b"PK"):
         raise InputError(
             "this is neither an artifact nor a database of records",

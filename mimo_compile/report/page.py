@@ -43,7 +43,7 @@ def page(
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
         f"<title>{escape(data.title)} – kernel report</title><style>{style}</style></head>"
-        f"<body><main>{_head(data)}{''.join(machines)}"
+        f"<body><main>{_head(data)}{''.join(machines)}{tables.farms(data.workers)}"
         f'<p class="soft">Written by mimo-compile {escape(__version__)} on {stamp}.</p>'
         "</main></body></html>\n"
     )

@@ -18,9 +18,12 @@ class Bar:
     kind: str = "bar"
 
 
-def bars(items: Sequence[Bar], *, title: str) -> str:
-    """Return horizontal bars as a list: on a narrow page each name stands above its bar."""
-    top = max((i.value for i in items), default=0.0) or 1.0
+def bars(items: Sequence[Bar], *, title: str, whole: float | None = None) -> str:
+    """Return horizontal bars as a list: on a narrow page each name stands above its bar.
+
+    ``whole`` is the value of a bar over the full width (None: the largest).
+    """
+    top = whole or max((i.value for i in items), default=0.0) or 1.0
     rows = []
     for item in items:
         share = max(0.4, 100 * item.value / top)

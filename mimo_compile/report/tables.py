@@ -8,10 +8,13 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from mimo_compile.report.data import Machine, ReportData, Subject
-from mimo_compile.report.parts import count, facts, kernel_name, section, table
+from mimo_compile.report.parts import Bar, bars, count, facts, kernel_name, section, table
 from mimo_compile.report.svg import escape, short
+from mimo_compile.search.farm_runs import TITLES, Worker, searches, table_cells
 
 _MOST_ROWS = 400
+_MOST_SEARCHES = 8
+_MOST_WORKERS = 64
 _CLASS = ("m", "t", "w", "a")
 """Parameters that make kinds of workloads: tokens and formats, not extents."""
 
@@ -123,6 +126,38 @@ def _how_timed(subject: Subject) -> str:
     return "simulated" if any(r.simulated for r in subject.records) else "measured"
 
 
+def farms(workers: Sequence[Worker]) -> str:
+    """Return, for each search on a farm, what its workers did and how their time went."""
+    found = searches(workers)
+    out = []
+    for number, rows in enumerate(found[:_MOST_SEARCHES]):
+        first = rows[0]
+        when = datetime.fromtimestamp(first.began, UTC).strftime("%Y-%m-%d %H:%M UTC")
+        head = (
+            f"<h3>{escape(when)}: {escape(count(len(rows), 'worker'))}, {first.seconds:.0f} s</h3>"
+            f'<p class="soft">For {escape(first.hardware)}, {escape(count(first.threads, "thread"))}. The '
+            f"tuner itself computed for {first.tuner_s:.1f} s.</p>"
+        )
+        used = [
+            Bar(w.name, w.share, f"{100 * w.share:.0f} % of {w.busy_s + w.idle_s:.0f} s")
+            for w in rows[:_MOST_WORKERS]
+        ]
+        header = [(t, "n" if i > 1 else "c" if i == 0 else "") for i, t in enumerate(TITLES)]
+        lines = [[f"<code>{escape(c[0])}</code>", *map(escape, c[1:])] for c in table_cells(rows)]
+        chart = bars(used, title=f"share of time used, search {number + 1}", whole=1.0)
+        out.append(f"{head}{chart}{table(header, lines[:_MOST_WORKERS])}")
+        if len(rows) > _MOST_WORKERS:
+            out.append(f'<p class="soft">{len(rows) - _MOST_WORKERS} workers are left out.</p>')
+    text = (
+        "The newest searches on a cluster. Bars: the share of its time that a worker was busy. Seconds are "
+        "those of a whole node: a build on one of four CPUs counts a quarter. Waiting is from the arrival of "
+        "an action to its start."
+    )
+    if len(found) > _MOST_SEARCHES:
+        text += f" {len(found) - _MOST_SEARCHES} older ones are left out."
+    return section("farms", "What the workers did", text, "".join(out))
+
+
 def provenance(machine: Machine, data: ReportData) -> str:
     """Return on what the numbers rest: machine, versions, times, how many were measured."""
     records = [r for s in machine.subjects for r in s.records]
@@ -141,6 +176,9 @@ def provenance(machine: Machine, data: ReportData) -> str:
         phases = Counter("the same code again" if r.twin else r.phase for r in records)
         pairs.append(("records", _counted(phases)))
         pairs.append(("verdicts", _counted(machine.verdicts)))
+        if any(r.worker for r in records):
+            by = Counter(r.worker or "no farm" for r in records)
+            pairs.append(("workers", _counted(by)))
         pairs.append(("caches", _counted(Counter(r.cache for r in records))))
         meters = Counter(r.energy_source for r in records if r.energy_mj is not None)
         modelled = sum(r.modelled_mj is not None for r in records)

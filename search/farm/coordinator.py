@@ -16,6 +16,8 @@ from typing import Any, Literal, Protocol
 
 from mimo_compile.errors import DeviceLost, MimoError
 from mimo_compile.search.farm.scheduling import Action, Node, Refuse, Scheduler, Start
+from mimo_compile.search.farm.tally import Tally
+from mimo_compile.search.farm_runs import Worker
 
 _LOG = logging.getLogger(__name__)
 GRACE_S = 60.0
@@ -39,6 +41,8 @@ class Outcome:
     status: Literal["done", "lost", "vanished", "broken"]
     value: Any = None
     error: MimoError | None = None
+    seconds: float | None = None
+    """How long the worker was at it, where it says so."""
 
 
 class Executor(Protocol):
@@ -81,6 +85,8 @@ class Result:
     value: Any = None
     message: str = ""
     node: str = ""
+    worker: str = ""
+    """The same for people: the node's label and the device; of an action that was given up, the last."""
 
 
 @dataclass(slots=True)
@@ -119,6 +125,9 @@ class Farm:
         self.executor = executor
         self.scheduler = scheduler or Scheduler()
         self.statistics = Statistics()
+        self.tally = Tally()
+        self.judge: Callable[[Action, Any], tuple[int, int]] = lambda action, value: (1, 0)
+        """Says of a done action's value how many candidates came out right, and how many did not."""
         self._grace_s = grace_s
         self._clock = clock
         self._payloads: dict[int, Any] = {}
@@ -127,8 +136,11 @@ class Farm:
         """Running actions whose results nobody waits for any more."""
         self._broken: dict[str, MimoError] = {}
         self._broken_nodes: dict[str, Node] = {}
-        self._waited = self._clock()
-        """When the last wait ended."""
+        self._waited = self._began = self._left = self._clock()
+        """When the last wait ended, the farm was opened, and `poll` was left."""
+        self._away_s = 0.0
+        self._losses: dict[int, tuple[float, str]] = {}
+        """Actions that were lost: since when they wait again, and the worker."""
         self._stranded_since = math.inf
         self._serial = 0
         for name, error in (broken or {}).items():
@@ -169,6 +181,13 @@ class Farm:
 
     def poll(self, timeout_s: float) -> Result | None:
         """Do what `next` does, but come back without a result when there was none for so long."""
+        self._away_s += self._clock() - self._left
+        try:
+            return self._poll(timeout_s)
+        finally:
+            self._left = self._clock()
+
+    def _poll(self, timeout_s: float) -> Result | None:
         if self._done and self._measures_here() and not self._clock_runs_here():
             return self._done.popleft()  # before another clock is started
         self._look()
@@ -189,6 +208,16 @@ class Farm:
             self._overdue(number)
         return None
 
+    def workers(self) -> list[Worker]:
+        """Return what each worker did so far, and how its time went."""
+        now = self._clock()
+        running = [(r.start, r.since) for r in self.scheduler.running.values()]
+        out = self.tally.workers(now, running)
+        for worker in out:
+            worker.seconds = now - self._began
+            worker.tuner_s = self._away_s + now - self._left
+        return out
+
     def close(self) -> None:
         """End everything that runs."""
         self.executor.close()
@@ -204,6 +233,8 @@ class Farm:
             here = [i for i, r in self.scheduler.running.items() if r.start.node == name]
             for number in here:
                 self.executor.kill(number)
+                self._lost(number)
+            self.tally.left(name, self._clock())
             self.statistics.rerun += len(here)
             self.scheduler.node_lost(name, counts=name not in self._broken)
             for number in self._unwanted.intersection(here):
@@ -211,6 +242,7 @@ class Farm:
         for name, node in present.items():
             if self.scheduler.nodes.get(name) != node:
                 self.scheduler.node_added(node)
+                self.tally.joined(node, self._clock())
 
     def _break(self, name: str, error: MimoError) -> None:
         """Give a node no more work."""
@@ -258,13 +290,26 @@ class Farm:
             number = decision.action.id
             if isinstance(decision, Refuse):
                 status: Literal["crash", "refused"] = "crash" if decision.deadly else "refused"
-                self._finish(Result(decision.action, status, message=decision.reason))
+                worker = self._losses.get(number, (0.0, ""))[1]
+                self._finish(
+                    Result(decision.action, status, message=decision.reason, worker=worker)
+                )
                 continue
             if not decision.action.exclusive:
                 self.statistics.overlapped += any(
                     r.start.device for r in self.scheduler.running.values()
                 )
+            waiting = self.scheduler.running[number].waiting
+            since = self._losses[number][0] if number in self._losses else waiting.arrived
+            self.tally.started(decision, now - since)
             self.executor.start(decision, self._payloads[number])
+
+    def _lost(self, number: int) -> None:
+        """Count an action that will not answer."""
+        running, now = self.scheduler.running[number], self._clock()
+        self.tally.lost(running.start, now - running.since)
+        worker = self.tally.name(running.start.node, running.start.device)
+        self._losses[number] = now, worker
 
     def _take(self, outcome: Outcome, unseen: tuple[float, float]) -> None:
         """Take in how an action ended, perhaps while nobody looked."""
@@ -276,9 +321,15 @@ class Farm:
         if outcome.status == "done":
             unsure_s = unseen[1] - max(unseen[0], running.since)
             self.scheduler.finished(number, now, learn=unsure_s <= _UNSURE * (now - running.since))
-            self._finish(Result(action, "done", outcome.value, node=node))
+            held_s = now - running.since
+            seconds = held_s if outcome.seconds is None else min(held_s, outcome.seconds)
+            good, bad = self.judge(action, outcome.value)
+            self.tally.ended(running.start, seconds, good=good, bad=bad)
+            worker = self.tally.name(node, running.start.device)
+            self._finish(Result(action, "done", outcome.value, node=node, worker=worker))
         elif outcome.status in ("lost", "vanished"):
             self.statistics.rerun += 1
+            self._lost(number)
             if outcome.status == "lost":
                 self.scheduler.failed(number)
             else:
@@ -292,12 +343,14 @@ class Farm:
 
     def _overdue(self, number: int) -> None:
         running = self.scheduler.running[number]
-        limit = running.start.action.timeout_s
+        limit, start = running.start.action.timeout_s, running.start
         self.executor.kill(number)
+        self._lost(number)
         self.scheduler.timed_out(number)
         message = f"no answer from its worker within {limit:g} s"
+        worker = self.tally.name(start.node, start.device)
         self._finish(
-            Result(running.start.action, "timeout", message=message, node=running.start.node)
+            Result(start.action, "timeout", message=message, node=start.node, worker=worker)
         )
 
     def _finish(self, result: Result) -> None:
@@ -317,3 +370,4 @@ class Farm:
 
     def _forget(self, number: int) -> None:
         self._payloads.pop(number, None)
+        self._losses.pop(number, None)

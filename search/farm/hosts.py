@@ -1,7 +1,8 @@
 """What runs on a farm's nodes: one object that builds, one that measures. Both keep their processes warm.
 
-They answer with ``("ok", value)`` or ``("broken", error)``: what is wrong with a candidate is part of the
-value, what is wrong with the node (disk full, package missing, device gone) is an error of the node.
+They answer with ``("ok", value, seconds)`` or ``("broken", error, seconds)``: what is wrong with a candidate
+is part of the value, what is wrong with the node (disk full, package missing, device gone) is an error of the
+node.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from mimo_compile.search.space import Candidate, JointSpace
 LOCKS = Path("/tmp")
 """One folder for all users and processes of a machine, whatever their ``TMPDIR``."""
 LOCK_WAIT_S = 600.0
-Answer = tuple[str, Any]
+Answer = tuple[str, Any, float]
+"""Status, value, seconds that the worker was at it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +136,8 @@ class Built:
 
     reply: Reply
     code: bytes = b""
+    worker: str = ""
+    """Who built it, see `coordinator.Result`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,13 +173,16 @@ class Setup:
 
 def guarded(serve: Callable[[], Any]) -> Answer:
     """Return what a function returns, or what is wrong with the node."""
+    began = time.monotonic()
     try:
-        return "ok", serve()
+        status, value = "ok", serve()
     except MimoError as error:
-        return "broken", error
+        status, value = "broken", error
     except OSError as error:
         text = f"{type(error).__name__}: {error}"
-        return "broken", MimoError(f"a node failed: {text}", where=socket.gethostname())
+        status = "broken"
+        value = MimoError(f"a node failed: {text}", where=socket.gethostname())
+    return status, value, time.monotonic() - began
 
 
 class BuildHost:

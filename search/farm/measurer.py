@@ -6,9 +6,13 @@ worker. A candidate whose worker died twice gets the verdict ``crash``.
 
 from __future__ import annotations
 
+import secrets
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+import msgspec
 
 from mimo_compile.cost_models.analytic import DeviceModel
 from mimo_compile.errors import MimoError
@@ -18,6 +22,7 @@ from mimo_compile.ir.hardware import Hardware
 from mimo_compile.search.farm.coordinator import Farm, Result
 from mimo_compile.search.farm.hosts import BuildOrder, Built, MeasureOrder, reference
 from mimo_compile.search.farm.scheduling import Action
+from mimo_compile.search.farm_runs import Worker
 from mimo_compile.search.measure.base import Limits, Measurement, Timing
 from mimo_compile.search.measure.builder import Builder
 from mimo_compile.search.measure.cases import Scratch
@@ -89,6 +94,8 @@ class FarmMeasurer:
         self._last: dict[str, str] = {}
         """Workload -> node that measured it last."""
         self._local: tuple[Scratch, Builder] | None = None
+        self._search = secrets.token_hex(8)
+        farm.judge = judged
 
     @property
     def overlaps(self) -> bool:
@@ -136,7 +143,8 @@ class FarmMeasurer:
         self._builds.pop(candidate.key, None)
         if result.status != "done":
             self._lost[candidate.key] = result
-        self._known[candidate.key] = result.value or Built(Reply("crash", {}, result.message))
+        built = result.value or Built(Reply("crash", {}, result.message))
+        self._known[candidate.key] = replace(built, worker=result.worker)
         if (more := len(self._known) - _KEPT) > 0:
             for key in [k for k in self._known if k not in self._wanted][:more]:
                 del self._known[key]
@@ -189,11 +197,12 @@ class FarmMeasurer:
             return [_gave_up(candidate, lost, batch.seed)]
         if built.reply.status != "ok":
             del self._known[candidate.key]
-            return [failed(candidate, built.reply, batch.seed, "build")]
+            verdict = failed(candidate, built.reply, batch.seed, "build")
+            return [replace(verdict, worker=built.worker)]
         meter = self.meter if batch.energy else ""
         facts = built.reply.value
         if twin := self.twins.find(batch.space, candidate, facts, batch.seed, meter=meter):
-            return [twin]
+            return [replace(twin, worker=built.worker)]
         number = self._order(batch, [candidate], [built])
         running[number] = candidate
         return []
@@ -232,11 +241,11 @@ class FarmMeasurer:
     def _measured(self, candidate: Candidate, result: Result, seed: int) -> Measurement:
         self._last[str(candidate.workload)] = result.node
         if result.status == "done":
+            measurement: Measurement
             (measurement,) = result.value
             if measurement.verdict is not Verdict.OK:
                 self._known.pop(candidate.key, None)
-            found: Measurement = measurement
-            return found
+            return replace(measurement, worker=result.worker)
         self._known.pop(candidate.key, None)
         return _gave_up(candidate, result, seed)
 
@@ -265,7 +274,7 @@ class FarmMeasurer:
         number = self._order(_Batch(space, seed, True), there, built, compare=True)
         result = self._wait(number)
         if result.status == "done":
-            yield from result.value
+            yield from (replace(m, worker=result.worker) for m in result.value)
         elif result.status == "refused":
             raise MimoError(f"the comparison cannot run: {result.message}")
         else:  # whichever of them it was: single readings stand
@@ -302,6 +311,16 @@ class FarmMeasurer:
             self._local = scratch, Builder(self.limits, scratch, 1)
         return self._local[1].describe(space, candidates)
 
+    def workers(self) -> list[Worker]:
+        """Return what each worker of the farm did so far, for this search's target."""
+        out = self.farm.workers()
+        began = time.time() - max((w.seconds for w in out), default=0.0)
+        told = {
+            "search": self._search, "hardware": self.hardware.id, "threads": self.hardware.threads,
+            "began": began,
+        }  # fmt: skip
+        return [msgspec.structs.replace(w, **told) for w in out]
+
     def close(self) -> None:
         """Release everything."""
         self.farm.close()
@@ -330,7 +349,17 @@ def _gave_up(candidate: Candidate, result: Result, seed: int) -> Measurement:
     if result.status == "refused":
         raise MimoError(f"{candidate} cannot be measured: {result.message}")
     verdict = Verdict.TIMEOUT if result.status == "timeout" else Verdict.CRASH
-    return Measurement(candidate, verdict, f"farm: {result.message}"[:2000], seed)
+    text = f"farm: {result.message}"[:2000]
+    return Measurement(candidate, verdict, text, seed, worker=result.worker)
+
+
+def judged(action: Action, value: Any) -> tuple[int, int]:
+    """Return how many candidates an answer of a host says are right, and how many are not."""
+    if action.kind == "build":
+        fine = value.reply.status == "ok"
+        return int(fine), int(not fine)
+    good = sum(m.verdict is Verdict.OK for m in value)
+    return good, len(value) - good
 
 
 class RemoteMeter:

@@ -16,9 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from mimo_compile.errors import MimoError, MissingExtra, UsageError
+from mimo_compile.search.farm.roles import LABEL
 from mimo_compile.search.measure.cases import Scratch
 
 _CONNECT_S = 5.0
+OWN = "local"
+"""Label of the one node of a cluster that is started here."""
 _OBJECTS = 256 << 20
 """Bytes of a local cluster's object store: object code is small."""
 
@@ -165,7 +168,7 @@ class Cluster:
             options |= {
                 "address": "local", "num_cpus": cpus or len(os.sched_getaffinity(0)), "num_gpus": 0,
                 "include_dashboard": False, "object_store_memory": _OBJECTS,
-                "_temp_dir": str(self._scratch.path),
+                "_temp_dir": str(self._scratch.path), "labels": {LABEL: OWN},
             }  # fmt: skip
         else:
             options["address"] = address

@@ -121,7 +121,7 @@ class RayExecutor:
         number, host = self._running.pop(ref)
         errors = self._ray.exceptions
         try:
-            status, value = self._ray.get(ref)
+            status, value, seconds = self._ray.get(ref)
         except errors.RayTaskError as error:  # a defect of ours
             self._ray.kill(host.actor)
             last = str(error).strip().splitlines()[-1]
@@ -135,7 +135,7 @@ class RayExecutor:
             self._ray.kill(host.actor)
             return [Outcome(number, "broken", error=value)]
         self.adopt(host)
-        return [Outcome(number, "done", value)]
+        return [Outcome(number, "done", value, seconds=seconds)]
 
     def _suspect(self, number: int, host: _Host) -> None:
         """Ask whether a dead worker's node lives: Ray itself notices the end of a node only after a while.

@@ -11,6 +11,8 @@ from mimo_compile.search.farm.scheduling import Node
 
 MARK = "mimo_device"
 """Ray resource that marks measuring nodes: ``ray start --resources='{"mimo_device": 1}'``."""
+LABEL = "mimo_worker"
+"""Ray label that gives a node a name in records: ``ray start --labels mimo_worker=NAME``."""
 BOTH_MOST = 4
 """Builds at a time on a node that measures too, as a local search has them."""
 _MOST = 32
@@ -28,6 +30,8 @@ class Member:
     marked: bool = False
     facts: Facts | None = None
     """None while it has not answered, or when it cannot (no mimo_compile there)."""
+    label: str = ""
+    """What its user calls it."""
 
 
 def misfit(facts: Facts, hardware: Hardware) -> str:
@@ -96,11 +100,13 @@ def assign(
         chosen = {n for n in fit if n in measuring} or {home if home in fit else min(fit)}
     builders = [n for n, m in usable.items() if n not in chosen and m.cpus > 0]
     nodes: dict[str, Node] = {
-        n: Node(n, min(_MOST, usable[n].cpus), kinds=_BUILD) for n in builders
+        n: Node(n, min(_MOST, usable[n].cpus), kinds=_BUILD, label=usable[n].label)
+        for n in builders
     }
     for n in chosen:
         units = max(1, min(BOTH_MOST, usable[n].cpus))
-        nodes[n] = Node(n, units, ("cpu",), kinds=_MEASURE if builders else None)
+        kinds = _MEASURE if builders else None
+        nodes[n] = Node(n, units, ("cpu",), kinds=kinds, label=usable[n].label)
     return nodes
 
 

@@ -70,6 +70,8 @@ class Node:
     """Kinds of actions that it takes; None: all."""
     tasks: frozenset[str] | None = None
     """Tasks that it works for; None: all."""
+    label: str = ""
+    """What its user calls it."""
 
 
 @dataclass(slots=True)

@@ -15,7 +15,7 @@ from mimo_compile.search.farm.hosts import BuildHost, Facts, MeasureHost, Setup,
 from mimo_compile.search.farm.measurer import FarmMeasurer
 from mimo_compile.search.farm.ray_cluster import Cluster, parse_on, require_ray
 from mimo_compile.search.farm.ray_executor import RayExecutor
-from mimo_compile.search.farm.roles import MARK, Member, assign, measuring_nodes, problems
+from mimo_compile.search.farm.roles import LABEL, MARK, Member, assign, measuring_nodes, problems
 from mimo_compile.search.farm.scheduling import Node
 from mimo_compile.search.measure.base import Limits, Timing
 from mimo_compile.search.meters import AUTO, MODELLED
@@ -75,7 +75,8 @@ class Membership:
     def _member(self, name: str) -> Member:
         resources = self._alive[name].get("Resources", {})
         cpus = int(resources.get("CPU", 0))
-        return Member(name, cpus, resources.get(MARK, 0) > 0, self._known.get(name))
+        label = self._alive[name].get("Labels", {}).get(LABEL, "")
+        return Member(name, cpus, resources.get(MARK, 0) > 0, self._known.get(name), label)
 
     def __call__(self) -> dict[str, Node]:
         """Return the nodes with their roles; of each that cannot have one the log tells once."""
@@ -215,7 +216,7 @@ def _warm(
     broken: dict[str, MimoError] = {}
     for host, question in zip(hosts, questions, strict=True):
         try:
-            status, value = ray.get(question)
+            status, value, _ = ray.get(question)
         except ray.exceptions.RayError as error:
             status, value = "broken", MimoError(f"a measuring worker died: {error}")
         if status == "ok":

@@ -67,6 +67,7 @@ class Measurement:
     requires: tuple[str, ...] = ()
     counts: Counts = field(default_factory=Counts)
     twin: str = ""
+    worker: str = ""
 
 
 class Measures(Protocol):

@@ -9,11 +9,14 @@ from typing import Any
 from toy_schedules import latency_us
 
 from mimo_compile.search.farm.coordinator import Outcome
-from mimo_compile.search.farm.hosts import Answer, Built
+from mimo_compile.search.farm.hosts import Built
 from mimo_compile.search.farm.scheduling import Node, Start
 from mimo_compile.search.measure.base import Measurement
 from mimo_compile.search.measure.worker import Reply
 from mimo_compile.search.records import Verdict
+
+Answer = tuple[str, Any]
+"""Of a host here: no clock is read, the coordinator's own counts."""
 
 
 class Inline:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from inline import HOSTS, Inline
+from inline import HOSTS, Answer, Inline
 from toy_schedules import Other, Tiled
 
 from mimo_compile.errors import DeviceLost, MimoError
@@ -17,7 +17,7 @@ from mimo_compile.ir.ops import parse_workload
 from mimo_compile.search.database import Database
 from mimo_compile.search.farm import measurer as farm_measurer
 from mimo_compile.search.farm.coordinator import Farm
-from mimo_compile.search.farm.hosts import Answer, Built
+from mimo_compile.search.farm.hosts import Built
 from mimo_compile.search.farm.measurer import FarmMeasurer
 from mimo_compile.search.farm.scheduling import NODE_LOSSES, Action, Node
 from mimo_compile.search.measure.base import Measurement

@@ -120,7 +120,7 @@ def test_a_building_host_sends_the_code_and_keeps_none(
     host, some = BuildHost(Limits()), list(space)[:40]
     for c in some:
         order = BuildOrder(str(space.workload), reference(Tiled()), c, space.hardware)
-        status, built = host.run(order)
+        status, built, _ = host.run(order)
         fine = c.config["rows"] != 32
         assert status == "ok" and built.code == (c.key.encode() if fine else b"")
     assert host._builder.forgotten == [c.key for c in some]
@@ -146,20 +146,20 @@ def test_code_built_in_one_place_is_measured_in_another(tmp_path: Path) -> None:
     )
     try:
         assert device.pid() == builder.pid() == os.getpid()
-        status, (rates, meter) = device.ready()
+        status, (rates, meter), _ = device.ready()
         assert status == "ok" and meter == "" and rates.ops_per_s
         built = []
         for c in (good, bad, broken):
-            status, one = builder.run(BuildOrder(str(space.workload), name, c, hardware))
-            assert status == "ok"
+            status, one, seconds = builder.run(BuildOrder(str(space.workload), name, c, hardware))
+            assert status == "ok" and seconds > 0
             built.append(one)
         assert [b.reply.status for b in built] == ["ok", "ok", "error"]
         assert built[0].code.startswith(b"\x7fELF") and not built[2].code
         order = MeasureOrder(str(space.workload), (name,), (good, bad), tuple(built[:2]), 7)
-        status, found = device.run(order)
+        status, found, _ = device.run(order)
         assert status == "ok" and [m.verdict for m in found] == [Verdict.OK, Verdict.WRONG]
         assert found[0].latency_us > 0 and found[0].seed == 7
-        status, found = device.run(
+        status, found, _ = device.run(
             replace(order, candidates=(good,), built=(built[0],), compare=True)
         )
         assert status == "ok" and found[0].verdict is Verdict.OK
@@ -171,11 +171,11 @@ def test_code_built_in_one_place_is_measured_in_another(tmp_path: Path) -> None:
 def test_a_node_that_cannot_run_the_target_says_so(tmp_path: Path) -> None:
     strange = replace(local_cpu(), features=local_cpu().features | {"no-such-thing"})
     device = MeasureHost(Setup(strange, calibrate=False, locks=tmp_path))
-    status, error = device.ready()
+    status, error, _ = device.ready()
     assert status == "broken" and "cannot run there" in str(error)
     device.close()
     missing = MeasureHost(Setup(local_cpu(), calibrate=False, locks=tmp_path / "none"))
-    status, error = missing.ready()
+    status, error, _ = missing.ready()
     assert status == "broken" and "lock cannot be opened" in str(error)
 
 
@@ -266,8 +266,8 @@ class Warming:
         if node.startswith("dead"):
             raise ConnectionError("gone")
         if node.startswith("full"):
-            return "broken", MimoError("no space left")
-        return "ok", (f"rates of {node}", node.partition(" ")[2])
+            return "broken", MimoError("no space left"), 0.0
+        return "ok", (f"rates of {node}", node.partition(" ")[2]), 0.0
 
     def kill(self, actor: Any) -> None:
         pass

@@ -23,7 +23,9 @@ from mimo_compile.ir.hardware import local_cpu
 from mimo_compile.ir.ops import parse_workload
 from mimo_compile.search.database import Database
 from mimo_compile.search.farm.measurer import FarmMeasurer
+from mimo_compile.search.farm.roles import LABEL
 from mimo_compile.search.farm.tuning import Membership, open_farm
+from mimo_compile.search.farm_runs import load
 from mimo_compile.search.measure import Limits, Timing
 from mimo_compile.search.records import Verdict
 from mimo_compile.search.space import JointSpace
@@ -185,7 +187,11 @@ def _joined_and_left(cluster: Any, tmp_path: Path) -> None:
                 return
             seen["stored"] += 1
             if seen["stored"] == 4:
-                added.append(cluster.add_node(num_cpus=1, object_store_memory=100 << 20))
+                added.append(
+                    cluster.add_node(
+                        num_cpus=1, object_store_memory=100 << 20, labels={LABEL: "second"}
+                    )
+                )
                 end = time.monotonic() + 60
                 while not farm.overlaps and time.monotonic() < end:
                     time.sleep(0.2)
@@ -201,6 +207,12 @@ def _joined_and_left(cluster: Any, tmp_path: Path) -> None:
         assert farm.farm.statistics.overlapped >= 1
         assert len({r.key for r in db}) == 56
         assert not [r for r in db if r.verdict is not Verdict.OK]
+        first, second = sorted(farm.workers(), key=lambda w: w.name == "second")
+        assert second.name == "second" and second.compiled and not second.measured
+        assert {r.worker for r in db if not r.twin} == {f"{first.name}/cpu"}
+        assert first.measured == sum(not r.twin for r in db)
+        assert first.name == farm.farm.executor.home[:8] and second.seconds == first.seconds
+        assert second.busy_s + second.idle_s < first.busy_s + first.idle_s  # it came and went
 
 
 def test_a_cluster_that_is_not_the_target_is_refused(paths: None) -> None:
@@ -309,6 +321,11 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert process.returncode in (0, 130), err
     with Database(db) as opened:
         assert answer["new_trials"] == len({r.key for r in opened}) >= 3
+        assert {r.worker for r in opened if not r.twin} <= {"local", "local/cpu"}
+        (told,), (kept,) = answer["workers"], load(opened)
+    assert told["name"] == kept.name == "local" and told["measured"] == kept.measured >= 3
+    assert 0 < told["used"] <= 1 and "mean wait s" in err
+    assert told["busy_s"] + told["idle_s"] == pytest.approx(told["seconds"], rel=0.1)
     end = time.monotonic() + 10  # Ray's own end a moment after the search
     while (left := left_of(str(tmp_path))) and time.monotonic() < end:
         time.sleep(0.2)
