@@ -40,15 +40,17 @@ class Stream(AttentionPolicy):
         """One list for all heads whose only block holds the sinks; the window does the rest.
 
         Beside it, where positions roll: the sinks alone, for queries that meet them under another rotation.
+        The cache is what stays of one of ``g.cap`` positions: slots for the sinks, and a ring.
         """
         if not self.sink:
             return AttentionPolicy.workloads(self, g)
         from mimo_compile.ir.ops import get_op
 
+        stays, ring = (-(-n // 16) * 16 for n in (self.sink, self.recent + g.t - 1))
         attend, alone = (
             get_op("sparse_attention").workload(
-                t=g.t, h=g.h, kv=g.kv, d=g.d, dv=g.dv, cap=g.cap, hs=1, block=self.sink, kmax=1,
-                window=window, sink=sink, len=g.length, c=g.c,
+                t=g.t, h=g.h, kv=g.kv, d=g.d, dv=g.dv, cap=stays + ring, hs=1, block=self.sink, kmax=1,
+                window=window, sink=sink, len=g.length or g.cap, first=stays, c=g.c,
             )
             for window, sink in ((self.recent, g.sink), (0, 0))
         )  # fmt: skip

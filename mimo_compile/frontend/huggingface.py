@@ -20,7 +20,11 @@ from mimo_compile.frontend.models.attend import with_attention
 from mimo_compile.frontend.models.build import EMBED, HEAD, Builder, expected_tensors
 from mimo_compile.frontend.models.decoder import Decoder, DecoderConfig
 from mimo_compile.frontend.models.family import Fields
-from mimo_compile.frontend.models.kernels import require_attention, require_kernels
+from mimo_compile.frontend.models.kernels import (
+    require_attention,
+    require_kernels,
+    without_groups,
+)
 from mimo_compile.frontend.weights import detect_format, open_checkpoint
 from mimo_compile.frontend.weights.checkpoint import Checkpoint
 from mimo_compile.ir.caches import scheme_cache_format
@@ -136,7 +140,7 @@ def load_checkpoint(
         EnvironmentMismatch: a plug-in that reads weights is broken.
 
     Warns:
-        CheckpointWarning: values that are odd, a tokenizer that cannot be used.
+        CheckpointWarning: values that are odd, a tokenizer that cannot be used, bits of caches without use.
     """
     check_scheme(quant)
     checkpoint = open_checkpoint(Path(folder))
@@ -170,7 +174,7 @@ def load_checkpoint(
         dtypes[checkpoint.entries[name].dtype] += math.prod(shape)
     kept = ("do_sample", "temperature", "top_k", "top_p")
     tokenizer = checkpoint.tokenizer_json()
-    for note in checkpoint.notes:
+    for note in filter(None, (*checkpoint.notes, without_groups(config, quant))):
         warnings.warn(note, CheckpointWarning, stacklevel=2)
     return LoadedModel(
         decoder,

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from systems import PLENTY, SMALL, case, choose, layer
 
+from mimo_compile.ir.caches import slot_of
 from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.policies import Geometry, parse_policy
 
@@ -113,7 +114,8 @@ def test_workloads_of_published_sizes() -> None:
     assert full.score is None and str(full.attend).startswith("cached_attention:t=1")
     stream = parse_policy("stream").workloads(g)
     assert "window=1020" in str(stream.attend)
-    assert [str(w).endswith("block=4,kmax=1") for w in stream.beside] == [True]
+    assert str(stream.attend).endswith("len=65536,first=16")
+    assert "cap=1040,hs=1,block=4,kmax=1,len=65536,first=16" in str(stream.beside[0])
     assert not parse_policy("stream:rolling=0").workloads(g).beside
     ring = str(parse_policy("window").workloads(g).attend)
     assert ring.endswith("cap=128,window=128,len=65536")
@@ -131,11 +133,17 @@ def test_stream_as_a_mask_is_banded_dense(t, length, seed) -> None:
         "q": a["q"], "pos": np.array([start, g.t], np.int32), "k_cache": a["k"], "v_cache": a["v"],
         "idx": np.zeros((g.t, 1, 1), np.int32), "cnt": np.ones((g.t, 1), np.int32),
     }  # fmt: skip
-    made = contract.Case(attend, inputs)
+    made = contract.Case(attend.replace(cap=g.cap, first=0), inputs)
     i, j = start + np.arange(g.t)[:, None, None], np.arange(g.cap)
     band = np.broadcast_to((j <= i) & ((j < 4) | (j > i - 6)), (g.t, g.h, g.cap))
     out, lse, _ = contract.dense(made, band)
-    contract.agree(made, OP.reference(attend, inputs), out, lse)
+    p = OP.full(attend)
+    slots = slot_of(np.arange(g.length), p["cap"], p["first"])  # a later position takes a slot over
+    for name, all_of in (("k_cache", a["k"]), ("v_cache", a["v"])):
+        inputs[name] = np.full((p["cap"], *all_of.shape[1:]), np.nan, np.float32)
+        for position, slot in enumerate(slots):
+            inputs[name][slot] = all_of[position]
+    contract.agree(contract.Case(attend, inputs), OP.reference(attend, inputs), out, lse)
 
 
 @settings(max_examples=10)

@@ -9,7 +9,7 @@ from mimo_compile.errors import UsageError
 from mimo_compile.frontend.models.attend import Attending, Int8, Selecting, attending
 from mimo_compile.frontend.models.branches import Branches, Oracle
 from mimo_compile.frontend.models.decoder import DecoderConfig, LayerSpec
-from mimo_compile.ir.caches import FORMATS, window_cache_format
+from mimo_compile.ir.caches import FORMATS, scheme_cache_format, window_cache_format
 from mimo_compile.ir.formats import QuantScheme
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.kv_groups import GROUPED
@@ -74,6 +74,23 @@ def require_attention(config: DecoderConfig, caches: str, hardware: Hardware) ->
             )
 
 
+def without_groups(config: DecoderConfig, scheme: QuantScheme) -> str:
+    """Return the note that a scheme's few bits for caches serve no layer; empty where one has them.
+
+    Args:
+        config: The model's shape under its policy.
+        scheme: What it was asked for.
+    """
+    caches = scheme_cache_format(scheme.kv).name
+    if caches not in GROUPED or any(not spec.window for spec in config.layers):
+        return ""
+    bf16 = window_cache_format(GROUPED[caches])
+    return (
+        f"kv{scheme.kv} (--quant) changes no cache under --attention {config.attention}: all layers keep "
+        f"rings, which are kv{bf16.scheme} then"
+    )
+
+
 def _held(spec: LayerSpec, caches: str) -> str:
     """Return the name of the format of a layer's cache in a model with these."""
     return (
@@ -103,7 +120,8 @@ def _steps(config: DecoderConfig, caches: str) -> Iterator[Workload]:
             elif phase in policy.phases:
                 shape = (t, spec.heads, spec.kv_heads, spec.d, spec.dv, cap)
                 steps = policy.workloads(Geometry(*shape, 0, sink, held))
-                found: tuple[Workload | None, ...] = (steps.score, steps.select, steps.attend)
+                found: tuple[Workload | None, ...]
+                found = (steps.score, steps.select, steps.attend, *steps.beside)
                 if isinstance(attend, Selecting) and attend.role.dense and not attend.lends:
                     found = (_dense(config, own, t, held),)
                 elif isinstance(attend, Oracle):
