@@ -83,12 +83,12 @@ class Tiling:
         return [(n, c) for n, c in ((self.rows, full), (rest, 1)) if n and c]
 
 
-def fixed(value: Any) -> Any:
-    """Compute an integer once, as a value that TVM's bound analysis does not look into.
+def fixed(value: Any, dtype: str = "int32") -> Any:
+    """Compute a number once, as a value that TVM's simplifier and its analysis of bounds do not look into.
 
-    It would inline nested conditions into the bounds of every scratch buffer, at exponential cost.
+    They would inline nested conditions wherever the number is used, at exponential cost.
     """
-    return Register("int32", 1, value).get()
+    return Register(dtype, 1, value).get()
 
 
 class Reach:

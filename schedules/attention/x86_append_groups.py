@@ -170,6 +170,7 @@ class X86AppendGroups(X86Append):
     """One KV head per task."""
 
     name = "kv_append.x86_groups"
+    version = 2
 
     def supports(self, workload: Workload, hardware: Hardware) -> bool:
         """Every workload of the op with caches in groups, on any x86-64."""
