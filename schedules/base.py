@@ -76,6 +76,8 @@ class Kernel:
     """Extra TVM target attributes, e.g. ``{"fast-math-reassoc": True}``."""
     notes: tuple[str, ...] = ()
     """What the generator tried and TVM refused, one line each: it explains a slow kernel."""
+    compact: bool = False
+    """Whether loops were moved into others: TVM then has to find how much of each buffer is still needed."""
 
 
 class Schedule(ABC):

@@ -79,7 +79,7 @@ class X86Meta(DecisionSchedule):
         if refused := pass_error(func, hardware):
             raise ValueError(f"passes refuse the decisions: {refused}")
         args = get_op(self.op).args(workload)
-        return Kernel(name, func, args, self.work(workload, config, hardware))
+        return Kernel(name, func, args, self.work(workload, config, hardware), compact=True)
 
     def work(self, workload: Workload, config: Decisions, hardware: Hardware) -> Counts:
         """Return the work that the rules leave, before any tiling: the knobs say the rest."""

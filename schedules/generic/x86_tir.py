@@ -99,7 +99,7 @@ def lower_tir(func: Any, name: str, config: TirConfig, hardware: Hardware) -> Ke
         notes.append(f"{name}: passes refused the schedule, so it runs as it came: {refused}")
         scheduled = func.with_attr("global_symbol", name).with_attr("tirx.noalias", True)
     counts = Counts({"fma_f32": float(work)}, {"dram": float(loaded)})
-    return Kernel(name, scheduled, args, counts, notes=tuple(notes))
+    return Kernel(name, scheduled, args, counts, notes=tuple(notes), compact=True)
 
 
 def _block_by_block(schedule: Any, config: TirConfig, threads: bool, notes: list[str]) -> Any:

@@ -89,7 +89,7 @@ class X86Trace(DecisionSchedule):
         if refused := pass_error(func, hardware):
             raise ValueError(f"passes refuse the decisions: {refused}")
         args = get_op(self.op).args(workload)
-        return Kernel(name, func, args, self.work(workload, config, hardware))
+        return Kernel(name, func, args, self.work(workload, config, hardware), compact=True)
 
     def work(self, workload: Workload, config: Decisions, hardware: Hardware) -> Counts:
         """Return the work of each block, and their sum."""

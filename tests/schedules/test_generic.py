@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from mimo_compile._tvm import as_aligned, compiler, empty_aligned, from_numpy, load_object
 from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.hardware import PRESETS, local_cpu
+from mimo_compile.ir.ops import parse_workload
+from mimo_compile.schedules import schedules_for
 from mimo_compile.schedules.base import Kernel
 from mimo_compile.schedules.compile import assembly, compile_kernels
 from mimo_compile.schedules.generic import x86_tir
@@ -128,6 +132,7 @@ def test_scheduled_equals_unscheduled_and_numpy(name, always_parallel):
     scheduled, plain = list(inputs), list(inputs)
     for i, func in enumerate(legalised(name)):
         kernel = lower_tir(func, f"{name}_{i}", default_config(func), CPU)
+        assert kernel.compact
         bare = Kernel(
             f"bare_{i}", func.with_attr("global_symbol", f"bare_{i}"), kernel.args, Counts()
         )
@@ -336,3 +341,16 @@ def test_facts_of_a_matmul():
     assert facts.vector_axis == 2
     assert facts.output
     assert not facts.vectorisable  # the second operand is strided along the reduced axis
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["cached_attention:t=4,h=2,kv=1,d=16,dv=16,cap=40,window=9", "mpgemm:m=1,n=40,k=160,w=w1.58,a=a8",
+     "rms_norm:t=3,d=70,residual=1"],
+)  # fmt: skip
+def test_buffers_of_kernels_written_by_hand_need_no_compaction(text):
+    workload = parse_workload(text)
+    schedule = schedules_for(workload, CPU)[0]
+    kernel = schedule.lower(workload, schedule.space(workload, CPU).default, CPU)
+    codes = {compile_kernels([dataclasses.replace(kernel, compact=c)], CPU) for c in (False, True)}
+    assert not kernel.compact and len(codes) == 1
