@@ -41,6 +41,7 @@ def compile(
     seed: int = 0,
     max_context: int | None = None,
     batch: int = 1,
+    pages: int | str | None = None,
     example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
     dynamic_shapes: Mapping[str, Any] | None = None,
     progress: Callable[[Any], None] | None = None,
@@ -69,6 +70,8 @@ def compile(
         seed: decides random choices of tuning.
         max_context: positions that KV caches provide for; None: the model's own, at most 4096.
         batch: sequences that can be decoded together, each with its own caches (model folders).
+        pages: with ``batch``: caches of whole contexts take pages of 64 positions from a pool of so many, or
+            of this much memory (``"2GiB"``), and share those of an equal beginning; None: there are none.
         example_inputs: a module's arguments, in their order or (a dict) by name: they fix shapes,
             and whatever is no tensor is fixed itself.
         dynamic_shapes: not supported yet: must be None.
@@ -104,9 +107,10 @@ def compile(
         )
     if is_artifact(source):
         asked = (
-            quant, attention, target, max_context, batch, example_inputs, calibrate, adapter_format, gates
+            quant, attention, target, max_context, batch, pages, example_inputs, calibrate,
+            adapter_format, gates,
         )  # fmt: skip
-        if adapters or asked != ("none", "model", "cpu", None, 1, None, "rtn", "exact", None):
+        if adapters or asked != ("none", "model", "cpu", None, 1, None, None, "rtn", "exact", None):
             raise UsageError(
                 "an artifact keeps target, formats, context, batch and adapters: only its plan can change",
                 remedy="compile it from its source",
@@ -118,7 +122,7 @@ def compile(
     opened = open_source(
         source, quant=quant, attention=attention, max_context=max_context,
         example_inputs=example_inputs, calibration=calibrate, adapters=adapters,
-        adapter_format=adapter_format, hardware=hardware, batch=batch, gates=gates,
+        adapter_format=adapter_format, hardware=hardware, batch=batch, pages=pages, gates=gates,
     )  # fmt: skip
     plan = _planned(opened.graphs, hardware, objective, trials, seconds, db, seed, progress)
     extras = Extras(
@@ -178,6 +182,7 @@ def tune(
     seed: int = 0,
     max_context: int | None = None,
     batch: int = 1,
+    pages: int | str | None = None,
     example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
     progress: Callable[[Any], None] | None = None,
     on: str | None = None,
@@ -204,6 +209,7 @@ def tune(
         seed: decides random choices.
         max_context: positions that KV caches provide for.
         batch: as for `compile`.
+        pages: as for `compile`.
         example_inputs: tensors that fix a module's input shapes.
         progress: called with each `search.progress.Event`.
         on: where candidates are built and measured: None is this machine, ``"ray"`` a Ray cluster of this
@@ -249,7 +255,7 @@ def tune(
     else:
         opened = open_source(
             source, quant=quant, attention=attention, max_context=max_context,
-            example_inputs=example_inputs, hardware=hardware, batch=batch, gates=gates,
+            example_inputs=example_inputs, hardware=hardware, batch=batch, pages=pages, gates=gates,
         )  # fmt: skip
         workloads = tunable(opened.graphs, hardware, search=True)
         if hardware.kind == "sim":

@@ -64,6 +64,7 @@ SCHEDULES: dict[str, dict[str, str]] = {
         "kv_append.x86": "attention.x86_append:X86Append",
         "kv_append.x86_groups": "attention.x86_append_groups:X86AppendGroups",
         "kv_append.x86_float8": "attention.x86_append_float8:X86AppendFloat8",
+        "kv_append.x86_pages": "attention.x86_append_pages:X86AppendPages",
     },
     "describe_blocks": {"describe_blocks.x86": "attention.x86_describe:X86Describe"},
     "key_mean": {"key_mean.x86": "attention.x86_key_mean:X86KeyMean"},

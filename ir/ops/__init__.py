@@ -33,6 +33,9 @@ OPS: dict[str, str] = {
 }
 """Op name (also its module's name) to the class that defines it; `functions.OP` is none of them."""
 
+_FORMS = ("paged",)
+"""Modules with torch ops that are workloads of ops above."""
+
 
 def get_op(name: str) -> OpDef:
     """Return the definition of an op.
@@ -57,7 +60,7 @@ def _generic() -> OpDef:
 
 def load_all() -> None:
     """Import every op module, which registers the torch custom ops ``torch.ops.mimo.*``."""
-    for name in OPS:
+    for name in (*OPS, *_FORMS):
         import_module(f"mimo_compile.ir.ops.{name}")
 
 

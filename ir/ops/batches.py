@@ -15,13 +15,14 @@ import numpy as np
 
 from mimo_compile.errors import UsageError
 from mimo_compile.ir.counts import Counts
+from mimo_compile.ir.ops import pages
 from mimo_compile.ir.ops.base import Arg, Array, OpDef
 from mimo_compile.ir.workload import Value, Workload
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-OWN = ("b", "even")
+OWN = ("b", "even", "page", "pool")
 """Parameters that a sequence by itself does not have."""
 
 
@@ -41,7 +42,7 @@ def check_batch(op: str, p: Mapping[str, Any]) -> None:
         raise UsageError(
             f"{op}: b={p['b']} is for float arithmetic", remedy="leave out arith, or b"
         )
-    if p.get("page"):
+    if p.get("page") and "pool" not in p:
         raise UsageError(
             f"{op}: b={p['b']} is for caches without pages", remedy="leave out page, or b"
         )
@@ -118,6 +119,9 @@ def split(op: OpDef, workload: Workload, arrays: Mapping[str, Array]) -> Iterato
     """
     p = op.full(workload)
     roles = {a.name: a.role for a in op.args(workload)}
+    if pages.paged(p):
+        yield from pages.split(p, roles, arrays, arrays)
+        return
     for i in range(p["b"]):
         yield {
             name: a if roles[name] == "weight" else _part(a, i, p["b"], _by_itself(roles, name))
@@ -150,7 +154,11 @@ def one_by_one(method: Callable[..., dict[str, Array]]) -> Callable[..., dict[st
 
     @wraps(method)
     def whole(op: OpDef, workload: Workload, *arrays: Mapping[str, Array]) -> dict[str, Array]:
-        if op.full(workload)["b"] == 1:
+        p = op.full(workload)
+        if pages.paged(p):
+            roles = {a.name: a.role for a in op.args(workload)}
+            return pages.one_by_one(method, op, p, alone(workload), arrays, roles)
+        if p["b"] == 1:
             return method(op, workload, *arrays)
         one, parts = alone(workload), (split(op, workload, a) for a in arrays)
         return join(op, workload, [method(op, one, *given) for given in zip(*parts, strict=True)])

@@ -30,7 +30,7 @@ from mimo_compile.errors import UsageError
 from mimo_compile.ir import kv_groups, kv_rounding
 from mimo_compile.ir.caches import SCALED, check_cache_format, check_cache_order, single_format
 from mimo_compile.ir.counts import Counts
-from mimo_compile.ir.ops import batches, edge_keys, int8_attention
+from mimo_compile.ir.ops import batches, edge_keys, int8_attention, pages
 from mimo_compile.ir.ops.base import Arg, Array, OpDef, Param
 from mimo_compile.ir.ops.numerics import U32
 from mimo_compile.ir.workload import Workload
@@ -174,7 +174,8 @@ class CachedAttention(OpDef):
     """``cached_attention:t=1,h=32,kv=8,d=128,dv=128,cap=4096,len=1024``.
 
     ``len`` is the KV length at which kernels are measured. Those of the ``b`` sequences of a batch go from it
-    down to its half, so that each must go by its own; with ``even=1`` all are equal.
+    down to its half, so that each must go by its own; with ``even=1`` all are equal. With ``page`` and
+    ``pool`` caches are pages of a pool: see `pages`.
     """
 
     name = "cached_attention"
@@ -195,6 +196,7 @@ class CachedAttention(OpDef):
         Param("lay", str, ""),
         Param("b", int, 1, low=1),
         Param("even", int, 0),
+        *pages.PARAMS,
     )
 
     def check(self, p: Mapping[str, Any]) -> None:
@@ -212,6 +214,7 @@ class CachedAttention(OpDef):
         if not p["window"] and p["len"] > p["cap"]:
             raise UsageError("cached_attention: len is above cap, and only a window may wrap")
         kv_groups.check_groups(self.name, p)
+        pages.check_pages(self.name, p)
 
     def kv_length(self, p: Mapping[str, Any]) -> int:
         """Return the KV length (including the new tokens) that inputs are made for."""
@@ -243,6 +246,8 @@ class CachedAttention(OpDef):
                 Arg("v_cache", "state", (p["cap"], p["kv"], p["dv"]), stored),
             )
         out += [*states, Arg("out", "output", (p["t"], p["h"], p["dv"]), "float32")]
+        if pages.paged(p):
+            return pages.paged_args(out, p)
         return batches.batched(out, p["b"])
 
     def make_inputs(self, workload: Workload, rng: np.random.Generator) -> dict[str, Array]:
@@ -251,6 +256,9 @@ class CachedAttention(OpDef):
         Values at the ends of what queries see are heavy where kernels may round; see `edge_keys`.
         """
         p = self.full(workload)
+        if pages.paged(p):
+            parts = [self.make_inputs(batches.alone(workload, len=n), rng) for n in self.lengths(p)]
+            return pages.together(self, workload, parts, rng, lambda shape: np.full(shape, np.nan))
         if p["b"] > 1:
             return batches.drawn(self, workload, rng, self.lengths(p))
         length = self.kv_length(p)
@@ -382,6 +390,11 @@ class CachedAttention(OpDef):
     def counts(self, workload: Workload) -> Counts:
         """Visible keys and values once for each KV head; two multiply-adds per element and query head."""
         p = self.full(workload)
+        if pages.paged(p):
+            lengths = self.lengths(p)
+            each = (self.counts(batches.alone(workload, len=n)) for n in lengths)
+            numbers = single_format(p["c"]).bytes * p["kv"] * (p["d"] + p["dv"])
+            return pages.counted(p, sum(each, Counts()), lengths, numbers)
         if p["b"] > 1:
             return batches.counted(self, workload, self.lengths(p))
         length = self.kv_length(p)

@@ -32,7 +32,7 @@ from mimo_compile.ir.caches import (
     slot_of,
 )
 from mimo_compile.ir.counts import Counts
-from mimo_compile.ir.ops import batches
+from mimo_compile.ir.ops import batches, pages
 from mimo_compile.ir.ops.base import Arg, Array, OpDef, Param
 from mimo_compile.ir.ops.numerics import U32
 from mimo_compile.ir.workload import Workload
@@ -145,7 +145,7 @@ def _(
 class KvAppend(OpDef):
     """``kv_append:t=1,h=32,kv=8,d=128,dv=128,cap=4096,rot=128``; ``norm=1`` for QK-norm.
 
-    ``b`` sequences have T tokens and a cache each: see `batches`.
+    ``b`` sequences have T tokens and a cache each: see `batches`; or pages of a pool: see `pages`.
     """
 
     name = "kv_append"
@@ -165,6 +165,7 @@ class KvAppend(OpDef):
         Param("lay", str, ""),
         Param("first", int, 0),
         Param("b", int, 1, low=1),
+        *pages.PARAMS,
     )
 
     def check(self, p: Mapping[str, Any]) -> None:
@@ -176,6 +177,7 @@ class KvAppend(OpDef):
             raise UsageError("kv_append: rot must be even and at most d, and t at most cap - first")
         kv_groups.check_groups(self.name, p)
         batches.check_batch(self.name, p)
+        pages.check_pages(self.name, p)
 
     def args(self, workload: Workload) -> tuple[Arg, ...]:
         """Return qkv, table, pos, norms, the caches' arrays (all written), q."""
@@ -197,6 +199,8 @@ class KvAppend(OpDef):
                 Arg("v_cache", "state", (p["cap"], p["kv"], p["dv"]), stored, mutated=True),
             )
         out += [*states, Arg("q", "output", (p["t"], p["h"], p["d"]), "float32")]
+        if pages.paged(p):
+            return pages.paged_args(out, p)
         return batches.batched(out, p["b"])
 
     def make_inputs(self, workload: Workload, rng: np.random.Generator) -> dict[str, Array]:
@@ -206,6 +210,11 @@ class KvAppend(OpDef):
         of a batch stand at different positions.
         """
         p = self.full(workload)
+        if pages.paged(p):
+            parts = [self.make_inputs(batches.alone(workload), rng) for _ in range(p["b"])]
+            for one in parts:
+                one["pos"] = pages.drawn_place(p, int(one["pos"][1]), rng)
+            return pages.together(self, workload, parts, rng, rng.standard_normal)
         if p["b"] > 1:
             each = [self.make_inputs(batches.alone(workload), rng) for _ in range(p["b"])]
             for i, one in enumerate(each):
@@ -298,7 +307,8 @@ class KvAppend(OpDef):
         else:
             saved = (4.0 - single_format(p["c"]).bytes) * p["kv"] * (p["d"] + p["dv"])
         tokens = p["b"] * p["t"]
-        return Counts(
+        found = Counts(
             {"fma_f32": 2.0 * tokens * (p["h"] + p["kv"]) * p["rot"]},
             {"dram": tokens * (8.0 * width - saved)},
         )
+        return pages.counted(p, found, [p["t"]] * p["b"], 0.0) if pages.paged(p) else found

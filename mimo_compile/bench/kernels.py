@@ -108,7 +108,8 @@ def bits_per_weight(workload: Workload, runnable: Runnable) -> float | None:
     elif workload.op == "moe":
         count = 3 * p["e"] * p["d"] * p["f"]
     elif workload.op == "cached_attention":
-        count, role = p["b"] * p["cap"] * p["kv"] * (p["d"] + p["dv"]), "state"
+        slots = p["pool"] * p["page"] or p["b"] * p["cap"]
+        count, role = slots * p["kv"] * (p["d"] + p["dv"]), "state"
     else:
         return None
     stored = sum(

@@ -17,6 +17,7 @@ from mimo_compile.bench.runnable import copies
 from mimo_compile.ir.caches import single_format
 from mimo_compile.ir.kv_groups import grouped, tail_of
 from mimo_compile.ir.ops import get_op
+from mimo_compile.ir.ops.pages import paged
 from mimo_compile.ir.workload import Workload
 
 SPARE_BYTES = 1 << 30
@@ -43,6 +44,8 @@ def needed_bytes(
     )  # of one key with its value, in each sequence
     width = _cell_bytes(p)
     keys, caches = visible_keys(p), numbers * p["cap"]
+    if paged(p):
+        caches = numbers / p["b"] * p["pool"] * p["page"]
     rows = 4.0 * p["b"] * p["t"] * p["h"] * (p["d"] + p["dv"])
 
     def sets(each: float) -> float:

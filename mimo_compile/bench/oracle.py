@@ -14,7 +14,7 @@ from functools import cached_property
 
 import numpy as np
 
-from mimo_compile.ir.ops import batches, get_op
+from mimo_compile.ir.ops import batches, get_op, pages
 from mimo_compile.ir.ops.base import Array
 from mimo_compile.ir.ops.cached_attention import CachedAttention
 from mimo_compile.ir.workload import Workload
@@ -110,7 +110,7 @@ def _split(
     if workload.op != "cached_attention" or float64_bytes(p) <= WHOLE_BYTES:
         yield workload, inputs, ()
         return
-    if p["b"] > 1:
+    if p["b"] > 1 or pages.paged(p):
         each = batches.split(get_op(workload.op), workload, inputs)
         for i, given in enumerate(each):
             for one, of_one, index in _split(batches.alone(workload), given):

@@ -25,6 +25,8 @@ _HEADS = (
 _KEYS = (4096, 16384, 32768, 65536, 131072)
 _BATCH, _BATCH_KEYS = 4, (4096, 32768)
 """Sequences of a batch, and keys of each."""
+_PAGE = 64
+"""Positions in a page."""
 _PROMPTS = (1024, 2048, 4096, 8192)
 _CHUNKS = (256, 512)
 _WINDOW = 128
@@ -86,6 +88,13 @@ _SUITES: dict[str, dict[str, list[str]]] = {
             *_attention(f"t=1,{{}},cap={n}" for n in _KEYS),
             # as many sequences, all of one length, as peers take them
             *_attention(f"t=1,{{}},cap={n},b={_BATCH},even=1" for n in _BATCH_KEYS),
+        ],
+        # sequences over caches of their own, and over pages of a pool that holds as much
+        "pages": [
+            f"cached_attention:t=1,{_HEADS[0]},cap={n},b={_BATCH},even=1{stored}{paged}"
+            for n in _BATCH_KEYS
+            for stored in ("", ",c=bf16")
+            for paged in ("", f",page={_PAGE},pool={_BATCH * n // _PAGE}")
         ],
         "prefill": _attention(
             [f"t={n},{{}},cap={n}" for n in _PROMPTS] + [f"t={t},{{}},cap=4096" for t in _CHUNKS]

@@ -87,10 +87,10 @@ def _artifact(args: argparse.Namespace, scratch: Path) -> tuple[Path, Path | Non
 
     source = args.source or "tiny"
     if is_artifact(source):
-        if args.batch != 1:
+        if args.batch != 1 or args.pages is not None:
             raise UsageError(
-                f"--batch is for models that are compiled here; {source} has the sequences that it was "
-                "compiled for",
+                f"--batch and --pages are for models that are compiled here; {source} has the sequences that "
+                "it was compiled for",
                 remedy="leave it out",
             )
         from mimo_compile.runtime.container import open_artifact
@@ -107,7 +107,7 @@ def _artifact(args: argparse.Namespace, scratch: Path) -> tuple[Path, Path | Non
     artifact = compile_model(
         folder, quant=args.quant, objective=args.objective, db=args.db, threads=args.threads,
         seed=args.seed, max_context=args.max_context or args.prompt_tokens + args.new_tokens,
-        batch=args.batch,
+        batch=args.batch, pages=args.pages,
         calibrate=calibration(args) or "rtn",
     )  # fmt: skip
     return artifact.save(scratch / "bench.mimo"), folder

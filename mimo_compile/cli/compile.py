@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
             args.source, target=args.target, quant=args.quant, attention=args.attention,
             objective=args.objective, trials=args.trials, seconds=args.time, db=args.db,
             threads=args.threads, seed=args.seed, max_context=args.max_context, batch=args.batch,
-            progress=progress,
+            pages=args.pages, progress=progress,
             calibrate=calibration(args) or "rtn", adapters=adapters(args),
             adapter_format=args.adapter_format, gates=args.gates,
         )  # fmt: skip
@@ -140,9 +140,20 @@ def summary(manifest: Manifest) -> dict[str, Any]:
         "entries": manifest.entries,
         "adapters": manifest.decoder.adapters if manifest.decoder else (),
         "batch": manifest.decoder.batch if manifest.decoder else 1,
+        "pages": _pages(manifest),
         "choices": dict(Counter(c.source for c in manifest.plan)),
         "plan": [plan_row(c) for c in manifest.plan],
     }  # fmt: skip
+
+
+def _pages(manifest: Manifest) -> dict[str, int] | None:
+    """Return how many pages sequences share, of how many positions, and the bytes of all of them."""
+    from mimo_compile.runtime.pages import pooled_bytes
+
+    pool = manifest.decoder.pool if manifest.decoder else None
+    if pool is None:
+        return None
+    return {"pages": pool.pages, "page": pool.page, "bytes": pooled_bytes(manifest)}
 
 
 def _plain(record: Any) -> dict[str, Any] | None:
@@ -176,6 +187,10 @@ def _show(console: Console, facts: dict[str, Any]) -> None:
     console.say(f"  kernels  {len(facts['plan'])} ({chosen})")
     if facts["adapters"]:
         console.say(f"  adapters {', '.join(facts['adapters'])}")
+    if pages := facts["pages"]:
+        console.say(
+            f"  pages    {pages['pages']} of {pages['page']} positions, {size(pages['bytes'])}"
+        )
     console.say(f"  target   {facts['target']['name']}, {facts['target']['threads']} threads")
     console.say(f"compiled in {facts['seconds']:.1f} s")
     if facts["choices"].get("default") and not facts["choices"].get("measured"):

@@ -148,6 +148,11 @@ def _artifact(args: argparse.Namespace, parts: Parts) -> int:
     console.say(f"objective {manifest.objective}")
     if batch_of(manifest) > 1:
         console.say(f"batch     {batch_of(manifest)} sequences at a time")
+    if pages := summary(manifest)["pages"]:
+        console.say(
+            f"pages     {pages['pages']} of {pages['page']} positions for all of them, "
+            f"{size(pages['bytes'])}"
+        )
     if manifest.decoder is not None and manifest.decoder.adapters:
         console.say(f"adapters  {', '.join(manifest.decoder.adapters)}")
     console.say("built by  " + ", ".join(f"{n} {v}" for n, v in manifest.versions.items()))
@@ -159,9 +164,9 @@ def _artifact(args: argparse.Namespace, parts: Parts) -> int:
                      size(entry.arena_bytes)))  # fmt: skip
     console.say("\n" + table(rows, ("entry", "takes", "gives", "calls", "arena"), right="lllrr"))
     states = [(n, f"{s.dtype}{list(s.shape)}") for n, s in manifest.states.items()]
-    from mimo_compile.runtime import dtypes
+    from mimo_compile.runtime.pages import held_bytes, pooled_states
 
-    held = batch_of(manifest) * sum(dtypes.size(s.dtype, s.shape) for s in manifest.states.values())
+    held, pooled = sum(held_bytes(manifest).values()), pooled_states(manifest)
     arena = max((e.arena_bytes for e in parts.programs.entries.values()), default=0)
     weights = manifest.members[WEIGHTS].bytes
     planned = {"weights": weights, "states": held, "arena": arena}
@@ -170,9 +175,12 @@ def _artifact(args: argparse.Namespace, parts: Parts) -> int:
         + ", ".join(f"{name} {size(count)}" for name, count in planned.items())
     )
     if states:
+        times = f"each {batch_of(manifest)} times" if batch_of(manifest) > 1 else ""
+        if pooled and times:
+            times = f"{len(states) - len(pooled)} of them {batch_of(manifest)} times"
         console.say(
             f"\n{len(states)} states, {size(held)}, for example {states[0][0]} {states[0][1]}"
-            + (f", each {batch_of(manifest)} times" if batch_of(manifest) > 1 else "")
+            + (f", {times}" if times else "")
         )
     layers = layer_rows(manifest)
     if layers:
@@ -221,11 +229,10 @@ def batch_of(manifest: Manifest) -> int:
 
 def layer_rows(manifest: Manifest) -> list[dict[str, Any]]:
     """Return what each layer of a decoder attends to and keeps, as plain values."""
-    from mimo_compile.runtime import dtypes
+    from mimo_compile.runtime.pages import held_bytes
 
     found = manifest.decoder.layers if manifest.decoder is not None else ()
-    batch = batch_of(manifest)
-    held = {n: batch * dtypes.size(s.dtype, s.shape) for n, s in manifest.states.items()}
+    held = held_bytes(manifest)
     return [
         {
             "name": layer.name, "role": layer.role, "window": layer.window, "slots": layer.slots,

@@ -116,6 +116,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="sequences that can be decoded together, each with caches of its own (default: 1)",
     )
     parser.add_argument(
+        "--pages",
+        metavar="N|SIZE",
+        help="with --batch: caches of whole contexts take pages of 64 positions from a pool of N, or of this "
+        "much memory (512MiB, 2GiB)",
+    )
+    parser.add_argument(
         "--db", type=Path, metavar="FILE", help="tuning records (default: the user's data folder)"
     )
 

@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
             source, target=args.target, quant=args.quant, attention=args.attention,
             objective=args.objective, trials=args.trials, seconds=args.time, joules=args.joules,
             db=args.db, threads=args.threads, seed=args.seed, max_context=args.max_context,
-            batch=args.batch,
+            batch=args.batch, pages=args.pages,
             strategy=args.strategy, meter=args.meter, progress=progress, on=args.on,
             gates=args.gates,
         )  # fmt: skip

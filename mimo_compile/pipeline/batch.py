@@ -56,8 +56,10 @@ def check_batch(batch: int, scheme: QuantScheme, policy: AttentionPolicy) -> int
     return count
 
 
-def check_layers(decoder: Decoder, batch: int) -> None:
+def check_layers(decoder: Decoder, batch: int, *, pages: bool = False) -> None:
     """Refuse a model some of whose layers choose by themselves what they attend to, or with too large caches.
+
+    ``pages``: caches that can be pages are (see `pages.paging_of`, which says how many there may be).
 
     Raises:
         UsageError: naming the first of them.
@@ -66,7 +68,7 @@ def check_layers(decoder: Decoder, batch: int) -> None:
 
     if batch == 1:
         return
-    _check_size(decoder, batch)
+    _check_size(decoder, batch, pages)
     for stage in decoder.stages():
         module = stage.module
         if isinstance(module, LayerCore) and (
@@ -78,19 +80,22 @@ def check_layers(decoder: Decoder, batch: int) -> None:
             )
 
 
-def _check_size(decoder: Decoder, batch: int) -> None:
+def _check_size(decoder: Decoder, batch: int, pages: bool) -> None:
     """Refuse caches that are so large together that kernels could not index them.
 
     Raises:
         UsageError: naming the layer.
     """
     from mimo_compile.frontend.models.stages import LayerCore
+    from mimo_compile.pipeline.graphs import may_page
     from mimo_compile.schedules.attention.layout import cache_shapes
     from mimo_compile.schedules.emit.build import MOST
 
     for stage in decoder.stages():
         module = stage.module
         if not isinstance(module, LayerCore) or module.caches.name not in FORMATS:
+            continue
+        if pages and may_page(stage):
             continue
         (cap, kv, d), dv = module.k_cache.shape, module.v_cache.shape[2]
         sizes = {"cap": cap, "kv": kv, "d": d, "dv": dv, "c": module.caches.name}

@@ -13,6 +13,7 @@ from mimo_compile.artifact import Artifact
 from mimo_compile.errors import MimoError
 from mimo_compile.ir import functions
 from mimo_compile.ir.hardware import Hardware
+from mimo_compile.ir.ops.pages import TABLE
 from mimo_compile.ir.workload import Workload
 from mimo_compile.pipeline.choose import GENERIC
 from mimo_compile.pipeline.emit import Emitter, Lowered
@@ -26,6 +27,7 @@ from mimo_compile.runtime.program import (
     GateFile,
     Layer,
     Manifest,
+    Pool,
     Programs,
     State,
     Target,
@@ -146,7 +148,7 @@ def build_artifact(
         members={},
         states=emitter.states,
         plan=tuple(plan),
-        decoder=_decoder(model, emitter.states),
+        decoder=_decoder(model, emitter),
         modelled=any(c.source == "modelled" for c in plan),
         calibrated=extras.calibrated,
         gates=extras.gates,
@@ -199,7 +201,15 @@ def built_with() -> dict[str, str]:
     }
 
 
-def _decoder(model: ModelGraphs, states: Mapping[str, State]) -> Decoder | None:
+def _pool(model: ModelGraphs, emitter: Emitter) -> Pool | None:
+    """Return the pages that sequences take, and which states are theirs."""
+    paging = model.paging
+    if paging is None:
+        return None
+    return Pool(paging.page, paging.pages, tuple(sorted(emitter.pooled)), TABLE)
+
+
+def _decoder(model: ModelGraphs, emitter: Emitter) -> Decoder | None:
     if model.decoder is None:
         return None
     config = model.decoder.config
@@ -213,7 +223,8 @@ def _decoder(model: ModelGraphs, states: Mapping[str, State]) -> Decoder | None:
         mtp=len(config.mtp), mtp_steps=within_context(DRAFT_STEPS, config.max_context) if config.mtp else (),
         adapters=model.decoder.adapters, decode=counts["decode"],
         rerun=config.attention.rerun if config.decodes_apart else 0,
-        layers=tuple(_layers(model.decoder, states)), batch=(*counts["batch"], 1)[0],
+        layers=tuple(_layers(model.decoder, emitter.states)), batch=(*counts["batch"], 1)[0],
+        pool=_pool(model, emitter),
     )  # fmt: skip
 
 

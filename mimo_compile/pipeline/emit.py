@@ -13,7 +13,7 @@ import numpy as np
 from mimo_compile.artifact import Deferred
 from mimo_compile.errors import MimoError
 from mimo_compile.ir.graph import KernelGraph, Node, Value
-from mimo_compile.ir.ops import get_op
+from mimo_compile.ir.ops import get_op, pages
 from mimo_compile.ir.ops.base import Arg, Array
 from mimo_compile.ir.workload import Workload
 from mimo_compile.pipeline.memory import plan_arena
@@ -56,6 +56,8 @@ class Emitter:
     """Global weight name -> canonical torch tensor."""
     weights: dict[str, Deferred] = field(default_factory=dict)
     states: dict[str, State] = field(default_factory=dict)
+    pooled: set[str] = field(default_factory=set)
+    """States that sequences have together: pages of a pool."""
     _packed: dict[tuple[Any, ...], dict[str, str]] = field(default_factory=dict)
     _cache: dict[tuple[Any, ...], dict[str, Array]] = field(default_factory=dict)
 
@@ -182,7 +184,7 @@ class _EntryBuilder:
             args = [self._value(v, a) for v, a in zip(values, low.kernel.args, strict=True)]
             return Call(low.kernel.name, tuple(args), node.label)
         op = get_op(node.workload.op)
-        op_args, sequences = op.args(node.workload), op.full(node.workload).get("b", 1)
+        op_args, p = op.args(node.workload), op.full(node.workload)
         given = dict(zip([a.name for a in op_args if a.role != "output"], node.args, strict=True))
         given |= zip([a.name for a in op_args if a.role == "output"], node.outputs, strict=True)
         weights = {a.name: given[a.name] for a in op_args if a.role == "weight"}
@@ -193,7 +195,11 @@ class _EntryBuilder:
                 buffer = Buffer("weight", arg.shape, arg.dtype, source=packed[arg.name])
                 args.append(self._add(buffer))
             elif arg.role == "state":
+                pooled = pages.paged(p) and arg.name in pages.CACHES
+                sequences = 1 if pooled else p.get("b", 1)
                 source = self.emitter.state(arg, given[arg.name], sequences)
+                if pooled:
+                    self.emitter.pooled.add(source)
                 args.append(self._add(Buffer("state", arg.shape, arg.dtype, source=source)))
             else:
                 args.append(self._value(given[arg.name], arg))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mimo_compile.ir.graph import KernelGraph, Value, build_graph, instantiate
 from mimo_compile.ir.importer import import_exported
+from mimo_compile.ir.ops.pages import TABLE
 from mimo_compile.ir.passes.lower import lower_generic
 from mimo_compile.ir.workload import BUCKETS, Workload
 from mimo_compile.pipeline.batch import check_layers
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from mimo_compile.frontend.models.decoder import Decoder, Stage
+    from mimo_compile.frontend.models.kv import Paging
 
 HEADS = (1, 4, 64)
 """Token counts that logits are computed for at once (the next token, verification, scoring)."""
@@ -38,6 +40,8 @@ class ModelGraphs:
     tensors: dict[str, Callable[[], torch.Tensor]] = field(default_factory=dict)
     """Global weight name -> the canonical tensor."""
     decoder: Decoder | None = None
+    paging: Paging | None = None
+    """Pages that sequences take; None: each has caches of its own."""
 
     def workloads(self) -> dict[Workload, dict[str, int]]:
         """Return each workload with its number of calls by entry."""
@@ -80,13 +84,15 @@ def export_graph(
 class _StageGraphs:
     """Graphs of a decoder's stages, exported once for each kind and token count."""
 
-    def __init__(self, decoder: Decoder) -> None:
-        self.decoder = decoder
+    def __init__(self, decoder: Decoder, paging: Paging | None = None) -> None:
+        self.decoder, self.paging = decoder, paging
         self.templates: dict[tuple[str, int, bool, int], KernelGraph] = {}
         self.names: dict[str, str] = {}
         self.tensors: dict[str, Callable[[], torch.Tensor]] = {}
         first: dict[Any, str] = {}
         for stage in decoder.stages():
+            if paging is not None and may_page(stage):
+                self.names[f"{stage.name}.{TABLE}"] = TABLE
             for name, tensor in [*stage.module.named_parameters(), *stage.module.named_buffers()]:
                 own = f"{stage.name}.{name}"
                 if name in stage.states:
@@ -132,9 +138,11 @@ class _StageGraphs:
 
             stage.prepare(tokens // batch, chooses)
             shapes = (torch.zeros(v.shape, dtype=torch.int32) for v in lists)
-            with caches_of(stage, batch):
+            paging = self.paging if may_page(stage) else None
+            with caches_of(stage, batch, paging):
                 self.templates[key] = export_graph(
-                    stage.module, self._example(stage, tokens, batch), stage.states,
+                    stage.module, self._example(stage, tokens, batch),
+                    {**stage.states, TABLE: TABLE} if paging else stage.states,
                     dict(zip(LISTS, shapes, strict=False)),
                 )  # fmt: skip
         return self.templates[key]
@@ -173,12 +181,27 @@ class _StageGraphs:
         return KernelGraph(tuple(graph_inputs), tuple(values[name] for name in outputs), nodes)
 
 
+def may_page(stage: Stage) -> bool:
+    """Say whether a stage's caches can be pages; drafts are ahead of what sequences hold pages for."""
+    from mimo_compile.frontend.models import kv
+    from mimo_compile.frontend.models.stages import LayerCore
+
+    layer = stage.module
+    return isinstance(layer, LayerCore) and stage.name.startswith("layers.") and kv.may_page(layer)
+
+
 @contextmanager
-def caches_of(stage: Stage, batch: int) -> Iterator[None]:
-    """Let a stage's module have the caches of so many sequences, ``[B, ...]`` on the meta device."""
+def caches_of(stage: Stage, batch: int, paging: Paging | None = None) -> Iterator[None]:
+    """Let a stage's module have the caches of so many sequences on meta: ``[B, ...]``, or pages."""
     import torch
 
     module = stage.module
+    if paging is not None:
+        from mimo_compile.frontend.models.kv import paged
+
+        with paged(module, paging, batch):  # type: ignore[arg-type]
+            yield
+        return
     own = {name: module.get_buffer(name) for name in stage.states} if batch > 1 else {}
     try:
         for name, cache in own.items():
@@ -196,7 +219,7 @@ def within_context(steps: tuple[int, ...], max_context: int) -> tuple[int, ...]:
 
 
 def decoder_graphs(
-    decoder: Decoder, steps: tuple[int, ...] = BUCKETS, batch: int = 1
+    decoder: Decoder, steps: tuple[int, ...] = BUCKETS, batch: int = 1, paging: Paging | None = None
 ) -> ModelGraphs:
     """Return the entry points of a decoder: ``step_T``, ``decode_T``, ``batch_B``, ``head_T``, ``mtp{s}_T``.
 
@@ -204,14 +227,15 @@ def decoder_graphs(
         decoder: The model with its (quantised) weights.
         steps: Token counts of ``step_T``; those beyond the model's context are left out, of drafts too.
         batch: Sequences that are decoded together; 1: there is no ``batch_B``.
+        paging: Pages that they take instead of caches of their own, in layers that allow it; None: none.
 
     Raises:
         UsageError: layers of the model cannot decode several sequences together.
     """
     config = decoder.config
-    check_layers(decoder, batch)
+    check_layers(decoder, batch, pages=paging is not None)
     steps = within_context(steps, config.max_context)
-    graphs = _StageGraphs(decoder)
+    graphs = _StageGraphs(decoder, paging)
     stages = decoder.stages()
     ropes = [s for s in stages if s.name.startswith("rope.")]
     drafts = [s for s in stages if s.name.startswith("mtp.")]
@@ -222,7 +246,7 @@ def decoder_graphs(
         if s not in drafts and s.name != "head" and (s not in ropes or s.name in used)
     ]
     head = decoder.stage("head")
-    model = ModelGraphs(config.name, {}, {}, {}, graphs.tensors, decoder)
+    model = ModelGraphs(config.name, {}, {}, {}, graphs.tensors, decoder, paging)
 
     def add(
         name: str, parts: list[Stage], tokens: int, ins: tuple[str, ...], outs: dict[str, str],

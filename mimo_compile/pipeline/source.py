@@ -14,6 +14,7 @@ from mimo_compile.ir.formats import QuantScheme, parse_scheme
 from mimo_compile.ir.policies import AttentionPolicy, parse_policy
 from mimo_compile.pipeline.batch import check_batch
 from mimo_compile.pipeline.graphs import ModelGraphs, decoder_graphs, module_graphs, program_graphs
+from mimo_compile.pipeline.pages import check_pages, paging_of
 
 if TYPE_CHECKING:
     import torch
@@ -64,6 +65,7 @@ def open_source(
     adapter_format: str = "exact",
     hardware: Hardware | None = None,
     batch: int = 1,
+    pages: int | str | None = None,
     gates: str | os.PathLike[str] | None = None,
 ) -> Source:
     """Load, quantise, export and lower a model.
@@ -79,6 +81,7 @@ def open_source(
         adapter_format: how they are stored: ``exact``, ``bf16`` or ``fp8``.
         hardware: the target, whose kernels are asked for before anything is quantised; None: do not ask.
         batch: sequences to decode together (model folders).
+        pages: pages that their caches have together, or the memory of these; None: each has its own.
         gates: file of the gates that ``seer`` chooses by; None: the model's own.
 
     Raises:
@@ -98,7 +101,10 @@ def open_source(
         raise UsageError("batches of sequences are for model folders (--batch)")
     if gates is not None and not decoder:
         raise UsageError("gates are for model folders (--gates)")
+    if pages is not None and not decoder:
+        raise UsageError("pages of caches are for model folders (--pages)")
     batch = check_batch(batch, scheme, policy)
+    pages = check_pages(pages, batch, scheme, policy)
     if isinstance(source, torch.nn.Module):
         _plain_only(scheme, quant, calibration, attention)
         graphs = module_graphs(
@@ -118,8 +124,7 @@ def open_source(
         return Source(program_graphs(program, Path(source).stem), scheme)
     return _open_checkpoint(
         source, scheme, max_context, calibration, adapters or {}, adapter_format, hardware, policy,
-        gates,
-        batch,
+        gates, batch, pages,
     )  # fmt: skip
 
 
@@ -134,6 +139,7 @@ def _open_checkpoint(
     attention: AttentionPolicy,
     gates: str | os.PathLike[str] | None,
     batch: int,
+    pages: int | str | None,
 ) -> Source:
     from mimo_compile.frontend.huggingface import load_checkpoint, resolve_source
     from mimo_compile.frontend.models.attend import RETRAINED
@@ -158,7 +164,7 @@ def _open_checkpoint(
 
         attach_adapters(loaded, adapters, adapter_format)
     return Source(
-        decoder_graphs(loaded.decoder, batch=batch),
+        decoder_graphs(loaded.decoder, batch=batch, paging=paging_of(loaded.decoder, pages, batch)),
         loaded.scheme,
         config=loaded.config,
         tokenizer=loaded.tokenizer,

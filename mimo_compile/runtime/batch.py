@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,7 +34,7 @@ def append_each(module: Module, sessions: Sequence[Session], tokens: Sequence[in
 
     Raises:
         UsageError: A sequence has ended, is of another module or has filled its context, two of them are
-            the same, or an id is not in the vocabulary. No sequence has changed then.
+            the same, an id is not in the vocabulary, or no page is free. No sequence has changed then.
     """
     with module.lock:
         ids = check_ids(tokens, decoder_of(module))
@@ -46,6 +46,10 @@ def append_each(module: Module, sessions: Sequence[Session], tokens: Sequence[in
         places = [session.place_of_next(module) for session in sessions]
         if len(slots) == 1:  # what computes several rows takes longer for one
             return sessions[0].append(ids, decode=True)
+        if module.pool is not None:
+            module.pool.take(
+                [(slot, at, at + 1) for slot, (at, _) in zip(slots, places, strict=True)]
+            )
         bound = module.bind(f"batch_{module.batch}")
         into, pos, *adapters = bound.inputs.values()
         into[...], pos[...] = 0, 0  # no token of the sequences that rest
@@ -89,6 +93,8 @@ class Ask:
     """New tokens at most."""
     sampling: Sampling
     adapter: str | None
+    made: int = 0
+    """Tokens that were given before its pages went to others: they stand at the end of ``ids``."""
 
 
 @dataclass(slots=True)
@@ -99,7 +105,8 @@ class _Running:
     session: Session
     token: int
     """The newest one, which is not in the states yet."""
-    made: int = 0
+    made: int
+    """Tokens that were given."""
 
 
 def asks_of(
@@ -169,10 +176,14 @@ def _generate(
     running: list[_Running] = []
     ends = set()
     while waiting or running:
-        if waiting and free:
-            running.append(_begin(module, waiting.popleft(), free.popleft(), stats))
+        if waiting and free and (not running or _fits(module, waiting[0], running)):
+            running.append(_begin(module, waiting.popleft(), free.popleft(), running, stats))
             turn = running[-1:]
         else:
+            for one in _set_aside(module, running):
+                running.remove(one)
+                free.append(one.session.slot)
+                waiting.appendleft(_again(one))
             _advance(module, running, stats)
             turn = list(running)
         for one in turn:
@@ -186,19 +197,74 @@ def _generate(
             if end:
                 ends.add(end)
                 running.remove(one)
+                one.session.end()
                 free.append(one.session.slot)
     stats.stopped = "eos" if ends == {"eos"} else "length"
 
 
-def _begin(module: Module, ask: Ask, slot: int, stats: Stats) -> _Running:
-    """Read a prompt into a slot; returns the text with its first token."""
+def _like(module: Module, ask: Ask, running: Sequence[_Running]) -> tuple[int, Session | None]:
+    """Return how many tokens a text has in common with one in progress, a page at least, and that one."""
+    if module.pool is None:
+        return 0, None
+    found = [(r.session.prefix(ask.ids), r) for r in running if r.ask.adapter == ask.adapter]
+    kept, like = max(found, key=lambda pair: pair[0], default=(0, None))
+    return (0, None) if like is None or kept < module.pool.page else (kept, like.session)
+
+
+def _fits(module: Module, ask: Ask, running: Sequence[_Running]) -> bool:
+    """Say whether there are pages for a prompt and its first token, and one for each text in progress."""
+    pool = module.pool
+    if pool is None:
+        return True
+    if pool.free <= len(running):  # a prompt's last token is in no page of another text
+        return False
+    shared = _like(module, ask, running)[0] // pool.page
+    return pool.pages_of(len(ask.ids) + 1) - shared + len(running) <= pool.free
+
+
+def _set_aside(module: Module, running: Sequence[_Running]) -> list[_Running]:
+    """End the newest texts whose pages the others need for their next tokens, and return them."""
+    pool, kept = module.pool, list(running)
+    out: list[_Running] = []
+    if pool is None:
+        return out
+    with module.lock:
+        while len(kept) > 1 and pool.needed([_next_of(r) for r in kept]) > pool.free:
+            out.append(kept.pop())
+            out[-1].session.end()
+    return out
+
+
+def _next_of(one: _Running) -> tuple[int, int, int]:
+    """Return the slot and the place of a text's next token, as `PagePool` takes them."""
+    at = one.session.position
+    return one.session.slot, at, at + 1
+
+
+def _again(one: _Running) -> Ask:
+    """Return what goes on with a text from its beginning: its prompt is all that was given."""
+    ids = np.array([*one.session.tokens, one.token], np.int32)
+    return replace(one.ask, ids=ids, made=one.made)
+
+
+def _begin(
+    module: Module, ask: Ask, slot: int, running: Sequence[_Running], stats: Stats
+) -> _Running:
+    """Read a prompt into a slot, but for what a text in progress has read of it; returns it with a token."""
     begin = time.perf_counter()
     with module.lock:
-        session = module.session(ask.adapter, slot)
-        (logits,) = session.logits(session.append(ask.ids))
+        kept, like = _like(module, ask, running)
+        if like is None:
+            session = module.session(ask.adapter, slot)
+        else:
+            session = like.fork(slot)
+            session.rewind(kept)
+        (logits,) = session.logits(session.append(ask.ids[kept:]))
         token = sample(logits[0], ask.sampling, session.position)
+    if not ask.made:
+        stats.reused_tokens += kept
     stats.prefill_seconds += time.perf_counter() - begin
-    return _Running(ask, session, token)
+    return _Running(ask, session, token, ask.made)
 
 
 def _advance(module: Module, running: Sequence[_Running], stats: Stats) -> None:

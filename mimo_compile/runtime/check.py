@@ -51,14 +51,43 @@ def check_programs(
             f"a state of one of {batch} sequences does not end on a {ALIGNMENT}-byte boundary",
             where=where,
         )
+    pooled = _check_pool(manifest.decoder, manifest.states, where)
     sizes = {"weight": {name: spot.end - spot.begin for name, spot in weights.items()}}
     for name, entry in programs.entries.items():
         sequences = batch if name == f"batch_{batch}" else 1
-        sizes["state"] = {state: sequences * size for state, size in held.items()}
+        sizes["state"] = {
+            state: size * (1 if state in pooled else sequences) for state, size in held.items()
+        }
         _check_entry(entry, sizes, f"entry {name} of {where}")
     if manifest.decoder is not None:
         _check_decoder(manifest.decoder, programs.entries, where)
         _check_layers(manifest.decoder, manifest.states, where)
+
+
+def _check_pool(decoder: Decoder | None, states: Mapping[str, State], where: str) -> frozenset[str]:
+    """Check that pages and tables fit each other; returns the states that all sequences have together."""
+    pool = None if decoder is None else decoder.pool
+    if decoder is None or pool is None:
+        return frozenset()
+    problem = ""
+    table = states.get(pool.table)
+    if pool.page < 1 or pool.pages < 1 or pool.page * pool.pages < decoder.max_context:
+        problem = f"has {pool.pages} pages of {pool.page}, for {decoder.max_context} positions"
+    elif decoder.batch < 2:
+        problem = "is there for one sequence"
+    elif table is None or table.dtype != "int32" or len(table.shape) != 2 or table.shape[0] != 1:
+        problem = f"has the table {pool.table!r}, which is no state int32 [1, width]"
+    elif table.shape[1] * pool.page < decoder.max_context or pool.table in pool.states:
+        problem = f"has a table of {table.shape[1]} pages, for {decoder.max_context} positions"
+    elif not pool.states:
+        problem = "has no states"
+    for name in () if problem else pool.states:
+        shape = states[name].shape if name in states else ()
+        if len(shape) < 2 or shape[1] % pool.pages:
+            problem = f"has {pool.pages} pages in {name} {list(shape)}"
+    if problem:
+        raise ArtifactError(f"the pool of pages {problem}", where=where)
+    return frozenset(pool.states)
 
 
 def _sound(dtype: str, shape: tuple[int, ...]) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,11 +33,16 @@ class Memory:
         code: Any,
         where: str,
         sequences: int = 1,
+        shared: Collection[str] = (),
     ) -> None:
-        """Put together what exists; `code` is the linked module of kernels, states are of all `sequences`."""
+        """Put together what exists; `code` is the linked module of kernels, states are of all `sequences`.
+
+        Those that are `shared` all sequences have together.
+        """
         self._arena = arena
         self._states = states
         self._sequences = sequences
+        self._shared = shared
         self._weights = weights
         self._code = code
         self._where = where
@@ -64,7 +69,7 @@ class Memory:
                 data = self._arena
             elif buffer.kind == "state":
                 data = self._states[buffer.source]
-                before = slot * (len(data) // self._sequences)
+                before = 0 if buffer.source in self._shared else self._each(buffer.source) * slot
             else:
                 data = self._weights.data(buffer.source)
             array = as_array(data, buffer.dtype, buffer.shape, buffer.offset + before)
@@ -72,6 +77,17 @@ class Memory:
             if buffer.kind != "arena":  # those of arenas are seldom shared
                 self._made[key] = made
         return made
+
+    def copy_states(self, source: int, slot: int) -> None:
+        """Copy what a sequence keeps by itself to another one's place."""
+        for name, data in self._states.items():
+            if name not in self._shared:
+                size = self._each(name)
+                data[slot * size : (slot + 1) * size] = data[source * size : (source + 1) * size]
+
+    def _each(self, state: str) -> int:
+        """Return the bytes of a state of one sequence."""
+        return len(self._states[state]) // self._sequences
 
     def function(self, kernel: str) -> Callable[..., Any]:
         """Return a kernel's function.
@@ -237,12 +253,16 @@ def _through_bits(value: Any, dtype: np.dtype[Any], what: str, wanted: str) -> A
 
 
 def state_spans(
-    states: dict[str, State], sequences: int = 1, boundary: int = 4096
+    states: dict[str, State], sequences: int = 1, boundary: int = 4096, shared: Collection[str] = ()
 ) -> tuple[dict[str, slice], int]:
-    """Return where the states of so many sequences lie in one block of memory, and the block's size."""
+    """Return where the states of so many sequences lie in one block of memory, and the block's size.
+
+    Those that are ``shared`` are there once.
+    """
     spans, at = {}, 0
     for name, state in states.items():
-        size = sequences * dtypes.size(state.dtype, state.shape)
+        count = 1 if name in shared else sequences
+        size = count * dtypes.size(state.dtype, state.shape)
         spans[name] = slice(at, at + size)
         at += -(-size // boundary) * boundary
     return spans, at

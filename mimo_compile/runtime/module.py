@@ -28,6 +28,7 @@ from mimo_compile.runtime.entry import (
 )
 from mimo_compile.runtime.generate import Prompt, Stats
 from mimo_compile.runtime.memory import Zeroed
+from mimo_compile.runtime.pages import pool_of, pooled_states
 from mimo_compile.runtime.program import Entry, Manifest
 from mimo_compile.runtime.sampling import Sampling
 from mimo_compile.runtime.session import Session
@@ -77,10 +78,15 @@ class Module:
         decoder = self.manifest.decoder
         self.batch = 1 if decoder is None else decoder.batch
         """Sequences that may be in progress at once."""
-        spans, size = state_spans(self.manifest.states, self.batch)
+        shared = pooled_states(self.manifest)
+        spans, size = state_spans(self.manifest.states, self.batch, shared=shared)
         self._states = Zeroed(size)
         states = {name: self._states.bytes[span] for name, span in spans.items()}
-        self._memory = Memory(arena.bytes, states, parts.weights, code, parts.where, self.batch)
+        self._memory = Memory(
+            arena.bytes, states, parts.weights, code, parts.where, self.batch, shared
+        )
+        self.pool = pool_of(self.manifest, states, self.batch)
+        """Pages that sequences take; None: each slot has caches of its own."""
         self._bound: dict[tuple[str, int], BoundEntry] = {}
         self.lock = threading.RLock()
         """Held while an entry point runs and until its outputs are copied; one thread at a time."""
@@ -199,6 +205,8 @@ class Module:
         with self.lock:
             self._owners = [0] * self.batch
             self._states.clear()
+            if self.pool is not None:
+                self.pool.clear()
 
     def profile(self, entry: str, *inputs: Any, repeat: int = 5) -> list[Timing]:
         """Call an entry point `repeat` times and return the median time of each kernel call.
@@ -264,9 +272,20 @@ class Module:
         with self.lock:
             slot = self._slot(slot)
             session = Session(self, self._begun + 1, adapter, slot)
+            self.vacate(slot)
             self._begun += 1
             self._owners[slot] = self._begun
             return session
+
+    def vacate(self, slot: int) -> None:
+        """End the sequence in a slot, if there is one, and take its pages back."""
+        self._owners[slot] = 0
+        if self.pool is not None:
+            self.pool.cut(slot, 0)
+
+    def copy_states(self, source: int, slot: int) -> None:
+        """Copy what the sequence in a slot keeps by itself, which pages do not hold, to another slot."""
+        self._memory.copy_states(source, slot)
 
     def owns(self, session: int) -> bool:
         """Whether states still belong to this session."""
@@ -365,7 +384,9 @@ class Module:
         """Generate several texts, as many at a time as the artifact was compiled for (`--batch`).
 
         Each text is what `generate` alone would give, up to roundings. A prompt that finds no place waits
-        until a text ends, so there may be any number of them. Sequences in progress end in the slots that
+        until a text ends, so there may be any number of them. With pages (`--pages`) it waits for these, too,
+        and shares those of an equal beginning with a text in progress; where there are none left, the text
+        that began last is set aside and read again. Sequences in progress end in the slots that
         are used: one for each prompt, from 0 on, up to all. `generate` uses slot 0, so the two cannot take
         turns.
 

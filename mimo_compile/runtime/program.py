@@ -95,6 +95,22 @@ class Layer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
     """Leading positions that a ring keeps, in slots of their own before those of the others."""
 
 
+class Pool(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Pages that the sequences in progress take from one pool, instead of caches of their own.
+
+    Position j of a sequence is in slot ``table[j // page] * page + j % page`` of each of the ``states``. The
+    second extent of these is that of the slots, one page after the other.
+    """
+
+    page: int
+    """Positions in a page."""
+    pages: int
+    states: tuple[str, ...]
+    """Names of the states that all sequences have together."""
+    table: str
+    """Name of the state int32 ``[1, width]`` that says where a sequence's pages are; the caller keeps it."""
+
+
 class Decoder(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """How to generate text with the entry points.
 
@@ -130,6 +146,8 @@ class Decoder(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     batch: int = 1
     """Sequences that may be in progress at once. Of more than one there is an entry ``batch_B``: like
     ``step_1`` for one token of each of B sequences, with ``ids int32 [B]`` and ``pos int32 [B, 2]``."""
+    pool: Pool | None = None
+    """Pages of the caches of whole contexts; None: each sequence has caches of its own."""
 
 
 class Member(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

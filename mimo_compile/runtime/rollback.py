@@ -23,6 +23,12 @@ class Held:
         self._first = {n: 0 for n in map(_newest, layers) if n}
         self._end = 0
 
+    def copy(self) -> Held:
+        """Return the same for a sequence that begins with the same positions."""
+        made = Held(self._layers)
+        made._first, made._end = dict(self._first), self._end
+        return made
+
     def append(self, position: int) -> None:
         """Note that positions up to this one (not included) were written."""
         self._end = position

@@ -89,6 +89,9 @@ class Session:
         tokens = check_ids(ids, decoder)
         end = self.position + len(tokens)
         self._check_room(end)
+        if self._module.pool is not None:
+            self._check_alive()
+            self._module.pool.check([(self.slot, self.position, end)])
         apart = decode and bool(decoder.decode)
         sizes, kind = (decoder.decode, "decode") if apart else (decoder.steps, "step")
         done, mark = 0, self.mark
@@ -142,6 +145,8 @@ class Session:
     def _step(self, entry: str, tokens: Array, at: int) -> Array:
         """Run an entry point on some tokens at a position; returns their hidden states."""
         bound = self._entry(entry)
+        if self._module.pool is not None:
+            self._module.pool.take([(self.slot, at, at + len(tokens))])
         into, position, *adapters = bound.inputs.values()
         for place in adapters:
             place[...] = self._adapter
@@ -210,6 +215,8 @@ class Session:
                     else "Begin a new session.",
                 )
             self._held.rewind(position)
+            if self._module.pool is not None:
+                self._module.pool.cut(self.slot, position)
             self._turn += 1
             del self._tokens[position:]
             self._exact = min(self._exact, position)
@@ -237,15 +244,55 @@ class Session:
         Returns:
             How many of its tokens need not be appended; 0 also where the states cannot go back.
         """
+        with self.lock:
+            kept = self.prefix(ids)
+            self.rewind(kept)
+            return kept
+
+    def prefix(self, ids: Sequence[int] | Array) -> int:
+        """Return how many tokens `keep_prefix` would keep."""
         wanted = check_ids(ids, self._decoder)
         with self.lock:
             most = min(self.position, len(wanted) - 1, self._exact)
             held = np.array(self._tokens[: max(most, 0)], np.int32)
             differ = np.flatnonzero(held != wanted[: len(held)])
-            same = int(differ[0]) if len(differ) else len(held)
-            kept = self._held.most(same)
-            self.rewind(kept)
-            return kept
+            return self._held.most(int(differ[0]) if len(differ) else len(held))
+
+    def fork(self, slot: int) -> Session:
+        """Begin another sequence with the same tokens in another slot; it ends the one there.
+
+        Both have their pages together until one of them changes what is in one; what layers keep besides,
+        such as rings of windows, is copied. So an equal beginning of texts is computed and kept once.
+
+        Args:
+            slot: One of the other places for sequences of the module.
+
+        Raises:
+            UsageError: The artifact has no pages (`--pages`), there is no such slot or it is this one, or the
+                session has ended.
+        """
+        with self.lock:
+            self._check_alive()
+            pool = self._module.pool
+            if pool is None:
+                raise UsageError(
+                    "sequences of this artifact share nothing: it has no pages",
+                    remedy="Compile it with --pages.",
+                )
+            if slot == self.slot:
+                raise UsageError(f"slot {slot} is that of the sequence itself")
+            made = self._module.session(self.adapter, slot)
+            self._module.copy_states(self.slot, made.slot)
+            pool.share(self.slot, made.slot, self.position)
+            made._tokens, made._exact = list(self._tokens), self._exact
+            made._held = self._held.copy()
+            return made
+
+    def end(self) -> None:
+        """End the sequence, whose pages are free then, if it has not ended already."""
+        with self.lock:
+            if self._module.owns(self._number):
+                self._module.vacate(self.slot)
 
     def logits(self, hidden: Array) -> Iterator[Array]:
         """Give the logits `[n, V]` float32 of hidden states `[m, D]`, some rows at a time.
@@ -274,7 +321,7 @@ class Session:
     def _check_alive(self) -> None:
         if not self._module.owns(self._number):
             raise UsageError(
-                "this sequence has ended: another one began on the same module",
+                "this sequence has ended: it was ended, or another one began on the same module",
                 remedy="Load the artifact twice, or compile it with --batch 2, for two texts at a time."
                 if self._module.batch == 1
                 else f"Begin each in a slot of its own, of which there are {self._module.batch}; generate "

@@ -35,6 +35,8 @@ def compare_batch(module: Module, eager: Decoder, ids: npt.NDArray[Any]) -> EndT
     from mimo_compile.verify.routing import Led, watched
 
     slots = slots_of(module.batch, ids)
+    if module.pool is not None:  # all of them together
+        ids = ids[: module.pool.pages // len(slots) * module.pool.page]
     count, decoded = len(slots), min(_DECODED, len(ids) - 1)
     prompts = [max(1, (len(ids) - decoded) * (i + 1) // count) for i in range(count)]
     texts = [
@@ -94,6 +96,8 @@ def _compiled(module: Module, texts: list[list[int]], slots: list[int], decoded:
         found = np.concatenate([part.copy() for part in sessions[0].logits(hidden)])
         for i, row in zip(going, found, strict=True):
             rows[i].append(row)
+    for session in sessions:
+        session.end()
     return np.concatenate(rows).astype(np.float64)
 
 

@@ -13,7 +13,8 @@ pairs along slots. In memory the last two extents are one.
 With ``lay=rows`` the numbers of each key, and of each value, lie together: see `rows_layout`. A copy of keys
 that is read by channels has the layout of `channel_layout`.
 
-Those of the sequences of a batch follow one another, in every layout: ``[B * KV, ...]``.
+Those of the sequences of a batch follow one another, in every layout: ``[B * KV, ...]``. A pool of pages is
+laid out as one sequence's cache of all its slots.
 
 Caches in groups of few bits have the layout of `group_layout`.
 """
@@ -27,8 +28,9 @@ import numpy as np
 
 from mimo_compile.ir.caches import SCALED, single_format
 from mimo_compile.ir.kv_groups import GROUPED, STATES, grouped
-from mimo_compile.ir.ops import get_op
+from mimo_compile.ir.ops import batches, get_op
 from mimo_compile.ir.ops.base import Arg, Array
+from mimo_compile.ir.ops.pages import flat, paged
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.attention import channel_layout, float8_layout, rows_layout, sequences
 from mimo_compile.schedules.attention.group_layout import group_args, pack_groups, unpack_groups
@@ -70,6 +72,7 @@ def round_up(n: int) -> int:
 
 def cache_shapes(p: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Return the packed shapes for an op's ``cap``, ``kv``, ``d``, ``c``, and ``dv`` and ``b`` if any."""
+    p = flat(p)
     if by_rows(p):
         return rows_layout.row_shapes(p)
     if by_channels(p):
@@ -101,9 +104,15 @@ def kernel_args(workload: Workload) -> tuple[Arg, ...]:
     )
 
 
+def _whole(workload: Workload) -> Workload:
+    """Return the workload of one sequence that has all slots of a pool; one without is as it is."""
+    p = get_op(workload.op).full(workload)
+    return batches.alone(workload, cap=p["pool"] * p["page"]) if paged(p) else workload
+
+
 def pack_caches(workload: Workload, arrays: Mapping[str, Array]) -> dict[str, Array]:
     """Lay out canonical caches (those given); slots and lanes of padding are zero."""
-    return sequences.pack_each(workload, arrays, _pack)
+    return sequences.pack_each(_whole(workload), arrays, _pack)
 
 
 def _pack(workload: Workload, arrays: Mapping[str, Array]) -> dict[str, Array]:
@@ -139,7 +148,7 @@ def _pack(workload: Workload, arrays: Mapping[str, Array]) -> dict[str, Array]:
 
 def unpack_caches(workload: Workload, arrays: Mapping[str, Array]) -> dict[str, Array]:
     """Inverse of `pack_caches`: canonical ``[cap, KV, D]`` and ``[cap, KV, DV]``, of a batch ``[B, ...]``."""
-    return sequences.unpack_each(workload, arrays, _unpack)
+    return sequences.unpack_each(_whole(workload), arrays, _unpack)
 
 
 def _unpack(workload: Workload, arrays: Mapping[str, Array]) -> dict[str, Array]:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from mimo_compile.ir.ops.pages import paged
 from mimo_compile.schedules.attention.flash import START, Tile, factor, write_row
 from mimo_compile.schedules.attention.reach import Reach, Tiling, fixed
 from mimo_compile.schedules.emit.build import Register, T, bind, load, loop, store, workspace
@@ -120,7 +121,7 @@ def emit(
 def _tile_of(s: Tiling, kind: Callable[..., Tile], k: Any, v: Any, head: Any, turn: Turn) -> Tile:
     """Return the tile of a group of query heads, over the caches of its sequence and KV head."""
     own = head if s.groups == s.p["kv"] else bind(head * s.p["kv"] // s.groups)
-    if turn.sequence is not None:
+    if turn.sequence is not None and not paged(s.p):
         own = bind(turn.sequence * s.p["kv"] + own)
     state = kind(s, k, v, own, head)
     state.before = turn.before

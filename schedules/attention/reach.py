@@ -128,6 +128,10 @@ class Reach:
 
     def block(self, step: Any, u: Any) -> Any:
         """Return the cache block of part ``u`` of a step."""
+        return self.place(step, u)
+
+    def place(self, step: Any, u: Any) -> Any:
+        """Return which block part ``u`` of a step is, of those that the positions of the cache fill."""
         blocks = self.sizes.cache_blocks
         at = fixed(self.first_block + step * self.sizes.blocks + u)
         # parts behind the last that is seen may go round a ring once more: they are masked, but read
@@ -141,7 +145,7 @@ class Reach:
 
     def clean(self, step: Any) -> Any:
         """Say whether every row sees every slot of the step (then no mask is needed)."""
-        first = fixed(self.block(step, 0) * LANES)
+        first = fixed(self.place(step, 0) * LANES)
         end = fixed(first + (self.sizes.blocks * LANES - 1))
         older = fixed(T.if_then_else(first > self.turn, self.base - self.sizes.p["cap"], self.base))
         one_lap = T.Or(first > self.turn, end <= self.turn)
@@ -151,12 +155,12 @@ class Reach:
 
     def whole(self, step: Any) -> Any:
         """Say whether the step's slots follow each other and each was written, so holds a number."""
-        first = self.block(step, 0) * LANES
+        first = self.place(step, 0) * LANES
         return fixed(first + self.sizes.blocks * LANES) <= self.written
 
     def positions(self, step: Any, u: Any) -> Any:
         """Return the position in each slot of part ``u`` (16 lanes); -1 where nothing is to be seen."""
-        block = self.block(step, u)
+        block = self.place(step, u)
         slots = bind(T.ramp(block * LANES, 1, LANES))
         laps = T.Select(
             slots <= T.broadcast(self.turn, LANES),
@@ -197,7 +201,7 @@ class Reach:
 
     def live(self, step: Any, u: Any) -> Any:
         """Return how many slots of part ``u`` were ever written and belong to the step's run."""
-        left = T.min(T.max(self.written - self.block(step, u) * LANES, T.int32(0)), T.int32(LANES))
+        left = T.min(T.max(self.written - self.place(step, u) * LANES, T.int32(0)), T.int32(LANES))
         return fixed(T.if_then_else(step * self.sizes.blocks + u < self.total, left, T.int32(0)))
 
 

@@ -15,6 +15,7 @@ from mimo_compile.ir.caches import FORMATS, parse_cache_format
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.ops.base import Arg, Array
+from mimo_compile.ir.ops.pages import paged
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.attention import layout
 from mimo_compile.schedules.attention.half import every_other, upper_half
@@ -272,10 +273,11 @@ class X86Append(RowSchedule):
     rows_param = "kv"
 
     def supports(self, workload: Workload, hardware: Hardware) -> bool:
-        """Every workload of the op whose caches hold each number by itself, on any x86-64."""
+        """Every workload of the op whose caches hold each number by itself, in no pool, on any x86-64."""
         if not super().supports(workload, hardware):
             return False
-        return get_op(self.op).full(workload)["c"] in FORMATS
+        p = get_op(self.op).full(workload)
+        return p["c"] in FORMATS and not paged(p)
 
     def space(self, workload: Workload, hardware: Hardware) -> Space:
         """KV heads over threads, or not."""

@@ -16,6 +16,7 @@ from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.ops.base import Array
+from mimo_compile.ir.ops.pages import TABLE
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.attention.flash import Tile
 from mimo_compile.schedules.attention.layout import (
@@ -25,6 +26,7 @@ from mimo_compile.schedules.attention.layout import (
     round_up,
     unpack_caches,
 )
+from mimo_compile.schedules.attention.pages import visiting
 from mimo_compile.schedules.attention.phases import emit
 from mimo_compile.schedules.attention.reach import Tiling
 from mimo_compile.schedules.attention.work import flash_work
@@ -181,11 +183,16 @@ class X86Flash(Schedule):
         scale = float(p["scale"] or p["d"] ** -0.5)
         args = kernel_args(workload)
 
-        def body(q: Any, pos: Any, *rest: Any) -> None:
-            sink, (k, v, out) = (rest[0] if p["sink"] else None), rest[-3:]
+        names = [a.name for a in args]
+
+        def body(*buffers: Any) -> None:
+            given = dict(zip(names, buffers, strict=True))
             kind, frame = self.tile(config)
             with frame or nullcontext():
-                emit(s, config.splits, config.parallel, scale, q, pos, sink, k, v, out, kind)
+                emit(
+                    s, config.splits, config.parallel, scale, given["q"], given["pos"], given.get("sink"),
+                    given["k_cache"], given["v_cache"], given["out"], kind, visit=visiting(given.get(TABLE)),
+                )  # fmt: skip
 
         workspace_bytes = 0
         if config.splits > 1:

@@ -32,12 +32,12 @@ class X86FlashAmx(X86Flash):
     tile_class: ClassVar[type[AmxTile]] = AmxTile
 
     def supports(self, workload: Workload, hardware: Hardware) -> bool:
-        """Keys that fill tiles, 16 tokens or more (so that rows fill tiles), a cache of 32 slots."""
+        """Keys that fill tiles, 16 tokens or more (so that rows do), a cache of 32 slots that is no pool."""
         if not super().supports(workload, hardware) or not hardware.features >= NEEDS_BF16 | NEEDS:
             return False
         p = get_op(self.op).full(workload)
         fills = p["d"] % DEPTH == 0 and p["t"] >= SIDE and p["cap"] > SIDE
-        return bool(fills and p["b"] == 1)
+        return bool(fills and p["b"] == 1 and not p["pool"])
 
     def space(self, workload: Workload, hardware: Hardware) -> Space:
         """Return the tiles and steps of the vector kernel that fill matrix tiles."""

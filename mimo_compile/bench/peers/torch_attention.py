@@ -22,6 +22,7 @@ from mimo_compile.bench.contest import Contestant
 from mimo_compile.bench.oracle import visible_keys
 from mimo_compile.bench.peers.base import Ask, LeftOut, Peer, Variant
 from mimo_compile.ir import kv_groups
+from mimo_compile.ir.ops import pages
 from mimo_compile.ir.ops.cached_attention import CachedAttention
 
 if TYPE_CHECKING:
@@ -80,6 +81,9 @@ class Setting:
         if fmt := kv_groups.grouped(p):
             rows = self._real(name, fmt)[None]
         else:
+            if pages.paged(p):  # peers get each sequence's keys in their order
+                held = (pages.gathered(p, self.ask.inputs, i)[name] for i in range(self.b))
+                stored = np.stack(list(held))
             each = stored.reshape(self.b, *stored.shape[-3:])
             if p["c"] == "bf16":
                 rows = torch.from_numpy(each.view(np.int16)).view(torch.bfloat16)[:, slots]

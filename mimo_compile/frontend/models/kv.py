@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from mimo_compile.frontend.models.decoder import STEP_TOKENS, LayerSpec
-from mimo_compile.ir.caches import SCALED, CacheFormat, window_cache_format
+from mimo_compile.ir.caches import FORMATS, SCALED, CacheFormat, window_cache_format
 from mimo_compile.ir.kv_groups import GROUPED, STATES, GroupedFormat, state_shapes
+from mimo_compile.ir.ops.pages import CACHES, width_of
 
 if TYPE_CHECKING:
     from mimo_compile.frontend.models.stages import LayerCore
 
 Caches = CacheFormat | GroupedFormat
+PAGE = 64
+"""Positions in a page: whole blocks of kernels, and what few positions leave unused of their last page."""
 
 
 def format_of(spec: LayerSpec, caches: Caches) -> Caches:
@@ -51,6 +57,40 @@ def _named(layer: LayerCore) -> str:
     return layer.caches.name if layer.caches.name in SCALED else ""
 
 
+@dataclass(frozen=True, slots=True)
+class Paging:
+    """Pages that sequences take from a pool."""
+
+    pages: int
+    cap: int
+    """Positions of a sequence at most."""
+    page: int = PAGE
+    """Positions in a page."""
+
+
+def may_page(layer: LayerCore) -> bool:
+    """Say whether a layer's caches can be pages: single numbers of whole contexts, all of which is read."""
+    plain = not layer.attend.kind and not layer.attend.lay
+    return plain and not layer.spec.window and layer.caches.name in FORMATS
+
+
+@contextmanager
+def paged(layer: LayerCore, paging: Paging, sequences: int) -> Iterator[None]:
+    """Let a layer have the caches of a pool, ``[slots, KV, D]``, and the tables of its sequences, on meta."""
+    own = {name: layer.get_buffer(name) for name in CACHES}
+    try:
+        for name, cache in own.items():
+            slots = (paging.pages * paging.page, *cache.shape[1:])
+            setattr(layer, name, torch.empty(slots, dtype=cache.dtype, device="meta"))
+        table = (sequences, width_of(paging.cap, paging.page))
+        layer.pages, layer.paging = torch.empty(table, dtype=torch.int32, device="meta"), paging
+        yield
+    finally:
+        layer.pages = layer.paging = None
+        for name, cache in own.items():
+            setattr(layer, name, cache)
+
+
 def append(layer: LayerCore, qkv: Tensor, table: Tensor, pos: Tensor) -> Tensor:
     """Append a step's keys and values: ``qkv [T, H*D + KV*D + KV*DV]`` -> rotated q ``[T, H, D]``."""
     s, a = layer.spec, layer.attention
@@ -60,6 +100,12 @@ def append(layer: LayerCore, qkv: Tensor, table: Tensor, pos: Tensor) -> Tensor:
             layer.eps, s.v_scale, layer.caches.name,
         )  # fmt: skip
         return q
+    if layer.paging is not None:
+        made: Tensor = torch.ops.mimo.kv_append_pages(
+            qkv, table, pos, a.q_norm, a.k_norm, layer.k_cache, layer.v_cache, layer.pages, s.heads,
+            layer.eps, s.v_scale, layer.paging.cap, layer.paging.page,
+        )  # fmt: skip
+        return made
     plain: Tensor = torch.ops.mimo.kv_append(
         qkv,
         table,
@@ -85,6 +131,12 @@ def attend_all(layer: LayerCore, q: Tensor, pos: Tensor) -> Tensor:
             q, *(layer.get_buffer(n) for n in STATES), pos, sink, s.d**-0.5, layer.caches.name
         )
         return out
+    if layer.paging is not None:
+        seen: Tensor = torch.ops.mimo.paged_attention(
+            q, layer.k_cache, layer.v_cache, layer.pages, pos, sink, s.d**-0.5, layer.paging.cap,
+            layer.paging.page,
+        )  # fmt: skip
+        return seen
     plain: Tensor = torch.ops.mimo.cached_attention(
         q, layer.k_cache, layer.v_cache, pos, sink, s.d**-0.5, s.window, _named(layer)
     )

@@ -262,6 +262,9 @@ class LayerCore(nn.Module):
     k_cache: Tensor
     v_cache: Tensor
     mlp_norm: Tensor
+    pages: Tensor | None
+    """Block tables while the caches are a pool's (`kv.paged`); None: the layer has caches of its own."""
+    paging: kv.Paging | None = None
 
     def __init__(
         self,
@@ -290,6 +293,7 @@ class LayerCore(nn.Module):
         more = self.attend.states(spec, spec.capacity(max_context), held["k_cache"].dtype)
         for name, tensor in (held | more | self.attend.constants(spec)).items():
             self.register_buffer(name, tensor, persistent=False)
+        self.register_buffer("pages", None, persistent=False)
         self.states = (*held, *more)
         """Buffers that live across calls."""
 

@@ -1,0 +1,179 @@
+"""Pages of KV caches: sequences take them from a pool as they grow, share equal ones, and give them back."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mimo_compile.errors import UsageError
+from mimo_compile.runtime import dtypes
+from mimo_compile.runtime.memory import Bytes, as_array
+from mimo_compile.runtime.program import Manifest, Pool
+
+Array = npt.NDArray[Any]
+Want = tuple[int, int, int]
+"""A slot, and the first and the last position (not included) that are to be written there."""
+
+
+class PagePool:
+    """Which pages hold the positions of the sequence in each slot, and which ones are free.
+
+    A page that several sequences name is written by none of them: who is about to gets a copy first. The
+    tables that kernels read are kept up to date; entries behind a sequence's last page are 0.
+    """
+
+    def __init__(self, pool: Pool, tables: Array, caches: Sequence[Array]) -> None:
+        """Begin with all pages free.
+
+        Args:
+            pool: How many pages of how many positions there are.
+            tables: int32 ``[slots, width]``, the block tables that kernels read.
+            caches: Arrays of all slots' caches; their second extents are the pages, one after the other.
+        """
+        self.page, self.pages = pool.page, pool.pages
+        self._tables = tables
+        self._caches = [
+            cache.reshape(len(cache), pool.pages, cache.shape[1] // pool.pages, *cache.shape[2:])
+            for cache in caches
+        ]
+        self.clear()
+
+    def clear(self) -> None:
+        """Take all pages back."""
+        self._free = list(range(self.pages))[::-1]  # what was used last is used next
+        self._used = np.zeros(self.pages, np.int64)
+        self._held: list[list[int]] = [[] for _ in self._tables]
+        self._tables[...] = 0
+
+    @property
+    def free(self) -> int:
+        """Pages that no sequence holds."""
+        return len(self._free)
+
+    def held(self, slot: int) -> tuple[int, ...]:
+        """Return the pages of the sequence in a slot, in the order of its positions."""
+        return tuple(self._held[slot])
+
+    def pages_of(self, positions: int) -> int:
+        """Return how many pages hold so many positions."""
+        return -(-positions // self.page)
+
+    def needed(self, wants: Iterable[Want]) -> int:
+        """Return how many free pages it takes until all of these positions can be written."""
+        total, left = 0, Counter[int]()
+        for slot, start, end in wants:
+            mine, last = self._held[slot], self.pages_of(end)
+            total += max(0, last - len(mine))
+            for page in mine[start // self.page : last]:
+                if self._used[page] - left[page] > 1:
+                    left[page] += 1
+                    total += 1
+        return total
+
+    def check(self, wants: Sequence[Want]) -> None:
+        """Check that these positions can be written.
+
+        Raises:
+            UsageError: There are not as many free pages as it takes.
+        """
+        if (needed := self.needed(wants)) <= self.free:
+            return
+        others = {slot: len(held) for slot, held in enumerate(self._held) if held}
+        by = ", ".join(f"{count} by slot {slot}" for slot, count in others.items())
+        raise UsageError(
+            f"{needed} more pages of {self.page} positions are needed, {self.free} of {self.pages} are free "
+            f"(held {by or 'by none'})",
+            remedy="End a sequence or go back in one, or compile with more --pages.",
+        )
+
+    def take(self, wants: Sequence[Want]) -> None:
+        """Make it so that these positions can be written: of a sequence's own pages.
+
+        Raises:
+            UsageError: As `check`; nothing has changed then.
+        """
+        self.check(wants)
+        for slot, start, end in wants:
+            mine, last = self._held[slot], self.pages_of(end)
+            for at in range(start // self.page, min(last, len(mine))):
+                if self._used[mine[at]] > 1:
+                    self._own(slot, at)
+            while len(mine) < last:
+                page = self._free.pop()
+                self._used[page] = 1
+                self._tables[slot, len(mine)] = page
+                mine.append(page)
+
+    def _own(self, slot: int, at: int) -> None:
+        """Let a sequence have a copy of a page that it shares."""
+        shared, page = self._held[slot][at], self._free.pop()
+        for cache in self._caches:
+            cache[:, page] = cache[:, shared]
+        self._used[shared] -= 1
+        self._used[page] = 1
+        self._held[slot][at] = self._tables[slot, at] = page
+
+    def share(self, source: int, slot: int, positions: int) -> None:
+        """Let the sequence in a slot, which has none yet, begin with some positions of another one."""
+        self.cut(slot, 0)
+        for page in self._held[source][: self.pages_of(positions)]:
+            self._used[page] += 1
+            self._tables[slot, len(self._held[slot])] = page
+            self._held[slot].append(page)
+
+    def cut(self, slot: int, positions: int) -> None:
+        """Keep so many positions of a sequence and give back the pages behind them."""
+        mine = self._held[slot]
+        while len(mine) > self.pages_of(positions):
+            page = mine.pop()
+            self._tables[slot, len(mine)] = 0
+            self._used[page] -= 1
+            if not self._used[page]:
+                self._free.append(page)
+
+
+def pool_of(manifest: Manifest, states: Mapping[str, Bytes], slots: int) -> PagePool | None:
+    """Return the pages of an artifact's caches, all free; None where each slot has caches of its own.
+
+    Args:
+        manifest: Of the artifact.
+        states: Memory of its states by name, of all slots.
+        slots: Sequences that may be in progress.
+    """
+    pool = None if manifest.decoder is None else manifest.decoder.pool
+    if pool is None:
+        return None
+
+    def view(name: str, more: int = 1) -> Array:
+        first, *rest = manifest.states[name].shape
+        return as_array(states[name], manifest.states[name].dtype, (more * first, *rest))
+
+    return PagePool(pool, view(pool.table, slots), [view(name) for name in pool.states])
+
+
+def pooled_bytes(manifest: Manifest) -> int:
+    """Return the bytes of the states that all sequences have together."""
+    states = [manifest.states[name] for name in pooled_states(manifest)]
+    return sum(dtypes.size(s.dtype, s.shape) for s in states)
+
+
+def held_bytes(manifest: Manifest) -> dict[str, int]:
+    """Return the bytes of each state of an artifact, of all sequences."""
+    batch, pooled = (
+        1 if manifest.decoder is None else manifest.decoder.batch,
+        pooled_states(manifest),
+    )
+    return {
+        name: (1 if name in pooled else batch) * dtypes.size(s.dtype, s.shape)
+        for name, s in manifest.states.items()
+    }
+
+
+def pooled_states(manifest: Manifest) -> frozenset[str]:
+    """Return the names of states that all sequences have together."""
+    pool = None if manifest.decoder is None else manifest.decoder.pool
+    return frozenset(() if pool is None else pool.states)
