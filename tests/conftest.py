@@ -9,8 +9,9 @@ import hypothesis
 import pytest
 
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
-    # before numpy or torch: threads that wait for each other spin, on cores that the other tests need
+    # before numpy, torch or TVM: threads that wait for each other spin, on cores that other tests need
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // workers)))
+    os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", "0")
 
 from mimo_compile import _tvm
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -76,7 +77,10 @@ def _softmax_error(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return (top + total.log() - own)[:, 0], error.to(logits.dtype)
 
 
-_softmax_error_compiled = torch.compile(_softmax_error)
+@cache
+def _softmax_error_compiled() -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """`_softmax_error`, fused; made on use, because torch.compile imports its whole code generator."""
+    return torch.compile(_softmax_error)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -92,7 +96,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk: int,
         compiled: bool,
     ) -> tuple[Tensor, Tensor]:
-        error_of = _softmax_error_compiled if compiled else _softmax_error
+        error_of = _softmax_error_compiled() if compiled else _softmax_error
         low = table.to(x.dtype)
         grad_x = torch.empty_like(x)
         grad_table = torch.zeros(table.shape, dtype=torch.float32)
