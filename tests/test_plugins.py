@@ -129,20 +129,24 @@ def test_nothing_is_imported_or_searched_with_the_package(site: Any) -> None:
 
 
 @pytest.mark.compile
-def test_a_search_with_a_schedule_and_a_strategy_of_others(site: Any) -> None:
+def test_a_search_with_a_schedule_and_a_strategy_of_others(
+    site: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The whole way: command line, search, and the building process, which imports the schedule too."""
     entries = (
         "[mimo_compile.schedules]\nswiglu.mine = s:Mine\n"
         "[mimo_compile.strategies]\nbackwards = t:Backwards\n"
     )
     site.install(entries, s=SCHEDULE, t=STRATEGY)
-    tune = ("-m", "mimo_compile.cli", "tune", "--op", "swiglu:t=2,f=64", "--db", "r.db", "--json")
-    done = run(site, *tune, "--trials", "2", "--strategy", "backwards", "--threads", "1")
-    assert done.returncode == 0, done.stderr
+    for folder in ("XDG_DATA_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(folder, str(site.path))
+    db = site.path / "r.db"
+    tune = ["tune", "--op", "swiglu:t=2,f=64", "--db", str(db), "--threads", "1"]
+    assert main([*tune, "--trials", "2", "--strategy", "backwards"]) == 0
     from mimo_compile.search.database import Database
 
-    with Database(site.path / "r.db") as db:
-        assert {"swiglu.mine", "swiglu.x86"} == {r.schedule for r in db if r.ok}
+    with Database(db) as records:
+        assert {"swiglu.mine", "swiglu.x86"} == {r.schedule for r in records if r.ok}
 
 
 @pytest.mark.compile

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import argparse
 import ast
-import os
+import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 
@@ -77,22 +79,43 @@ def test_every_how_to_starts_from_one_complete_example(topic: str) -> None:
     assert "## What goes where" in page.read_text() or topic == "a-weight-format"
 
 
+@pytest.fixture(scope="module")
+def zygote() -> Iterator[subprocess.Popen[str]]:
+    """Starts scripts that have nothing left to import (`example_zygote.py`)."""
+    script = Path(__file__).with_name("example_zygote.py")
+    command = [sys.executable, str(script)]
+    with subprocess.Popen(command, stdin=PIPE, stdout=PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        yield process
+        try:
+            process.communicate(timeout=20)
+        finally:
+            process.kill()  # it waits for an example that hangs
+    assert process.returncode == 0
+
+
 @pytest.mark.compile
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in EXAMPLES]
 )
-def test_examples_run(name: str, tmp_path: Path) -> None:
+def test_examples_run(name: str, tmp_path: Path, zygote: subprocess.Popen[str]) -> None:
     """As a person would: saved under the name that the page gives, in a folder of their own."""
     if "from transformers" in EXAMPLES[name]:
         pytest.importorskip("transformers")
-    (tmp_path / name).write_text(EXAMPLES[name])
+    folder, out, err = tmp_path / "work", tmp_path / "out", tmp_path / "err"
+    folder.mkdir()
+    (folder / name).write_text(EXAMPLES[name])
     user = {"XDG_DATA_HOME": str(tmp_path / "data"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    done = subprocess.run(
-        [sys.executable, name], cwd=tmp_path, capture_output=True, text=True, check=False,
-        env={**os.environ, **user, "HF_HUB_OFFLINE": "1"}, timeout=280,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout
+    order = {
+        "script": name, "folder": str(folder), "out": str(out), "err": str(err),
+        "environment": {**user, "HF_HUB_OFFLINE": "1"},
+    }  # fmt: skip
+    assert zygote.stdin is not None and zygote.stdout is not None
+    zygote.stdin.write(json.dumps(order) + "\n")
+    zygote.stdin.flush()
+    assert zygote.stdout.readline() == "0\n", err.read_text()
+    assert out.read_text()
     assert not (tmp_path / "data").exists(), "an example must not use the user's database"
 
 
