@@ -57,6 +57,7 @@ class ListConverters:
         """The converters by ATen name."""
         return {
             "describe_blocks.default": self.describe_blocks,
+            "index_keys.default": self.index_keys,
             "gate_queries.default": self.gate_queries,
             "gate_keys.default": self.gate_keys,
             "score_blocks.default": self.score_blocks,
@@ -87,6 +88,21 @@ class ListConverters:
             kind=kind, size=size, stride=0 if stride == size else stride, len=measured(cap, t),
             c=self.cache_format(k_cache), whole=int(bool(whole and whole[0])), e=_format(desc),
             b=sequences(pos),
+        )  # fmt: skip
+        self.effects.append(done)
+
+    def index_keys(self, node: Any, imp: Any) -> None:
+        """Take the keys that the call appended into an index by channels."""
+        if self.lay != "rows":
+            raise UsageError(
+                f"index_keys reads caches with lay=rows, not lay={self.lay}",
+                remedy="use lay=rows in the whole layer",
+            )
+        k_cache, pos, copy, peak, span = imp.retrieve_args(node)
+        (cap, kv, d), t = extents(k_cache), self.appended[k_cache]
+        done = self.call(
+            imp, "index_keys", [pos, k_cache, copy, peak], [([1], "int32")], t=t, kv=kv, d=d, cap=cap,
+            span=span, c=self.cache_format(k_cache, copy),
         )  # fmt: skip
         self.effects.append(done)
 
@@ -136,13 +152,16 @@ class ListConverters:
 
     def score_keys(self, node: Any, imp: Any) -> Any:
         """Score blocks by their keys."""
-        q, k_cache, pos, peak, guess, kind, agg, block, channels, scale = imp.retrieve_args(node)
+        q, k_cache, pos, peak, guess, kind, agg, block, channels, scale, *more = imp.retrieve_args(
+            node
+        )
         (t, h, d), (cap, kv, _) = extents(q), extents(k_cache)
         out = [t, h if agg == "none" else kv, -(-cap // block)]
         return self.call(
             imp, "score_keys", [q, pos, guess, peak, k_cache], [(out, "float32")], t=t, h=h, kv=kv, d=d,
             cap=cap, kind=kind, agg=agg, block=block, channels=channels, guess=int(guess is not None),
-            scale=factor(scale, d), len=measured(cap, t), c=self.cache_format(k_cache), lay=self.lay,
+            scale=factor(scale, d), len=measured(cap, t), c=self.cache_format(k_cache),
+            lay="" if kind == "channels" else self.lay, span=more[0] if more else 0,
         )  # fmt: skip
 
     def key_mean(self, node: Any, imp: Any) -> Any:

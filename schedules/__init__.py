@@ -67,6 +67,7 @@ SCHEDULES: dict[str, dict[str, str]] = {
         "kv_append.x86_pages": "attention.x86_append_pages:X86AppendPages",
     },
     "describe_blocks": {"describe_blocks.x86": "attention.x86_describe:X86Describe"},
+    "index_keys": {"index_keys.x86": "attention.x86_index_keys:X86IndexKeys"},
     "key_mean": {"key_mean.x86": "attention.x86_key_mean:X86KeyMean"},
     "gate_queries": {"gate_queries.x86": "attention.x86_gates:X86GateQueries"},
     "gate_keys": {"gate_keys.x86": "attention.x86_gates:X86GateKeys"},

@@ -23,6 +23,7 @@ OPS: dict[str, str] = {
     "gate_queries": "GateQueries",
     "gate_keys": "GateKeys",
     "kv_append": "KvAppend",
+    "index_keys": "IndexKeys",
     "key_mean": "KeyMean",
     "moe": "Moe",
     "route": "Route",

@@ -8,6 +8,9 @@ KV head:
 - ``logits``: the largest logit ``scale * q.k`` in each block;
 - ``channels``: the largest ``q.k`` over the ``channels`` channels with the greatest ``|q_c| peak_c`` alone,
   ties to the lower channel (TailorKV); with ``guess`` a predicted query chooses them and q itself scores.
+  ``peak`` is the greatest magnitude of each channel, or with ``span`` that of each so many positions: then
+  a token takes the greatest of the entries that are complete at its position, and 1 where none is.
+  Keys are those of a copy by channels (`index_keys`).
 
 ``agg`` brings the heads of a group together: ``none`` keeps a score for each, ``max``, ``mean`` and ``sum``
 give one for each KV head; for ``channels``, ``mean`` is that of the queries. A block scores over the
@@ -69,9 +72,23 @@ def dots(q: Tensor, k: Tensor) -> Tensor:
     return torch.einsum("tugd,sud->tugs", per, k).reshape(*q.shape[:2], k.shape[0])
 
 
+def peaks_at(peak: Tensor, pos: Tensor, tokens: int, span: int) -> Tensor:
+    """Return the peaks that each token chooses by: ``[1, KV, D]``, with ``span`` ``[T, KV, D]``.
+
+    Entries that are not complete at a token, whatever they hold, have no part in its peaks.
+    """
+    if not span:
+        return peak[None]
+    start, valid = int(pos[0]), int(pos[1])
+    behind = start + torch.arange(1, tokens + 1).clamp(max=max(valid, 0))
+    complete = (behind // span).clamp(max=peak.shape[0])
+    running = torch.cummax(peak, 0).values[(complete - 1).clamp(min=0)]
+    return torch.where((complete > 0)[:, None, None], running, 1)
+
+
 def prepared(
     q: Tensor, k_cache: Tensor, pos: Tensor, peak: Tensor | None, guess: Tensor | None,
-    kind: str, agg: str, channels: int, scale: float,
+    kind: str, agg: str, channels: int, scale: float, span: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return q as it is multiplied ``[T, HQ, D]``, keys ``[cap, KV, D]`` and the mask ``[T, 1, cap]``.
 
@@ -87,7 +104,8 @@ def prepared(
         chooser = q if guess is None else guess.to(q.dtype)
         if agg == "mean":
             q, chooser = (x.unflatten(1, (kv_heads, -1)).mean(2) for x in (q, chooser))
-        peaks = peak.to(q.dtype).repeat_interleave(q.shape[1] // kv_heads, 0)
+        peaks = peaks_at(peak.to(q.dtype), pos, q.shape[0], span)
+        peaks = peaks.repeat_interleave(q.shape[1] // kv_heads, 1)
         q = torch.where(best_channels(chooser.abs() * peaks, channels), q, 0)
     else:
         q = q * scale
@@ -96,11 +114,11 @@ def prepared(
 
 def key_scores(
     q: Tensor, k_cache: Tensor, pos: Tensor, peak: Tensor | None, guess: Tensor | None,
-    kind: str, agg: str, block: int, channels: int, scale: float,
+    kind: str, agg: str, block: int, channels: int, scale: float, span: int = 0,
 ) -> Tensor:  # fmt: skip
     """Score in q's dtype; see the module's text and `score_keys`."""
     kv_heads = k_cache.shape[1]
-    q, k, seen = prepared(q, k_cache, pos, peak, guess, kind, agg, channels, scale)
+    q, k, seen = prepared(q, k_cache, pos, peak, guess, kind, agg, channels, scale, span)
     logits = dots(q, k).masked_fill(~seen, -math.inf)
     if kind == "oracle":
         logits = torch.softmax(logits, -1).masked_fill(~seen, -math.inf)
@@ -111,7 +129,7 @@ def key_scores(
 @torch.library.custom_op("mimo::score_keys", mutates_args=())
 def score_keys(
     q: Tensor, k_cache: Tensor, pos: Tensor, peak: Tensor | None, guess: Tensor | None,
-    kind: str, agg: str, block: int, channels: int, scale: float,
+    kind: str, agg: str, block: int, channels: int, scale: float, span: int = 0,
 ) -> Tensor:  # fmt: skip
     """Score blocks of keys.
 
@@ -119,24 +137,26 @@ def score_keys(
         q: ``[T, H, D]``.
         k_cache: ``[cap, KV, D]``.
         pos: int32 [2], start and valid.
-        peak: ``[KV, D]``, greatest magnitude of each channel (`channels` only).
+        peak: Greatest magnitude of each channel ``[KV, D]`` (`channels` only); with ``span`` that of
+            each so many positions, ``[ceil(cap / span), KV, D]`` in the type of the keys.
         guess: ``[T, H, D]`` or None, the query that chooses channels.
         kind: See the module's text.
         agg: Likewise.
         block: Positions in a block.
         channels: Number of channels.
         scale: Factor on q.k.
+        span: Positions of an entry of peaks; 0: there is one for all.
 
     Returns:
         ``[T, HS, ceil(cap / block)]``; HS is H with ``agg=none``, else KV.
     """
-    return key_scores(q, k_cache, pos, peak, guess, kind, agg, block, channels, scale)
+    return key_scores(q, k_cache, pos, peak, guess, kind, agg, block, channels, scale, span)
 
 
 @score_keys.register_fake
 def _(
     q: Tensor, k_cache: Tensor, pos: Tensor, peak: Any, guess: Any,
-    kind: str, agg: str, block: int, channels: int, scale: float,
+    kind: str, agg: str, block: int, channels: int, scale: float, span: int = 0,
 ) -> Tensor:  # fmt: skip
     heads = q.shape[1] if agg == "none" else k_cache.shape[1]
     return q.new_empty((q.shape[0], heads, blocks_of(k_cache.shape[0], block)))
@@ -164,6 +184,7 @@ class ScoreKeys(OpDef):
         Param("len", int, 0),
         Param("c", str, "f32"),
         Param("lay", str, ""),
+        Param("span", int, 0),
     )
 
     def check(self, p: Mapping[str, Any]) -> None:
@@ -179,31 +200,46 @@ class ScoreKeys(OpDef):
             raise UsageError("score_keys: len (KV length) must lie between t and cap")
         if p["kind"] == "channels" and not 1 <= p["channels"] <= p["d"]:
             raise UsageError(f"score_keys: channels={p['channels']} is outside of 1 ... d")
-        if p["kind"] != "channels" and (p["channels"] or p["guess"]):
-            raise UsageError("score_keys: channels and guess go with kind=channels only")
+        if p["kind"] != "channels" and (p["channels"] or p["guess"] or p["span"]):
+            raise UsageError("score_keys: channels, guess and span go with kind=channels only")
+        if p["kind"] == "channels" and p["lay"]:
+            raise UsageError(
+                f"score_keys: kind=channels reads a copy of keys by channels, not caches with lay={p['lay']}",
+                remedy="leave out lay",
+            )
+        if p["span"] < 0:
+            raise UsageError(f"score_keys: span={p['span']} is below 0")
 
     def args(self, workload: Workload) -> tuple[Arg, ...]:
         """Return q, pos, guess, peak, k_cache, score."""
         p = self.full(workload)
         heads = p["h"] if p["agg"] == "none" else p["kv"]
+        stored = parse_cache_format(p["c"]).dtype
         out = [
             Arg("q", "input", (p["t"], p["h"], p["d"]), "float32"),
             Arg("pos", "input", (2,), "int32"),
         ]
         if p["guess"]:
             out.append(Arg("guess", "input", (p["t"], p["h"], p["d"]), "float32"))
-        if p["kind"] == "channels":
+        if p["kind"] == "channels" and p["span"]:
+            spans = blocks_of(p["cap"], p["span"])
+            out.append(Arg("peak", "state", (spans, p["kv"], p["d"]), stored))
+        elif p["kind"] == "channels":
             out.append(Arg("peak", "state", (p["kv"], p["d"]), "float32"))
         return (
             *out,
-            Arg("k_cache", "state", (p["cap"], p["kv"], p["d"]), parse_cache_format(p["c"]).dtype),
+            Arg("k_cache", "state", (p["cap"], p["kv"], p["d"]), stored),
             Arg("score", "output", (p["t"], heads, blocks_of(p["cap"], p["block"])), "float32"),
         )
 
     def make_inputs(self, workload: Workload, rng: np.random.Generator) -> dict[str, Array]:
-        """Draw normal queries and keys, channels of unequal size; slots beyond the length hold NaN."""
+        """Draw normal queries and keys, channels of unequal size; slots beyond the length hold NaN.
+
+        So do entries of peaks that are not complete.
+        """
         p = self.full(workload)
-        length = int(p["len"] or p["cap"])
+        fmt = parse_cache_format(p["c"])
+        length, span = int(p["len"] or p["cap"]), int(p["span"])
         shapes = {a.name: a.shape for a in self.args(workload) if a.role != "output"}
         out: dict[str, Array] = {
             name: rng.standard_normal(shape, dtype=np.float32)
@@ -213,13 +249,21 @@ class ScoreKeys(OpDef):
         out["k_cache"] *= np.exp(rng.standard_normal(p["d"])).astype(np.float32)
         out["k_cache"][length:] = np.nan
         out["pos"] = np.array([length - p["t"], p["t"]], np.int32)
-        if p["kind"] == "channels":
+        if p["kind"] == "channels" and not span:
             out["peak"] = np.abs(out["k_cache"][:length]).max(0)
-        out["k_cache"] = parse_cache_format(p["c"]).encode(out["k_cache"])
+        out["k_cache"] = fmt.encode(out["k_cache"])
+        if span:
+            whole = length // span
+            keys = np.abs(fmt.decode(out["k_cache"][: whole * span]))
+            out["peak"][...] = np.nan
+            out["peak"][:whole] = keys.reshape(whole, span, *keys.shape[1:]).max(1)
+            out["peak"] = fmt.encode(out["peak"])
         return out
 
     def _tensors(self, p: Mapping[str, Any], inputs: Mapping[str, Array]) -> tuple[Any, ...]:
-        arrays = {**inputs, "k_cache": parse_cache_format(p["c"]).decode(inputs["k_cache"])}
+        stored = ("k_cache", "peak") if p["span"] else ("k_cache",)
+        arrays = dict(inputs)
+        arrays |= {name: parse_cache_format(p["c"]).decode(inputs[name]) for name in stored}
         t = {n: torch.from_numpy(np.ascontiguousarray(a)) for n, a in arrays.items()}
         return t["q"].double(), t["k_cache"].double(), t["pos"], t.get("peak"), t.get("guess")
 
@@ -233,7 +277,7 @@ class ScoreKeys(OpDef):
         q, k, pos, peak, guess = self._tensors(p, inputs)
         scored = key_scores(
             q, k, pos, peak, guess, p["kind"], p["agg"], p["block"], p["channels"],
-            self.softmax_scale(p),
+            self.softmax_scale(p), p["span"],
         )  # fmt: skip
         return {"score": scored.numpy()}
 
@@ -252,16 +296,19 @@ class ScoreKeys(OpDef):
         q, k, pos, peak, guess = self._tensors(p, inputs)
         scale, group = self.softmax_scale(p), p["h"] // p["kv"]
         parts = (p["kind"], p["agg"], p["channels"], scale)
-        used, keys, seen = prepared(q, k, pos, peak, guess, *parts)
+        used, keys, seen = prepared(q, k, pos, peak, guess, *parts, p["span"])
         size = dots(used.abs(), keys.abs())
         if p["kind"] == "channels":
-            whole, _, _ = prepared(q.abs(), k, pos, peak, None, *parts[:2], p["d"], scale)
+            whole, _, _ = prepared(
+                q.abs(), k, pos, peak, None, *parts[:2], p["d"], scale, p["span"]
+            )
             size = dots(whole, keys.abs())  # a mean of queries may cancel
         error = size.masked_fill(~seen, 0.0) * (p["d"] + 4) * U32
         if p["kind"] == "channels":
             assert peak is not None
+            peaks = peaks_at(peak.double(), pos, q.shape[0], p["span"])
             error = error + self._contested(
-                p, q if guess is None else guess.double(), used, keys, peak
+                p, q if guess is None else guess.double(), used, keys, peaks
             )
         if p["kind"] == "oracle":
             logits = dots(used, keys).masked_fill(~seen, -math.inf)
@@ -278,13 +325,13 @@ class ScoreKeys(OpDef):
         return {"score": np.where(np.isfinite(expected["score"]), bound.numpy(), 0.0)}
 
     def _contested(
-        self, p: Mapping[str, Any], chooser: Tensor, used: Tensor, keys: Tensor, peak: Tensor
+        self, p: Mapping[str, Any], chooser: Tensor, used: Tensor, keys: Tensor, peaks: Tensor
     ) -> Tensor:
         """Return what channels at the edge of the choice can change, ``[T, HQ, cap]``."""
         group = p["h"] // used.shape[1]
         mean = chooser.unflatten(1, (used.shape[1], -1)).mean(2)
         size = chooser.abs().unflatten(1, (used.shape[1], -1)).mean(2)
-        peaks = peak.double().repeat_interleave(used.shape[1] // p["kv"], 0)
+        peaks = peaks.repeat_interleave(used.shape[1] // p["kv"], 1)
         importance, band = mean.abs() * peaks, size * peaks * (group + 4) * U32
         chosen = best_channels(importance, p["channels"])
         inf = math.inf
@@ -295,7 +342,7 @@ class ScoreKeys(OpDef):
         return dots(torch.where(edge, size, 0.0), keys.abs())
 
     def counts(self, workload: Workload) -> Counts:
-        """Keys (of ``channels``: those channels) once for each KV head, scores written once."""
+        """Keys (of ``channels``: those channels, and peaks) once for each KV head, scores written once."""
         p = self.full(workload)
         length = float(p["len"] or p["cap"])
         heads = p["kv"] if p["kind"] == "channels" and p["agg"] == "mean" else p["h"]
@@ -305,5 +352,7 @@ class ScoreKeys(OpDef):
         if p["kind"] == "oracle":
             ops["exp_f32"] = work
         written = p["t"] * (p["h"] if p["agg"] == "none" else p["kv"]) * length / p["block"]
-        read = parse_cache_format(p["c"]).bytes * length * p["kv"] * deep
+        entries = length // p["span"] if p["span"] else 0
+        numbers = length * deep + entries * p["d"]
+        read = parse_cache_format(p["c"]).bytes * p["kv"] * numbers
         return Counts(ops, {"dram": read + 4.0 * (p["t"] * p["h"] * p["d"] + written)})

@@ -193,6 +193,15 @@ class AttentionPolicy(ABC):
         return MOST if chosen.share >= 1 else chosen.k * self.block + self.kept_window
 
     @property
+    def quantised_cache(self) -> str:
+        """Format of the caches of layers whose role is ``quantised``; empty: there are no such layers."""
+        return ""
+
+    def spread(self, layer: int) -> float:
+        """Return how much of a layer's attention a calibration found outside of its best keys; 0: nothing."""
+        return 0.0
+
+    @property
     def branch_window(self) -> int:
         """Positions of the window branch with a cache of its own; 0: there is none."""
         return 0
@@ -239,7 +248,7 @@ class AttentionPolicy(ABC):
             raise UsageError(
                 f"--attention {self.name}: its layers share lists, so all must be global; "
                 f"layer {next(i for i, w in enumerate(windows) if w)} of this model has a window",
-                remedy="choose model, full, stream, quest, seer, moba, resa or sale",
+                remedy="choose model, full, stream, quest, seer, moba, resa, sale or tailorkv",
             )
         roles = self.roles(layers)
         if not windows:

@@ -1,8 +1,8 @@
 """Sparse attention beside our own dense attention: what a policy's kernels take, part by part and in a row.
 
 A cell is a policy at the end of a context: one decoded token, or the last chunk of a prompt. Its parts are
-the kernels that a choosing layer runs: `describe` (descriptors kept up to date, or means of keys), `queries`
-(those of gates), `score`, `select` and `attend`; `all` runs them one after the other, `dense` is
+the kernels that a choosing layer runs: `describe` (descriptors or an index kept up to date, means of keys),
+`queries` (those of gates), `score`, `select` and `attend`; `all` runs them one after the other, `dense` is
 `cached_attention` over the same caches. All take turns in one run. Lists are random blocks, several draws in
 turn, so that the calls together read more than caches hold; each kernel was checked against its op's
 reference before.
@@ -29,6 +29,7 @@ from mimo_compile.ir.ops.base import Array
 from mimo_compile.ir.ops.block_lists import to_lists
 from mimo_compile.ir.policies import Geometry, parse_policy
 from mimo_compile.ir.policies.seer import Seer
+from mimo_compile.ir.policies.tailorkv import TailorKV
 from mimo_compile.ir.workload import Value, Workload
 from mimo_compile.schedules import get_schedule
 from mimo_compile.search.database import Database
@@ -134,7 +135,10 @@ def parts(cell: Cell) -> dict[str, Workload]:
             score = score.replace(e=entries)
     elif isinstance(policy, Seer):
         out |= _gates(policy, g)
-    apart = score.op == "score_blocks" or policy.alone is False  # nothing scores these keys
+    elif isinstance(policy, TailorKV):
+        out["describe"] = get_op("index_keys").workload(**shape, span=policy.span)
+    # nothing scores these keys
+    apart = score.op == "score_blocks" or not policy.alone or isinstance(policy, TailorKV)
     if policy.block < 16 and apart:
         attend = attend.replace(lay="rows")
     dense = get_op("cached_attention").workload(**shape, h=g.h, dv=g.dv)

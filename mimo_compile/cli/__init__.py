@@ -19,7 +19,7 @@ from mimo_compile.errors import MimoError, UsageError
 VERBS: dict[str, str] = {
     "compile": "turn a model into an artifact",
     "tune": "search for better kernels by measurement; records are kept",
-    "calibrate": "find an attention policy's thresholds on a text",
+    "calibrate": "find what an attention policy has to know, on a text",
     "run": "generate text with an artifact",
     "verify": "compare an artifact with the reference, op by op and end to end",
     "bench": "time kernels or whole models side by side with peers",

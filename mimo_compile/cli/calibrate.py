@@ -1,8 +1,9 @@
-"""``mimo-compile calibrate``: thresholds of an attention policy, from a text."""
+"""``mimo-compile calibrate``: what an attention policy has to know of a model, from a text."""
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,16 +12,21 @@ from mimo_compile.errors import UsageError
 
 if TYPE_CHECKING:
     from mimo_compile.cli.console import Console
+    from mimo_compile.frontend.models.classes import Classes
     from mimo_compile.frontend.models.thresholds import Thresholds
 
 DESCRIPTION = """\
-Find the thresholds of --attention sale for each layer and query head: the largest ones whose error
-on a text stays below --theta. They are written as JSON, which --attention sale:thresholds=FILE
-reads when the model is compiled."""
+Find what an attention policy has to know of a model, on a text; it is written as JSON, which
+--attention reads when the model is compiled. Of sale: the thresholds of each layer and query head,
+the largest ones whose error stays below --theta (sale:thresholds=FILE). Of tailorkv: how much of
+each layer's attention lies outside of its best keys, which says whose cache is quantised
+(tailorkv:classes=FILE)."""
 EXAMPLE = """
 mimo-compile calibrate tiny --attention sale:least=256 --length 1024 -o thresholds.json
 mimo-compile calibrate path/to/checkpoint --attention sale --text book.txt -o thresholds.json
+mimo-compile calibrate path/to/checkpoint --attention tailorkv -o classes.json
 """
+THETA = 0.4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--attention",
         default="sale",
         metavar="A",
-        help="sale (default), or with arguments, of which tau= is the largest threshold that is tried",
+        help="sale (default), or with arguments, of which tau= is the largest threshold that is tried; "
+        "or tailorkv",
     )
     parser.add_argument(
         "--quant",
@@ -47,9 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--theta",
         type=float,
-        default=0.4,
         metavar="E",
-        help="L1 error of a head's output that is allowed for each token (default: 0.4)",
+        help=f"of sale: L1 error of a head's output that is allowed for each token (default: {THETA})",
     )
     parser.add_argument(
         "--text", type=Path, metavar="FILE",
@@ -69,29 +75,62 @@ def run(args: argparse.Namespace) -> int:
     need_extra("calibrate")
     console: Console = args.console
     output = check_output(args.output, ".json")
-    if not 0 < args.theta < float("inf"):
+    if args.theta is not None and not 0 < args.theta < float("inf"):
         raise UsageError(f"--theta {args.theta:g} is not a positive number")
     from mimo_compile.frontend.huggingface import load_checkpoint, resolve_source
+    from mimo_compile.frontend.models.calibrate_classes import calibrate_classes
     from mimo_compile.frontend.models.calibrate_thresholds import Text, calibrate_thresholds
     from mimo_compile.ir.formats import parse_scheme
     from mimo_compile.ir.hardware import local_cpu
     from mimo_compile.ir.policies import parse_policy
+    from mimo_compile.ir.policies.sale import Sale
+    from mimo_compile.ir.policies.tailorkv import TailorKV
 
     policy = parse_policy(args.attention)
-    if policy.name != "sale":
+    if not isinstance(policy, Sale | TailorKV):
         raise UsageError(
-            f"--attention {policy} has no thresholds to calibrate", remedy="use --attention sale"
+            f"--attention {policy} has no thresholds to calibrate",
+            remedy="use --attention sale or tailorkv",
         )
+    tau = policy.tau
+    if isinstance(policy, TailorKV):
+        if args.theta is not None:
+            raise UsageError("--theta is for --attention sale", remedy="leave it out")
+        policy = replace(policy, quantised=0, classes="")  # attention as it is without them
     loaded = load_checkpoint(
         resolve_source(args.source), parse_scheme(args.quant), args.max_context,
         hardware=local_cpu(), attention=policy,
     )  # fmt: skip
+    text = Text(args.text, args.sequences, args.length, args.seed)
+    if isinstance(policy, TailorKV):
+        classes = calibrate_classes(loaded, text, console.log)
+        classes.save(output)
+        _show_classes(console, output, classes, tau)
+        return 0
     found = calibrate_thresholds(
-        loaded, args.theta, Text(args.text, args.sequences, args.length, args.seed), console.log
+        loaded, THETA if args.theta is None else args.theta, text, console.log
     )
     found.save(output)
     _show(console, output, found)
     return 0
+
+
+def _show_classes(console: Console, output: Path, found: Classes, tau: float) -> None:
+    from mimo_compile.cli.console import table
+
+    quantised = [i for i, mass in found.outside.items() if mass > tau]
+    rows = [
+        (layer, f"{mass:.3f}", "quantised" if layer in quantised else "select")
+        for layer, mass in found.outside.items()
+    ]
+    console.say(f"{output}: attention outside of the best 5 % of the keys; quantised above {tau:g}")
+    console.say(table(rows, ("layer", "outside", "attention"), right="rr"))
+    console.result(
+        {
+            "ok": True, "path": output, "tau": tau, "text": dict(found.text),
+            "outside": {str(i): mass for i, mass in found.outside.items()}, "quantised": quantised,
+        }
+    )  # fmt: skip
 
 
 def _show(console: Console, output: Path, found: Thresholds) -> None:

@@ -94,7 +94,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         default="model",
         metavar="A",
         help="model (default: as the model says), full, window:size=N, stream, quest:budget=N, seer, "
-        "lessismore, moba, resa, sale (see docs/attention-policies.md)",
+        "lessismore, moba, resa, sale, tailorkv (see docs/attention-policies.md)",
     )
     parser.add_argument(
         "--objective",

@@ -250,5 +250,5 @@ def _layers(decoder: ModelDecoder, states: Mapping[str, State]) -> Iterator[Laye
             tuple(n for n in stage.states.values() if n in states and n.startswith(f"{stage.name}.")),
             getattr(core.attend, "thresholds", ()),
             group=getattr(core.caches, "group", 0), tail=tail,
-            first=spec.stays,
+            first=spec.stays, outside=config.attention.spread(int(number)) if part == "layers" else 0.0,
         )  # fmt: skip

@@ -93,6 +93,9 @@ class Layer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
     """Newest positions that it keeps as they were, besides, where positions are quantised in groups."""
     first: int = 0
     """Leading positions that a ring keeps, in slots of their own before those of the others."""
+    outside: float = 0.0
+    """Mean attention mass outside of the best 5 % of the keys, where a calibration said by it which layers
+    are quantised."""
 
 
 class Pool(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

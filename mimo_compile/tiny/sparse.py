@@ -182,11 +182,13 @@ def attend_rows(
 
 
 def _descriptors(k: Tensor, kind: str, block: int, count: int) -> Tensor:
-    """Bounds or means of blocks of k: [tokens, kv, dim] → [count, kv, parts, dim]; partial ones 0."""
+    """Bounds, means or peaks of blocks of k: [tokens, kv, dim] → [count, kv, parts, dim]; partial ones 0."""
     whole = k.shape[0] // block
     blocks = k[: whole * block].unflatten(0, (whole, block))
     if kind == "quest":
         found = torch.stack([blocks.amin(1), blocks.amax(1)], 2)
+    elif kind == "peak":
+        found = blocks.abs().amax(1)[:, :, None]
     else:
         found = blocks.mean(1)[:, :, None]
     return torch.cat([found, found.new_zeros(count - whole, *found.shape[1:])])
@@ -330,10 +332,11 @@ class Run:
         pos = torch.tensor([rows.start, count], dtype=torch.int32)
         block = policy.block
         if steps.score.op == "score_keys":
-            peak = own.k[: self.prompt].abs().amax(0)
-            score = key_scores(
-                rows.q, own.k, pos, peak, None, p["kind"], p["agg"], block, p["channels"], scale
-            )
+            peaks = None
+            if span := p["span"]:
+                peaks = _descriptors(own.k, "peak", span, blocks_of(end, span))[:, :, 0]
+            parts = p["kind"], p["agg"], block, p["channels"], scale, span
+            score = key_scores(rows.q, own.k, pos, peaks, None, *parts)
         elif steps.score.op == "score_lowbit":
             means = rows.q.mean(0), own.k.mean(0)
             score = lowbit_scores(

@@ -14,8 +14,10 @@ import numpy.typing as npt
 
 from mimo_compile.errors import ArtifactError, InputError, UsageError, VerificationError
 from mimo_compile.ir.formats import parse_act_format, parse_scheme
+from mimo_compile.ir.kv_groups import GROUPED
 from mimo_compile.ir.policies import AttentionPolicy, parse_policy
 from mimo_compile.ir.policies.sale import Sale
+from mimo_compile.ir.policies.tailorkv import TailorKV
 from mimo_compile.runtime.module import Module
 from mimo_compile.runtime.program import Manifest
 from mimo_compile.verify.found import EndToEnd, LogitsBound, Perplexity
@@ -47,9 +49,12 @@ def policy_of(manifest: Manifest) -> AttentionPolicy:
             "does not know",
             remedy="Verify it with the version that compiled it, or compile it again.",
         ) from error
-    if isinstance(policy, Sale) and policy.thresholds and manifest.decoder is not None:
-        layers = (layer for layer in manifest.decoder.layers if layer.name.startswith("layers."))
+    found = manifest.decoder.layers if manifest.decoder is not None else ()
+    layers = [layer for layer in found if layer.name.startswith("layers.")]
+    if isinstance(policy, Sale) and policy.thresholds and layers:
         return replace(policy, table=tuple(layer.thresholds for layer in layers))
+    if isinstance(policy, TailorKV) and policy.classes and layers:
+        return replace(policy, outside=tuple(layer.outside for layer in layers))
     return policy
 
 
@@ -69,9 +74,12 @@ def logits_bound(manifest: Manifest) -> LogitsBound:
     """
     scheme = parse_scheme(manifest.quant)
     act = parse_act_format(f"a{scheme.act}")
+    layers = manifest.decoder.layers if manifest.decoder is not None else ()
     if act.is_int8:
-        return LogitsBound(1e-1 if scheme.kv == "2" else 5e-2, math.inf)
-    if scheme.kv or act.kind == "bf16":
+        coarse = scheme.kv == "2" or any(layer.format == "i2" for layer in layers)
+        return LogitsBound(1e-1 if coarse else 5e-2, math.inf)
+    codes = any(layer.format in GROUPED for layer in layers)
+    if scheme.kv or codes or act.kind == "bf16":
         return LogitsBound(1e-2, math.inf)
     policy = policy_of(manifest)
     if policy.arithmetic != "float":

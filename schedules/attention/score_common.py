@@ -38,6 +38,16 @@ def lanes_of(buffer: Any, *index: Any, bits: int, count: int) -> list[Any]:
     return [bind(T.reinterpret("float32x16", w)) for w in (first, second)[:count]]
 
 
+def single(buffer: Any, *index: Any, bits: int, lanes: int) -> Any:
+    """Return neighbours at ``index`` that stand one by one as float32 lanes, bound."""
+    found = load(buffer, *index, lanes=lanes)
+    if bits == 32:
+        return bind(found)
+    int32, float32 = ("int32", "float32") if lanes == 1 else (f"int32x{lanes}", f"float32x{lanes}")
+    wide = T.shift_left(T.cast(found, int32), splat(T.int32(16), lanes))
+    return bind(T.reinterpret(float32, wide))
+
+
 def over(extent: int, step: Callable[[Any, int], None]) -> None:
     """Emit ``step(at, lanes)`` over an extent: whole vectors, then the rest one by one."""
     if extent // LANES:

@@ -11,7 +11,7 @@ from typing import Any
 
 from mimo_compile.schedules.attention.reach import fixed
 from mimo_compile.schedules.attention.score_common import NEVER, across, add, put
-from mimo_compile.schedules.attention.score_rows import ChosenLines, WholeLines, by_lines
+from mimo_compile.schedules.attention.score_rows import WholeLines, by_lines
 from mimo_compile.schedules.attention.score_slots import Chosen, Slots, Tile, Whole
 from mimo_compile.schedules.emit.build import (
     Register,
@@ -210,12 +210,11 @@ def _tile(
     peak: Any,
 ) -> Tile:  # fmt: skip
     """Return a tile with its queries loaded."""
-    together = by_lines(s)
     if s.kind == "channels":
-        chosen = (ChosenLines if together else Chosen)(s, k, span, head, first)
+        chosen = Chosen(s, k, span, head, first)
         chosen.begin(q, guess, peak)
         return chosen
-    whole = (WholeLines if together else Whole)(s, k, span, head, first)
+    whole = (WholeLines if by_lines(s) else Whole)(s, k, span, head, first)
     # probabilities are powers of two
     whole.begin(q, scale * LOG2E if s.kind == "oracle" else scale)
     return whole

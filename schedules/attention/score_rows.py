@@ -1,8 +1,7 @@
 """Logits over caches that keep the numbers of each key together (``lay=rows``).
 
 A line of a query meets a line of a key; sixteen such sums, of some rows with some keys, are formed together
-and their lanes added up by a transposing sum. A few channels alone cannot be read from such caches: the
-others are multiplied by zero.
+and their lanes added up by a transposing sum.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from typing import Any
 
 from mimo_compile.schedules.attention.lines import added_up, powers, widened
 from mimo_compile.schedules.attention.reach import fixed
-from mimo_compile.schedules.attention.score_slots import Chosen, Slots, Tile, Whole
+from mimo_compile.schedules.attention.score_slots import Slots, Tile, Whole
 from mimo_compile.schedules.emit.build import Register, T, bind, load, loop, store, workspace
 from mimo_compile.schedules.emit.vector import LANES, splat
 
@@ -76,17 +75,6 @@ class WholeLines(Lines, Whole):
         """Load the queries, scaled."""
         self.clear()
         self.load(q, scale, self.lines, mean=False)
-
-
-class ChosenLines(Lines, Chosen):
-    """The channels of each row that matter most."""
-
-    def begin(self, q: Any, guess: Any, peak: Any) -> None:
-        """Choose channels, and keep q's numbers there among zeros."""
-        super().begin(q, guess, peak)
-        self.clear()
-        with loop(self.s.height) as row, loop(self.s.p["channels"]) as i:
-            store(self.lines, self.by[row, i], row, self.which[row, i])
 
 
 def by_lines(s: Slots) -> bool:

@@ -13,16 +13,18 @@ from typing import Any
 
 from mimo_compile.ir.caches import CacheFormat, parse_cache_format
 from mimo_compile.ir.ops import get_op
+from mimo_compile.ir.ops.block_lists import blocks_of
 from mimo_compile.ir.workload import Workload
+from mimo_compile.schedules.attention.channel_layout import slots_of
 from mimo_compile.schedules.attention.layout import round_up
 from mimo_compile.schedules.attention.reach import fixed
 from mimo_compile.schedules.attention.score_common import (
     NEVER,
-    UPPER,
     across,
     channels,
     lanes_of,
     over,
+    single,
 )
 from mimo_compile.schedules.emit.build import (
     Register,
@@ -249,7 +251,10 @@ class Chosen(Tile):
     """The channels of each row that matter most."""
 
     def begin(self, q: Any, guess: Any, peak: Any) -> None:
-        """Choose channels by ``|q_c| peak_c`` (of ``guess``, if there is one) and keep q's numbers there."""
+        """Choose channels by ``|q_c| peak_c`` (of ``guess``, if there is one) and keep q's numbers there.
+
+        ``peak [KV, D]`` float32, or with ``span`` the entries ``[E, KV, D]`` in the format of the keys.
+        """
         s = self.s
         d, count = s.p["d"], s.p["channels"]
         mean = s.p["agg"] == "mean"
@@ -262,9 +267,13 @@ class Chosen(Tile):
         self.which = workspace((s.height, count), "int32")
         self.by = workspace((s.height, count), "float32")
         size = workspace((d,), "float32")
+        most = workspace((d,), "float32") if s.p["span"] else None
         with loop(s.height) as row:
+            if most is not None:
+                self.peaks(peak, bind(self.first + T.floordiv(row, T.int32(s.heads))), most)
             with loop(d) as c:
-                store(size, T.abs(chooser[row, c]) * peak[self.head, c], c)
+                own_peak = peak[self.head, c] if most is None else most[c]
+                store(size, T.abs(chooser[row, c]) * own_peak, c)
             with loop(count) as i:
                 best, at = Register("float32", 1, T.float32(-1)), Register("int32", 1, T.int32(0))
                 with loop(d) as c:
@@ -275,6 +284,22 @@ class Chosen(Tile):
                 store(size, T.float32(-2), channel)
                 store(self.which, channel, row, i)
                 store(self.by, whole[row, channel], row, i)
+
+    def peaks(self, peak: Any, token: Any, most: Any) -> None:
+        """Set ``most [D]`` to the greatest of the entries that are complete at a token; 1 where none is."""
+        s, d = self.s, self.s.p["d"]
+        span, entries = int(s.p["span"]), blocks_of(s.p["cap"], s.p["span"])
+        end = self.start + T.min(token + 1, self.valid)
+        complete = fixed(T.min(T.floordiv(end, T.int32(span)), T.int32(entries)))
+        least = bind(T.if_then_else(complete > 0, T.float32(0), T.float32(1)))
+        over(d, lambda at, lanes: store(most, splat(least, lanes), at, lanes=lanes))
+        with T.serial(0, complete) as e:
+
+            def step(at: Any, lanes: int) -> None:
+                own = single(peak, e, self.head, at, bits=s.format.bits, lanes=lanes)
+                store(most, T.max(load(most, at, lanes=lanes), own), at, lanes=lanes)
+
+            over(d, step)
 
     def products(self, vectors: list[Any], row: Any, rows: int) -> list[list[Register]]:
         """See `Tile.products`."""
@@ -290,15 +315,13 @@ class Chosen(Tile):
         return acc
 
     def _channel(self, vector: Any, channel: Any, ahead: int) -> Any:
-        bits = self.s.format.bits
-        at = channel if bits == 32 else T.floordiv(channel, T.int32(2))
+        s = self.s
+        each = slots_of(s.format.name) // LANES
+        line, part = vector, T.int32(0)
+        if each > 1:
+            line, part = T.floordiv(vector, T.int32(each)), T.floormod(vector, T.int32(each))
         if ahead:
-            prefetch(self.k, self.head, vector + ahead, at, 0)
-        if bits == 32:
-            return load(self.k, self.head, vector, at, 0, lanes=LANES)
-        words = T.reinterpret("int32x16", load(self.k, self.head, vector, at, 0, lanes=2 * LANES))
-        second = T.floormod(channel, T.int32(2)) == 1
-        mask = T.Select(second, T.int32(UPPER), T.int32(0xFFFF))
-        up = T.Select(second, T.int32(0), T.int32(16))
-        kept = T.bitwise_and(words, splat(mask))
-        return T.reinterpret("float32x16", T.shift_left(kept, splat(up)))
+            prefetch(self.k, self.head, T.floordiv(vector + ahead, T.int32(each)), channel, 0)
+        return single(
+            self.k, self.head, line, channel, part * LANES, bits=s.format.bits, lanes=LANES
+        )

@@ -12,7 +12,7 @@ from typing import Any
 from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.ops import get_op
-from mimo_compile.ir.ops.base import Array
+from mimo_compile.ir.ops.base import Arg, Array
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.attention import layout
 from mimo_compile.schedules.attention.score_emit import emit
@@ -99,7 +99,10 @@ class X86ScoreKeys(Schedule):
         s, op = Slots.of(workload, config), get_op(self.op)
         p, factor = s.p, self._scale(workload)
         name = symbol(self.op, self.name, self.version, workload, config, hardware.has_avx512)
-        args = layout.kernel_args(workload)
+        args = tuple(
+            Arg(a.name, a.role, a.shape, s.format.stored) if a.name == "peak" and p["span"] else a
+            for a in layout.kernel_args(workload)
+        )
 
         def body(q: Any, pos: Any, *rest: Any) -> None:
             guess = rest[0] if p["guess"] else None
@@ -107,6 +110,8 @@ class X86ScoreKeys(Schedule):
             emit(s, config.splits, config.parallel, factor, q, pos, guess, peak, *rest[-2:])
 
         room = 4 * s.height * (s.run + p["d"])
+        if p["span"]:
+            room += 4 * p["d"]
         if p["kind"] == "oracle":
             room += 4 * p["kv"] * s.tiles * s.height * (s.blocks + s.blocks_of_run)
         counts = self.work(workload, config, hardware)
@@ -141,6 +146,7 @@ class X86ScoreKeys(Schedule):
             Stream(once, ((passes, once / p["kv"] + state), (row_tiles, step + state))),
             Stream(4.0 * p["t"] * p["h"] * p["d"]),
             Stream(written),
+            Stream(s.format.bytes * p["kv"] * p["d"] * (length // p["span"] if p["span"] else 0)),
         ]
         tasks = p["kv"] * s.tiles * config.splits
         threads = hardware.threads if config.parallel else 1
@@ -157,7 +163,7 @@ class X86ScoreKeys(Schedule):
     def pack(
         self, workload: Workload, config: KeysConfig, arrays: Mapping[str, Array]
     ) -> dict[str, Array]:
-        """Lay out the keys; peaks stay as they are."""
+        """Lay out the keys; peaks stay as they are, as `descriptors` says."""
         return layout.pack_caches(workload, arrays)
 
     def unpack_state(

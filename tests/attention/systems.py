@@ -19,7 +19,8 @@ SMALL = [
     "resa:p=0.3,block=4,least=2,heads=max,local=2",
     "sale:tau=0.3,bq=4,bk=2,sink=2,local=2,bits=8,least=0",
     "hysparse:block=4,budget=8,window=5", "hysparse2:tokens=6,window=3",
-    "tailorkv:channels=3,budget=9,sink=2,recent=3", "nsa:block=8,n=3,local=1,window=6,compress=4,stride=2",
+    "tailorkv:channels=3,budget=9,sink=2,recent=3,span=4",
+    "nsa:block=8,n=3,local=1,window=6,compress=4,stride=2",
     "moba:block=4,k=2", "dsa:k=6,heads=4,width=5",
 ]  # fmt: skip
 """Every system that chooses, small enough for 40 positions."""
@@ -62,7 +63,7 @@ def layer(t: int, length: int, seed: int, *, kv: int = 2, group: int = 2, sink: 
 
 def descriptors(keys: np.ndarray, length: int, kind: str, size: int, stride: int) -> np.ndarray:
     """Describe a filled cache by the op."""
-    parts = {"bounds": 2, "mean": 1}[kind]
+    parts = {"bounds": 2, "mean": 1, "peak": 1}[kind]
     shape = (entries_of(keys.shape[0], size, stride), keys.shape[1], parts, keys.shape[2])
     desc = torch.zeros(shape)
     pos = torch.tensor([0, length], dtype=torch.int32)
@@ -77,6 +78,8 @@ def score_inputs(op: Any, p: dict[str, Any], layer: Layer) -> dict[str, np.ndarr
     pos = np.array([start, g.t], np.int32)
     if op.name == "score_keys":
         peak = np.abs(a["k"][: g.length]).max(0)
+        if span := p["span"]:
+            peak = descriptors(a["k"], g.length, "peak", span, span)[:, :, 0]
         return {"q": a["q"], "pos": pos, "k_cache": a["k"], "peak": peak}
     if op.name == "score_lowbit":
         means = {"q_mean": a["q"].mean(0), "k_mean": a["k"][: g.length].mean(0)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ NOT_DEFAULT = [
     "quest:budget=512,page=32,least=4,dense=0,per=head", "seer:threshold=0.004,block=16,block_pos=last",
     "lessismore:budget=1024,recent=0.5,sink=2,correct=20", "resa:p=0.2,block=32,f=64,heads=max",
     "sale:tau=0.004,bits=8,bq=32,bk=16,sink=16,local=64", "hysparse:every=4,budget=512,gate=head",
-    "hysparse2:tokens=512,bridge=0", "tailorkv:channels=12,budget=960,quantised=2,bits=2",
+    "hysparse2:tokens=512,bridge=0", "tailorkv:channels=12,budget=960,quantised=2,bits=4",
     "nsa:n=8,window=256", "moba:block=128,k=12", "dsa:k=512,heads=4,width=32",
     "quest:budget=512+int8", "full+int8half",
 ]  # fmt: skip
@@ -70,6 +71,8 @@ def test_every_name_has_a_policy_whose_text_comes_back() -> None:
         ("stream:recent=3000000000", "above"), ("stream:sink=3000000000", "above"),
         ("moba:block=3000000000", "above"), ("stream:rolling=5", "rolling=5 is above 1"),
         ("tailorkv:budget=60", "below sink \\+ recent = 64"),
+        ("tailorkv:bits=1", "bits=1 is none of 2, 4, 8"),
+        ("tailorkv:classes=c.json,quantised=2", "quantised=2 does nothing beside classes=c.json"),
         ("sale:sink=40", "multiples of bk=32"), ("nsa:stride=12", "stride=12"),
     ],
 )  # fmt: skip
@@ -201,9 +204,10 @@ def test_tailorkv_classifies_by_mass_outside_of_the_best() -> None:
     weights = rng.dirichlet(np.full(400, 0.05), (2, 32))
     shares = [mass_outside(weights, s) for s in (0.01, 0.05, 0.2, 1.0)]
     assert shares == sorted(shares, reverse=True) and shares[-1] == pytest.approx(0, abs=1e-12)
-    policy = parse_policy("tailorkv")
-    for part, quantised in ((0.17, False), (0.25, True)):  # planted mixtures on both sides of 0.2
-        assert policy.quantises((1 - part) * peaked + part * uniform) is quantised
+    mixed = [mass_outside((1 - part) * peaked + part * uniform) for part in (0.17, 0.25)]
+    policy = replace(parse_policy("tailorkv:classes=c.json"), outside=tuple(mixed))
+    assert [role.kind for role in policy.plan(2)] == ["select", "quantised"]  # both sides of 0.2
+    assert policy.spread(1) == mixed[1] and parse_policy("tailorkv").spread(1) == 0
     with pytest.raises(UsageError, match="without any mass"):
         mass_outside(np.zeros((1, 1, 4)))
 

@@ -53,12 +53,12 @@ def test_nothing_to_drop_is_dense(text) -> None:
     run()
 
 
-@pytest.mark.parametrize("text", [t for t in SMALL if not t.startswith(("sale", "tailorkv"))])
+@pytest.mark.parametrize("text", [t for t in SMALL if not t.startswith("sale")])
 def test_selection_is_causal(text) -> None:
     """Other keys behind a token change neither its list nor its output.
 
-    A tile of SALE peeks by design, and TailorKV's peaks are those of the whole prompt: both choose, but
-    attention itself is causal whatever they choose (`check_future_is_unseen`).
+    A tile of SALE peeks by design: it chooses, but attention itself is causal whatever it chooses
+    (`check_future_is_unseen`).
     """
 
     @settings(max_examples=8)
@@ -87,6 +87,18 @@ def test_a_token_sees_itself(text) -> None:
         assert seen[np.arange(whole.g.t), :, own].all()
 
     run()
+
+
+@settings(max_examples=15)
+@given(draws)
+def test_tailorkv_lists_sinks_the_last_tokens_and_each_once(draw) -> None:
+    whole = drawn_layer(draw)
+    lists = choose(parse_policy("tailorkv:channels=2,budget=9,sink=2,recent=3,span=4"), whole)
+    for t, p in enumerate(range(whole.g.length - whole.g.t, whole.g.length)):
+        for row, count in zip(lists["idx"][t], lists["cnt"][t], strict=True):
+            seen = row[:count].tolist()
+            assert {0, min(1, p), p, max(p - 1, 0), max(p - 2, 0)} <= set(seen)
+            assert len(set(seen)) == len(seen) == min(9, p + 1)
 
 
 def test_a_larger_budget_of_exact_probabilities_drops_less() -> None:

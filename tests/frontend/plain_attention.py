@@ -65,6 +65,8 @@ class Plain:
             return self.lessismore(layer, q, k, p)
         if name == "full" or (name != "moba" and not decoding):
             return [every] * self.heads
+        if name == "tailorkv":
+            return [self.retrieved(h, q, k, p) for h in range(self.heads)]
         if name == "quest" and layer < self.p.dense:
             return [every] * self.heads
         return [self.blocks(h, q, k, p) for h in range(self.heads)]
@@ -99,6 +101,20 @@ class Plain:
         return [
             j for b in sorted({*forced, *best}) for j in range(b * size, (b + 1) * size) if j <= p
         ]
+
+    def retrieved(self, h, q, k, p):
+        """Return the sinks, the last tokens and those that a few channels score best."""
+        group, at = self.heads // self.kv, h * self.kv // self.heads
+        mean = q[at * group : at * group + group].mean(0)
+        whole = (p + 1) // self.p.span * self.p.span
+        peak = k[at, :whole].abs().amax(0) if whole else torch.ones_like(mean)
+        important = (mean.abs() * peak).tolist()
+        chosen = sorted(range(len(mean)), key=lambda c: -important[c])[: self.p.channels]
+        score = (k[at][:, chosen] @ mean[chosen]).tolist()
+        every = range(p + 1)
+        sure = {*every[: self.p.sink], *every[max(0, p + 1 - self.p.recent) :]}
+        best = sorted(set(every) - sure, key=lambda j: -score[j])
+        return sorted({*sure, *best[: max(0, self.p.budget - len(sure))]})
 
     def lessismore(self, layer, q, k, p):
         every = list(range(p + 1))

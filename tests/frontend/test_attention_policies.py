@@ -24,6 +24,7 @@ CONTEXT, LENGTH = 96, 60
 PLENTY = [
     "full", "window:size=96", "stream:recent=96", "stream:sink=2,recent=96,rolling=0",
     "quest:budget=96,page=4", "lessismore:budget=96,correct=3", "moba:block=8,k=12", "resa:p=1,block=4",
+    "tailorkv:budget=96,quantised=0",
 ]  # fmt: skip
 """Every policy that can be compiled, with nothing to drop."""
 FEW = [
@@ -32,6 +33,8 @@ FEW = [
     "quest:budget=12,page=4,dense=0,per=head", "lessismore:budget=12,sink=2,correct=4",
     "moba:block=8,k=2", "resa:p=0.2,block=4,least=2,local=2,f=0",
     "resa:p=0.1,block=4,least=2,f=6,heads=max",
+    "tailorkv:channels=4,budget=12,sink=2,recent=3,quantised=0,span=8",
+    "tailorkv:channels=16,budget=12,sink=2,recent=3,quantised=0,span=8",
 ]  # fmt: skip
 
 
@@ -139,7 +142,6 @@ def test_generation_decodes_and_makes_exact(deep, tools):
         ("hysparse", "needs trained sparse layers and branch gates"),
         ("dsa", "needs indexer"),
         ("nsa", "needs trained branches and branch gates and compression weights"),
-        ("tailorkv", "tailorkv has no kernels in this version"),
         ("quest+int8", r"\+int8 is for model, full, window.*use --attention quest, or full\+int8"),
     ],
 )

@@ -41,6 +41,8 @@ WORKLOADS = [
     "score_blocks:t=3,h=4,kv=1,d=16,cap=40,kind=indexer,agg=sum,block=1,len=37",
     "score_lowbit:t=21,h=4,kv=2,d=16,cap=70,block=4,rows=8,first=1,last=2,len=61",
     "score_lowbit:t=21,h=4,kv=2,d=16,cap=70,block=4,rows=8,first=1,last=2,len=61,every=3",
+    "index_keys:t=9,kv=2,d=8,cap=70,span=4",
+    "index_keys:t=9,kv=2,d=8,cap=70,span=16,c=bf16",
     "key_mean:t=9,kv=2,d=8,cap=70,len=50",
     "key_mean:t=9,kv=2,d=8,cap=70,len=50,c=bf16",
     "describe_blocks:t=9,kv=2,d=8,cap=70,kind=pool3,size=16,len=50",
@@ -50,6 +52,8 @@ WORKLOADS = [
     "sparse_attention:t=3,h=4,kv=2,d=32,dv=16,cap=70,hs=2,block=8,kmax=4,sink=1,len=45,c=bf16",
     "score_keys:t=3,h=4,kv=2,d=16,cap=70,kind=oracle,agg=max,block=8,len=45,c=bf16",
     "score_keys:t=2,h=6,kv=2,d=16,cap=40,kind=channels,agg=mean,channels=5,len=33,c=bf16",
+    "score_keys:t=2,h=6,kv=2,d=16,cap=40,kind=channels,agg=mean,channels=5,len=33,span=8",
+    "score_keys:t=2,h=6,kv=2,d=16,cap=40,kind=channels,agg=mean,channels=5,len=33,c=bf16,span=8",
     "score_lowbit:t=21,h=4,kv=2,d=16,cap=70,block=4,rows=8,first=1,last=2,len=61,c=bf16",
     "describe_blocks:t=9,kv=2,d=8,cap=70,kind=pool3,size=16,len=50,c=bf16",
     "kv_append:t=4,h=4,kv=2,d=32,dv=16,cap=64,rot=16,norm=1,vscale=0.5",
@@ -169,7 +173,7 @@ def test_eager_ops_equal_their_references() -> None:
         elif workload.op == "score_keys":
             score = mimo.score_keys(
                 t["q"], t["k_cache"], t["pos"], t.get("peak"), t.get("guess"), p["kind"], p["agg"],
-                p["block"], p["channels"], p["d"] ** -0.5,
+                p["block"], p["channels"], p["d"] ** -0.5, p["span"],
             )  # fmt: skip
             got, slack = {"score": score}, 1
         elif workload.op == "score_blocks":
@@ -184,6 +188,9 @@ def test_eager_ops_equal_their_references() -> None:
                 p["rows"], p["first"], p["last"], p["d"] ** -0.5, p["least"], p["every"],
             )  # fmt: skip
             got, slack = {"score": score}, 1
+        elif workload.op == "index_keys":
+            mimo.index_keys(t["k_cache"], t["pos"], t["k_copy"], t["peak"], p["span"])
+            got, slack = {n: t[n] for n in ("k_copy", "peak")}, 1
         elif workload.op == "key_mean":
             got, slack = {"mean": mimo.key_mean(t["k_cache"], t["pos"])}, 1
         elif workload.op == "describe_blocks":

@@ -26,12 +26,24 @@ def poisoned(text, start, valid, seed=0):
     p, inputs = OP.full(workload), OP.make_inputs(workload, np.random.default_rng(seed))
     keys = np.random.default_rng(seed).standard_normal(inputs["k_cache"].shape, dtype=np.float32)
     keys *= np.exp(np.random.default_rng(seed + 1).standard_normal(p["d"])).astype(np.float32)
-    if "peak" in inputs:
+    if p["span"]:
+        inputs["peak"] = peaks_of(keys, start + valid, p)
+    elif "peak" in inputs:
         inputs["peak"] = np.abs(keys).max(0)
     keys[start + valid :] = np.nan
     inputs["q"][valid:] = np.nan
     keys = parse_cache_format(p["c"]).encode(keys)
     return {**inputs, "k_cache": keys, "pos": np.array([start, valid], np.int32)}
+
+
+def peaks_of(keys, length, p):
+    """Return what is kept of spans; of those that are not complete it is NaN."""
+    span, fmt = p["span"], parse_cache_format(p["c"])
+    stored = np.abs(fmt.decode(fmt.encode(keys)))
+    out = np.full((-(-p["cap"] // span), p["kv"], p["d"]), np.nan, np.float32)
+    for e in range(length // span):
+        out[e] = stored[e * span : e * span + span].max(0)
+    return fmt.encode(out)
 
 
 def one_of_any(data, kind, agg, most):
@@ -42,10 +54,11 @@ def one_of_any(data, kind, agg, most):
     more = ""
     if kind == "channels":
         more = f",channels={draw(st.integers(1, d))},guess={draw(st.integers(0, 1))}"
+        more += f",span={draw(st.sampled_from((0, 1, 7, 64)))}"
     text = (
         f"score_keys:t={t},h={kv * group},kv={kv},d={d},cap={cap},kind={kind},agg={agg},"
         f"block={draw(st.sampled_from((1, 1, 3, 16, 64)))}{more},c={draw(st.sampled_from(('f32', 'bf16')))}"
-        f"{draw(st.sampled_from(('', ',lay=rows')))}"
+        f"{'' if kind == 'channels' else draw(st.sampled_from(('', ',lay=rows')))}"
     )
     valid = draw(st.integers(0, t))
     start, seed = draw(st.integers(0, cap - valid)), draw(st.integers(0, 999))
@@ -79,7 +92,7 @@ def test_many_shapes_positions_and_configs(kind, agg, data):
         "t=1,h=4,kv=1,d=64,cap=2000,kind=oracle,agg=max",
         "t=1,h=8,kv=2,d=128,cap=2048,kind=logits,lay=rows",
         "t=1,h=12,kv=2,d=72,cap=2048,kind=oracle,agg=max,c=bf16,lay=rows",
-        "t=1,h=8,kv=2,d=40,cap=600,kind=channels,agg=mean,channels=8,c=bf16,lay=rows",
+        "t=1,h=8,kv=2,d=40,cap=600,kind=channels,agg=mean,channels=8,c=bf16,span=64",
     ],
 )
 def test_usual_sizes_by_default(text):
@@ -127,6 +140,23 @@ def test_wrong_probabilities_of_16_bit_keys_are_found(c):
     want = OP.reference(workload, inputs)
     bound = OP.bound(workload, inputs, want)["score"]
     assert (bound < 3e-3 * want["score"] + 1e-30).all()
+
+
+def test_peaks_of_spans_decide_from_the_first_that_is_complete_on():
+    """Channel 1 has the largest keys, but only once a span that holds them counts."""
+    text = "score_keys:t=1,h=1,kv=1,d=2,cap=32,kind=channels,channels=1,span=8"
+    keys = np.ones((32, 1, 2), np.float32)
+    keys[8:, 0, 1] = 9
+    q = np.array([[[2, 1]]], np.float32)
+    p = OP.full(parse_workload(text))
+    for length, channel in ((7, 0), (8, 0), (15, 0), (16, 1), (31, 1)):
+        given_ = {
+            "q": q, "k_cache": keys, "peak": peaks_of(keys, length, p),
+            "pos": np.array([length - 1, 1], np.int32),
+        }  # fmt: skip
+        got = check(SCORE, text, inputs=given_).outputs["score"][0, 0]
+        want = q[0, 0, channel] * keys[:length, 0, channel]
+        assert np.array_equal(got[:length], want) and (got[length:] == -np.inf).all()
 
 
 def test_a_few_channels_are_a_few_bytes():

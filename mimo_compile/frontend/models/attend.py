@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mimo_compile.errors import UsageError
 from mimo_compile.frontend.models import kv
+from mimo_compile.frontend.models.classes import classified
 from mimo_compile.frontend.models.decoder import (
     STEP_TOKENS,
     DecoderConfig,
@@ -27,6 +28,7 @@ from mimo_compile.ir.policies import AttentionPolicy, Geometry, LayerRole
 from mimo_compile.ir.policies.sale import Sale
 from mimo_compile.ir.policies.seer import Seer
 from mimo_compile.ir.policies.stream import Stream
+from mimo_compile.ir.policies.tailorkv import TailorKV
 from mimo_compile.ir.workload import Workload
 
 if TYPE_CHECKING:
@@ -36,7 +38,9 @@ Lists = tuple[Tensor, Tensor]
 """``idx`` int32 ``[T, HS, kmax]`` and ``cnt`` int32 ``[T, HS]``, see `ir.ops.block_lists`."""
 DESCRIBED = {"quest": "bounds", "mean": "mean"}
 """Source of scores -> kind of the descriptors that it reads."""
-READY = ("model", "full", "window", "stream", "quest", "seer", "lessismore", "moba", "resa", "sale")
+READY = (
+    "model", "full", "window", "stream", "quest", "seer", "lessismore", "moba", "resa", "sale", "tailorkv",
+)  # fmt: skip
 """Policies that layers can follow here; the others are data so far."""
 WHOLE = ("model", "full", "window")
 """Policies without lists, whose attention can be computed in int8."""
@@ -82,6 +86,8 @@ def with_attention(config: DecoderConfig, policy: AttentionPolicy) -> DecoderCon
             remedy=f"use one of {ready}",
         )
     windows = [spec.window for spec in config.layers]
+    if isinstance(policy, TailorKV):
+        policy = classified(policy, config)
     roles = policy.plan(len(windows), windows if any(windows) else ())
     if isinstance(policy, Sale):
         policy = prepared(policy, config, roles)
@@ -350,6 +356,7 @@ def attending(config: DecoderConfig, name: str) -> tuple[Attending, str, str]:
     from mimo_compile.frontend.models.branches import Branches, Oracle
     from mimo_compile.frontend.models.estimate import Estimating
     from mimo_compile.frontend.models.gated import Gated
+    from mimo_compile.frontend.models.retrieving import Retrieving
     from mimo_compile.frontend.models.streaming import Streaming
 
     if role.kind == "reuse" and policy.branch_window:
@@ -362,6 +369,8 @@ def attending(config: DecoderConfig, name: str) -> tuple[Attending, str, str]:
         return Gated(policy, role, False), "", ""
     if role.kind == "select" and isinstance(policy, Sale):
         return Estimating(policy, role, False), "", ""
+    if role.kind == "select" and isinstance(policy, TailorKV):
+        return Retrieving(policy, role, False), "", ""
     if role.kind == "select":
         lends = any(r.kind == "reuse" and r.list_of == at for r in config.roles)
         read = any(r.cache_of == at for r in config.roles[at + 1 :])

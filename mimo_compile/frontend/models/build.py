@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mimo_compile.errors import InputError
+from mimo_compile.frontend.models import kv
 from mimo_compile.frontend.models.attend import attending
 from mimo_compile.frontend.models.branches import Branches, BranchLayer
 from mimo_compile.frontend.models.decoder import LISTS, Decoder, DecoderConfig, LayerSpec, Stage
@@ -243,7 +244,7 @@ class Builder:
             small,
             self.config.eps,
             self.config.max_context,
-            scheme_cache_format(self.scheme.kv),
+            kv.asked_format(self.config, name, scheme_cache_format(self.scheme.kv)),
             attend,
         )
         kind = "layer"

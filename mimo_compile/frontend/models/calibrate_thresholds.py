@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,8 @@ from mimo_compile.quantize.calibration import Calibration, describe, fingerprint
 if TYPE_CHECKING:
     from mimo_compile.frontend.huggingface import LoadedModel
     from mimo_compile.frontend.models.stages import LayerCore
+
+M = TypeVar("M", bound=Attending)
 
 DENSE = 1e-4
 """Thresholds at or below it are 0: the head stays dense."""
@@ -147,52 +149,70 @@ def calibrate_thresholds(
         raise UsageError(
             f"--attention {policy} has no thresholds to calibrate", remedy="use --attention sale"
         )
-    if loaded.tokenizer is None:
-        raise InputError(
-            "calibrating thresholds needs a tokenizer, and the model has none",
-            file="tokenizer.json", remedy="Put tokenizer.json beside the weights",
-        )  # fmt: skip
     length = min(text.length, config.max_context) // policy.bq * policy.bq
     if length <= policy.sees_all:
         raise UsageError(
             f"nothing is left out of {length} tokens: {policy} attends to all of {policy.sees_all}",
             remedy="take longer sequences (--length, --max-context), or a smaller least=",
         )
+    ids, record = read_text(loaded, text, length, "thresholds", log)
+    found = measure(decoder, ids, Estimating, lambda _: Measuring(policy, ladder(policy.tau)), log)
+    layers, share = {}, {}
+    for number, measured in found.items():
+        layers[number], share[number] = measured.choose(theta)
+    return Thresholds(config.name, str(policy.estimate), theta, layers, share, record)
+
+
+def read_text(
+    loaded: LoadedModel, text: Text, length: int, what: str, log: Callable[[str], None]
+) -> tuple[Tensor, dict[str, Any]]:
+    """Return the tokens int32 ``[S, length]`` of a text, and what files say of it.
+
+    Raises:
+        InputError: there is no tokenizer, or no such text.
+    """
+    if loaded.tokenizer is None:
+        raise InputError(
+            f"calibrating {what} needs a tokenizer, and the model has none",
+            file="tokenizer.json", remedy="Put tokenizer.json beside the weights",
+        )  # fmt: skip
+    config = loaded.decoder.config
     how = Calibration(
         "gptq", text=text.file, sequences=text.sequences, length=length, seed=text.seed
     )
     ids = token_sequences(how, loaded.tokenizer, config.vocab, config.hidden, length)
-    log(f"thresholds on {len(ids)} x {length} tokens: {describe(how)}")
-    begin, found = time.perf_counter(), _run(decoder, ids, log)
-    layers, share = {}, {}
-    for number, measured in found.items():
-        layers[number], share[number] = measured.choose(theta)
-    log(f"calibration took {time.perf_counter() - begin:.1f} s")
-    source = "" if text.file is None else text.file.name
-    return Thresholds(
-        config.name, str(policy.estimate), theta, layers, share,
-        {
-            "file": source, "sequences": len(ids), "length": length, "seed": text.seed,
-            "sha256": fingerprint(ids),
-        },
-    )  # fmt: skip
+    log(f"{what} on {len(ids)} x {length} tokens: {describe(how)}")
+    return ids, {
+        "file": "" if text.file is None else text.file.name, "sequences": len(ids),
+        "length": length, "seed": text.seed, "sha256": fingerprint(ids),
+    }  # fmt: skip
 
 
-def _run(decoder: Decoder, ids: Tensor, log: Callable[[str], None]) -> dict[int, Measuring]:
-    """Read every sequence as a prompt, measuring in the layers that choose."""
-    found: dict[int, Measuring] = {}
+def measure(
+    decoder: Decoder, ids: Tensor, kind: type[Attending], make: Callable[[int], M],
+    log: Callable[[str], None],
+) -> dict[int, M]:  # fmt: skip
+    """Read every sequence as a prompt; what ``make`` gives stands in for the attention of layers of a kind.
+
+    Returns:
+        What stood in, by the number of its layer.
+    """
+    begin = time.perf_counter()
+    found: dict[int, M] = {}
     for stage in decoder.stages():
-        attend = getattr(stage.module, "attend", None)
-        if isinstance(attend, Estimating):
-            measuring = Measuring(attend.policy, ladder(attend.policy.tau))
-            found[int(stage.name.partition(".")[2])] = measuring
-            stage.module.attend = measuring  # type: ignore[assignment]
+        if isinstance(getattr(stage.module, "attend", None), kind):
+            number = int(stage.name.partition(".")[2])
+            found[number] = stage.module.attend = make(number)  # type: ignore[assignment]
     for number, sequence in enumerate(ids):
         decoder.reset()
         for at in range(0, len(sequence), STEP_TOKENS):
             decoder.forward_step(sequence[at : at + STEP_TOKENS], at)
         log(f"sequence {number + 1} of {len(ids)}")
+    log(f"calibration took {time.perf_counter() - begin:.1f} s")
     return found
 
 
-__all__ = ["LENGTH", "SEQUENCES", "Measuring", "Text", "calibrate_thresholds", "ladder"]
+__all__ = [
+    "LENGTH", "SEQUENCES", "Measuring", "Text", "calibrate_thresholds", "ladder", "measure",
+    "read_text",
+]  # fmt: skip

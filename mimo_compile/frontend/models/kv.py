@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mimo_compile.frontend.models.decoder import STEP_TOKENS, LayerSpec
+from mimo_compile.frontend.models.decoder import STEP_TOKENS, DecoderConfig, LayerSpec
 from mimo_compile.ir.caches import FORMATS, SCALED, CacheFormat, window_cache_format
 from mimo_compile.ir.kv_groups import GROUPED, STATES, GroupedFormat, state_shapes
 from mimo_compile.ir.ops.pages import CACHES, width_of
@@ -21,6 +21,20 @@ if TYPE_CHECKING:
 Caches = CacheFormat | GroupedFormat
 PAGE = 64
 """Positions in a page: whole blocks of kernels, and what few positions leave unused of their last page."""
+
+
+def asked_format(config: DecoderConfig, name: str, caches: Caches) -> Caches:
+    """Return the format of a layer's cache before its window has a say: the model's, or its policy's own.
+
+    Args:
+        config: The decoder.
+        name: Of the layer's stage.
+        caches: Format of the model's caches.
+    """
+    part, _, number = name.partition(".")
+    if part == "layers" and config.roles and config.roles[int(number)].kind == "quantised":
+        return GROUPED[config.attention.quantised_cache]
+    return caches
 
 
 def format_of(spec: LayerSpec, caches: Caches) -> Caches:

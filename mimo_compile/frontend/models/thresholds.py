@@ -13,17 +13,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mimo_compile.errors import ArtifactError, InputError, UsageError
+from mimo_compile.errors import InputError, UsageError
 from mimo_compile.frontend.models.decoder import STEP_TOKENS, DecoderConfig
+from mimo_compile.frontend.models.found_files import AGAIN, FORMAT, read_found
 from mimo_compile.ir.policies import LayerRole
 from mimo_compile.ir.policies.sale import Sale
-from mimo_compile.runtime.strict_json import decode
 
-FORMAT = 1
-_LARGEST = 1 << 26
 _MOST = 1e38
 """Greatest threshold: a float32 number."""
-_AGAIN = "write it with `mimo-compile calibrate`"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,16 +85,11 @@ def _with_file(policy: Sale, config: DecoderConfig, choosing: Sequence[int]) -> 
         InputError: the file is missing, malformed, or of another model or policy.
     """
     path = Path(policy.thresholds)
-    found = _read(path)
+    found = read_found(path, "thresholds", config.name)
     if found.get("policy") != str(policy.estimate):
         raise InputError(
             f"these thresholds were calibrated for {found.get('policy')}, not for {policy.estimate}",
-            file=path, remedy=f"Give --attention the same arguments, or {_AGAIN}",
-        )  # fmt: skip
-    if found.get("model") != config.name:
-        raise InputError(
-            f"these thresholds are those of a {found.get('model')} model, this is a {config.name}",
-            file=path, remedy=f"Give this model's file, or {_AGAIN}",
+            file=path, remedy=f"Give --attention the same arguments, or {AGAIN}",
         )  # fmt: skip
     rows = found.get("layers")
     if not isinstance(rows, dict) or set(rows) != {str(i) for i in choosing}:
@@ -105,7 +97,7 @@ def _with_file(policy: Sale, config: DecoderConfig, choosing: Sequence[int]) -> 
         raise InputError(
             f"`layers` must have thresholds of exactly the layers {wanted}",
             file=path,
-            remedy=_AGAIN,
+            remedy=AGAIN,
         )
     table = []
     for i, spec in enumerate(config.layers):
@@ -113,7 +105,7 @@ def _with_file(policy: Sale, config: DecoderConfig, choosing: Sequence[int]) -> 
         if i in choosing and not _is_row(row, spec.heads):
             raise InputError(
                 f"layer {i} needs {spec.heads} thresholds, numbers of at least 0 and at most {_MOST:g}",
-                file=path, remedy=_AGAIN,
+                file=path, remedy=AGAIN,
             )  # fmt: skip
         table.append(tuple(float(tau) for tau in row))
     return replace(policy, thresholds=path.name, table=tuple(table))
@@ -128,23 +120,3 @@ def _is_row(row: Any, heads: int) -> bool:
             for tau in row
         )
     )
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        if path.exists() and not path.is_file():
-            raise InputError("the file of thresholds is not a regular file", file=path)
-        if path.stat().st_size > _LARGEST:
-            raise InputError("the file is too large for one of thresholds", file=path)
-        found = decode(path.read_bytes(), str(path))
-    except OSError as error:
-        raise InputError(
-            f"the thresholds cannot be read: {error.strerror or error}", file=path, remedy=_AGAIN
-        ) from error
-    except ArtifactError as error:
-        raise InputError(f"this is no file of thresholds: {error}", file=path) from error
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise InputError(
-            f"this is no file of thresholds of format {FORMAT}", file=path, remedy=_AGAIN
-        )
-    return found
