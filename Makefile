@@ -15,6 +15,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 READY := $(VENV)/.ready
 
+# Processes of the tests start in half the time where bytecode is kept.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help setup demo test slow lint format check wheel clean
 
 help:
@@ -46,7 +49,8 @@ test: $(READY)
 	$(BIN)/python -m pytest -n $(JOBS)
 
 slow: $(READY)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not alone" -n $(JOBS)
+	$(BIN)/python -m pytest -m "slow and alone"
 
 lint: $(READY)
 	$(BIN)/ruff check .

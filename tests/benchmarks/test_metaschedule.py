@@ -143,6 +143,7 @@ def test_a_line_without_its_end_is_done_again(tool: Any, tmp_path: Path) -> None
 
 @VNNI
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.timeout(600)
 def test_a_small_run_from_the_search_to_the_table(tmp_path: Path) -> None:
     out = tmp_path / "smoke.jsonl"

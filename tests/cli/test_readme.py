@@ -46,6 +46,7 @@ def test_commands_of_pages_parse(page: Path, monkeypatch, shell_words) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.compile
 @pytest.mark.timeout(900)
 def test_commands_of_the_readme_run(tmp_path: Path) -> None:

@@ -125,16 +125,12 @@ NAMES = [
 ]
 
 
-def fits(schedule, text, hardware):
-    workload = parse_workload(text)
-    return workload.op == schedule.op and schedule.supports(workload, hardware)
-
-
+PARSED = {text: parse_workload(text) for text in WORKLOADS}
 CASES = [
     (name, text)
-    for name in NAMES
-    for text in WORKLOADS
-    if any(fits(get_schedule(name), text, hardware) for hardware in (V3, V4))
+    for name, schedule in zip(NAMES, map(get_schedule, NAMES), strict=True)
+    for text, workload in PARSED.items()
+    if workload.op == schedule.op and any(schedule.supports(workload, h) for h in (V3, V4))
 ]
 
 

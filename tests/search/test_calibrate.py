@@ -48,6 +48,7 @@ def test_damaged_files_are_not_believed(text: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.compile
 def test_this_machine() -> None:
     found = calibrate(local_cpu())

@@ -31,7 +31,12 @@ from mimo_compile.search.records import Verdict
 from mimo_compile.search.space import JointSpace
 
 pytest.importorskip("ray", reason="needs the [ray] extra")
-pytestmark = [pytest.mark.compile, pytest.mark.slow, pytest.mark.timeout(280)]
+pytestmark = [
+    pytest.mark.compile,
+    pytest.mark.slow,
+    pytest.mark.alone,
+    pytest.mark.timeout(280),
+]
 QUICK = Timing(warm_up_s=0.001, batches=3, batch_s=0.001, budget_s=0.05, repeats=0)
 LIMITS = Limits(build_s=60, run_s=4, time_s=10, memory_bytes=24 << 30)
 WORKLOAD = parse_workload("embed:t=4,v=24,d=32")
