@@ -39,7 +39,7 @@ $(READY): pyproject.toml constraints.txt
 	@echo "installing into $(VENV) (once, and again after a change of pyproject.toml or constraints.txt)"
 	$(PIP) setuptools
 	$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
-	$(PIP) --no-build-isolation --editable ".[compile,dev,ray]"
+	$(PIP) --no-build-isolation --editable ".[compile,dev,predict,ray]"
 	@touch $@
 
 demo: $(READY)

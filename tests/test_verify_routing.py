@@ -11,11 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mimo_compile.errors import VerificationError
+from mimo_compile.errors import ArtifactError
 from mimo_compile.ir.ops import load_all
+from mimo_compile.runtime.routers import Rule, routers_of
 from mimo_compile.verify.end_to_end import with_choices
 from mimo_compile.verify.found import EndToEnd
-from mimo_compile.verify.routing import Led, _tap, watched
+from mimo_compile.verify.routing import Led, watched
 
 load_all()
 RULE = (2, "softmax", True, 1.0, 1, 1)
@@ -46,7 +47,7 @@ def test_only_the_slots_that_are_compared_are_watched():
 
     choice = SimpleNamespace(workload="route:e=8,k=2,t=1", kernel="r")
     module = SimpleNamespace(
-        manifest=SimpleNamespace(plan=[choice]),
+        manifest=SimpleNamespace(plan=[choice], decoder=None),
         batch=256,
         bind=bind,
         entries=["step_1", "batch_256"],
@@ -123,8 +124,8 @@ def test_noise_of_the_size_of_the_bound_is_not_right():
 
 def test_a_router_without_logits_is_said():
     program = SimpleNamespace(calls=[SimpleNamespace(kernel="route", args=[])], buffers=[])
-    with pytest.raises(VerificationError, match="route chooses experts, but is given no logits"):
-        _tap(SimpleNamespace(program=program), 0, {"route": (1, 8)}, {})
+    with pytest.raises(ArtifactError, match="route chooses experts, but is given no logits"):
+        routers_of(SimpleNamespace(program=program, name="step_1"), 0, {"route": Rule(1, 8, 2)})
 
 
 @settings(max_examples=40)

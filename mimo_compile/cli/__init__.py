@@ -21,6 +21,7 @@ VERBS: dict[str, str] = {
     "tune": "search for better kernels by measurement; records are kept",
     "calibrate": "find what an attention policy has to know, on a text",
     "run": "generate text with an artifact",
+    "experts": "forecast the load of experts from a routing log, and place them on devices",
     "verify": "compare an artifact with the reference, op by op and end to end",
     "bench": "time kernels or whole models side by side with peers",
     "inspect": "show an artifact's plan, workloads, kernels and code",

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mimo_compile.cli.options import positive
+from mimo_compile.cli.run_routing import add_routing, check_routing, routed, show_routing
 from mimo_compile.errors import UsageError
 
 if TYPE_CHECKING:
@@ -59,12 +60,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ignore-eos", action="store_true", help="go on after the end-of-text token"
     )
+    add_routing(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Generate, stream, print figures; return 0."""
     console: Console = args.console
     prompts = _prompts(args)
+    check_routing(args)
     from mimo_compile.runtime import load
     from mimo_compile.runtime.generate import Stats
 
@@ -82,13 +85,15 @@ def run(args: argparse.Namespace) -> int:
         "stop_at_eos": not args.ignore_eos, "stats": stats, "adapter": args.adapter,
     }  # fmt: skip
     made: dict[str, Any]
-    if len(prompts) == 1:
-        text = _stream(console, module.generate(prompts[0], limit, **how))
-        made = {"prompt": prompts[0], "text": text}
-    else:
-        pairs = module.generate_batch(prompts, limit, **how)
-        made = {"prompts": prompts, "texts": _collect(console, prompts, pairs)}
+    with routed(args, module, len(prompts)) as routing:
+        if len(prompts) == 1:
+            text = _stream(console, module.generate(prompts[0], limit, **how))
+            made = {"prompt": prompts[0], "text": text}
+        else:
+            pairs = module.generate_batch(prompts, limit, **how)
+            made = {"prompts": prompts, "texts": _collect(console, prompts, pairs)}
     console.log(_figures(stats))
+    show_routing(console, routing)
     console.result(
         {
             "ok": True, "artifact": args.artifact, **made, "adapter": args.adapter,
@@ -98,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
             "joules_per_token": stats.joules_per_token,
             "joules_source": stats.joules_source if stats.joules_per_token is not None else None,
             "joules_reason": stats.joules_reason or None, "stopped": stats.stopped,
-            "load_seconds": load_seconds, "threads": module.threads,
+            "load_seconds": load_seconds, "threads": module.threads, **routing,
         }
     )  # fmt: skip
     return 0

@@ -135,6 +135,11 @@ class BoundEntry:
             for call in program.calls
         ]
         self.program = program
+        self._arrays = {index: array for index, (array, _) in placed.items()}
+
+    def array(self, buffer: int) -> Array:
+        """Return one of the program's buffers that calls use, by its index, as an array on its memory."""
+        return self._arrays[buffer]
 
     def fill(self, arrays: Iterable[Array]) -> None:
         """Copy the inputs, in their order, to where the calls expect them."""

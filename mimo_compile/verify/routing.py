@@ -13,23 +13,18 @@ right logits: such rows show it.
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mimo_compile.errors import VerificationError
-from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.ops.base import Array
 from mimo_compile.ir.ops.route import scores_of, weights_of
-from mimo_compile.ir.workload import Workload
-from mimo_compile.runtime.entry import BoundEntry
 from mimo_compile.runtime.module import Module
+from mimo_compile.runtime.routers import Router, tapped
 
 Seen = Mapping[tuple[int, int, int], "deque[Array]"]
 """Router logits ``[E]`` by slot of the sequence, number of the router in a step and position, one for each
@@ -43,66 +38,13 @@ def watched(module: Module, slots: Sequence[int] = (0,)) -> Iterator[Seen]:
     ``slots`` are those of the sequences that have steps of their own.
     """
     seen: dict[tuple[int, int, int], deque[Array]] = defaultdict(deque)
-    op, shapes = get_op("route"), {}
-    for choice in module.manifest.plan:
-        if choice.workload.startswith("route:"):
-            logits = op.args(Workload.parse(choice.workload))[0]
-            shapes[choice.kernel] = logits.shape
-    names = [n for n in module.entries if n.startswith(("step_", "decode_")) and shapes]
-    places = [(n, slot) for n in names for slot in slots]
-    places += [(n, 0) for n in module.entries if n.startswith("batch_") and shapes]
-    tapped = [(module.bind(*place), place[1]) for place in places]
-    before = [list(bound.calls) for bound, _ in tapped]
-    try:
-        for bound, slot in tapped:
-            _tap(bound, slot, shapes, seen)
+
+    def note(router: Router) -> None:
+        for slot, row, position in zip(*(part.tolist() for part in router.rows()), strict=True):
+            seen[slot, router.number, position].append(router.logits[row].copy())
+
+    with tapped(module, slots, note):
         yield seen
-    finally:
-        for (bound, _), calls in zip(tapped, before, strict=True):
-            bound.calls[:] = calls
-
-
-def _tap(
-    bound: BoundEntry,
-    slot: int,
-    shapes: Mapping[str, tuple[int, ...]],
-    seen: dict[tuple[int, int, int], deque[Array]],
-) -> None:
-    """Have the entry's router kernels (of logits of these shapes) tell what they are given."""
-    number = 0
-    for at, call in enumerate(bound.program.calls):
-        if call.kernel not in shapes:
-            continue
-        buffers = [bound.program.buffers[index] for index in call.args]
-        places = [
-            i for i, b in enumerate(buffers)
-            if b.kind == "arena" and (b.shape, b.dtype) == (shapes[call.kernel], "float32")
-        ]  # fmt: skip
-        if not places:
-            raise VerificationError(
-                f"{call.kernel} chooses experts, but is given no logits {list(shapes[call.kernel])}"
-            )
-        function, arguments = bound.calls[at]
-        logits = np.from_dlpack(arguments[places[0]])
-        noting = partial(_note, function, logits, bound.inputs["pos"], slot, number, seen)
-        bound.calls[at] = noting, arguments
-        number += 1
-
-
-def _note(
-    function: Callable[..., Any],
-    logits: Array,
-    pos: Array,
-    slot: int,
-    number: int,
-    seen: dict[tuple[int, int, int], deque[Array]],
-    *arguments: Any,
-) -> None:
-    places = pos.reshape(-1, 2)  # of a batch one for each slot, with a row each
-    for place, (start, valid) in enumerate(places.tolist()):
-        for row in range(valid):
-            seen[slot + place, number, start + row].append(logits[place + row].copy())
-    function(*arguments)
 
 
 class Led(TorchDispatchMode):

@@ -82,6 +82,15 @@ def test_run_and_inspect(printed, artifact: Path) -> None:
         assert set(printed("inspect", artifact, "--kernel", name)) <= known
 
 
+def test_experts(printed, tmp_path: Path) -> None:
+    from mimo_compile.experts.synthetic import steady
+
+    steady(40, 2, 4, 64).save(tmp_path / "load.safetensors")
+    found = printed("experts", tmp_path / "load.safetensors", "--window", 10, "--devices", 2)
+    assert found["ok"], found
+    assert names(found, set()) <= documented("experts")
+
+
 def test_inspect_of_a_workload(printed) -> None:
     found = printed("inspect", "--op", "swiglu:t=1,f=64")
     assert found["ok"], found

@@ -1,0 +1,87 @@
+"""``experts``, and what ``run`` records and replays of routing."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import routed_samples
+
+from mimo_compile.experts.synthetic import drifting
+from mimo_compile.runtime.routing import RoutingLog
+
+
+@pytest.fixture(scope="module")
+def routed_file(tmp_path_factory):
+    return routed_samples.routed().save(tmp_path_factory.mktemp("routed") / "routed.mimo")
+
+
+def test_run_writes_a_log_and_replays_it(cli, routed_file, tmp_path):
+    log = tmp_path / "r.safetensors"
+    asked = ("run", routed_file, "--prompt", "abcdef", "--max-new-tokens", 12, "--ignore-eos")
+    done = cli(*asked, "--route-log", log, "--json")
+    assert done.code == 0, done.err
+    first = json.loads(done.out)
+    assert first["route_log"] == {"path": str(log), "tokens": 17, "dropped": 0}
+    assert first["route_replay"] is None and "routing of 17 tokens" in done.err
+    done = cli(*asked, "--route-replay", log, "--json")
+    again = json.loads(done.out)
+    assert again["text"] == first["text"] and again["route_log"] is None
+    assert again["route_replay"] == {"path": str(log), "forced": 34, "changed": 0, "own": 0}
+    done = cli(*asked, "--route-replay", log, "--route-log", log)
+    assert done.code == 2 and "would replace" in done.error
+    done = cli("run", routed_file, "--prompt", "a", "--prompt", "b", "--route-log", log)
+    assert done.code == 0 and set(RoutingLog.load(log).sequence.tolist()) == {0, 1}
+
+
+def test_run_refuses_what_has_no_routers(cli, decoder_file, tmp_path):
+    done = cli("run", decoder_file, "--prompt", "a", "--route-log", tmp_path / "r.safetensors")
+    assert done.code == 2 and "has no experts" in done.error
+    done = cli("run", decoder_file, "--prompt", "a", "--route-log", tmp_path / "r.txt")
+    assert done.code == 2 and "should end in .safetensors" in done.error
+    (tmp_path / "bad").write_text("hello")
+    done = cli("run", decoder_file, "--prompt", "a", "--route-replay", tmp_path / "bad")
+    assert done.code == 1 and "bad" in done.error
+
+
+def test_experts_of_a_log(cli, tmp_path):
+    draw = np.random.default_rng(0)
+    ids = draw.random((300, 2, 8)).argsort(-1)[..., :2].astype(np.int16)
+    at = np.arange(300, dtype=np.int32)
+    RoutingLog(ids, at * 0, at, at, ("layers.1", "layers.2"), 8).save(tmp_path / "r.safetensors")
+    out = tmp_path / "placed.json"
+    asked = ("experts", tmp_path / "r.safetensors", "--tokens", 4, "--window", 10, "--horizon", 20)
+    done = cli(*asked, "--devices", 4, "-o", out, "--json")
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    assert (found["steps"], found["experts"], found["choices_per_step"]) == (75, 8, 8.0)
+    assert [one["layer"] for one in found["load"]] == ["layers.1", "layers.2"]
+    (row,) = found["forecasts"]
+    assert row["predictor"] == "average" and row["error"] > row["floor"] > 0
+    placed = {one["placement"]: one for one in found["placements"]}
+    assert list(placed) == ["round robin", "greedy", "partition"]
+    assert placed["greedy"]["predicted"] <= placed["round robin"]["predicted"]
+    assert placed["partition"]["fan_out"] <= placed["greedy"]["fan_out"]
+    written = json.loads(out.read_text())
+    assert written["devices"] == 4 and len(written["placements"]["partition"]["layers.2"]) == 8
+    done = cli(*asked, "--devices", 4)
+    assert done.code == 0 and "round robin" in done.out and "75 steps of 8 choices" in done.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        (["none.safetensors"], 1, "cannot be read"),
+        (["load.safetensors", "--tokens", "3"], 2, "cannot be divided"),
+        (["load.safetensors", "--horizon", "500"], 2, "cannot be forecast 500 steps"),
+        (["load.safetensors", "--predictors", "oracle"], 2, "no predictor 'oracle'"),
+        (["load.safetensors", "--devices", "17"], 2, "16 experts cannot be placed on 17"),
+        (["load.safetensors", "-o", "x.json"], 2, "--devices"),
+    ],
+)
+def test_what_experts_refuses(cli, tmp_path, monkeypatch, arguments, code, text):
+    monkeypatch.chdir(tmp_path)
+    drifting(300, 1, 16, 64).save("load.safetensors")
+    done = cli("experts", *arguments)
+    assert done.code == code and text in done.error
