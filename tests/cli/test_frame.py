@@ -206,6 +206,13 @@ sys.exit(cli.main(["targets"]))
 """
 
 
+def wait_until_asleep(pid: int, seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "S":
+        assert time.monotonic() < end, "the process does not come to rest"
+        time.sleep(0.01)
+
+
 @pytest.mark.parametrize("verb", ["raise", "swallow", "native"])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_end_with_their_codes_and_without_noise(number, code, verb) -> None:
@@ -217,9 +224,9 @@ def test_signals_end_with_their_codes_and_without_noise(number, code, verb) -> N
     )
     assert child.stdout is not None
     assert child.stdout.readline() == "ready\n"
-    time.sleep(0.3)  # the verb is in its work by then, not inside print
+    wait_until_asleep(child.pid)  # in its work, not inside print any more
     child.send_signal(number)
-    _, err = child.communicate(timeout=20)
+    _, err = child.communicate(timeout=60)
     assert child.returncode == code
     assert err == ""
 

@@ -73,7 +73,7 @@ def alive(pid: int) -> bool:
     return Path(f"/proc/{pid}").exists()
 
 
-def wait_until_gone(mark: str, seconds: float = 10.0) -> list[int]:
+def wait_until_gone(mark: str, seconds: float = 60.0) -> list[int]:
     end = time.monotonic() + seconds
     while (left := processes_with(mark)) and time.monotonic() < end:
         time.sleep(0.05)
