@@ -124,7 +124,7 @@ def _show_classes(console: Console, output: Path, found: Classes, tau: float) ->
         for layer, mass in found.outside.items()
     ]
     console.say(f"{output}: attention outside of the best 5 % of the keys; quantised above {tau:g}")
-    console.say(table(rows, ("layer", "outside", "attention"), right="rr"))
+    console.say(table(rows, ("layer", "outside", "attention"), right="rrl"))
     console.result(
         {
             "ok": True, "path": output, "tau": tau, "text": dict(found.text),
