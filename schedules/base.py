@@ -114,6 +114,14 @@ class Schedule(ABC):
         """Say whether kernels of a config are held to the op's `exact_bound`."""
         return False
 
+    def order(self, workload: Workload, config: Any, hardware: Hardware) -> str | None:
+        """Name the order in which a kernel adds up the results of one token.
+
+        Where two kernels of one op, for workloads that differ in their number of tokens alone, have orders
+        of the same name, a token's results are the same in both, bit for bit. None promises nothing.
+        """
+        return None
+
     def layouts(self, workload: Workload, config: Any) -> dict[str, str]:
         """Name the layout of each weight or state group, e.g. ``{"weight": "rows16.k4"}``.
 

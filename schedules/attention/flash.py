@@ -25,7 +25,7 @@ from mimo_compile.schedules.emit.build import (
     when,
     workspace,
 )
-from mimo_compile.schedules.emit.vector import LANES, LOG2E, exp2, splat
+from mimo_compile.schedules.emit.vector import LANES, LOG2E, exp2, fused, splat
 
 MASKED, START = -3e38, -1e30
 """A masked score lies below the maximum that a row starts with, so that its weight is exactly zero."""
@@ -88,8 +88,7 @@ class Tile:
         """Multiply queries with the keys of a step: lanes are slots, so nothing is summed over lanes."""
         s = self.s
         for base, rows, count in self._row_tiles():
-            most = self.side_by_side(rows)
-            wide = max(w for w in range(1, s.blocks + 1) if s.blocks % w == 0 and w <= most)
+            wide = largest_part(s.blocks, self.side_by_side(rows))
             with loop(s.blocks // wide) as group, loop(count) as tile:
                 first = bind(tile * rows + base)
                 self._scores(reach, step, group * wide, wide, first, rows)
@@ -151,10 +150,10 @@ class Tile:
         with loop(self.lines) as i:
             self.raise_top(i * LANES)
         with loop(s.height) as row:
-            total = load(self.sum, row, 0, lanes=LANES) * splat(self.shrink[row])
-            total = Register("float32", LANES, total)
-            self.weights_of(row, bind(splat(self.top[row])), total)
-            store(self.sum, total.get(), row, 0, lanes=LANES)
+            step = Register("float32", LANES, splat(0.0))
+            self.weights_of(row, bind(splat(self.top[row])), step)
+            before, shrink = load(self.sum, row, 0, lanes=LANES), splat(self.shrink[row])
+            store(self.sum, fused(before, shrink, step.get()), row, 0, lanes=LANES)
 
     def raise_top(self, row: Any) -> None:
         """Raise the maxima of 16 rows to those of the step, and say what earlier sums shrink by."""
@@ -219,7 +218,7 @@ class Tile:
                     for r in range(rows):
                         weight = bind(splat(self.score[first + r, u * LANES + i]))
                         for j, value in enumerate(values):
-                            acc[r][j].set(acc[r][j].get() + value * weight)
+                            acc[r][j].set(fused(value, weight, acc[r][j].get()))
         for r in range(rows):
             for at, register in zip(columns, acc[r], strict=True):
                 store(self.out, register.get(), first + r, at, lanes=LANES)
@@ -260,6 +259,11 @@ class Tile:
         return out
 
 
+def largest_part(count: int, most: int) -> int:
+    """Return the largest number up to ``most`` that divides a count."""
+    return max(w for w in range(1, count + 1) if count % w == 0 and w <= most)
+
+
 def only(kept: Any, at: Any, lanes: int) -> AbstractContextManager[None]:
     """Run the statements if a bit of ``kept`` is set for one of the slots from ``at`` on; None: always."""
     if kept is None:
@@ -274,7 +278,7 @@ def factor(top: Any, total: Any, sink: Any | None) -> Any:
         return bind(T.if_then_else(total > zero, T.float32(1) / total, zero))
     high = bind(T.max(top, sink))
     own = Register("float32", 1, exp2(top - high, 1))
-    whole = Register("float32", 1, total * own.get() + exp2(sink - high, 1))
+    whole = Register("float32", 1, fused(total, own.get(), exp2(sink - high, 1), 1))
     share = own.get() / whole.get()
     return bind(T.if_then_else(whole.get() > zero, share, zero))  # zero: no key, and a sink of -inf
 

@@ -13,7 +13,7 @@ from mimo_compile.ir.float8 import LOST
 from mimo_compile.schedules.attention.flash import Tile, only
 from mimo_compile.schedules.attention.reach import Reach, fixed
 from mimo_compile.schedules.emit.build import Register, T, bind, load, loop, prefetch, store
-from mimo_compile.schedules.emit.vector import LANES, splat
+from mimo_compile.schedules.emit.vector import LANES, fused, splat
 
 LINE = 64
 """Bytes of a cache line."""
@@ -99,7 +99,7 @@ class Float8(Tile):
                     for n, j in enumerate(columns):
                         value = numbers(load(self.v, self.head, block, at + j, lanes=LANES))
                         for r, weight in enumerate(weights):
-                            acc[r][n].set(acc[r][n].get() + value * weight)
+                            acc[r][n].set(fused(value, weight, acc[r][n].get()))
         for r in range(rows):
             for at, register in zip(columns, acc[r], strict=True):
                 store(self.out, register.get(), first + r, at, lanes=LANES)

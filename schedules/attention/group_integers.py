@@ -23,7 +23,7 @@ from mimo_compile.schedules.attention.layout import round_up
 from mimo_compile.schedules.attention.reach import Tiling
 from mimo_compile.schedules.emit.build import Register, T, bind, load, loop, store, workspace
 from mimo_compile.schedules.emit.unpack import field
-from mimo_compile.schedules.emit.vector import LANES, rint, splat
+from mimo_compile.schedules.emit.vector import LANES, fused, rint, splat
 
 
 def folded(buffer: Any, value: Any, join: Callable[[Any, Any], Any]) -> Any:
@@ -222,8 +222,8 @@ class Integers(GroupTile):
                 self.ask_values(step, 0, n)
             weight = bind(load(self.score, row, u * LANES, lanes=LANES))
             value = bind(weight * load(self.v_params, 0, g, u * LANES, lanes=LANES))
-            more = weight * load(self.v_params, 1, g, u * LANES, lanes=LANES)
-            middles.set(middles.get() + more)
+            middle = load(self.v_params, 1, g, u * LANES, lanes=LANES)
+            middles.set(fused(weight, middle, middles.get()))
             top.set(T.max(top.get(), value))
             store(self.scratch, value, u * LANES, lanes=LANES)
         most = _largest(top.get())
@@ -264,8 +264,8 @@ class Integers(GroupTile):
             for c in range(wide):
                 at = (column + c) * LANES
                 before = load(self.out, first + r, at, lanes=LANES) * shrink
-                total = T.cast(acc[r][c].get(), "float32x16") * unit
-                store(self.out, before + total, first + r, at, lanes=LANES)
+                total = fused(T.cast(acc[r][c].get(), "float32x16"), unit, before)
+                store(self.out, total, first + r, at, lanes=LANES)
 
     def finish(self) -> None:
         """Add what middle codes of values give."""

@@ -28,7 +28,7 @@ from mimo_compile.schedules.emit.build import (
     workspace,
 )
 from mimo_compile.schedules.emit.rounding import bf16_bits
-from mimo_compile.schedules.emit.vector import LANES, splat
+from mimo_compile.schedules.emit.vector import LANES, fused, splat
 
 FEW = 8
 """Sums that hide the latency of a multiply-add: four cycles, two in each."""
@@ -53,6 +53,11 @@ def imported() -> Iterator[None]:
     """Enclose the statements of `Dots`."""
     with dots_imported(), T.attr(T.int32(0), "pragma_import_llvm", _MODULE):
         yield
+
+
+def chains_of(cells: int) -> int:
+    """Return the sums of a dot: one for each half of the pairs, where few would wait for each other."""
+    return 2 if cells < FEW else 1
 
 
 def _rounded(low: Any, high: Any) -> Any:
@@ -81,8 +86,7 @@ class Widened(Tile):
         blocks = [reach.block(step, part + u) for u in range(wide)]
         later = self.later(reach, step, part, wide)
         d, cells = int(self.s.p["d"]), rows * wide
-        # few sums would wait for each other: then each half of the pairs has its own
-        chains = 2 if cells < FEW else 1
+        chains = chains_of(cells)
         sums = [Register("float32", LANES, splat(0.0)) for _ in range(chains * cells)]
         acc = [sums[r * wide * chains : (r + 1) * wide * chains] for r in range(rows)]
         if d > 1:
@@ -167,7 +171,7 @@ class Widened(Tile):
             for half in (0, 1):
                 weight = bind(splat(self.score[first + r, slot + half]))
                 for value, register in zip(values, row, strict=True):
-                    register.set(register.get() + value[half] * weight)
+                    register.set(fused(value[half], weight, register.get()))
 
 
 class Dots(Widened):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mimo_compile.ir.ops.pages import paged
-from mimo_compile.schedules.attention.flash import START, Tile, factor, write_row
+from mimo_compile.schedules.attention.flash import MASKED, START, Tile, factor, write_row
 from mimo_compile.schedules.attention.reach import Reach, Tiling, fixed
 from mimo_compile.schedules.emit.build import Register, T, bind, load, loop, store, workspace
 from mimo_compile.schedules.emit.vector import LANES, LOG2E, exp2, log2, splat
@@ -71,7 +71,10 @@ def emit(
         part_top, part_sum = workspace(shape, "float32"), workspace(shape, "float32")
 
     def sink_of(head: Any) -> Any:
-        return None if sink is None else bind(sink[head] * T.float32(LOG2E))
+        if sink is None:
+            return None
+        # the limit keeps LLVM from fusing the product with a later sum, which it does in some loops only
+        return bind(T.max(T.float32(MASKED), sink[head] * T.float32(LOG2E)))
 
     with loop(shape[0], parallel=parallel) as task:
         # sequences differ in length: threads, which take runs of tasks, get a part of each

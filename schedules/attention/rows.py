@@ -24,7 +24,7 @@ from mimo_compile.schedules.emit.build import (
     workspace,
 )
 from mimo_compile.schedules.emit.rounding import bf16_bits
-from mimo_compile.schedules.emit.vector import LANES, splat
+from mimo_compile.schedules.emit.vector import LANES, fused, splat
 
 LINE = 64
 """Bytes of a cache line."""
@@ -130,7 +130,7 @@ class Rows(Tile):
             for r in range(rows):
                 weight = bind(splat(self.score[first + r, u * LANES + i]))
                 for value, register in zip(values, acc[r], strict=True):
-                    register.set(register.get() + value * weight)
+                    register.set(fused(value, weight, register.get()))
         for r in range(rows):
             for at, register in zip(columns, acc[r], strict=True):
                 store(self.out, register.get(), first + r, at, lanes=LANES)

@@ -38,6 +38,8 @@ PARALLEL_FMA = 200_000
 """Below this many multiply-adds a kernel takes less time than waking the threads does."""
 FEW_BLOCKS = 16
 """Parts shorter than this many blocks cost more in merging than they gain."""
+SHAPE = frozenset({"tile", "rows", "parallel", "ahead"})
+"""Knobs that say which queries share their loads of keys, not how a query adds up what it sees."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,8 @@ class X86Flash(Schedule):
     """Format of the caches."""
     lay = ""
     """Order of their numbers, as the op's parameter says it."""
+    agrees = True
+    """A query's arithmetic is the same beside other queries."""
 
     def supports(self, workload: Workload, hardware: Hardware) -> bool:
         """Every workload of the op with these caches, on any x86-64."""
@@ -216,6 +220,24 @@ class X86Flash(Schedule):
             s, op.lengths(p), config.splits, hardware, parallel=config.parallel,
             arith=self.arithmetic(config),
         )  # fmt: skip
+
+    def order(self, workload: Workload, config: FlashConfig, hardware: Hardware) -> str | None:
+        """Steps begin where a tile's first query begins to see, and parts divide what all of it sees.
+
+        So a query that is alone in its tile meets its keys in the same steps and parts whatever the call
+        holds besides. Of several, each does if they begin at the same slot, without a window, or steps of
+        one block: those that a query does not see add nothing to its sums.
+        """
+        if self.op != "cached_attention" or not self.agrees:
+            return None
+        p = get_op(self.op).full(workload)
+        alone = min(config.tile, p["t"]) == 1
+        aligned = config.splits == 1 and (not p["window"] or config.block == LANES)
+        if not (alone or aligned):
+            return None
+        knobs = self.config_to_json(config)
+        kept = (f"{name}={knobs[name]}" for name in sorted(knobs.keys() - SHAPE))
+        return " ".join((self.name, *kept))
 
     def layouts(self, workload: Workload, config: FlashConfig) -> dict[str, str]:
         """Return the names of the cache layouts."""

@@ -29,6 +29,7 @@ class X86FlashAmx(X86Flash):
 
     name = "cached_attention.x86_flash_amx"
     stored = "bf16"
+    agrees = False
     tile_class: ClassVar[type[AmxTile]] = AmxTile
 
     def supports(self, workload: Workload, hardware: Hardware) -> bool:

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mimo_compile.ir.hardware import Hardware
+from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.workload import Workload
-from mimo_compile.schedules.attention.flash import Tile
-from mimo_compile.schedules.attention.pairs import EXACT, TILES, imported
+from mimo_compile.schedules.attention.flash import Tile, largest_part
+from mimo_compile.schedules.attention.pairs import EXACT, TILES, chains_of, imported
 from mimo_compile.schedules.attention.x86_flash import FlashConfig, X86Flash
 from mimo_compile.schedules.base import Space
 from mimo_compile.schedules.emit.bf16 import NEEDS
@@ -58,6 +59,17 @@ class X86FlashPairs(X86Flash):
     def exact(self, config: FlashConfig) -> bool:
         """Pairs made float32 are."""
         return self._arith(config) in EXACT
+
+    def order(self, workload: Workload, config: FlashConfig, hardware: Hardware) -> str | None:
+        """Register tiles of few sums add up each half of the pairs by itself; all rows must do alike."""
+        order = super().order(workload, config, hardware)
+        if order is None or self._arith(config) != "widen":
+            return order
+        s = self.tiling(get_op(self.op).full(workload), config, hardware)
+        streams = s.ahead > 0 and s.height <= s.rows
+        most = {rows: 1 if streams else max(s.registers // rows, 1) for rows, _ in s.row_tiles()}
+        chains = {chains_of(r * largest_part(s.blocks, n)) for r, n in most.items()}
+        return f"{order} chains={chains.pop()}" if len(chains) == 1 else None
 
     def features(self, config: FlashConfig) -> frozenset[str]:
         """Return the features that a config's instructions need."""

@@ -61,6 +61,7 @@ class X86Int8(X86Flash):
 
     name = "cached_attention.x86_int8"
     config = Int8Config
+    agrees = False
 
     def supports(self, workload: Workload, hardware: Hardware) -> bool:
         """Both forms, with AVX2 or better."""

@@ -45,6 +45,7 @@ class X86FlashRows(X86Flash):
 
     name = "cached_attention.x86_flash_rows"
     lay = "rows"
+    agrees = False
 
     def tile(self, config: FlashConfig) -> tuple[type[Tile], AbstractContextManager[Any] | None]:
         """Return the arithmetic of a config, and the frame that its instructions need."""

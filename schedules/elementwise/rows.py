@@ -53,6 +53,10 @@ class RowSchedule(Schedule):
             default,
         )
 
+    def order(self, workload: Workload, config: RowConfig, hardware: Hardware) -> str | None:
+        """Rows are treated alike; sums over a row have as many parts as vectors are in flight."""
+        return f"unroll={config.unroll}"
+
     def lower(self, workload: Workload, config: RowConfig, hardware: Hardware) -> Kernel:
         """Generate the kernel of one config."""
         name = symbol(self.op, self.name, self.version, workload, config, sorted(hardware.features))

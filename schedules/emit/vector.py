@@ -18,8 +18,8 @@ from tvm import tirx
 from tvm.script import tirx as T
 
 __all__ = [
-    "LANES", "LOG2E", "T", "cos", "exp", "exp2", "horner", "let", "log2", "ramp", "rint", "sigmoid", "sin",
-    "splat", "symbol",
+    "LANES", "LOG2E", "T", "cos", "exp", "exp2", "fused", "horner", "let", "log2", "ramp", "rint", "sigmoid",
+    "sin", "splat", "symbol",
 ]  # fmt: skip
 
 LANES = 16
@@ -89,6 +89,16 @@ def _scale(p: Any, n: Any, lanes: int) -> Any:
 def _clamp(x: Any, low: float, high: float, lanes: int) -> Any:
     # the limit stands first: max(limit, NaN) takes the second operand, so a NaN stays one
     return let(T.max(splat(low, lanes), x), lambda v: T.min(splat(high, lanes), v))
+
+
+def fused(a: Any, b: Any, c: Any, lanes: int = LANES) -> Any:
+    """Return ``a * b + c``, rounded once on every CPU that can.
+
+    Elsewhere LLVM fuses as the code around a sum suits it, so that the same sum may differ by a rounding
+    between kernels. Where they have to agree to the bit, this leaves it no choice.
+    """
+    kind = _type("float32", lanes)
+    return T.call_llvm_pure_intrin(kind, "llvm.fmuladd", a, b, c)
 
 
 def rint(x: Any) -> Any:

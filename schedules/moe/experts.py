@@ -114,6 +114,10 @@ class Experts(Schedule):
         )
         return next(c for c in options if space.legal(c))
 
+    def order(self, workload: Workload, config: MoeConfig, hardware: Hardware) -> str | None:
+        """A token adds up its experts in the order of its choices, whoever else has the same ones."""
+        return f"{self.name} dot={config.dot} unroll={config.unroll}"
+
     def lower(self, workload: Workload, config: MoeConfig, hardware: Hardware) -> Kernel:
         """Generate the kernel of one config."""
         problem = self.problem(workload)

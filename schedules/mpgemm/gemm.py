@@ -27,6 +27,8 @@ AHEAD = 32
 """Usual distance of prefetches in cache lines."""
 SPLITS = (1, 2, 4, 8)
 """Numbers of pieces that the columns may be cut into."""
+SHAPE = frozenset({"rows", "tokens", "chunk", "order", "prefetch", "parallel"})
+"""Knobs that say which sums are made together and when, not how one of them is made."""
 _EVEN = 1.1
 """Times its share that the busiest thread may do before columns are cut for the threads' sake."""
 _UNITS = 4
@@ -286,6 +288,12 @@ class X86Gemm(Schedule):
             self.workspace_bytes(problem, config),
             hardware.features,  # LLVM may have used any of them
         )
+
+    def order(self, workload: Workload, config: GemmConfig, hardware: Hardware) -> str | None:
+        """Which rows and tokens share a register tile changes no sum; all other knobs may."""
+        knobs = self.config_to_json(config)
+        kept = (f"{name}={knobs[name]}" for name in sorted(knobs.keys() - SHAPE))
+        return " ".join((self.name, *kept))
 
     def layouts(self, workload: Workload, config: GemmConfig) -> dict[str, str]:
         """All x86 kernels of a format read the same packed weights."""

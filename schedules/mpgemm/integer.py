@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mimo_compile.ir.hardware import Hardware
+from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.emit.build import loop
 from mimo_compile.schedules.emit.dot import DOTS, Dot
 from mimo_compile.schedules.emit.int_tile import Way, finished, int_tile, is_whole
@@ -41,6 +42,13 @@ class IntegerGemm(X86Gemm):
     def dot(self, problem: Problem, config: GemmConfig) -> Dot:
         """Return the chosen way to multiply."""
         return DOTS[config.dot](problem.layout)
+
+    def order(self, workload: Workload, config: GemmConfig, hardware: Hardware) -> str | None:
+        """Sums of integers are exact; those of groups are added in their order, piece by piece."""
+        problem = self.problem(workload)
+        if self.dot(problem, config).activation != "int8":
+            return super().order(workload, config, hardware)
+        return "exact" if is_whole(problem.steps) else f"groups split={config.split}"
 
     def tile_cost(self, problem: Problem, config: GemmConfig) -> int:
         """Count dots (and multiply-adds of the float way) in the body."""
