@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mimo_compile.ir.workload import Workload
     from mimo_compile.pipeline.choose import ModelPlan
     from mimo_compile.pipeline.graphs import ModelGraphs
+    from mimo_compile.pipeline.orders import Scope
     from mimo_compile.quantize.calibration import Calibration
     from mimo_compile.search import TuningResult
     from mimo_compile.search.database import Database
@@ -49,6 +50,7 @@ def compile(
     adapters: Mapping[str, str | os.PathLike[str]] | None = None,
     adapter_format: str = "exact",
     gates: str | os.PathLike[str] | None = None,
+    reproducible: str = "drafts",
 ) -> Artifact:
     """Compile a model to an artifact.
 
@@ -83,6 +85,9 @@ def compile(
             request chooses one of them, or none.
         adapter_format: how adapters are stored: ``"exact"``, or rounded to ``"bf16"`` or ``"fp8"``.
         gates: safetensors file of the gates that the policy ``"seer"`` chooses by; None: the model's own.
+        reproducible: which entry points add up in one order, so that a token's logits do not depend on how
+            many come with it: ``"drafts"`` (those that decode and verify drafts, where the model has draft
+            layers and kernels can), ``"all"`` or ``"none"``; see docs/speculative.md.
 
     Returns:
         The artifact: ``.save(path)``, or ``.module()`` to run it in this process.
@@ -95,6 +100,7 @@ def compile(
     """
     from mimo_compile.ir.hardware import resolve_target
     from mimo_compile.pipeline.build import Extras, build_artifact
+    from mimo_compile.pipeline.orders import check_scope
     from mimo_compile.pipeline.source import open_source, require_compile_extra
 
     require_compile_extra()
@@ -108,14 +114,18 @@ def compile(
     if is_artifact(source):
         asked = (
             quant, attention, target, max_context, batch, pages, example_inputs, calibrate,
-            adapter_format, gates,
+            adapter_format, gates, reproducible,
         )  # fmt: skip
-        if adapters or asked != ("none", "model", "cpu", None, 1, None, None, "rtn", "exact", None):
+        if adapters or asked != (
+            "none", "model", "cpu", None, 1, None, None, "rtn", "exact", None, "drafts"
+        ):  # fmt: skip
             raise UsageError(
-                "an artifact keeps target, formats, context, batch and adapters: only its plan can change",
+                "an artifact keeps target, formats, context, batch, adapters and what is reproducible: only "
+                "its plan can change",
                 remedy="compile it from its source",
             )
         return _replanned(source, objective, trials, seconds, db, threads, seed, progress)
+    scope = check_scope(reproducible)
     hardware = _real(resolve_target(target, threads))
     if isinstance(calibrate, str):
         calibrate = parse_calibration(calibrate, seed=seed)
@@ -124,12 +134,12 @@ def compile(
         example_inputs=example_inputs, calibration=calibrate, adapters=adapters,
         adapter_format=adapter_format, hardware=hardware, batch=batch, pages=pages, gates=gates,
     )  # fmt: skip
-    plan = _planned(opened.graphs, hardware, objective, trials, seconds, db, seed, progress)
+    plan = _planned(opened.graphs, hardware, objective, trials, seconds, db, seed, progress, scope)
     extras = Extras(
         quant=str(opened.scheme), attention=opened.attention, objective=objective, config=opened.config,
         tokenizer=opened.tokenizer, records=plan.records,
         calibrated=None if opened.loaded is None else opened.loaded.calibrated,
-        gates=None if opened.loaded is None else opened.loaded.gates,
+        gates=None if opened.loaded is None else opened.loaded.gates, orders=plan.orders,
     )  # fmt: skip
     return build_artifact(opened.graphs, plan.choices, hardware, extras)
 
@@ -146,7 +156,7 @@ def _real(hardware: Hardware) -> Hardware:
 
 def _planned(
     graphs: ModelGraphs, hardware: Hardware, objective: str, trials: int | None, seconds: float | None,
-    db: Any, seed: int, progress: Callable[[Any], None] | None,
+    db: Any, seed: int, progress: Callable[[Any], None] | None, scope: Scope,
 ) -> ModelPlan:  # fmt: skip
     """Choose the kernels of a model, after a search if a budget is given."""
     from mimo_compile.pipeline.choose import choose, tunable
@@ -162,7 +172,7 @@ def _planned(
             )
             if found.failure is not None:
                 raise found.failure
-        return choose(graphs, hardware, objective, database)
+        return choose(graphs, hardware, objective, database, scope)
 
 
 def tune(

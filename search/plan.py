@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +84,7 @@ class Planner:
         device: DeviceModel | None = None,
         packed: Mapping[Workload, Layouts] | None = None,
         kept: Kept | None = None,
+        ordered: Collection[Workload] = (),
     ) -> None:
         """Gather the options; see `make_plan` for the arguments.
 
@@ -95,7 +96,7 @@ class Planner:
             EnvironmentMismatch: no schedule reads the tensors as they are packed.
         """
         begin = time.perf_counter()
-        spaces = {w: JointSpace(w, hardware, schedules) for w in workloads}
+        spaces = {w: JointSpace(w, hardware, schedules, ordered=w in ordered) for w in workloads}
         self._uses, groups = gather_options(
             spaces, workloads, shared, db, device or DeviceModel.guess(hardware), packed, kept
         )
@@ -179,6 +180,7 @@ def make_plan(
     shared: Iterable[Sequence[Tensor]] = (),
     schedules: Sequence[Schedule] | None = None,
     device: DeviceModel | None = None,
+    ordered: Collection[Workload] = (),
 ) -> Plan:
     """Choose a schedule and config for each workload.
 
@@ -190,6 +192,8 @@ def make_plan(
         shared: Groups of tensors that are one tensor and so must have one layout.
         schedules: Algorithms to choose from (None: all that are registered).
         device: Rates for what was not measured.
+        ordered: Workloads whose order of sums counts: groups of ``shared`` that hold them with `ORDER` add
+            up alike.
 
     Raises:
         UsageError: no schedule for a workload, ``pareto`` (which is for searches), or a budget of
@@ -199,5 +203,8 @@ def make_plan(
     goal = parse_objective(objective) if isinstance(objective, str) else objective
     if goal.kind == "pareto":  # refused before anything is gathered
         raise UsageError("a plan needs one objective, not pareto", remedy="pareto is for `tune`")
-    planner = Planner(workloads, hardware, db=db, shared=shared, schedules=schedules, device=device)
+    planner = Planner(
+        workloads, hardware, db=db, shared=shared, schedules=schedules, device=device,
+        ordered=ordered,
+    )  # fmt: skip
     return planner.plan(goal)

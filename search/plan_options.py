@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from mimo_compile.cost_models.analytic import DeviceModel
-from mimo_compile.errors import EnvironmentMismatch
+from mimo_compile.errors import EnvironmentMismatch, MimoError
 from mimo_compile.ir import functions
 from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.workload import Workload
@@ -19,13 +19,13 @@ from mimo_compile.schedules.base import KnobValue, Schedule, Space
 from mimo_compile.search.database import Database
 from mimo_compile.search.lookup import Kept, known_results, measured_here, use_measured
 from mimo_compile.search.objective import pareto_front
-from mimo_compile.search.space import Candidate, JointSpace
+from mimo_compile.search.space import ORDER, Candidate, JointSpace
 
 Layouts = tuple[tuple[str, str], ...]
-"""Sorted (tensor, its layout)."""
+"""Sorted (tensor, its layout); `ORDER` among them where it counts."""
 Source = Literal["measured", "modelled", "default"]
 Tensor = tuple[Workload, str]
-"""A tensor as one workload sees it: the workload and a name in its schedules' ``layouts``."""
+"""A tensor as one workload sees it: the workload and a name in its schedules' ``layouts``; or `ORDER`."""
 
 MODELLED_PENALTY = 3.0
 """Factor on the roofline time of a config that was never measured: it stands behind honest measurements."""
@@ -79,6 +79,7 @@ def gather_options(
 
     Raises:
         EnvironmentMismatch: no kernel reads tensors as they are packed.
+        MimoError: where the order of sums counts, no kernel of a workload promises one.
     """
     uses = {w: _use(space, calls[w], db, device, kept) for w, space in workloads.items()}
     for workload, layouts in (packed or {}).items():
@@ -87,16 +88,22 @@ def gather_options(
     groups = [g for g in groups if len({w for w, _ in g}) > 1]
     _level_energy(uses)
     _offer_layouts(uses, groups, device)
+    _drop_unordered(uses)
     _level_energy(uses)  # stand-ins have no joules but modelled ones
     for use in uses.values():
         use.options = _prune(use.options)
     return uses, groups
 
 
+def tensors(layouts: Layouts) -> Layouts:
+    """Return the layouts of tensors alone."""
+    return tuple(pair for pair in layouts if pair[0] != ORDER)
+
+
 def _option(
     space: JointSpace, c: Candidate, t: float, e: tuple[float, float], source: Source, meter: str
 ) -> Option:
-    layouts = tuple(sorted(space.layouts(c).items()))
+    layouts = tuple(sorted(space.bonds(c).items()))
     return Option(c, t, e[0], layouts, source, meter, e[1])
 
 
@@ -160,6 +167,8 @@ def _offer_layouts(
     """Give each workload of a group options in the layouts its partners know, so that they can agree."""
     for group in groups:
         wanted = {dict(o.layouts).get(name, "") for w, name in group for o in uses[w].options}
+        if any(name == ORDER for _, name in group):
+            wanted.discard("")
         for workload, name in group:
             use = uses[workload]
             have = {dict(o.layouts).get(name, "") for o in use.options}
@@ -169,10 +178,22 @@ def _offer_layouts(
                 use.options.append(_behind(option, measured) if measured else option)
 
 
+def _drop_unordered(uses: Mapping[Workload, Use]) -> None:
+    """Leave out options that promise no order of their sums where it counts.
+
+    Raises:
+        MimoError: a workload has no others.
+    """
+    for workload, use in uses.items():
+        use.options = [o for o in use.options if dict(o.layouts).get(ORDER) != ""]
+        if not use.options:
+            raise MimoError(f"no kernel of {workload} promises an order of its sums")
+
+
 def _keep_layouts(use: Use, layouts: Layouts, device: DeviceModel) -> None:
     """Leave only options with these layouts; without one, the config nearest to the default stands in."""
     measured = [o for o in use.options if o.source == "measured"]
-    use.options = [o for o in use.options if o.layouts == layouts]
+    use.options = [o for o in use.options if tensors(o.layouts) == layouts]
     if use.options:
         return
     candidate = _nearest(use.space, layouts)
@@ -203,7 +224,7 @@ def nearest_with(space: JointSpace, name: str, layouts: set[str]) -> list[Candid
     """
     found: dict[str, Candidate] = {}
     for candidate in _nearest_first(space):
-        layout = space.layouts(candidate).get(name, "")
+        layout = space.bonds(candidate).get(name, "")
         if layout in layouts:
             found.setdefault(layout, candidate)
         if len(found) == len(layouts):

@@ -16,6 +16,9 @@ from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules import schedules_for
 from mimo_compile.schedules.base import KnobValue, Schedule, Space
 
+ORDER = "order"
+"""Stands among the names of tensors for the order in which a kernel adds up."""
+
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
@@ -50,9 +53,16 @@ class JointSpace:
     """The choice of algorithm and of its knobs as one search space."""
 
     def __init__(
-        self, workload: Workload, hardware: Hardware, schedules: Sequence[Schedule] | None = None
+        self,
+        workload: Workload,
+        hardware: Hardware,
+        schedules: Sequence[Schedule] | None = None,
+        *,
+        ordered: bool = False,
     ) -> None:
         """Collect the spaces of all schedules that support the workload (or of those given).
+
+        ``ordered``: candidates are also told apart by the order in which they add up (`bonds`).
 
         Raises:
             UsageError: no schedule supports the workload on the hardware, or it is a function that is not
@@ -61,6 +71,7 @@ class JointSpace:
         given = schedules_for(workload, hardware) if schedules is None else schedules
         self.workload = workload
         self.hardware = hardware
+        self.ordered = ordered
         self.schedules: dict[str, Schedule] = {
             s.name: s for s in given if s.op == workload.op and s.supports(workload, hardware)
         }
@@ -98,6 +109,20 @@ class JointSpace:
         """Return the layout names that a candidate asks of its tensors."""
         schedule = self.schedules[candidate.schedule]
         return schedule.layouts(self.workload, self.config(candidate))
+
+    def bonds(self, candidate: Candidate) -> dict[str, str]:
+        """Return what several workloads of a plan may have to have in common with a candidate.
+
+        The layouts of its tensors, and under `ORDER`, where it counts, how it adds up: empty if its schedule
+        promises nothing (`Schedule.order`).
+        """
+        bonds = self.layouts(candidate)
+        if self.ordered:
+            schedule = self.schedules[candidate.schedule]
+            bonds[ORDER] = (
+                schedule.order(self.workload, self.config(candidate), self.hardware) or ""
+            )
+        return bonds
 
     def defaults(self) -> list[Candidate]:
         """Return each schedule's default, the preferred schedule first."""

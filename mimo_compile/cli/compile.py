@@ -17,6 +17,7 @@ from mimo_compile.cli.options import (
     add_calibration,
     add_gates,
     add_model_options,
+    add_reproducible,
     calibration,
     check_output,
     need_extra,
@@ -58,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_calibration(parser)
     add_adapters(parser)
     add_gates(parser)
+    add_reproducible(parser)
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument(
         "--trials", type=positive, metavar="N", help="tune first: at most N candidates"
@@ -87,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
             threads=args.threads, seed=args.seed, max_context=args.max_context, batch=args.batch,
             pages=args.pages, progress=progress,
             calibrate=calibration(args) or "rtn", adapters=adapters(args),
-            adapter_format=args.adapter_format, gates=args.gates,
+            adapter_format=args.adapter_format, gates=args.gates, reproducible=args.reproducible,
         )  # fmt: skip
         artifact.save(output)
     taken = time.perf_counter() - begin

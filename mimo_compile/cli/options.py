@@ -126,6 +126,20 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_reproducible(parser: argparse.ArgumentParser) -> None:
+    """Add which entry points add up in one order."""
+    parser.add_argument(
+        "--reproducible",
+        nargs="?",
+        choices=("drafts", "all", "none"),
+        const="all",
+        default="drafts",
+        help="which entry points add up in one order, so that a token's logits do not depend on how many "
+        "come with it: drafts (default: those that decode and verify drafts, in models with draft layers), "
+        "all (the flag alone), none",
+    )
+
+
 def add_calibration(parser: argparse.ArgumentParser) -> None:
     """Add how codes of quantised weights are chosen."""
     parser.add_argument(

@@ -11,6 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mimo_compile.cli.options import positive
+from mimo_compile.cli.run_drafts import (
+    add_drafts,
+    check_drafts,
+    draft_figures,
+    drafting,
+    show_drafts,
+)
 from mimo_compile.cli.run_routing import add_routing, check_routing, routed, show_routing
 from mimo_compile.errors import UsageError
 
@@ -23,6 +30,7 @@ per token where a meter exists. Temperature 0 (the default) is greedy."""
 EXAMPLE = """
 mimo-compile run t.mimo --prompt "def " --max-new-tokens 64
 mimo-compile run t.mimo --prompt "import os" --temperature 0.8 --seed 1 --json
+mimo-compile run t.mimo --prompt "def add(" --speculative
 mimo-compile run t.mimo --prompt "def add(" --prompt "class Stack:" --max-new-tokens 32
 """
 
@@ -60,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ignore-eos", action="store_true", help="go on after the end-of-text token"
     )
+    add_drafts(parser)
     add_routing(parser)
 
 
@@ -67,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
     """Generate, stream, print figures; return 0."""
     console: Console = args.console
     prompts = _prompts(args)
+    check_drafts(args, len(prompts))
     check_routing(args)
     from mimo_compile.runtime import load
     from mimo_compile.runtime.generate import Stats
@@ -87,13 +97,15 @@ def run(args: argparse.Namespace) -> int:
     made: dict[str, Any]
     with routed(args, module, len(prompts)) as routing:
         if len(prompts) == 1:
-            text = _stream(console, module.generate(prompts[0], limit, **how))
+            pieces = module.generate(prompts[0], limit, speculative=drafting(args), **how)
+            text = _stream(console, pieces)
             made = {"prompt": prompts[0], "text": text}
         else:
             pairs = module.generate_batch(prompts, limit, **how)
             made = {"prompts": prompts, "texts": _collect(console, prompts, pairs)}
     console.log(_figures(stats))
     show_routing(console, routing)
+    drafts = show_drafts(args, console, module, stats)
     console.result(
         {
             "ok": True, "artifact": args.artifact, **made, "adapter": args.adapter,
@@ -103,7 +115,8 @@ def run(args: argparse.Namespace) -> int:
             "joules_per_token": stats.joules_per_token,
             "joules_source": stats.joules_source if stats.joules_per_token is not None else None,
             "joules_reason": stats.joules_reason or None, "stopped": stats.stopped,
-            "load_seconds": load_seconds, "threads": module.threads, **routing,
+            "load_seconds": load_seconds, "threads": module.threads, **drafts,
+            **routing,
         }
     )  # fmt: skip
     return 0
@@ -167,6 +180,7 @@ def _figures(stats: Any) -> str:
         parts.append(f"prefill {number(stats.prefill_tokens_per_s)} tokens/s")
     if stats.decode_tokens_per_s:
         parts.append(f"decode {number(stats.decode_tokens_per_s)} tokens/s")
+    parts += draft_figures(stats)
     if stats.joules_per_token is not None:
         parts.append(f"{number(stats.joules_per_token)} J/token ({stats.joules_source})")
     elif stats.joules_reason:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mimo_compile import __version__
@@ -19,6 +19,7 @@ from mimo_compile.pipeline.choose import GENERIC
 from mimo_compile.pipeline.emit import Emitter, Lowered
 from mimo_compile.pipeline.graphs import DRAFT_STEPS, HEADS, ModelGraphs, within_context
 from mimo_compile.pipeline.isolate import Origin, compile_isolated
+from mimo_compile.pipeline.orders import Orders
 from mimo_compile.runtime.program import (
     SCHEMA,
     Calibrated,
@@ -52,6 +53,8 @@ class Extras:
     records: bytes | None = None
     calibrated: Calibrated | None = None
     gates: GateFile | None = None
+    orders: Orders = field(default_factory=Orders)
+    """Which entry points add up in one order."""
 
 
 def lower_model(
@@ -148,7 +151,7 @@ def build_artifact(
         members={},
         states=emitter.states,
         plan=tuple(plan),
-        decoder=_decoder(model, emitter),
+        decoder=_decoder(model, emitter, extras.orders),
         modelled=any(c.source == "modelled" for c in plan),
         calibrated=extras.calibrated,
         gates=extras.gates,
@@ -209,7 +212,7 @@ def _pool(model: ModelGraphs, emitter: Emitter) -> Pool | None:
     return Pool(paging.page, paging.pages, tuple(sorted(emitter.pooled)), TABLE)
 
 
-def _decoder(model: ModelGraphs, emitter: Emitter) -> Decoder | None:
+def _decoder(model: ModelGraphs, emitter: Emitter, orders: Orders) -> Decoder | None:
     if model.decoder is None:
         return None
     config = model.decoder.config
@@ -225,6 +228,7 @@ def _decoder(model: ModelGraphs, emitter: Emitter) -> Decoder | None:
         rerun=config.attention.rerun if config.decodes_apart else 0,
         layers=tuple(_layers(model.decoder, emitter.states)), batch=(*counts["batch"], 1)[0],
         pool=_pool(model, emitter),
+        alike=orders.tokens, unlike=orders.unknown,
     )  # fmt: skip
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
+from mimo_compile.errors import MimoError, UsageError
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.ops.tir import Tir
 from mimo_compile.ir.workload import Workload
 from mimo_compile.pipeline.graphs import ModelGraphs
+from mimo_compile.pipeline.orders import Orders, Scope, orders_of_model
 from mimo_compile.runtime.program import Choice, decoding_entry
 from mimo_compile.schedules import get_schedule, schedules_for
 from mimo_compile.search.database import Database
@@ -117,6 +120,8 @@ class ModelPlan:
     choices: dict[Workload, Choice]
     records: bytes
     """JSON lines of the records behind measured choices, and of the defaults they were compared with."""
+    orders: Orders = field(default_factory=Orders)
+    """Which entry points add up in one order."""
 
 
 def shared_tensors(model: ModelGraphs) -> list[list[tuple[Workload, str]]]:
@@ -142,7 +147,11 @@ def shared_tensors(model: ModelGraphs) -> list[list[tuple[Workload, str]]]:
 
 
 def choose(
-    model: ModelGraphs, hardware: Hardware, objective: str, db: Database | None
+    model: ModelGraphs,
+    hardware: Hardware,
+    objective: str,
+    db: Database | None,
+    reproducible: Scope = "drafts",
 ) -> ModelPlan:
     """Choose schedule and config of each dialect workload for the whole model at once.
 
@@ -151,17 +160,37 @@ def choose(
         hardware: The target.
         objective: See `search.objective.parse_objective`.
         db: Records to choose from, beside the packaged ones.
+        reproducible: Which entry points must add up in one order. ``drafts`` is given up, with a warning,
+            where kernels cannot.
 
     Raises:
-        UsageError: an op has no kernel for the hardware, or the objective's budget cannot be kept.
+        UsageError: an op has no kernel for the hardware, or the objective's budget cannot be kept; kernels
+            promise no order of their sums that all are to have.
+        MimoError: they have no order in common.
     """
     untuned = _defaults(model, hardware, workloads := planned(model, hardware, db))
     if not workloads:  # nothing to choose among
         parse_objective(objective)
         return ModelPlan(untuned, b"")
-    plan = make_plan(workloads, hardware, objective=objective, db=db, shared=shared_tensors(model))
+    orders = orders_of_model(model, hardware, reproducible)
+    how: dict[str, Any] = {"objective": objective, "db": db}
+    shared = shared_tensors(model)
+    try:
+        plan = make_plan(
+            workloads, hardware, shared=[*shared, *orders.groups], ordered=orders.workloads, **how
+        )
+    except MimoError as error:
+        if isinstance(error, UsageError) or reproducible == "all" or not orders.groups:
+            raise
+        orders = Orders(unknown=(str(error),))
+        plan = make_plan(workloads, hardware, shared=shared, **how)
+    if orders.unknown:
+        _LOG.warning(
+            "speculative texts may differ from plain ones where two tokens nearly tie: %s adds up in an "
+            "order that nothing promises", orders.unknown[0],
+        )  # fmt: skip
     chosen = with_records(plan, hardware, db)
-    return ModelPlan(untuned | chosen.choices, chosen.records)
+    return ModelPlan(untuned | chosen.choices, chosen.records, orders)
 
 
 def _defaults(

@@ -16,6 +16,7 @@ from mimo_compile.ir.ops import OPS, get_op
 from mimo_compile.ir.workload import Workload
 from mimo_compile.pipeline.choose import planned, shared_tensors, weigh
 from mimo_compile.pipeline.graphs import ModelGraphs
+from mimo_compile.pipeline.orders import Orders, orders_of_model, same_order
 from mimo_compile.runtime.container import Parts
 from mimo_compile.runtime.program import Choice as Built
 from mimo_compile.schedules import Schedule, get_schedule
@@ -44,6 +45,8 @@ class Problem:
     """What an artifact holds."""
     kept: Kept = field(default_factory=dict)
     """The records that an artifact's plan rests on, by workload."""
+    orders: Orders = field(default_factory=Orders)
+    """Which entry points add up in one order."""
 
     @property
     def weights(self) -> dict[Workload, float]:
@@ -62,8 +65,8 @@ class Problem:
     def planner(self, db: Database | None) -> Planner:
         """Gather the options from records, those of an artifact included, in the layouts that it holds."""
         return Planner(
-            self.weights, self.hardware, db=db, shared=self.shared, packed=self.packed(),
-            kept=self.kept,
+            self.weights, self.hardware, db=db, shared=[*self.shared, *self.orders.groups],
+            packed=self.packed(), kept=self.kept, ordered=self.orders.workloads,
         )  # fmt: skip
 
 
@@ -71,7 +74,10 @@ def problem_of_model(model: ModelGraphs, hardware: Hardware, db: Database | None
     """Return what to plan for a model that was read from its source: see `choose.planned`."""
     calls = model.workloads()
     chosen = planned(model, hardware, db)
-    return Problem(model.name, {w: calls[w] for w in chosen}, shared_tensors(model), hardware)
+    return Problem(
+        model.name, {w: calls[w] for w in chosen}, shared_tensors(model), hardware,
+        orders=orders_of_model(model, hardware, "drafts"),
+    )  # fmt: skip
 
 
 def problem_of_artifact(parts: Parts | Artifact, threads: int | None = None) -> Problem:
@@ -110,7 +116,16 @@ def problem_of_artifact(parts: Parts | Artifact, threads: int | None = None) -> 
     groups = {frozenset(g): list(g) for g in users.values() if len(g) > 1}
     calls = {w: dict(c.calls) for w, c in built.items()}
     text = parts.records if isinstance(parts, Artifact) else parts.texts.get("records.jsonl")
-    return Problem(manifest.name, calls, list(groups.values()), hardware, built, kept_records(text))
+    alike = manifest.decoder.alike if manifest.decoder else ()
+    ours = {kernel: w for kernel, w in by_kernel.items() if w.op != "tir"}
+    sequences = {
+        name: [ours.get(call.kernel) for call in entry.calls]
+        for name, entry in parts.programs.entries.items()
+    }
+    return Problem(
+        manifest.name, calls, list(groups.values()), hardware, built, kept_records(text),
+        same_order(sequences, alike, hardware),
+    )  # fmt: skip
 
 
 def _layouts(workload: Workload, choice: Built, kept: Kept) -> Layouts:

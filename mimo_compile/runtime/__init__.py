@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mimo_compile.runtime.generate import Stats
     from mimo_compile.runtime.module import Module, load
+    from mimo_compile.runtime.speculate import Speculation
 
-__all__ = ["Module", "Stats", "load"]
+__all__ = ["Module", "Speculation", "Stats", "load"]
 
 _HOME_OF = {
     "Module": "mimo_compile.runtime.module",
+    "Speculation": "mimo_compile.runtime.speculate",
     "Stats": "mimo_compile.runtime.generate",
     "load": "mimo_compile.runtime.module",
 }

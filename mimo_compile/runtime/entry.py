@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+import time
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -158,6 +159,20 @@ class BoundEntry:
                 function(*arguments)
         except Exception as error:
             raise self._failure(position, error) from error
+
+    def timings(self, arrays: Sequence[Array], repeat: int) -> list[Timing]:
+        """Run `repeat` times on these inputs; returns the median time of each kernel call."""
+        times = np.empty((repeat, len(self.calls)))
+        for row in times:
+            self.fill(arrays)  # the run before may have put other data in their place
+            for column, (function, arguments) in enumerate(self.calls):
+                start = time.perf_counter()
+                function(*arguments)
+                row[column] = time.perf_counter() - start
+        return [
+            Timing(call.label, call.kernel, float(seconds))
+            for call, seconds in zip(self.program.calls, np.median(times, 0), strict=True)
+        ]
 
     def _failure(self, position: int, error: Exception) -> MimoError:
         call = self.program.calls[position]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,7 @@ from mimo_compile.runtime.energy import open_meter
 from mimo_compile.runtime.program import Decoder
 from mimo_compile.runtime.sampling import Sampling, sample
 from mimo_compile.runtime.session import Session
+from mimo_compile.runtime.speculate import Passes, Speculation, speculation_of
 from mimo_compile.runtime.text import TextStream
 
 if TYPE_CHECKING:
@@ -49,12 +50,20 @@ class Stats:
     """Why there is no measured energy."""
     stopped: str = ""
     """`eos`, `length`, or empty while (or if) more could come."""
+    passes: int = 0
+    """Passes of the decoder over drafts and the token before them, of speculative decoding."""
+    drafted: list[int] = field(default_factory=list)
+    """Drafts of each head."""
+    judged: list[int] = field(default_factory=list)
+    """Of them, those before which no other was rejected."""
+    accepted: list[int] = field(default_factory=list)
+    """Of them, those that were kept."""
 
     def begin(self, prompt_tokens: int, sequences: int = 1) -> None:
         """Forget what a generation before this one has left."""
         fresh = Stats(prompt_tokens, sequences=sequences)
-        for field in fields(fresh):
-            setattr(self, field.name, getattr(fresh, field.name))
+        for each in fields(fresh):
+            setattr(self, each.name, getattr(fresh, each.name))
 
     @property
     def prefill_tokens_per_s(self) -> float | None:
@@ -74,6 +83,23 @@ class Stats:
         return self.joules_decode / self._decoded if known and self.joules_decode else None
 
     @property
+    def acceptance(self) -> dict[str, Any] | None:
+        """What became of drafts: counts, and the share that each head's were accepted of, given those before.
+
+        None without speculative decoding. ``tokens_per_pass`` counts the drafts that were kept, and one.
+        """
+        if not self.passes:
+            return None
+        heads = zip(self.drafted, self.judged, self.accepted, strict=True)
+        return {
+            "passes": self.passes, "tokens_per_pass": 1 + sum(self.accepted) / self.passes,
+            "heads": [
+                {"drafted": d, "judged": j, "accepted": a, "rate": a / j if j else None}
+                for d, j, a in heads
+            ],
+        }  # fmt: skip
+
+    @property
     def _decoded(self) -> int:
         return max(self.new_tokens - self.sequences, 0)
 
@@ -87,9 +113,11 @@ def generate_ids(
     stats: Stats | None,
     adapter: str | None = None,
     session: Session | None = None,
+    speculative: bool | Speculation = False,
 ) -> Iterator[int]:
     """Check the arguments at once and return the ids one by one; see `Module.generate`."""
     decoder = decoder_of(module)
+    drafting = speculation_of(module, decoder, speculative)
     ids = encode(module, prompt)
     count = new_tokens(decoder, len(ids), max_new_tokens)
     adapter_index(module, adapter)
@@ -103,7 +131,8 @@ def generate_ids(
             "this session is of another module or adapter, or has ended",
             remedy="Begin one with Module.session, with the same adapter.",
         )
-    return _generate(module, ids, count, sampling, stop_at_eos, stats or Stats(), adapter, session)
+    stats = stats or Stats()
+    return _generate(module, ids, count, sampling, stop_at_eos, stats, adapter, session, drafting)
 
 
 def new_tokens(decoder: Decoder, prompt: int, most: int | None) -> int:
@@ -135,12 +164,13 @@ def generate_text(
     stats: Stats | None,
     adapter: str | None = None,
     session: Session | None = None,
+    speculative: bool | Speculation = False,
 ) -> Iterator[str]:
     """Check the arguments at once and return the text in pieces; see `Module.generate`."""
     ids = encode(module, prompt)
     stream = TextStream(module.tokenizer, ids.tolist())
     tokens = generate_ids(
-        module, ids, max_new_tokens, sampling, stop_at_eos, stats, adapter, session
+        module, ids, max_new_tokens, sampling, stop_at_eos, stats, adapter, session, speculative
     )
     return stream.pieces(tokens)
 
@@ -180,6 +210,7 @@ def _generate(
     stats: Stats,
     adapter: str | None,
     session: Session | None,
+    drafting: Speculation | None,
 ) -> Iterator[int]:
     decoder = decoder_of(module)
     eos = frozenset(decoder.eos) if stop_at_eos else frozenset()
@@ -188,34 +219,57 @@ def _generate(
         stats.stopped = "length"
         return
     session = module.session(adapter) if session is None else session
+    passes: Callable[[int, int], list[int]] | None = None
+    if drafting is not None:
+        session.draft()
+        passes = Passes(session, decoder, sampling, drafting, stats)
     with session.lock:
         stats.reused_tokens = session.keep_prefix(ids)
         mark = session.mark
     meter = open_meter(module.manifest.target.kind)
     stats.joules_reason = meter.reason or "no token after the first"
+    made, ended = 0, 0
     try:
         start = time.perf_counter()
         token, mark = _next(session, ids[stats.reused_tokens :], sampling, mark)
         stats.prefill_seconds = time.perf_counter() - start
         meter.start()
-        for made in range(1, count + 1):
-            if token in eos:
-                stats.stopped = "eos"
-                return
-            stats.new_tokens = made
-            if made == count:
-                stats.stopped = "length"
-            yield token
+        tokens = [token]
+        while made < count:
+            for token in tokens:
+                if token in eos:
+                    stats.stopped, ended = "eos", 1
+                    return
+                made += 1
+                stats.new_tokens = made
+                if made == count:
+                    stats.stopped = "length"
+                yield token
             if made < count:
                 start = time.perf_counter()
-                token, mark = _next(session, [token], sampling, mark, decode=True)
+                if passes is None:
+                    token, mark = _next(session, [token], sampling, mark, decode=True)
+                    tokens = [token]
+                else:
+                    with session.lock:
+                        session.check_mark(mark)
+                        tokens, mark = passes(token, count - made), session.mark
                 stats.decode_seconds += time.perf_counter() - start
                 meter.keep()
     finally:
+        if session.belongs_to(module, None):
+            _leave(session, mark, len(ids) + made - 1 + ended)
         if stats.new_tokens > 1:
             stats.joules_decode = meter.stop()
             stats.joules_source = meter.source if stats.joules_decode is not None else None
             stats.joules_reason = meter.reason
+
+
+def _leave(session: Session, mark: tuple[int, int], tokens: int) -> None:
+    """Let a sequence hold no more tokens than a text that came one by one would have left in it."""
+    with session.lock:
+        if session.mark == mark and session.position > tokens and session.can_rewind(tokens):
+            session.rewind(tokens)
 
 
 def _next(

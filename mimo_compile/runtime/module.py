@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -32,6 +31,7 @@ from mimo_compile.runtime.pages import pool_of, pooled_states
 from mimo_compile.runtime.program import Entry, Manifest
 from mimo_compile.runtime.sampling import Sampling
 from mimo_compile.runtime.session import Session
+from mimo_compile.runtime.speculate import Speculation
 from mimo_compile.runtime.threads import thread_count, use_threads
 
 
@@ -215,18 +215,7 @@ class Module:
         """
         arrays = self._accept(entry, inputs)
         with self.lock:
-            bound = self.bind(entry)
-            times = np.empty((repeat, len(bound.calls)))
-            for row in times:
-                bound.fill(arrays)  # the run before may have put other data in their place
-                for column, (function, arguments) in enumerate(bound.calls):
-                    start = time.perf_counter()
-                    function(*arguments)
-                    row[column] = time.perf_counter() - start
-        return [
-            Timing(call.label, call.kernel, float(seconds))
-            for call, seconds in zip(bound.program.calls, np.median(times, 0), strict=True)
-        ]
+            return self.bind(entry).timings(arrays, repeat)
 
     @property
     def tokenizer(self) -> Any:
@@ -304,12 +293,12 @@ class Module:
         stats: Stats | None = None,
         adapter: str | None = None,
         session: Session | None = None,
+        speculative: bool | Speculation = False,
     ) -> Iterator[int]:
         """Generate token ids one by one; arguments as in `generate`."""
         sampling = Sampling(temperature, top_k, top_p, seed)
-        return generate.generate_ids(
-            self, prompt, max_new_tokens, sampling, stop_at_eos, stats, adapter, session
-        )
+        rest = (stop_at_eos, stats, adapter, session, speculative)
+        return generate.generate_ids(self, prompt, max_new_tokens, sampling, *rest)
 
     def generate(
         self,
@@ -324,6 +313,7 @@ class Module:
         stats: Stats | None = None,
         adapter: str | None = None,
         session: Session | None = None,
+        speculative: bool | Speculation = False,
     ) -> Iterator[str]:
         """Generate text, piece by piece; no piece ends within a character.
 
@@ -340,15 +330,16 @@ class Module:
             adapter: Which of the artifact's low-rank adapters to use for this text; None: none.
             session: Of this module (see `session`): what it holds of the prompt's beginning is not
                 computed again, and afterwards it holds this text. None: a new one.
+            speculative: Let the model's draft heads say some tokens ahead, and verify them in one pass. A
+                `Speculation` says how. The text is the same, or distributed alike: see docs/speculative.md.
 
         Raises:
-            UsageError: The artifact is no decoder, or an argument is out of range; at once, not
-                at the first piece.
+            UsageError: The artifact is no decoder, has no draft heads where they are asked for, or an
+                argument is out of range; at once, not at the first piece.
         """
         sampling = Sampling(temperature, top_k, top_p, seed)
-        return generate.generate_text(
-            self, prompt, max_new_tokens, sampling, stop_at_eos, stats, adapter, session
-        )
+        rest = (stop_at_eos, stats, adapter, session, speculative)
+        return generate.generate_text(self, prompt, max_new_tokens, sampling, *rest)
 
     def generate_batch_ids(
         self,

@@ -149,6 +149,11 @@ class Decoder(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     batch: int = 1
     """Sequences that may be in progress at once. Of more than one there is an entry ``batch_B``: like
     ``step_1`` for one token of each of B sequences, with ``ids int32 [B]`` and ``pos int32 [B, 2]``."""
+    alike: tuple[int, ...] = ()
+    """Token counts T, ascending, whose ``step_T`` and ``head_T`` add up in one order: a token's logits are
+    the same bits in each."""
+    unlike: tuple[str, ...] = ()
+    """Workloads that kept entry points from adding up in one order."""
     pool: Pool | None = None
     """Pages of the caches of whole contexts; None: each sequence has caches of its own."""
 

@@ -12,6 +12,8 @@ import numpy.typing as npt
 
 from mimo_compile.errors import MimoError, UsageError
 
+Distribution = tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]
+"""Tokens that may be drawn `[n]`, and their probabilities `[n]`."""
 _MASK = (1 << 64) - 1
 _FIRST_LOOK = 512  # most probable tokens among which top_p is looked for before sorting all
 
@@ -60,23 +62,36 @@ def sample(logits: npt.NDArray[Any], sampling: Sampling, position: int) -> int:
     Raises:
         MimoError: The logits hold NaN or plus infinity, or exclude every token.
     """
+    best = most_probable(logits, position)
+    if sampling.temperature == 0:
+        return best
+    return draw(distribution(logits, sampling), uniform(sampling.seed, position))
+
+
+def most_probable(logits: npt.NDArray[Any], position: int) -> int:
+    """Return the token with the greatest logit, the lowest id among equals.
+
+    Raises:
+        MimoError: The logits hold NaN or plus infinity, or exclude every token.
+    """
     best = int(np.argmax(logits))  # the first NaN if there is one
     if not math.isfinite(logits[best]):
         raise MimoError(
             f"the logits at position {position} are no numbers to draw from: {logits[best]}",
             remedy="Run: mimo-compile verify, to see which kernel or weight is wrong.",
         )
-    if sampling.temperature == 0:
-        return best
-    ids, probabilities = distribution(logits, sampling)
+    return best
+
+
+def draw(drawn: Distribution, at: float) -> int:
+    """Return the token that a number in [0, 1) falls on; the probabilities may add up to anything."""
+    ids, probabilities = drawn
     sums = np.cumsum(probabilities)
-    at = np.searchsorted(sums, uniform(sampling.seed, position) * sums[-1], side="right")
-    return int(ids[min(int(at), len(ids) - 1)])
+    index = int(np.searchsorted(sums, at * sums[-1], side="right"))
+    return int(ids[min(index, len(ids) - 1)])
 
 
-def distribution(
-    logits: npt.NDArray[Any], sampling: Sampling
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+def distribution(logits: npt.NDArray[Any], sampling: Sampling) -> Distribution:
     """Return the tokens that may be drawn at a temperature above 0, and their probabilities.
 
     Args:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mimo_compile.errors import UsageError
 from mimo_compile.runtime.arguments import Array, adapter_index, check_ids, decoder_of, whole
+from mimo_compile.runtime.drafting import Drafts
 from mimo_compile.runtime.rollback import Held
 from mimo_compile.runtime.steps import plan_steps
 
@@ -40,6 +41,8 @@ class Session:
         self._held = Held(self._decoder.layers)
         self._exact = 0  # first tokens whose keys are those of a prompt
         self._turn = 0  # raised whenever tokens may have been dropped
+        self.drafts: Drafts | None = None
+        """What draft heads hold of it, once it drafts (`draft`)."""
 
     @property
     def position(self) -> int:
@@ -220,6 +223,8 @@ class Session:
             self._turn += 1
             del self._tokens[position:]
             self._exact = min(self._exact, position)
+            if self.drafts is not None:
+                self.drafts.drop(position)
 
     def can_rewind(self, position: int) -> bool:
         """Whether the states still hold all that is seen from a position on.
@@ -247,7 +252,7 @@ class Session:
         with self.lock:
             kept = self.prefix(ids)
             self.rewind(kept)
-            return kept
+            return kept if self.drafts is None else self._with_drafts(kept, self.drafts)
 
     def prefix(self, ids: Sequence[int] | Array) -> int:
         """Return how many tokens `keep_prefix` would keep."""
@@ -293,6 +298,33 @@ class Session:
         with self.lock:
             if self._module.owns(self._number):
                 self._module.vacate(self.slot)
+
+    def _with_drafts(self, kept: int, drafts: Drafts) -> int:
+        """Go back as far as draft heads need tokens to come again; returns how many are kept."""
+        needed = drafts.needed(kept)
+        if needed < kept:
+            right = drafts.right  # what is dropped now comes again
+            kept = self._held.most(needed)
+            self.rewind(kept)
+            drafts.trust(right)
+        return kept
+
+    def propose(
+        self, token: int, depth: int, pick: Callable[[Array, int], int | None]
+    ) -> tuple[list[int], list[float]]:
+        """Return up to ``depth`` drafts of what follows a token that is about to be appended.
+
+        The sequence must draft (`draft`), and hold what it read as a prompt since. See `Drafts.propose`.
+        """
+        assert self.drafts is not None
+        with self.lock:
+            self._check_alive()
+            return self.drafts.propose(self._tokens, token, depth, pick)
+
+    def draft(self) -> None:
+        """Begin to keep what draft heads need; `keep_prefix` makes up for tokens that are there already."""
+        if self.drafts is None:
+            self.drafts = Drafts(self._decoder, self._entry)
 
     def logits(self, hidden: Array) -> Iterator[Array]:
         """Give the logits `[n, V]` float32 of hidden states `[m, D]`, some rows at a time.

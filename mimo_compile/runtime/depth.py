@@ -1,0 +1,101 @@
+"""How many drafts to verify at once: as many as pay, by what was accepted and what steps have cost so far.
+
+With acceptances a_1, a_2, ... of the heads (each given that those before it were accepted) a pass over K
+drafts emits 1 + a_1 + a_1 a_2 + ... tokens. The depth with most tokens for its time is taken.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+_FIRST = 4
+"""Passes with all heads before anything is left out."""
+_AGAIN = 48
+"""Passes after which what has not been tried for so long is tried once more."""
+_MEMORY = 0.95
+"""Part of what is known that one more observation leaves."""
+_PRIOR = 0.6
+"""Acceptance that is expected before anything is known; counts as one observation."""
+_TIMES = 9
+"""Last times of something that its usual time is taken from: a median forgives what others' work takes."""
+_PLAIN = 2
+"""Passes without drafts that are tried before one is judged; the first binds what it runs."""
+
+
+class Depth:
+    """Chooses the number of drafts of each pass, and learns from each."""
+
+    def __init__(self, most: int, fixed: int | None = None) -> None:
+        """Begin to learn; ``most``: heads that there are; ``fixed``: always so many drafts."""
+        self.most = most
+        self._fixed = fixed
+        self._passes = 0
+        self._kept, self._tried = [_PRIOR] * most, [1.0] * most
+        self._passing = [_Times(), _Times()]
+        """Of passes without drafts, and with some."""
+        self._heads = [_Times() for _ in range(most)]
+        self._last: list[int] = [0] * (most + 1)
+        """Pass in which each depth, or a greater one, was tried; of depth 0, the very one."""
+
+    def choose(self, room: int) -> int:
+        """Return the number of drafts of the next pass, at most ``room``."""
+        most = min(self.most, room)
+        if self._fixed is not None:
+            return min(self._fixed, most)
+        if most <= 0 or self._passes < _FIRST:
+            return max(most, 0)
+        stale = [k for k in range(most + 1) if self._passes - self._last[k] > _AGAIN]
+        if self._passing[0].count < _PLAIN:
+            stale = [0]
+        if stale:
+            return stale[-1]
+        return max(range(most + 1), key=self._worth)
+
+    def learn(self, drafted: int, kept: int, seconds: float, heads: Sequence[float]) -> None:
+        """Take note of a pass.
+
+        Args:
+            drafted: Drafts of the pass.
+            kept: Of them, accepted.
+            seconds: What it took without drafting.
+            heads: Seconds of each draft.
+        """
+        self._passes += 1
+        for head in range(min(kept + 1, drafted)):
+            self._kept[head] = _MEMORY * self._kept[head] + (head < kept)
+            self._tried[head] = _MEMORY * self._tried[head] + 1
+        self._passing[drafted > 0].add(seconds)
+        for times, took in zip(self._heads, heads, strict=False):
+            times.add(took)
+        for depth in range(1, drafted + 1):
+            self._last[depth] = self._passes
+        if not drafted:
+            self._last[0] = self._passes
+
+    def expected(self, depth: int) -> float:
+        """Return the tokens that a pass with so many drafts is expected to emit."""
+        tokens, all_kept = 1.0, 1.0
+        for kept, tried in zip(self._kept[:depth], self._tried, strict=False):
+            all_kept *= kept / tried
+            tokens += all_kept
+        return tokens
+
+    def _worth(self, depth: int) -> float:
+        """Return the tokens per second that are expected of a depth."""
+        seconds = self._passing[depth > 0].usual + sum(h.usual for h in self._heads[:depth])
+        return self.expected(depth) / seconds
+
+
+class _Times:
+    """How long something takes."""
+
+    def __init__(self) -> None:
+        self._last: deque[float] = deque(maxlen=_TIMES)
+        self.count = 0
+        self.usual = 0.0
+
+    def add(self, seconds: float) -> None:
+        self._last.append(seconds)
+        self.count += 1
+        self.usual = sorted(self._last)[(len(self._last) - 1) // 2]
