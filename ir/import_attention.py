@@ -155,13 +155,13 @@ class ListConverters:
         q, k_cache, pos, peak, guess, kind, agg, block, channels, scale, *more = imp.retrieve_args(
             node
         )
-        (t, h, d), (cap, kv, _) = extents(q), extents(k_cache)
-        out = [t, h if agg == "none" else kv, -(-cap // block)]
+        (r, h, d), (cap, kv, _), b = extents(q), extents(k_cache)[-3:], sequences(pos)
+        t, out = r // b, [r, h if agg == "none" else kv, -(-cap // block)]
         return self.call(
             imp, "score_keys", [q, pos, guess, peak, k_cache], [(out, "float32")], t=t, h=h, kv=kv, d=d,
             cap=cap, kind=kind, agg=agg, block=block, channels=channels, guess=int(guess is not None),
             scale=factor(scale, d), len=measured(cap, t), c=self.cache_format(k_cache),
-            lay="" if kind == "channels" else self.lay, span=more[0] if more else 0,
+            lay="" if kind == "channels" else self.lay, span=more[0] if more else 0, b=b,
         )  # fmt: skip
 
     def key_mean(self, node: Any, imp: Any) -> Any:

@@ -30,6 +30,7 @@ from torch import Tensor
 from mimo_compile.errors import UsageError
 from mimo_compile.ir.caches import check_cache_order, parse_cache_format
 from mimo_compile.ir.counts import Counts
+from mimo_compile.ir.ops import batches
 from mimo_compile.ir.ops.base import Arg, Array, OpDef, Param
 from mimo_compile.ir.ops.block_lists import blocks_of
 from mimo_compile.ir.ops.numerics import U32
@@ -149,8 +150,14 @@ def score_keys(
 
     Returns:
         ``[T, HS, ceil(cap / block)]``; HS is H with ``agg=none``, else KV.
+
+    Of B sequences, but for `channels`: ``q [B * T, H, D]``, ``k_cache [B, cap, KV, D]``, ``pos [B, 2]``.
     """
-    return key_scores(q, k_cache, pos, peak, guess, kind, agg, block, channels, scale, span)
+
+    def one(at: Tensor, mine: Tensor, chooser: Tensor | None, keys: Tensor) -> Tensor:
+        return key_scores(mine, keys, at, peak, chooser, kind, agg, block, channels, scale, span)
+
+    return torch.cat(batches.several(one, pos, (q, guess), (k_cache,)))
 
 
 @score_keys.register_fake
@@ -158,8 +165,8 @@ def _(
     q: Tensor, k_cache: Tensor, pos: Tensor, peak: Any, guess: Any,
     kind: str, agg: str, block: int, channels: int, scale: float, span: int = 0,
 ) -> Tensor:  # fmt: skip
-    heads = q.shape[1] if agg == "none" else k_cache.shape[1]
-    return q.new_empty((q.shape[0], heads, blocks_of(k_cache.shape[0], block)))
+    heads = q.shape[1] if agg == "none" else k_cache.shape[-2]
+    return q.new_empty((q.shape[0], heads, blocks_of(k_cache.shape[-3], block)))
 
 
 class ScoreKeys(OpDef):
@@ -185,12 +192,14 @@ class ScoreKeys(OpDef):
         Param("c", str, "f32"),
         Param("lay", str, ""),
         Param("span", int, 0),
+        Param("b", int, 1, low=1),
     )
 
     def check(self, p: Mapping[str, Any]) -> None:
         """Refuse unknown kinds, heads that do not group, channels that are not there."""
         parse_cache_format(p["c"])
         check_cache_order(self.name, p)
+        batches.check_batch(self.name, p)
         if p["kind"] not in KINDS or p["agg"] not in KINDS[p["kind"]]:
             ways = "; ".join(f"{kind}: {', '.join(aggs)}" for kind, aggs in KINDS.items())
             raise UsageError(f"score_keys: no kind={p['kind']}, agg={p['agg']}", remedy=ways)
@@ -226,11 +235,11 @@ class ScoreKeys(OpDef):
             out.append(Arg("peak", "state", (spans, p["kv"], p["d"]), stored))
         elif p["kind"] == "channels":
             out.append(Arg("peak", "state", (p["kv"], p["d"]), "float32"))
-        return (
-            *out,
+        out += [
             Arg("k_cache", "state", (p["cap"], p["kv"], p["d"]), stored),
             Arg("score", "output", (p["t"], heads, blocks_of(p["cap"], p["block"])), "float32"),
-        )
+        ]
+        return batches.batched(out, p["b"])
 
     def make_inputs(self, workload: Workload, rng: np.random.Generator) -> dict[str, Array]:
         """Draw normal queries and keys, channels of unequal size; slots beyond the length hold NaN.
@@ -240,6 +249,8 @@ class ScoreKeys(OpDef):
         p = self.full(workload)
         fmt = parse_cache_format(p["c"])
         length, span = int(p["len"] or p["cap"]), int(p["span"])
+        if p["b"] > 1:
+            return batches.drawn(self, workload, rng, batches.lengths(length, p))
         shapes = {a.name: a.shape for a in self.args(workload) if a.role != "output"}
         out: dict[str, Array] = {
             name: rng.standard_normal(shape, dtype=np.float32)
@@ -271,6 +282,7 @@ class ScoreKeys(OpDef):
         """Return the factor on q.k: the given one or ``1/sqrt(d)``."""
         return float(p["scale"] or p["d"] ** -0.5)
 
+    @batches.one_by_one
     def reference(self, workload: Workload, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Compute in float64."""
         p = self.full(workload)
@@ -281,6 +293,7 @@ class ScoreKeys(OpDef):
         )  # fmt: skip
         return {"score": scored.numpy()}
 
+    @batches.one_by_one
     def bound(
         self, workload: Workload, inputs: Mapping[str, Array], expected: Mapping[str, Array]
     ) -> dict[str, Array]:
@@ -344,6 +357,9 @@ class ScoreKeys(OpDef):
     def counts(self, workload: Workload) -> Counts:
         """Keys (of ``channels``: those channels, and peaks) once for each KV head, scores written once."""
         p = self.full(workload)
+        if p["b"] > 1:
+            lengths = batches.lengths(int(p["len"] or p["cap"]), p)
+            return batches.counted(self, workload, lengths)
         length = float(p["len"] or p["cap"])
         heads = p["kv"] if p["kind"] == "channels" and p["agg"] == "mean" else p["h"]
         deep = p["channels"] or p["d"]

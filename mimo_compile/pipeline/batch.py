@@ -7,29 +7,30 @@ from operator import index
 from typing import TYPE_CHECKING
 
 from mimo_compile.errors import UsageError
-from mimo_compile.ir.caches import FORMATS, scheme_cache_format
-from mimo_compile.ir.formats import QuantScheme
+from mimo_compile.ir.kv_groups import GROUPED
 from mimo_compile.ir.policies import AttentionPolicy
 
 if TYPE_CHECKING:
     from mimo_compile.frontend.models.decoder import Decoder
+    from mimo_compile.frontend.models.stages import LayerCore
 
 MOST_SEQUENCES = 256
 """Of a batch: as many rows as the longest step has."""
-POLICIES = ("model", "full", "window")
-"""Whose layers attend to all that their windows leave, which kernels of batches do."""
+POLICIES = (
+    "model", "full", "window", "stream", "quest", "seer", "lessismore", "moba", "resa", "sale",
+)  # fmt: skip
+"""All of whose operations on one token have kernels for several sequences, in float arithmetic."""
 
 
-def check_batch(batch: int, scheme: QuantScheme, policy: AttentionPolicy) -> int:
+def check_batch(batch: int, policy: AttentionPolicy) -> int:
     """Refuse what cannot be, before a model is read; returns the number of sequences.
 
     Args:
         batch: Sequences to decode together; 1 asks for nothing.
-        scheme: How weights and caches are stored.
         policy: What layers attend to.
 
     Raises:
-        UsageError: so many sequences, or batches over such caches or with such a policy, have no kernels.
+        UsageError: so many sequences, or batches with such a policy, have no kernels.
     """
     try:
         count = 0 if isinstance(batch, bool) else index(batch)
@@ -40,15 +41,7 @@ def check_batch(batch: int, scheme: QuantScheme, policy: AttentionPolicy) -> int
             f"{batch!r} sequences cannot be decoded together (--batch)",
             remedy=f"use 1 to {MOST_SEQUENCES}",
         )
-    if count == 1:
-        return count
-    if scheme_cache_format(scheme.kv).name not in FORMATS:
-        have = " and ".join(f"kv{f.scheme}" for f in FORMATS.values() if f.scheme)
-        raise UsageError(
-            f"--batch {batch} has no kernels for caches in kv{scheme.kv}",
-            remedy=f"use {have}, or leave kv... out of --quant for float32 caches",
-        )
-    if policy.name not in POLICIES or policy.arithmetic != "float":
+    if count > 1 and (policy.name not in POLICIES or policy.arithmetic != "float"):
         raise UsageError(
             f"--batch {batch} has no kernels for --attention {policy}",
             remedy=f"use {', '.join(POLICIES)}, or leave out --batch",
@@ -57,54 +50,52 @@ def check_batch(batch: int, scheme: QuantScheme, policy: AttentionPolicy) -> int
 
 
 def check_layers(decoder: Decoder, batch: int, *, pages: bool = False) -> None:
-    """Refuse a model some of whose layers choose by themselves what they attend to, or with too large caches.
+    """Refuse a model that was trained with a policy of which there are no batches, or with too large caches.
 
     ``pages``: caches that can be pages are (see `pages.paging_of`, which says how many there may be).
 
     Raises:
-        UsageError: naming the first of them.
+        UsageError: naming the policy or the layer.
     """
     from mimo_compile.frontend.models.stages import LayerCore
+    from mimo_compile.pipeline.graphs import may_page
 
     if batch == 1:
         return
-    _check_size(decoder, batch, pages)
+    policy = decoder.config.attention
+    if policy.name not in POLICIES or policy.arithmetic != "float":
+        raise UsageError(
+            f"--batch {batch} has no kernels for a model whose layers attend by {policy}",
+            remedy="leave out --batch",
+        )
     for stage in decoder.stages():
-        module = stage.module
-        if isinstance(module, LayerCore) and (
-            module.attend.kind or module.attend.lay or module.caches.name not in FORMATS
-        ):
-            raise UsageError(
-                f"--batch {batch} has no kernels for the attention of {stage.name}",
-                remedy="leave out --batch",
-            )
+        if isinstance(stage.module, LayerCore) and not (pages and may_page(stage)):
+            _check_size(stage.name, stage.module, batch)
 
 
-def _check_size(decoder: Decoder, batch: int, pages: bool) -> None:
-    """Refuse caches that are so large together that kernels could not index them.
+def _check_size(name: str, layer: LayerCore, batch: int) -> None:
+    """Refuse states that are so large together that kernels could not index them.
 
     Raises:
         UsageError: naming the layer.
     """
-    from mimo_compile.frontend.models.stages import LayerCore
-    from mimo_compile.pipeline.graphs import may_page
+    from mimo_compile.schedules.attention.group_layout import group_shapes
     from mimo_compile.schedules.attention.layout import cache_shapes
     from mimo_compile.schedules.emit.build import MOST
 
-    for stage in decoder.stages():
-        module = stage.module
-        if not isinstance(module, LayerCore) or module.caches.name not in FORMATS:
-            continue
-        if pages and may_page(stage):
-            continue
-        (cap, kv, d), dv = module.k_cache.shape, module.v_cache.shape[2]
-        sizes = {"cap": cap, "kv": kv, "d": d, "dv": dv, "c": module.caches.name}
-        each = max(math.prod(shape) for shape in cache_shapes(sizes).values())
-        if each * batch > MOST:
-            raise UsageError(
-                f"--batch {batch}: caches of {stage.name} would have {each * batch} numbers, and kernels "
-                f"index at most {MOST}",
-                remedy=f"use --batch {MOST // each}, or a smaller --max-context"
-                if each <= MOST
-                else "use a smaller --max-context",
-            )
+    (cap, kv, d), dv, c = layer.k_cache.shape, layer.v_cache.shape[2], layer.caches.name
+    sizes = {"cap": cap, "kv": kv, "d": d, "dv": dv, "c": c}
+    if c in GROUPED:
+        tail = layer.get_buffer("k_tail").shape[0]
+        shapes = group_shapes({**sizes, "tail": tail}, GROUPED[c])
+    else:
+        shapes = cache_shapes(sizes)
+    each = max(math.prod(shape) for shape in shapes.values())
+    if each * batch > MOST:
+        raise UsageError(
+            f"--batch {batch}: caches of {name} would have {each * batch} numbers, and kernels "
+            f"index at most {MOST}",
+            remedy=f"use --batch {MOST // each}, or a smaller --max-context"
+            if each <= MOST
+            else "use a smaller --max-context",
+        )

@@ -265,7 +265,7 @@ def decoder_graphs(
     for t in DECODE_STEPS if config.decodes_apart else ():
         add(f"decode_{t}", body, t, inputs, outs, config.chooses(decode=True))
     if batch > 1:
-        add(f"batch_{batch}", body, batch, inputs, outs, batch=batch)
+        add(f"batch_{batch}", body, batch, inputs, outs, config.chooses(decode=True), batch)
     for t in HEADS:
         add(f"head_{t}", [head], t, ("normed",), {"logits": "logits"})
     for index, draft in enumerate(drafts):

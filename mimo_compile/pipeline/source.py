@@ -103,7 +103,7 @@ def open_source(
         raise UsageError("gates are for model folders (--gates)")
     if pages is not None and not decoder:
         raise UsageError("pages of caches are for model folders (--pages)")
-    batch = check_batch(batch, scheme, policy)
+    batch = check_batch(batch, policy)
     pages = check_pages(pages, batch, scheme, policy)
     if isinstance(source, torch.nn.Module):
         _plain_only(scheme, quant, calibration, attention)

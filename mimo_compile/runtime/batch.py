@@ -46,6 +46,9 @@ def append_each(module: Module, sessions: Sequence[Session], tokens: Sequence[in
         places = [session.place_of_next(module) for session in sessions]
         if len(slots) == 1:  # what computes several rows takes longer for one
             return sessions[0].append(ids, decode=True)
+        decoder = decoder_of(module)
+        for session in sessions:
+            session.make_exact(decoder.rerun)
         if module.pool is not None:
             module.pool.take(
                 [(slot, at, at + 1) for slot, (at, _) in zip(slots, places, strict=True)]
@@ -58,9 +61,10 @@ def append_each(module: Module, sessions: Sequence[Session], tokens: Sequence[in
             chosen[...] = -1
             chosen[slots] = [adapter for _, adapter in places]
         bound.run()
-        for session, token in zip(sessions, ids.tolist(), strict=True):
-            session.took([token])
         hidden: Array = bound.outputs["hidden"][slots]
+        for session, token in zip(sessions, ids.tolist(), strict=True):
+            session.took([token], decoded=bool(decoder.decode))
+            session.make_exact(decoder.rerun)
         return hidden
 
 

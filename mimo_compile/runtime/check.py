@@ -143,10 +143,6 @@ def _check_decoder(decoder: Decoder, entries: Mapping[str, Entry], where: str) -
         raise ArtifactError(f"decode {list(decoder.decode)} does not ascend from 1", where=where)
     if decoder.rerun < 0 or (decoder.rerun and not decoder.decode):
         raise ArtifactError(f"rerun {decoder.rerun} without decode entries", where=where)
-    if decoder.batch > 1 and decoder.decode:
-        raise ArtifactError(
-            f"batch {decoder.batch} beside decode {list(decoder.decode)}", where=where
-        )
     tokens = [(f"step_{t}", t) for t in decoder.steps]
     tokens += [(f"decode_{t}", t) for t in decoder.decode]
     tokens += [(f"batch_{decoder.batch}", decoder.batch)] if decoder.batch > 1 else []

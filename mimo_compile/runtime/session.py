@@ -103,19 +103,20 @@ class Session:
             part = tokens[done : done + valid]
             with self.lock:
                 self.check_mark(mark)
-                if decoder.rerun:
-                    # rings hold one step more than the window: later they have forgotten too much
-                    self._make_exact(decoder.rerun if apart else 1)
-                exact = self._exact
+                # rings hold one step more than the window: later they have forgotten too much
+                self.make_exact(decoder.rerun if apart else 1)
+                if self.drafts is not None:
+                    self.drafts.prepare(self._tokens, valid)
                 hidden = self._step(f"{kind}_{count}", part, self.position)
-                self.took(part.tolist())
-                if apart:
-                    self._exact = exact
+                self.took(part.tolist(), decoded=apart)
+                if self.drafts is not None:
+                    states = self._entry(f"{kind}_{count}").outputs["prenorm"]
+                    self.drafts.read(states[:valid], self._tokens)
                 mark = self.mark
             done += valid
             yield hidden
-            if apart and decoder.rerun:
-                self._make_exact(decoder.rerun)
+            if apart:
+                self.make_exact(decoder.rerun)
 
     def place_of_next(self, module: Module) -> tuple[int, int]:
         """Return what an entry of a module takes for the next token: its position, the adapter's index.
@@ -129,12 +130,15 @@ class Session:
         self._check_room(self.position + 1)
         return self.position, self._adapter
 
-    def took(self, tokens: Sequence[int]) -> None:
-        """Note tokens that an entry has appended to the states."""
+    def took(self, tokens: Sequence[int], *, decoded: bool = False) -> None:
+        """Note tokens that an entry has appended to the states.
+
+        ``decoded``: by an entry in which they attend to less than those of a prompt.
+        """
         at = self.position
         self._tokens += tokens
         self._held.append(self.position)
-        if self._exact == at:
+        if self._exact == at and not decoded:
             self._exact = self.position
 
     def _check_room(self, end: int) -> None:
@@ -160,11 +164,14 @@ class Session:
         hidden: Array = bound.outputs["hidden"][: len(tokens)]
         return hidden
 
-    def _make_exact(self, least: int) -> None:
-        """Run generated tokens again as if they had been a prompt, where there are so many."""
+    def make_exact(self, least: int) -> None:
+        """Run generated tokens again as if they had been a prompt, where there are so many.
+
+        Only under a policy that says so (the artifact's ``rerun``).
+        """
         with self.lock:
             end = self.position
-            if end - self._exact < least:
+            if not self._decoder.rerun or end - self._exact < least:
                 return
             slack = self._decoder.max_context - end
             for count in plan_steps(end - self._exact, self._decoder.steps, slack):

@@ -13,6 +13,7 @@ from mimo_compile.schedules.attention.reach import fixed
 from mimo_compile.schedules.attention.score_common import NEVER, across, add, put
 from mimo_compile.schedules.attention.score_rows import WholeLines, by_lines
 from mimo_compile.schedules.attention.score_slots import Chosen, Slots, Tile, Whole
+from mimo_compile.schedules.attention.sequences import part_of, place_of, turns
 from mimo_compile.schedules.emit.build import (
     Register,
     T,
@@ -169,17 +170,21 @@ def emit(
     q: Any, pos: Any, guess: Any, peak: Any, k: Any, score: Any,
 ) -> None:  # fmt: skip
     """Emit the kernel."""
-    splits = min(splits, s.runs)
-    span = (fixed(pos[0]), fixed(pos[1]))
+    splits, b = min(splits, s.runs), int(s.p["b"])
     oracle, groups = s.kind == "oracle", s.p["kv"] * s.tiles
-    shared = Held(s, groups, splits) if oracle and splits > 1 else None
+    shared = Held(s, b * groups, splits) if oracle and splits > 1 else None
     share = -(-s.runs // splits)
-    with loop(groups * splits, parallel=parallel) as task:
+    with turns(b, groups * splits, parallel=parallel) as (sequence, task):
+        where = place_of(pos, sequence)
+        span = (fixed(where[0]), fixed(where[1]))
+        queries, guesses, keys, scores = (
+            part_of(buffer, sequence, b) for buffer in (q, guess, k, score)
+        )
         group, part = T.floordiv(task, T.int32(splits)), T.floormod(task, T.int32(splits))
         head = fixed(T.floordiv(group, T.int32(s.tiles)))
         first = fixed(T.floormod(group, T.int32(s.tiles)) * s.tile)
-        tile = _tile(s, k, span, head, first, scale, q, guess, peak)
-        held, at = shared, (fixed(group), fixed(task + T.int32(0)))
+        tile = _tile(s, keys, span, head, first, scale, queries, guesses, peak)
+        held, at = shared, (_of(sequence, groups, group), _of(sequence, groups * splits, task))
         if oracle and held is None:
             held, at = Held(s, 1, 1), (0, 0)
         if held is not None:
@@ -192,17 +197,22 @@ def emit(
             if held is not None:
                 held.take(tile, *at, run)
             else:
-                _write_run(s, tile, run, score)
+                _write_run(s, tile, run, scores)
         if held is None:
             begin = fixed(T.max(part * share, tile.used))
             end = T.min((part + 1) * share, T.int32(s.runs))
             with T.serial(0, fixed(T.max(end - begin, T.int32(0)))) as step:
-                _write_nothing(s, tile, fixed(begin + step), score)
+                _write_nothing(s, tile, fixed(begin + step), scores)
         elif shared is None:
             limit = fixed(tile.used * s.blocks_of_run)
-            held.finish(0, head, first, limit, score)
+            held.finish(0, head, first, limit, scores)
     if shared is not None:
-        _finish(s, shared, groups, parallel, span, k, score)
+        _finish(s, shared, groups, parallel, pos, score)
+
+
+def _of(sequence: Any | None, each: int, index: Any) -> Any:
+    """Return an index among those of all sequences, of which one has so many."""
+    return fixed(index + T.int32(0)) if sequence is None else fixed(sequence * each + index)
 
 
 def _tile(
@@ -220,15 +230,17 @@ def _tile(
     return whole
 
 
-def _finish(
-    s: Slots, held: Held, groups: int, parallel: bool, span: tuple[Any, Any], k: Any, score: Any
-) -> None:
+def _finish(s: Slots, held: Held, groups: int, parallel: bool, pos: Any, score: Any) -> None:
     """Bring the parts of each tile together."""
-    with loop(groups, parallel=parallel and groups > 1) as group:
+    b = int(s.p["b"])
+    with turns(b, groups, parallel=parallel and b * groups > 1) as (sequence, group):
+        where = place_of(pos, sequence)
+        span = (fixed(where[0]), fixed(where[1]))
         head = fixed(T.floordiv(group, T.int32(s.tiles)))
         first = fixed(T.floormod(group, T.int32(s.tiles)) * s.tile)
         last = T.min(first + s.tile, span[1]) - 1
         seen = T.if_then_else(first < span[1], span[0] + last + 1, T.int32(0))
         used = T.floordiv(seen + (s.run - 1), T.int32(s.run))
         limit = fixed(used * s.blocks_of_run)
-        held.finish(group, head, first, limit, score)
+        at = group if sequence is None else _of(sequence, groups, group)
+        held.finish(at, head, first, limit, part_of(score, sequence, b))

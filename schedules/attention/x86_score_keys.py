@@ -1,6 +1,6 @@
 """Scores of blocks from the keys themselves on x86: lanes are slots, so nothing is summed over lanes.
 
-A task is a KV head with a tile of queries and a part of the keys, which it passes over in runs.
+A task is a KV head of a sequence with a tile of queries and a part of the keys, which it passes over in runs.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.hardware import Hardware
-from mimo_compile.ir.ops import get_op
+from mimo_compile.ir.ops import batches, get_op
 from mimo_compile.ir.ops.base import Arg, Array
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.attention import layout
@@ -77,7 +77,7 @@ class X86ScoreKeys(Schedule):
         row = max(n for n in rows if n <= 4)
         side = max(n for n in (1, 2, 4, 8) if n * row <= most - 4 or n == 1)
         heavy = get_op(self.op).counts(workload).ops["fma_f32"] >= PARALLEL_FMA
-        crew, tasks = hardware.threads if heavy else 1, p["kv"] * -(-p["t"] // tile)
+        crew, tasks = hardware.threads if heavy else 1, p["b"] * p["kv"] * -(-p["t"] // tile)
         part = next((n for n in splits if tasks * n >= crew and tasks * n % crew == 0), splits[-1])
         run = max(n for n in runs if n * tile * heads <= 4096 or n == 16)
         streams = tile * heads <= row or p["kind"] == "channels"
@@ -113,7 +113,7 @@ class X86ScoreKeys(Schedule):
         if p["span"]:
             room += 4 * p["d"]
         if p["kind"] == "oracle":
-            room += 4 * p["kv"] * s.tiles * s.height * (s.blocks + s.blocks_of_run)
+            room += 4 * p["b"] * p["kv"] * s.tiles * s.height * (s.blocks + s.blocks_of_run)
         counts = self.work(workload, config, hardware)
         assert op.name == self.op
         return Kernel(name, function(name, args, body), args, counts, room)
@@ -126,9 +126,9 @@ class X86ScoreKeys(Schedule):
         """Return the kernel's work without generating it: whole runs up to each tile's last query."""
         s = Slots.of(workload, config)
         p, need = s.p, get_op(self.op).counts(workload)
-        length = int(p["len"] or p["cap"])
-        firsts = range(0, p["t"], s.tile)
-        ends = (length - p["t"] + min(first + s.tile, p["t"]) for first in firsts)
+        b, lengths = p["b"], batches.lengths(int(p["len"] or p["cap"]), p)
+        length, firsts = sum(lengths), range(0, p["t"], s.tile)
+        ends = (n - p["t"] + min(first + s.tile, p["t"]) for n in lengths for first in firsts)
         slots = float(sum(-(-end // s.run) * s.run for end in ends))
         deep = p["d"] if by_lines(s) else p["channels"] or p["d"]
         rows = float(p["kv"] * s.height)
@@ -143,12 +143,12 @@ class X86ScoreKeys(Schedule):
         written = 4.0 * p["t"] * s.scored * length / p["block"]
         passes = max(slots / length, 1.0)
         streams = [
-            Stream(once, ((passes, once / p["kv"] + state), (row_tiles, step + state))),
-            Stream(4.0 * p["t"] * p["h"] * p["d"]),
+            Stream(once, ((passes, once / b / p["kv"] + state), (row_tiles, step + state))),
+            Stream(4.0 * b * p["t"] * p["h"] * p["d"]),
             Stream(written),
             Stream(s.format.bytes * p["kv"] * p["d"] * (length // p["span"] if p["span"] else 0)),
         ]
-        tasks = p["kv"] * s.tiles * config.splits
+        tasks = b * p["kv"] * s.tiles * config.splits
         threads = hardware.threads if config.parallel else 1
         return work(
             ops, streams, hardware, tasks=tasks if threads > 1 else 1, share=busiest(tasks, threads),

@@ -395,20 +395,21 @@ def goes_back(module, prompt):
 @pytest.mark.compile
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("text", "quant"),
+    ("text", "quant", "batch"),
     [
-        ("seer:threshold=0.08", "none"), ("seer:budget=16,sink=1,start=1,block_pos=last", "none"),
-        ("seer:budget=16", "kv16"), ("seer:budget=16", "w8a8kv16"),
+        ("seer:threshold=0.08", "none", 2), ("seer:budget=16,sink=1,start=1,block_pos=last", "none", 1),
+        ("seer:budget=16", "kv16", 3), ("seer:budget=16", "w8a8kv16", 1),
     ],
 )  # fmt: skip
-def test_every_form_compiles(folder, tools, tmp_path, text, quant):
+def test_every_form_compiles(folder, tools, tmp_path, text, quant, batch):
     tools.edit_json(folder / "config.json", seerattn_gate_block_size=BLOCK)
     artifact = mc.compile(
-        folder, attention=text, quant=quant, db=tmp_path / "r.db", max_context=CONTEXT
+        folder, attention=text, quant=quant, db=tmp_path / "r.db", max_context=CONTEXT, batch=batch
     )
     assert artifact.manifest.gates is None
     path = artifact.save(tmp_path / "m.mimo")
-    assert verify_artifact(path, source=folder, tokens=64).ok
+    found = verify_artifact(path, source=folder, tokens=64)
+    assert found.ok and (found.batch is None) == (batch == 1)
     if quant == "none":
         got = list(mc.load(path).generate_ids(tools.prompt(33), 24, stop_at_eos=False))
         eager = decoder(folder, text, quant=parse_scheme(quant))

@@ -229,7 +229,6 @@ def test_who_begins_anew_ends_a_batch_in_progress(module):
         ({"batch": 0}, "batch 0"),
         ({"batch": 1 << 20}, "batch 1048576"),
         ({"batch": 2}, "ends beyond"),
-        ({"batch": BATCH, "decode": (1,)}, r"batch 3 beside decode \[1\]"),
     ],
 )
 def test_manifests_that_promise_other_batches_are_refused(tmp_path, facts, match):

@@ -279,7 +279,7 @@ class Selecting(Attending):
 
     def score(self, layer: LayerCore, q: Tensor, pos: Tensor) -> Tensor:
         """Score blocks: ``q [T, H, D]`` -> ``[T, HS, blocks]``."""
-        p, s, cap = self.policy, layer.spec, layer.k_cache.shape[0]
+        p, s, cap = self.policy, layer.spec, layer.k_cache.shape[-3]
         source = p.score
         assert source is not None
         out: Tensor
@@ -299,7 +299,7 @@ class Selecting(Attending):
         p, rule = self.policy, self.policy.select
         assert rule is not None
         level = layer.get_buffer("level") if rule.rule == "threshold" else None
-        length = list_length(p, layer.spec, layer.k_cache.shape[0])
+        length = list_length(p, layer.spec, layer.k_cache.shape[-3])
         out: Lists = torch.ops.mimo.select_blocks(
             score, pos, level, rule.rule, rule.k, rule.share, p.block, 1, rule.first, rule.last,
             rule.merge, length, rule.positive,

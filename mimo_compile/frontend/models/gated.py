@@ -102,7 +102,7 @@ class Gated(Selecting):
 
     def score(self, layer: LayerCore, q: Tensor, pos: Tensor) -> Tensor:
         """Score blocks by the gate; with a threshold by the softmax of that."""
-        p, blocks = self.policy, -(-layer.k_cache.shape[0] // self.policy.block)
+        p, blocks = self.policy, -(-layer.k_cache.shape[-3] // self.policy.block)
         queries = torch.ops.mimo.gate_queries(
             q, pos, *self._angles(layer), layer.get_buffer("gate_q"),
             self._norm(layer, "gate_q_norm"), EPS,

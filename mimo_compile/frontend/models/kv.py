@@ -45,6 +45,8 @@ def format_of(spec: LayerSpec, caches: Caches) -> Caches:
 def extent(spec: LayerSpec, caches: Caches, max_context: int) -> tuple[int, int]:
     """Return the slots of a layer's cache, whole groups of them, and those of its tail, if it has one."""
     cap = spec.capacity(max_context)
+    if caches.name in SCALED:  # blocks of 16 slots are no whole lines of memory: those of four are
+        return -(-cap // 64) * 64, 0
     if isinstance(caches, CacheFormat):
         return cap, 0
     cap = caches.slots(cap)

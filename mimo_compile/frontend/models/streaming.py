@@ -53,11 +53,13 @@ class Streaming(Attending):
             idx = torch.zeros((tokens, 1, 1), dtype=torch.int32)
             one = torch.ones((tokens, 1), dtype=torch.int32)
             return listed(layer, q, pos, (idx, one), p.sink, p.recent)[0], None
-        at = pos[0] + torch.arange(tokens, dtype=torch.int32)
+        batch = pos.shape[0] if pos.dim() == 2 else 1
+        each = torch.arange(tokens // batch, dtype=torch.int32)
+        at = pos[0] + each if batch == 1 else (pos[:, :1] + each).reshape(-1)
         near = (at < p.sink + p.recent).to(torch.int32)[:, None]
         both = listed(layer, q, pos, (near[:, None] - 1, near), p.sink, p.recent)
         away = torch.ops.mimo.rope_table(
-            pos - layer.get_buffer("stream_held"), layer.get_buffer("stream_freq"), tokens
+            pos - layer.get_buffer("stream_held"), layer.get_buffer("stream_freq"), tokens // batch
         )
         turned = turn_back(q, away)
         sinks = listed(layer, turned, pos, (-near[:, None], 1 - near), p.sink, 0, sink=False)
