@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +21,9 @@ from mimo_compile.schedules.compile import compile_kernel
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 torch.set_num_threads(1)  # references are many small matmuls; kernels need the other cores
-_last: list[Any] = []
-"""The kernel that was compiled last: what names it, its function, its code."""
+KEPT = 64
+_compiled: OrderedDict[tuple[str, str, str], tuple[Any, Any]] = OrderedDict()
+"""Name, hardware and target of kernels -> function and code; what was used last comes last."""
 GUARD = 64
 """Bytes of canary behind arrays that are not states of a kernel; a forbidden page follows states at once."""
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -139,12 +141,15 @@ def check(
 
 
 def compiled(kernel: Kernel, hardware: Hardware) -> Any:
-    """Compile and link a kernel; the same function for the same hardware again comes for free."""
+    """Compile and link a kernel; one of the last `KEPT` functions, for the same hardware, comes for free."""
     key = (kernel.name, str(hardware), str(kernel.target))
-    if _last and _last[0] == key and runtime().structural_equal(_last[1], kernel.func):
-        return _last[2]
-    _last[:] = [key, kernel.func, load_object(compile_kernel(kernel, hardware))]
-    return _last[2]
+    func, code = _compiled.pop(key, (None, None))
+    if func is None or not runtime().structural_equal(func, kernel.func):
+        func, code = kernel.func, load_object(compile_kernel(kernel, hardware))
+    _compiled[key] = func, code
+    if len(_compiled) > KEPT:
+        _compiled.popitem(last=False)
+    return code
 
 
 def compare(where: str, name: str, got: Any, want: Any, bound: Any) -> None:

@@ -197,7 +197,7 @@ def test_what_does_not_go_together(text):
         parse_workload(f"mpgemm:m=1,n=64,k=64,{text}")
 
 
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(data=st.data())
 def test_experts(data):
     fmt = data.draw(st.sampled_from(("bf16", "w4g32", "w4zg64", "w8", "nf4", "complex2wl")))

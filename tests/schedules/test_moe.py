@@ -80,7 +80,7 @@ def test_ids_outside_are_skipped():
 COMPLEX = ("complex2", "complex2grow", "complex2wl", "complex2wl2")
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(data=st.data())
 def test_complex_weights_of_any_shape_and_config(data):
     fmt, act = data.draw(st.sampled_from(COMPLEX)), data.draw(st.sampled_from(("a8", "a8", "a16")))
@@ -99,7 +99,9 @@ def test_complex_weights_on_lesser_cpus(features):
     for act in ("a8", "a16"):
         workload = parse_workload(f"moe:t=2,e=3,k=2,d=70,f=38,w=complex2wl,a={act}")
         (schedule,) = schedules_for(workload, hardware)
-        check(schedule, workload, hardware=hardware, threads=1)
+        small = {"rows13": 1, "rows2": 1, "tokens": 1, "unroll": 1}
+        config = dataclasses.replace(schedule.space(workload, hardware).default, **small)
+        check(schedule, workload, config, hardware=hardware, threads=1)
 
 
 def test_complex_weights_give_gates_and_ups_together():
@@ -168,7 +170,7 @@ def test_tasks_share_rows_in_any_way(w):
     for schedule in schedules_for(workload, CPU):
         space = schedule.space(workload, CPU)
         results = set()
-        for tasks, apart, parallel in ((0, 0, 0), (1, 1, 0), (2, 0, 1), (3, 1, 1), (9, 0, 1)):
+        for tasks, apart, parallel in ((0, 0, 0), (1, 1, 0), (2, 0, 1), (3, 1, 1)):
             config = dataclasses.replace(
                 space.default, rows13=1, rows2=1, tokens=2, unroll=1, tasks=tasks, prefetch=8,
                 apart=bool(apart) and len(space.knobs["apart"]) > 1, parallel=bool(parallel),
