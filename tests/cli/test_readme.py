@@ -55,7 +55,7 @@ def test_commands_of_the_readme_run(tmp_path: Path) -> None:
     for line in commands(ROOT / "README.md"):
         if PLACEHOLDER.search(line):
             continue
-        command = re.sub(r"--time \w+", "--time 10s", line)
+        command = re.sub(r"--trials \d+", "--trials 8", re.sub(r"--time \w+", "--time 10s", line))
         done = subprocess.run(
             ["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False,
             env={"PATH": f"{bin_folder}:/usr/bin:/bin", "HOME": str(tmp_path)},
