@@ -27,6 +27,7 @@ TEXTS = [
     "describe_blocks:t=1,kv=2,d=9,cap=128,kind=bounds,size=16,whole=1,c=bf16,e=bf16,b=3",
     "score_blocks:t=1,h=6,kv=2,d=20,cap=600,kind=quest,agg=query,block=16,b=3",
     "score_blocks:t=1,h=4,kv=2,d=16,cap=600,kind=gate,soft=1,block=16,b=3",
+    "score_keys:t=1,h=4,kv=2,d=20,cap=100,kind=logits,lay=rows,b=3",
     "select_blocks:t=1,hs=3,cap=200,block=1,k=20,merge=rank,last=2,b=3",
     f"{LISTS},cap=400,hs=4,block=16,kmax=6",
     f"{LISTS},cap=96,hs=1,block=4,kmax=1,first=16,window=40,sink=1",
@@ -48,6 +49,7 @@ MORE = [
     "describe_blocks:t=5,kv=2,d=9,cap=100,kind=pool3,size=16,b=3",
     "score_blocks:t=3,h=4,kv=2,d=20,cap=300,kind=mean,block=16,b=3",
     "score_blocks:t=2,h=4,kv=2,d=16,cap=300,kind=compressed,agg=sum,block=32,size=32,stride=16,b=3",
+    "score_keys:t=2,h=4,kv=2,d=20,cap=700,kind=oracle,agg=max,block=16,b=3,c=bf16",
     "select_blocks:t=2,hs=2,cap=900,block=16,rule=threshold,k=1,last=1,b=3",
     "select_blocks:t=2,hs=2,cap=900,block=16,rule=mass,b=3",
     f"{LISTS},cap=400,hs=2,block=4,kmax=9,window=20,c=bf16".replace("t=1", "t=3"),
@@ -76,10 +78,9 @@ def test_sequences_are_what_they_are_alone(text):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize("text", [*TEXTS, *MORE])
-def test_sequences_are_what_they_are_alone_in_other_configs(text, seed):
-    prove(text, seed)
+def test_sequences_are_what_they_are_alone_in_other_configs(text):
+    prove(text, 1)
 
 
 @settings(max_examples=2)
@@ -131,6 +132,7 @@ def test_shapes_of_groups_count_all_sequences():
         "describe_blocks:t=1,kv=2,d=16,cap=256,kind=bounds,size=16",
         "score_blocks:t=1,h=4,kv=2,d=16,cap=256,kind=quest,agg=max,block=16",
         "select_blocks:t=1,hs=2,cap=256,block=16,k=4",
+        "score_keys:t=1,h=4,kv=2,d=16,cap=256,kind=logits",
         "sparse_attention:t=1,h=4,kv=2,d=16,dv=16,cap=256,hs=2,block=16,kmax=4",
         "cached_attention:t=1,h=4,kv=2,d=64,dv=64,cap=256,c=i4",
     ],
@@ -157,6 +159,10 @@ def test_work_is_that_of_all_sequences(text):
     [
         ("cached_attention:t=1,h=2,kv=1,d=64,dv=64,cap=128,b=2,arith=int8", "b=2 is for float"),
         (f"{LISTS},cap=64,hs=2,block=16,kmax=2,page=16", "b=3 is for caches without pages"),
+        (
+            "score_keys:t=1,h=2,kv=1,d=8,cap=64,kind=channels,channels=2,b=2",
+            "not for kind=channels",
+        ),
         (
             "score_keys:t=1,h=2,kv=1,d=8,cap=64,kind=channels,channels=2,b=2",
             "not for kind=channels",
