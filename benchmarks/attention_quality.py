@@ -2,7 +2,7 @@
 
     python benchmarks/attention_quality.py --out quality.jsonl --folder models/tiny-4k
     python benchmarks/attention_quality.py --out quality.jsonl --folder models/tiny-4k \
-        --gates models/tiny-4k-seer/gates.safetensors
+        --gates models/tiny-4k-deltas/gates.safetensors
     python benchmarks/attention_quality.py --out quality.jsonl --write docs/attention-quality.md
 
 Each system runs as its definition says, in float32 (`mimo_compile/tiny/sparse.py`), on texts that no

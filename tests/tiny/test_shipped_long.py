@@ -1,4 +1,4 @@
-"""The weights of `models/tiny-4k`: small, with a card, and able to look up what stands far back."""
+"""The weights of `models/tiny-4k` and what was trained on top: small, with a card, and able to look up what stands far back."""
 
 from pathlib import Path
 
@@ -10,6 +10,8 @@ from tokenizers import Tokenizer
 
 from mimo_compile.tiny import long_context as long
 from mimo_compile.tiny.checkpoint import load
+from mimo_compile.tiny.gates import load_gates
+from mimo_compile.tiny.hysparse import load_hysparse
 
 pytestmark = pytest.mark.compile
 
@@ -19,7 +21,16 @@ FOLDER = MODELS / "tiny-4k"
 
 def test_weights_outside_the_wheel_stay_small() -> None:
     assert {"README.md", "config.json", "model.safetensors"} <= {f.name for f in FOLDER.iterdir()}
+    deltas = {"README.md", "gates.safetensors", "hysparse.safetensors"}
+    assert deltas == {f.name for f in (MODELS / "tiny-4k-deltas").iterdir()}
     assert sum(f.stat().st_size for f in MODELS.glob("tiny-4k*/*")) < 25_000_000
+
+
+def test_deltas_belong_to_these_weights() -> None:
+    base, deltas = load(FOLDER), MODELS / "tiny-4k-deltas"
+    assert sorted(load_gates(base.config, deltas / "gates.safetensors")) == [0, 5]
+    model = load_hysparse(base, deltas / "hysparse.safetensors")
+    assert (model.shape.block, model.shape.budget) == (32, 256)
 
 
 @pytest.mark.slow
