@@ -1,4 +1,4 @@
-"""The weights of `models/tiny-4k` and what was trained on top: small, with a card, and able to look up what stands far back."""
+"""Weights of `models/tiny-4k` and its deltas: small, with a card, able to look up what stands far back."""
 
 from pathlib import Path
 
