@@ -85,7 +85,7 @@ class Module:
         self._memory = Memory(
             arena.bytes, states, parts.weights, code, parts.where, self.batch, shared
         )
-        self.pool = pool_of(self.manifest, states, self.batch)
+        self.pool = pool_of(self.manifest, states, self.batch, self._memory.copy_states)
         """Pages that sequences take; None: each slot has caches of its own."""
         self._bound: dict[tuple[str, int], BoundEntry] = {}
         self.lock = threading.RLock()
@@ -271,10 +271,6 @@ class Module:
         self._owners[slot] = 0
         if self.pool is not None:
             self.pool.cut(slot, 0)
-
-    def copy_states(self, source: int, slot: int) -> None:
-        """Copy what the sequence in a slot keeps by itself, which pages do not hold, to another slot."""
-        self._memory.copy_states(source, slot)
 
     def owns(self, session: int) -> bool:
         """Whether states still belong to this session."""

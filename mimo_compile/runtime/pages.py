@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,14 +26,22 @@ class PagePool:
     tables that kernels read are kept up to date; entries behind a sequence's last page are 0.
     """
 
-    def __init__(self, pool: Pool, tables: Array, caches: Sequence[Array]) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        tables: Array,
+        caches: Sequence[Array],
+        copy: Callable[[int, int], None] | None = None,
+    ) -> None:
         """Begin with all pages free.
 
         Args:
             pool: How many pages of how many positions there are.
             tables: int32 ``[slots, width]``, the block tables that kernels read.
             caches: Arrays of all slots' caches; their second extents are the pages, one after the other.
+            copy: Copies what a sequence keeps besides from one slot to another; None: there is nothing.
         """
+        self._copy = copy
         self.page, self.pages = pool.page, pool.pages
         self._tables = tables
         self._caches = [
@@ -120,6 +128,9 @@ class PagePool:
     def share(self, source: int, slot: int, positions: int) -> None:
         """Let the sequence in a slot, which has none yet, begin with some positions of another one."""
         self.cut(slot, 0)
+        if self._copy is not None:
+            self._copy(source, slot)  # tables, too
+        self._tables[slot] = 0
         for page in self._held[source][: self.pages_of(positions)]:
             self._used[page] += 1
             self._tables[slot, len(self._held[slot])] = page
@@ -136,13 +147,19 @@ class PagePool:
                 self._free.append(page)
 
 
-def pool_of(manifest: Manifest, states: Mapping[str, Bytes], slots: int) -> PagePool | None:
+def pool_of(
+    manifest: Manifest,
+    states: Mapping[str, Bytes],
+    slots: int,
+    copy: Callable[[int, int], None] | None = None,
+) -> PagePool | None:
     """Return the pages of an artifact's caches, all free; None where each slot has caches of its own.
 
     Args:
         manifest: Of the artifact.
         states: Memory of its states by name, of all slots.
         slots: Sequences that may be in progress.
+        copy: See `PagePool`.
     """
     pool = None if manifest.decoder is None else manifest.decoder.pool
     if pool is None:
@@ -152,7 +169,7 @@ def pool_of(manifest: Manifest, states: Mapping[str, Bytes], slots: int) -> Page
         first, *rest = manifest.states[name].shape
         return as_array(states[name], manifest.states[name].dtype, (more * first, *rest))
 
-    return PagePool(pool, view(pool.table, slots), [view(name) for name in pool.states])
+    return PagePool(pool, view(pool.table, slots), [view(name) for name in pool.states], copy)
 
 
 def pooled_bytes(manifest: Manifest) -> int:

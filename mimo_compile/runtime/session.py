@@ -294,7 +294,6 @@ class Session:
             if slot == self.slot:
                 raise UsageError(f"slot {slot} is that of the sequence itself")
             made = self._module.session(self.adapter, slot)
-            self._module.copy_states(self.slot, made.slot)
             pool.share(self.slot, made.slot, self.position)
             made._tokens, made._exact = list(self._tokens), self._exact
             made._held = self._held.copy()
