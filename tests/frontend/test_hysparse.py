@@ -389,6 +389,46 @@ def test_compiled(made, tmp_path):
         assert abs(got - want).max() <= 1e-4 * abs(want).max()
 
 
+def with_gates(model, gates):
+    """Return the same model whose gates of elements are these of heads."""
+    other = hy_with(model, model.shape.budget)
+    wide = {n.removeprefix("model."): t.float().repeat_interleave(8, 0) for n, t in gates.items()}
+    missing = other.load_state_dict(wide, strict=False)
+    assert not missing.unexpected_keys and len(wide) == 4
+    return other
+
+
+@pytest.mark.slow
+@pytest.mark.compile
+def test_gates_of_heads_compiled_beyond_the_rings(made, tmp_path):
+    """When rings have gone round: how far back sessions go, what they keep of another text, single tokens."""
+    model, folder = made(4, 12, **SHORT)
+    model = with_gates(model, by_head(folder, tmp_path / "head"))
+    module = prove(tmp_path / "head", model, tmp_path, 320)
+    assert [x.slots for x in module.manifest.decoder.layers] == SLOTS[:3]
+    ids, far = ids_of(310), ids_of(310, seed=7)
+    session = module.session()
+    session.append(ids)
+    # the last 272 positions, of which the first 7 are only seen
+    assert [n for n in range(311) if session.can_rewind(n)] == [0, *range(45, 311)]
+    with pytest.raises(UsageError, match="cannot go back from 310 tokens to 44"):
+        session.rewind(44)
+    session.rewind(45)
+    pairs = [(session.append(ids[45:]), ids)]
+    near_text = [*ids[:200], *far[200:290]]
+    assert session.keep_prefix(near_text) == 200
+    pairs.append((session.append(near_text[200:]), near_text))
+    for token in far[290:300]:
+        last = session.append([token], decode=True)
+    pairs.append((last, [*near_text, *far[290:300]]))
+    start = [*ids[:30], *far[30:280]]  # its end was overwritten
+    assert session.keep_prefix(start) == 0
+    pairs.append((session.append(start), start))
+    for got, text in pairs:
+        want = module.session().append(text)
+        assert abs(got - want).max() <= 1e-4 * abs(want).max()
+
+
 @pytest.mark.slow
 @pytest.mark.compile
 @pytest.mark.parametrize(
