@@ -53,12 +53,29 @@ class GroupedFormat:
     """Channels of a value that share a scale."""
     query_bits: int = 8
     """Of the signed integers that kernels may take for the queries times the scales of a group, relative to
-    the largest of these; those of weights may have 8 and no sign."""
+    the largest of these."""
+    weight_bits: int = 8
+    """Of those without a sign that they may take for the weights times the scales of a group."""
 
     @property
     def levels(self) -> int:
         """The largest code."""
         return (1 << self.bits) - 1
+
+    @property
+    def query_terms(self) -> int:
+        """Bytes with signs whose sum, each 256 times the next, is an integer for a query."""
+        return -(-self.query_bits // 8)
+
+    @property
+    def query_levels(self) -> int:
+        """The largest integer for a query: the last byte may be negative, so the first alone decides."""
+        return 127 << 8 * (self.query_terms - 1)
+
+    @property
+    def weight_levels(self) -> int:
+        """The largest integer for a weight."""
+        return (1 << self.weight_bits) - 1
 
     def value_groups(self, dv: int) -> int:
         """Return how many scales a token's value of ``dv`` channels has."""
@@ -314,11 +331,12 @@ def encoded(
 
 
 def largest_values(inputs: Mapping[str, Array], fmt: GroupedFormat) -> Array:
-    """Return the largest magnitude of each head's values ``[KV]``; what was never written is NaN."""
+    """Return the largest magnitude of each column of values ``[KV, DV]``; what was never written is NaN."""
     scale, zero = np.abs(inputs["v_scale"].astype(np.float32)).transpose(3, 0, 1, 2)
-    codes = np.nanmax(scale * fmt.levels + zero, axis=(0, 2), initial=0.0)
-    tail = np.nanmax(np.abs(inputs["v_tail"]), axis=(0, 2), initial=0.0)
-    return np.asarray(np.maximum(codes, tail))
+    codes = np.nanmax(scale * fmt.levels + zero, axis=0, initial=0.0)
+    tail = np.nanmax(np.abs(inputs["v_tail"]), axis=0, initial=0.0)
+    wide = np.repeat(codes, fmt.columns, axis=1)[:, : tail.shape[1]]
+    return np.asarray(np.maximum(wide, tail))
 
 
 def allowed(

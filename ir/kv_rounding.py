@@ -1,10 +1,11 @@
 """What kernels that multiply codes by integers do to attention over a cache in groups: for bounds.
 
 With ``q' = q * scale`` for the channels of a group of keys, a kernel may take the integers ``round(q' /
-unit)``, of `query_levels` for the largest ``|q'|`` of the group; with ``w' = w * scale`` for the tokens of
-a group of values those of `WEIGHT_LEVELS` for the largest ``w'``. Codes count from the middle one: what
-rounding changes at that a kernel knows. So an error is ``(unit round(x / unit) - x) (code - middle)``, and
-follows from inputs alone: neither tiles nor parts of the keys change a group's largest number.
+unit)``, of the format's `query_levels` for the largest ``|q'|`` of the group; with ``w' = w * scale`` for the
+tokens of a group of values those of its `weight_levels` for the largest ``w'``. Kernels take these numbers
+from the format, too. Codes count from the middle one: what rounding changes at that a kernel knows. So an
+error is ``(unit round(x / unit) - x) (code - middle)``, and follows from inputs alone: neither tiles nor
+parts of the keys change a group's largest number.
 
 What does not follow is where a number that lies next to the middle between two integers goes: queries and
 weights of a kernel are off by roundings of float32. `attend_rounded` moves such numbers on request.
@@ -20,27 +21,14 @@ import torch
 from torch import Tensor
 
 from mimo_compile.ir.kv_groups import GroupedFormat, visible
+from mimo_compile.ir.ops import edge_keys
 from mimo_compile.ir.ops.base import Array
 from mimo_compile.ir.ops.numerics import U32
 
-WEIGHT_LEVELS = 255
-"""The largest integer that stands for a weight."""
-TERM_LEVELS = 127
-"""The largest integer in a byte of a query."""
 RUNS = 2
 """Whose numbers between two integers go either way, from which `allowed` follows."""
 ROOM = 1 << 26
 """Numbers of one array while bounds are computed: queries beyond that wait."""
-
-
-def query_terms(fmt: GroupedFormat) -> int:
-    """Return how many bytes stand for an element of a query."""
-    return -(-fmt.query_bits // 8)
-
-
-def query_levels(fmt: GroupedFormat) -> int:
-    """Return the largest integer that stands for an element of a query."""
-    return TERM_LEVELS << 8 * (query_terms(fmt) - 1)
 
 
 def allowed(
@@ -50,8 +38,8 @@ def allowed(
 
     That is, element by element, what they change, and not how much roundings may change at most: in that a
     group of wrong codes among hundreds would hide. Numbers between two integers may go either way: that adds
-    one number per head, four times the largest change in it of some runs in which each of them goes another
-    way.
+    one number per head (of a single KV head: per part of `edge_keys`), four times the largest change in it of
+    some runs in which each of them goes another way.
 
     Args:
         inputs: ``q``, ``pos``, perhaps ``sink``, and the arrays of the cache.
@@ -61,11 +49,12 @@ def allowed(
     """
     given = {n: torch.from_numpy(a) for n, a in inputs.items()}
     rounded = attend_rounded(given, scale, fmt, None)
-    draw, ties = torch.Generator().manual_seed(0), torch.zeros(())
+    draw, ties = torch.Generator().manual_seed(0), np.zeros((), np.float32)
     for _ in range(RUNS):
-        moved = (attend_rounded(given, scale, fmt, draw) - rounded).abs()
-        ties = torch.maximum(ties, 4 * moved.amax((0, 2), keepdim=True))
-    out: Array = np.abs(rounded.double().numpy() - expected) + ties.numpy()
+        moved = (attend_rounded(given, scale, fmt, draw) - rounded).abs().numpy()
+        kv = inputs["v_cache"].shape[1]
+        ties = np.maximum(ties, 4 * edge_keys.largest(moved, kv, fmt.columns))
+    out: Array = np.abs(rounded.double().numpy() - expected) + ties
     return out
 
 
@@ -170,7 +159,7 @@ def _key_noise(
     scaled = rows[:, None] * step[None, :, :, None]
     most = scaled.abs().amax(-1, keepdim=True)
     # q times its scales, the largest, its inverse, their product
-    errors = _errors(scaled, most, query_levels(fmt), torch.tensor(8 * U32), draw)
+    errors = _errors(scaled, most, fmt.query_levels, torch.tensor(8 * U32), draw)
     noise = torch.einsum("tnkgd,nckd->kgtnc", errors, codes)
     exact = torch.einsum("tkgd,nkd->tnkg", rows.abs(), (step * middle + zero).abs())
     size = exact + middle * scaled.abs().sum(-1)
@@ -199,6 +188,6 @@ def _value_noise(
         step = inputs["v_scale"][:packed, :, i, 0].to(torch.float32).T[:, None, None]
         scaled = (weights * step).reshape(*weights.shape[:3], n, fmt.group)
         most = scaled.amax(-1, keepdim=True)
-        errors = _errors(scaled, most, WEIGHT_LEVELS, doubt.reshape(scaled.shape), draw)
+        errors = _errors(scaled, most, fmt.weight_levels, doubt.reshape(scaled.shape), draw)
         out.append(torch.einsum("kgts,ske->kgte", errors.reshape(weights.shape), part))
     return torch.cat(out, -1)

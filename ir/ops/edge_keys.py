@@ -5,8 +5,10 @@ keys with equal weights and normal values, one changes the result by ``1 / N``, 
 ``2**-8`` changes it by ``2**-8 / sqrt(N)``. With a value ``HEAVY sqrt(N)`` times as large it changes the
 result by ``HEAVY / sqrt(N)``: more than roundings do, at every length.
 
-Such values would hide what a kernel does wrong between the edges, so only every other KV head has them; of a
-single one half of the draws.
+Such values would hide what a kernel does wrong between the edges: bounds grow with the largest value, and
+within them a kernel that is exact could take other keys' values. So only every other KV head has them, of a
+single one half of the columns, and bounds are by the same parts (`largest`). Where all columns share a scale
+there are no parts: then half of the draws have heavy values.
 """
 
 from __future__ import annotations
@@ -29,10 +31,48 @@ def heaviness(keys: int) -> float:
     return HEAVY * math.sqrt(max(1, keys))
 
 
-def weights_of_edges(kv: int, keys: int, rng: np.random.Generator) -> Array:
-    """Return the factor ``[kv, 1]`` on values at edges, where a query sees so many keys."""
-    loud = (np.arange(kv) + rng.integers(2)) % 2 == 0
-    return np.where(loud, heaviness(keys), 1.0).astype(np.float32)[:, None]
+def weights_of_edges(
+    kv: int, dv: int, keys: int, rng: np.random.Generator, columns: int = 1
+) -> Array:
+    """Return the factor ``[kv, 1]``, of one head ``[1, dv]``, on values at edges.
+
+    Args:
+        kv: KV heads.
+        dv: Columns of a value.
+        keys: How many keys a query sees.
+        rng: Chooses the heavy parts.
+        columns: Columns of a value that share a scale: a heavy one makes the others coarse.
+    """
+    middle = _middle(dv, columns) if kv == 1 else 0
+    part = np.arange(dv)[None] >= middle if middle else np.arange(kv)[:, None]
+    loud = (part + rng.integers(2)) % 2 == 0
+    return np.where(loud, heaviness(keys), 1.0).astype(np.float32)
+
+
+def largest(numbers: Array, kv: int, columns: int = 1) -> Array:
+    """Return the largest of numbers ``[N, H, DV]`` by the parts that have one factor.
+
+    Args:
+        numbers: Not negative; NaN is left out.
+        kv: KV heads of the cache; ``H`` may be more.
+        columns: As for `weights_of_edges`.
+
+    Returns:
+        ``[1, H, 1]``: by head. Of a single KV head ``[1, H, DV]``: by both parts of the columns.
+    """
+    dv = numbers.shape[2]
+    middle = _middle(dv, columns) if kv == 1 else 0
+    if not middle:
+        return np.asarray(np.nanmax(numbers, axis=(0, 2), initial=0.0, keepdims=True))
+    by_column = np.nanmax(numbers, axis=0, initial=0.0, keepdims=True)
+    parts = np.split(by_column, [middle], axis=2)
+    most = (np.broadcast_to(x.max(axis=2, keepdims=True), x.shape) for x in parts)
+    return np.concatenate(list(most), axis=2)
+
+
+def _middle(dv: int, columns: int) -> int:
+    """Return the first column of the second part of a single head; 0: all of its columns share a scale."""
+    return dv // 2 // columns * columns or (columns if columns < dv else 0)
 
 
 def edges_of_range(start: int, tokens: int, window: int, group: int = 0) -> list[int]:

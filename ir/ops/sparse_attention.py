@@ -282,8 +282,8 @@ class SparseAttention(OpDef):
         queries = [(0, start), (len(out["idx"]) - 1, start + valid - 1)]
         found = edge_keys.edges_of_lists(out["idx"], out["cnt"], queries, p["block"], p["window"])
         seen = min(start + valid, p["kmax"] * p["block"] + p["window"])
-        weights = edge_keys.weights_of_edges(p["kv"], seen, rng)
-        heavy = np.ones((p["cap"], p["kv"], 1), np.float32)
+        weights = edge_keys.weights_of_edges(p["kv"], p["dv"], seen, rng)
+        heavy = np.ones((p["cap"], *weights.shape), np.float32)
         for head, edges in enumerate(found):
             first, last = head * p["kv"] // p["hs"], ((head + 1) * p["kv"] - 1) // p["hs"]
             heavy[slots[edges], first : last + 1] = weights[first : last + 1]
@@ -346,8 +346,9 @@ class SparseAttention(OpDef):
         """Bound arithmetic that rounds neither q nor the weights of 16-bit caches: see `bound`."""
         stored = parse_cache_format(self.full(workload)["c"])
         values = stored.decode(inputs["v_cache"])
-        vmax = np.nanmax(np.abs(values), axis=(0, 2), initial=0.0)
-        room = 32 * U32 * np.repeat(vmax, workload.integer("h") // len(vmax))[None, :, None]
+        kv = values.shape[1]
+        vmax = edge_keys.largest(np.abs(values), kv)
+        room = 32 * U32 * np.repeat(vmax, workload.integer("h") // kv, axis=1)
         errors = self._errors(workload, inputs, expected, None)
         lse = np.where(np.isfinite(expected["lse"]), expected["lse"], 0.0)
         most = {
@@ -361,12 +362,12 @@ class SparseAttention(OpDef):
         self, workload: Workload, inputs: Mapping[str, Array], expected: Mapping[str, Array],
         disturb: Callable[[Tensor], Tensor] | None,
     ) -> dict[str, Array]:  # fmt: skip
-        """Return the largest errors of plain float32 of each head, in shapes that broadcast."""
+        """Return the largest errors of plain float32, of each head or part, in shapes that broadcast."""
         out, lse = self._attend(workload, inputs, torch.float32, disturb)
         finite = np.isfinite(expected["lse"])
         off = np.abs(np.where(finite, lse, 0.0) - np.where(finite, expected["lse"], 0.0))
         return {
-            "out": np.abs(out - expected["out"]).max(axis=(0, 2), keepdims=True),
+            "out": edge_keys.largest(np.abs(out - expected["out"]), inputs["v_cache"].shape[1]),
             "lse": off.max(axis=0, keepdims=True),
         }
 

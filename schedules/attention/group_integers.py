@@ -14,7 +14,6 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 from mimo_compile.ir.kv_groups import GroupedFormat
-from mimo_compile.ir.kv_rounding import WEIGHT_LEVELS, query_levels, query_terms
 from mimo_compile.schedules.attention import int8_dot
 from mimo_compile.schedules.attention.group_layout import BLOCKS
 from mimo_compile.schedules.attention.group_reach import GROUP, GroupReach
@@ -96,7 +95,7 @@ class Integers(GroupTile):
     ) -> None:
         super().__init__(s, fmt, k, v, head, lead)
         self.wide = round_up(int(s.p["d"]))
-        self.terms = query_terms(fmt)
+        self.terms = fmt.query_terms
         self.q = workspace((s.height, self.wide), "float32")
         self.scratch = workspace((max(self.wide, GROUP),), "float32")
         self.lanes = workspace((LANES,), "float32")
@@ -169,7 +168,7 @@ class Integers(GroupTile):
             top.set(T.max(top.get(), T.max(value, zero - value)))
             store(self.scratch, value, j * LANES, lanes=LANES)
         most = _largest(top.get())
-        by, unit = _unit(most, query_levels(self.fmt))
+        by, unit = _unit(most, self.fmt.query_levels)
         with loop(self.wide // LANES) as j:
             for n in self.keys_asked.rounding(turn + self.wide // LANES + j):
                 self.ask_keys(step, 0, n)
@@ -227,7 +226,7 @@ class Integers(GroupTile):
             top.set(T.max(top.get(), value))
             store(self.scratch, value, u * LANES, lanes=LANES)
         most = _largest(top.get())
-        by, unit = _unit(most, WEIGHT_LEVELS)
+        by, unit = _unit(most, self.fmt.weight_levels)
         with loop(BLOCKS) as u:
             for n in self.values_asked.rounding(turn + BLOCKS + u):
                 self.ask_values(step, 0, n)

@@ -13,7 +13,6 @@ import numpy as np
 from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.kv_groups import GROUPED, GroupedFormat, read_bytes
-from mimo_compile.ir.kv_rounding import query_terms
 from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.attention import int8_dot
@@ -188,7 +187,7 @@ def groups_work(
         ops["fma_f32"] += heads * height * codes * (d + width) + numbers
         ops["int_op"] = 3.0 * numbers
     else:
-        ops["dot_i8"] = heads * height * codes * (query_terms(fmt) * packed_d + width)
+        ops["dot_i8"] = heads * height * codes * (fmt.query_terms * packed_d + width)
         # scales folded into queries, once in a group, and into weights
         folded = heads * height * codes * (round_up(p["d"]) / GROUP + fmt.value_groups(p["dv"]))
         ops["fma_f32"] += 3.0 * folded

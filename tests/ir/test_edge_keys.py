@@ -10,7 +10,12 @@ from mimo_compile.ir import kv_groups, kv_rounding
 from mimo_compile.ir.ops import get_op, parse_workload
 from mimo_compile.ir.ops.block_lists import listed_keys
 from mimo_compile.ir.ops.cached_attention import attend_seen
-from mimo_compile.ir.ops.edge_keys import edges_of_lists, edges_of_range
+from mimo_compile.ir.ops.edge_keys import (
+    edges_of_lists,
+    edges_of_range,
+    largest,
+    weights_of_edges,
+)
 from mimo_compile.ir.ops.numerics import bf16_to_f32
 
 DENSE, SPARSE = get_op("cached_attention"), get_op("sparse_attention")
@@ -132,6 +137,84 @@ def test_values_of_other_keys_between_the_edges_are_refused(c):
         other[name][1024:1088] = inputs[name][1088:1152]
     got = DENSE.reference(parse_workload(text), other)["out"]
     assert (np.abs(got - want) > bound).any()
+
+
+def other_values(inputs, names, first, count):
+    """Return inputs whose values at some positions are those of the next ones."""
+    other = {n: a.copy() for n, a in inputs.items()}
+    for name in names:
+        other[name][first : first + count] = inputs[name][first + count : first + 2 * count]
+    return other
+
+
+@pytest.mark.parametrize("length", [4096, pytest.param(16384, marks=pytest.mark.slow)])
+def test_a_single_head_shows_edges_and_what_lies_between_in_every_draw(length):
+    """The bound of kernels that may round refuses a missed key, that of exact ones 16 values of others."""
+    workload = parse_workload(f"cached_attention:t=1,h=2,kv=1,d=32,dv=17,c=bf16,cap={length}")
+    p, halves = DENSE.full(workload), set()
+    for seed in range(5):
+        inputs = DENSE.make_inputs(workload, np.random.default_rng(seed))
+        want = DENSE.reference(workload, inputs)
+        exact, bound = (
+            DENSE.exact_bound(workload, inputs, want),
+            DENSE.bound(workload, inputs, want),
+        )
+        k, v = (torch.from_numpy(bf16_to_f32(inputs[n])) for n in ("k_cache", "v_cache"))
+        seen = torch.ones((1, length), dtype=torch.bool)
+        refuses(p, inputs, want["out"], bound["out"], k, v, seen, [0, length - 1])
+        middle = length // 2
+        got = DENSE.reference(workload, other_values(inputs, ["v_cache"], middle, 16))["out"]
+        off = np.abs(got - want["out"]) / exact["out"]
+        assert off.max() > 1.1, f"seed {seed}: {off.max():.3g} of the bound"
+        halves.add(bool(off[..., :8].max() > off[..., 8:].max()))
+    assert halves == {True, False}, "either half is heavy"
+
+
+@pytest.mark.parametrize(
+    "c", ["i4", *(pytest.param(c, marks=pytest.mark.slow) for c in ("i2", "i8"))]
+)
+def test_a_single_head_of_groups_shows_a_group_in_every_draw(c):
+    text = f"cached_attention:t=1,h=2,kv=1,d=32,dv=128,c={c},cap=4096"
+    workload = parse_workload(text)
+    for seed in range(3):
+        inputs = DENSE.make_inputs(workload, np.random.default_rng(seed))
+        want = DENSE.reference(workload, inputs)
+        got = DENSE.reference(workload, other_values(inputs, ["v_cache", "v_scale"], 1024, 64))[
+            "out"
+        ]
+        for bound in (DENSE.bound, DENSE.exact_bound):
+            assert (np.abs(got - want["out"]) > bound(workload, inputs, want)["out"]).any()
+
+
+def test_parts_that_have_one_factor():
+    rng = np.random.default_rng(0)
+    numbers = rng.random((3, 4, 7), np.float32)
+    assert (largest(numbers, 2) == numbers.max((0, 2), keepdims=True)).all()
+    by_half = largest(numbers, 1)
+    assert by_half.shape == (1, 4, 7)
+    for part in (slice(3), slice(3, 7)):
+        assert (by_half[..., part] == numbers[..., part].max((0, 2), keepdims=True)).all()
+    for dv in (2, 7, 64):
+        factors = weights_of_edges(1, dv, 100, rng)
+        assert factors.shape == (1, dv) and set(np.unique(factors)) == {1.0, 40.0}
+        assert abs(int((factors > 1).sum()) - dv / 2) <= 0.5
+        assert (largest(factors[None], 1) == factors).all()
+
+
+@pytest.mark.parametrize(
+    ("dv", "first"), [(1, 0), (20, 0), (64, 0), (80, 64), (128, 64), (200, 64)]
+)
+def test_columns_that_share_a_scale_have_one_factor(dv, first):
+    """Of a head with one scale all columns are heavy, or none."""
+    seen = set()
+    for seed in range(9):
+        factors = weights_of_edges(1, dv, 100, np.random.default_rng(seed), 64)
+        wide = np.broadcast_to(factors, (1, dv))
+        cuts = np.flatnonzero(np.diff(wide[0])) + 1
+        assert cuts.tolist() == ([first] if first else [])
+        assert (largest(wide[None], 1, 64) == wide).all()
+        seen.add(float(wide[0, 0]))
+    assert seen == {1.0, 40.0}
 
 
 def test_edges():
