@@ -178,7 +178,8 @@ def groups_work(
     codes, tail, rows_read = (float(n.sum()) for n in (old * GROUP, new * GROUP, live))
     row_tiles = sum(count for _, count in s.row_tiles())
     ops = {
-        "fma_f32": heads * height * (tail * d + rows_read * width),
+        # the last term: what was summed shrinks where a step raises the maximum
+        "fma_f32": heads * height * (tail * d + rows_read * width + (codes + tail) / GROUP * LANES),
         "exp_f32": heads * height * (codes + tail),
         "add_f32": heads * height * (2.0 * (codes + tail) + (codes + tail) / GROUP * width),
     }

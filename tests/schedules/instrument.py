@@ -18,9 +18,8 @@ def executed(func: Any) -> Counter[str]:
     """Return how often things happen in one run of a function whose extents no memory decides.
 
     ``dot_i8`` counts 8-bit products of ``vpdpbusd``, ``dot_bf16`` those of ``vdpbf16ps``; ``fma_f32``
-    multiply-adds of float32 lanes (``a + b * c``); ``permuted`` lanes picked from a table; ``and_u8``
-    bytes masked in
-    unpacking; ``load:NAME`` bytes loaded from a
+    multiply-adds of float32 lanes (``a + b * c``, also where they are fused by name); ``permuted``
+    lanes picked from a table; ``and_u8`` bytes masked in unpacking; ``load:NAME`` bytes loaded from a
     parameter; ``store:NAME`` bytes stored to one.
     """
     return _statement(func.body, {}, {p.name for p in func.params})
@@ -92,7 +91,9 @@ def _expression(e: Any, names: set[str]) -> Counter[str]:
     if kind == "BitwiseAnd" and _is_unpack_mask(e.b):
         out["and_u8"] += 4 * _lanes(e)
     if kind == "Call":
-        if "vpdpbusd" in str(e)[:200] and "call_llvm" in str(e.op):
+        if "llvm.fmuladd" in str(e)[:80] and "call_llvm" in str(e.op):
+            out["fma_f32"] += _lanes(e)
+        elif "vpdpbusd" in str(e)[:200] and "call_llvm" in str(e.op):
             out["dot_i8"] += 4 * _lanes(e)
         elif "mimo_dot_bf16" in str(e)[:200] and "call_extern" in str(e.op):
             out["dot_bf16"] += 2 * _lanes(e)
