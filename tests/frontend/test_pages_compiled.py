@@ -58,7 +58,8 @@ def eager(loaded, ids):
 
 def poison(module):
     """Leave NaN wherever anything may be kept."""
-    module._states.bytes[:] = 0xFF
+    for data in module._memory._states.values():
+        data[:] = 0xFF
     module.pool.clear()
 
 

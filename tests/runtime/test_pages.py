@@ -128,7 +128,8 @@ prompts = st.lists(st.integers(0, VOCAB - 2), min_size=1, max_size=CONTEXT)
 def test_texts_that_wait_for_pages_are_what_they_are_alone(module, single, texts, count):
     """Prompts begin alike; the pool holds one context and a third, so texts wait or are read again."""
     texts = [([*PROMPT[:common], *text])[: CONTEXT - count] for common, text in texts]
-    module._states.bytes[:] = 0xFF  # NaN wherever nothing was written
+    for data in module._memory._states.values():
+        data[:] = 0xFF  # NaN wherever nothing was written
     module.pool.clear()
     alone = [list(single.generate_ids(text, count, stop_at_eos=False)) for text in texts]
     stats = Stats()
