@@ -69,6 +69,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ignore-eos", action="store_true", help="go on after the end-of-text token"
     )
     add_drafts(parser)
+    parser.add_argument(
+        "--kv-store", type=Path, metavar="DIR",
+        help="keep keys and values that are read by lists alone in a file there (--attention tailorkv)",
+    )  # fmt: skip
     add_routing(parser)
 
 
@@ -82,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     from mimo_compile.runtime.generate import Stats
 
     begin = time.perf_counter()
-    module = load(args.artifact, threads=args.threads)
+    module = load(args.artifact, threads=args.threads, kv_store=args.kv_store)
     load_seconds = time.perf_counter() - begin
     stats = Stats()
     limit = args.max_new_tokens

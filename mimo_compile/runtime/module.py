@@ -23,7 +23,6 @@ from mimo_compile.runtime.entry import (
     Timing,
     accept,
     signature_of,
-    state_spans,
 )
 from mimo_compile.runtime.generate import Prompt, Stats
 from mimo_compile.runtime.memory import Zeroed
@@ -32,11 +31,16 @@ from mimo_compile.runtime.program import Entry, Manifest
 from mimo_compile.runtime.sampling import Sampling
 from mimo_compile.runtime.session import Session
 from mimo_compile.runtime.speculate import Speculation
+from mimo_compile.runtime.store import States
 from mimo_compile.runtime.threads import thread_count, use_threads
 
 
 def load(
-    path: str | os.PathLike[str], *, threads: int | None = None, verify: Verify = "lazy"
+    path: str | os.PathLike[str],
+    *,
+    threads: int | None = None,
+    verify: Verify = "lazy",
+    kv_store: str | os.PathLike[str] | None = None,
 ) -> Module:
     """Load an artifact.
 
@@ -46,14 +50,16 @@ def load(
             far as this process may use that many CPUs.
         verify: `"lazy"` hashes each MiB of the weights before its first use; `"full"` hashes all
             of them now.
+        kv_store: A folder: keys and values that decoded tokens read by lists alone lie in a file there,
+            without a name, which is gone with the module. None: in memory, as all else.
 
     Raises:
         InputError: The file cannot be read.
         ArtifactError: It is damaged or of another schema.
         EnvironmentMismatch: It does not fit this machine or what is installed.
-        UsageError: `threads` is more than there are.
+        UsageError: `threads` is more than there are, or there is nothing to keep in `kv_store`, or no room.
     """
-    return Module(open_artifact(path, verify=verify), threads=threads)
+    return Module(open_artifact(path, verify=verify), threads=threads, kv_store=kv_store)
 
 
 class Module:
@@ -63,7 +69,13 @@ class Module:
     kernel threads (TVM's, which belong to the thread that starts them), so call from one.
     """
 
-    def __init__(self, parts: Parts, *, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        parts: Parts,
+        *,
+        threads: int | None = None,
+        kv_store: str | os.PathLike[str] | None = None,
+    ) -> None:
         """Link the code and reserve memory; `load` is the usual way to here."""
         self.manifest: Manifest = parts.manifest
         self._programs = parts.programs.entries
@@ -79,9 +91,8 @@ class Module:
         self.batch = 1 if decoder is None else decoder.batch
         """Sequences that may be in progress at once."""
         shared = pooled_states(self.manifest)
-        spans, size = state_spans(self.manifest.states, self.batch, shared=shared)
-        self._states = Zeroed(size)
-        states = {name: self._states.bytes[span] for name, span in spans.items()}
+        self._states = States(self.manifest, self.batch, shared, kv_store)
+        states = self._states.bytes
         self._memory = Memory(
             arena.bytes, states, parts.weights, code, parts.where, self.batch, shared
         )

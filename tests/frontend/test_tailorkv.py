@@ -199,6 +199,8 @@ def test_compiled_is_eager_and_goes_back(saved, tools, tmp_path, quant):
     got = list(module.generate_ids(prompt, 20, session=session, stop_at_eos=False))
     if quant == "none":
         assert got == decoder(folder, text).generate_greedy(prompt, 20, stop=())
+    far = load(path, kv_store=tmp_path)  # keys and values in a file
+    assert list(far.generate_ids(prompt, 20, stop_at_eos=False)) == got
     # decoded keys are not those of a prompt; a prompt's are kept, and give the same text again
     assert session.keep_prefix([*prompt, *got]) == 133
     session.rewind(40)
