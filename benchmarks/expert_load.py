@@ -4,7 +4,7 @@
     python benchmarks/expert_load.py --keep routing.safetensors --out load.jsonl --write docs/experts.md
 
 The first command reads the held-out text with an artifact of `tiny` (any quantisation) and keeps its
-routing log, which later ones use again. Three predictors at two horizons, each beside the noise of counting;
+routing log, which later ones use again. Predictors at two horizons, each beside the noise of counting;
 then placements on 2 and 4 devices. All forecasts are of steps that the predictor has not seen.
 """
 
@@ -20,7 +20,7 @@ import numpy as np
 
 from mimo_compile.errors import InputError
 from mimo_compile.experts.backtest import backtest
-from mimo_compile.experts.forecast import get_predictor
+from mimo_compile.experts.forecast import Predictor, SlidingAverage, get_predictor
 from mimo_compile.experts.noise import wander
 from mimo_compile.experts.placement import greedy, judge, partition, round_robin
 from mimo_compile.experts.synthetic import drifting
@@ -28,7 +28,8 @@ from mimo_compile.experts.trace import LoadTrace
 from mimo_compile.runtime.routing import RoutingLog, recording
 
 HORIZONS = (1000, 2000)
-PREDICTORS = ("average", "arima", "lstm")
+LONG = 1000
+"""Steps of a second average."""
 TOKENS, SIDE_BY_SIDE = 16, 16
 """Tokens of a step of the real trace; texts that it is counted side by side for."""
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
@@ -54,7 +55,10 @@ def traces(log: RoutingLog) -> dict[str, tuple[LoadTrace, list[int]]]:
     """Return each trace with the steps at which it is forecast."""
     walk = drifting(seed=1)
     real = LoadTrace.of_log(log, TOKENS)
-    mixed = LoadTrace.of_log(log, TOKENS, SIDE_BY_SIDE)
+    # windows of one file follow each other in the log; those that a server has at a time are strangers
+    names = np.random.default_rng(0).permutation(int(log.sequence.max()) + 1).astype(np.int32)
+    strangers = replace(log, sequence=names[log.sequence])
+    mixed = LoadTrace.of_log(strangers, TOKENS, SIDE_BY_SIDE)
 
     def late(trace: LoadTrace) -> list[int]:
         last = len(trace.counts) - max(HORIZONS)
@@ -63,20 +67,26 @@ def traces(log: RoutingLog) -> dict[str, tuple[LoadTrace, list[int]]]:
         return [int(t) for t in np.linspace(last // 2, last, 3)]
 
     return {
-        "tiny, text after text": (real, late(real)),
-        f"tiny, {SIDE_BY_SIDE} texts side by side": (mixed, late(mixed)),
+        "tiny, file after file": (real, late(real)),
+        f"tiny, {SIDE_BY_SIDE} windows side by side": (mixed, late(mixed)),
         "synthetic, transient": (walk, [200, 300, 400]),
         "synthetic, stable": (walk, [2500, 3250, 4000]),
     }
 
 
+def predictors() -> list[Predictor]:
+    """Return those that are judged."""
+    short, *others = (get_predictor(name) for name in ("average", "arima", "lstm"))
+    return [short, SlidingAverage(LONG, f"average of {LONG}"), *others]
+
+
 def forecasts(
-    name: str, trace: LoadTrace, origins: Sequence[int], names: Sequence[str]
+    name: str, trace: LoadTrace, origins: Sequence[int], predictor: Predictor
 ) -> list[dict]:
-    """Judge the predictors on one trace."""
+    """Judge a predictor on one trace."""
     found = wander(trace)
     draws = int(trace.counts[:, 0].sum(-1).mean())
-    rows = backtest(trace, [get_predictor(n) for n in names], HORIZONS, origins=origins)
+    rows = backtest(trace, [predictor], HORIZONS, origins=origins)
     return [
         {
             "kind": "forecast", "trace": name, "steps": len(trace.counts), "experts": trace.experts,
@@ -122,8 +132,9 @@ def page(rows: list[dict]) -> str:
     for r in rows:
         if r["kind"] == "forecast":
             cells = (
-                r["trace"], r["horizon"], r["predictor"], percent(r["error"]), percent(r["floor"]),
-                percent(r["window_floor"]), percent(r["mass"]), f"{r['seconds']:.2f}",
+                r["trace"], r["horizon"], r["predictor"] + " *" * bool(r["notes"]),
+                percent(r["error"]), percent(r["floor"]), percent(r["window_floor"]), percent(r["mass"]),
+                f"{r['seconds']:.2f}",
             )  # fmt: skip
             out.append("| " + " | ".join(str(c) for c in cells) + " |")
     out += [
@@ -167,7 +178,9 @@ def main() -> None:
             record(args.artifact, args.length).save(args.keep)
         rows: list[dict] = []
         for name, (trace, origins) in traces(RoutingLog.load(args.keep)).items():
-            rows += forecasts(name, trace, origins, PREDICTORS)
+            for predictor in predictors():
+                rows += forecasts(name, trace, origins, predictor)
+                print(page(rows[-len(HORIZONS) :]).splitlines()[2:4])
             if trace.ids is not None:
                 rows += [row for devices in (2, 4) for row in placements(name, trace, devices)]
             print(name, len(trace.counts), "steps")

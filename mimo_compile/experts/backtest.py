@@ -29,7 +29,7 @@ class Row:
     window_floor: Error
     """Likewise, of the mean of a window of `WINDOW` steps."""
     seconds: float
-    """For one forecast of all horizons."""
+    """CPU time of one forecast of all horizons."""
     notes: tuple[str, ...]
 
 
@@ -70,9 +70,9 @@ def backtest(
         raise UsageError(f"origins {list(origins)} leave no room for {max(horizons)} steps")
     rows = []
     for predictor in predictors:
-        begin = time.perf_counter()
+        begin = time.process_time()
         made = [predictor.forecast(shares[:at], horizons) for at in origins]
-        seconds = (time.perf_counter() - begin) / len(origins)
+        seconds = (time.process_time() - begin) / len(origins)
         notes = tuple(dict.fromkeys(note for forecast in made for note in forecast.notes))
         for h in horizons:
             judged = []

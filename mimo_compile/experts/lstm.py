@@ -82,11 +82,11 @@ class Lstm:
     hidden: int = 32
     bins: int = 20
     """A window is fed as the means of so many parts."""
-    most: int = 256
+    most: int = 128
     """Windows that are learned from, spread over the history."""
-    rounds: int = 120
+    rounds: int = 60
     """Passes over them."""
-    rate: float = 3e-3
+    rate: float = 5e-3
     seed: int = 0
     name: str = "lstm"
 

@@ -30,7 +30,7 @@ def test_constant_traces_are_forecast_exactly(predictor):
     assert made.notes == ()
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(
     st.integers(0, 2**20), st.integers(0, 130), st.integers(1, 3), st.integers(1, 6),
     st.sampled_from(FAST),
@@ -65,7 +65,7 @@ def test_the_average_of_pure_noise_is_as_good_as_it_can_be():
 
 
 def test_a_model_of_differences_follows_a_drift_that_the_average_misses():
-    slope = np.linspace(-1, 1, 8)[None, None] * np.linspace(0, 1.2, 500)[:, None, None]
+    slope = np.linspace(-1, 1, 3)[None, None] * np.linspace(0, 1.2, 500)[:, None, None]
     share = np.exp(slope) / np.exp(slope).sum(-1, keepdims=True)
     counts = np.random.default_rng(0).multinomial(65536, share[:, 0])[:, None]
     trace = LoadTrace(counts.astype(np.int64), ("layers.0",))
@@ -73,7 +73,11 @@ def test_a_model_of_differences_follows_a_drift_that_the_average_misses():
     history = trace.shares()[:400]
     errors = {
         one.name: error(one.forecast(history, (100,)).shares[100], actual).relative
-        for one in (SlidingAverage(), Arima((1, 1, 1), trend="t"), Lstm(rounds=40, most=64))
+        for one in (
+            SlidingAverage(),
+            Arima((0, 1, 1), trend="t", history=200),
+            Lstm(rounds=20, most=32),
+        )
     }
     assert errors["arima"] < 0.35 * errors["average"]
     assert errors["lstm"] <= errors["average"] * 1.001
@@ -81,9 +85,9 @@ def test_a_model_of_differences_follows_a_drift_that_the_average_misses():
 
 def test_coefficients_of_a_process_are_found():
     draw, series = np.random.default_rng(1), [0.0, 0.0]
-    for noise in draw.standard_normal(3000):
+    for noise in draw.standard_normal(1200):
         series.append(0.6 * series[-1] - 0.3 * series[-2] + noise)
-    values = np.array(series[1000:])
+    values = np.array(series[200:])
     ahead = Arima((2, 0, 0))._ahead(values + 50, 3) - 50
     one = 0.6 * values[-1] - 0.3 * values[-2]
     two = 0.6 * one - 0.3 * values[-1]

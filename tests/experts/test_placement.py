@@ -25,7 +25,7 @@ def busiest(placement, loads):
     return np.array([device_loads(load, row, placement.devices).max() for load, row in rows])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_every_expert_has_a_device_with_room(data):
     layers, experts = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 20))
@@ -51,20 +51,18 @@ def test_equal_loads_are_even():
         assert held.max() - held.min() <= 1
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.integers(0, 2**20), st.integers(2, 8), st.sampled_from([2, 3]))
-def test_greedy_is_near_the_best_there_is(seed, experts, devices):
-    """Against all placements within capacity: at most 4/3 of the least busy busiest device."""
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**20), st.integers(2, 12), st.integers(2, 4))
+def test_no_two_experts_of_a_greedy_placement_should_change_places(seed, experts, devices):
     devices = min(devices, experts)
     load = np.random.default_rng(seed).random(experts)
-    best = np.inf
-    for code in range(devices**experts):
-        row = code // devices ** np.arange(experts) % devices
-        if np.bincount(row, minlength=devices).max() <= capacity(experts, devices):
-            best = min(best, device_loads(load, row, devices).max())
-    if experts > 6 and devices > 2:
-        return
-    assert busiest(greedy(load[None], devices), load[None])[0] <= 4 / 3 * best + 1e-12
+    found = greedy(load[None], devices).device[0]
+    before = device_loads(load, found, devices).max()
+    for i in range(experts):
+        for j in range(i):
+            other = found.copy()
+            other[i], other[j] = found[j], found[i]
+            assert device_loads(load, other, devices).max() >= before * (1 - 1e-9)
 
 
 def test_pairs_and_passages_are_counted():
