@@ -10,7 +10,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import lru_cache
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from mimo_compile.cost_models.analytic import DeviceModel
@@ -156,7 +158,7 @@ def _shipped_prior(hardware: Hardware, cache: str) -> Prior | None:
     found: list[tuple[bool, str, Prior]] = []
     for path in shipped():
         try:
-            model = LatencyModel.load(path)
+            model = _packaged(path, path.stat().st_mtime_ns)
             schedules = _same_versions(model.meta)
         except MimoError as error:
             _LOG.warning("the packaged cost model %s is not used: %s", path.name, error)
@@ -177,6 +179,20 @@ def _shipped_prior(hardware: Hardware, cache: str) -> Prior | None:
     _, name, prior = min(found, key=lambda f: f[:2])
     _LOG.info("warm start from the packaged model %s", name)
     return prior
+
+
+@lru_cache(maxsize=4)
+def _packaged(path: Path, changed: int) -> LatencyModel:
+    """Read a packaged model, once for each process: searches ask it, and never train it further.
+
+    Args:
+        path: The file.
+        changed: When it was written.
+
+    Raises:
+        InputError: the file is damaged, or of another schema or kind.
+    """
+    return LatencyModel.load(path)
 
 
 def _same_versions(meta: Mapping[str, Any]) -> frozenset[str]:

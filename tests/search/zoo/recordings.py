@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 from toy_schedules import Other, Tiled, latency_us
 
 from mimo_compile.cost_models.analytic import DeviceModel
@@ -24,6 +26,11 @@ def schedules():
 
 def recorded(workload: Workload, scale: float = 1.0, bad: float = 0.05) -> list[Record]:
     """The whole space of a workload; every twentieth candidate crashes."""
+    return list(_recorded(workload, scale, bad))
+
+
+@cache
+def _recorded(workload: Workload, scale: float, bad: float) -> tuple[Record, ...]:
     out = []
     space = JointSpace(workload, HW, schedules())
     for i, c in enumerate(space):
@@ -40,7 +47,7 @@ def recorded(workload: Workload, scale: float = 1.0, bad: float = 0.05) -> list[
                 modelled_mj=None if fails else DEVICE.energy_mj(work, t),
             )
         )  # fmt: skip
-    return out
+    return tuple(out)
 
 
 def recording() -> Recording:
