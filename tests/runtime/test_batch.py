@@ -42,7 +42,8 @@ prompts = st.lists(st.integers(0, VOCAB - 2), min_size=1, max_size=CONTEXT)
 @given(st.lists(prompts, max_size=7), st.integers(0, 12), st.booleans())
 def test_each_text_is_what_it_is_alone(module, single, texts, count, to_the_end):
     texts = [text[: CONTEXT - count] for text in texts]
-    module._states.bytes[:] = 0xFF  # NaN wherever nothing was written
+    for held in module._states.bytes.values():
+        held[:] = 0xFF  # NaN wherever nothing was written
     how = {"stop_at_eos": not to_the_end}
     alone = [list(single.generate_ids(text, count, **how)) for text in texts]
     stats = Stats()
@@ -96,7 +97,8 @@ def test_sequences_that_rest_are_not_touched(module):
     resting, other, third = (module.session(slot=slot) for slot in range(BATCH))
     for session, text in zip((resting, other, third), PROMPTS, strict=False):
         session.append(text)
-    mine = module._states.bytes[: CONTEXT * WIDTH * 4]
+    (held,) = module._states.bytes.values()
+    mine = held[: CONTEXT * WIDTH * 4]
     before = mine.copy()
     hidden = append_each(module, [third, other], [1, 2])
     assert before.any() and np.array_equal(mine, before)
