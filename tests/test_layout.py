@@ -116,7 +116,7 @@ def test_base_dependencies_are_those_of_the_runtime() -> None:
 def test_constraints_pin_everything_that_is_asked_for() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    asked = ("compile", "dev", "hf", "ray")
+    asked = ("compile", "dev", "hf", "predict", "ray")
     wanted = [*project["dependencies"], *(text for name in asked for text in extras[name])]
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines if not line.startswith("#"))
