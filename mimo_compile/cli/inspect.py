@@ -28,6 +28,8 @@ mimo-compile inspect --op mpgemm:m=1,n=4096,k=4096,w=w4g64,a=a8
 """
 
 _LIMIT = 20  # candidates of --op
+APART = ("name", "thresholds", "outside")
+"""What each layer has of its own, beside what its line of the table says."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -192,6 +194,9 @@ def _artifact(args: argparse.Namespace, parts: Parts) -> int:
                 f"{min(taus):.2g} to {max(taus):.2g}, 0 (dense) in {taus.count(0)} of {len(taus)}"
             )
             console.say(f"{row['name']}: thresholds of heads {span}")
+    spread = [f"{row['name']} {row['outside']:.2f}" for row in layers if row["outside"]]
+    if spread:
+        console.say(f"attention outside of the best 5 % of the keys: {', '.join(spread)}")
     plan = sorted(manifest.plan, key=lambda c: (c.workload.partition(":")[0], c.workload))
     titles, joules = energy_columns([(c.energy_mj, c.energy_source) for c in plan])
     lines = [
@@ -238,6 +243,7 @@ def layer_rows(manifest: Manifest) -> list[dict[str, Any]]:
             "name": layer.name, "role": layer.role, "window": layer.window, "slots": layer.slots,
             "format": layer.format, "follows": layer.follows,
             "state_bytes": sum(held[n] for n in layer.states), "thresholds": layer.thresholds,
+            "outside": layer.outside,
         }
         for layer in found
     ]  # fmt: skip
@@ -249,7 +255,7 @@ def grouped(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
 
     kinds: dict[tuple[Any, ...], list[str]] = {}
     for row in rows:
-        kind = tuple(value for key, value in row.items() if key not in ("name", "thresholds"))
+        kind = tuple(value for key, value in row.items() if key not in APART)
         kinds.setdefault(kind, []).append(row["name"])
     out = []
     for (role, window, slots, kept, follows, held), names in kinds.items():

@@ -171,6 +171,12 @@ def test_calibrate_writes_what_compile_reads(tmp_path, capsys):
     kinds = sorted((x.role, x.format) for x in kept.values())
     assert kinds == [("quantised", "i2"), ("select", "f32")]
     assert artifact.manifest.attention.endswith("classes=c.json")
+    capsys.readouterr()
+    assert main(["inspect", str(path)]) == 0
+    name = next(iter(kept))
+    assert (
+        f"of the best 5 % of the keys: {name} {kept[name].outside:.2f}, " in capsys.readouterr().out
+    )
 
 
 @pytest.mark.compile
