@@ -185,7 +185,10 @@ class Replay:
     """Makes routers choose what a log says; made by `replaying`."""
 
     def __init__(self, log: RoutingLog) -> None:
-        """Take the choices; each token takes those of its text and position, in their order."""
+        """Take the choices; each token takes those of its text and position, in their order.
+
+        One that is run more often than the log has it (a draft that is rejected) takes the last ones again.
+        """
         self._log = log
         self._texts = _Texts()
         self._step: list[int] = []
@@ -220,7 +223,9 @@ class Replay:
     def _next(self, text: int, position: int) -> int:
         """Return the log's next row of a text and position, -1 if it has none."""
         waiting = self._waiting.get((text, position))
-        return waiting.popleft() if waiting else -1
+        if not waiting:
+            return -1
+        return waiting.popleft() if len(waiting) > 1 else waiting[0]
 
 
 @contextmanager

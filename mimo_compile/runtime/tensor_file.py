@@ -93,10 +93,10 @@ def _tensor(data: bytes, start: int, name: str, fact: Any, path: object) -> npt.
         size = dtypes.size(dtype, tuple(shape))
         if not 0 <= begin <= end <= len(data) - start or end - begin != size:
             raise ValueError
-    except (TypeError, ValueError, KeyError) as error:
+        kind = dtypes.numpy_dtype(dtype)
+        out: npt.NDArray[Any] = np.frombuffer(data[start + begin : start + end], kind)
+        return out.reshape(shape)
+    except (TypeError, ValueError, KeyError, OverflowError) as error:
         raise InputError(
             f"tensor {name[:80]!r} is of an unknown type, or not where its header says", file=path
         ) from error
-    kind = dtypes.numpy_dtype(dtype)
-    out: npt.NDArray[Any] = np.frombuffer(data[start + begin : start + end], kind).reshape(shape)
-    return out

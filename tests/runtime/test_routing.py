@@ -100,6 +100,18 @@ def test_other_experts_are_forced_and_weighed_by_own_logits(module, seed, kept):
     np.testing.assert_allclose(hidden.reshape(7, 2, -1), wanted, rtol=5e-6)
 
 
+def test_tokens_that_are_run_again_keep_their_experts(module):
+    log, _ = recorded(module)
+    other = dataclasses.replace(log, ids=log.ids[::-1].copy())
+    with replaying(module, other) as replay, recording(module) as recorder:
+        session = module.session()
+        session.append(PROMPT)
+        session.rewind(4)
+        session.append([8, 8, 8])
+    assert (recorder.log().ids == np.concatenate([other.ids, other.ids[4:]])).all()
+    assert replay.own == 0 and replay.forced == 20
+
+
 def test_tokens_beyond_the_limit_are_counted(module):
     with recording(module, most=5) as recorder:
         hidden_of(module, PROMPT)
@@ -165,6 +177,25 @@ def test_damaged_files_are_refused(module, tmp_path, what, message):
     with pytest.raises(InputError, match=message) as error:
         RoutingLog.load(path)
     assert str(path) in str(error.value)
+
+
+@pytest.mark.fuzz
+@settings(max_examples=60)
+@given(st.data())
+def test_no_damage_is_more_than_an_input_error(module, tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("fuzz") / "r.safetensors"
+    recorded(module)[0].save(path)
+    whole = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(whole) - 1))
+        whole[at : at + data.draw(st.integers(0, 3))] = data.draw(
+            st.one_of(st.binary(max_size=4), st.sampled_from([b"1e999", b"9" * 30, b"null", b"[]"]))
+        )
+    path.write_bytes(whole)
+    try:
+        RoutingLog.load(path)
+    except InputError as error:
+        assert str(path) in str(error)
 
 
 def test_logs_of_other_models_are_refused(module, decoder_file):
