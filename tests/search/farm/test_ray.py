@@ -329,7 +329,7 @@ def test_the_command_line(tmp_path: Path) -> None:
         assert {r.worker for r in opened if not r.twin} <= {"local", "local/cpu"}
         (told,), (kept,) = answer["workers"], load(opened)
     assert told["name"] == kept.name == "local" and told["measured"] == kept.measured >= 3
-    assert 0 < told["used"] <= 1 and "mean wait s" in err
+    assert 0 < told["used"] <= 1
     assert told["busy_s"] + told["idle_s"] == pytest.approx(told["seconds"], rel=0.1)
     end = time.monotonic() + 10  # Ray's own end a moment after the search
     while (left := left_of(str(tmp_path))) and time.monotonic() < end:

@@ -23,6 +23,7 @@ from mimo_compile.search.farm.scheduling import LIVES, Action, Node
 from mimo_compile.search.farm_runs import SCHEMA, Worker, decode, load, searches, store
 from mimo_compile.search.records import Verdict, encode
 from mimo_compile.search.records import decode as decode_record
+from mimo_compile.search.result import TuningResult
 
 LAB = replace(DEVICE, name="d" * 40, label="lab")
 NAMELESS = replace(BUILDERS, name="0123456789abcdef")
@@ -164,6 +165,25 @@ def test_rows_are_kept_merged_pruned_and_recovered(tmp_path: Path) -> None:
         assert len(load(opened)) == 3
         prune(opened, older_than_days=1.0)
         assert load(opened) == [] and len(opened) == 0
+
+
+def test_the_command_prints_them() -> None:
+    from types import SimpleNamespace
+    from typing import Any
+
+    from mimo_compile.cli.tune import show
+    from mimo_compile.search.objective import parse_objective
+
+    told = tuple(msgspec.structs.replace(w, seconds=4.0, tuner_s=1.0) for w in rows())
+    result = TuningResult((), parse_objective("latency"), "trials", 4.0, None, workers=told)
+    said: list[str] = []
+    console: Any = SimpleNamespace(say=said.append)
+    show(console, result)
+    shown = "\n".join(said).splitlines()
+    assert any(line.split()[:2] == ["worker", "devices"] for line in shown)
+    assert sum(line.endswith("50 %") for line in shown) == 2
+    assert "the farm was open for 4 s; for 1 s of it the tuner computed" in shown
+    assert [w["used"] for w in result.to_json()["workers"]] == [0.5, 0.5]
 
 
 def test_what_is_no_row_of_a_worker_is_refused() -> None:
