@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mimo_compile.errors import InputError
+from mimo_compile.errors import InputError, UsageError
 from mimo_compile.frontend.models.decoder import DecoderConfig
 from mimo_compile.frontend.models.found_files import AGAIN, FORMAT, read_found
 from mimo_compile.ir.policies.tailorkv import TailorKV
@@ -46,8 +46,14 @@ def classified(policy: TailorKV, config: DecoderConfig) -> TailorKV:
         config: The decoder that it is for.
 
     Raises:
+        UsageError: there is no file, but a limit for what it would say.
         InputError: the file is missing, malformed, or of another model.
     """
+    if policy.quantised and not policy.classes and policy.tau != TailorKV().tau:
+        raise UsageError(
+            f"--attention {policy}: tau={policy.tau:g} does nothing without classes=FILE",
+            remedy="calibrate the model (`mimo-compile calibrate --attention tailorkv`), or say quantised=N",
+        )
     if policy.outside or not policy.classes:
         return policy
     path = Path(policy.classes)
