@@ -36,7 +36,7 @@ def ask(text: str, memory_bytes: int = 1 << 26) -> Ask:
 
 @st.composite
 def attentions(draw: st.DrawFn) -> str:
-    """Draw prompts, chunks and single tokens; full caches, partly filled ones and rings."""
+    """Draw prompts, chunks and single tokens; full caches, partly filled ones, pages and rings."""
     t, kv, group = draw(st.integers(1, 9)), draw(st.integers(1, 3)), draw(st.integers(1, 4))
     d, dv = draw(st.sampled_from([(16, 16), (24, 16), (16, 24)]))
     text = f"cached_attention:t={t},h={kv * group},kv={kv},d={d},dv={dv}"
@@ -48,6 +48,7 @@ def attentions(draw: st.DrawFn) -> str:
         text += f",cap={cap},window={window},len={t + draw(st.integers(0, 60))}"
         return text + f",sink={draw(st.integers(0, 1))}"
     keys = t + draw(st.integers(0, 40))
+    text += draw(st.sampled_from(["", ",page=16,pool=16"]))
     return text + f",cap={keys + draw(st.integers(0, 8))},len={keys}"
 
 
