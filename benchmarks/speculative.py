@@ -134,12 +134,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--file", type=Path, help="a prompt in each line")
+    parser.add_argument("--db", type=Path, help="records of kernels that were tuned before")
     args = parser.parse_args()
     made = {}
     with tempfile.TemporaryDirectory() as folder:
         for scope in ("drafts", "none"):
             artifact = mc.compile(
-                args.source, quant=args.quant, threads=args.threads, reproducible=scope
+                args.source, quant=args.quant, threads=args.threads, reproducible=scope, db=args.db
             )
             made[scope] = mc.load(artifact.save(Path(folder) / f"{scope}.mimo"))
         compare(made["drafts"], args)

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 
 _FIRST = 4
 """Passes with all heads before anything is left out."""
-_AGAIN = 48
-"""Passes after which what has not been tried for so long is tried once more."""
+_AGAIN, _SELDOM = 48, 768
+"""Passes after which what has not been tried for so long is tried once more; twice as many each time that it
+still does not pay, up to the second number."""
 _MEMORY = 0.95
 """Part of what is known that one more observation leaves."""
 _PRIOR = 0.6
@@ -37,6 +38,7 @@ class Depth:
         self._heads = [_Times() for _ in range(most)]
         self._last: list[int] = [0] * (most + 1)
         """Pass in which each depth, or a greater one, was tried; of depth 0, the very one."""
+        self._wait = [_AGAIN] * (most + 1)
 
     def choose(self, room: int) -> int:
         """Return the number of drafts of the next pass, at most ``room``."""
@@ -45,12 +47,16 @@ class Depth:
             return min(self._fixed, most)
         if most <= 0 or self._passes < _FIRST:
             return max(most, 0)
-        stale = [k for k in range(most + 1) if self._passes - self._last[k] > _AGAIN]
+        stale = [k for k in range(most + 1) if self._passes - self._last[k] > self._wait[k]]
         if self._passing[0].count < _PLAIN:
             stale = [0]
         if stale:
-            return stale[-1]
-        return max(range(most + 1), key=self._worth)
+            depth = stale[-1]
+            self._wait[depth] = min(2 * self._wait[depth], _SELDOM)
+            return depth
+        depth = max(range(most + 1), key=self._worth)
+        self._wait[depth] = _AGAIN
+        return depth
 
     def learn(self, drafted: int, kept: int, seconds: float, heads: Sequence[float]) -> None:
         """Take note of a pass.

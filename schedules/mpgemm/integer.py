@@ -45,10 +45,11 @@ class IntegerGemm(X86Gemm):
 
     def order(self, workload: Workload, config: GemmConfig, hardware: Hardware) -> str | None:
         """Sums of integers are exact; those of groups are added in their order, piece by piece."""
-        problem = self.problem(workload)
-        if self.dot(problem, config).activation != "int8":
+        dot = DOTS.get(config.dot)
+        if dot is None or dot.activation != "int8":
             return super().order(workload, config, hardware)
-        return "exact" if is_whole(problem.steps) else f"groups split={config.split}"
+        whole = is_whole(self.problem(workload).steps)
+        return "exact" if whole else f"groups split={config.split}"
 
     def tile_cost(self, problem: Problem, config: GemmConfig) -> int:
         """Count dots (and multiply-adds of the float way) in the body."""

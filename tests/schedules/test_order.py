@@ -118,7 +118,6 @@ def try_pairs(text: str, count: int, seed: int) -> None:
 
 
 FEW = (
-    "rms_norm:t=4,d=96,residual=1",
     "mpgemm:m=4,n=20,k=96",
     "cached_attention:t=4,h=4,kv=1,d=32,dv=32,cap=160",
     "cached_attention:t=4,h=4,kv=2,d=32,dv=32,cap=112,window=48,sink=1",
@@ -126,6 +125,7 @@ FEW = (
 )
 MANY = (
     *FEW,
+    "rms_norm:t=4,d=96,residual=1",
     "cached_attention:t=4,h=4,kv=2,d=64,dv=32,cap=384,window=128,sink=1",
     "cached_attention:t=16,h=8,kv=2,d=64,dv=64,cap=512,c=bf16",
     "cached_attention:t=4,h=4,kv=1,d=64,dv=64,cap=512,c=i8,tail=320",
@@ -163,7 +163,7 @@ def test_orders_of_one_name_give_the_same_bits(text: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("text", MANY)
 def test_orders_of_one_name_give_the_same_bits_in_many_pairs(text: str) -> None:
-    try_pairs(text, 8, seed=1)
+    try_pairs(text, 3, seed=1)
 
 
 def test_no_order_is_promised_where_neighbours_change_the_steps() -> None:
