@@ -19,6 +19,7 @@ from mimo_compile.ir.generic_ops import TABLE, generic_linear
 from mimo_compile.ir.generic_ops import rms_norm as generic_rms_norm
 from mimo_compile.ir.guard import Wide, check_operators, guarded
 from mimo_compile.ir.import_attention import ListConverters
+from mimo_compile.ir.import_pages import PageConverters
 from mimo_compile.ir.ops import get_op, load_all
 from mimo_compile.ir.workload import Value
 
@@ -98,8 +99,6 @@ class _Converters:
             "add_rms_norm.default": self.add_rms_norm,
             "kv_append.default": self.kv_append,
             "cached_attention.default": self.cached_attention,
-            "kv_append_pages.default": self.kv_append_pages,
-            "paged_attention.default": self.paged_attention,
             "kv_append_groups.default": self.kv_append_groups,
             "grouped_attention.default": self.grouped_attention,
             "route.default": self.route,
@@ -110,6 +109,7 @@ class _Converters:
             "slice.Tensor": self.slice,
             "scaled_dot_product_attention.default": self.attention,
             **self.lists.table,
+            **PageConverters(self.call, _cache_format).table,
         }
 
     def call(
@@ -260,36 +260,6 @@ class _Converters:
             t=t, h=h, kv=kv, d=d, dv=dv, cap=cap, window=window, sink=int(sink is not None),
             scale=0.0 if same else float(scale), len=0 if window else min(cap, max(t, MEASURED_KV)),
             c=_named(more) or _cache_format(k_cache, v_cache), lay=self.lay, b=b,
-        )  # fmt: skip
-
-    def kv_append_pages(self, node: Any, imp: Any) -> Any:
-        qkv, table, pos, q_norm, k_norm, k_cache, v_cache, pages, heads, eps, v_scale, cap, page = (
-            imp.retrieve_args(node)
-        )
-        rows, (_, kv, d), dv, b = (
-            _shape(qkv)[0],
-            _shape(k_cache),
-            _shape(v_cache)[2],
-            _shape(pages)[0],
-        )
-        norm = {"norm": 1, "eps": float(eps)} if q_norm is not None else {}
-        return self.call(
-            imp, "kv_append", [qkv, table, pos, q_norm, k_norm, pages, k_cache, v_cache],
-            [([rows, heads, d], "float32")], t=rows // b, h=heads, kv=kv, d=d, dv=dv, cap=cap, b=b,
-            rot=2 * _shape(table)[2], vscale=float(v_scale), c=_cache_format(k_cache, v_cache),
-            page=page, pool=_shape(k_cache)[0] // page, **norm,
-        )  # fmt: skip
-
-    def paged_attention(self, node: Any, imp: Any) -> Any:
-        q, k_cache, v_cache, pages, pos, sink, scale, cap, page = imp.retrieve_args(node)
-        (rows, h, d), (slots, kv, _), dv = _shape(q), _shape(k_cache), _shape(v_cache)[2]
-        b, same = _shape(pages)[0], abs(float(scale) * d**0.5 - 1) < 1e-6
-        return self.call(
-            imp, "cached_attention", [q, pos, sink, pages, k_cache, v_cache],
-            [([rows, h, dv], "float32")], t=rows // b, h=h, kv=kv, d=d, dv=dv, cap=cap, b=b,
-            sink=int(sink is not None), scale=0.0 if same else float(scale),
-            len=min(cap, max(rows // b, MEASURED_KV)), c=_cache_format(k_cache, v_cache), page=page,
-            pool=slots // page,
         )  # fmt: skip
 
     def kv_append_groups(self, node: Any, imp: Any) -> Any:
