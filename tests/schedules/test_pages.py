@@ -13,6 +13,7 @@ from mimo_compile.errors import UsageError
 from mimo_compile.ir.hardware import PRESETS, local_cpu
 from mimo_compile.ir.ops import batches, get_op, load_all, pages, parse_workload
 from mimo_compile.schedules import get_schedule, schedules_for
+from mimo_compile.schedules.attention.pages import PagedReach
 
 CPU = local_cpu()
 FLASH = {
@@ -147,6 +148,20 @@ def test_eager_ops_over_pages_are_those_over_caches_of_their_own(data):
         expected = ops.kv_append(*rows, pos, *norms, *own, *tail)
         torch.testing.assert_close(mine, expected)
         torch.testing.assert_close(got, ops.cached_attention(expected, *own, pos, None, 0.3, 0))
+
+
+@pytest.mark.parametrize("wrong", ["no table", "another's table"])
+def test_kernels_that_look_elsewhere_are_found(wrong, monkeypatch):
+    text = "cached_attention:t=1,h=2,kv=1,d=8,dv=8,cap=64,b=2,page=16,pool=9,c=bf16"
+    schedule, seed = FLASH["bf16"], 3
+    check(schedule, text, seed=seed)
+    if wrong == "no table":
+        monkeypatch.setattr(PagedReach, "block", PagedReach.place)
+    else:
+        made = PagedReach.__init__
+        monkeypatch.setattr(PagedReach, "__init__", lambda self, *given: made(self, *given[:-1], 0))
+    with pytest.raises(AssertionError, match="out"):
+        check(schedule, text, seed=seed)
 
 
 @pytest.mark.parametrize(
