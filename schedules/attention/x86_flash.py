@@ -70,8 +70,6 @@ class X86Flash(Schedule):
     """Format of the caches."""
     lay = ""
     """Order of their numbers, as the op's parameter says it."""
-    agrees = True
-    """A query's arithmetic is the same beside other queries."""
 
     def supports(self, workload: Workload, hardware: Hardware) -> bool:
         """Every workload of the op with these caches, on any x86-64."""
@@ -228,7 +226,7 @@ class X86Flash(Schedule):
         holds besides. Of several, each does if they begin at the same slot, without a window, or steps of
         one block: those that a query does not see add nothing to its sums.
         """
-        if self.op != "cached_attention" or not self.agrees:
+        if self.op != "cached_attention":
             return None
         p = get_op(self.op).full(workload)
         alone = min(config.tile, p["t"]) == 1

@@ -18,7 +18,7 @@ from mimo_compile.schedules.attention.layout import round_up
 from mimo_compile.schedules.attention.pairs import imported
 from mimo_compile.schedules.attention.reach import visited, visited_whole
 from mimo_compile.schedules.attention.x86_flash import FlashConfig, X86Flash
-from mimo_compile.schedules.base import Space
+from mimo_compile.schedules.base import Schedule, Space
 from mimo_compile.schedules.emit.amx import NEEDS_BF16, SIDE
 from mimo_compile.schedules.emit.bf16 import NEEDS
 from mimo_compile.schedules.emit.vector import LANES
@@ -29,7 +29,7 @@ class X86FlashAmx(X86Flash):
 
     name = "cached_attention.x86_flash_amx"
     stored = "bf16"
-    agrees = False
+    order = Schedule.order  # nothing is promised
     tile_class: ClassVar[type[AmxTile]] = AmxTile
 
     def supports(self, workload: Workload, hardware: Hardware) -> bool:

@@ -32,7 +32,7 @@ from mimo_compile.schedules.attention.pairs import imported
 from mimo_compile.schedules.attention.phases import emit
 from mimo_compile.schedules.attention.reach import Tiling
 from mimo_compile.schedules.attention.x86_flash import FlashConfig, X86Flash
-from mimo_compile.schedules.base import Kernel, Space
+from mimo_compile.schedules.base import Kernel, Schedule, Space
 from mimo_compile.schedules.emit.bf16 import NEEDS
 from mimo_compile.schedules.emit.build import function
 from mimo_compile.schedules.emit.vector import LANES, symbol
@@ -61,7 +61,7 @@ class X86Int8(X86Flash):
 
     name = "cached_attention.x86_int8"
     config = Int8Config
-    agrees = False
+    order = Schedule.order  # nothing is promised
 
     def supports(self, workload: Workload, hardware: Hardware) -> bool:
         """Both forms, with AVX2 or better."""

@@ -17,7 +17,7 @@ from mimo_compile.schedules.attention.tokens import following
 from mimo_compile.schedules.attention.x86_flash import FlashConfig, X86Flash
 from mimo_compile.schedules.attention.x86_flash_pairs import SHORT, PairsConfig
 from mimo_compile.schedules.attention.x86_lists import X86Lists, short_step
-from mimo_compile.schedules.base import Space
+from mimo_compile.schedules.base import Schedule, Space
 from mimo_compile.schedules.emit.bf16 import NEEDS, imported
 
 
@@ -45,7 +45,7 @@ class X86FlashRows(X86Flash):
 
     name = "cached_attention.x86_flash_rows"
     lay = "rows"
-    agrees = False
+    order = Schedule.order  # nothing is promised
 
     def tile(self, config: FlashConfig) -> tuple[type[Tile], AbstractContextManager[Any] | None]:
         """Return the arithmetic of a config, and the frame that its instructions need."""

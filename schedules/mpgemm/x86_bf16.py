@@ -8,6 +8,7 @@ from typing import Any
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.workload import Workload
+from mimo_compile.schedules.base import Schedule
 from mimo_compile.schedules.emit.bf16 import (
     NEEDS,
     bf16_rows,
@@ -33,6 +34,8 @@ class X86Bf16(X86Gemm):
 
     name = "mpgemm.x86_bf16"
     version = 2
+    order = Schedule.order
+    """Nothing is promised: where a register tile has few sums, each of them is made of several."""
 
     def problem(self, workload: Workload) -> Problem:
         """Return the workload; bfloat16 weights lie in pairs of columns."""

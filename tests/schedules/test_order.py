@@ -144,7 +144,6 @@ MANY = (
     "mpgemm:m=4,n=48,k=256,w=w2g64,a=a8",
     "mpgemm:m=4,n=48,k=256,w=w1.58,a=a8",
     "mpgemm:m=4,n=48,k=256,w=bf16",
-    "mpgemm:m=4,n=48,k=256,w=bf16,a=abf16",
     "mpgemm:m=4,n=48,k=256,w=nf4g64,a=a8",
     "mpgemm:m=4,n=48,k=256,w=afp4g64",
     "mpgemm:m=4,n=64,k=256,w=complex2,a=a8",
