@@ -54,8 +54,8 @@ class GroupedFormat:
     query_bits: int = 8
     """Of the signed integers that kernels may take for the queries times the scales of a group, relative to
     the largest of these."""
-    weight_bits: int = 8
-    """Of those without a sign that they may take for the weights times the scales of a group."""
+    weight_levels: int = 255
+    """The largest integer without a sign that they may take for the weights times the scales of a group."""
 
     @property
     def levels(self) -> int:
@@ -71,11 +71,6 @@ class GroupedFormat:
     def query_levels(self) -> int:
         """The largest integer for a query: the last byte may be negative, so the first alone decides."""
         return 127 << 8 * (self.query_terms - 1)
-
-    @property
-    def weight_levels(self) -> int:
-        """The largest integer for a weight."""
-        return (1 << self.weight_bits) - 1
 
     def value_groups(self, dv: int) -> int:
         """Return how many scales a token's value of ``dv`` channels has."""
@@ -328,15 +323,6 @@ def encoded(
     recent = np.arange(start // fmt.group * fmt.group, n)
     out["k_tail"][recent % tail], out["v_tail"][recent % tail] = k[recent], v[recent]
     return out
-
-
-def largest_values(inputs: Mapping[str, Array], fmt: GroupedFormat) -> Array:
-    """Return the largest magnitude of each column of values ``[KV, DV]``; what was never written is NaN."""
-    scale, zero = np.abs(inputs["v_scale"].astype(np.float32)).transpose(3, 0, 1, 2)
-    codes = np.nanmax(scale * fmt.levels + zero, axis=0, initial=0.0)
-    tail = np.nanmax(np.abs(inputs["v_tail"]), axis=0, initial=0.0)
-    wide = np.repeat(codes, fmt.columns, axis=1)[:, : tail.shape[1]]
-    return np.asarray(np.maximum(wide, tail))
 
 
 def allowed(

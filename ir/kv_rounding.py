@@ -58,6 +58,15 @@ def allowed(
     return out
 
 
+def largest_values(inputs: Mapping[str, Array], fmt: GroupedFormat) -> Array:
+    """Return the largest magnitude of each column of values ``[KV, DV]``; what was never written is NaN."""
+    scale, zero = np.abs(inputs["v_scale"].astype(np.float32)).transpose(3, 0, 1, 2)
+    codes = np.nanmax(scale * fmt.levels + zero, axis=0, initial=0.0)
+    tail = np.nanmax(np.abs(inputs["v_tail"]), axis=0, initial=0.0)
+    wide = np.repeat(codes, fmt.columns, axis=1)[:, : tail.shape[1]]
+    return np.asarray(np.maximum(wide, tail))
+
+
 def attend_rounded(
     inputs: Mapping[str, Tensor], scale: float, fmt: GroupedFormat, draw: torch.Generator | None
 ) -> Tensor:

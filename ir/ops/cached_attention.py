@@ -380,7 +380,7 @@ class CachedAttention(OpDef):
         p = self.full(workload)
         fmt = kv_groups.grouped(p)
         if fmt is not None:
-            values = kv_groups.largest_values(inputs, fmt)[None]
+            values = kv_rounding.largest_values(inputs, fmt)[None]
         else:
             values = np.abs(single_format(p["c"]).decode(inputs["v_cache"]))
         columns = 1 if fmt is None else fmt.columns
