@@ -168,11 +168,14 @@ class CaseStore:
         return self._cases[key]
 
     def rested(self, case: Case) -> Case | None:
-        """Return the same case with a sequence that rests, see `make_rested`."""
+        """Return the same case with a sequence that rests, see `make_rested`; large ones are not kept."""
         key = (case.workload, case.seed)
-        if key not in self._rested:
-            self._rested[key] = make_rested(case)
-        return self._rested[key]
+        if key in self._rested:
+            return self._rested[key]
+        made = make_rested(case)
+        if made is None or 4 * made.nbytes <= self._limit:
+            self._rested[key] = made
+        return made
 
     def bound(self, case: Case, exact: bool) -> dict[str, Array]:
         """Return the bound of a case, or that of kernels that round nothing beyond float32."""

@@ -28,10 +28,9 @@ class Restless(x86_flash.X86Flash):
     def lower(self, workload: Workload, config: Any, hardware: Hardware) -> Kernel:
         emit = x86_flash.emit
 
-        def emitting(
-            s: Any, splits: int, parallel: bool, scale: float, q: Any, pos: Any, *more: Any
-        ):
-            emit(s, splits, parallel, scale, q, Everyone(pos), *more)
+        def emitting(*given: Any, **named: Any) -> None:
+            sizes, splits, parallel, scale, q, pos, *more = given
+            emit(sizes, splits, parallel, scale, q, Everyone(pos), *more, **named)
 
         with mock.patch.object(x86_flash, "emit", emitting):
             return super().lower(workload, config, hardware)
