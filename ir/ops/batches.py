@@ -103,6 +103,40 @@ def rested(
     return {**inputs, "pos": places}
 
 
+def further(
+    op: OpDef, workload: Workload, inputs: Mapping[str, Array], rng: np.random.Generator
+) -> dict[str, Array] | None:
+    """Return what a kernel is verified on besides the inputs that it is timed on; None: there is no more.
+
+    KV lengths that models are timed at are multiples of 16, of blocks and of pages, so that no block is
+    filled in part. These inputs are of another length (see `shorter`), and one sequence of a batch `rested`.
+    """
+    other = shorter(op, workload, inputs, rng)
+    given = inputs if other is None else op.make_inputs(other, rng)
+    found = rested(workload, given, rng)
+    return dict(given) if found is None and other is not None else found
+
+
+def shorter(
+    op: OpDef, workload: Workload, inputs: Mapping[str, Array], rng: np.random.Generator
+) -> Workload | None:
+    """Return a workload whose inputs are of a KV length that is no multiple of 16, from half of theirs up.
+
+    None: the op has no such lengths, or none that fits its other parameters.
+    """
+    if "pos" not in inputs or all(p.name != "len" for p in op.params):
+        return None
+    longest, p = int(inputs["pos"].reshape(-1, 2).sum(1).max()), op.full(workload)
+    fit = [n for n in range(max(p["t"], -(-longest // 2)), longest + 1) if n % 16]
+    if not fit:
+        return None
+    try:
+        other = op.workload(**{**p, "len": fit[int(rng.integers(len(fit)))]})
+    except UsageError:  # shorter than something that it counts on
+        return None
+    return other if op.args(other) == op.args(workload) else None
+
+
 def alone(workload: Workload, **changes: Value) -> Workload:
     """Return the workload of one of the sequences, with other parameters where given."""
     kept = {name: value for name, value in workload.params if name not in OWN}

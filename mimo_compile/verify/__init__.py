@@ -166,10 +166,10 @@ def check_kernels(parts: Parts, threads: int, seed: int) -> Iterable[KernelCheck
         op = get_op(workload.op)
         inputs = op.make_inputs(workload, rng)
         reference_threads(op.counts(workload).flops)
-        rested = batches.rested(workload, inputs, rng)
+        further = batches.further(op, workload, inputs, rng)
         ratio: float | None = None
         try:
-            for given in (inputs,) if rested is None else (inputs, rested):
+            for given in (inputs,) if further is None else (inputs, further):
                 runnable = Runnable(
                     workload, schedule, choice.config, hardware, given, code, choice.kernel
                 )

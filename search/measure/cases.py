@@ -95,8 +95,8 @@ class Case:
     inputs: dict[str, Array]
     expected: dict[str, Array]
     bound: dict[str, Array]
-    rests: bool = False
-    """One of its sequences has no token: to verify with, not to time."""
+    further: bool = False
+    """Drawn to verify with, not to time, see `batches.further`."""
 
     @property
     def nbytes(self) -> int:
@@ -112,10 +112,11 @@ def make_case(workload: Workload, seed: int) -> Case:
     )
 
 
-def make_rested(case: Case) -> Case | None:
-    """Return the case of a batch with a sequence that rests, see `batches.rested`; None: it is no batch."""
-    given = batches.rested(case.workload, case.inputs, _drawing(case.workload, case.seed))
-    return None if given is None else _case(case.workload, case.seed, given, rests=True)
+def make_further(case: Case) -> Case | None:
+    """Return what is verified besides what is timed, see `batches.further`; None: there is no more."""
+    op, rng = get_op(case.workload.op), _drawing(case.workload, case.seed)
+    given = batches.further(op, case.workload, case.inputs, rng)
+    return None if given is None else _case(case.workload, case.seed, given, further=True)
 
 
 def _drawing(workload: Workload, seed: int) -> np.random.Generator:
@@ -124,7 +125,7 @@ def _drawing(workload: Workload, seed: int) -> np.random.Generator:
     return np.random.default_rng(np.frombuffer(text, np.uint32))
 
 
-def _case(workload: Workload, seed: int, inputs: dict[str, Array], rests: bool = False) -> Case:
+def _case(workload: Workload, seed: int, inputs: dict[str, Array], further: bool = False) -> Case:
     """Compute the reference of inputs (imports torch)."""
     import torch
 
@@ -139,7 +140,7 @@ def _case(workload: Workload, seed: int, inputs: dict[str, Array], rests: bool =
         bound = op.bound(workload, inputs, expected)
     finally:
         torch.set_num_threads(threads)
-    return Case(workload, seed, op.args(workload), inputs, expected, bound, rests)
+    return Case(workload, seed, op.args(workload), inputs, expected, bound, further)
 
 
 class CaseStore:
@@ -152,7 +153,7 @@ class CaseStore:
         self._cases: OrderedDict[tuple[Workload, int], Case] = OrderedDict()
         self._files: dict[tuple[Workload, int], dict[str, dict[str, Path]]] = {}
         self._exact: dict[tuple[Workload, int, bool], dict[str, Array]] = {}
-        self._rested: dict[tuple[Workload, int], Case | None] = {}
+        self._further: dict[tuple[Workload, int], Case | None] = {}
         self._serial = 0
 
     def case(self, workload: Workload, seed: int) -> Case:
@@ -167,21 +168,21 @@ class CaseStore:
         self._cases.move_to_end(key)
         return self._cases[key]
 
-    def rested(self, case: Case) -> Case | None:
-        """Return the same case with a sequence that rests, see `make_rested`; large ones are not kept."""
+    def further(self, case: Case) -> Case | None:
+        """Return what is verified besides a case, see `make_further`; large ones are not kept."""
         key = (case.workload, case.seed)
-        if key in self._rested:
-            return self._rested[key]
-        made = make_rested(case)
+        if key in self._further:
+            return self._further[key]
+        made = make_further(case)
         if made is None or 4 * made.nbytes <= self._limit:
-            self._rested[key] = made
+            self._further[key] = made
         return made
 
     def bound(self, case: Case, exact: bool) -> dict[str, Array]:
         """Return the bound of a case, or that of kernels that round nothing beyond float32."""
         if not exact:
             return case.bound
-        key = case.workload, case.seed, case.rests
+        key = case.workload, case.seed, case.further
         if key not in self._exact:
             op = get_op(case.workload.op)
             self._exact[key] = op.exact_bound(case.workload, case.inputs, case.expected)
@@ -194,9 +195,9 @@ class CaseStore:
 
     def _forget(self, key: tuple[Workload, int]) -> None:
         self._cases.pop(key, None)
-        self._rested.pop(key, None)
-        for rests in (False, True):
-            self._exact.pop((*key, rests), None)
+        self._further.pop(key, None)
+        for further in (False, True):
+            self._exact.pop((*key, further), None)
         for files in self._files.pop(key, {}).values():
             for path in files.values():
                 path.unlink(missing_ok=True)
@@ -204,13 +205,13 @@ class CaseStore:
     def files(self, case: Case, schedule: Schedule, config: Any) -> dict[str, Path]:
         """Return the ``.npy`` file of each array a kernel may ask for: inputs, packed weights and states."""
         per_case = self._files.setdefault((case.workload, case.seed), {})
-        inputs = "rests" if case.rests else ""
+        inputs = "further" if case.further else ""
         common = per_case.get(inputs)
         if common is None:
             plain = {a.name: case.inputs[a.name] for a in case.args if a.role == "input"}
             common = per_case[inputs] = self._save(plain)
         layout = json.dumps(
-            [schedule.name, sorted(schedule.layouts(case.workload, config).items())]
+            [inputs, schedule.name, sorted(schedule.layouts(case.workload, config).items())]
         )
         packed = per_case.get(layout)
         if packed is None:

@@ -50,6 +50,13 @@ def spread(values: Sequence[float]) -> float:
     return (high - low) / middle
 
 
+def _where(case: Case) -> str:
+    """Say where sequences of a case stand: their KV lengths, and which rest."""
+    pos = case.inputs["pos"].reshape(-1, 2)
+    each = [f"{start + valid}{'' if valid else ' and no token'}" for start, valid in pos.tolist()]
+    return f"at KV length {', '.join(each)}"
+
+
 def _trespass(seen: dict[str, Any]) -> str:
     """Say what a kernel did besides writing its results ("": nothing)."""
     if seen["overrun"]:
@@ -101,12 +108,12 @@ class Runner:
     ) -> Measurement:
         """Load and run a built candidate and compare; the slot stays loaded when the verdict is ok.
 
-        A kernel of a batch is run with a sequence that rests before.
+        Where there is more to verify (`batches.further`), that comes before.
         """
-        if (rested := self.cases.rested(case)) is not None:
-            found = self._compared(space, candidate, built, rested)
+        if (more := self.cases.further(case)) is not None:
+            found = self._compared(space, candidate, built, more)
             if found.verdict is not Verdict.OK:
-                return replace(found, message=f"with a sequence that rests: {found.message}")
+                return replace(found, message=f"{_where(more)}: {found.message}")
         return self._compared(space, candidate, built, case)
 
     def _compared(

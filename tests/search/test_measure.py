@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -130,7 +131,22 @@ def test_kernels_of_batches_are_run_with_a_sequence_that_rests(measurer: Measure
         space = JointSpace(workload, local_cpu(), schedules)
         verdicts += measurer.measure(space, space.defaults()[:1], 5)
     assert [m.verdict for m in verdicts] == [Verdict.OK, Verdict.WRONG], verdicts
-    assert verdicts[1].message.startswith("with a sequence that rests: out")
+    assert re.match(r"at KV length .*[0-9] and no token.*: out", verdicts[1].message), verdicts[1]
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("more", [",page=16,pool=4", pytest.param("", marks=pytest.mark.slow)])
+def test_kernels_are_run_on_blocks_that_are_filled_in_part(measurer: Measurer, more: str) -> None:
+    """What is timed has none: there a kernel that masks nothing in the last block is right."""
+    from blockwise import Blockwise
+
+    workload = parse_workload(f"cached_attention:t=1,h=2,kv=1,d=16,dv=16,cap=64,len=48{more}")
+    verdicts = []
+    for schedules in (None, [Blockwise()]):
+        space = JointSpace(workload, local_cpu(), schedules)
+        verdicts += measurer.measure(space, space.defaults()[:1], 5)
+    assert [m.verdict for m in verdicts] == [Verdict.OK, Verdict.WRONG], verdicts
+    assert re.match(r"at KV length [0-9]+: out", verdicts[1].message), verdicts[1]
 
 
 def test_too_fast_is_suspicious(tmp_path: Path) -> None:
