@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from operator import index
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mimo_compile.errors import UsageError
-from mimo_compile.runtime.program import Decoder
+from mimo_compile.runtime.program import Decoder, Entry
 
 if TYPE_CHECKING:
     from mimo_compile.runtime.module import Module
@@ -83,3 +84,28 @@ def check_ids(ids: Sequence[int] | Array, decoder: Decoder) -> npt.NDArray[np.in
     if wrong.size:
         raise UsageError(f"token id {wrong[0]} is outside of the vocabulary of {decoder.vocab}")
     return array.astype(np.int32)
+
+
+def check_direct(module: Module, name: str, program: Entry, inputs: Sequence[Array]) -> None:
+    """Check what an entry of a decoder is called with directly, without a session.
+
+    Raises:
+        UsageError: It writes into pages, which only sessions take, or positions are outside of the context.
+    """
+    decoder = module.manifest.decoder
+    found = re.fullmatch(r"(?:step|decode|batch|mtp[0-9]+)_([0-9]+)", name)
+    if decoder is None or found is None:
+        return
+    if decoder.pool is not None and not name.startswith("mtp"):
+        raise UsageError(
+            f"{name} of {module.manifest.name} works on pages, which only sessions take and give back",
+            remedy="Begin a session and append to it.",
+        )
+    most = 1 if name.startswith("batch") else int(found[1])
+    places = inputs[2 if name.startswith("mtp") else 1].reshape(-1, 2).astype(np.int64)
+    for start, valid in places.tolist():
+        if not 0 <= valid <= most or not 0 <= start <= decoder.max_context - valid:
+            raise UsageError(
+                f"pos of {name} says {valid} tokens from position {start} on: it takes 0 to {most}, within "
+                f"the context of {decoder.max_context}"
+            )

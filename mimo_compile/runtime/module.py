@@ -13,7 +13,7 @@ import numpy.typing as npt
 from mimo_compile import _tvm
 from mimo_compile.errors import ArtifactError, UsageError
 from mimo_compile.runtime import batch, cpu, generate, scores
-from mimo_compile.runtime.arguments import whole
+from mimo_compile.runtime.arguments import check_direct, whole
 from mimo_compile.runtime.container import Parts, Verify, open_artifact
 from mimo_compile.runtime.entry import (
     Array,
@@ -133,7 +133,8 @@ class Module:
             The output as a numpy array with memory of its own, or a tuple of them.
 
         Raises:
-            UsageError: There is no such entry, or an input has another shape or dtype.
+            UsageError: There is no such entry, an input has another shape or dtype, positions are outside of
+                the context, or it is an entry over pages, which only sessions have.
             ArtifactError: Weights that are needed for the first time differ from their hash.
             MimoError: A kernel failed; the message names the call.
         """
@@ -152,10 +153,12 @@ class Module:
                 f"entry {entry} takes {len(program.inputs)} inputs, {len(inputs)} are given: "
                 f"{entry}{signature_of(program)}"
             )
-        return [
+        arrays = [
             accept(value, program.buffers[index], f"input {name} of entry {entry}")
             for value, (name, index) in zip(inputs, program.inputs.items(), strict=True)
         ]
+        check_direct(self, entry, program, arrays)
+        return arrays
 
     def __call__(self, *inputs: Any) -> Any:
         """Call the entry point `main`; see `call`."""
@@ -278,10 +281,16 @@ class Module:
             return session
 
     def vacate(self, slot: int) -> None:
-        """End the sequence in a slot, if there is one, and take its pages back."""
-        self._owners[slot] = 0
-        if self.pool is not None:
-            self.pool.cut(slot, 0)
+        """End the sequence in a slot, if there is one, and take its pages back.
+
+        Raises:
+            UsageError: There is no such slot.
+        """
+        with self.lock:
+            slot = self._slot(slot)
+            self._owners[slot] = 0
+            if self.pool is not None:
+                self.pool.cut(slot, 0)
 
     def owns(self, session: int) -> bool:
         """Whether states still belong to this session."""

@@ -1,5 +1,7 @@
 """Pages of a pool: who holds which, and a decoder in miniature over them, whose sums are exact."""
 
+import threading
+
 import msgspec
 import numpy as np
 import paged_samples
@@ -13,6 +15,7 @@ from runtime_samples import BATCH, CONTEXT, VOCAB
 from mimo_compile.errors import ArtifactError, UsageError
 from mimo_compile.runtime import Module, Stats, load
 from mimo_compile.runtime.batch import append_each
+from mimo_compile.runtime.entry import BoundEntry
 from mimo_compile.runtime.pages import PagePool
 from mimo_compile.runtime.program import Pool, State
 
@@ -252,3 +255,59 @@ def test_tables_are_those_of_one_sequence_and_pools_of_several(tmp_path):
     one.manifest = msgspec.structs.replace(one.manifest, decoder=decoder)
     with pytest.raises(ArtifactError, match="is there for one sequence"):
         load(one.save(tmp_path / "one.mimo"))
+
+
+def test_what_works_on_pages_is_not_called_without_a_session(module):
+    """Nobody takes pages for it: it would write into those of others."""
+    module.reset()
+    mine = module.session(slot=1)
+    hidden = mine.append(PROMPT[:9])
+    mine.rewind(8)
+    ids = np.zeros(4, np.int32)
+    for name, pos in (("step_4", [0, 4]), (f"batch_{BATCH}", [[0, 1]] * BATCH)):
+        into = ids[: BATCH if "batch" in name else 4]
+        for method in (module.call, module.profile):
+            with pytest.raises(UsageError, match=f"{name} of paged works on pages") as found:
+                method(name, into, np.array(pos, np.int32))
+            assert "session" in found.value.remedy
+    assert np.array_equal(mine.append(PROMPT[8:9]), hidden)
+    assert module.call("head_1", hidden).shape == (1, VOCAB)
+
+
+@pytest.mark.parametrize(
+    "pos", [[CONTEXT, 1], [CONTEXT - 3, 4], [-1, 1], [0, 5], [0, -1], [2**31 - 1, 1]]
+)
+def test_positions_of_calls_are_within_the_context(single, pos):
+    ids = np.zeros(4, np.int32)
+    with pytest.raises(
+        UsageError, match=rf"tokens from position {pos[0]} on.*context of {CONTEXT}"
+    ):
+        single.call("step_4", ids, np.array(pos, np.int32))
+    single.call("step_4", ids, np.array([CONTEXT - 4, 4], np.int32))
+
+
+@pytest.mark.parametrize("slot", [-1, BATCH, "x", None])
+def test_slots_to_vacate_are_among_those_there_are(module, slot):
+    last = module.session(slot=BATCH - 1)
+    with pytest.raises(UsageError, match=r"no sequence|whole number"):
+        module.vacate(slot)
+    assert last.append([1]).shape == (1, 16)
+
+
+def test_a_slot_is_not_vacated_while_a_step_runs(module, monkeypatch):
+    """Its pages would be another sequence's before what the step writes is in them."""
+    module.reset()
+    session = module.session(slot=1)
+    held, waits = [], []
+
+    def run(bound):
+        thread = threading.Thread(target=module.vacate, args=(1,))
+        thread.start()
+        thread.join(0.05)
+        held.append(module.pool.held(1))
+        waits.append(thread)
+
+    monkeypatch.setattr(BoundEntry, "run", run)
+    session.append([1, 2, 3])
+    waits[0].join()
+    assert len(held[0]) == 1 and module.pool.held(1) == ()
