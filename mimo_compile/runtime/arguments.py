@@ -93,14 +93,17 @@ def check_direct(module: Module, name: str, program: Entry, inputs: Sequence[Arr
         UsageError: It writes into pages, which only sessions take, or positions are outside of the context.
     """
     decoder = module.manifest.decoder
-    found = re.fullmatch(r"(?:step|decode|batch|mtp[0-9]+)_([0-9]+)", name)
-    if decoder is None or found is None:
+    if decoder is None:
         return
-    if decoder.pool is not None and not name.startswith("mtp"):
+    used = {buffer.source for buffer in program.buffers if buffer.kind == "state"}
+    if decoder.pool is not None and used.intersection((decoder.pool.table, *decoder.pool.states)):
         raise UsageError(
             f"{name} of {module.manifest.name} works on pages, which only sessions take and give back",
             remedy="Begin a session and append to it.",
         )
+    found = re.fullmatch(r"(?:step|decode|batch|mtp[0-9]+)_([0-9]+)", name)
+    if found is None:
+        return
     most = 1 if name.startswith("batch") else int(found[1])
     places = inputs[2 if name.startswith("mtp") else 1].reshape(-1, 2).astype(np.int64)
     for start, valid in places.tolist():

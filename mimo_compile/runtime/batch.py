@@ -13,6 +13,7 @@ import numpy as np
 from mimo_compile.errors import MimoError, UsageError
 from mimo_compile.runtime.arguments import Array, adapter_index, check_ids, decoder_of
 from mimo_compile.runtime.generate import Prompt, Stats, encode, new_tokens
+from mimo_compile.runtime.pages import taken
 from mimo_compile.runtime.sampling import Sampling, sample
 from mimo_compile.runtime.session import Session
 from mimo_compile.runtime.text import TextStream
@@ -49,10 +50,6 @@ def append_each(module: Module, sessions: Sequence[Session], tokens: Sequence[in
         decoder = decoder_of(module)
         for session in sessions:
             session.make_exact(decoder.rerun)
-        if module.pool is not None:
-            module.pool.take(
-                [(slot, at, at + 1) for slot, (at, _) in zip(slots, places, strict=True)]
-            )
         bound = module.bind(f"batch_{module.batch}")
         into, pos, *adapters = bound.inputs.values()
         into[...], pos[...] = 0, 0  # no token of the sequences that rest
@@ -60,7 +57,10 @@ def append_each(module: Module, sessions: Sequence[Session], tokens: Sequence[in
         for chosen in adapters:
             chosen[...] = -1
             chosen[slots] = [adapter for _, adapter in places]
-        bound.run()
+        with taken(
+            module.pool, [(n, at, at + 1) for n, (at, _) in zip(slots, places, strict=True)]
+        ):
+            bound.run()
         hidden: Array = bound.outputs["hidden"][slots]
         for session, token in zip(sessions, ids.tolist(), strict=True):
             session.took([token], decoded=bool(decoder.decode))
@@ -176,33 +176,39 @@ def _generate(
     stats.begin(sum(len(ask.ids) for ask in asks), sequences=0)
     stats.joules_reason = "several texts share each pass over the weights"
     waiting = deque(ask for ask in asks if ask.count)
-    free = deque(range(module.batch))
+    free = deque(range(min(module.batch, len(waiting))))
+    for slot in free:
+        module.vacate(slot)
     running: list[_Running] = []
-    ends = set()
-    while waiting or running:
-        if waiting and free and (not running or _fits(module, waiting[0], running)):
-            running.append(_begin(module, waiting.popleft(), free.popleft(), running, stats))
-            turn = running[-1:]
-        else:
-            for one in _set_aside(module, running):
-                running.remove(one)
-                free.append(one.session.slot)
-                waiting.appendleft(_again(one))
-            _advance(module, running, stats)
-            turn = list(running)
-        for one in turn:
-            end = "eos" if one.token in eos else ""
-            if not end:
-                one.made += 1
-                stats.new_tokens += 1
-                stats.sequences += one.made == 1
-                yield one.ask.index, one.token
-                end = "length" if one.made == one.ask.count else ""
-            if end:
-                ends.add(end)
-                running.remove(one)
-                one.session.end()
-                free.append(one.session.slot)
+    ends, room = set(), _Room(module)
+    try:
+        while waiting or running:
+            if waiting and free and (not running or room.fits(waiting[0], running)):
+                running.append(_begin(module, waiting.popleft(), free.popleft(), running, stats))
+                turn = running[-1:]
+            else:
+                for one in _set_aside(module, running):
+                    running.remove(one)
+                    free.append(one.session.slot)
+                    waiting.appendleft(_again(one))
+                _advance(module, running, stats)
+                turn = list(running)
+            for one in turn:
+                end = "eos" if one.token in eos else ""
+                if not end:
+                    one.made += 1
+                    stats.new_tokens += 1
+                    stats.sequences += one.made == 1
+                    yield one.ask.index, one.token
+                    end = "length" if one.made == one.ask.count else ""
+                if end:
+                    ends.add(end)
+                    running.remove(one)
+                    one.session.end()
+                    free.append(one.session.slot)
+    finally:  # nobody else knows these sequences
+        for one in running:
+            one.session.end()
     stats.stopped = "eos" if ends == {"eos"} else "length"
 
 
@@ -215,15 +221,29 @@ def _like(module: Module, ask: Ask, running: Sequence[_Running]) -> tuple[int, S
     return (0, None) if like is None or kept < module.pool.page else (kept, like.session)
 
 
-def _fits(module: Module, ask: Ask, running: Sequence[_Running]) -> bool:
-    """Say whether there are pages for a prompt and its first token, and one for each text in progress."""
-    pool = module.pool
-    if pool is None:
-        return True
-    if pool.free <= len(running):  # a prompt's last token is in no page of another text
-        return False
-    shared = _like(module, ask, running)[0] // pool.page
-    return pool.pages_of(len(ask.ids) + 1) - shared + len(running) <= pool.free
+class _Room:
+    """Says whether there are pages for a prompt that waits; it compares texts only where that can matter."""
+
+    def __init__(self, module: Module) -> None:
+        self._module = module
+        self._seen: tuple[Any, ...] = ()
+        self._shared = 0  # pages that it was found to have in common with one of those texts
+
+    def fits(self, ask: Ask, running: Sequence[_Running]) -> bool:
+        """Say whether there are pages for a prompt and its first token, and one for each text in progress."""
+        pool = self._module.pool
+        if pool is None:
+            return True
+        if pool.free <= len(running):  # a prompt's last token is in no page of another text
+            return False
+        needed = pool.pages_of(len(ask.ids) + 1) + len(running)
+        if needed <= pool.free:
+            return True
+        seen = (ask.index, ask.made, *(one.session for one in running))
+        # rings forget as texts go on: what was found to be shared may have become less
+        if seen != self._seen or needed - self._shared <= pool.free:
+            self._seen, self._shared = seen, _like(self._module, ask, running)[0] // pool.page
+        return needed - self._shared <= pool.free
 
 
 def _set_aside(module: Module, running: Sequence[_Running]) -> list[_Running]:
@@ -258,16 +278,20 @@ def _begin(
     begin = time.perf_counter()
     with module.lock:
         kept, like = _like(module, ask, running)
-        if like is None:
-            session = module.session(ask.adapter, slot)
-        else:
-            session = like.fork(slot)
+        session = module.session(ask.adapter, slot) if like is None else like.fork(slot)
+        try:
             session.rewind(kept)
-        (logits,) = session.logits(session.append(ask.ids[kept:]))
+            (logits,) = session.logits(session.append(ask.ids[kept:]))
+        except BaseException:
+            session.end()
+            raise
         token = sample(logits[0], ask.sampling, session.position)
-    if not ask.made:
+    seconds = time.perf_counter() - begin
+    if ask.made:  # read again, for a token that is not its first
+        stats.decode_seconds += seconds
+    else:
         stats.reused_tokens += kept
-    stats.prefill_seconds += time.perf_counter() - begin
+        stats.prefill_seconds += seconds
     return _Running(ask, session, token, ask.made)
 
 

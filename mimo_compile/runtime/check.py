@@ -12,6 +12,7 @@ from mimo_compile.runtime.program import (
     Decoder,
     Entry,
     Manifest,
+    Pool,
     Programs,
     State,
 )
@@ -23,6 +24,8 @@ MOST_SLOTS = 4096
 """Sequences that an artifact may have in progress."""
 FORMATS = ("f32", "bf16", "e4m3", "i8", "i4", "i2")
 """Formats of KV caches that can be in an artifact."""
+_LANES = 16
+"""Tables are whole vectors of so many entries, and so are blocks of keys."""
 
 
 def check_programs(
@@ -62,6 +65,8 @@ def check_programs(
     if manifest.decoder is not None:
         _check_decoder(manifest.decoder, programs.entries, where)
         _check_layers(manifest.decoder, manifest.states, where)
+        if manifest.decoder.pool is not None:
+            _check_tables(manifest.decoder.pool, programs.entries, where)
 
 
 def _check_pool(decoder: Decoder | None, states: Mapping[str, State], where: str) -> frozenset[str]:
@@ -71,6 +76,7 @@ def _check_pool(decoder: Decoder | None, states: Mapping[str, State], where: str
         return frozenset()
     problem = ""
     table = states.get(pool.table)
+    most = -(-decoder.max_context // max(pool.page, 1))
     if pool.page < 1 or pool.pages < 1 or pool.page * pool.pages < decoder.max_context:
         problem = f"has {pool.pages} pages of {pool.page}, for {decoder.max_context} positions"
     elif decoder.batch < 2:
@@ -79,15 +85,41 @@ def _check_pool(decoder: Decoder | None, states: Mapping[str, State], where: str
         problem = f"has the table {pool.table!r}, which is no state int32 [1, width]"
     elif table.shape[1] * pool.page < decoder.max_context or pool.table in pool.states:
         problem = f"has a table of {table.shape[1]} pages, for {decoder.max_context} positions"
+    elif table.shape[1] > -(-most // _LANES) * _LANES or pool.pages > decoder.batch * most:
+        problem = (
+            f"has {pool.pages} pages of {pool.page} and a table of {table.shape[1]}, more than "
+            f"{decoder.batch} times {decoder.max_context} positions need"
+        )
     elif not pool.states:
         problem = "has no states"
     for name in () if problem else pool.states:
         shape = states[name].shape if name in states else ()
-        if len(shape) < 2 or shape[1] % pool.pages:
-            problem = f"has {pool.pages} pages in {name} {list(shape)}"
+        whole = len(shape) in (3, 4) and min(shape) > 0 and not shape[1] % pool.pages
+        if not whole or pool.page * pool.pages != shape[1] * _together(states[name]):
+            problem = f"has {pool.pages} pages of {pool.page} in {name} {list(shape)}"
     if problem:
         raise ArtifactError(f"the pool of pages {problem}", where=where)
     return frozenset(pool.states)
+
+
+def _together(state: State) -> int:
+    """Return how many slots one entry of the second extent of a pool's state holds.
+
+    Keys stand in blocks ``[heads, slots / 16, D, lanes]``, values in rows of float32 or in pairs of 16 bits.
+    """
+    return _LANES if len(state.shape) == 4 else 4 // min(dtypes.itemsize(state.dtype), 4)
+
+
+def _check_tables(pool: Pool, entries: Mapping[str, Entry], where: str) -> None:
+    """Check that what appends to sequences, or sees pages, is given the table that says which are whose."""
+    for name, entry in entries.items():
+        seen = {entry.buffers[i] for call in entry.calls for i in call.args}
+        states = {buffer.source for buffer in seen if buffer.kind == "state"}
+        appends = name.startswith(("step_", "decode_", "batch_"))
+        if (appends or states.intersection(pool.states)) and pool.table not in states:
+            raise ArtifactError(
+                f"entry {name} does not look into the table {pool.table!r}", where=where
+            )
 
 
 def _sound(dtype: str, shape: tuple[int, ...]) -> bool:

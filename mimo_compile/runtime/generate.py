@@ -218,6 +218,7 @@ def _generate(
     if not count:
         stats.stopped = "length"
         return
+    own = session is None and module.pool is not None  # nobody could give its pages back
     session = module.session(adapter) if session is None else session
     passes: Callable[[int, int], list[int]] | None = None
     if drafting is not None:
@@ -257,7 +258,9 @@ def _generate(
                 stats.decode_seconds += time.perf_counter() - start
                 meter.keep()
     finally:
-        if session.belongs_to(module, None):
+        if own:
+            session.end()
+        elif session.belongs_to(module, None):
             _leave(session, mark, len(ids) + made - 1 + ended)
         if stats.new_tokens > 1:
             stats.joules_decode = meter.stop()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -95,7 +96,8 @@ class PagePool:
         raise UsageError(
             f"{needed} more pages of {self.page} positions are needed, {self.free} of {self.pages} are free "
             f"(held {by or 'by none'})",
-            remedy="End a sequence or go back in one, or compile with more --pages.",
+            remedy="End a sequence (its end(), or the module's vacate(slot)) or go back in one, or compile "
+            "with more --pages.",
         )
 
     def take(self, wants: Sequence[Want]) -> None:
@@ -145,6 +147,26 @@ class PagePool:
             self._used[page] -= 1
             if not self._used[page]:
                 self._free.append(page)
+
+
+@contextmanager
+def taken(pool: PagePool | None, wants: Sequence[Want]) -> Iterator[None]:
+    """Take pages for positions that are written inside; gives them back where that fails. None: no pages.
+
+    Raises:
+        UsageError: As `PagePool.take`.
+    """
+    if pool is None:
+        yield
+        return
+    before = [(slot, len(pool.held(slot)) * pool.page) for slot, _, _ in wants]
+    pool.take(wants)
+    try:
+        yield
+    except BaseException:
+        for slot, positions in before:
+            pool.cut(slot, positions)
+        raise
 
 
 def pool_of(

@@ -26,12 +26,15 @@ def token_logprobs(
     at = 1
     with module.lock:
         session = module.session(adapter)
-        # nothing is asked of the last token's logits, but its step belongs to the sequence
-        for hidden in session.chunks(tokens):
-            for logits in session.logits(hidden.copy()):
-                targets = tokens[at : at + len(logits)]
-                found.append(log_softmax_at(logits[: len(targets)], targets))
-                at += len(logits)
+        try:
+            # nothing is asked of the last token's logits, but its step belongs to the sequence
+            for hidden in session.chunks(tokens):
+                for logits in session.logits(hidden.copy()):
+                    targets = tokens[at : at + len(logits)]
+                    found.append(log_softmax_at(logits[: len(targets)], targets))
+                    at += len(logits)
+        finally:
+            session.end()
     return np.concatenate(found)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from mimo_compile.errors import UsageError
 from mimo_compile.runtime.arguments import Array, adapter_index, check_ids, decoder_of, whole
 from mimo_compile.runtime.drafting import Drafts
+from mimo_compile.runtime.pages import taken
 from mimo_compile.runtime.rollback import Held
 from mimo_compile.runtime.steps import plan_steps
 
@@ -83,10 +84,12 @@ class Session:
         """Append tokens step by step; gives the hidden states `[n, D]` of each step's tokens.
 
         They are overwritten by whatever the module runs next: where other threads use it too,
-        hold the module's ``lock`` until you are done with them.
+        hold the module's ``lock`` until you are done with them, also where others may take the pages that
+        later steps need.
 
         Raises:
-            UsageError: As `append`, or the sequence changed between two steps.
+            UsageError: As `append`; or between two steps the sequence changed or others took pages, then it
+                holds the tokens of the steps before.
         """
         decoder = self._decoder
         tokens = check_ids(ids, decoder)
@@ -152,15 +155,14 @@ class Session:
     def _step(self, entry: str, tokens: Array, at: int) -> Array:
         """Run an entry point on some tokens at a position; returns their hidden states."""
         bound = self._entry(entry)
-        if self._module.pool is not None:
-            self._module.pool.take([(self.slot, at, at + len(tokens))])
         into, position, *adapters = bound.inputs.values()
         for place in adapters:
             place[...] = self._adapter
         into[: len(tokens)] = tokens
         into[len(tokens) :] = 0
         position[...] = at, len(tokens)
-        bound.run()
+        with taken(self._module.pool, [(self.slot, at, at + len(tokens))]):
+            bound.run()
         hidden: Array = bound.outputs["hidden"][: len(tokens)]
         return hidden
 

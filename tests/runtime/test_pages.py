@@ -17,7 +17,8 @@ from mimo_compile.runtime import Module, Stats, load
 from mimo_compile.runtime.batch import append_each
 from mimo_compile.runtime.entry import BoundEntry
 from mimo_compile.runtime.pages import PagePool
-from mimo_compile.runtime.program import Pool, State
+from mimo_compile.runtime.program import Buffer, Pool, State
+from mimo_compile.runtime.session import Session
 
 SLOTS = 4
 PROMPT = list(b"def main(argv):\n    return argv[")
@@ -229,9 +230,14 @@ def test_what_does_not_fit_is_said_and_changes_nothing(module, single):
         ({"page": 0}, "16 pages of 0"),
         ({"table": "own"}, "which is no state int32"),
         ({"table": "nowhere"}, "'nowhere', which is no state"),
-        ({"states": ("nothing",)}, r"16 pages in nothing \[\]"),
-        ({"pages": 17}, r"17 pages in pool \[1, 64, 16\]"),
-        ({"states": ("pool", "own")}, "ends beyond"),
+        ({"states": ("nothing",)}, r"16 pages of 4 in nothing \[\]"),
+        ({"pages": 17}, r"17 pages of 4 in pool \[1, 64, 16\]"),
+        ({"pages": 32}, r"32 pages of 4 in pool \[1, 64, 16\]"),
+        ({"page": 8}, r"16 pages of 8 in pool \[1, 64, 16\]"),
+        ({"page": 1, "pages": 64}, "a table of 16 pages, for 48"),
+        ({"page": 1 << 40, "pages": 1}, "1 pages of 1099511627776 in pool"),
+        ({"pages": 1 << 40}, "1099511627776 pages of 4 .* more than 3 times 48 positions need"),
+        ({"states": ("pool", "own")}, r"16 pages of 4 in own \[1, 48, 16\]"),
         ({"states": ()}, "has no states"),
     ],
 )
@@ -250,6 +256,11 @@ def test_tables_are_those_of_one_sequence_and_pools_of_several(tmp_path):
     artifact.manifest = msgspec.structs.replace(artifact.manifest, states=states)
     with pytest.raises(ArtifactError, match="which is no state int32"):
         load(artifact.save(tmp_path / "narrow.mimo"))
+    for shape, match in (((1, 32), "a table of 32"), ((1, 1 << 40), "a table of 1099511627776")):
+        states["pages"] = State(shape, "int32")
+        artifact.manifest = msgspec.structs.replace(artifact.manifest, states=states)
+        with pytest.raises(ArtifactError, match=f"{match}, more than 3 times 48"):
+            load(artifact.save(tmp_path / "wide.mimo"))
     one = runtime_samples.decoder()
     decoder = msgspec.structs.replace(one.manifest.decoder, pool=Pool(4, 16, ("cache",), "pages"))
     one.manifest = msgspec.structs.replace(one.manifest, decoder=decoder)
@@ -311,3 +322,117 @@ def test_a_slot_is_not_vacated_while_a_step_runs(module, monkeypatch):
     session.append([1, 2, 3])
     waits[0].join()
     assert len(held[0]) == 1 and module.pool.held(1) == ()
+
+
+@pytest.mark.parametrize("entry", ["step_4", f"batch_{BATCH}"])
+def test_entries_that_look_into_no_table_are_refused(tmp_path, entry):
+    artifact = paged_samples.decoder()
+    wrong = artifact.programs.entries[entry]
+    buffers = [
+        b if b.source != "pages" else Buffer("arena", b.shape, b.dtype) for b in wrong.buffers
+    ]
+    artifact.programs.entries[entry] = msgspec.structs.replace(wrong, buffers=tuple(buffers))
+    with pytest.raises(ArtifactError, match=f"entry {entry} does not look into the table 'pages'"):
+        load(artifact.save(tmp_path / "blind.mimo"))
+
+
+def test_what_is_abandoned_leaves_no_pages(module):
+    """Nobody else could end these sequences; a failure ends them, too."""
+    module.reset()
+    pairs = module.generate_batch_ids([[1] * 12, [2] * 12, [3] * 12], 10, stop_at_eos=False)
+    for _ in range(4):
+        next(pairs)
+    assert module.pool.free < PAGES
+    pairs.close()
+    assert module.pool.free == PAGES
+    ids = module.generate_ids([1] * 30, 15, stop_at_eos=False)
+    next(ids)
+    ids.close()
+    assert module.pool.free == PAGES
+    module.token_logprobs([1] * CONTEXT)
+    assert module.pool.free == PAGES
+    mine = module.session()
+    list(module.generate_ids([1] * 9, 3, stop_at_eos=False, session=mine))
+    assert mine.position == 11  # what was begun before goes on
+    mine.end()
+
+
+def test_a_batch_ends_what_was_left_in_its_slots_and_nothing_else(module, single):
+    """Pages of a sequence in a slot that it will use are free for it at once; others keep theirs."""
+    module.reset()
+    left = [module.session(slot=slot) for slot in range(BATCH)]
+    left[0].append([5] * 5)
+    left[1].append([6] * 36)
+    left[2].append([7] * 3)
+    texts = [[1, 2], [3, 4]]
+    pairs = module.generate_batch_ids(texts, 44, stop_at_eos=False)  # one is set aside in between
+    alone = [list(single.generate_ids(text, 44, stop_at_eos=False)) for text in texts]
+    assert collected(pairs, 2) == alone
+    kept = single.session()
+    assert np.array_equal(left[2].append([8])[0], kept.append([7, 7, 7, 8])[0])
+    for ended in left[:2]:
+        with pytest.raises(UsageError, match="has ended"):
+            ended.append([1])
+
+
+def test_steps_that_fail_keep_no_pages(module, monkeypatch):
+    module.reset()
+    one, other = module.session(slot=0), module.session(slot=1)
+    one.append([1] * 4)
+    other.append([2] * 6)
+    held = [module.pool.held(slot) for slot in range(BATCH)]
+
+    def run(bound):
+        raise RuntimeError("no")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BoundEntry, "run", run)
+        for step in (
+            lambda: one.append([1] * 16),
+            lambda: append_each(module, [one, other], [1, 2]),
+        ):
+            with pytest.raises(RuntimeError):
+                step()
+            assert [module.pool.held(slot) for slot in range(BATCH)] == held
+        with pytest.raises(RuntimeError):
+            list(module.generate_batch_ids([[1] * 9], 1))
+        assert module.pool.held(0) == () and module.pool.held(1) == held[1]
+    one = module.session(slot=0)
+    assert append_each(module, [one, other], [3, 4]).shape == (2, 16)
+
+
+def test_prompts_that_wait_are_compared_when_others_come_or_go(module, single, monkeypatch):
+    """Not for each token of those that go on."""
+    module.reset()
+    compared = []
+    prefix = Session.prefix
+    monkeypatch.setattr(Session, "prefix", lambda s, ids: compared.append(1) or prefix(s, ids))
+    texts = [[1] * 30, [2] * 10, [3] * 20]  # 8, 3 and 5 pages of 16, and those of new tokens
+    pairs = module.generate_batch_ids(texts, 16, stop_at_eos=False)
+    alone = [list(single.generate_ids(text, 16, stop_at_eos=False)) for text in texts]
+    del compared[:]
+    assert collected(pairs, 3) == alone
+    assert 0 < len(compared) <= 8
+
+
+def test_what_is_read_again_is_no_prompt(module, monkeypatch):
+    """A text that is set aside counts once as a prompt, in tokens and in seconds."""
+    module.reset()
+    monkeypatch.setattr("mimo_compile.runtime.batch.time.perf_counter", iter(range(10**6)).__next__)
+    stats = Stats()
+    list(module.generate_batch_ids([[1, 2], [3, 4], [5, 6]], 38, stop_at_eos=False, stats=stats))
+    assert stats.prefill_seconds == 3 and stats.prefill_tokens_per_s == 2
+    assert stats.new_tokens == 3 * 38
+
+
+def test_sequences_with_other_adapters_share_nothing(module, monkeypatch):
+    """Their keys are others, however equal the texts are."""
+    module.reset()
+    decoder = msgspec.structs.replace(module.manifest.decoder, adapters=("a", "b"))
+    manifest = msgspec.structs.replace(module.manifest, decoder=decoder)
+    monkeypatch.setattr(module, "manifest", manifest)
+    for adapters, shared in ((["a", "b"], 0), ([None, "b"], 0), (["a", "a"], 16)):
+        stats = Stats()
+        how = {"stop_at_eos": False, "stats": stats, "adapter": adapters}
+        list(module.generate_batch_ids([PROMPT[:18]] * 2, 2, **how))
+        assert stats.reused_tokens in ([0] if not shared else range(shared, 18))
