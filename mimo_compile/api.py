@@ -248,6 +248,11 @@ def tune(
             f"{source} is an artifact, which is tuned while it gets another plan",
             remedy="`mimo-compile compile` it with --trials or --time, or tune its source",
         )
+    if is_op_spec(source) and (pages is not None or batch != 1):
+        raise UsageError(
+            f"batch ({batch}) and pages ({pages}) are for models, and {source} is one workload",
+            remedy="write b=, page= and pool= into the workload of an op that has them",
+        )
     hardware = resolve_target(target, threads)
     get_strategy(strategy)  # wrong names are refused before a model is loaded
     if on is not None:

@@ -65,10 +65,12 @@ def _parsed(asked: int | str) -> tuple[int, bool]:
         UsageError: it is neither a positive number of pages nor of bytes.
     """
     text = str(asked)
-    if isinstance(asked, str) and (found := re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([KMG]iB)", text)):
+    if isinstance(asked, str) and (
+        found := re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,15})?)([KMG]iB)", text)
+    ):
         count, in_bytes = int(float(found[1]) * _UNITS[found[2]]), True
     elif isinstance(asked, str):
-        count, in_bytes = int(text) if text.isascii() and text.isdecimal() else 0, False
+        count, in_bytes = int(text) if re.fullmatch(r"[0-9]{1,15}", text) else 0, False
     else:
         try:
             count, in_bytes = 0 if isinstance(asked, bool) else index(asked), False

@@ -96,6 +96,8 @@ def test_no_arguments_show_the_help_and_are_wrong_usage(cli) -> None:
         (["tune"], "needs either SRC or --op"),
         (["tune", "tiny", "--op", "embed:t=1"], "needs either SRC or --op"),
         (["tune", "--op", "mpgemm:m=1", "--quant", "w8a8"], "--quant goes with SRC"),
+        (["tune", "--op", "embed:t=1,v=2,d=4", "--pages", "4"], "are for models"),
+        (["tune", "--op", "embed:t=1,v=2,d=4", "--batch", "4"], "are for models"),
         (["bench", "conv"], "invalid choice"),
         (["bench", "mpgemm", "--suite", "nonsense"], "use one of quick"),
         (["bench", "mpgemm", "--peers", "abacus"], "unknown peer 'abacus'"),

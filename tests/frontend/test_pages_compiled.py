@@ -192,6 +192,8 @@ def test_16_bit_caches_sinks_and_experts_lie_in_pages(saved, tmp_path):
         ({"pages": "2GB"}, "'2GB' is no number of pages and no size"),
         ({"pages": "-1"}, "'-1' is no number"),
         ({"pages": "0.0001KiB"}, "is no number of pages"),
+        ({"pages": "9" * 5000}, "9' is no number of pages"),
+        ({"pages": "9" * 400 + "GiB"}, "GiB' is no number of pages"),
         ({"pages": True}, "True is no number"),
         ({"pages": 2.5}, "2.5 is no number"),
         ({"pages": 8, "batch": 1}, "--pages 8 is for several sequences"),
