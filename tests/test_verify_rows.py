@@ -14,7 +14,9 @@ from mimo_compile.verify import LogitsBound, end_to_end
 
 def manifest(policy, context, rerun=0):
     return SimpleNamespace(
-        name="m", attention=policy, decoder=SimpleNamespace(max_context=context, rerun=rerun)
+        name="m",
+        attention=policy,
+        decoder=SimpleNamespace(max_context=context, rerun=rerun, layers=()),
     )
 
 

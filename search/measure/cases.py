@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from mimo_compile.errors import MimoError
-from mimo_compile.ir.ops import batches, get_op
+from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.ops.base import Arg, Array
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.base import Schedule
@@ -114,6 +114,10 @@ def make_case(workload: Workload, seed: int) -> Case:
 
 def make_further(case: Case) -> Case | None:
     """Return what is verified besides what is timed, see `batches.further`; None: there is no more."""
+    from mimo_compile.ir.ops import (
+        batches,
+    )  # imports torch, which the child that runs kernels has not
+
     op, rng = get_op(case.workload.op), _drawing(case.workload, case.seed)
     given = batches.further(op, case.workload, case.inputs, rng)
     return None if given is None else _case(case.workload, case.seed, given, further=True)
