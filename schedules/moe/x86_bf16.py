@@ -10,6 +10,7 @@ from mimo_compile.ir.formats import parse_weight_format
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.workload import Workload
+from mimo_compile.schedules.base import Schedule
 from mimo_compile.schedules.emit.bf16 import (
     NEEDS,
     Rows,
@@ -96,6 +97,8 @@ class X86MoeBf16(Experts):
 
     name = "moe.x86_bf16"
     version = 1
+    order = Schedule.order
+    """Nothing is promised: where a register tile has few sums, each of them is made of several."""
 
     def problem(self, workload: Workload) -> Problem:
         """Return the workload; bfloat16 weights lie in pairs of columns."""

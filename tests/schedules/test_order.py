@@ -12,7 +12,7 @@ from mimo_compile._tvm import from_numpy
 from mimo_compile.ir.hardware import local_cpu
 from mimo_compile.ir.ops import get_op, parse_workload
 from mimo_compile.ir.workload import Workload
-from mimo_compile.schedules import schedules_for
+from mimo_compile.schedules import get_schedule, schedules_for
 from mimo_compile.schedules.base import Schedule
 
 CPU = local_cpu()
@@ -138,6 +138,8 @@ MANY = (
     "moe:t=4,e=8,k=2,d=128,f=64,w=w8,a=a8",
     "moe:t=4,e=8,k=2,d=128,f=64,w=w4g64,a=a8",
     "moe:t=4,e=8,k=2,d=128,f=64",
+    "moe:t=4,e=2,k=2,d=128,f=64,w=w4g64,a=abf16",
+    "mpgemm:m=4,n=48,k=256,w=bf16,a=abf16",
     "mpgemm:m=4,n=48,k=256,w=w8,a=a8",
     "mpgemm:m=16,n=48,k=192,w=w4g64,a=a8",
     "mpgemm:m=4,n=48,k=256,w=w4g64",
@@ -163,6 +165,18 @@ def test_orders_of_one_name_give_the_same_bits(text: str) -> None:
 @pytest.mark.parametrize("text", MANY)
 def test_orders_of_one_name_give_the_same_bits_in_many_pairs(text: str) -> None:
     try_pairs(text, 3, seed=1)
+
+
+def test_no_order_is_promised_where_sums_are_made_of_as_many_as_fit() -> None:
+    """Dots of pairs: a register tile of few sums makes each of several, one of many does not."""
+    for op, rest in (("mpgemm", "m=4,n=48,k=128"), ("moe", "t=4,e=2,k=2,d=128,f=64")):
+        for weights in ("w4g64", "bf16"):
+            workload, schedule = (
+                parse_workload(f"{op}:{rest},w={weights},a=abf16"),
+                get_schedule(f"{op}.x86_bf16"),
+            )
+            config = schedule.config()
+            assert schedule.order(workload, config, CPU) is None, f"{schedule.name} {workload}"
 
 
 def test_no_order_is_promised_where_neighbours_change_the_steps() -> None:
