@@ -222,3 +222,41 @@ def test_bounds_of_exact_kernels_are_those_of_each_sequence_alone():
         )
     ]
     assert np.array_equal(allowed, np.concatenate(parts))
+
+
+FURTHER = [
+    "cached_attention:t=1,h=2,kv=1,d=4,dv=4,cap=256,len=128",
+    "cached_attention:t=20,h=2,kv=1,d=4,dv=4,cap=256,len=128,page=64,pool=5",
+    "cached_attention:t=1,h=2,kv=1,d=4,dv=4,cap=48,window=32",
+    "cached_attention:t=1,h=2,kv=1,d=4,dv=4,cap=256,len=128,b=3,even=1",
+    "sparse_attention:t=1,h=2,kv=1,d=4,dv=4,cap=256,hs=1,block=16,kmax=6,b=2",
+    "select_blocks:t=1,hs=2,cap=256,block=16,k=4",
+]
+
+
+@pytest.mark.parametrize("text", FURTHER)
+def test_what_is_verified_further_fills_no_block(text):
+    """What is timed may fill all, and none of its sequences rests."""
+    workload = parse_workload(text)
+    op, found = get_op(workload.op), set()
+    b = op.full(workload).get("b", 1)
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        fresh = op.make_inputs(workload, rng)
+        given = batches.further(op, workload, fresh, rng)
+        assert {n: a.shape for n, a in given.items()} == {n: a.shape for n, a in fresh.items()}
+        longest = fresh["pos"].reshape(-1, 2).sum(1).max()
+        assert longest % 16 == 0
+        lengths = given["pos"].reshape(-1, 2).sum(1)
+        going = given["pos"].reshape(-1, 2)[:, 1] > 0
+        assert going.sum() == b - (b > 1) and max(lengths[going]) % 16
+        assert (lengths[going] >= longest // 4).all() and (lengths <= longest).all()
+        found.add(int(max(lengths)))
+    assert len(found) > 3
+
+
+def test_there_is_nothing_further_where_a_call_is_all_there_is():
+    for text in ("cached_attention:t=64,h=2,kv=1,d=4,dv=4,cap=64", "embed:t=2,v=9,d=4"):
+        workload = parse_workload(text)
+        op, rng = get_op(workload.op), np.random.default_rng(0)
+        assert batches.further(op, workload, op.make_inputs(workload, rng), rng) is None
