@@ -38,6 +38,7 @@ class X86Describe(Schedule):
 
     name = "describe_blocks.x86"
     op = "describe_blocks"
+    version = 2
     config = DescribeConfig
 
     def supports(self, workload: Workload, hardware: Hardware) -> bool:

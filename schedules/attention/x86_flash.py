@@ -64,7 +64,7 @@ class X86Flash(Schedule):
 
     name = "cached_attention.x86_flash"
     op = "cached_attention"
-    version = 2
+    version = 3
     config = FlashConfig
     stored = "f32"
     """Format of the caches."""

@@ -37,7 +37,7 @@ class X86Oracle(X86Flash):
 
     name = "oracle_attention.x86_fused"
     op = "oracle_attention"
-    version = 1
+    version = 2
 
     def supports(self, workload: Workload, hardware: Hardware) -> bool:
         """Blocks of whole vectors, few enough that their logits fit scratch memory, on any x86-64."""
@@ -120,7 +120,7 @@ class X86OraclePairs(X86FlashPairs, X86Oracle):
 
     name = "oracle_attention.x86_fused_pairs"
     op = "oracle_attention"
-    version = 1
+    version = 2
 
     def space(self, workload: Workload, hardware: Hardware) -> Space:
         """Return the space over float32 caches: products of bfloat16 would round queries."""
@@ -152,7 +152,7 @@ class X86OracleTwice(X86Flash):
 
     name = "oracle_attention.x86_twice"
     op = "oracle_attention"
-    version = 1
+    version = 2
     config = TwiceConfig
     flash: X86Flash = X86Flash()
     scores = X86ScoreKeys()

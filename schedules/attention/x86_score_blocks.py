@@ -51,6 +51,7 @@ class X86ScoreBlocks(Schedule):
 
     name = "score_blocks.x86"
     op = "score_blocks"
+    version = 2
     config = BlocksConfig
 
     def supports(self, workload: Workload, hardware: Hardware) -> bool:

@@ -44,6 +44,7 @@ class X86Select(Schedule):
 
     name = "select_blocks.x86"
     op = "select_blocks"
+    version = 2
     config = SelectConfig
 
     def supports(self, workload: Workload, hardware: Hardware) -> bool:
