@@ -12,12 +12,10 @@ from mimo_compile.errors import ArtifactError
 from mimo_compile.verify import LogitsBound, end_to_end
 
 
-def manifest(policy, context, rerun=0):
-    return SimpleNamespace(
-        name="m",
-        attention=policy,
-        decoder=SimpleNamespace(max_context=context, rerun=rerun, layers=()),
-    )
+def manifest(policy, context, rerun=0, group=0):
+    layers = (SimpleNamespace(name="head", group=0), SimpleNamespace(name="mtp.0", group=group))
+    decoder = SimpleNamespace(max_context=context, rerun=rerun, layers=layers, steps=(1, 64))
+    return SimpleNamespace(name="m", attention=policy, decoder=decoder)
 
 
 def test_decoded_rows_cannot_hide_among_those_of_a_long_prompt():
@@ -56,6 +54,30 @@ def test_so_many_tokens_are_run_that_a_policy_leaves_something_out(
     found = end_to_end.compared_tokens(manifest(policy, context, rerun), asked, notes)
     assert found == count
     assert bool(notes) == all_seen and all("nothing was left out" in note for note in notes)
+
+
+def test_so_many_tokens_are_run_that_rows_see_two_groups_and_one_that_fills():
+    notes: list[str] = []
+    assert end_to_end.compared_tokens(manifest("model", 4096, group=64), None, notes) == 196
+    assert end_to_end.compared_tokens(manifest("model", 128, group=64), None, notes) == 128
+    assert not notes
+
+
+@pytest.mark.parametrize(
+    ("span", "context", "asked", "count", "noted"),
+    [
+        (256, 4096, None, 2 * 256 + 9, False),
+        (16, 4096, None, 200, False),  # as many as it takes to leave something out
+        (256, 4096, 200, 200, True),
+        (256, 256, None, 256, True),
+        (256, 300, None, 300, False),
+    ],
+)
+def test_so_many_tokens_are_run_that_estimates_go_by_two_spans(span, context, asked, count, noted):
+    notes: list[str] = []
+    made = manifest(f"tailorkv:quantised=0,span={span}", context)
+    assert end_to_end.compared_tokens(made, asked, notes) == count
+    assert any("no estimate went by the magnitudes of keys" in note for note in notes) == noted
 
 
 def test_a_policy_that_nobody_knows_is_the_artifacts_fault():

@@ -25,13 +25,15 @@ def compare_batch(module: Module, eager: Decoder, ids: npt.NDArray[Any]) -> EndT
     """Compare the logits of tokens that are decoded together, after prompts of different lengths.
 
     Sequences take the first slot, the last one and others between; each has the tokens in another order,
-    and rests in turns of its own. The eager model is led where roundings choose other experts, see `routing`.
+    and rests in turns of its own. The eager model is led where roundings choose other experts, see `routing`,
+    and rounds where kernels do, see `rounding`.
 
     Args:
         module: Compiled for several sequences.
         eager: The model in torch.
         ids: `[n]` tokens, n at least 2.
     """
+    from mimo_compile.verify.rounding import Rounded
     from mimo_compile.verify.routing import Led, watched
 
     slots = slots_of(module.batch, ids)
@@ -45,11 +47,11 @@ def compare_batch(module: Module, eager: Decoder, ids: npt.NDArray[Any]) -> EndT
     ]
     bound = logits_bound(module.manifest)
     with watched(module, slots) as seen:
-        got = _compiled(module, texts, slots, decoded)
+        got, together = _compiled(module, texts, slots, decoded)
     rows, leads = [], []
-    for text, slot in zip(texts, slots, strict=True):
+    for text, slot, positions in zip(texts, slots, together, strict=True):
         leads.append(Led(seen, bound.nearly_all, slot))
-        with leads[-1] if seen else nullcontext():
+        with Rounded(module.manifest, positions), leads[-1] if seen else nullcontext():
             rows.append(_eager(eager, text, len(text) - decoded))
     found = compare_rows(got, np.concatenate(rows), bound, decoded=len(got))
     return with_choices(found, leads)
@@ -84,21 +86,29 @@ def turns_of(count: int, decoded: int) -> Iterator[list[int]]:
             yield going
 
 
-def _compiled(module: Module, texts: list[list[int]], slots: list[int], decoded: int) -> Any:
-    """Return the logits float64 of the last tokens of each text, one text after the other."""
+def _compiled(
+    module: Module, texts: list[list[int]], slots: list[int], decoded: int
+) -> tuple[Any, list[set[int]]]:
+    """Return the logits float64 of the last tokens of each text, one text after the other.
+
+    And the positions of those of each text that were decoded together with others.
+    """
     sessions = [module.session(slot=slot) for slot in slots]
     for session, text in zip(sessions, texts, strict=True):
         session.append(text[:-decoded])
     rows: list[list[Any]] = [[] for _ in texts]
+    together: list[set[int]] = [set() for _ in texts]
     for going in turns_of(len(texts), decoded):
         tokens = [texts[i][len(rows[i]) - decoded] for i in going]
         hidden = append_each(module, [sessions[i] for i in going], tokens)
         found = np.concatenate([part.copy() for part in sessions[0].logits(hidden)])
         for i, row in zip(going, found, strict=True):
+            if len(going) > 1:
+                together[i].add(len(texts[i]) - decoded + len(rows[i]))
             rows[i].append(row)
     for session in sessions:
         session.end()
-    return np.concatenate(rows).astype(np.float64)
+    return np.concatenate(rows).astype(np.float64), together
 
 
 def _eager(eager: Decoder, text: list[int], prompt: int) -> Any:

@@ -63,9 +63,10 @@ def logits_bound(manifest: Manifest) -> LogitsBound:
 
     Float activations: sums of float32 in another order, 1e-3 of the largest logit. 16-bit ones: a sum that
     is off by one rounding may be rounded the other way, by 2**-8 (bfloat16) or 2**-11 (float16) of it; so may
-    a key or value of a bfloat16 cache, whose kernels may round queries and weights too, as those over codes
-    do. Int8 activations: a sum that is off by one rounding may fall on the other side of a code's boundary; a
-    step is 1/127 of the row's largest value. In a cache of 2 bits that is a third of a code's range.
+    a key or value of a bfloat16 cache, whose kernels may round queries and weights too. Where those over
+    codes round, the eager model does as well (see `rounding`), but numbers next to a tie may go the other
+    way. Int8 activations: a sum that is off by one rounding may fall on the other side of a code's boundary;
+    a step is 1/127 of the row's largest value. In a cache of 2 bits that is a third of a code's range.
 
     Experts are those of the compiled model where its routers are within the bound (`routing`); a row whose
     router is not may get others, and then differs altogether. Layers that choose what they attend to may
@@ -89,14 +90,27 @@ def logits_bound(manifest: Manifest) -> LogitsBound:
 
 
 def compared_tokens(manifest: Manifest, tokens: int | None, notes: list[str]) -> int:
-    """Return how many tokens are run; notes where the policy attends to all of them."""
+    """Return how many tokens are run; notes where the policy attends to all of them.
+
+    Where positions are quantised in groups, the third group ends among the tokens that are decoded. Where
+    estimates go by the magnitudes of spans of keys, two spans are complete before them.
+    """
     decoder, policy = manifest.decoder, policy_of(manifest)
     assert decoder is not None
-    enough = policy.sees_all + max(_DECODED, decoder.rerun + 2)
+    decoded = max(_DECODED, decoder.rerun + 2)
+    span = dict(policy.score.options).get("span", 0) if policy.score is not None else 0
+    enough = policy.sees_all + decoded
     if "decode" not in policy.phases:  # the tokens that are decoded leave nothing out
         enough += decoder.steps[-1]
-    chosen = max(ROWS, enough) if policy.sees_all and enough <= _MOST_TOKENS else ROWS
+    enough = max(enough if policy.sees_all else 0, 2 * span + decoded + 1 if span else 0)
+    groups = 3 * max((layer.group for layer in decoder.layers), default=0) + _DECODED // 2
+    chosen = max(ROWS, groups, enough if enough <= _MOST_TOKENS else 0)
     count = min(decoder.max_context, chosen if tokens is None else tokens)
+    if span and span >= count:
+        notes.append(
+            f"no estimate went by the magnitudes of keys: {policy} takes those of whole spans of {span} "
+            f"positions, {count} tokens were compared"
+        )
     if policy.sees_all >= count:
         notes.append(
             f"nothing was left out of attention: {policy} does so from {policy.sees_all + 1} tokens on, "
@@ -111,8 +125,10 @@ def compare_logits(
     """Compare logits of the last ``most`` tokens (None: all): most as a prompt, the others one by one.
 
     At least eight are decoded, and more than it takes until the policy makes its caches exact again. The
-    eager model is led where roundings choose other experts, see `routing`.
+    eager model is led where roundings choose other experts, see `routing`, and rounds where kernels do, see
+    `rounding`.
     """
+    from mimo_compile.verify.rounding import Rounded
     from mimo_compile.verify.routing import Led, watched
 
     assert module.manifest.decoder is not None
@@ -123,7 +139,7 @@ def compare_logits(
     with watched(module) as seen:
         got = _compiled_logits(module, ids, split, first)
     led = Led(seen, bound.nearly_all)
-    with led if seen else nullcontext():
+    with Rounded(module.manifest), led if seen else nullcontext():
         reference = _eager_logits(eager, ids, split, first)
     found = compare_rows(got, reference, bound, decoded=len(ids) - split)
     return with_choices(found, [led])
@@ -229,6 +245,7 @@ def compare_program(module: Module, source: Path, seed: int) -> EndToEnd:
 def compare_perplexity(module: Module, eager: Decoder, ids: Any) -> Perplexity:
     """Take the perplexity of a text in windows of 512 tokens, compiled and eager."""
     from mimo_compile.runtime.scores import log_softmax_at
+    from mimo_compile.verify.rounding import Rounded
 
     decoder = module.manifest.decoder
     assert decoder is not None
@@ -239,7 +256,8 @@ def compare_perplexity(module: Module, eager: Decoder, ids: Any) -> Perplexity:
     theirs: list[Any] = []
     for window in windows:
         ours.append(module.token_logprobs(window))
-        logits = eager.prefill([int(i) for i in window])[1].numpy()
+        with Rounded(module.manifest):
+            logits = eager.prefill([int(i) for i in window])[1].numpy()
         theirs.append(log_softmax_at(logits[:-1], np.asarray(window[1:], np.int32)))
     mine, other = (np.concatenate(parts).astype(np.float64) for parts in (ours, theirs))
     noise = float((mine - other).std() / math.sqrt(mine.size))
