@@ -70,7 +70,6 @@ def verify_artifact(
         threads: Threads that kernels run with.
         seed: Of fresh inputs.
         tokens: Length of the sequence whose logits are compared; at most the context is. None: the last
-        tokens: Length of the sequence whose logits are compared; at most the context is. None: the last
             96 of as many as it takes for an attention policy to leave something out, and for rows to see two
             groups of a cache in groups.
         text: Text that perplexity is taken on; None: modules of the standard library that the built-in model

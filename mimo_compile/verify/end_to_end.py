@@ -98,7 +98,7 @@ def compared_tokens(manifest: Manifest, tokens: int | None, notes: list[str]) ->
     decoder, policy = manifest.decoder, policy_of(manifest)
     assert decoder is not None
     decoded = max(_DECODED, decoder.rerun + 2)
-    span = dict(policy.score.options).get("span", 0) if policy.score is not None else 0
+    span = int(dict(policy.score.options).get("span", 0)) if policy.score is not None else 0
     enough = policy.sees_all + decoded
     if "decode" not in policy.phases:  # the tokens that are decoded leave nothing out
         enough += decoder.steps[-1]
