@@ -74,6 +74,33 @@ def lengths(longest: int, p: Mapping[str, Any]) -> list[int]:
     return [max(least, longest - n) for n in fewer]
 
 
+def at_ends(b: int, rng: np.random.Generator) -> list[bool]:
+    """Draw which sequences of a batch complete a block: any of them, but one at least besides the first."""
+    chosen = rng.integers(2, size=b).astype(bool)
+    chosen[int(rng.integers(1, b))] = True
+    return [bool(c) for c in chosen]
+
+
+def ended(
+    lengths: Sequence[int], size: int, stride: int, least: int, rng: np.random.Generator
+) -> list[int]:
+    """Return KV lengths of a batch of which some end where a block does: which ones, `at_ends` draws.
+
+    Args:
+        lengths: KV length of each sequence. The first one's stays, since counts go by it.
+        size: Positions of a block.
+        stride: Positions from one block to the next.
+        least: A length that none may fall below.
+        rng: Draws.
+    """
+    out, chosen = list(lengths), at_ends(len(lengths), rng)
+    for i, length in enumerate(lengths):
+        end = length - (length - size) % stride
+        if i and chosen[i] and end >= max(size, least):
+            out[i] = end
+    return out
+
+
 def drawn(
     op: OpDef, workload: Workload, rng: np.random.Generator, lengths: Sequence[int]
 ) -> dict[str, Array]:
@@ -90,16 +117,19 @@ def counted(op: OpDef, workload: Workload, lengths: Sequence[int]) -> Counts:
 def rested(
     workload: Workload, inputs: Mapping[str, Array], rng: np.random.Generator
 ) -> dict[str, Array] | None:
-    """Return inputs of a batch one of whose sequences, drawn anew, has no token; None: it is no batch.
+    """Return inputs of a batch with sequences, one to all but one, that have no token; None: it is no batch.
 
-    Its rows, and with them its states, are what kernels may touch by mistake. Inputs to be timed have none:
-    all sequences of a batch are to go on.
+    They stand where they stood, or at 0, as those do that a runtime lets rest. Their rows, and with them
+    their states, are what kernels may touch by mistake. Inputs to be timed have none: all sequences of a
+    batch are to go on.
     """
     pos = inputs.get("pos")
     if dict(workload.params).get("b", 1) == 1 or pos is None:
         return None
-    places = pos.copy()
-    places[int(rng.integers(len(places))), 1] = 0
+    places, b = pos.copy(), len(pos)
+    resting = rng.permutation(b)[: int(rng.integers(1, b))]
+    places[resting, 1] = 0
+    places[resting, 0] *= rng.integers(2, size=len(resting), dtype=np.int32)
     return {**inputs, "pos": places}
 
 
@@ -109,7 +139,8 @@ def further(
     """Return what a kernel is verified on besides the inputs that it is timed on; None: there is no more.
 
     KV lengths that models are timed at are multiples of 16, of blocks and of pages, so that no block is
-    filled in part. These inputs are of another length (see `shorter`), and one sequence of a batch `rested`.
+    filled in part. These inputs are of another length (see `shorter`), and some sequences of a batch rest
+    (`rested`).
     """
     other = shorter(op, workload, inputs, rng)
     given = inputs if other is None else op.make_inputs(other, rng)

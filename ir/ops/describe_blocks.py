@@ -153,11 +153,17 @@ class DescribeBlocks(OpDef):
         return batches.batched(one, p["b"])
 
     def make_inputs(self, workload: Workload, rng: np.random.Generator) -> dict[str, Array]:
-        """Draw keys, and wild descriptors that nothing may be merged with; later slots hold NaN."""
+        """Draw keys, and wild descriptors that nothing may be merged with; later slots hold NaN.
+
+        Of a batch some sequences complete an entry, see `batches.ended`.
+        """
         p = self.full(workload)
         length = int(p["len"] or p["cap"])
         if p["b"] > 1:
-            return batches.drawn(self, workload, rng, batches.lengths(length, p))
+            lengths = batches.lengths(length, p)
+            if p["whole"]:
+                lengths = batches.ended(lengths, *self._sizes(workload)[1:], p["t"], rng)
+            return batches.drawn(self, workload, rng, lengths)
         _, cache, desc = self.args(workload)
         keys = rng.standard_normal(cache.shape, dtype=np.float32)
         keys[length:] = np.nan

@@ -130,11 +130,16 @@ class GateKeys(OpDef):
         return batches.batched(one, p["b"])
 
     def make_inputs(self, workload: Workload, rng: np.random.Generator) -> dict[str, Array]:
-        """Draw keys, and wild entries that none may be merged with; later slots hold NaN."""
+        """Draw keys, and wild entries that none may be merged with; later slots hold NaN.
+
+        Of a batch some sequences complete a block, see `batches.ended`.
+        """
         p = self.full(workload)
         length = int(p["len"] or p["cap"])
         if p["b"] > 1:
-            return batches.drawn(self, workload, rng, batches.lengths(length, p))
+            lengths = batches.lengths(length, p)
+            lengths = batches.ended(lengths, p["size"], p["size"], p["t"], rng)
+            return batches.drawn(self, workload, rng, lengths)
         *_, cache, desc = self.args(workload)
         keys = rng.standard_normal(cache.shape, dtype=np.float32)
         keys[length:] = np.nan

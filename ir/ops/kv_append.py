@@ -14,7 +14,7 @@ workloads of `KvAppend`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -206,8 +206,8 @@ class KvAppend(OpDef):
     def make_inputs(self, workload: Workload, rng: np.random.Generator) -> dict[str, Array]:
         """Draw rows, angles and a start that makes the call wrap around the end of the cache.
 
-        A cache in groups never wraps; there one is to fill up, if the call is long enough for it. Sequences
-        of a batch stand at different positions.
+        A cache in groups never wraps; there one is to fill up, if the call is long enough for it. Of a batch
+        see `_apart`.
         """
         p = self.full(workload)
         if pages.paged(p):
@@ -217,8 +217,7 @@ class KvAppend(OpDef):
             return pages.together(self, workload, parts, rng, rng.standard_normal)
         if p["b"] > 1:
             each = [self.make_inputs(batches.alone(workload), rng) for _ in range(p["b"])]
-            for i, one in enumerate(each):
-                one["pos"][0] = max(int(one["pos"][0]) - i, 0)
+            self._apart(p, each, rng)
             return batches.join(self, workload, each)
         fmt = kv_groups.grouped(p)
         out: dict[str, Array] = {
@@ -245,6 +244,24 @@ class KvAppend(OpDef):
         for name in ("k_cache", "v_cache"):
             out[name] = single_format(p["c"]).encode(out[name])
         return out
+
+    @staticmethod
+    def _apart(
+        p: Mapping[str, Any], each: Sequence[Mapping[str, Array]], rng: np.random.Generator
+    ) -> None:
+        """Move sequences to different positions; in place.
+
+        Some fill up a group, see `batches.at_ends`, and another may have its first token.
+        """
+        fmt, ends = kv_groups.grouped(p), batches.at_ends(p["b"], rng)
+        for i, one in enumerate(each):
+            away = i
+            if fmt:
+                away = 0 if ends[i] else int(rng.integers(1, fmt.group))
+            one["pos"][0] = max(int(one["pos"][0]) - away, 0)
+        others = [i for i, end in enumerate(ends) if not end]
+        if others and rng.integers(2):
+            each[others[int(rng.integers(len(others)))]]["pos"][:] = 0, 1
 
     @batches.one_by_one
     def reference(self, workload: Workload, inputs: Mapping[str, Array]) -> dict[str, Array]:
