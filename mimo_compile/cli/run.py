@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_drafts(parser)
     parser.add_argument(
-        "--kv-store", type=Path, metavar="DIR",
+        "--kv-store", metavar="DIR",
         help="keep keys and values that are read by lists alone in a file there (--attention tailorkv)",
     )  # fmt: skip
     add_routing(parser)

@@ -182,9 +182,11 @@ class Module:
                 on those of all.
 
         Raises:
-            UsageError: There is no such entry or slot.
+            UsageError: There is no such entry or slot; or states lie in a file, and this process was forked
+                from the one that loaded the module.
             ArtifactError: Its weights differ from their hash, or a kernel is missing.
         """
+        self._states.check()
         use_threads(self.threads)
         bound = self._bound.get((entry, slot))
         if bound is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
@@ -184,7 +185,7 @@ def test_calibrate_writes_what_compile_reads(tmp_path, capsys):
 @pytest.mark.compile
 @pytest.mark.slow
 @pytest.mark.parametrize("quant", ["none", "kv16"])
-def test_compiled_is_eager_and_goes_back(saved, tools, tmp_path, quant):
+def test_compiled_is_eager_and_goes_back(saved, tools, tmp_path, monkeypatch, quant):
     folder, text = saved("llama-linear-mha")[1], f"tailorkv:quantised=0,{SMALL}"
     artifact = mc.compile(
         folder, quant=quant, attention=text, db=tmp_path / "r.db", max_context=CONTEXT
@@ -209,6 +210,10 @@ def test_compiled_is_eager_and_goes_back(saved, tools, tmp_path, quant):
         assert got == decoder(folder, text).generate_greedy(prompt, 20, stop=())
     far = load(path, kv_store=tmp_path)  # keys and values in a file
     assert list(far.generate_ids(prompt, 20, stop_at_eos=False)) == got
+    with monkeypatch.context() as forked:
+        forked.setattr(os, "getpid", lambda: 0)
+        with pytest.raises(UsageError, match="from which this one was forked"):
+            list(far.generate_ids(prompt, 20))
     # decoded keys are not those of a prompt; a prompt's are kept, and give the same text again
     assert session.keep_prefix([*prompt, *got]) == 133
     session.rewind(40)

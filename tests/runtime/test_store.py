@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,6 +38,13 @@ def mapped(address: int) -> str:
     raise AssertionError(f"{address:x} is not mapped")
 
 
+def resident(data) -> int:
+    """Return how many bytes of a mapping are in memory."""
+    lines = Path("/proc/self/smaps").read_text().splitlines()
+    at = lines.index(mapped(data.ctypes.data))
+    return 1024 * next(int(x.split()[1]) for x in lines[at:] if x.startswith("Rss:"))
+
+
 def test_what_is_listed_lies_in_a_file_without_a_name(tmp_path):
     states = States(manifest(), 1, (), tmp_path)
     assert listed(manifest()) == ["layers.1.k_cache", "layers.1.v_cache"]
@@ -44,17 +52,59 @@ def test_what_is_listed_lies_in_a_file_without_a_name(tmp_path):
     for number, (name, data) in enumerate(states.bytes.items()):
         assert len(data) == 1200 and not data.any() and data.ctypes.data % 4096 == 0
         data[...] = number + 1
-        in_file = "mimo-kv-" in mapped(data.ctypes.data)
+        in_file = f"{tmp_path}/" in mapped(data.ctypes.data)
         assert in_file == (name in listed(manifest())), name
     for number, data in enumerate(states.bytes.values()):
         assert (data == number + 1).all()  # none lies over another
     states.clear()
     assert not any(data.any() for data in states.bytes.values())
+    states.bytes["layers.1.k_cache"][...] = 7  # and can be written again
+
+
+def test_what_is_cleared_is_not_written(tmp_path):
+    stored = Stored(1 << 24, tmp_path)
+    stored.bytes[::4096] = 5
+    before, peak = stored.bytes, resident(stored.bytes)
+    stored.clear()
+    assert peak >= 1 << 24 > 8 * resident(stored.bytes)
+    assert stored.bytes is before and not stored.bytes.any()
+    stored.bytes[-1] = 3
+    assert stored.bytes[-1] == 3
+
+
+def test_a_forked_process_may_not_use_the_file_of_another(tmp_path):
+    states = States(manifest(), 1, (), tmp_path)
+    keys = states.bytes["layers.1.k_cache"]
+    keys[...] = 9
+    in_child = multiprocessing.get_context("fork")
+    for use in (states.check, states.clear):
+        answers = in_child.SimpleQueue()
+        child = in_child.Process(target=refusal, args=(use, answers))
+        child.start()
+        child.join(20)
+        assert "belongs to process" in answers.get() and child.exitcode == 0
+    assert (keys == 9).all()
+    states.check()
+
+
+def refusal(use, answers):
+    try:
+        use()
+    except UsageError as error:
+        answers.put(str(error))
+    else:
+        answers.put("it was allowed")
+
+
+@pytest.mark.parametrize("folder", ["", b"", b"/tmp", 5, "a\0b", ["."], Path("x\0y")])
+def test_what_names_no_folder_is_refused(folder):
+    with pytest.raises(UsageError, match=r"--kv-store \(kv_store\): .* is not a path"):
+        States(manifest(), 1, (), folder)
 
 
 def test_all_is_in_memory_unless_a_folder_is_named():
     states = States(manifest(), 2, ("layers.0.k_cache",))
-    assert not any("mimo-kv-" in mapped(d.ctypes.data) for d in states.bytes.values())
+    assert all(mapped(d.ctypes.data).split()[4] == "0" for d in states.bytes.values())  # no inode
     assert {n: len(d) for n, d in states.bytes.items() if "layers.0" in n} == {
         "layers.0.k_cache": 1200, "layers.0.v_cache": 2400,
     }  # fmt: skip
