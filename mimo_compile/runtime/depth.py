@@ -20,8 +20,6 @@ _PRIOR = 0.6
 """Acceptance that is expected before anything is known; counts as one observation."""
 _TIMES = 9
 """Last times of something that its usual time is taken from: a median forgives what others' work takes."""
-_PLAIN = 2
-"""Passes without drafts that are tried before one is judged; the first binds what it runs."""
 
 
 class Depth:
@@ -39,6 +37,10 @@ class Depth:
         self._last: list[int] = [0] * (most + 1)
         """Pass in which each depth, or a greater one, was tried; of depth 0, the very one."""
         self._wait = [_AGAIN] * (most + 1)
+        self._before = -1
+        """Drafts of the last pass: what it did not run is not in the processor's caches, and takes longer."""
+        self._repeat: int | None = None
+        """Depth that was tried in a pass and is in another, whose times are learned."""
 
     def choose(self, room: int) -> int:
         """Return the number of drafts of the next pass, at most ``room``."""
@@ -48,11 +50,15 @@ class Depth:
         if most <= 0 or self._passes < _FIRST:
             return max(most, 0)
         stale = [k for k in range(most + 1) if self._passes - self._last[k] > self._wait[k]]
-        if self._passing[0].count < _PLAIN:
+        if self._repeat is not None:
+            depth, self._repeat = min(self._repeat, most), None
+            return depth
+        if not self._passing[0].count:
             stale = [0]
         if stale:
-            depth = stale[-1]
-            self._wait[depth] = min(2 * self._wait[depth], _SELDOM)
+            depth = self._repeat = stale[-1]
+            for tried in range(min(depth, 1), depth + 1):  # lesser ones are tried with it
+                self._wait[tried] = min(2 * self._wait[tried], _SELDOM)
             return depth
         depth = max(range(most + 1), key=self._worth)
         self._wait[depth] = _AGAIN
@@ -65,15 +71,17 @@ class Depth:
             drafted: Drafts of the pass.
             kept: Of them, accepted.
             seconds: What it took without drafting.
-            heads: Seconds of each draft.
+            heads: Seconds of each draft, without what its head had missed.
         """
         self._passes += 1
         for head in range(min(kept + 1, drafted)):
             self._kept[head] = _MEMORY * self._kept[head] + (head < kept)
             self._tried[head] = _MEMORY * self._tried[head] + 1
-        self._passing[drafted > 0].add(seconds)
-        for times, took in zip(self._heads, heads, strict=False):
+        if self._before >= 0 and (self._before > 0) == (drafted > 0):
+            self._passing[drafted > 0].add(seconds)
+        for times, took in zip(self._heads[: max(self._before, 0)], heads, strict=False):
             times.add(took)
+        self._before = drafted
         for depth in range(1, drafted + 1):
             self._last[depth] = self._passes
         if not drafted:
@@ -88,9 +96,9 @@ class Depth:
         return tokens
 
     def _worth(self, depth: int) -> float:
-        """Return the tokens per second that are expected of a depth."""
+        """Return the tokens per second that are expected of a depth; 0 if it was never timed."""
         seconds = self._passing[depth > 0].usual + sum(h.usual for h in self._heads[:depth])
-        return self.expected(depth) / seconds
+        return self.expected(depth) / seconds if seconds else 0.0
 
 
 class _Times:

@@ -24,15 +24,17 @@ class Drafts:
     """What the heads hold of a sequence, which tells it whatever it appends and drops.
 
     A row of a head's cache is right once the token it was made with is the one that the sequence has there.
-    Rows of drafts that were not kept are made again, from hidden states that are held for it.
+    Rows of drafts that were not kept are made again, from hidden states that are held for it. Heads lag while
+    nobody drafts: they are one layer each, so rows that no window reaches any more are never made.
     """
 
     def __init__(self, decoder: Decoder, bind: Bind) -> None:
         """Begin with nothing."""
         self._decoder, self._bind = decoder, bind
-        self._right = [0] * decoder.mtp
-        """For each head, how many of its first rows are right."""
-        most = decoder.steps[-1] + decoder.mtp_steps[-1] + 2 * decoder.mtp
+        self._rows = [(0, 0)] * decoder.mtp
+        """For each head, which of its rows are right: from the first number to the second, not included."""
+        self._reach = _reach(decoder)
+        most = decoder.steps[-1] + decoder.mtp_steps[-1] + 2 * (decoder.mtp + self._reach)
         self._hidden = np.empty((most, decoder.hidden), np.float32)
         self._first = self._count = 0
         """Position of the first hidden state that is held, and how many are."""
@@ -41,7 +43,7 @@ class Drafts:
 
     def needed(self, end: int) -> int:
         """Return from which position on hidden states must be made again, to draft after ``end`` tokens."""
-        first = min((*self._right, end))
+        first = min(end, *(self._begin(head, end) for head in range(self._decoder.mtp)))
         held = self._first <= first and self._first + self._count >= end
         return end if held else first
 
@@ -49,14 +51,15 @@ class Drafts:
         """Make room for the hidden states of ``more`` tokens behind those of the sequence."""
         if self._count + more <= len(self._hidden):
             return
-        if (
-            min(self._right) < self._first
-        ):  # rows between are missing: they come again before drafting
+        if self._reach:
+            self._forget(self._count - self._reach)
+        elif min(right for _, right in self._rows) < self._first:
+            # rows between are missing: they come again before drafting
             self._first, self._count = len(tokens), 0
-        else:
-            for head in range(self._decoder.mtp):
-                self._catch_up(head, tokens)
-            self._forget()
+        else:  # heads that see all of the sequence must have read it
+            for head, (_, right) in enumerate(self._rows):
+                self._make(head, right, tokens[right + 1 + head :])
+            self._forget(min(right for _, right in self._rows) - self._first)
 
     def read(self, hidden: Array, tokens: Sequence[int]) -> None:
         """Hold the hidden states ``[n, D]`` of the newest n tokens of a sequence."""
@@ -71,23 +74,27 @@ class Drafts:
             chain = self._guess[1]
             if list(tokens[start : start + len(chain)]) == chain:
                 for head in range(len(chain) - 1):
-                    self._right[head] = start
+                    self._rows[head] = self._rows[head][0], start
         self._guess = None
 
     def drop(self, position: int) -> None:
         """Forget what came from tokens at a position or behind it."""
         self._guess = None
         self._count = max(0, min(self._count, position - self._first))
-        self._right = [max(0, min(n, position - 1 - s)) for s, n in enumerate(self._right)]
+        for head, (since, right) in enumerate(self._rows):
+            seen = position < since + self._reach  # rows that were left out are
+            first = 0 if seen and self._first < since else since
+            last = 0 if first < since else min(right, position - 1 - head)
+            self._rows[head] = first, max(first, last)
 
     @property
-    def right(self) -> tuple[int, ...]:
-        """For each head, how many of its first rows are right."""
-        return tuple(self._right)
+    def rows(self) -> tuple[tuple[int, int], ...]:
+        """For each head, the first of its rows that are right, and the first behind them."""
+        return tuple(self._rows)
 
-    def trust(self, right: Sequence[int]) -> None:
+    def trust(self, rows: Sequence[tuple[int, int]]) -> None:
         """Take rows for right that `drop` could not know to be: their tokens are about to come again."""
-        self._right = list(right)
+        self._rows = list(rows)
 
     def propose(
         self,
@@ -98,6 +105,8 @@ class Drafts:
     ) -> tuple[list[int], list[float]]:
         """Return up to ``depth`` drafts of what follows a token that follows the sequence, and their seconds.
 
+        What a head had to read before, since it lagged, is not in its seconds: the next draft is without.
+
         Args:
             tokens: Those of the sequence; hidden states are held of all that rows are missing for (`needed`).
             token: The next one.
@@ -107,10 +116,10 @@ class Drafts:
         end, chain = len(tokens), [token]
         self._guess, seconds = None, []
         for head in range(depth):
+            first = self._caught_up(head, tokens, depth + 1)
             begin = time.perf_counter()
-            first = self._right[head]
             known = list(tokens[first + 1 + head :]) + chain[max(0, first + 1 + head - end) :]
-            hidden = self._rows(head, first, known)
+            hidden = self._run(head, first, known)
             bound = self._bind("head_1")
             (into,) = bound.inputs.values()
             into[0] = hidden
@@ -124,7 +133,7 @@ class Drafts:
         self._guess = (end, chain)
         return chain[1:], seconds[: len(chain) - 1]
 
-    def _rows(self, head: int, first: int, ids: Sequence[int]) -> Array:
+    def _run(self, head: int, first: int, ids: Sequence[int]) -> Array:
         """Make rows of a head from position ``first`` on; returns the hidden state of the last."""
         decoder = self._decoder
         at, done = first - self._first, 0
@@ -142,16 +151,36 @@ class Drafts:
         last: Array = bound.outputs["hidden"][valid - 1]
         return last
 
-    def _catch_up(self, head: int, tokens: Sequence[int]) -> None:
-        """Make all rows of a head whose tokens are known."""
-        first, end = self._right[head], len(tokens) - 1 - head
-        if end > first:
-            self._rows(head, first, tokens[first + 1 + head :])
-            self._right[head] = end
+    def _begin(self, head: int, end: int) -> int:
+        """Return from where on a head lacks rows that are seen from ``end - 1`` on."""
+        _, right = self._rows[head]
+        return max(right, end - self._reach if self._reach else 0)
 
-    def _forget(self) -> None:
-        """Forget hidden states whose rows are right in all heads."""
-        gone = min(self._right) - self._first
+    def _caught_up(self, head: int, tokens: Sequence[int], recent: int) -> int:
+        """Let a head lack no more than about so many newest rows; returns the first that it lacks."""
+        end = len(tokens)
+        first = max(self._begin(head, end), self._first)
+        if first > self._rows[head][1]:  # rows before are left out
+            self._rows[head] = first, first
+        return self._make(
+            head, first, tokens[first + 1 + head : max(end - recent, first) + 1 + head]
+        )
+
+    def _make(self, head: int, first: int, ids: Sequence[int]) -> int:
+        """Make rows of a head whose tokens are known; returns the first behind them."""
+        if ids:
+            self._run(head, first, ids)
+            self._rows[head] = self._rows[head][0], first + len(ids)
+        return first + len(ids)
+
+    def _forget(self, gone: int) -> None:
+        """Forget the oldest hidden states."""
         kept = self._count - gone
         self._hidden[:kept] = self._hidden[gone : self._count].copy()
         self._first, self._count = self._first + gone, kept
+
+
+def _reach(decoder: Decoder) -> int:
+    """Return how many newest positions heads see, their own included; 0: all."""
+    windows = [layer.window for layer in decoder.layers if layer.name.startswith("mtp.")]
+    return max(windows, default=0) if all(windows) else 0

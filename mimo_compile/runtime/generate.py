@@ -223,7 +223,7 @@ def _generate(
     passes: Callable[[int, int], list[int]] | None = None
     if drafting is not None:
         session.draft()
-        passes = Passes(session, decoder, sampling, drafting, stats)
+        passes = Passes(session, decoder, sampling, drafting, stats, eos)
     with session.lock:
         stats.reused_tokens = session.keep_prefix(ids)
         mark = session.mark

@@ -311,10 +311,10 @@ class Session:
         """Go back as far as draft heads need tokens to come again; returns how many are kept."""
         needed = drafts.needed(kept)
         if needed < kept:
-            right = drafts.right  # what is dropped now comes again
+            rows = drafts.rows  # what is dropped now comes again
             kept = self._held.most(needed)
             self.rewind(kept)
-            drafts.trust(right)
+            drafts.trust(rows)
         return kept
 
     def propose(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,11 @@ def speculation_of(
     Raises:
         UsageError: The artifact cannot draft or verify, or has not so many heads.
     """
+    if not isinstance(asked, bool | Speculation):
+        raise UsageError(
+            f"speculative is {asked!r}, which says nothing of drafts",
+            remedy="Pass True, False, or a Speculation, whose depth is the number of drafts.",
+        )
     if not asked:
         return None
     how = asked if isinstance(asked, Speculation) else Speculation()
@@ -88,9 +94,11 @@ class Passes:
     """Makes the passes of one text."""
 
     def __init__(
-        self, session: Session, decoder: Decoder, sampling: Sampling, how: Speculation, stats: Stats
-    ) -> None:
-        """Begin; ``stats`` take note of each pass."""
+        self, session: Session, decoder: Decoder, sampling: Sampling, how: Speculation, stats: Stats,
+        eos: frozenset[int] = frozenset(),
+    ) -> None:  # fmt: skip
+        """Begin; ``stats`` take note of each pass, up to a token of ``eos``."""
+        self._eos = eos
         self._session, self._decoder, self._sampling, self._stats = (
             session,
             decoder,
@@ -110,7 +118,7 @@ class Passes:
             room: How many tokens may be returned.
         """
         session = self._session
-        start, at = time.perf_counter(), session.position
+        at = session.position
         free = self._decoder.max_context - at - 1
         depth = self._depth.choose(min(room - 1, free))
         drafts: list[int] = []
@@ -118,6 +126,7 @@ class Passes:
         self._drawn = []
         if depth:
             drafts, heads = session.propose(token, depth, self._pick)
+        start = time.perf_counter()
         parts = session.chunks([token, *drafts], decode=True)
         hidden = np.concatenate([part.copy() for part in parts])
         logits = (row for block in session.logits(hidden) for row in block)
@@ -128,9 +137,8 @@ class Passes:
         kept = len(tokens) - 1
         if kept < len(drafts):
             session.rewind(at + 1 + kept)
-        self._note(len(drafts), kept)
-        passed = time.perf_counter() - start - sum(heads)
-        self._depth.learn(len(drafts), kept, passed, heads)
+        self._note(tokens, len(drafts))
+        self._depth.learn(len(drafts), kept, time.perf_counter() - start, heads)
         return tokens
 
     def _pick(self, logits: Array, position: int) -> int | None:
@@ -141,10 +149,15 @@ class Passes:
         self._drawn.append(drawn)
         return int(token)
 
-    def _note(self, drafted: int, kept: int) -> None:
+    def _note(self, tokens: Sequence[int], drafted: int) -> None:
+        kept = len(tokens) - 1
+        judged = min(kept + 1, drafted)
+        end = next((i for i, token in enumerate(tokens[:-1]) if token in self._eos), None)
+        if end is not None:  # what is behind it is in no text
+            kept = judged = end
         stats = self._stats
         stats.passes += 1
         for head in range(drafted):
             stats.drafted[head] += 1
-            stats.judged[head] += head <= kept
+            stats.judged[head] += head < judged
             stats.accepted[head] += head < kept

@@ -16,7 +16,7 @@ import mimo_compile as mc
 from mimo_compile.errors import UsageError
 from mimo_compile.ir.hardware import local_cpu
 from mimo_compile.ir.workload import Workload
-from mimo_compile.runtime import Speculation, Stats, accept
+from mimo_compile.runtime import Speculation, Stats, accept, drafting
 from mimo_compile.runtime.speculate import doubt
 from mimo_compile.schedules import get_schedule
 
@@ -192,7 +192,7 @@ def test_a_text_may_end_amid_accepted_drafts(module, tools, oracle):
 def test_a_text_ends_at_an_end_token_amid_accepted_drafts(artifact, tools, oracle):
     prompt = tools.prompt(6)
     plain, _ = generate(artifact.module(), prompt, 20)
-    at = next(i for i in range(3, 20) if plain[i] not in plain[:i])
+    at = next(i for i in range(3, 20) if plain[i] not in plain[:i] and i % 3)
     decoder = msgspec.structs.replace(artifact.manifest.decoder, eos=(plain[at],))
     manifest = msgspec.structs.replace(artifact.manifest, decoder=decoder)
     ending = replace(artifact, manifest=manifest).module()
@@ -204,6 +204,9 @@ def test_a_text_ends_at_an_end_token_amid_accepted_drafts(artifact, tools, oracl
         how = {"session": sessions[-1], "stats": stats, "speculative": speculative}
         assert list(ending.generate_ids(prompt, 20, **how)) == plain[:at]
         assert stats.stopped == "eos"
+        if speculative:  # the end token is the one more
+            assert stats.new_tokens + 1 == 1 + stats.passes + sum(stats.accepted)
+            assert stats.judged == stats.accepted
     assert len({s.tokens for s in sessions}) == 1
 
 
@@ -250,6 +253,46 @@ def test_heads_read_what_they_would_read_of_the_finished_text(module, tools):
     again.append([*prompt, *found[:-1]])
     for got, want in zip(used, drafts(again), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-3)
+
+
+def test_heads_that_lag_read_no_more_than_they_see(artifact, tools, monkeypatch):
+    """Drafts after plain tokens are those of heads that read all; rows before their windows are left out."""
+    layers = artifact.manifest.decoder.layers
+    (window,) = {layer.window for layer in layers if layer.name.startswith("mtp.")}
+    tokens = tools.prompt(CONTEXT - 4, seed=3)
+    assert 0 < window < len(tokens)
+
+    def drafts(at, reads=(), unlimited=False):
+        if unlimited:
+            monkeypatch.setattr(drafting, "_reach", lambda decoder: 0)
+        session, rows = artifact.module().session(), []
+        session.draft()
+
+        def pick(logits, position):
+            rows.append(logits.copy())
+            return 3 + position
+
+        for end in (*reads, at):  # drafting at each of them, after tokens one by one
+            for token in tokens[session.position : end]:
+                session.append([token])
+            rows.clear()
+            session.propose(9, HEADS, pick)
+        first = session.drafts.rows[0][0]
+        monkeypatch.undo()
+        return rows, first
+
+    for reads in ((), (5,), (20, 24)):
+        late, first = drafts(len(tokens), reads)
+        want, zero = drafts(len(tokens), unlimited=True)
+        assert zero == 0 and (first == len(tokens) - window)
+        for got, other in zip(late, want, strict=True):
+            np.testing.assert_allclose(got, other, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("asked", [2, 1, "no", None, 0])
+def test_what_says_nothing_of_drafts(module, tools, asked):
+    with pytest.raises(UsageError, match="speculative is"):
+        module.generate_ids(tools.prompt(3), speculative=asked)
 
 
 def test_more_heads_than_there_are(module, tools):

@@ -8,17 +8,23 @@ import pytest
 from mimo_compile.runtime.depth import Depth
 
 
-def settle(rates, plain, verify, head, passes=400, seed=0, room=9):
-    """Return how often each depth was taken in the second half of some passes with these rates and costs."""
+def settle(rates, plain, verify, head, passes=400, seed=0, room=9, cold=1.0):
+    """Return how often each depth was taken in the second half of some passes with these rates and costs.
+
+    ``cold``: times its cost that what the last pass did not run takes.
+    """
     rng, depth = np.random.default_rng(seed), Depth(len(rates))
-    taken = np.zeros(len(rates) + 1, int)
+    taken, before = np.zeros(len(rates) + 1, int), -1
     for number in range(passes):
         drafts = depth.choose(room)
         kept = 0
         while kept < drafts and rng.random() < rates[kept]:
             kept += 1
         slow = 20.0 if rng.random() < 0.02 else 1.0  # others take the processor now and then
-        depth.learn(drafts, kept, slow * (verify if drafts else plain), [head] * drafts)
+        slow *= cold if before < 0 or (before > 0) != (drafts > 0) else 1.0
+        heads = [head * (1.0 if k < before else cold) for k in range(drafts)]
+        depth.learn(drafts, kept, slow * (verify if drafts else plain), heads)
+        before = drafts
         taken[drafts] += number >= passes // 2
     return taken / taken.sum()
 
@@ -32,9 +38,32 @@ def settle(rates, plain, verify, head, passes=400, seed=0, room=9):
         ((0.95, 0.95, 0.95), 1.0, 5.0, 0.1, 0),
     ],
 )
-def test_the_depth_that_pays_is_found(rates, plain, verify, head, best):
-    taken = settle(rates, plain, verify, head)
+@pytest.mark.parametrize("cold", [1.0, 6.0])
+def test_the_depth_that_pays_is_found(rates, plain, verify, head, best, cold):
+    taken = settle(rates, plain, verify, head, cold=cold)
     assert taken[best] > 0.9, taken
+
+
+def test_drafts_that_did_not_pay_are_found_to_pay_later():
+    """One try of what was left out for long, which takes times as long at first, is enough."""
+    depth, taken = Depth(3), []
+    for number in range(1200):
+        drafts = depth.choose(9)
+        kept = drafts if number > 300 else 0
+        slow = 6.0 if taken and (taken[-1] > 0) != (drafts > 0) else 1.0
+        heads = [0.1 if k < (taken or [0])[-1] else 0.6 for k in range(drafts)]
+        depth.learn(drafts, kept, slow * (1.5 if drafts else 1.0), heads)
+        taken.append(drafts)
+    assert np.mean([k == 0 for k in taken[100:300]]) > 0.9
+    assert np.mean([k == 3 for k in taken[900:]]) > 0.9
+
+
+def test_depths_without_times_are_not_taken():
+    depth = Depth(2)
+    for _ in range(20):
+        depth.choose(9)
+        depth.learn(0, 0, 1.0, [])  # no head has anything to say
+    assert depth.choose(9) == 0
 
 
 def test_what_is_learned_is_forgotten():
