@@ -153,12 +153,13 @@ def shorter(
 ) -> Workload | None:
     """Return a workload whose inputs are of a KV length that is no multiple of 16, from half of theirs up.
 
+    It is odd where theirs is even, and even where theirs is odd: `edge_keys` needs one of each.
     None: the op has no such lengths, or none that fits its other parameters.
     """
     if "pos" not in inputs or all(p.name != "len" for p in op.params):
         return None
     longest, p = int(inputs["pos"].reshape(-1, 2).sum(1).max()), op.full(workload)
-    fit = [n for n in range(max(p["t"], -(-longest // 2)), longest + 1) if n % 16]
+    fit = [n for n in range(max(p["t"], -(-longest // 2)), longest) if n % 16 and (longest - n) % 2]
     if not fit:
         return None
     try:

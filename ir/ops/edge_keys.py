@@ -8,7 +8,8 @@ result by ``HEAVY / sqrt(N)``: more than roundings do, at every length.
 Such values would hide what a kernel does wrong between the edges: bounds grow with the largest value, and
 within them a kernel that is exact could take other keys' values. So only every other KV head has them, of a
 single one half of the columns, and bounds are by the same parts (`largest`). Where all columns share a scale
-there are no parts: then half of the draws have heavy values.
+there are no parts: then values are heavy at even KV lengths and not at odd ones, and kernels are verified at
+one of each (`batches.shorter`).
 """
 
 from __future__ import annotations
@@ -39,13 +40,14 @@ def weights_of_edges(
     Args:
         kv: KV heads.
         dv: Columns of a value.
-        keys: How many keys a query sees.
-        rng: Chooses the heavy parts.
+        keys: How many keys a query sees; a single part is heavy where they are even.
+        rng: Chooses the heavy ones of several parts.
         columns: Columns of a value that share a scale: a heavy one makes the others coarse.
     """
     middle = _middle(dv, columns) if kv == 1 else 0
     part = np.arange(dv)[None] >= middle if middle else np.arange(kv)[:, None]
-    loud = (part + rng.integers(2)) % 2 == 0
+    first = rng.integers(2) if middle or kv > 1 else keys
+    loud = (part + first) % 2 == 0
     return np.where(loud, heaviness(keys), 1.0).astype(np.float32)
 
 

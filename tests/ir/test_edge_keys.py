@@ -8,6 +8,7 @@ import torch
 
 from mimo_compile.ir import kv_groups, kv_rounding
 from mimo_compile.ir.ops import get_op, parse_workload
+from mimo_compile.ir.ops.batches import further
 from mimo_compile.ir.ops.block_lists import listed_keys
 from mimo_compile.ir.ops.cached_attention import attend_seen
 from mimo_compile.ir.ops.edge_keys import (
@@ -186,6 +187,37 @@ def test_a_single_head_of_groups_shows_a_group_in_every_draw(c):
             assert (np.abs(got - want["out"]) > bound(workload, inputs, want)["out"]).any()
 
 
+@pytest.mark.parametrize(
+    ("c", "cap"),
+    [("i4", 2048), *(pytest.param(c, 32768, marks=pytest.mark.slow) for c in ("i2", "i8"))],
+)
+def test_what_is_verified_shows_both_of_a_single_head_with_one_scale(c, cap):
+    """The first case of each seed refuses a missed key, the second one a group with values of another."""
+    workload = parse_workload(f"cached_attention:t=1,h=4,kv=1,d=64,dv=64,c={c},cap={cap}")
+    p = DENSE.full(workload)
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        missed, wrong, values = [], [], []
+        inputs = DENSE.make_inputs(workload, rng)
+        for given in (inputs, further(DENSE, workload, inputs, rng)):
+            want = DENSE.reference(workload, given)
+            bound = DENSE.bound(workload, given, want)["out"]
+            states = {n: torch.from_numpy(given[n]) for n in kv_groups.STATES}
+            k, v, seen = kv_groups.visible(
+                states, torch.from_numpy(given["pos"]), 1, kv_groups.GROUPED[c], torch.float64
+            )
+            less = seen.clone()
+            less[0, 0] = False
+            off = np.abs(attended(p, given, k, v, less) - want["out"]) / bound
+            missed.append(bool(off.max() > 1))
+            other = other_values(given, ["v_cache", "v_scale"], 640, 64)
+            off = np.abs(DENSE.reference(workload, other)["out"] - want["out"]) / bound
+            wrong.append(bool(off.max() > 1))
+            values.append(float(v[seen[0]].abs().max()))
+        assert missed[0] and wrong[1], f"seed {seed}: missed {missed}, wrong {wrong}"
+        assert values[0] > 10 * values[1], f"seed {seed}: values of both are alike"
+
+
 def test_parts_that_have_one_factor():
     rng = np.random.default_rng(0)
     numbers = rng.random((3, 4, 7), np.float32)
@@ -208,13 +240,15 @@ def test_columns_that_share_a_scale_have_one_factor(dv, first):
     """Of a head with one scale all columns are heavy, or none."""
     seen = set()
     for seed in range(9):
-        factors = weights_of_edges(1, dv, 100, np.random.default_rng(seed), 64)
+        factors = weights_of_edges(1, dv, 100 + seed % 2, np.random.default_rng(seed), 64)
         wide = np.broadcast_to(factors, (1, dv))
         cuts = np.flatnonzero(np.diff(wide[0])) + 1
         assert cuts.tolist() == ([first] if first else [])
         assert (largest(wide[None], 1, 64) == wide).all()
-        seen.add(float(wide[0, 0]))
-    assert seen == {1.0, 40.0}
+        seen.add(float(wide[0, 0]) > 1)
+        if not first:
+            assert bool(wide[0, 0] > 1) == (seed % 2 == 0)
+    assert seen == {True, False}
 
 
 def test_edges():
