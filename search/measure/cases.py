@@ -165,10 +165,7 @@ class CaseStore:
         key = (workload, seed)
         if key not in self._cases:
             self._cases[key] = make_case(workload, seed)
-            while (
-                len(self._cases) > 1 and sum(c.nbytes for c in self._cases.values()) > self._limit
-            ):
-                self._forget(next(iter(self._cases)))
+            self._shrink()
         self._cases.move_to_end(key)
         return self._cases[key]
 
@@ -178,8 +175,9 @@ class CaseStore:
         if key in self._further:
             return self._further[key]
         made = make_further(case)
-        if made is None or 4 * made.nbytes <= self._limit:
+        if key in self._cases and (made is None or 4 * made.nbytes <= self._limit):
             self._further[key] = made
+            self._shrink()
         return made
 
     def bound(self, case: Case, exact: bool) -> dict[str, Array]:
@@ -196,6 +194,17 @@ class CaseStore:
         """Forget the other seeds of a workload."""
         for key in [k for k in self._cases if k[0] == workload and k[1] != seed]:
             self._forget(key)
+
+    def _shrink(self) -> None:
+        """Forget the oldest cases while all are beyond the limit, but not the newest one."""
+        while len(self._cases) > 1 and self._held > self._limit:
+            self._forget(next(iter(self._cases)))
+
+    @property
+    def _held(self) -> int:
+        """Memory of all cases and what is verified besides them."""
+        kept = (*self._cases.values(), *self._further.values())
+        return sum(case.nbytes for case in kept if case is not None)
 
     def _forget(self, key: tuple[Workload, int]) -> None:
         self._cases.pop(key, None)

@@ -136,6 +136,20 @@ def test_no_space_for_inputs_is_one_clear_error(
     scratch.close()
 
 
+def test_what_is_verified_besides_counts_towards_the_limit_of_what_is_kept(tmp_path: Path) -> None:
+    from mimo_compile.search.measure.cases import CaseStore
+
+    workload = parse_workload("cached_attention:t=1,h=2,kv=1,d=8,dv=8,cap=64,b=2")
+    scratch = Scratch(tmp_path)
+    store = CaseStore(scratch, 5 * make_case(workload, 0).nbytes)
+    newest = [store.case(workload, seed) for seed in range(5)][-1]
+    assert len(store._cases) == 5
+    more = store.further(newest)
+    assert more is not None and more is store.further(newest)
+    assert [seed for _, seed in store._cases] == [1, 2, 3, 4]
+    scratch.close()
+
+
 def test_verdicts_of_replies() -> None:
     _, (candidate,) = space_of("honest")
 
