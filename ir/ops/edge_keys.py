@@ -119,3 +119,35 @@ def edges_of_lists(
             for first, last in runs[[0, len(runs) // 2, -1]] if len(runs) > 3 else runs:
                 mine |= {int(keys[first]), int(keys[last])}
     return [sorted(mine) for mine in found]
+
+
+def spike_spans(
+    keys: Array, queries: Iterable[Array], span: int, whole: int, channels: int,
+    rng: np.random.Generator,
+) -> None:  # fmt: skip
+    """Let single spans decide which channels of keys are chosen by their greatest magnitudes, in place.
+
+    Of normal keys all spans have nearly the same. So for each KV head the first span and the last one, and
+    some between, have one number each that is greater than all others, in a channel of its own whose other
+    keys and queries are small: without that span the channel would not be chosen, with it it is.
+
+    Args:
+        keys: ``[cap, KV, D]`` float32, of which those of whole spans are finite.
+        queries: ``[T, H, D]``, those that may choose; in such a channel their numbers get one sign.
+        span: Positions of a span.
+        whole: Spans that are complete.
+        channels: How many channels are chosen.
+        rng: Draws the channels, the spans between, and where in a span the number stands.
+    """
+    _, heads, d = keys.shape
+    ends = rng.permutation(sorted({0, whole - 1}))  # where one channel is chosen: either
+    between = rng.permutation(np.arange(1, max(1, whole - 1)))
+    spans = [*ends, *between][: min(channels, d, whole)]
+    for head in range(heads if whole else 0):
+        most = np.abs(keys[: whole * span, head]).max()
+        for at, c in zip(spans, rng.permutation(d), strict=False):
+            keys[:, head, c] /= 8
+            keys[at * span + rng.integers(span), head, c] = 32 * most
+            for q in queries:
+                own = q.reshape(len(q), heads, -1, d)[:, head, :, c]
+                own[...] = 0.25 + np.abs(own) / 8

@@ -33,6 +33,7 @@ from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.ops import batches
 from mimo_compile.ir.ops.base import Arg, Array, OpDef, Param
 from mimo_compile.ir.ops.block_lists import blocks_of
+from mimo_compile.ir.ops.edge_keys import spike_spans
 from mimo_compile.ir.ops.numerics import U32
 from mimo_compile.ir.workload import Workload
 
@@ -244,7 +245,7 @@ class ScoreKeys(OpDef):
     def make_inputs(self, workload: Workload, rng: np.random.Generator) -> dict[str, Array]:
         """Draw normal queries and keys, channels of unequal size; slots beyond the length hold NaN.
 
-        So do entries of peaks that are not complete.
+        So do entries of peaks that are not complete; of some that are, each decides (`spike_spans`).
         """
         p = self.full(workload)
         fmt = parse_cache_format(p["c"])
@@ -258,6 +259,9 @@ class ScoreKeys(OpDef):
             if name != "pos"
         }
         out["k_cache"] *= np.exp(rng.standard_normal(p["d"])).astype(np.float32)
+        if span:
+            choosers = [out[name] for name in ("q", "guess") if name in out]
+            spike_spans(out["k_cache"], choosers, span, length // span, p["channels"], rng)
         out["k_cache"][length:] = np.nan
         out["pos"] = np.array([length - p["t"], p["t"]], np.int32)
         if p["kind"] == "channels" and not span:
@@ -320,9 +324,8 @@ class ScoreKeys(OpDef):
         if p["kind"] == "channels":
             assert peak is not None
             peaks = peaks_at(peak.double(), pos, q.shape[0], p["span"])
-            error = error + self._contested(
-                p, q if guess is None else guess.double(), used, keys, peaks
-            )
+            chooser = q if guess is None else guess.double()
+            error = error + self._contested(p, q, chooser, used, keys, peaks)
         if p["kind"] == "oracle":
             logits = dots(used, keys).masked_fill(~seen, -math.inf)
             lse = torch.logsumexp(logits, -1, keepdim=True)
@@ -338,9 +341,13 @@ class ScoreKeys(OpDef):
         return {"score": np.where(np.isfinite(expected["score"]), bound.numpy(), 0.0)}
 
     def _contested(
-        self, p: Mapping[str, Any], chooser: Tensor, used: Tensor, keys: Tensor, peaks: Tensor
-    ) -> Tensor:
-        """Return what channels at the edge of the choice can change, ``[T, HQ, cap]``."""
+        self, p: Mapping[str, Any], q: Tensor, chooser: Tensor, used: Tensor, keys: Tensor,
+        peaks: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """Return what channels at the edge of the choice can change, ``[T, HQ, cap]``.
+
+        Which ones are says the query that chooses; how much each changes, that which scores.
+        """
         group = p["h"] // used.shape[1]
         mean = chooser.unflatten(1, (used.shape[1], -1)).mean(2)
         size = chooser.abs().unflatten(1, (used.shape[1], -1)).mean(2)
@@ -352,7 +359,8 @@ class ScoreKeys(OpDef):
         most = torch.where(chosen, -inf, importance + band).amax(-1, keepdim=True)
         edge = ((importance + band >= least) & ~chosen) | ((importance - band <= most) & chosen)
         edge &= (most >= least).expand_as(edge)
-        return dots(torch.where(edge, size, 0.0), keys.abs())
+        scored = q.abs().unflatten(1, (used.shape[1], -1)).mean(2)
+        return dots(torch.where(edge, scored, 0.0), keys.abs())
 
     def counts(self, workload: Workload) -> Counts:
         """Keys (of ``channels``: those channels, and peaks) once for each KV head, scores written once."""

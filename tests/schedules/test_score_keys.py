@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from harness import check, sample_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mimo_compile.ir.caches import parse_cache_format
 from mimo_compile.ir.hardware import PRESETS, local_cpu
-from mimo_compile.ir.ops import get_op, parse_workload
+from mimo_compile.ir.ops import get_op, parse_workload, score_keys
 from mimo_compile.ir.ops.score_keys import KINDS
 from mimo_compile.schedules import get_schedule
 
@@ -143,10 +144,10 @@ def test_wrong_probabilities_of_16_bit_keys_are_found(c):
 
 
 def test_peaks_of_spans_decide_from_the_first_that_is_complete_on():
-    """Channel 1 has the largest keys, but only once a span that holds them counts."""
+    """Channel 1 has the largest keys, but only once a span that holds them counts, and then ever after."""
     text = "score_keys:t=1,h=1,kv=1,d=2,cap=32,kind=channels,channels=1,span=8"
     keys = np.ones((32, 1, 2), np.float32)
-    keys[8:, 0, 1] = 9
+    keys[8:16, 0, 1] = 9
     q = np.array([[[2, 1]]], np.float32)
     p = OP.full(parse_workload(text))
     for length, channel in ((7, 0), (8, 0), (15, 0), (16, 1), (31, 1)):
@@ -157,6 +158,66 @@ def test_peaks_of_spans_decide_from_the_first_that_is_complete_on():
         got = check(SCORE, text, inputs=given_).outputs["score"][0, 0]
         want = q[0, 0, channel] * keys[:length, 0, channel]
         assert np.array_equal(got[:length], want) and (got[length:] == -np.inf).all()
+    keys[...] = 1
+    keys[3, 0, 1] = 9  # in the first span, one number
+    for length, channel in ((7, 0), (8, 1), (17, 1), (32, 1)):
+        given_ = {
+            "q": q, "k_cache": keys, "peak": peaks_of(keys, length, p),
+            "pos": np.array([length - 1, 1], np.int32),
+        }  # fmt: skip
+        got = check(SCORE, text, inputs=given_).outputs["score"][0, 0]
+        assert np.array_equal(got[:length], q[0, 0, channel] * keys[:length, 0, channel])
+
+
+WRONG = {
+    "none": lambda running, peak, c: torch.ones_like(peak[c - 1]),
+    "all but the last": lambda running, peak, c: running[(c - 2).clamp(min=0)],
+    "all but the first": lambda running, peak, c: peak[1:].cummax(0).values[(c - 2).clamp(min=0)],
+    "the last": lambda running, peak, c: peak[(c - 1).clamp(min=0)],
+    "the first": lambda running, peak, c: peak[torch.zeros_like(c)],
+}
+"""Spans whose peaks a wrong kernel takes."""
+
+
+@pytest.mark.parametrize("shape", ["t=1,h=4,kv=2,d=16,cap=192,channels=3,span=16",
+                                   "t=3,h=6,kv=2,d=24,cap=100,channels=5,span=4,guess=1,c=bf16"])  # fmt: skip
+@pytest.mark.parametrize("wrong", WRONG)
+def test_drawn_inputs_show_a_span_that_is_missed(monkeypatch, wrong, shape):
+    """In the reference's place: whatever a kernel takes instead is outside of the bound."""
+    workload = parse_workload(f"score_keys:kind=channels,agg=mean,{shape}")
+    for seed in range(6):
+        inputs = OP.make_inputs(workload, np.random.default_rng(seed))
+        want = OP.reference(workload, inputs)
+        bound = OP.bound(workload, inputs, want)["score"]
+
+        def peaks_at(peak, pos, tokens, span):
+            complete = (int(pos[0]) + torch.arange(1, tokens + 1)) // span
+            return WRONG[wrong](torch.cummax(peak, 0).values, peak, complete)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(score_keys, "peaks_at", peaks_at)
+            got = OP.reference(workload, inputs)["score"]
+        # of nearly all keys, of every KV head, for the token at which the last span is complete
+        assert np.mean(~(np.abs(got[-1] - want["score"][-1]) <= bound[-1])) > 0.9
+
+
+def test_the_bound_at_a_tie_of_channels_is_of_what_they_score():
+    """Two channels of a guess tie in float32 only; the query is a thousand times as large as the guess."""
+    guess = np.array([3e-3, 1e-3], np.float32)
+    peak = np.array([1, np.nextafter(np.float32(3), np.float32(9))], np.float32)
+    text = "score_keys:t=1,h=1,kv=1,d=2,cap=4,kind=channels,channels=1,guess=1"
+    inputs = {
+        "q": np.array([[[1, 2]]], np.float32), "pos": np.array([3, 1], np.int32),
+        "guess": guess.reshape(1, 1, 2), "peak": peak.reshape(1, 2),
+        "k_cache": np.ones((4, 1, 2), np.float32),
+    }  # fmt: skip
+    want = OP.reference(parse_workload(text), inputs)
+    bound = OP.bound(parse_workload(text), inputs, want)["score"]
+    assert (bound >= 1).all() and (bound <= 3.001).all()  # either channel, or both for rounding
+    # and where the guess does not tie, it does not matter how large it is
+    inputs["guess"] = np.array([[[3e3, 1e9]]], np.float32)
+    bound = OP.bound(parse_workload(text), inputs, OP.reference(parse_workload(text), inputs))
+    assert (bound["score"] < 1e-5).all()
 
 
 def test_a_few_channels_are_a_few_bytes():
