@@ -74,7 +74,8 @@ class Layer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
     name: str
     """Of its stage: ``layers.3``, ``mtp.0``."""
     role: str = "full"
-    """``full``; ``window``; ``select`` (chooses positions, and may be dense itself); ``reuse`` (follows)."""
+    """``full``; ``window``; ``select`` (chooses positions, and may be dense itself); ``reuse`` (follows);
+    ``quantised`` (dense, over a cache of few bits by its policy's choice)."""
     window: int = 0
     """Last positions that it sees, its own included; 0: no limit."""
     slots: int = 0
