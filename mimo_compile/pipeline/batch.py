@@ -84,7 +84,7 @@ def _check_size(name: str, layer: LayerCore, batch: int) -> None:
     from mimo_compile.schedules.emit.build import MOST
 
     (cap, kv, d), dv, c = layer.k_cache.shape, layer.v_cache.shape[2], layer.caches.name
-    sizes = {"cap": cap, "kv": kv, "d": d, "dv": dv, "c": c}
+    sizes = {"cap": cap, "kv": kv, "d": d, "dv": dv, "c": c, "lay": layer.attend.lay}
     if c in GROUPED:
         tail = layer.get_buffer("k_tail").shape[0]
         shapes = group_shapes({**sizes, "tail": tail}, GROUPED[c])

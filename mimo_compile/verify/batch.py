@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from mimo_compile.runtime.batch import append_each
 from mimo_compile.runtime.module import Module
-from mimo_compile.verify.end_to_end import compare_rows, logits_bound, with_choices
+from mimo_compile.verify.end_to_end import compare_rows, logits_bound, policy_of, with_choices
 from mimo_compile.verify.found import EndToEnd
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def compare_batch(module: Module, eager: Decoder, ids: npt.NDArray[Any]) -> EndT
     if module.pool is not None:  # all of them together
         ids = ids[: module.pool.pages // len(slots) * module.pool.page]
     count, decoded = len(slots), min(_DECODED, len(ids) - 1)
-    prompts = [max(1, (len(ids) - decoded) * (i + 1) // count) for i in range(count)]
+    prompts = prompts_of(count, len(ids), decoded, period_of(module))
     texts = [
         [int(t) for t in np.roll(ids, 7 * i)[: prompt + decoded]]
         for i, prompt in enumerate(prompts)
@@ -55,6 +55,36 @@ def compare_batch(module: Module, eager: Decoder, ids: npt.NDArray[Any]) -> EndT
             rows.append(_eager(eager, text, len(text) - decoded))
     found = compare_rows(got, np.concatenate(rows), bound, decoded=len(got))
     return with_choices(found, leads)
+
+
+def period_of(module: Module) -> int:
+    """Return after how many positions something of a sequence is complete: a group, a page or a block."""
+    assert module.manifest.decoder is not None
+    group = max((layer.group for layer in module.manifest.decoder.layers), default=0)
+    page = module.pool.page if module.pool is not None else 0
+    return max(group, page, policy_of(module.manifest).block)
+
+
+def prompts_of(count: int, tokens: int, decoded: int, period: int) -> list[int]:
+    """Return the lengths of prompts.
+
+    Where tokens suffice, each ends such that one of those that are decoded completes a period, a different
+    one in each sequence, and a further token reads what that left.
+
+    Args:
+        count: Sequences.
+        tokens: Of the longest sequence, ``decoded`` among them.
+        decoded: Tokens of each that are decoded.
+        period: See `period_of`.
+    """
+    out = []
+    for i in range(count):
+        prompt = max(1, (tokens - decoded) * (i + 1) // count)
+        end = period * min(max(1, round(prompt / period)), (tokens - 1) // period)
+        if period > 1 and decoded > 1 and end:
+            prompt = max(1, min(end - 1 - i % (decoded - 1), tokens - decoded))
+        out.append(prompt)
+    return out
 
 
 def slots_of(batch: int, ids: npt.NDArray[Any]) -> list[int]:

@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 import mimo_compile as mc
 from mimo_compile.errors import ArtifactError, UsageError
 from mimo_compile.frontend.huggingface import load_checkpoint
+from mimo_compile.frontend.models.stages import LayerCore
 from mimo_compile.ir.formats import parse_scheme
 from mimo_compile.ir.ops import get_op, parse_workload
+from mimo_compile.ir.policies import parse_policy
 from mimo_compile.pipeline.batch import check_layers
 from mimo_compile.runtime import Stats
 from mimo_compile.runtime.batch import append_each
@@ -134,6 +136,19 @@ def test_caches_too_large_to_index_are_refused_before_kernels_are_built(saved):
         check_layers(loaded.decoder, (1 << 31) // each + 1)
 
 
+def test_sizes_of_caches_are_those_of_their_order(tools, tmp_path):
+    """Rows of 16 numbers fill a line of 32 in a cache of 16 bits that keeps each key by itself."""
+    policy = parse_policy("lessismore:budget=12")
+    tools.make_model("llama", num_hidden_layers=5).save_pretrained(tmp_path)
+    loaded = load_checkpoint(tmp_path, parse_scheme("kv16"), 512, attention=policy)
+    layers = [s.module for s in loaded.decoder.stages() if isinstance(s.module, LayerCore)]
+    assert "rows" in {layer.attend.lay for layer in layers}
+    each = 2 * 32 * 512  # heads, numbers, slots
+    check_layers(loaded.decoder, (1 << 31) // each)
+    with pytest.raises(UsageError, match=f"use --batch {(1 << 31) // each}, or a smaller --max"):
+        check_layers(loaded.decoder, (1 << 31) // each + 1)
+
+
 def test_states_are_those_of_one_sequence(windowed):
     manifest, entries = windowed.manifest, windowed.programs.entries
     assert manifest.decoder.batch == BATCH
@@ -193,6 +208,16 @@ def test_sequences_that_are_compared_rest_and_go_on(count, decoded):
         assert rested == set(range(count))
 
 
+@given(st.integers(2, 4), st.integers(2, 400), st.integers(1, 8), st.sampled_from((1, 16, 64)))
+def test_sequences_that_are_compared_complete_a_group_and_read_it(count, tokens, decoded, period):
+    decoded = min(decoded, tokens - 1)
+    prompts = batch_check.prompts_of(count, tokens, decoded, period)
+    assert len(prompts) == count and min(prompts) >= 1 and max(prompts) + decoded <= tokens
+    if tokens > period > 1 < decoded:
+        for prompt in prompts:  # a group ends among those decoded, before their last
+            assert (prompt + decoded - 1) // period > prompt // period
+
+
 @given(st.integers(2, 256), st.lists(st.integers(0, 999), min_size=1, max_size=9))
 def test_slots_that_are_compared_are_the_outer_ones_and_others(batch, ids):
     slots = batch_check.slots_of(batch, np.array(ids))
@@ -245,14 +270,14 @@ def test_caches_of_fewer_bits(saved, tmp_path, tools, case, quant):
     """Tails and groups of each sequence go back by themselves."""
     module = together(saved(case)[1], tmp_path, quant, "model")
     assert {"kv_append", "cached_attention"} <= batched_ops(module)
-    texts = [tools.prompt(n, seed=n) for n in (70, 30, 120)]
+    texts = [tools.prompt(n, seed=n) for n in (62, 126, 120)]
     sessions = [module.session(slot=slot) for slot in range(BATCH)]
     for session, text in zip(sessions, texts, strict=True):
         session.append(text)
-    for row in tools.prompt(9, seed=7), tools.prompt(9, seed=8), tools.prompt(9, seed=9):
-        append_each(module, sessions, row[:BATCH])
-    sessions[0].rewind(66)  # within a group, whose rows the tail has
-    sessions[2].rewind(64 if quant != "kvfp8" else 61)
+    for seed in range(5):
+        append_each(module, sessions, tools.prompt(9, seed=seed)[:BATCH])
+    sessions[0].rewind(66)  # within a group, behind one that ended in the batch
+    sessions[2].rewind(64 if quant != "kvfp8" else 63)  # the other goes on behind such a group
     kept = [session.tokens for session in sessions]
     got = logits(sessions[0], append_each(module, sessions, [5, 6, 7]))
     for row, ids, token in zip(got, kept, (5, 6, 7), strict=True):
