@@ -225,13 +225,14 @@ class X86Flash(Schedule):
         So a query that is alone in its tile meets its keys in the same steps and parts whatever the call
         holds besides. Of several, each does if they begin at the same slot, without a window, or steps of
         one block: those that a query does not see add nothing to its sums. A ring must hold a block
-        more than the window and the tokens, or a block has newer positions in slots of older ones.
+        more than the window and a tile, or a tile sees newer positions in slots of older ones.
         """
         if self.op != "cached_attention":
             return None
         p = get_op(self.op).full(workload)
-        alone = min(config.tile, p["t"]) == 1
-        wide = p["cap"] - p["window"] >= p["t"] + LANES - 1
+        tile = min(config.tile, p["t"])
+        alone = tile == 1
+        wide = p["cap"] - p["window"] >= tile + LANES - 1
         aligned = config.splits == 1 and (not p["window"] or (config.block == LANES and wide))
         if not (alone or aligned):
             return None

@@ -188,7 +188,10 @@ def test_no_order_is_promised_where_neighbours_change_the_steps() -> None:
     def order(workload: Workload, **knobs: int) -> str | None:
         return schedule.order(workload, make(**knobs), CPU)
 
-    narrow = workload.replace(cap=64)  # 16 slots besides the window, of which the tokens take 4
+    narrow = workload.replace(cap=64)  # 16 slots besides the window, of which a tile takes 4
+    assert order(narrow, tile=2, block=16) is None and order(
+        narrow.replace(cap=80), tile=4, block=16
+    )
     assert order(narrow, tile=4, block=16) is None and order(narrow, tile=1, block=16)
     full = parse_workload("cached_attention:t=4,h=4,kv=2,d=32,dv=32,cap=512")
     assert order(workload, tile=4, block=32) is None and order(workload, tile=4, block=16)
