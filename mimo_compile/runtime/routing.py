@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 MOST_ROWS = 1 << 16
 """Rows that a recorder keeps unless asked otherwise; of 47 layers with 8 of 256 experts 49 MB."""
+MOST_EXPERTS = int(np.iinfo(np.int16).max)
+"""Of a layer, by the type of `RoutingLog.ids`."""
 FORMAT = "mimo-compile routing 1"
 
 
@@ -92,6 +94,10 @@ class RoutingLog:
         if not all(n.isdecimal() and len(n) < 10 for n in numbers):
             raise wrong("experts and dropped are not whole numbers")
         experts, dropped = map(int, numbers)
+        if not 1 <= experts <= MOST_EXPERTS:
+            raise wrong(f"it has {experts} experts, not 1 to {MOST_EXPERTS}")
+        if len(set(layers)) < len(layers):
+            raise wrong("two of its layers have one name")
         ids = tensors["ids"]
         if ids.shape[1] != len(layers) or any(
             len(tensors[name]) != len(ids) for name in ("position", "sequence", "step")
@@ -99,6 +105,8 @@ class RoutingLog:
             raise wrong("its tensors are not of the same tokens and layers")
         if ids.size and not 0 <= ids.min() <= ids.max() < experts:
             raise wrong(f"experts are from 0 to {experts - 1}, it has {ids.min()} to {ids.max()}")
+        if not ids.shape[2] or (np.diff(np.sort(ids, -1), axis=-1) == 0).any():
+            raise wrong("a token has no expert, or one of them twice")
         if (np.diff(tensors["step"]) < 0).any():
             raise wrong("its steps do not ascend")
         parts: dict[str, Any] = {name: tensors[name] for name in kinds}
@@ -240,8 +248,10 @@ def recording(
         most: Tokens to keep; None: all.
 
     Raises:
-        UsageError: The model has no experts, or layers have different numbers of them.
+        UsageError: The model has no experts, or layers have different numbers of them; or texts of several
+            slots may share pages.
     """
+    _check_apart(module, slots)
     recorder = Recorder(module.manifest.name, most)
     with tapped(module, slots, recorder) as routers:
         _check_alike(module, routers)
@@ -262,9 +272,10 @@ def replaying(module: Module, log: RoutingLog, slots: Sequence[int] = (0,)) -> I
         slots: Of the sequences whose prompts are read.
 
     Raises:
-        UsageError: The model has no experts.
+        UsageError: The model has no experts, or texts of several slots may share pages.
         InputError: The log is of another model.
     """
+    _check_apart(module, slots)
     replay = Replay(log)
     with tapped(module, slots, replay) as routers:
         _check_alike(module, routers)
@@ -283,6 +294,16 @@ def _spell(layers: tuple[str, ...], experts: int, k: int) -> str:
     return f"{len(layers)} layers ({layers[0]} to {layers[-1]}) with {k} of {experts} experts"
 
 
+def _check_apart(module: Module, slots: Sequence[int]) -> None:
+    """Refuse texts that slots and positions do not tell apart: with pages one may begin inside another."""
+    if module.pool is not None and len(slots) > 1:
+        raise UsageError(
+            f"several texts of {module.manifest.name} may share pages, and a routing log does not tell such "
+            "texts apart",
+            remedy="Give one prompt at a time, or compile it without --pages.",
+        )
+
+
 def _check_alike(module: Module, routers: tuple[Router, ...]) -> None:
     name = module.manifest.name
     if not routers:
@@ -291,7 +312,7 @@ def _check_alike(module: Module, routers: tuple[Router, ...]) -> None:
             remedy="Leave --route-log and --route-replay out.",
         )
     kinds = sorted({(router.rule.k, router.rule.e) for router in routers})
-    if len(kinds) > 1 or kinds[0][1] > np.iinfo(np.int16).max:
+    if len(kinds) > 1 or kinds[0][1] > MOST_EXPERTS:
         texts = ", ".join(f"{k} of {e}" for k, e in kinds)
         raise UsageError(
             f"a routing log needs one number of experts in all layers of {name}: {texts}"

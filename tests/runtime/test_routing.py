@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from functools import cache
 
 import numpy as np
+import paged_samples
 import pytest
 import routed_samples as samples
 from hypothesis import given, settings
@@ -100,6 +102,23 @@ def test_other_experts_are_forced_and_weighed_by_own_logits(module, seed, kept):
     np.testing.assert_allclose(hidden.reshape(7, 2, -1), wanted, rtol=5e-6)
 
 
+def test_weights_follow_their_experts_where_all_are_chosen(tmp_path, monkeypatch):
+    """With k = E logits and weights have one shape."""
+    for name, made in list(vars(samples).items()):
+        if hasattr(made, "cache_clear"):  # what is kept is of two experts
+            monkeypatch.setattr(samples, name, cache(made.__wrapped__))
+    monkeypatch.setattr(samples, "CHOSEN", 8)
+    monkeypatch.setattr(samples, "RULE", "e=8,k=8,scoring=sigmoid,factor=2.5")
+    module = load(samples.routed().save(tmp_path / "all.mimo"), threads=1)
+    log, hidden = recorded(module)
+    other = dataclasses.replace(log, ids=log.ids[..., ::-1].copy())
+    with replaying(module, other) as replay:
+        again = hidden_of(module, PROMPT)
+    assert replay.changed == replay.forced == 14
+    np.testing.assert_allclose(again, hidden, rtol=5e-6)
+    assert np.ptp(hidden) > 0.01
+
+
 def test_tokens_that_are_run_again_keep_their_experts(module):
     log, _ = recorded(module)
     other = dataclasses.replace(log, ids=log.ids[::-1].copy())
@@ -126,7 +145,7 @@ def test_tokens_beyond_the_limit_are_counted(module):
 def test_files_give_back_what_was_written(tmp_path_factory, n, layers, k, experts, dropped):
     draw = np.random.default_rng(n)
     numbers = [np.sort(draw.integers(0, 9, n)).astype(np.int32) for _ in range(3)]
-    ids = draw.integers(0, experts, (n, layers, k)).astype(np.int16)
+    ids = draw.random((n, layers, experts)).argsort(-1)[..., :k].astype(np.int16)
     names = tuple(f"layers.{i}" for i in range(layers))
     log = RoutingLog(ids, *numbers, names, experts, "a model", dropped)
     path = tmp_path_factory.mktemp("log") / "r.safetensors"
@@ -149,6 +168,8 @@ def damaged(data: bytes, what: str) -> bytes:
         return data[:5]
     if what == "text":
         return b"\x05\0\0\0\0\0\0\0{not}"
+    if what == "twice":  # the second expert of the first token is its first one
+        return data[: size + 2] + data[size : size + 2] + data[size + 4 :]
     if what == "expert":
         return data[:size] + b"\x63" + data[size + 1 :]
     changes = {
@@ -156,6 +177,8 @@ def damaged(data: bytes, what: str) -> bytes:
         "type": {"ids": {**header["ids"], "dtype": "I32"}},
         "layers": {"__metadata__": {**header["__metadata__"], "layers": "a"}},
         "number": {"__metadata__": {**header["__metadata__"], "experts": "-8"}},
+        "many": {"__metadata__": {**header["__metadata__"], "experts": "999999999"}},
+        "names": {"__metadata__": {**header["__metadata__"], "layers": "a,a"}},
     }
     text = json.dumps(header | changes[what]).encode()
     return len(text).to_bytes(8, "little") + text + data[size:]
@@ -167,7 +190,8 @@ def damaged(data: bytes, what: str) -> bytes:
         ("short", "not where its header says"), ("cut", "no safetensors file"),
         ("text", "header is malformed JSON"), ("expert", "it has"), ("format", "its format is 'other'"),
         ("type", "not where its header says"), ("layers", "not of the same tokens and layers"),
-        ("number", "not whole numbers"),
+        ("number", "not whole numbers"), ("many", "999999999 experts, not 1 to 32767"),
+        ("names", "two of its layers"), ("twice", "one of them twice"),
     ],
 )  # fmt: skip
 def test_damaged_files_are_refused(module, tmp_path, what, message):
@@ -207,6 +231,16 @@ def test_logs_of_other_models_are_refused(module, decoder_file):
     plain = load(decoder_file, threads=1)
     for make in (lambda: recording(plain), lambda: replaying(plain, log)):
         with pytest.raises(UsageError, match="decoder has no experts"), make():
+            pass
+
+
+def test_texts_that_may_share_pages_are_not_told_apart(module, tmp_path):
+    log, _ = recorded(module)
+    paged = load(paged_samples.decoder().save(tmp_path / "paged.mimo"), threads=1)
+    for make in (lambda n: recording(paged, range(n)), lambda n: replaying(paged, log, range(n))):
+        with pytest.raises(UsageError, match="may share pages"), make(2):
+            pass
+        with pytest.raises(UsageError, match="has no experts"), make(1):
             pass
 
 
