@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import numpy as np
 
 from mimo_compile.errors import UsageError
 from mimo_compile.experts.forecast import WINDOW, Predictor
-from mimo_compile.experts.noise import Error, error, floor
+from mimo_compile.experts.noise import Error, error, floor, mean_shares
 from mimo_compile.experts.trace import LoadTrace
 
 
@@ -21,7 +22,7 @@ class Row:
     predictor: str
     horizon: int
     error: Error
-    """Mean over the origins; ``dead`` is their sum."""
+    """Mean over the origins that have tokens behind them; ``dead`` is the sum over all."""
     worst: float
     """Largest relative error of an origin."""
     floor: Error
@@ -34,7 +35,9 @@ class Row:
 
 
 def origins_of(steps: int, horizon: int, first: int, count: int) -> list[int]:
-    """Return the steps at which forecasts are made, the last one as late as the horizon allows.
+    """Return the steps at which forecasts are made: from ``first`` to the last that the horizon allows.
+
+    They lie evenly between; a single one is made at ``first``, or earlier where the horizon wants it.
 
     Raises:
         UsageError: The trace is too short for one.
@@ -77,7 +80,7 @@ def backtest(
         for h in horizons:
             judged = []
             for at, forecast in zip(origins, made, strict=True):
-                actual = np.nan_to_num(np.nanmean(shares[at : at + h], axis=0))
+                actual = mean_shares(shares[at : at + h])
                 after = draws[at : at + h]
                 judged.append(
                     (
@@ -87,9 +90,11 @@ def backtest(
                     )
                 )
             errors, floors, windows = (list(part) for part in zip(*judged, strict=True))
+            relative = [e.relative for e in errors if not math.isnan(e.relative)]
+            worst = max(relative, default=math.nan)
             rows.append(
                 Row(
-                    predictor.name, h, _mean(errors), max(e.relative for e in errors),
+                    predictor.name, h, _mean(errors), worst,
                     _mean(floors), _mean(windows), seconds, notes,
                 )
             )  # fmt: skip
@@ -97,7 +102,10 @@ def backtest(
 
 
 def _mean(errors: Sequence[Error]) -> Error:
+    judged = [e for e in errors if not math.isnan(e.relative)]
+    if not judged:
+        return Error(math.nan, math.nan, sum(e.dead for e in errors))
     return Error(
-        float(np.mean([e.relative for e in errors])), float(np.mean([e.mass for e in errors])),
+        float(np.mean([e.relative for e in judged])), float(np.mean([e.mass for e in judged])),
         sum(e.dead for e in errors),
     )  # fmt: skip

@@ -29,7 +29,8 @@ class Error(NamedTuple):
     relative: float
     """Mean over layers and experts of |forecast - actual| / actual."""
     mass: float
-    """Mean over layers of half the sum of |forecast - actual|: the share of tokens on a wrong expert."""
+    """Mean over layers with tokens of half the sum of |forecast - actual|: the share of tokens on a wrong
+    expert."""
     dead: int
     """Experts of layers that got no token, which have no relative error and are left out of it."""
 
@@ -39,7 +40,19 @@ def error(forecast: Floats, actual: Floats) -> Error:
     off = np.abs(forecast - actual)
     alive = actual > 0
     relative = float((off[alive] / actual[alive]).mean()) if alive.any() else math.nan
-    return Error(relative, float(off.sum(-1).mean() / 2), int((~alive).sum()))
+    return Error(relative, _mass(off, alive), int((~alive).sum()))
+
+
+def _mass(off: Floats, alive: npt.NDArray[np.bool_]) -> float:
+    """Return half the sum of differences ``[L, E]``, mean over layers with tokens; NaN: there are none."""
+    live = alive.any(-1)
+    return float(off[live].sum(-1).mean() / 2) if live.any() else math.nan
+
+
+def mean_shares(shares: Floats) -> Floats:
+    """Return the mean ``[L, E]`` of shares ``[T, L, E]`` over steps with tokens; 0 in layers without any."""
+    there = ~np.isnan(shares)
+    return np.asarray(np.nansum(shares, axis=0) / np.maximum(there.sum(0), 1))
 
 
 def step_variance(shares: Floats, draws: Floats, distinct: int = 0) -> Floats:
@@ -47,12 +60,13 @@ def step_variance(shares: Floats, draws: Floats, distinct: int = 0) -> Floats:
 
     Args:
         shares: Probabilities ``[L, E]``, which sum to 1.
-        draws: Choices of each step ``[T, L]``; steps without any are left out.
+        draws: Choices of each step ``[T, L]``; steps without any are left out, and the variance of a layer
+            without any in all steps is NaN.
         distinct: Experts of a token, all of them different; 0: draws are independent.
     """
-    with np.errstate(divide="ignore"):
-        inverse = np.where(draws > 0, 1.0 / draws, np.nan)
-    mean = np.nanmean(inverse, axis=0) if inverse.size else np.full(shares.shape[0], np.nan)
+    there = draws > 0
+    total = np.where(there, 1.0 / np.where(there, draws, 1), 0).sum(0)
+    mean = np.where(there.any(0), total / np.maximum(there.sum(0), 1), np.nan)
     return np.asarray(shares * np.maximum(1 - max(distinct, 1) * shares, 0) * mean[:, None])
 
 
@@ -62,15 +76,16 @@ def floor(actual: Floats, draws: Floats, horizon: int, distinct: int = 0, window
     Args:
         actual: Shares ``[L, E]``.
         draws: Choices of each step ``[T, L]``.
-        horizon: Steps that the mean is over.
+        horizon: Steps that the mean is over, as great a part of them with tokens as of those of ``draws``.
         distinct: As in `step_variance`.
-        window: The forecast is the mean of so many steps before; 0: it knows the probabilities.
+        window: The forecast is the mean of so many steps with tokens before; 0: it knows the probabilities.
     """
     spread = np.sqrt(step_variance(actual, draws, distinct))
-    spread *= math.sqrt(1 / horizon + (1 / window if window else 0)) * MEAN_ABSOLUTE
+    steps = horizon * np.maximum((draws > 0).sum(0), 1) / max(1, len(draws))
+    spread *= np.sqrt(1 / steps + (1 / window if window else 0))[:, None] * MEAN_ABSOLUTE
     alive = actual > 0
     relative = float((spread[alive] / actual[alive]).mean()) if alive.any() else math.nan
-    return Error(relative, float(spread.sum(-1).mean() / 2), int((~alive).sum()))
+    return Error(relative, _mass(spread, alive), int((~alive).sum()))
 
 
 @dataclass(frozen=True)

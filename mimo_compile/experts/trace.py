@@ -15,6 +15,8 @@ from mimo_compile.runtime.routing import RoutingLog
 
 Floats = npt.NDArray[np.float64]
 FORMAT = "mimo-compile expert load 1"
+MOST_CHOICES = 1 << 53
+"""Sums of more are not exact in float64."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class LoadTrace:
         """Check the shape.
 
         Raises:
-            UsageError: Counts are negative, or not of these layers.
+            UsageError: Counts are negative, too large, or not of these layers, or two of these have one name.
         """
         shape = self.counts.shape
         if len(shape) != 3 or shape[1] != len(self.layers) or not shape[2]:
@@ -44,6 +46,10 @@ class LoadTrace:
             )
         if self.counts.size and self.counts.min() < 0:
             raise UsageError("a count of tokens is negative")
+        if self.counts.sum(dtype=np.float64) > MOST_CHOICES:
+            raise UsageError(f"the counts are of more than {MOST_CHOICES} choices")
+        if len(set(self.layers)) < len(self.layers):
+            raise UsageError("two layers have one name")
 
     @property
     def experts(self) -> int:

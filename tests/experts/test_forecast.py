@@ -39,7 +39,7 @@ def test_shares_are_shares(seed, steps, layers, experts, predictor):
     """However short the history is, with steps without tokens and experts without any."""
     draw = np.random.default_rng(seed)
     counts = draw.poisson(draw.choice([0, 0.3, 5], (layers, experts)), (steps, layers, experts))
-    trace = LoadTrace(counts.astype(np.int64), ("a",) * layers)
+    trace = LoadTrace(counts.astype(np.int64), tuple("abcdefgh"[:layers]))
     if isinstance(predictor, Arima):
         predictor = Arima(order=(1, 0, 0), history=40)
     made = predictor.forecast(trace.shares(), (1, 30))

@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mimo_compile.errors import InputError, UsageError
+from mimo_compile.experts.backtest import backtest
+from mimo_compile.experts.forecast import get_predictor
 from mimo_compile.experts.noise import error, floor, normal_range, step_variance, wander
 from mimo_compile.experts.synthetic import drifting, steady
 from mimo_compile.experts.trace import LoadTrace
@@ -114,6 +116,38 @@ def test_experts_without_tokens_have_no_relative_error():
     assert math.isnan(error(np.zeros((1, 2)), np.zeros((1, 2))).relative)
 
 
+@pytest.mark.filterwarnings("error")
+def test_layers_without_tokens_count_for_nothing():
+    forecast = np.array([[0.5, 0.5], [0.25, 0.75]])
+    actual = np.array([[0.0, 0.0], [0.5, 0.5]])
+    draws = np.array([[0.0, 8.0], [0.0, 8.0]])
+    assert error(forecast, actual) == (0.5, 0.25, 2)
+    assert floor(actual, draws, 2)[:2] == floor(actual[1:], draws[:, 1:], 2)[:2]
+    counts = steady(40, 2, 4, 64).counts.copy()
+    counts[20:, 0] = 0
+    rows = backtest(
+        LoadTrace(counts, ("a", "b")), [get_predictor("average", 5, 0)], [10], origins=[10, 30]
+    )
+    assert rows[0].error.dead == 4 and 0 < rows[0].error.mass < 0.5
+    counts[20:] = 0
+    rows = backtest(
+        LoadTrace(counts, ("a", "b")), [get_predictor("average", 5, 0)], [10], origins=[10, 30]
+    )
+    assert rows[0].error.dead == 8 and rows[0].worst == rows[0].error.relative > 0
+
+
+@pytest.mark.parametrize(
+    ("counts", "layers", "message"),
+    [
+        (np.full((2, 1, 2), 1 << 62), ("a",), "more than"),
+        (np.ones((2, 2, 2), np.int64), ("a", "a"), "one name"),
+    ],
+)
+def test_counts_that_cannot_be_are_refused(counts, layers, message):
+    with pytest.raises(UsageError, match=message):
+        LoadTrace(counts, layers)
+
+
 def test_range_of_normal_numbers():
     assert normal_range(1) == pytest.approx(0, abs=1e-9)
     assert normal_range(2) == pytest.approx(2 / math.sqrt(math.pi), rel=1e-6)
@@ -146,7 +180,8 @@ def test_steps_without_tokens_count_for_nothing():
     full = LoadTrace(trace.counts[np.arange(300) % 3 != 0], trace.layers)
     draws = holes.sum(-1).astype(float)
     p = full.shares().mean(0)
-    assert floor(p, draws, 10) == floor(p, full.counts.sum(-1).astype(float), 10)
+    some = floor(p, draws, 15, window=20)  # of 15 steps 10 have tokens
+    assert some == pytest.approx(floor(p, full.counts.sum(-1).astype(float), 10, window=20))
     assert wander(LoadTrace(holes, trace.layers), 90).dispersion == pytest.approx(
         wander(full, 60).dispersion
     )
