@@ -156,7 +156,7 @@ def shorter(
 
     It is odd where theirs is even, and even where theirs is odd: `edge_keys` needs one of each.
     None: the op has no such lengths, or none that fits its other parameters, or several KV heads have caches
-    in groups: now and then a number lies so close to the middle between two integers that `kv_rounding.allowed`
+    in groups: now and then a number lies so near the middle between two integers that `kv_rounding.allowed`
     does not see it, and refuses an honest kernel; more draws would make that more frequent.
     """
     if "pos" not in inputs or all(p.name != "len" for p in op.params):
