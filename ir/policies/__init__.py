@@ -61,7 +61,8 @@ def parse_policy(text: str) -> AttentionPolicy:
     body, plus, arithmetic = text.partition("+")
     if plus and arithmetic not in ARITHMETIC[1:]:
         raise UsageError(
-            f"malformed --attention {text!r} at '+{arithmetic}'", remedy="write +int8 or +int8half"
+            f"malformed --attention {text!r} at '+{arithmetic}'",
+            remedy="write +int8 or +int8half; a file that it names may have no + in its name",
         )
     name, colon, rest = body.partition(":")
     policy = get_policy(name)

@@ -96,7 +96,8 @@ def run(args: argparse.Namespace) -> int:
     if isinstance(policy, TailorKV):
         if args.theta is not None:
             raise UsageError("--theta is for --attention sale", remedy="leave it out")
-        policy = replace(policy, quantised=0, classes="")  # attention as it is without them
+        # attention as it is without them
+        policy = replace(policy, quantised=0, classes="", tau=TailorKV().tau)
     loaded = load_checkpoint(
         resolve_source(args.source), parse_scheme(args.quant), args.max_context,
         hardware=local_cpu(), attention=policy,

@@ -15,6 +15,7 @@ from mimo_compile.frontend.huggingface import load_checkpoint
 from mimo_compile.frontend.models.calibrate_classes import QUERIES, Watching
 from mimo_compile.frontend.models.calibrate_thresholds import measure
 from mimo_compile.frontend.models.classes import Classes
+from mimo_compile.frontend.models.found_files import read_found
 from mimo_compile.frontend.models.retrieving import Retrieving
 from mimo_compile.ir.formats import parse_scheme
 from mimo_compile.ir.hardware import local_cpu
@@ -137,6 +138,10 @@ def test_what_cannot_be(saved, tmp_path, capsys):
         mc.compile(saved("llama")[1], attention="tailorkv", quant="kv4")
     with pytest.raises(UsageError, match=r"tau=0\.3 does nothing without classes=FILE"):
         mc.compile(saved("llama")[1], attention="tailorkv:tau=0.3")
+    with pytest.raises(UsageError, match=r"tau=0\.3 does nothing.*or leave out tau"):
+        mc.compile(saved("llama")[1], attention="tailorkv:quantised=0,tau=0.3")
+    with pytest.raises(UsageError, match=r"may have no \+ in its name"):
+        parse_policy("tailorkv:classes=c+int8.json")
     out = str(tmp_path / "c.json")
     for words, message in (
         (["--theta", "0.3"], "--theta is for --attention sale"),
@@ -180,6 +185,15 @@ def test_calibrate_writes_what_compile_reads(tmp_path, capsys):
     assert (
         f"of the best 5 % of the keys: {name} {kept[name].outside:.2f}, " in capsys.readouterr().out
     )
+
+
+@pytest.mark.parametrize("text", ['{"format": true', '{"format": 1.0', '{"format": 2', "[", "{}"])
+def test_files_of_another_format_are_refused_with_a_remedy(tmp_path, text):
+    path = tmp_path / "c.json"
+    path.write_text(text + ', "model": "llama", "outside": {}}' if "format" in text else text)
+    with pytest.raises(InputError, match="this is no file of classes") as refused:
+        read_found(path, "classes", "llama")
+    assert refused.value.remedy and str(refused.value).count("c.json") == 1
 
 
 @pytest.mark.compile

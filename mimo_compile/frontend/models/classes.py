@@ -49,10 +49,10 @@ def classified(policy: TailorKV, config: DecoderConfig) -> TailorKV:
         UsageError: there is no file, but a limit for what it would say.
         InputError: the file is missing, malformed, or of another model.
     """
-    if policy.quantised and not policy.classes and policy.tau != TailorKV().tau:
+    if not policy.classes and policy.tau != TailorKV().tau:
         raise UsageError(
             f"--attention {policy}: tau={policy.tau:g} does nothing without classes=FILE",
-            remedy="calibrate the model (`mimo-compile calibrate --attention tailorkv`), or say quantised=N",
+            remedy="calibrate the model (`mimo-compile calibrate --attention tailorkv`), or leave out tau",
         )
     if policy.outside or not policy.classes:
         return policy

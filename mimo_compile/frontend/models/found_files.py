@@ -36,8 +36,11 @@ def read_found(path: Path, what: str, model: str) -> dict[str, Any]:
             f"the {what} cannot be read: {error.strerror or error}", file=path, remedy=AGAIN
         ) from error
     except ArtifactError as error:
-        raise InputError(f"this is no file of {what}: {error}", file=path) from error
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise InputError(
+            f"this is no file of {what}: {error.what}", file=path, remedy=AGAIN
+        ) from error
+    # by its text: true and 1.0 equal 1
+    if not isinstance(found, dict) or repr(found.get("format")) != str(FORMAT):
         raise InputError(f"this is no file of {what} of format {FORMAT}", file=path, remedy=AGAIN)
     if found.get("model") != model:
         raise InputError(
