@@ -144,6 +144,9 @@ def merge(db: Database, other: str | os.PathLike[str]) -> tuple[int, int]:
     """Add all records of another database (or JSON-lines file); return (new, already there).
 
     What a database keeps of farms' workers comes along.
+
+    Raises:
+        InputError: there is no such file, it holds something else, or a newer version wrote some of it.
     """
     source = Path(other)
     if not source.exists():
@@ -153,6 +156,12 @@ def merge(db: Database, other: str | os.PathLike[str]) -> tuple[int, int]:
     if not start.startswith(b"SQLite format 3"):
         return import_records(db, source)
     with Database(source, read_only=True) as from_db:
+        if newer := farm_runs.unread(from_db)[1]:
+            raise InputError(
+                f"{newer} rows of farms' workers are of a newer version",
+                file=source,
+                remedy="Update mimo-compile",
+            )
         farm_runs.store(db, reversed(farm_runs.load(from_db)))
         return _insert(db, from_db)
 
@@ -259,8 +268,13 @@ def check(path: str | os.PathLike[str]) -> Check:
             problems.append(str(error))
         finally:
             raw.close()
-        if bad := farm_runs.damaged(db):
+        bad, newer = farm_runs.unread(db)
+        if bad:
             problems.append(f"{bad} rows of farms' workers do not match their checksums")
+        if newer:
+            problems.append(
+                f"{newer} rows of farms' workers are of a newer version of mimo-compile"
+            )
     return Check(rows, sound, tuple(problems[:50]))
 
 

@@ -134,21 +134,21 @@ def load(db: Database) -> list[Worker]:
     Raises:
         InputError: the database cannot be read.
     """
-    return [w for line in _lines(db) if (w := _sound(line)) is not None][::-1]
+    return [w for row in _rows(db) if (w := _sound(row)) is not None][::-1]
 
 
-def damaged(db: Database) -> int:
-    """Return how many rows do not match their checksum, or cannot be read by this version."""
-    return sum(_sound(line) is None for line in _lines(db))
+def unread(db: Database) -> tuple[int, int]:
+    """Return how many rows do not match their checksum or are none, and how many are of a newer schema."""
+    rest = [row for row in _rows(db) if _sound(row) is None]
+    newer = sum(_is_newer(row) for row in rest)
+    return len(rest) - newer, newer
 
 
 def delete_before(raw: sqlite3.Connection, db: Database, time: float) -> None:
     """Delete rows of searches that began before a time (seconds since 1970), by an open connection."""
-    old = [line for line in _lines(db) if (w := _sound(line)) is not None and w.began < time]
+    old = [row for row in _rows(db) if (w := _sound(row)) is not None and w.began < time]
     if old:
-        raw.executemany(
-            "DELETE FROM farm_workers WHERE sum = ?", ((checksum(line),) for line in old)
-        )
+        raw.executemany("DELETE FROM farm_workers WHERE sum = ?", ((total,) for total, _ in old))
 
 
 def searches(workers: Iterable[Worker]) -> list[list[Worker]]:
@@ -178,18 +178,33 @@ TITLES = (
 )  # fmt: skip
 
 
-def _lines(db: Database) -> list[str]:
+def _rows(db: Database) -> list[tuple[str, str]]:
+    """Return checksum and line of each row, those stored first first."""
     try:
         with contextlib.closing(db.connect()) as raw:
             there = "SELECT count(*) FROM sqlite_master WHERE name = 'farm_workers'"
             if not raw.execute(there).fetchone()[0]:
                 return []
-            return [str(r[0]) for r in raw.execute("SELECT line FROM farm_workers ORDER BY id")]
+            found = raw.execute("SELECT sum, line FROM farm_workers ORDER BY id")
+            return [(str(total), str(line)) for total, line in found]
     except sqlite3.Error as error:
         raise db.unusable(error) from error
 
 
-def _sound(line: str) -> Worker | None:
+def _sound(row: tuple[str, str]) -> Worker | None:
+    total, line = row
     with contextlib.suppress(InputError):
-        return decode(line)
+        worker = decode(line)
+        return worker if checksum(line) == total else None
     return None
+
+
+def _is_newer(row: tuple[str, str]) -> bool:
+    """Whether a row that is not sound is of a newer version, and undamaged."""
+    total, line = row
+    try:
+        body = msgspec.json.decode(unseal(line.encode(), what="a row", file="row"))
+    except (InputError, msgspec.DecodeError):
+        return False
+    schema = body.get("schema") if isinstance(body, dict) else None
+    return checksum(line) == total and isinstance(schema, int) and schema > SCHEMA

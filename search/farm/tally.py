@@ -33,7 +33,8 @@ class Tally:
         name = self._labels[node.name] = node.label or node.name[:SHORT]
         row = self._rows.setdefault(name, Worker(name=name))
         self._units[node.name] = node.units
-        row.cpus = max(row.cpus, node.units)
+        here = (n for n in self._since if self._labels[n] == name)
+        row.cpus = max(row.cpus, sum(self._units[n] for n in here))
         row.devices = tuple(sorted({*row.devices, *node.devices}))
 
     def left(self, node: str, now: float) -> None:

@@ -20,6 +20,7 @@ from mimo_compile.search.exchange import check, export_records, merge, prune, sa
 from mimo_compile.search.farm.coordinator import Farm
 from mimo_compile.search.farm.measurer import FarmMeasurer
 from mimo_compile.search.farm.scheduling import LIVES, Action, Node
+from mimo_compile.search.farm.tally import Tally
 from mimo_compile.search.farm_runs import SCHEMA, Worker, decode, load, searches, store
 from mimo_compile.search.records import Verdict, encode
 from mimo_compile.search.records import decode as decode_record
@@ -105,7 +106,7 @@ def test_busy_and_idle_make_the_time_a_node_was_there(fates: list[str]) -> None:
     (row,) = farm.workers()
     there = now[0] + (now[0] if b_left is None else b_left)
     assert row.busy_s + row.idle_s == pytest.approx(there)
-    assert 0.0 <= row.share <= 1.0 and row.cpus == 3
+    assert 0.0 <= row.share <= 1.0 and row.cpus == 5
     assert row.lost == sum(f in ("lost", "vanish", "stuck") for f in fates)
     assert row.compiled + row.measured == sum(f != "stuck" for f in fates)
 
@@ -165,6 +166,34 @@ def test_rows_are_kept_merged_pruned_and_recovered(tmp_path: Path) -> None:
         assert len(load(opened)) == 3
         prune(opened, older_than_days=1.0)
         assert load(opened) == [] and len(opened) == 0
+
+
+def test_rows_of_newer_versions_and_with_other_sums_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "new.db"
+    with Database(path) as opened:
+        store(opened, [*rows(), msgspec.structs.replace(rows()[0], schema=SCHEMA + 1)])
+    found = check(path).problems
+    assert found == ("1 rows of farms' workers are of a newer version of mimo-compile",)
+    with Database(tmp_path / "old.db") as opened:
+        with pytest.raises(InputError, match="newer version"):
+            merge(opened, path)
+        assert load(opened) == []
+    with sqlite3.connect(path) as raw:
+        raw.execute("UPDATE farm_workers SET sum = 'x' WHERE id = 1")
+    raw.close()
+    assert "1 rows of farms' workers do not match" in check(path).problems[0]
+    with Database(path) as opened:
+        assert len(load(opened)) == 1
+
+
+def test_nodes_with_one_label_are_counted_together() -> None:
+    tally = Tally()
+    for name, units in (("a", 4), ("b", 2)):
+        tally.joined(Node(name, units, (), label="lab"), 0.0)
+    assert [w.cpus for w in tally.workers(1.0, [])] == [6]
+    tally.left("a", 2.0)
+    tally.joined(Node("c", 3, (), label="lab"), 3.0)  # never more than six at a time
+    assert [w.cpus for w in tally.workers(4.0, [])] == [6]
 
 
 def test_the_command_prints_them() -> None:
