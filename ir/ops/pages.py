@@ -12,7 +12,7 @@ So an op over pages is defined by the op over what each sequence's pages hold.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -293,5 +293,10 @@ def counted(p: Mapping[str, Any], each: Counts, positions: Sequence[int], number
         numbers: Bytes of a position of the caches.
     """
     shared = max(0, sum(positions) - p["pool"] * p["page"])
-    tables = _ENTRY * sum(pages_of(n, p["page"]) for n in positions)
+    tables = table_bytes(positions, p["page"])
     return each + Counts({}, {"dram": tables - numbers * shared})
+
+
+def table_bytes(positions: Iterable[int], page: int) -> float:
+    """Return the bytes of the entries that name the pages of sequences of so many positions."""
+    return float(_ENTRY * sum(pages_of(n, page) for n in positions))

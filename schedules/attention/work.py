@@ -9,6 +9,7 @@ import numpy as np
 
 from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.hardware import Hardware
+from mimo_compile.ir.ops import pages
 from mimo_compile.schedules.attention.reach import Tiling, visited
 from mimo_compile.schedules.emit.vector import LANES
 from mimo_compile.schedules.work import Stream, Tile, work
@@ -121,6 +122,8 @@ def _streams(
         Stream(4.0 * b * p["t"] * p["h"] * p["d"]),
         Stream(4.0 * b * p["t"] * p["h"] * p["dv"]),
     ]
+    if pages.paged(p):
+        out.append(Stream(pages.table_bytes(lengths, p["page"])))
     if splits > 1:
         parts = 4.0 * b * p["kv"] * s.tiles * splits * s.height * (width + 2)
         out.append(Stream(parts, ((2, 0.0),), made=True))

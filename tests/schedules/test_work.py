@@ -68,6 +68,8 @@ WORKLOADS = [
     "cached_attention:t=1,h=8,kv=2,d=32,dv=16,cap=300",
     "cached_attention:t=40,h=4,kv=2,d=24,dv=20,cap=200,window=33,sink=1",
     "kv_append:t=3,h=4,kv=2,d=24,dv=20,cap=40,rot=8",
+    "kv_append:t=3,h=4,kv=2,d=24,dv=20,cap=64,rot=8,b=2,page=16,pool=9",
+    "cached_attention:t=3,h=4,kv=2,d=24,dv=20,cap=64,b=2,page=16,pool=9",
     "cached_attention:t=1,h=8,kv=2,d=33,dv=16,cap=300,c=bf16",
     "cached_attention:t=40,h=4,kv=2,d=24,dv=20,cap=200,window=33,sink=1,c=bf16",
     "cached_attention:t=40,h=4,kv=2,d=32,dv=20,cap=200,window=33,sink=1,c=bf16",

@@ -9,7 +9,7 @@ import math
 import os
 import signal
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -338,6 +338,15 @@ def test_interruption_keeps_everything(tmp_path: Path) -> None:
         assert result.best[str(LARGE)].latency_us < math.inf
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C is heeded, also where the tests run in the background of a script, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interruption_while_a_record_is_stored_waits_until_it_is_counted(tmp_path: Path) -> None:
     with Database(tmp_path / "a.db") as db:
         add, left = db.add, iter(range(11))
@@ -352,6 +361,7 @@ def test_an_interruption_while_a_record_is_stored_waits_until_it_is_counted(tmp_
         assert result.interrupted and result.new_trials == 12 == len(db)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_a_second_interruption_does_not_wait() -> None:
     passed = []
     with pytest.raises(KeyboardInterrupt), finish_first():
