@@ -24,6 +24,7 @@ from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.ops.base import Arg, Array
 from mimo_compile.ir.workload import Workload
+from mimo_compile.schedules.cuda.code import DeviceCode
 
 KnobValue = int | float | str | bool
 
@@ -65,7 +66,7 @@ class Kernel:
     name: str
     """Symbol name; a C identifier, unique for workload and config."""
     func: Any
-    """A TVM PrimFunc whose ``global_symbol`` is ``name``."""
+    """A TVM PrimFunc whose ``global_symbol`` is ``name``; None where ``device`` holds the code."""
     args: tuple[Arg, ...]
     counts: Counts
     """Work done by this kernel (declared; at least the workload's necessary counts)."""
@@ -78,6 +79,8 @@ class Kernel:
     """What the generator tried and TVM refused, one line each: it explains a slow kernel."""
     compact: bool = False
     """Whether loops were moved into others: TVM then has to find how much of each buffer is still needed."""
+    device: DeviceCode | None = None
+    """CUDA code and its launches; None for kernels of CPUs."""
 
 
 class Schedule(ABC):

@@ -1,0 +1,1 @@
+"""What CUDA schedules share: code with its launches, compiling without a GPU, emulation on the CPU."""
