@@ -1,0 +1,135 @@
+// Barriers with phases, and copies of boxes that arrive as late as they may.
+#pragma once
+#include "threads.cuh"
+
+namespace emulated {
+
+struct PhaseBarrier {
+  uint32_t address;
+  int arrivals, missing;     // of a phase; of the present one
+  int64_t bytes;             // announced and not arrived; less than 0: arrived and not announced
+  uint32_t parity;           // of the present phase
+  bool fenced;
+  std::vector<Thread*> waiting;
+};
+struct Box {
+  CUtensorMap map;
+  int column, row;
+  uint32_t target, barrier;
+  Site site;
+};
+inline std::vector<PhaseBarrier> phase_barriers;
+inline std::vector<Box> boxes;   // on their way
+constexpr uint64_t MARK = 0x6d62617272696572;   // what a barrier's own bytes hold, so that a stray write is found
+
+// Bits of the 16-byte chunk within an address that a swizzle of so many bytes turns by the bits of its row.
+inline uint32_t swizzled(uint32_t address, int swizzle) {
+  const uint32_t rows = swizzle / 16 ? swizzle / 16 - 1 : 0;   // 128: 7, 64: 3, 32: 1, 0: 0
+  return address ^ ((address >> 7 & rows) << 4);
+}
+
+inline PhaseBarrier& barrier_at(uint32_t address) {
+  uint64_t mark;
+  std::memcpy(&mark, shared_bytes(address, 8, 8, "a barrier"), 8);
+  for (PhaseBarrier& b : phase_barriers) {
+    if (b.address != address) continue;
+    if (mark != MARK) fail("the barrier at byte %u of shared memory was overwritten", address - WINDOW);
+    return b;
+  }
+  fail("there is no barrier at byte %u of shared memory: mbarrier_init comes first", address - WINDOW);
+}
+
+inline void begin_barrier(Site site, uint64_t* barrier, int arrivals) {
+  running->site = site;
+  const uint32_t address = shared_address(barrier);
+  if (arrivals < 1 || arrivals >= 1 << 20) fail("mbarrier_init of %d arrivals", arrivals);
+  std::memcpy(shared_bytes(address, 8, 8, site.name), &MARK, 8);
+  for (const PhaseBarrier& b : phase_barriers)
+    if (b.address == address) fail("a second mbarrier_init at byte %u of shared memory", address - WINDOW);
+  phase_barriers.push_back({address, arrivals, arrivals, 0, 0, false, {}});
+}
+
+inline void end_phase_if_complete(PhaseBarrier& b) {
+  if (b.missing || b.bytes) return;
+  b.missing = b.arrivals;
+  b.parity ^= 1;
+  for (Thread* t : b.waiting) make_ready(*t->warp, 1u << (t->index % LANES));
+  b.waiting.clear();
+}
+
+inline void arrive_at(Site site, uint64_t* barrier, int bytes) {
+  running->site = site;
+  PhaseBarrier& b = barrier_at(shared_address(barrier));
+  if (!b.missing)
+    fail("more than %d arrivals at the barrier at byte %u in one phase", b.arrivals, b.address - WINDOW);
+  --b.missing;
+  b.bytes += bytes;
+  end_phase_if_complete(b);
+}
+
+inline void wait_for_phase(Site site, uint64_t* barrier, int parity) {
+  running->site = site;
+  if (parity & ~1) fail("mbarrier_wait for the parity %d", parity);
+  const uint32_t address = shared_address(barrier);
+  for (;;) {
+    PhaseBarrier& b = barrier_at(address);
+    if (b.parity != uint32_t(parity)) return;
+    b.waiting.push_back(running);
+    running->barrier = int64_t(address - WINDOW) << 1 | parity;
+    park();
+    running->barrier = -1;
+  }
+}
+
+// The box's place is unreadable until it has arrived.
+inline void load_box(Site site, void* smem, const CUtensorMap& map, int column, int row, uint64_t* barrier) {
+  running->site = site;
+  const uint32_t target = shared_address(smem), address = shared_address(barrier);
+  const size_t bytes = size_t(map.box_rows) * map.box_columns * map.element_bytes;
+  if (!barrier_at(address).fenced)
+    fail("tma_load with a barrier that no fence_barrier_init follows");
+  std::memset(shared_bytes(target, bytes, map.swizzle == 128 ? 1024 : 128, site.name), NOTHING, bytes);
+  boxes.push_back({map, column, row, target, address, site});
+}
+
+// Lets one box arrive: the oldest, the newest, or any.
+inline bool deliver_box() {
+  if (boxes.empty()) return false;
+  const size_t which = order == 0 ? 0 : order == 1 ? boxes.size() - 1 : drawn() % boxes.size();
+  const Box box = boxes[which];
+  boxes.erase(boxes.begin() + which);
+  const CUtensorMap& m = box.map;
+  const int row_bytes = m.box_columns * m.element_bytes;
+  for (int r = 0; r < m.box_rows; ++r) {
+    for (int c = 0; c < m.box_columns; ++c) {
+      const int64_t row = int64_t(box.row) + r, column = int64_t(box.column) + c;
+      const bool inside = row >= 0 && row < m.rows && column >= 0 && column < m.columns;
+      const uint32_t at = box.target + r * row_bytes + c * m.element_bytes;
+      uint8_t* to = shared.base + (swizzled(at - WINDOW, m.swizzle));
+      if (inside)
+        std::memcpy(to, m.base + (row * m.columns + column) * m.element_bytes, m.element_bytes);
+      else
+        std::memset(to, 0, m.element_bytes);
+    }
+  }
+  PhaseBarrier& b = barrier_at(box.barrier);
+  b.bytes -= int64_t(row_bytes) * m.box_rows;
+  end_phase_if_complete(b);
+  return true;
+}
+
+inline void begin_bulk() { phase_barriers.clear(), boxes.clear(); }
+inline void end_bulk() {
+  if (!boxes.empty())
+    fail("a block ended while the box of %s (line %d) was on its way", boxes[0].site.name, boxes[0].site.line);
+  for (const PhaseBarrier& b : phase_barriers)
+    if (b.bytes)
+      fail("a block ended with %lld bytes still expected at the barrier at byte %u (less than 0: never announced)",
+           static_cast<long long>(b.bytes), b.address - WINDOW);
+}
+inline const bool bulk_registered = [] {
+  at_block_start.push_back(begin_bulk), at_block_end.push_back(end_bulk), deliver.push_back(deliver_box);
+  return true;
+}();
+
+}  // namespace emulated

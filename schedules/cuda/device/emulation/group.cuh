@@ -1,0 +1,191 @@
+// Matrix products of a warp group: operands are read and sums appear as late as wgmma_wait allows.
+//
+// Each of the four warps computes its 16 rows by itself, when it waits; all four must issue the same products in
+// the same order. Until a wait covers them, a product's sums are unreadable.
+#pragma once
+#include "bulk.cuh"
+#include "tensor.cuh"
+
+namespace emulated {
+
+// A product under way, as one warp issued it.
+struct Product {
+  uint64_t a, b;
+  int accumulate, columns;
+  void (*compute)(const Product&, int warp_in_group, std::vector<uint32_t>& sums);
+  size_t target;             // of the warp's targets
+};
+// Accumulators of one warp that a product under way writes: where each lane has them, and what they will hold.
+struct Target {
+  uint32_t* registers[LANES];
+  int count, open;           // registers of a lane; products under way
+  std::vector<uint32_t> sums;
+};
+struct Issued { uint64_t a, b; int accumulate, columns, line; };
+struct WarpProducts {
+  std::vector<Product> flight;
+  std::vector<Target> targets;
+  std::vector<size_t> groups;          // products of each committed group, oldest first
+  size_t open = 0, issued = 0;         // of no group yet; since the block began
+  bool fenced = false;
+};
+inline std::vector<WarpProducts> products(MOST_WARPS);
+inline std::vector<Issued> history[MOST_WARPS / 4];   // what each warp group issued
+constexpr uint32_t UNREADABLE = 0xFFA5A5A5;           // a NaN, and a very small integer
+
+inline uint32_t field(uint64_t descriptor, int from) { return uint32_t(descriptor >> from & 0x3fff) << 4; }
+
+// Byte `k` (0..31) of row `r` of an operand: K-major, rows of 128 bytes, eight of them in 1024, swizzled.
+inline uint32_t operand_at(uint64_t d, int r, int k) {
+  return swizzled(field(d, 0) - WINDOW + uint32_t(r / 8) * field(d, 32) + uint32_t(r % 8) * 128 + k, 128) + WINDOW;
+}
+
+inline void check_descriptor(uint64_t d, int rows, const char* which) {
+  const uint32_t start = field(d, 0) - WINDOW;
+  if (d >> 62 != 1) fail("wgmma: %s is no descriptor of a matrix that is swizzled by 128 bytes", which);
+  if (start % 1024 >= 128 || start % 128 % 32)
+    fail("wgmma: %s begins at byte %u of shared memory, %u behind a multiple of 1024: only steps of 32 along a row "
+         "of 128 bytes are", which, start, start % 1024);
+  if (field(d, 32) % 1024) fail("wgmma: 8 rows of %s are %u bytes, no multiple of 1024", which, field(d, 32));
+  shared_bytes(operand_at(d, rows - 1, 0) & ~127u, 128, 1, which);
+  shared_bytes(field(d, 0), 16, 16, which);
+}
+
+template <class T>
+inline void compute_product(const Product& p, int warp_in_group, std::vector<uint32_t>& sums) {
+  using Value = decltype(T::value(0, 0));
+  using Sum = typename T::Sum;
+  constexpr int DEPTH = 8 * T::PER;
+  auto read = [](uint64_t d, int r, Value* to) {
+    for (int k = 0; k < 32; k += 4) {
+      uint32_t word;
+      std::memcpy(&word, shared_bytes(operand_at(d, r, k), 4, 4, "wgmma"), 4);
+      for (int i = 0; i < T::PER; ++i) to[k / 4 * T::PER + i] = T::value(word, i);
+    }
+  };
+  static Value A[16][DEPTH], B[256][DEPTH];   // too large for the stack of a thread
+  for (int r = 0; r < 16; ++r) read(p.a, 16 * warp_in_group + r, A[r]);
+  for (int n = 0; n < p.columns; ++n) read(p.b, n, B[n]);
+  const int count = p.columns / 2;
+  for (int lane = 0; lane < LANES; ++lane) {
+    for (int e = 0; e < count; ++e) {
+      const Place at = place_c(lane, e);
+      uint32_t& bits = sums[lane * count + e];
+      const Sum c = p.accumulate ? same_bits<Sum>(bits) : Sum(0);
+      bits = same_bits<uint32_t>(dot<T>(c, A[at.row], B[at.column], DEPTH));
+    }
+  }
+}
+
+inline void check_untouched(const Target& t) {
+  for (int lane = 0; lane < LANES; ++lane)
+    for (int e = 0; e < t.count; ++e)
+      if (t.registers[lane][e] != UNREADABLE)
+        fail("accumulator %d of wgmma was changed while a product that writes it was under way", e);
+}
+
+inline size_t target_of(WarpProducts& w, uint32_t* const* registers, int count) {
+  for (size_t i = 0; i < w.targets.size(); ++i) {
+    Target& t = w.targets[i];
+    if (t.registers[0] != registers[0]) continue;
+    check_untouched(t);
+    return i;
+  }
+  Target t{{}, count, 0, std::vector<uint32_t>(size_t(LANES) * count)};
+  for (int lane = 0; lane < LANES; ++lane) {
+    t.registers[lane] = registers[lane];
+    for (int e = 0; e < count; ++e) {
+      t.sums[lane * count + e] = registers[lane][e];
+      registers[lane][e] = UNREADABLE;
+    }
+  }
+  w.targets.push_back(t);
+  return w.targets.size() - 1;
+}
+
+template <class T, int N>
+inline void issue(Site site, typename T::Sum (&sums)[N / 2], uint64_t a, uint64_t b, int accumulate) {
+  struct Mine { uint32_t* registers; uint64_t a, b; int accumulate; };
+  Mine mine{reinterpret_cast<uint32_t*>(sums), a, b, accumulate != 0};
+  if (int(running->index / 128 + 1) * 4 > warp_count)
+    fail("wgmma by warps of a group that has less than four: the block has %d", warp_count);
+  meet(site, &mine, [](Warp& warp, void* const* given) {
+    const Mine& first = *static_cast<Mine*>(given[0]);
+    uint32_t* registers[LANES];
+    for (int lane = 0; lane < LANES; ++lane) {
+      const Mine& m = *static_cast<Mine*>(given[lane]);
+      if (m.a != first.a || m.b != first.b || m.accumulate != first.accumulate)
+        fail("wgmma: lanes 0 and %d of warp %u bring different operands", lane, warp.index);
+      registers[lane] = m.registers;
+    }
+    WarpProducts& w = products[warp.index];
+    if (!w.fenced) fail("wgmma without a wgmma_fence behind what its accumulators last went through");
+    check_descriptor(first.a, 64, "a");
+    check_descriptor(first.b, N, "b");
+    const Issued one{first.a, first.b, first.accumulate, N, warp.site.line};
+    std::vector<Issued>& all = history[warp.index / 4];
+    if (w.issued == all.size()) all.push_back(one);
+    const Issued& other = all[w.issued++];
+    if (one.a != other.a || one.b != other.b || one.accumulate != other.accumulate || one.columns != other.columns)
+      fail("warp %u issues a wgmma (line %d) that differs from its group's (line %d)", warp.index, one.line,
+           other.line);
+    const size_t target = target_of(w, registers, N / 2);
+    ++w.targets[target].open;
+    w.flight.push_back({first.a, first.b, first.accumulate, N, compute_product<T>, target});
+    ++w.open;
+  });
+}
+
+// Computes the oldest product of a warp; what no other product writes gets its sums.
+inline void complete_oldest(WarpProducts& w, int warp_in_group) {
+  const Product p = w.flight.front();
+  w.flight.erase(w.flight.begin());
+  Target& t = w.targets[p.target];
+  p.compute(p, warp_in_group, t.sums);
+  if (--t.open) return;
+  check_untouched(t);
+  for (int lane = 0; lane < LANES; ++lane)
+    std::memcpy(t.registers[lane], &t.sums[size_t(lane) * t.count], size_t(t.count) * 4);
+  w.targets.erase(w.targets.begin() + p.target);
+  for (Product& left : w.flight)
+    if (left.target > p.target) --left.target;
+}
+
+inline void fence_products(Site site) {
+  meet(site, nullptr, [](Warp& warp, void* const*) { products[warp.index].fenced = true; });
+}
+inline void commit_products(Site site) {
+  meet(site, nullptr, [](Warp& warp, void* const*) {
+    WarpProducts& w = products[warp.index];
+    w.groups.push_back(w.open);
+    w.open = 0;
+  });
+}
+template <int N> inline void wait_for_products(Site site) {
+  meet(site, nullptr, [](Warp& warp, void* const*) {
+    WarpProducts& w = products[warp.index];
+    while (w.groups.size() > size_t(N)) {
+      if (w.groups.front()) w.fenced = false;
+      for (size_t i = w.groups.front(); i--;) complete_oldest(w, warp.index % 4);
+      w.groups.erase(w.groups.begin());
+    }
+  });
+}
+
+inline void begin_products() {
+  for (WarpProducts& w : products) w = {};
+  for (auto& h : history) h.clear();
+}
+inline void end_products() {
+  for (int i = 0; i < warp_count; ++i) {
+    if (!products[i].flight.empty()) fail("warp %d ended before its wgmma did: wgmma_wait comes first", i);
+    if (products[i].issued != history[i / 4].size())
+      fail("warp %d issued %zu wgmma, another of its group %zu", i, products[i].issued, history[i / 4].size());
+  }
+}
+inline const bool products_registered = [] {
+  at_block_start.push_back(begin_products), at_block_end.push_back(end_products);
+  return true;
+}();
+
+}  // namespace emulated

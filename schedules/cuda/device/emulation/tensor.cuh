@@ -1,0 +1,149 @@
+// Tensor cores: where the elements of fragments are, and how sums of products are rounded.
+//
+// What follows is stated by the PTX ISA (fragments of mma.m16n8k16, .m16n8k32, wgmma and ldmatrix). Rounding is
+// not: measurements on A100 and H100 (Fasi, Higham, Mikaitis and Pranesh, PeerJ CS 7:e330, 2021; Khattak and
+// Mikaitis, arXiv 2512.07004, 2025) found exact products, aligned to the largest of a block of summands, cut
+// off below its last bits, added, and cut off again; blocks of 8 on A100, of 16 on H100. Here nothing is kept
+// below float32's 24 bits, which is at least as coarse; float8 on Hopper keeps 14.
+#pragma once
+#include "../warp.cuh"
+
+namespace emulated {
+
+struct Place { int row, column; };
+
+// Element `e` of lane's registers; `per` elements fit into one register of 32 bits (2 or 4).
+inline Place place_a(int lane, int e, int per) {   // 16 rows, 8 * per columns: four registers
+  const int reg = e / per, within = e % per;
+  return {lane / 4 + 8 * (reg % 2), lane % 4 * per + within + 4 * per * (reg / 2)};
+}
+inline Place place_b(int lane, int e, int per) {   // 8 * per rows, 8 columns: two registers
+  const int reg = e / per, within = e % per;
+  return {lane % 4 * per + within + 4 * per * reg, lane / 4};
+}
+inline Place place_c(int lane, int e) {            // 16 rows, 8 columns for each four elements
+  return {lane / 4 + 8 * (e / 2 % 2), 8 * (e / 4) + lane % 4 * 2 + e % 2};
+}
+
+inline double e4m3_value(uint32_t bits) {
+  const int exponent = bits >> 3 & 15, fraction = bits & 7;
+  const double x = (bits & 127) == 127 ? NAN
+                   : exponent          ? std::ldexp(8 + fraction, exponent - 10)
+                                       : std::ldexp(fraction, -9);
+  return bits & 128 ? -x : x;
+}
+
+// Kinds of elements: how many a register holds, their value, and how products are added to an accumulator.
+struct Bf16 {
+  static constexpr int PER = 2, BITS = 24;
+  using Sum = float;
+  static double value(uint32_t reg, int i) { return bf16_value(reg >> 16 * i & 0xffff); }
+};
+struct F16 {
+  static constexpr int PER = 2, BITS = 24;
+  using Sum = float;
+  static double value(uint32_t reg, int i) { return f16_value(reg >> 16 * i & 0xffff); }
+};
+struct E4m3 {
+  static constexpr int PER = 4, BITS = 14;
+  using Sum = float;
+  static double value(uint32_t reg, int i) { return e4m3_value(reg >> 8 * i & 255); }
+};
+struct I8 {
+  static constexpr int PER = 4, BITS = 0;
+  using Sum = int;
+  static int value(uint32_t reg, int i) { return int8_t(reg >> 8 * i & 255); }
+};
+
+inline int exponent_of(double x) { return int(same_bits<uint64_t>(x) >> 52 & 2047) - 1023; }
+
+// c + a block of products, all cut off below the last of `bits` bits of the largest.
+inline float cut_sum(float c, const double* products, int count, int bits) {
+  int top = c ? exponent_of(c) : -2000;
+  double plain = c;
+  for (int i = 0; i < count; ++i) {
+    plain += products[i];
+    if (products[i] != 0) top = std::max(top, exponent_of(products[i]));
+  }
+  if (top == -2000 || !std::isfinite(plain)) return float(plain);
+  const double scale = std::ldexp(1.0, bits - 1 - top);
+  int64_t sum = int64_t(c * scale);
+  for (int i = 0; i < count; ++i) sum += int64_t(products[i] * scale);
+  const double exact = double(sum) / scale;
+  float out = float(exact);
+  if (std::fabs(double(out)) > std::fabs(exact)) out = std::nextafter(out, 0.0f);
+  return out;
+}
+
+// c + sum of a[i] b[i], as an instruction of depth `depth` does it.
+template <class T>
+inline float dot(float c, const double* a, const double* b, int depth) {
+  const int block = T::BITS < 24 ? depth : 8;
+  double products[32];
+  for (int from = 0; from < depth; from += block) {
+    for (int i = 0; i < block; ++i) products[i] = a[from + i] * b[from + i];
+    c = cut_sum(c, products, block, T::BITS);
+  }
+  return c;
+}
+template <class T>
+inline int dot(int c, const int* a, const int* b, int depth) {
+  uint32_t sum = uint32_t(c);   // sums that overflow wrap around
+  for (int i = 0; i < depth; ++i) sum += uint32_t(a[i] * b[i]);
+  return int(sum);
+}
+
+// One mma.sync of 16 x 8 outputs and 8 * T::PER in depth: c += a b.
+template <class T>
+inline void mma(Site site, typename T::Sum (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  using Value = decltype(T::value(0, 0));
+  using Sum = typename T::Sum;
+  struct Mine { Sum* c; uint32_t a[4], b[2]; } mine{c, {a[0], a[1], a[2], a[3]}, {b0, b1}};
+  meet(site, &mine, [](Warp&, void* const* given) {
+    constexpr int DEPTH = 8 * T::PER;
+    Value A[16][DEPTH], B[8][DEPTH];
+    for (int lane = 0; lane < LANES; ++lane) {
+      const Mine& m = *static_cast<Mine*>(given[lane]);
+      for (int e = 0; e < 4 * T::PER; ++e) {
+        const Place p = place_a(lane, e, T::PER);
+        A[p.row][p.column] = T::value(m.a[e / T::PER], e % T::PER);
+      }
+      for (int e = 0; e < 2 * T::PER; ++e) {
+        const Place p = place_b(lane, e, T::PER);
+        B[p.column][p.row] = T::value(m.b[e / T::PER], e % T::PER);
+      }
+    }
+    for (int lane = 0; lane < LANES; ++lane) {
+      Mine& m = *static_cast<Mine*>(given[lane]);
+      for (int e = 0; e < 4; ++e) {
+        const Place p = place_c(lane, e);
+        m.c[e] = dot<T>(m.c[e], A[p.row], B[p.column], DEPTH);
+      }
+    }
+  });
+}
+
+// Matrices of 8 x 8 16-bit elements: lane 8 i + r brings the address of row r of matrix i; register i of a lane
+// gets two elements of matrix i, from row lane / 4, or, transposed, from column lane / 4.
+template <int COUNT>
+inline void ldmatrix(Site site, uint32_t (&r)[COUNT], uint32_t address, bool transposed) {
+  struct Mine { uint32_t* r; uint32_t address; bool transposed; } mine{r, address, transposed};
+  meet(site, &mine, [](Warp& w, void* const* given) {
+    for (int i = 0; i < COUNT; ++i) {
+      uint16_t matrix[8][8];
+      for (int row = 0; row < 8; ++row) {
+        const uint32_t from = static_cast<Mine*>(given[8 * i + row])->address;
+        std::memcpy(matrix[row], shared_bytes(from, 16, 16, w.site.name), 16);
+      }
+      for (int lane = 0; lane < LANES; ++lane) {
+        Mine& to = *static_cast<Mine*>(given[lane]);
+        const int fixed = lane / 4, first = lane % 4 * 2;
+        const uint32_t low = to.transposed ? matrix[first][fixed] : matrix[fixed][first];
+        const uint32_t high = to.transposed ? matrix[first + 1][fixed] : matrix[fixed][first + 1];
+        to.r[i] = low | high << 16;
+      }
+    }
+  });
+}
+
+}  // namespace emulated

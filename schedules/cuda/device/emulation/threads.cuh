@@ -1,0 +1,284 @@
+// The threads of one block as fibers, the warps that they form, and the barriers between them.
+//
+// A thread runs until it waits. Which warp goes on then is a parameter: the first that can (order 0), the
+// last (1), or any (a seed). So warps run as far ahead of each other as the program lets them, in either
+// direction, and what only a barrier would have kept apart goes wrong. Asynchronous work is done when no
+// thread can go on: as late as possible.
+#pragma once
+#include "memory.cuh"
+
+namespace emulated {
+
+constexpr int LANES = 32, MOST_WARPS = 32, BARRIERS = 16;
+constexpr size_t STACK = 128 << 10;
+
+// Where a thread waits: the word of the device headers that it called, and the line of the text.
+struct Site {
+  const char* name;
+  int line;
+  bool operator==(const Site& other) const { return line == other.line && !std::strcmp(name, other.name); }
+};
+
+struct Warp;
+struct Thread {
+  void* top;              // of the stack where it stopped
+  uint32_t index;
+  Warp* warp;
+  Site site{"its beginning", 0};
+  bool ended;
+  int64_t barrier;                  // byte of shared memory and parity (lowest bit) that it waits for, or -1
+  std::vector<uint8_t> copied;      // cp.async: data that has not arrived, 16 bytes each
+  std::vector<uint32_t> targets;    // and where it goes
+  std::vector<uint32_t> groups;     // copies of each committed group, oldest first
+  uint32_t open;                    // copies of no group yet
+};
+struct Warp {
+  uint32_t index, alive, ready, arrived;
+  int barrier;            // that its arrived lanes wait for, or -1
+  int barrier_threads;
+  Site site;
+  void* given[LANES];     // what each lane brought to the meeting
+  Thread thread[LANES];
+};
+struct NamedBarrier { uint32_t warps; int threads; };
+
+inline std::vector<Warp> warps;
+inline NamedBarrier barriers[BARRIERS];
+inline uint32_t ready_warps;
+inline int live, warp_count;
+inline uint64_t order;
+inline Thread* running;
+inline void* main_top;
+inline uint3 block_shape, grid_shape;
+inline void (*body)();
+inline std::vector<bool (*)()> deliver;   // each finishes one asynchronous piece of work; false: there is none
+inline std::vector<void (*)()> at_block_start, at_block_end;   // what further headers keep for a block
+
+inline int describe_thread(char* to, size_t room) {
+  if (!running) return 0;
+  return snprintf(to, room, ", thread %u, at or after %s (line %d)", running->index, running->site.name,
+                  running->site.line);
+}
+
+// Saves the running stack in *from and goes on with the stack `to` (callee-saved registers alone).
+extern "C" void mimo_switch(void** from, void* to);
+#if !defined(__x86_64__)
+#error "the emulator switches between threads in x86-64 code"
+#endif
+asm(R"(
+.text
+.globl mimo_switch
+.type mimo_switch, @function
+mimo_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size mimo_switch, .-mimo_switch
+)");
+
+inline void make_ready(Warp& w, uint32_t lanes) {
+  w.ready |= lanes;
+  if (w.ready) ready_warps |= 1u << w.index;
+}
+
+inline uint32_t drawn() {  // xorshift: any order will do
+  order ^= order << 13, order ^= order >> 7, order ^= order << 17;
+  return uint32_t(order >> 32);
+}
+
+// Ends the emulation with one line for all threads, those that wait at one place together.
+[[noreturn]] inline void deadlock() {
+  std::string text;
+  running = nullptr;
+  const int count = warp_count * LANES;
+  auto at = [](int i) -> const Thread& { return warps[i / LANES].thread[i % LANES]; };
+  for (int from = 0, to; from < count; from = to) {
+    const Thread& first = at(from);
+    for (to = from + 1; to < count; ++to)
+      if (at(to).ended != first.ended || !(first.ended || (at(to).site == first.site && at(to).barrier == first.barrier))) break;
+    char line[300];
+    if (first.ended)
+      snprintf(line, sizeof line, "%sthreads %d-%d have ended", from ? "; " : "", from, to - 1);
+    else
+      snprintf(line, sizeof line, "%sthreads %d-%d wait at %s (line %d)", from ? "; " : "", from, to - 1,
+               first.site.name, first.site.line);
+    if (!first.ended && first.barrier >= 0)
+      snprintf(line + std::strlen(line), 80, " for the end of parity %d of the barrier at byte %lld",
+               int(first.barrier & 1), static_cast<long long>(first.barrier >> 1));
+    if (text.size() < 1000) text += line;
+  }
+  fail("deadlock: %s", text.c_str());
+}
+
+inline Thread* choose() {
+  while (!ready_warps) {
+    bool done = false;
+    for (auto one : deliver) done = done || one();
+    if (!done) deadlock();
+  }
+  int w = __builtin_ctz(ready_warps);
+  if (order == 1) {
+    w = 31 - __builtin_clz(ready_warps);
+  } else if (order > 1) {
+    uint32_t left = ready_warps;
+    for (int skip = drawn() % __builtin_popcount(left); skip--;) left &= left - 1;
+    w = __builtin_ctz(left);
+  }
+  Warp& warp = warps[w];
+  const int lane = __builtin_ctz(warp.ready);
+  warp.ready &= warp.ready - 1;
+  if (!warp.ready) ready_warps &= ~(1u << w);
+  return &warp.thread[lane];
+}
+
+// Lets others run until somebody makes the running thread ready.
+inline void park() {
+  Thread* me = running;
+  Thread* to = choose();
+  running = to;
+  if (to != me) mimo_switch(&me->top, to->top);
+}
+
+inline void check_same_site(Warp& w, Site site) {
+  if (!w.arrived) w.site = site;
+  if (w.site == site) return;
+  const int lane = __builtin_ctz(w.arrived);
+  fail("the threads of a warp diverged: thread %u waits at %s (line %d), thread %u comes to %s (line %d)",
+       w.thread[lane].index, w.site.name, w.site.line, running->index, site.name, site.line);
+}
+
+// All 32 lanes of a warp meet; the last to come does the work for all: act(warp, what each brought).
+template <class Act> inline void meet(Site site, void* mine, Act act) {
+  Thread& me = *running;
+  Warp& w = *me.warp;
+  me.site = site;
+  check_same_site(w, site);
+  const uint32_t bit = 1u << (me.index % LANES);
+  w.given[me.index % LANES] = mine;
+  w.arrived |= bit;
+  if (w.arrived != ~0u) return park();
+  act(w, w.given);
+  w.arrived = 0;
+  make_ready(w, ~bit);
+}
+
+// Lets the warps of a barrier go when as many threads have come as it counts; 0: all that have not ended.
+inline void settle(int id) {
+  NamedBarrier& b = barriers[id];
+  if (!b.warps) return;
+  int come = 0, expected = b.threads;
+  for (int w = 0; w < warp_count; ++w) {
+    if (b.warps >> w & 1) come += b.threads ? LANES : __builtin_popcount(warps[w].alive);
+    if (!b.threads) expected += __builtin_popcount(warps[w].alive);
+  }
+  if (come < expected) return;
+  for (int w = 0; w < warp_count; ++w) {
+    if (!(b.warps >> w & 1)) continue;
+    make_ready(warps[w], warps[w].arrived);
+    warps[w].arrived = 0;
+    warps[w].barrier = -1;
+  }
+  b.warps = 0;
+}
+
+// The warp's lanes that have not ended have all come: the warp has.
+inline void arrive(Warp& w) {
+  if (w.barrier < 0 || !w.alive || w.arrived != w.alive) return;
+  NamedBarrier& b = barriers[w.barrier];
+  if (b.warps && b.threads != w.barrier_threads)
+    fail("barrier %d is waited for by %d threads in one place and by %d in another", w.barrier, b.threads,
+         w.barrier_threads);
+  b.threads = w.barrier_threads;
+  b.warps |= 1u << w.index;
+  settle(w.barrier);
+}
+
+inline void wait_at_barrier(Site site, int id, int threads) {
+  Thread& me = *running;
+  Warp& w = *me.warp;
+  me.site = site;
+  check_same_site(w, site);
+  if (w.arrived && (w.barrier != id || w.barrier_threads != threads))
+    fail("the threads of a warp come to %s (line %d) with different barriers", site.name, site.line);
+  w.barrier = id;
+  w.barrier_threads = threads;
+  w.arrived |= 1u << (me.index % LANES);
+  arrive(w);
+  park();
+}
+
+inline void end_thread() {
+  Thread& me = *running;
+  Warp& w = *me.warp;
+  me.ended = true;
+  w.alive &= ~(1u << (me.index % LANES));
+  --live;
+  arrive(w);
+  if (!barriers[0].threads) settle(0);
+  Thread* to = live ? choose() : nullptr;
+  running = to;
+  mimo_switch(&me.top, to ? to->top : main_top);
+  abort();
+}
+
+// Maps a stack for each thread that a block may have, each above a forbidden page.
+inline void map_stacks() {
+  const size_t whole = STACK * LANES * MOST_WARPS;
+  void* at = mmap(nullptr, whole, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (at == MAP_FAILED) fail("no memory for stacks");
+  stacks = static_cast<uint8_t*>(at);
+  stacks_end = stacks + whole;
+  for (int i = 0; i < LANES * MOST_WARPS; ++i) mprotect(stacks + i * STACK, PAGE, PROT_NONE);
+}
+
+inline void begin_thread() {
+  body();
+  end_thread();
+}
+
+// Runs all threads of one block to their ends.
+inline void run_threads(int threads) {
+  warp_count = threads / LANES;
+  live = threads;
+  ready_warps = 0;
+  std::memset(barriers, 0, sizeof barriers);
+  for (int i = 0; i < warp_count; ++i) {
+    Warp& w = warps[i];
+    w.index = i, w.alive = ~0u, w.ready = 0, w.arrived = 0, w.barrier = -1;
+    make_ready(w, ~0u);
+    for (int lane = 0; lane < LANES; ++lane) {
+      Thread& t = w.thread[lane];
+      t.index = i * LANES + lane, t.warp = &w, t.ended = false, t.barrier = -1, t.site = {"its beginning", 0};
+      t.copied.clear(), t.targets.clear(), t.groups.clear(), t.open = 0;
+      void** top = reinterpret_cast<void**>(stacks + STACK * (t.index + 1));
+      *--top = nullptr;                                       // nowhere to return to
+      *--top = reinterpret_cast<void*>(&begin_thread);
+      for (int saved = 0; saved < 6; ++saved) *--top = nullptr;
+      t.top = top;
+    }
+  }
+  running = choose();
+  mimo_switch(&main_top, running->top);
+  running = nullptr;
+}
+
+}  // namespace emulated
+
+#define threadIdx (uint3{emulated::running->index, 0, 0})
+#define blockIdx (emulated::block_index)
+#define blockDim (emulated::block_shape)
+#define gridDim (emulated::grid_shape)
+#define MIMO_SITE_PARAMETER , int line = __builtin_LINE()
+#define MIMO_SITE emulated::Site{__func__, line}

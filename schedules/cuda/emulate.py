@@ -1,0 +1,273 @@
+"""CUDA text run on the CPU, thread by thread, to prove kernels where there is no GPU.
+
+The text is compiled as it is by the host's C++ compiler; the device headers bring the other form of each of
+their words (``MIMO_EMULATE``), which check what a GPU would not: that all lanes of a warp meet in the same
+place, that nothing waits for ever, that asynchronous copies are waited for, that addresses are aligned and
+inside their arrays. The threads of a block are fibers of one process; blocks run one after the other.
+
+What it cannot see: races between plain accesses that happen to go well in the orders of warps that were
+tried, missing fences between plain writes and what tensor cores read, time, and what nvcc makes of the text.
+Clusters of blocks and blocks that wait for each other are not emulated.
+"""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import math
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mimo_compile.errors import EnvironmentMismatch, VerificationError
+from mimo_compile.ir.ops.base import Arg, Array
+from mimo_compile.schedules.base import Kernel
+from mimo_compile.schedules.cuda.code import DeviceCode, Launch, TensorMap
+
+DEVICE = Path(__file__).parent / "device"
+FLAGS = (
+    "-std=c++17", "-O1", "-w", "-ffp-contract=off", "-fno-strict-aliasing", "-fno-stack-protector",
+    "-fstack-clash-protection", "-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error",
+)  # fmt: skip
+"""The compiler's: sums are not contracted, so that a result does not depend on the host."""
+MOST_SHARED = 232448
+"""Bytes of shared memory that a block may have on any GPU that is known here."""
+_CARRIERS = {"bfloat16": np.dtype("uint16"), "float8_e4m3fn": np.dtype("uint8")}
+
+
+class EmulationError(VerificationError):
+    """Emulated code did what it must not, or did not compile; the message names the thread and the place."""
+
+
+@cache
+def compiler() -> str | None:
+    """Return the host's C++ compiler: ``CXX``, else g++ or clang++; None where there is none."""
+    names = [os.environ.get("CXX", ""), "g++", "clang++"]
+    return next((found for name in names if name and (found := shutil.which(name))), None)
+
+
+def emulate(
+    kernel: Kernel, arrays: Mapping[str, Array], *, order: int = 0, timeout_s: float = 300
+) -> dict[str, Array]:
+    """Run the launches of a kernel.
+
+    Args:
+        kernel: One with `Kernel.device`.
+        arrays: Its inputs, packed weights and packed states, by the names of `Kernel.args`.
+        order: Which warp goes on where several can: 0 the first, 1 the last, others are seeds. Arrays end at
+            a forbidden page; with odd orders they begin behind one.
+        timeout_s: Longest time.
+
+    Returns:
+        Outputs and mutated states, by name, as the kernel left them. What it did not write is NaN, or the
+        smallest integer.
+
+    Raises:
+        EmulationError: The code did something that it must not, or is no C++.
+        EnvironmentMismatch: There is no C++ compiler.
+    """
+    code = kernel.device
+    if code is None:
+        raise ValueError(f"{kernel.name} is no CUDA kernel")
+    for launch in code.launches:
+        _check(kernel.name, launch, code, kernel.args)
+    cells = _cells(kernel, code)
+    memory = [cell.filled(arrays) for cell in cells]
+    program = _built(_source(kernel.name, code, cells))
+    with tempfile.TemporaryDirectory(prefix="mimo-emulate-") as name:
+        folder = Path(name)
+        with (folder / "memory").open("wb") as file:
+            for array in memory:
+                file.write(np.ascontiguousarray(array).tobytes())
+        _run(kernel.name, [str(program), name, str(order), str(order % 2)], timeout_s)
+        raw = (folder / "results").read_bytes()
+    out: dict[str, Array] = {}
+    at = 0
+    for cell, array in zip(cells, memory, strict=True):
+        if cell.written:
+            values = np.frombuffer(raw, array.dtype, array.size, at).reshape(array.shape).copy()
+            at += array.nbytes
+            if not cell.scratch:
+                out[cell.name] = values
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class _Cell:
+    """One array in the device's memory."""
+
+    name: str
+    arg: Arg
+    written: bool
+    scratch: bool = False
+    zeroed: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.arg.shape) * _carrier(self.arg.dtype).itemsize
+
+    def filled(self, arrays: Mapping[str, Array]) -> Array:
+        """Return what the array holds before the first launch; outputs and scratch arrays are poisoned."""
+        arg, dtype = self.arg, _carrier(self.arg.dtype)
+        if self.zeroed:
+            return np.zeros(arg.shape, dtype)
+        if self.scratch or arg.role == "output":
+            if arg.dtype in _CARRIERS:  # a NaN
+                return np.full(arg.shape, 0x7FC0 if dtype.itemsize == 2 else 0x7F, dtype)
+            return np.full(arg.shape, np.nan if dtype.kind == "f" else np.iinfo(dtype).min, dtype)
+        array = arrays[self.name]
+        if array.shape != arg.shape or array.dtype.itemsize != dtype.itemsize:
+            raise ValueError(
+                f"{arg.name}: {array.dtype}{array.shape} instead of {arg.dtype}{arg.shape}"
+            )
+        return array
+
+
+def _carrier(dtype: str) -> np.dtype[Any]:
+    return _CARRIERS[dtype] if dtype in _CARRIERS else np.dtype(dtype)
+
+
+def _cells(kernel: Kernel, code: DeviceCode) -> list[_Cell]:
+    own = [_Cell(a.name, a, a.role == "output" or a.mutated) for a in kernel.args]
+    return own + [_Cell(n, a, True, True, n in code.zeroed) for n, a in code.scratch.items()]
+
+
+def _check(name: str, launch: Launch, code: DeviceCode, args: tuple[Arg, ...]) -> None:
+    """Refuse a launch that the device or the emulator cannot make."""
+
+    def wrong(what: str) -> EmulationError:
+        return EmulationError(f"launch of {launch.symbol}: {what}", where=name)
+
+    if launch.threads % 32 or not 32 <= launch.threads <= 1024:
+        raise wrong(f"{launch.threads} threads: a block has 32, 64, ... 1024")
+    if not 0 <= launch.shared_bytes <= MOST_SHARED:
+        raise wrong(f"{launch.shared_bytes} bytes of shared memory: a block has 0 to {MOST_SHARED}")
+    if min(launch.grid) < 1 or launch.grid[0] >= 1 << 31 or max(launch.grid[1:]) > 65535:
+        raise wrong(f"a grid of {launch.grid}")
+    if launch.cluster != 1:
+        raise wrong("clusters of blocks are not emulated")
+    known = {a.name: a for a in args} | dict(code.scratch)
+    for operand in launch.operands:
+        array = operand.array if isinstance(operand, TensorMap) else operand
+        if isinstance(array, str) and array not in known:
+            raise wrong(f"no argument or scratch array is named {array!r}")
+        if isinstance(operand, TensorMap) and (
+            problem := map_problem(operand, known[operand.array])
+        ):
+            raise wrong(f"tensor map of {operand.array!r}: {problem}")
+
+
+def map_problem(m: TensorMap, arg: Arg) -> str:
+    """Return what breaks a rule of ``cuTensorMapEncodeTiled``, "" when nothing does."""
+    size = _carrier(m.dtype).itemsize
+    row, box = m.columns * size, m.box_columns * size
+    if m.rows * row > math.prod(arg.shape) * _carrier(arg.dtype).itemsize:
+        return f"{m.rows} x {m.columns} elements of {size} bytes are more than the array has"
+    if not (1 <= m.box_rows <= 256 and 1 <= m.box_columns <= 256):
+        return f"a box of {m.box_rows} x {m.box_columns}: each extent is 1 to 256"
+    if row % 16:
+        return f"rows of {row} bytes, no multiple of 16"
+    if box % 16:
+        return f"rows of a box of {box} bytes, no multiple of 16"
+    if m.swizzle and box > m.swizzle:
+        return f"rows of a box of {box} bytes, more than the swizzle's {m.swizzle}"
+    return ""
+
+
+def _source(name: str, code: DeviceCode, cells: list[_Cell]) -> str:
+    """Return the program: the text as it is, then a `main` that makes the launches."""
+    place = {cell.name: i for i, cell in enumerate(cells)}
+    table = [f'    {{"{c.name}", {c.nbytes}u, {str(c.written).lower()}}},' for c in cells]
+    lines = [
+        "#define MIMO_EMULATE 1",
+        '#include "emulation/main.cuh"',
+        f'#line 1 "{name}.cu"',
+        code.text,
+        "int main(int, char** arguments) {",
+        "  emulated::start(arguments, {",
+        *table,
+        "  });",
+    ]
+    for launch in code.launches:
+        operands = ", ".join(_operand(o, place) for o in launch.operands)
+        x, y, z = launch.grid
+        lines.append(
+            f'  emulated::launch<{launch.symbol}>("{launch.symbol}", {{{x}u, {y}u, {z}u}}, '
+            f"{launch.threads}, {launch.shared_bytes}, {{{operands}}});"
+        )
+    return "\n".join([*lines, "  return emulated::finish();", "}", ""])
+
+
+def _operand(operand: str | int | float | TensorMap, place: Mapping[str, int]) -> str:
+    if isinstance(operand, str):
+        return f"emulated::pointer({place[operand]})"
+    if isinstance(operand, TensorMap):
+        m = operand
+        sizes = (
+            _carrier(m.dtype).itemsize,
+            m.rows,
+            m.columns,
+            m.box_rows,
+            m.box_columns,
+            m.swizzle,
+        )
+        return f"emulated::tensor_map({', '.join(map(str, (place[m.array], *sizes)))})"
+    if isinstance(operand, int):
+        return f"emulated::integer({operand})"
+    return f"emulated::real({float(np.float32(operand)).hex()}f)"
+
+
+@cache
+def _folder() -> Path:
+    """Return this process's folder of programs; it goes with the process."""
+    folder = Path(tempfile.mkdtemp(prefix="mimo-emulate-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+@cache
+def _built(source: str) -> Path:
+    """Compile a program; one of the same source comes for free."""
+    cxx = compiler()
+    if cxx is None:
+        raise EnvironmentMismatch(
+            "emulating CUDA code needs a C++ compiler",
+            remedy="Install g++ or clang++, or name one in CXX",
+        )
+    stem = _folder() / hashlib.sha256(source.encode()).hexdigest()[:16]
+    text, program = stem.with_suffix(".cpp"), stem.with_suffix(".run")
+    text.write_text(source, encoding="utf-8")
+    command = [cxx, *FLAGS, "-I", str(DEVICE), "-o", str(program), str(text)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        errors = [line for line in done.stderr.splitlines() if "error" in line]
+        raise EmulationError(
+            f"the host's compiler refuses the text: {'; '.join(errors[:3])}", where=cxx
+        )
+    return program
+
+
+def _run(name: str, command: list[str], timeout_s: float) -> None:
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=timeout_s,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise EmulationError(f"not at its end after {timeout_s:g} s", where=name) from None
+    if done.returncode == 0:
+        return
+    said = done.stderr.strip().splitlines()
+    raise EmulationError(said[-1] if said else f"ended with {done.returncode}", where=name)

@@ -1,0 +1,104 @@
+"""Prove CUDA kernels without a GPU: run them on the CPU, and judge the results as those of any kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mimo_compile.errors import VerificationError
+from mimo_compile.ir.hardware import Hardware
+from mimo_compile.ir.ops import get_op, parse_workload
+from mimo_compile.ir.ops.base import Array
+from mimo_compile.ir.workload import Workload
+from mimo_compile.schedules import get_schedule
+from mimo_compile.schedules.base import Kernel, Schedule
+from mimo_compile.schedules.cuda.emulate import emulate
+from mimo_compile.search.measure.cases import make_case
+from mimo_compile.search.measure.verify import judge
+
+ORDERS = (0, 1)
+"""Orders of warps and blocks in which each kernel runs: the first that can go on, the last that can."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Emulated:
+    """What `check_emulated` saw, for further assertions."""
+
+    kernel: Kernel
+    inputs: dict[str, Array]
+    outputs: dict[str, Array]
+    """Canonical outputs and mutated states."""
+    expected: dict[str, Array]
+    error_ratio: float
+    """Largest error as a part of its bound."""
+
+
+def check_emulated(
+    workload: Workload | str,
+    schedule: Schedule | str,
+    config: Any,
+    hardware: Hardware,
+    seed: int = 0,
+    *,
+    inputs: Mapping[str, Array] | None = None,
+    orders: tuple[int, ...] = ORDERS,
+) -> Emulated:
+    """Run one config of a CUDA schedule on the CPU and compare its results with the op's reference.
+
+    Args:
+        workload: Or its text.
+        schedule: Or its name.
+        config: None: the space's default.
+        hardware: A CUDA target that the schedule supports.
+        seed: Of fresh inputs.
+        inputs: Canonical arrays that replace the fresh ones of the same name.
+        orders: See `emulate`; results must be the same in all, bit for bit.
+
+    Raises:
+        VerificationError: A result outside the op's bound (its `exact_bound` where the schedule says so),
+            results that depend on the order of warps, or whatever `emulate` finds.
+        EnvironmentMismatch: There is no C++ compiler.
+    """
+    workload = parse_workload(workload) if isinstance(workload, str) else workload
+    schedule = get_schedule(schedule) if isinstance(schedule, str) else schedule
+    if not schedule.supports(workload, hardware):
+        raise ValueError(f"{schedule.name} does not support {workload} on {hardware.name}")
+    space = schedule.space(workload, hardware)
+    config = space.default if config is None else config
+    if not space.legal(config):
+        raise ValueError(f"{schedule.name}: {config} is not legal for {workload}")
+    op, case = get_op(workload.op), make_case(workload, seed)
+    if inputs:
+        given = {**case.inputs, **inputs}
+        expected = op.reference(workload, given)
+        bound = op.bound(workload, given, expected)
+        case = replace(case, inputs=given, expected=expected, bound=bound)
+    exact = schedule.exact(config)
+    bound = op.exact_bound(workload, case.inputs, case.expected) if exact else case.bound
+    kernel = schedule.lower(workload, config, hardware)
+    where = f"{schedule.name} {config} for {workload}"
+    if missing := hardware.missing(kernel.features):
+        raise ValueError(f"{where}: {hardware.name} lacks {sorted(missing)}")
+    constant = {a.name: case.inputs[a.name] for a in case.args if a.role in ("weight", "state")}
+    memory = {a.name: case.inputs[a.name] for a in case.args if a.role == "input"}
+    memory |= schedule.pack(workload, config, constant)
+    runs = [emulate(kernel, memory, order=order) for order in orders]
+    for order, run in zip(orders[1:], runs[1:], strict=True):
+        for name, array in run.items():
+            if array.tobytes() != runs[0][name].tobytes():
+                raise VerificationError(
+                    f"{name} depends on the order of warps: {orders[0]} and {order} differ",
+                    where=where,
+                )
+    # a state's arrays that the kernel does not write take part in what the written ones mean
+    states = {a.name: memory[a.name] for a in kernel.args if a.role == "state"} | {
+        a.name: runs[0][a.name] for a in kernel.args if a.role == "state" and a.mutated
+    }
+    states = schedule.unpack_state(workload, config, states) if states else {}
+    got = {name: array for name, array in states.items() if name in case.expected}
+    got |= {a.name: runs[0][a.name] for a in kernel.args if a.role == "output"}
+    ratio, message = judge(case.args, got, case.expected, bound, case.inputs)
+    if message:
+        raise VerificationError(message, where=where)
+    return Emulated(kernel, dict(case.inputs), got, dict(case.expected), ratio)

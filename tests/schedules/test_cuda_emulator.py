@@ -1,0 +1,316 @@
+"""The emulator of CUDA text: threads, barriers, and that it finds what goes wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from cuda_text import kernel_of, needs_compiler, run
+
+from mimo_compile.errors import EnvironmentMismatch
+from mimo_compile.ir.ops.base import Arg
+from mimo_compile.schedules.cuda import emulate as module
+from mimo_compile.schedules.cuda.code import Launch, TensorMap
+from mimo_compile.schedules.cuda.emulate import EmulationError, emulate
+
+pytestmark = needs_compiler
+
+# one program, so that it is compiled once: what it does wrong is told by its input
+FAULTS = """
+#include "mma.cuh"
+#include "async.cuh"
+
+__attribute__((noinline)) void deep(int at) {
+  volatile uint8_t much[200000];
+  much[at] = 1;
+}
+extern "C" __global__ void faulty(const int* mode, const uint8_t* x, uint32_t* y) {
+  MIMO_SHARED(smem);
+  const int what = mode[0], lane = threadIdx.x % 32;
+  uint32_t r[4] = {};
+  switch (what) {
+    case 1: if (lane < 16) shfl_xor(lane, 1);
+            else shfl_xor(lane, 2);
+            break;
+    case 2: if (threadIdx.x < 32) block_sync();
+            else named_sync(3, 64);
+            break;
+    case 3: if (lane != 7) warp_sync(); break;
+    case 4: load16(x + 256 - 8); break;
+    case 5: r[0] = load16(x + 4).x; break;
+    case 6: r[0] = reinterpret_cast<const uint4*>(x + 4 * mode[1])->x; break;
+    case 7: r[0] = x[mode[1]]; break;
+    case 8: ldmatrix_x4(r, smem_address(smem) + 16 * lane + 8); break;
+    case 9: ldmatrix_x4(r, smem_address(smem) + 64 * lane); break;
+    case 10: cp_async16(smem_address(smem) + 1024, x, true); break;
+    case 11: const_cast<uint8_t*>(x)[3] = 1; break;
+    case 12: smem_address(x); break;
+    case 13: named_sync(16, 64); break;
+    case 14: smem[1024 + mode[1]] = 0; break;
+    case 15: y[64 + mode[1]] = 0; break;
+    case 16: r[mode[1]] = 1; break;
+    case 17: deep(mode[1]); break;
+  }
+  y[threadIdx.x] = r[0] + r[1] + r[2] + r[3];
+}
+"""
+
+
+def fault(mode: int, operand: int = 0, order: int = 0) -> dict[str, Any]:
+    inputs = {"mode": np.array([mode, operand], np.int32), "x": np.zeros(256, np.uint8)}
+    return run(FAULTS, "faulty", inputs, {"y": ((64,), "uint32")}, 64, 1024, order=order)
+
+
+def test_a_program_without_faults_runs_to_its_end() -> None:
+    assert (fault(0)["y"] == 0).all()
+    assert (fault(6, 4)["y"] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("mode", "operand", "said"),
+    [
+        (1, 0, r"diverged: thread 0 waits at shfl_xor \(line \d+\), thread 16 comes to shfl_xor"),
+        (2, 0, r"deadlock: threads 0-31 wait at block_sync \(line \d+\); threads 32-63 wait at named_sync"),
+        (3, 0, r"deadlock: threads 0-6 wait at warp_sync \(line \d+\); threads 7-7 have ended"),
+        (4, 0, r"load16 of 16 bytes is not inside an array: it begins byte 248 of 'x'"),
+        (5, 0, r"load16 of 16 bytes is not aligned to them: byte 4 of 'x'"),
+        (6, 1, r"not aligned"),
+        (7, 1 << 20, r"plain access at 1048320 bytes behind the end of 'x' \(256 bytes\)"),
+        (7, -4096, r"plain access at 4096 bytes before 'x'"),
+        (8, 0, r"ldmatrix_x4 at byte 8 of shared memory, which is no multiple of 16"),
+        (9, 0, r"ldmatrix_x4 of 16 bytes at byte 1024 of shared memory, which has 1024"),
+        (10, 0, r"cp_async16 of 16 bytes at byte 1024 of shared memory, which has 1024"),
+        (11, 0, r"plain access at byte 3 of 'x'"),
+        (12, 0, r"smem_address of what is not in shared memory: byte 0 of 'x'"),
+        (13, 0, r"named_sync of barrier 16"),
+        (14, 4096, r"plain access at 4096 bytes behind the end of 'shared memory'"),
+        (15, 0, r"wrote around the end or the beginning of 'y'|behind the end of 'y'"),
+        (16, 4, r"index outside a local array"),
+        (17, 0, r"stack"),
+    ],
+)  # fmt: skip
+def test_a_fault_is_found_and_named(mode: int, operand: int, said: str) -> None:
+    with pytest.raises(EmulationError, match=said):
+        fault(mode, operand)
+
+
+def test_faults_around_an_array_are_found_with_either_placement() -> None:
+    with pytest.raises(EmulationError, match="1 bytes before 'x'"):
+        fault(7, -1, order=1)
+    with pytest.raises(EmulationError, match="0 bytes behind the end of 'x'"):
+        fault(7, 256, order=0)
+
+
+SYNC = """
+#include "warp.cuh"
+#include "async.cuh"
+extern "C" __global__ void neighbour(const int* flags, float* y) {
+  MIMO_SHARED(smem);
+  float* row = reinterpret_cast<float*>(smem);
+  row[threadIdx.x] = float(threadIdx.x);
+  if (flags[0]) block_sync();
+  y[threadIdx.x] = row[(threadIdx.x + 32) % 128];
+}
+extern "C" __global__ void reuse(const int* flags, float* y) {
+  MIMO_SHARED(smem);
+  float* row = reinterpret_cast<float*>(smem);
+  float sum = 0;
+  for (int i = 0; i < 3; ++i) {
+    row[threadIdx.x] = float(threadIdx.x * (i + 1));
+    block_sync();
+    sum += row[(threadIdx.x + 64) % 128];
+    if (flags[0]) block_sync();
+  }
+  y[threadIdx.x] = sum;
+}
+extern "C" __global__ void groups(const int* flags, float* y) {   // warps 0, 1 produce for warps 2, 3
+  MIMO_SHARED(smem);
+  float* row = reinterpret_cast<float*>(smem);
+  const int warp = threadIdx.x / 32, t = threadIdx.x % 64;
+  if (warp < 2) {
+    row[t] = float(t);
+    named_sync(1, 128);
+    y[threadIdx.x] = 0;
+  } else {
+    named_sync(1, 128);
+    y[threadIdx.x] = row[63 - t];
+    if (!flags[0]) return;   // those that have ended are not waited for
+  }
+  block_sync();
+}
+extern "C" __global__ void waited(const int* flags, const float* x, float* y) {
+  MIMO_SHARED(smem);
+  const uint32_t to = smem_address(smem) + 16 * threadIdx.x;
+  cp_async16(to, x + 4 * threadIdx.x, true);
+  cp_async_commit();
+  cp_async16(to + 2048, x, threadIdx.x > 0);
+  cp_async_commit();
+  if (flags[0] == 1) cp_async_wait<1>();
+  if (flags[0] == 2) cp_async_wait<0>();
+  block_sync();
+  const float* row = reinterpret_cast<const float*>(smem);
+  y[threadIdx.x] = row[4 * threadIdx.x + 1];
+  y[threadIdx.x + 128] = row[512 + 4 * threadIdx.x + 1];
+}
+extern "C" __global__ void words(const float* x, uint32_t* y) {
+  const int t = threadIdx.x;
+  const uint32_t bits = __float_as_uint(x[t]);
+  y[t] = pack_bf16(x[t], x[t + 32]);
+  y[t + 32] = pack_f16(x[t], x[t + 32]);
+  y[t + 64] = __float_as_uint(shfl_xor(x[t], 5));
+  y[t + 96] = __float_as_uint(shfl(x[t], 9));
+  y[t + 128] = ballot(x[t] > 0);
+  y[t + 160] = lop3<0xEA>(bits, 0x0f0f0f0fu, 0x64006400u);   // (a & b) | c
+  y[t + 192] = prmt(bits, 0x01234567u, 0x94e0u);
+  y[t + 224] = uint32_t(dp4a(int(bits), int(0x80ff017fu), 5));
+  y[t + 256] = __float_as_uint(exp2_approx(x[t]));
+  y[t + 288] = f16x2_fma(y[t + 32], 0x3c004000u, 0x3c003c00u);
+  y[t + 320] = __float_as_uint(f16_to_float(uint16_t(y[t + 32])));
+  y[t + 352] = __float_as_uint(bf16_to_float(uint16_t(y[t])));
+}
+"""
+
+
+def synced(symbol: str, flag: int, order: int = 0, **more: Any) -> np.ndarray[Any, Any]:
+    inputs = {"flags": np.array([flag], np.int32), **more}
+    size = 256 if more else 128
+    return run(SYNC, symbol, inputs, {"y": ((size,), "float32")}, 128, 4096, order=order)["y"]
+
+
+def test_a_barrier_that_is_missing_shows_in_one_of_the_orders() -> None:
+    want = np.roll(np.arange(128.0), -32)
+    again = np.roll(np.arange(128.0), -64) * 6
+    for order in (0, 1, 7, 8):
+        np.testing.assert_array_equal(synced("neighbour", 1, order), want)
+        np.testing.assert_array_equal(synced("reuse", 1, order), again)
+    for symbol, right in (("neighbour", want), ("reuse", again)):
+        wrong = [not np.array_equal(synced(symbol, 0, order), right) for order in (0, 1)]
+        assert any(wrong), symbol
+
+
+def test_named_barriers_and_threads_that_end_early() -> None:
+    want = np.concatenate([np.zeros(64), np.arange(63.0, -1, -1)])
+    for flag in (0, 1):
+        for order in (0, 1, 5):
+            np.testing.assert_array_equal(synced("groups", flag, order), want)
+
+
+def test_a_copy_arrives_in_the_wait_that_covers_it_and_not_before() -> None:
+    x = np.random.default_rng(0).standard_normal(512).astype(np.float32)
+    first, second = x[1::4], np.where(np.arange(128) > 0, x[1], 0)
+    none, one, both = (synced("waited", flag, x=x) for flag in (0, 1, 2))
+    assert np.isnan(none).all()
+    np.testing.assert_array_equal(one[:128], first)
+    assert np.isnan(one[128:]).all()
+    np.testing.assert_array_equal(both, np.concatenate([first, second]))
+
+
+def test_words_of_one_thread_and_of_one_warp() -> None:
+    rng = np.random.default_rng(1)
+    x = (rng.standard_normal(64) * 2.0 ** rng.integers(-20, 10, 64)).astype(np.float32)
+    x[:8] = [0, -0.0, 1e-7, -6e-8, 65519, 65520, 1.00390625, 1.01171875]
+    got = run(SYNC, "words", {"x": x}, {"y": ((384,), "uint32")})["y"].reshape(12, 32)
+    low, high, bits = x[:32], x[32:], x.view(np.uint32)[:32]
+    lanes = np.arange(32)
+
+    def bf16(v: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        import torch
+
+        return torch.from_numpy(v).bfloat16().view(torch.uint16).numpy().astype(np.uint32)
+
+    with np.errstate(over="ignore"):
+        half = low.astype(np.float16), high.astype(np.float16)
+    np.testing.assert_array_equal(got[0], bf16(low) | bf16(high) << 16)
+    np.testing.assert_array_equal(
+        got[1], half[0].view(np.uint16) | half[1].view(np.uint16).astype(np.uint32) << 16
+    )
+    np.testing.assert_array_equal(got[2].view(np.float32), low[lanes ^ 5])
+    np.testing.assert_array_equal(got[3].view(np.float32), np.full(32, low[9]))
+    assert (got[4] == sum(1 << i for i in range(32) if low[i] > 0)).all()
+    np.testing.assert_array_equal(got[5], (bits & 0x0F0F0F0F) | 0x64006400)
+    # bytes 0, e (the sign of byte 6), 4, 9 (the sign of byte 1), from low to high
+    sign = np.where(bits >> 15 & 1, 0xFF, 0).astype(np.uint32)
+    np.testing.assert_array_equal(got[6], (bits & 0xFF) | 0 << 8 | 0x67 << 16 | sign << 24)
+    signed = bits.view(np.uint8).reshape(32, 4).view(np.int8).astype(np.int64)
+    np.testing.assert_array_equal(
+        got[7].view(np.int32), 5 + signed @ np.array([0x7F, 0x01, -1, -128])
+    )
+    with np.errstate(over="ignore"):
+        want = np.exp2(low.astype(np.float64))
+        near = np.where(want < 2.0**128, want, 0)
+        value = np.where(want < 2.0**128, got[8].view(np.float32), 0)
+    assert (np.abs(value - near) <= near * 2.0**-22 + 2.0**-126).all()
+    assert (value != near.astype(np.float32)).any()
+    with np.errstate(over="ignore", invalid="ignore"):
+        fused = (half[0] * np.float64(2) + 1).astype(np.float16)
+    np.testing.assert_array_equal((got[9] & 0xFFFF).astype(np.uint16).view(np.float16), fused)
+    np.testing.assert_array_equal(got[10].view(np.float32), half[0].astype(np.float32))
+    np.testing.assert_array_equal(got[11], bf16(low) << 16)
+
+
+SCRATCH = """
+#include "warp.cuh"
+extern "C" __global__ void first(const float* x, float* part, int* count, int n, float by) {
+  part[blockIdx.x * blockDim.x + threadIdx.x] = x[threadIdx.x] * by;
+  if (threadIdx.x == 0) atomic_add(count, n);
+}
+extern "C" __global__ void second(const float* part, const int* count, float* y) {
+  float sum = 0;
+  for (int b = 0; b < 3; ++b) sum += part[b * 32 + threadIdx.x];
+  y[threadIdx.x] = sum + float(*count);
+}
+"""
+
+
+def test_launches_share_scratch_memory() -> None:
+    x = np.arange(32, dtype=np.float32)
+    launches = (
+        Launch("first", (3, 1, 1), 32, ("x", "part", "count", 7, 0.5)),
+        Launch("second", (1, 1, 1), 32, ("part", "count", "y")),
+    )
+    scratch = {
+        "part": Arg("part", "output", (96,), "float32"),
+        "count": Arg("count", "output", (1,), "int32"),
+    }
+    for zeroed, right in ((frozenset({"count"}), True), (frozenset(), False)):
+        kernel = kernel_of(
+            SCRATCH, {"x": x}, {"y": ((32,), "float32")}, launches, scratch=scratch, zeroed=zeroed
+        )
+        got = emulate(kernel, {"x": x})["y"]
+        assert np.array_equal(got, 1.5 * x + 21) == right
+    assert "part" not in emulate(kernel, {"x": x})
+
+
+@pytest.mark.parametrize(
+    ("launch", "said"),
+    [
+        (Launch("first", (3, 1, 1), 48, ()), "48 threads"),
+        (Launch("first", (3, 1, 1), 32, (), 232449), "232449 bytes of shared memory"),
+        (Launch("first", (3, 0, 1), 32, ()), "a grid of"),
+        (Launch("first", (3, 1, 1), 32, (), cluster=2), "clusters of blocks are not emulated"),
+        (Launch("first", (3, 1, 1), 32, ("z",)), "named 'z'"),
+        (Launch("first", (3, 1, 1), 32, (TensorMap("x", "float32", 4, 9, 1, 4),)), "more than the array has"),
+        (Launch("first", (3, 1, 1), 32, (TensorMap("x", "float32", 4, 6, 1, 4),)), "no multiple of 16"),
+        (Launch("first", (3, 1, 1), 32, (TensorMap("x", "float32", 1, 32, 1, 36),)), "more than the swizzle"),
+        (Launch("first", (3, 1, 1), 32, ("x",)), "1 operands, but the kernel has 5 parameters"),
+        (Launch("first", (3, 1, 1), 32, ("x", "x", "x", 1, 1)), "operand 4 is an int32"),
+    ],
+)  # fmt: skip
+def test_launches_that_cannot_be_are_refused(launch: Launch, said: str) -> None:
+    x = np.zeros(32, np.float32)
+    with pytest.raises(EmulationError, match=said):
+        emulate(kernel_of(SCRATCH, {"x": x}, {"y": ((32,), "float32")}, (launch,)), {"x": x})
+
+
+def test_what_the_compiler_says_is_in_the_message() -> None:
+    with pytest.raises(EmulationError, match=r"sample\.cu:1:.*no_such_word"):
+        run("int x = no_such_word;", "f", {}, {"y": ((1,), "float32")})
+
+
+def test_without_a_compiler_the_message_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "compiler", lambda: None)
+    with pytest.raises(EnvironmentMismatch, match=r"g\+\+"):
+        run("// never compiled", "f", {}, {"y": ((1,), "float32")})
