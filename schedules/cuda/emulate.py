@@ -40,7 +40,10 @@ FLAGS = (
 """The compiler's: sums are not contracted, so that a result does not depend on the host."""
 MOST_SHARED = 232448
 """Bytes of shared memory that a block may have on any GPU that is known here."""
-_CARRIERS: dict[str, np.dtype[Any]] = {"bfloat16": np.dtype("uint16"), "float8_e4m3fn": np.dtype("uint8")}
+_CARRIERS: dict[str, np.dtype[Any]] = {
+    "bfloat16": np.dtype("uint16"),
+    "float8_e4m3fn": np.dtype("uint8"),
+}
 
 
 class EmulationError(VerificationError):
