@@ -119,3 +119,7 @@ class OpDef(ABC):
     @abstractmethod
     def counts(self, workload: Workload) -> Counts:
         """Return the work that no kernel can avoid (each byte once, each operation once)."""
+
+    def counts_of(self, workload: Workload, inputs: Mapping[str, Array]) -> Counts:
+        """Return `counts` for inputs that say more about the work than extents do (which experts are hit)."""
+        return self.counts(workload)
