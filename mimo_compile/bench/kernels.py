@@ -8,6 +8,7 @@ from typing import Any
 
 from mimo_compile import _tvm
 from mimo_compile.bench.contest import Contestant
+from mimo_compile.bench.draws import draws_of
 from mimo_compile.bench.oracle import Oracle
 from mimo_compile.bench.runnable import Runnable
 from mimo_compile.ir.hardware import Hardware
@@ -67,7 +68,8 @@ def contestants(
     Raises:
         VerificationError: a candidate is wrong: it may not compete.
     """
-    counts = get_op(workload.op).counts(workload)
+    counts = get_op(workload.op).counts_of(workload, inputs)
+    draws = draws_of(workload, inputs)
 
     def use_threads() -> None:
         _tvm.set_threads(hardware.threads)
@@ -84,7 +86,7 @@ def contestants(
                 threads=hardware.threads,
                 cache=cache,
                 call=runnable,
-                sets=runnable.sets(cold_bytes if cache == "cold" else 0, memory_bytes),
+                sets=runnable.sets(cold_bytes if cache == "cold" else 0, memory_bytes, draws),
                 bytes=counts.bytes.get("dram", 0.0),
                 operations=counts.flops,
                 schedule=pick.schedule,

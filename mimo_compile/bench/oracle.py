@@ -15,7 +15,7 @@ from functools import cached_property
 import numpy as np
 
 from mimo_compile.ir.ops import batches, get_op, pages
-from mimo_compile.ir.ops.base import Array
+from mimo_compile.ir.ops.base import Arg, Array
 from mimo_compile.ir.ops.cached_attention import CachedAttention
 from mimo_compile.ir.workload import Workload
 from mimo_compile.search.measure.verify import judge
@@ -79,14 +79,28 @@ class Oracle:
                 return np.inf, "out has values that are not finite"
         return worst, ""
 
+    @cached_property
+    def in_floats(self) -> Oracle:
+        """The same with float activations: what those compute that do not quantise or round theirs."""
+        op = get_op(self.workload.op)
+        p = op.full(self.workload)
+        if p.get("a", "a16") == "a16":
+            return self
+        return Oracle(op.workload(**{**p, "a": "a16"}), self.inputs)
+
     def distance(self, out: Array) -> float:
-        """Return the relative error (root mean square) of an output ``out``, of the worst part."""
-        worst = 0.0
+        """Return the relative error (root mean square) of the op's output, of the worst part."""
+        worst, name = 0.0, output_of(self.workload).name
         for part in self.parts:
-            expected = np.asarray(part.expected["out"], np.float64)
-            off = np.linalg.norm(part.of({"out": out})["out"].astype(np.float64) - expected)
+            expected = np.asarray(part.expected[name], np.float64)
+            off = np.linalg.norm(part.of({name: out})[name].astype(np.float64) - expected)
             worst = max(worst, float(off) / max(float(np.linalg.norm(expected)), 1e-300))
         return worst
+
+
+def output_of(workload: Workload) -> Arg:
+    """Return the first output of a workload's op."""
+    return next(a for a in get_op(workload.op).args(workload) if a.role == "output")
 
 
 def _solve(

@@ -9,7 +9,7 @@ use all threads, like the kernels they are roofs of.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +17,11 @@ import numpy as np
 
 from mimo_compile import _tvm
 from mimo_compile.bench.contest import Contestant
-from mimo_compile.bench.runnable import copies
+from mimo_compile.bench.draws import copies
 from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.ops import get_op
-from mimo_compile.ir.ops.base import Arg
+from mimo_compile.ir.ops.base import Arg, Array
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.base import Kernel
 from mimo_compile.schedules.compile import compile_kernel
@@ -185,13 +185,14 @@ def read_contestant(
     )  # fmt: skip
 
 
-def roof_counts(workload: Workload) -> Counts:
+def roof_counts(workload: Workload, inputs: Mapping[str, Array] | None = None) -> Counts:
     """Return a workload's counts, its multiply-adds as those of the fastest unit that its operands allow.
 
-    Attention over 16-bit caches is exact in float32, but kernels may round the rest to bfloat16 too.
+    Attention over 16-bit caches is exact in float32, but kernels may round the rest to bfloat16 too. With
+    ``inputs`` counts are of the work on these.
     """
     op = get_op(workload.op)
-    counts = op.counts(workload)
+    counts = op.counts(workload) if inputs is None else op.counts_of(workload, inputs)
     ops = dict(counts.ops)
     if (
         workload.op != "cached_attention"

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from mimo_compile import _tvm
+from mimo_compile.bench.draws import Draws, copies
 from mimo_compile.bench.oracle import Oracle
 from mimo_compile.errors import UsageError, VerificationError
 from mimo_compile.ir.hardware import Hardware, built_for
@@ -122,24 +123,28 @@ class Runnable:
             raise VerificationError(message, where=where)
         return worst
 
-    def sets(self, wanted_bytes: int, memory_bytes: int) -> list[tuple[Any, ...]]:
-        """Return argument sets whose weights and states together hold ``wanted_bytes`` (0: one set)."""
+    def sets(
+        self, wanted_bytes: int, memory_bytes: int, draws: Draws | None = None
+    ) -> list[tuple[Any, ...]]:
+        """Return argument sets that together read ``wanted_bytes`` of weights and states (0: one set).
+
+        Args:
+            wanted_bytes: What they read.
+            memory_bytes: Limit of the copies.
+            draws: Inputs that sets take in turn; None: all have the same.
+        """
         cold = [a.name for a in self.kernel.args if a.role in ("weight", "state")]
-        each = sum(self.arrays[n].nbytes for n in cold)
-        count = copies(each, wanted_bytes, memory_bytes)
-        made = [self.tensors]
-        for _ in range(count - 1):
-            made.append(self._tensors({**self.arrays, **{n: _copy(self.arrays[n]) for n in cold}}))
+        draws = draws or Draws()
+        each = draws.share * sum(self.arrays[n].nbytes for n in cold)
+        made: list[tuple[Any, ...]] = []
+        held: dict[str, Array] = {}
+        last = 0
+        for number in range(copies(int(each), wanted_bytes, memory_bytes)):
+            copy, inputs = draws.place(number)
+            if copy > last:
+                held, last = {n: _copy(self.arrays[n]) for n in cold}, copy
+            made.append(self._tensors({**self.arrays, **held, **inputs}))
         return made
-
-
-def copies(each: int, wanted_bytes: int, memory_bytes: int) -> int:
-    """Return how many argument sets of ``each`` bytes exceed the caches, within a limit of memory."""
-    if not each or not wanted_bytes:
-        return 1
-    if each >= wanted_bytes:  # a pass over one of them leaves nothing of it in the caches
-        return 1
-    return max(1, min(-(-wanted_bytes // each) + 1, 512, memory_bytes // each))
 
 
 def _digest(array: Array) -> bytes:

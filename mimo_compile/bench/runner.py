@@ -79,7 +79,7 @@ def bench_workload(
     present = [n for n in settings.peers if get_peer(n).missing() is None]
     largest = limit if "cold" in settings.caches else 0
     need = needed_bytes(workload, present, largest, memory)
-    if refused := too_large(need, settings.available_bytes):
+    if refused := too_large(need, settings.available_bytes, workload.op):
         return Comparison(left_out=[refused])
     inputs = op.make_inputs(workload, np.random.default_rng(settings.seed))
     chosen = picks(workload, hardware, db, every_schedule=settings.every_schedule)
@@ -111,7 +111,7 @@ def _one_state(
         entered, out = get_peer(name).enter(ask)
         entrants += entered
         left_out += [o for o in out if o not in left_out]
-    counts = roof_counts(workload)
+    counts = roof_counts(workload, inputs)
     moved = counts.bytes.get("dram", 0.0)
     entrants.append(read_contestant(str(workload), hardware, moved, cache, limit, memory))
     entrants.append(replace(work_contestant(str(workload), hardware, counts), cache=cache))

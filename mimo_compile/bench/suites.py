@@ -68,6 +68,14 @@ _ACTIVATIONS = (
     "w=w4g64,a=a8",
     "w=w4g64,a=a8g64",
 )
+_EXPERTS = ("e=64,k=8,d=2048,f=768", "e=256,k=8,d=1024,f=512")
+LAYERS = [
+    f"moe:t={t},{experts},w={w}"
+    for experts in _EXPERTS
+    for w in ("bf16,a=abf16", "w8,a=a8", "w4g64,a=a8")
+    for t in (1, 16, 128, 512)
+]
+"""Layers of experts: one token, few and many of each expert."""
 _SUITES: dict[str, dict[str, list[str]]] = {
     "mpgemm": {
         "quick": _mpgemm(1, ("w=w8,a=a8", "w=w4g64,a=a8", "w=w2g64,a=a8"), _SHAPES[:1]),
@@ -121,12 +129,13 @@ _SUITES: dict[str, dict[str, list[str]]] = {
             f"moe:t=1,e=64,k=8,d=2048,f=768,w={w}" for w in ("w4g64,a=a8", "w8,a=a8", "bf16")
         ],
         "prefill": [f"moe:t={t},e=32,k=4,d=1024,f=512,w=w4g64,a=a8" for t in (16, 256)],
+        "layers": LAYERS,
     },
 }
 
 
-_OTHERS = {"attention": ("sparse",)}
-"""Suites whose entries are no single workloads: see `bench.sparse`."""
+_OTHERS = {"attention": ("sparse",), "moe": ("skew",)}
+"""Suites of runs of their own: see `bench.sparse` and `bench.skew`."""
 
 
 def suite(kind: str, text: str) -> list[str]:
@@ -148,7 +157,16 @@ def suite(kind: str, text: str) -> list[str]:
             f"there is no suite {name!r} of {kind} (--suite)",
             remedy=f"use one of {', '.join((*_SUITES[kind], *_OTHERS.get(kind, ())))}",
         )
-    kept = list(found)
+    return chosen(name, found, filters)
+
+
+def chosen(name: str, entries: Iterable[str], filters: str) -> list[str]:
+    """Return the entries of suite ``name`` that conditions keep: ``KEY=VALUE[+VALUE...][,KEY=...]``.
+
+    Raises:
+        UsageError: none is kept.
+    """
+    kept = list(entries)
     for condition in filter(None, filters.split(",")):
         key, _, values = condition.partition("=")
         have = {entry: _parameter(entry, key) for entry in kept}

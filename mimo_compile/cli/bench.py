@@ -24,6 +24,7 @@ mimo-compile bench mpgemm --suite gemv --peers torch
 mimo-compile bench mpgemm --op mpgemm:m=1,n=4096,k=4096,w=w4g64,a=a8 --json
 mimo-compile bench mpgemm --suite llm:m=1+16,w=w4g64 --peers all --threads 1
 mimo-compile bench attention --suite decode:d=128,cap=32768 --peers torch-sdpa-folded,flexattention
+mimo-compile bench moe --suite layers:t=16,w=bf16 --peers torch,torch-compile,transformers
 mimo-compile bench model tiny --quant w4g64a8
 """
 _KINDS = ("mpgemm", "attention", "moe", "model")
@@ -51,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="torch",
         metavar="LIST",
         help="torch (default), onnxruntime, openvino, llama.cpp; all, or none; of attention also "
-        "torch-sdpa, torch-sdpa-folded, torch-matmul, torch-flex alone",
+        "torch-sdpa, torch-sdpa-folded, torch-matmul, torch-flex alone; of moe torch-compile, transformers",
     )
     parser.add_argument(
         "--cache", default="hot,cold", metavar="LIST", help="hot, cold or both (default)"
@@ -100,6 +101,10 @@ def run(args: argparse.Namespace) -> int:
         from mimo_compile.cli.bench_sparse import run_sparse
 
         return run_sparse(args)
+    if args.kind == "moe" and (args.suite or "").partition(":")[0] == "skew":
+        from mimo_compile.cli.bench_skew import run_skew
+
+        return run_skew(args)
     return _kernels(args)
 
 

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mimo_compile.bench import oracle as oracles
+from mimo_compile.bench.draws import copies
 from mimo_compile.bench.kernels import contestants, picks
 from mimo_compile.bench.memory import needed_bytes, too_large
 from mimo_compile.bench.oracle import Oracle, visible_keys
 from mimo_compile.bench.peers import FORMS, Ask, get_peer, parse_peers, peer_names, torch_attention
 from mimo_compile.bench.roof import roof_counts
-from mimo_compile.bench.runnable import copies
 from mimo_compile.bench.runner import Settings, bench_workload
 from mimo_compile.bench.suites import suite
 from mimo_compile.cli import main

@@ -13,6 +13,8 @@ PEERS: dict[str, Any] = {
     "onnxruntime": "onnx_runtime:OnnxRuntimePeer",
     "openvino": "openvino:OpenVinoPeer",
     "llama.cpp": "llama_cpp:LlamaCppPeer",
+    "torch-compile": "experts:TorchCompile",
+    "transformers": "experts:Transformers",
 }
 """Name -> where its class lives; modules are imported on use."""
 

@@ -1,4 +1,4 @@
-"""PyTorch as a peer: eager linear layers in its own formats, experts in a loop, forms of attention.
+"""PyTorch as a peer: eager linear layers in its own formats, forms of experts and of attention.
 
 Formats differ, so each variant states its own: ``fp32`` and ``bf16`` linear layers; ``int8-dynamic``, the
 quantised linear layer (activations 7 bits, one scale); ``int8-int-mm``, rows of activations quantised by
@@ -70,7 +70,7 @@ class TorchPeer(Peer):
         if op == "mpgemm":
             made: Iterator[Variant | LeftOut] = _linear(ask)
         else:
-            from mimo_compile.bench.peers.pytorch_ops import experts
+            from mimo_compile.bench.peers.expert_forms import experts
 
             made = experts(ask) if op == "moe" else iter(())
         for offer in made:

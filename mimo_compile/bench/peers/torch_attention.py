@@ -281,13 +281,7 @@ class TorchFlex(TorchAttention):
 
     def missing(self) -> LeftOut | None:
         """Return what is said without PyTorch, or without a C++ compiler, else None."""
-        compiler = os.environ.get("CXX") or "g++"
-        if absent := super().missing():
-            return absent
-        if shutil.which(compiler) is None and shutil.which("clang++") is None:
-            reason = f"torch.compile needs a C++ compiler, and there is no {compiler}"
-            return LeftOut(self.name, reason, "install g++, or name a compiler in CXX")
-        return None
+        return super().missing() or without_compiler(self.name)
 
     def variants(self, ask: Ask) -> Iterator[Variant | LeftOut]:
         """Offer the form in both types."""
@@ -324,6 +318,15 @@ class TorchFlex(TorchAttention):
 
 FORMS: tuple[type[TorchAttention], ...] = (TorchSdpa, TorchSdpaFolded, TorchMatmul, TorchFlex)
 """What `torch` stands for where attention is compared."""
+
+
+def without_compiler(name: str) -> LeftOut | None:
+    """Return what is said of a peer where `torch.compile` finds no C++ compiler, else None."""
+    compiler = os.environ.get("CXX") or "g++"
+    if shutil.which(compiler) or shutil.which("clang++"):
+        return None
+    reason = f"torch.compile needs a C++ compiler, and there is no {compiler}"
+    return LeftOut(name, reason, "install g++, or name a compiler in CXX")
 
 
 def enter_all(ask: Ask) -> tuple[list[Contestant], list[LeftOut]]:
