@@ -160,7 +160,7 @@ extern "C" __global__ void words(const float* x, uint32_t* y) {
   y[t + 32] = pack_f16(x[t], x[t + 32]);
   y[t + 64] = __float_as_uint(shfl_xor(x[t], 5));
   y[t + 96] = __float_as_uint(shfl(x[t], 9));
-  y[t + 128] = ballot(x[t] > 0);
+  y[t + 128] = warp_ballot(x[t] > 0);
   y[t + 160] = lop3<0xEA>(bits, 0x0f0f0f0fu, 0x64006400u);   // (a & b) | c
   y[t + 192] = prmt(bits, 0x01234567u, 0x94e0u);
   y[t + 224] = uint32_t(dp4a(int(bits), int(0x80ff017fu), 5));

@@ -51,8 +51,8 @@ MMA = """
 extern "C" __global__ void products(const uint32_t* a, const uint32_t* b, const float* c, float* bf16,
                                     float* f16, float* e4m3, int* i8) {
   const int lane = threadIdx.x;
-  uint32_t ra[4], s[4];
-  for (int i = 0; i < 4; ++i) ra[i] = a[lane * 4 + i], s[i] = __float_as_uint(c[lane * 4 + i]);
+  uint32_t ra[4];
+  for (int i = 0; i < 4; ++i) ra[i] = a[lane * 4 + i];
   const uint32_t b0 = b[lane * 2], b1 = b[lane * 2 + 1];
   float sum[4];
   for (int i = 0; i < 4; ++i) sum[i] = c[lane * 4 + i];

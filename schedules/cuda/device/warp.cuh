@@ -31,7 +31,7 @@ MIMO_DEVICE float shfl_xor(float x, int mask) { return __shfl_xor_sync(~0u, x, m
 MIMO_DEVICE int shfl_xor(int x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
 MIMO_DEVICE uint32_t shfl_xor(uint32_t x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
 template <class T> MIMO_DEVICE T shfl(T x, int lane) { return __shfl_sync(~0u, x, lane); }
-MIMO_DEVICE uint32_t ballot(bool x) { return __ballot_sync(~0u, x); }
+MIMO_DEVICE uint32_t warp_ballot(bool x) { return __ballot_sync(~0u, x); }
 MIMO_DEVICE void warp_sync() { __syncwarp(); }
 MIMO_DEVICE void block_sync() { __syncthreads(); }
 // Barrier 1..15 of so many threads, a multiple of 32.
@@ -184,7 +184,7 @@ inline uint32_t shfl_xor(uint32_t x, int mask MIMO_SITE_PARAMETER) {
 template <class T> inline T shfl(T x, int lane MIMO_SITE_PARAMETER) {
   return emulated::exchange(MIMO_SITE, x, lane & 31);
 }
-inline uint32_t ballot(bool x MIMO_SITE_PARAMETER) {
+inline uint32_t warp_ballot(bool x MIMO_SITE_PARAMETER) {
   struct Mine { bool value; uint32_t result; } mine{x, 0};
   emulated::meet(MIMO_SITE, &mine, [](emulated::Warp&, void* const* given) {
     uint32_t all = 0;
