@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mimo_compile.errors import UsageError
+from mimo_compile.ir.gpu import A100, FEATURES, H200, Gpu, local_gpu
 
 # Features that kernels or the LLVM code generator ask for, in LLVM's spelling.
 _V3 = frozenset(
@@ -37,10 +38,10 @@ class Hardware:
     name: str
     """Preset name, or the CPU's model name for the local machine."""
     kind: str
-    """``cpu`` (x86-64); ``sim``: a machine that exists on paper, whose times are modelled; ``cuda`` targets
-    come with their schedules."""
+    """``cpu`` (x86-64); ``cuda``: an NVIDIA GPU; ``sim``: a machine that exists on paper, whose times are
+    modelled."""
     features: frozenset[str]
-    """ISA features in LLVM's spelling (``avx512vnni``, ``amx-int8`` ...)."""
+    """ISA features in LLVM's spelling (``avx512vnni``, ``amx-int8`` ...); of GPUs `ir.gpu.FEATURES`."""
     cores: int
     threads: int
     """Threads that kernels are tuned for and run with."""
@@ -48,6 +49,8 @@ class Hardware:
     l2_bytes: int = 1 << 20
     l3_bytes: int = 16 << 20
     """Last-level cache that the cores share. Unit: bytes."""
+    gpu: Gpu | None = None
+    """Limits and rates of a GPU; its SMs count as cores and threads, their shared memory as level 1."""
 
     @property
     def id(self) -> str:
@@ -83,6 +86,16 @@ class Hardware:
 
         Feature bits are passed rather than LLVM's host CPU name, which virtual machines mask.
         """
+        if self.gpu is not None:
+            return {
+                "kind": "cuda",
+                "arch": self.gpu.arch,
+                "max_threads_per_block": 1024,
+                "max_shared_memory_per_block": self.gpu.shared_per_block,
+                "registers_per_block": self.gpu.registers_per_sm,
+                "thread_warp_size": 32,
+                "l2_cache_size_bytes": self.l3_bytes,
+            }
         return {
             "kind": "llvm",
             "mcpu": "x86-64",
@@ -162,12 +175,41 @@ matrix units count as cores, the level behind them is its SRAM.
 """
 
 
+def _cuda(name: str, gpu: Gpu, sms: int, l2: int) -> Hardware:
+    features = FEATURES[gpu.arch]
+    return Hardware(name, "cuda", features, sms, sms, gpu.shared_per_sm, l2, l2, gpu)
+
+
+CUDA: dict[str, Hardware] = {
+    "cuda:sm_80": _cuda("cuda:sm_80", A100, 108, 40 << 20),
+    "cuda:sm_90a": _cuda("cuda:sm_90a", H200, 132, 50 << 20),
+}
+"""GPUs that kernels can be generated and compiled for without being there; see docs/cuda.md."""
+
+
+def local_cuda() -> Hardware:
+    """Describe the first GPU of this machine (`ir.gpu.local_gpu` says what is raised without one)."""
+    found = local_gpu()
+    return _cuda(found.name, found.gpu, found.sms, found.l2_bytes)
+
+
+def gpu_of(hardware: Hardware) -> Gpu:
+    """Return the GPU that hardware is.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if hardware.gpu is None:
+        raise ValueError(f"{hardware.name} is no GPU")
+    return hardware.gpu
+
+
 def built_for(name: str, kind: str, features: frozenset[str], threads: int) -> Hardware:
     """Return the hardware that something was compiled for: a preset, this machine, or another one.
 
     Of another machine only what is given is known; it has at least as many cores as ``threads``.
     """
-    base = PRESETS.get(name)
+    base = PRESETS.get(name) or CUDA.get(name)
     if base is None and local_cpu().features == features:
         base = local_cpu()
     if base is None or threads > base.cores:
@@ -176,24 +218,23 @@ def built_for(name: str, kind: str, features: frozenset[str], threads: int) -> H
 
 
 def resolve_target(text: str, threads: int | None = None) -> Hardware:
-    """Return the hardware that ``--target`` names: ``cpu`` (this machine), a preset, or a simulated machine.
+    """Return the hardware that ``--target`` names.
+
+    ``cpu`` and ``cuda`` are this machine's; the others are presets and simulated machines.
 
     Raises:
-        UsageError: unknown target, a target that has no kernels yet, or threads of a simulated one.
+        UsageError: unknown target, or threads of a GPU or a simulated machine.
+        EnvironmentMismatch: ``cuda``, and this machine has no GPU that can be used.
     """
     if text == "cpu":
         return local_cpu().with_threads(threads)
     if text in PRESETS:
         return PRESETS[text].with_threads(threads)
-    if text in SIMULATED:
-        if threads is not None:
-            raise UsageError(
-                f"--threads means nothing to {text}", remedy="a simulated machine is used whole"
-            )
-        return SIMULATED[text]
-    known = ", ".join(["cpu", *PRESETS, *SIMULATED])
-    if text == "cuda" or text.startswith("cuda:"):
-        raise UsageError(
-            f"--target {text} has no kernels in this version", remedy=f"use one of {known}"
-        )
-    raise UsageError(f"unknown target {text!r} (--target)", remedy=f"use one of {known}")
+    whole: dict[str, Hardware | None] = {"cuda": None, **CUDA, **SIMULATED}
+    if text not in whole:
+        known = ", ".join(["cpu", *PRESETS, *whole])
+        raise UsageError(f"unknown target {text!r} (--target)", remedy=f"use one of {known}")
+    if threads is not None:
+        what = "simulated machine" if text in SIMULATED else "GPU"
+        raise UsageError(f"--threads means nothing to {text}", remedy=f"a {what} is used whole")
+    return whole[text] or local_cuda()

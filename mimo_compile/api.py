@@ -101,7 +101,7 @@ def compile(
     from mimo_compile.ir.hardware import resolve_target
     from mimo_compile.pipeline.build import Extras, build_artifact
     from mimo_compile.pipeline.orders import check_scope
-    from mimo_compile.pipeline.source import open_source, require_compile_extra
+    from mimo_compile.pipeline.source import check_compilable, open_source, require_compile_extra
 
     require_compile_extra()
     from mimo_compile.quantize.calibration import parse_calibration
@@ -126,7 +126,7 @@ def compile(
             )
         return _replanned(source, objective, trials, seconds, db, threads, seed, progress)
     scope = check_scope(reproducible)
-    hardware = _real(resolve_target(target, threads))
+    hardware = check_compilable(resolve_target(target, threads))
     if isinstance(calibrate, str):
         calibrate = parse_calibration(calibrate, seed=seed)
     opened = open_source(
@@ -142,16 +142,6 @@ def compile(
         gates=None if opened.loaded is None else opened.loaded.gates, orders=plan.orders,
     )  # fmt: skip
     return build_artifact(opened.graphs, plan.choices, hardware, extras)
-
-
-def _real(hardware: Hardware) -> Hardware:
-    """Refuse a simulated machine, for which nothing can be compiled."""
-    if hardware.kind == "sim":
-        raise UsageError(
-            f"{hardware.name} is simulated: nothing can be compiled for it or run on it",
-            remedy=f"`mimo-compile tune --target {hardware.name}` ranks schedules for it",
-        )
-    return hardware
 
 
 def _planned(
@@ -242,6 +232,7 @@ def tune(
     from mimo_compile.pipeline.source import open_source, require_compile_extra
     from mimo_compile.search.meters import AUTO, MODELLED, open_meter
     from mimo_compile.search.strategies import get_strategy
+    from mimo_compile.search.tune import check_tunable
 
     if is_artifact(source):
         raise UsageError(
@@ -253,7 +244,7 @@ def tune(
             f"batch ({batch}) and pages ({pages}) are for models, and {source} is one workload",
             remedy="write b=, page= and pool= into the workload of an op that has them",
         )
-    hardware = resolve_target(target, threads)
+    hardware = check_tunable(resolve_target(target, threads))
     get_strategy(strategy)  # wrong names are refused before a model is loaded
     if on is not None:
         from mimo_compile.search.farm.tuning import check_on

@@ -29,6 +29,20 @@ def _counter(meter: Meter | str | None, hardware: Hardware, *, own: bool) -> Met
     return open_meter(hardware, meter) if meter is None or isinstance(meter, str) else meter
 
 
+def check_tunable(hardware: Hardware) -> Hardware:
+    """Return the target of a search.
+
+    Raises:
+        UsageError: its kernels cannot be measured by anything yet.
+    """
+    if hardware.kind == "cuda":
+        raise UsageError(
+            f"kernels for {hardware.name} cannot be tuned yet: nothing here can run them on a GPU",
+            remedy="`mimo-compile inspect --op SPEC` with this target compiles them and predicts their time",
+        )
+    return hardware
+
+
 def tune_workloads(
     workloads: Mapping[Workload, float] | Sequence[tuple[Workload, float]],
     hardware: Hardware,
@@ -96,7 +110,7 @@ def tune_workloads(
         from mimo_compile.search.measure.simulated import SimulatedMeasurer
 
         measurer = SimulatedMeasurer(hardware)
-    elif measurer is None and not runnable_here(hardware):
+    elif measurer is None and not runnable_here(check_tunable(hardware)):
         raise UsageError(
             f"kernels for {hardware.name} cannot run here, so they cannot be tuned",
             remedy="tune on such a machine and share the records (`mimo-compile db export`)",

@@ -68,8 +68,9 @@ def lines(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             for target, names in key:
                 by_names.setdefault(names, []).append(target)
             for kernels, targets in by_names.items():
-                if not kernels and len(by_names) > 1 and all(t.startswith("sim:") for t in targets):
-                    continue  # machines on paper have few
+                few = all(t.startswith(("sim:", "cuda:")) for t in targets)
+                if not kernels and len(by_names) > 1 and few:
+                    continue  # machines on paper and GPUs have few
                 short = " ".join(n.rpartition(".")[2] for n in kernels)
                 yield from _wrapped(
                     "      ", f"{', '.join(targets)}: {short or 'none'}", after="          "

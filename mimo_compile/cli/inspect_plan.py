@@ -57,11 +57,9 @@ def _problem(args: argparse.Namespace, db: Database | None) -> Problem:
             open_artifact(args.artifact, for_this_machine=False), args.threads
         )
     from mimo_compile.ir.hardware import resolve_target
-    from mimo_compile.pipeline.source import open_source
+    from mimo_compile.pipeline.source import check_compilable, open_source
 
-    hardware = resolve_target(args.target, args.threads)
-    if hardware.kind == "sim":
-        raise UsageError(f"{args.target} is simulated: no whole model runs on it")
+    hardware = check_compilable(resolve_target(args.target, args.threads))
     opened = open_source(
         str(args.artifact), quant=args.quant or "none", attention="model",
         max_context=args.max_context,

@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the description; return 0."""
     console: Console = args.console
     from mimo_compile.bench.machine import machine_facts
-    from mimo_compile.ir.hardware import PRESETS, SIMULATED, resolve_target
+    from mimo_compile.ir.hardware import CUDA, PRESETS, SIMULATED, resolve_target
 
     hardware = resolve_target("cpu", args.threads)
     facts = machine_facts(hardware)
@@ -43,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
     value: dict[str, Any] = {
         "ok": True, "machine": facts, "meters": meters,
         "presets": {n: sorted(h.features) for n, h in PRESETS.items()},
+        "gpus": {n: sorted(h.features) for n, h in CUDA.items()}, "gpu": _gpu(),
         "simulated": [{"name": n, "features": sorted(h.features)} for n, h in SIMULATED.items()],
     }  # fmt: skip
     from mimo_compile.search.calibrate import calibrate, load
@@ -54,10 +55,22 @@ def run(args: argparse.Namespace) -> int:
         from mimo_compile.cli.formats_table import formats
 
         paper = {n: h for n, h in SIMULATED.items() if n in ("sim:lut-tensor-core", "sim:roma")}
-        value["formats"] = formats({"cpu": hardware, **PRESETS, **paper})
+        value["formats"] = formats({"cpu": hardware, **PRESETS, **CUDA, **paper})
     _show(console, value)
     console.result(value)
     return 0
+
+
+def _gpu() -> dict[str, Any]:
+    """Return the GPU of this machine and its features, or why there is none."""
+    from mimo_compile.errors import EnvironmentMismatch
+    from mimo_compile.ir.hardware import local_cuda
+
+    try:
+        found = local_cuda()
+    except EnvironmentMismatch as error:
+        return {"name": None, "reason": error.what}
+    return {"name": found.name, "features": sorted(found.features), "sms": found.cores}
 
 
 def _meters() -> list[dict[str, Any]]:
@@ -94,6 +107,12 @@ def _show(console: Console, value: dict[str, Any]) -> None:
         console.say(f"rates     of one thread: {ops}")
         console.say(f"          {levels}")
     console.say("targets   cpu (this machine), " + ", ".join(value["presets"]))
+    gpu = value["gpu"]
+    here = f"cuda ({gpu['name']})" if gpu["name"] else gpu["reason"]
+    console.say("GPUs      " + ", ".join(value["gpus"]) + "; " + here)
+    console.say(
+        "          (kernels are compiled and inspected, not run: `inspect --op SPEC --target`)"
+    )
     console.say("simulated " + ", ".join(s["name"] for s in value["simulated"]))
     console.say("          (machines on paper: `tune` ranks schedules by modelled time)")
     if "formats" not in value:

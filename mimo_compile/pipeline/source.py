@@ -53,6 +53,25 @@ def require_compile_extra() -> None:
             raise MissingExtra("compiling and tuning", extra="compile", missing=name)
 
 
+def check_compilable(hardware: Hardware) -> Hardware:
+    """Return the target of an artifact.
+
+    Raises:
+        UsageError: nothing can be compiled into one for it.
+    """
+    if hardware.kind == "sim":
+        raise UsageError(
+            f"{hardware.name} is simulated: nothing can be compiled for it or run on it",
+            remedy=f"`mimo-compile tune --target {hardware.name}` ranks schedules for it",
+        )
+    if hardware.kind == "cuda":
+        raise UsageError(
+            f"an artifact cannot hold code for a GPU yet, and {hardware.name} is one",
+            remedy="compile for a CPU; `mimo-compile inspect --op SPEC` with this target shows its kernels",
+        )
+    return hardware
+
+
 def open_source(
     source: Any,
     *,

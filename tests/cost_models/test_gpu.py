@@ -1,0 +1,108 @@
+"""Occupancy and rooflines of GPUs, beside examples worked out by hand and figures of data sheets."""
+
+from __future__ import annotations
+
+import pytest
+
+from mimo_compile.cost_models.gpu import RATES, LaunchShape, device_model, occupancy, predict
+from mimo_compile.ir.counts import LEVELS, OP_KINDS, Counts
+from mimo_compile.ir.hardware import CUDA, PRESETS, gpu_of
+
+A100, H200 = CUDA["cuda:sm_80"], CUDA["cuda:sm_90a"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "blocks", "limit", "share", "waves"),
+    [
+        # 128 * 32 = 4096 registers a warp: 4 warps in a quarter of 16384, 16 in all, in blocks of 8
+        (LaunchShape(264, 256, 128, 0), 2, "registers", 16 / 64, 1.0),
+        # 88 * 32 = 2816: 5 warps in a quarter, 20 in all (23 would fit into undivided registers), of 3 each
+        (LaunchShape(132, 96, 88, 0), 6, "registers", 18 / 64, 1 / 6),
+        # all that a block may have, and the driver's 1024: the whole of an SM
+        (LaunchShape(1320, 128, 168, 232448), 1, "shared memory", 4 / 64, 10.0),
+        # 40000 + 1024 are 41088 in steps of 128: 5 times in 233472
+        (LaunchShape(66, 64, 32, 40000), 5, "shared memory", 10 / 64, 0.1),
+        (LaunchShape(1, 1024, 32, 0), 2, "threads", 1.0, 1 / 264),
+        (LaunchShape(4224, 32, 16, 0), 32, "blocks", 32 / 64, 1.0),
+        # 32 warps of 4096 registers are twice what there is
+        (LaunchShape(1, 1024, 128, 0), 0, "registers", 0.0, 0.0),
+    ],
+)
+def test_blocks_that_an_sm_holds(shape, blocks, limit, share, waves) -> None:
+    found = occupancy(shape, H200)
+    assert (found.blocks, found.limit) == (blocks, limit)
+    assert found.share == pytest.approx(share) and found.waves == pytest.approx(waves)
+
+
+def test_a_smaller_gpu_holds_less() -> None:
+    shape = LaunchShape(108, 128, 64, 80000)  # 81024 + 128: twice in 228 KiB as in 164 KiB
+    assert occupancy(shape, A100).blocks == occupancy(shape, H200).blocks == 2
+    wide = LaunchShape(108, 128, 64, 100000)
+    assert (occupancy(wide, A100).blocks, occupancy(wide, H200).blocks) == (1, 2)
+
+
+def test_peaks_are_those_of_the_data_sheets() -> None:
+    def tera(hardware, kind):
+        return (
+            2e-12 * RATES[gpu_of(hardware).arch][kind] * hardware.cores * gpu_of(hardware).clock_hz
+        )
+
+    assert tera(A100, "tile_bf16") == pytest.approx(312, rel=0.01)
+    assert tera(A100, "tile_i8") == pytest.approx(624, rel=0.01)
+    assert tera(A100, "fma_f32") == pytest.approx(19.5, rel=0.01)
+    assert tera(H200, "tile_bf16") == pytest.approx(989, rel=0.01)
+    assert tera(H200, "tile_i8") == pytest.approx(1979, rel=0.01)
+    assert tera(H200, "fma_f32") == pytest.approx(67 * 1.83 / 1.98, rel=0.01)
+    assert all(set(rates) == set(OP_KINDS) for rates in RATES.values())
+
+
+def test_time_is_what_the_busiest_sm_takes() -> None:
+    work = Counts({"tile_bf16": 1024 * 1.41e9 * 108 * 10e-6}, {"dram": 2.039e12 * 5e-6})
+    for blocks, us in ((108, 10.0), (216, 10.0), (54, 20.0), (109, 10 * 108 * 2 / 109)):
+        found = predict(work, [LaunchShape(blocks, 128, 64, 0)], A100)
+        assert found.limit == "tile_bf16"
+        assert 1e6 * found.parts["tile_bf16"] == pytest.approx(us)
+        assert 1e6 * found.parts["dram"] == pytest.approx(5.0)
+        assert 1e6 * found.seconds == pytest.approx(us + 2.0)
+    # a schedule that knows of uneven work says so
+    uneven = Counts(work.ops, work.bytes, {"share": 3 / 108})
+    found = predict(uneven, [LaunchShape(108, 128, 64, 0)], A100)
+    assert 1e6 * found.parts["tile_bf16"] == pytest.approx(30.0)
+
+
+def test_one_sm_cannot_take_all_of_the_bandwidth() -> None:
+    moved = Counts({}, {"dram": 64 * 1.41e9 * 1e-6, "l2": 64 * 1.41e9 * 3e-6})
+    alone = predict(moved, [LaunchShape(1, 128, 64, 0)], A100)
+    assert alone.limit == "l2" and 1e6 * alone.parts["l2"] == pytest.approx(3.0)
+    many = predict(moved, [LaunchShape(1080, 128, 64, 0)], A100)
+    # 5120 bytes in a cycle beat 108 ports of 64
+    assert 1e6 * many.parts["l2"] == pytest.approx(3 * 64 / 5120)
+    assert many.limit == "launch"
+
+
+def test_launches_add_up() -> None:
+    ops, moved = {"fma_f32": 128 * 1.83e9 * 132 * 4e-6}, {"dram": 4.8e12 * 3e-6}
+    first, then = Counts(ops, {}).named("attend"), Counts({}, moved).named("merge")
+    total = first + then
+    whole = Counts(total.ops, total.bytes, parts=(first, then))
+    shapes = [LaunchShape(132, 256, 64, 0), LaunchShape(264, 64, 32, 0)]
+    assert 1e6 * predict(whole, shapes, H200).seconds == pytest.approx(4 + 3 + 2 * 2.0)
+    # without parts all of it is the larger one's, where memory and arithmetic overlap
+    assert 1e6 * predict(total, shapes, H200).seconds == pytest.approx(4 + 2 * 2.0)
+
+
+def test_what_cannot_be_launched_has_no_time() -> None:
+    with pytest.raises(ValueError, match=r"no SM of cuda:sm_80 can hold"):
+        predict(Counts(), [LaunchShape(1, 128, 64, 200000)], A100)
+    with pytest.raises(ValueError, match="x86-64-v3 is no GPU"):
+        occupancy(LaunchShape(1, 128, 64, 0), PRESETS["x86-64-v3"])
+
+
+def test_the_roofline_of_necessary_work() -> None:
+    for hardware in CUDA.values():
+        device, gpu = device_model(hardware), gpu_of(hardware)
+        assert device.bandwidth("dram", hardware.threads) == gpu.memory_bytes_per_s
+        assert all(device.bandwidth(level, 1) < device.bandwidth(level, 100) for level in LEVELS)
+        moved = Counts({}, {"dram": gpu.memory_bytes_per_s * 1e-3})
+        assert device.latency_us(moved, hardware) == pytest.approx(1000 + 2)
+        assert not device.measured
