@@ -53,6 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     form.add_argument("--tir", action="store_true", help="the kernel as TIR (needs [compile])")
     form.add_argument("--asm", action="store_true", help="the kernel as assembly (needs [compile])")
     form.add_argument(
+        "--ptx", action="store_true", help="kernels of --op as PTX (GPUs; needs nvcc)"
+    )
+    form.add_argument(
+        "--sass", action="store_true", help="and as machine code (needs nvdisasm, too)"
+    )
+    form.add_argument(
         "--dot", action="store_true", help="the calls of an entry in Graphviz's language"
     )
     parser.add_argument(
@@ -71,7 +77,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-context", type=positive, metavar="N", help="with --plan SRC: longest sequence"
     )
     parser.add_argument(
-        "--target", default="cpu", metavar="T", help="of --op or --plan SRC (default: cpu)"
+        "--target",
+        default="cpu",
+        metavar="T",
+        help="of --op or --plan SRC (default: cpu); of --op also cuda:sm_80, cuda:sm_90a, sim:...",
     )
     parser.add_argument(
         "--limit", type=positive, default=_LIMIT, metavar="N", help="candidates of --op"
@@ -115,6 +124,8 @@ def _check(args: argparse.Namespace) -> None:
         )
     if args.plan and (args.kernel or code or args.dot or args.entry):
         raise UsageError("--plan is about all kernels: it goes with none of the other views")
+    if args.op is None and (args.ptx or args.sass):
+        raise UsageError("--ptx and --sass go with --op and a GPU as --target")
     if not args.plan and (args.quant is not None or args.max_context is not None):
         raise UsageError("--quant and --max-context go with --plan SRC")
     if not (args.plan or args.op) and (args.target != "cpu" or args.objective is not None):

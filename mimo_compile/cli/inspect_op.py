@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from mimo_compile.errors import UsageError
+
 if TYPE_CHECKING:
     from mimo_compile.cli.console import Console
 
@@ -24,6 +26,12 @@ def run_op(args: argparse.Namespace) -> int:
     console: Console = args.console
     workload = parse_workload(args.op)
     hardware = resolve_target(args.target, args.threads)
+    if hardware.kind == "cuda":
+        from mimo_compile.cli.inspect_cuda import run_cuda
+
+        return run_cuda(args, workload, hardware)
+    if args.ptx or args.sass:
+        raise UsageError(f"--ptx and --sass show code of GPUs, and the target is {hardware.name}")
     goal = parse_objective(args.objective or "latency")
     device, simulated = device_model(hardware), hardware.kind == "sim"
     with open_records(args.db) as db:  # a function may be kept beside the records

@@ -1,0 +1,107 @@
+"""`--target cuda...` on the command line: kernels can be inspected, and all else says what is missing."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from mimo_compile.ir import gpu
+from mimo_compile.schedules.cuda import nvcc
+from mimo_compile.search import space
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "schedules"))
+
+from cuda_sample import CudaSwiglu
+
+pytestmark = pytest.mark.compile
+
+SPEC = "swiglu:t=256,f=4096"
+
+
+@pytest.fixture
+def sample(monkeypatch) -> None:
+    """Let one small CUDA schedule be all there is."""
+    monkeypatch.setattr(space, "schedules_for", lambda workload, hardware: [CudaSwiglu()])
+
+
+@pytest.mark.skipif(nvcc.find_tool("nvcc") is None, reason="nvcc is not installed")
+def test_inspect_compiles_and_predicts(cli, sample) -> None:
+    done = cli("inspect", "--op", SPEC, "--target", "cuda:sm_90a", "--json")
+    assert done.code == 0, done.err
+    value = json.loads(done.out)
+    assert value["target"] == "cuda-sm-90a.132c" and value["measured"] == 0
+    (row,) = value["kernels"]
+    assert row["schedule"] == "swiglu.cuda_sample" and row["config"] == {"threads": 128}
+    gate, up = row["launches"]
+    assert gate["symbol"] == "gate" and gate["grid"] == [256, 1, 1] and gate["shared_bytes"] == 512
+    assert 8 <= gate["registers"] <= 64 and gate["spill_bytes"] == up["spill_bytes"] == 0
+    assert gate["blocks_per_sm"] == 16 and gate["limit"] == "threads" and gate["occupancy"] == 1
+    assert gate["waves"] == pytest.approx(256 / (16 * 132))
+    # 12 bytes an element are as long in memory as the op's necessary ones, and there are two launches
+    assert row["parts_us"]["dram"] == pytest.approx(1e6 * 12 * 256 * 4096 / 4.8e12)
+    assert row["predicted_us"] >= value["roofline_us"] and row["scratch_bytes"] == 4 * 256 * 4096
+    found = row["instructions"]
+    assert found["local"] == 0 and not found["missing"] and row["not_compiled"] is None
+    text = cli("inspect", "--op", SPEC, "--target", "cuda:sm_90a").out  # from the cache
+    assert "predicted" in text and "256x1x1" in text and "No GPU has run this" in text
+    ptx = cli("inspect", "--op", SPEC, "--target", "cuda:sm_90a", "--ptx").out
+    assert ptx.startswith("// swiglu.cuda_sample threads=128\n") and ".visible .entry gate" in ptx
+
+
+def test_inspect_without_nvcc_shows_what_is_known(cli, sample, monkeypatch) -> None:
+    monkeypatch.setattr(nvcc, "find_tool", lambda name: None)
+    text = cli("inspect", "--op", SPEC, "--target", "cuda:sm_80").out
+    assert "not compiled: compiling CUDA kernels needs nvcc" in text and "256x1x1" in text
+    for flag in ("--ptx", "--sass"):
+        done = cli("inspect", "--op", SPEC, "--target", "cuda:sm_80", flag)
+        assert done.code == 3 and "needs nvcc" in done.error
+
+
+def test_what_cannot_be_done_yet_is_one_line(cli, tmp_path, monkeypatch) -> None:
+    out, db = tmp_path / "t.mimo", tmp_path / "records.db"
+    target = ("--target", "cuda:sm_90a")
+    for arguments, text in (
+        (("compile", "tiny", "-o", out, *target), "an artifact cannot hold code for a GPU yet"),
+        (("tune", "tiny", "--trials", 1, "--db", db, *target), "cannot be tuned yet"),
+        (("tune", "--op", SPEC, "--trials", 1, "--db", db, *target), "cannot be tuned yet"),
+        (("inspect", "tiny", "--plan", *target), "an artifact cannot hold code"),
+        (("inspect", "--op", SPEC, "--objective", "energy", *target), "nothing was"),
+        (
+            ("inspect", "--op", SPEC, "--threads", 2, *target),
+            "--threads means nothing to cuda:sm_90a",
+        ),
+        (("inspect", "--op", SPEC, "--sass"), "--ptx and --sass show code of GPUs"),
+        (("inspect", "x.mimo", "--ptx"), "go with --op"),
+        (("inspect", "--op", "embed:t=1,v=8,d=8", *target), "no schedule supports"),
+        (("bench", "mpgemm", "--op", SPEC, *target), "--target must be cpu"),
+        (("inspect", "--op", SPEC, "--target", "cuda:sm_75"), "cuda:sm_80, cuda:sm_90a"),
+    ):
+        done = cli(*arguments)
+        assert done.code == 2 and text in done.error, done.err
+    assert not out.exists() and not db.exists()
+
+
+def test_a_machine_without_gpu_says_so(cli, monkeypatch) -> None:
+    def missing(name):
+        raise OSError(name)
+
+    monkeypatch.setattr(gpu.ctypes, "CDLL", missing)
+    gpu.local_gpu.cache_clear()
+    try:
+        done = cli("inspect", "--op", SPEC, "--target", "cuda")
+        value = json.loads(cli("targets", "--json").out)
+        shown = cli("targets").out
+    finally:
+        gpu.local_gpu.cache_clear()
+    assert (
+        done.code == 3 and "no GPU that can be used" in done.error and "cuda:sm_90a" in done.error
+    )
+    assert value["gpu"]["name"] is None and "driver" in value["gpu"]["reason"]
+    assert (
+        set(value["gpus"]) == {"cuda:sm_80", "cuda:sm_90a"}
+        and "wgmma" in value["gpus"]["cuda:sm_90a"]
+    )
+    assert "GPUs      cuda:sm_80, cuda:sm_90a; this machine has no GPU" in shown
