@@ -34,8 +34,9 @@ from mimo_compile.schedules.cuda.code import DeviceCode, Launch, TensorMap
 
 DEVICE = Path(__file__).parent / "device"
 FLAGS = (
-    "-std=c++17", "-O1", "-w", "-ffp-contract=off", "-fno-strict-aliasing", "-fno-stack-protector",
-    "-fstack-clash-protection", "-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error",
+    "-std=c++17", "-O1", "-w", "-Wno-psabi", "-ffp-contract=off", "-fno-strict-aliasing",
+    "-fno-stack-protector", "-fstack-clash-protection", "-fsanitize=alignment,bounds",
+    "-fsanitize-undefined-trap-on-error",
 )  # fmt: skip
 """The compiler's: sums are not contracted, so that a result does not depend on the host."""
 MOST_SHARED = 232448

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cuda_text import bf16_bits, bf16_values, needs_compiler, run
+from cuda_text import bf16_bits, bf16_values, kernel_of, needs_compiler, run
 
-from mimo_compile.schedules.cuda.code import TensorMap
-from mimo_compile.schedules.cuda.emulate import EmulationError
+from mimo_compile.schedules.cuda.code import Launch, TensorMap
+from mimo_compile.schedules.cuda.emulate import EmulationError, emulate
 
 pytestmark = needs_compiler
 Values = np.ndarray[Any, Any]
@@ -87,11 +87,21 @@ extern "C" __global__ void fragments(const uint16_t* x, const int* rows, uint32_
   for (int i = 0; i < 2; ++i) y[(10 + i) * 32 + lane] = two[i];
 }
 """
-OUT = {n: ((32, 4), "float32") for n in ("bf16", "f16", "e4m3")} | {"i8": ((32, 4), "int32")}
+OUT = {n: ((32, 4), "float32") for n in ("bf16", "f16", "e4m3")} | {
+    "i8": ((32, 4), "int32"), "y": ((12, 32), "uint32")
+}  # fmt: skip
+X = np.random.default_rng(2).integers(0, 1 << 16, 512, np.uint32).astype(np.uint16)
+ROWS = np.random.default_rng(2).permutation(64)[:32].astype(np.int32)
 
 
 def products(a: Values, b: Values, c: Values) -> dict[str, Values]:
-    return run(MMA, "products", {"a": a, "b": b, "c": c}, OUT)
+    """Run all of `MMA`, which is compiled once."""
+    inputs = {"a": a, "b": b, "c": c, "x": X, "rows": ROWS}
+    launches = (
+        Launch("products", (1, 1, 1), 32, ("a", "b", "c", "bf16", "f16", "e4m3", "i8")),
+        Launch("fragments", (1, 1, 1), 32, ("x", "rows", "y"), 1024),
+    )
+    return emulate(kernel_of(MMA, inputs, OUT, launches), inputs)
 
 
 def e4m3_values(bits: Values) -> Values:
@@ -159,19 +169,13 @@ def test_sums_are_cut_off_below_24_bits_of_the_largest() -> None:
 
 
 def test_ldmatrix() -> None:
-    rng = np.random.default_rng(2)
-    x, rows = (
-        rng.integers(0, 1 << 16, 512, np.uint32).astype(np.uint16),
-        rng.permutation(64)[:32].astype(np.int32),
-    )
-    got = run(
-        MMA, "fragments", {"x": x, "rows": rows}, {"y": ((12, 32), "uint32")}, shared_bytes=1024
-    )["y"]
+    a, c = np.zeros((32, 4), np.uint32), np.zeros((32, 4), np.float32)
+    got = products(a, a[:, :2], c)["y"]
     # matrix i has the rows whose addresses lanes 8 i to 8 i + 7 bring; lane l gets row l / 4, columns
     # 2 (l % 4) and the next, or of the transposed matrix
     for turned, first, count in ((False, 0, 4), (True, 4, 4), (False, 8, 2), (True, 10, 2)):
         for i in range(count):
-            matrix = x.reshape(64, 8)[rows[8 * i : 8 * i + 8]]
+            matrix = X.reshape(64, 8)[ROWS[8 * i : 8 * i + 8]]
             matrix = matrix.T if turned else matrix
             pairs = [matrix[n // 4, n % 4 * 2 : n % 4 * 2 + 2] for n in LANES]
             want = np.ascontiguousarray(pairs).view(np.uint32)[:, 0]
@@ -185,8 +189,9 @@ constexpr int N = 32, DEPTH = 64, STAGES = 2, STEPS = 3;
 constexpr int A_BYTES = 64 * 128, STAGE = A_BYTES + N * 128;
 
 // 64 x 32 outputs by one group of four warps, fed by a fifth warp's copies through a ring of two stages.
-extern "C" __global__ void multiply(const int* mode, const __grid_constant__ CUtensorMap a_map,
-                                    const __grid_constant__ CUtensorMap b_map, float* y, uint32_t* raw) {
+extern "C" __global__ void __launch_bounds__(160, 1)
+    multiply(const int* mode, const __grid_constant__ CUtensorMap a_map,
+             const __grid_constant__ CUtensorMap b_map, float* y, uint32_t* raw) {
   MIMO_SHARED(smem);
   const int what = mode[0];
   uint64_t* full = reinterpret_cast<uint64_t*>(smem + STAGES * STAGE);
