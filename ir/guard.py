@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from mimo_compile import _tvm
 from mimo_compile.errors import InputError, MimoError
+from mimo_compile.ir.ops import get_op
+from mimo_compile.ir.workload import Workload
 
 Converter = Callable[..., Any]
 
@@ -41,6 +43,34 @@ def check_operators(nodes: Iterable[Any], known: Iterable[str]) -> None:
             f"the module uses operators that cannot be imported: {listed}",
             file="exported graph",
             remedy="Rewrite the module without them, or compile the parts around them",
+        )
+
+
+def check_arguments(workload: Workload, shapes: Sequence[Sequence[int]]) -> None:
+    """Check that the arguments of an operator are those of the workload that stands for it.
+
+    What a converter reads off one argument the others must fit: kernels know extents from the workload alone.
+
+    Args:
+        workload: What a kernel is to compute.
+        shapes: Of the arguments, in the order of the workload's own; results are left out.
+
+    Raises:
+        InputError: one of them has other extents, or there are more or fewer.
+    """
+    wanted = [a for a in get_op(workload.op).args(workload) if a.role != "output"]
+    for arg, shape in zip(wanted, shapes, strict=False):
+        if tuple(shape) != arg.shape:
+            raise InputError(
+                f"{arg.name} of {workload} has the extents {list(shape)}, not {list(arg.shape)}",
+                file="exported graph",
+                remedy="Give the operator arguments that fit each other",
+            )
+    if len(wanted) != len(shapes):
+        raise InputError(
+            f"{workload} has {len(wanted)} arguments, not {len(shapes)}",
+            file="exported graph",
+            remedy="Give the operator the arguments that its other ones ask for",
         )
 
 

@@ -17,7 +17,7 @@ from mimo_compile.ir.caches import FORMATS as CACHES
 from mimo_compile.ir.formats import parse_weight_format
 from mimo_compile.ir.generic_ops import TABLE, generic_linear
 from mimo_compile.ir.generic_ops import rms_norm as generic_rms_norm
-from mimo_compile.ir.guard import Wide, check_operators, guarded
+from mimo_compile.ir.guard import Wide, check_arguments, check_operators, guarded
 from mimo_compile.ir.import_attention import ListConverters
 from mimo_compile.ir.import_pages import PageConverters
 from mimo_compile.ir.ops import get_op, load_all
@@ -118,11 +118,13 @@ class _Converters:
         """Emit one dialect op; returns a value, or a tuple of values."""
         relax = _tvm.compiler().relax
         workload = get_op(op).workload(**p)
+        given = [a for a in args if a is not None]
+        check_arguments(workload, [_shape(a) for a in given])
         types = [relax.TensorType(shape, dtype) for shape, dtype in outs]
         var = imp.block_builder.emit(
             relax.op.call_dps_packed(
                 PREFIX + str(workload),
-                [a for a in args if a is not None],
+                given,
                 types if len(types) > 1 else types[0],
             )
         )

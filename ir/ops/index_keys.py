@@ -84,13 +84,15 @@ class IndexKeys(OpDef):
     def make_inputs(self, workload: Workload, rng: np.random.Generator) -> dict[str, Array]:
         """Draw keys up to the newest token, NaN in later slots, and another index.
 
-        The newest tokens end where a span does, if one fits before: spans are complete seldom.
+        In half of the draws the newest tokens end where a span does, if one fits before: else spans of
+        many positions would be completed seldom.
         """
         p = self.full(workload)
         fmt = parse_cache_format(p["c"])
         _, cache, _, peak = self.args(workload)
         end = int(rng.integers(p["t"], p["cap"] + 1))
-        end = max(end // p["span"] * p["span"], p["t"])
+        if rng.integers(2):
+            end = max(end // p["span"] * p["span"], p["t"])
         keys = rng.standard_normal(cache.shape, dtype=np.float32)
         keys[end:] = np.nan
         copy, peaks = (
