@@ -280,7 +280,7 @@ def test_no_other_attention(made, text):
 
 def test_what_cannot_be_compiled_is_said(made):
     folder = made()[1]
-    with pytest.raises(UsageError, match="reads keys of single positions, which i4 caches"):
+    with pytest.raises(UsageError, match="reads keys of single positions, which kv4 caches"):
         mc.compile(folder, quant="kv4")
     with pytest.raises(UsageError, match="--batch 2 has no kernels for"):
         mc.compile(folder, max_context=16, batch=2)

@@ -53,3 +53,22 @@ def test_bits_that_serve_no_cache_are_said(saved):
         loaded(folder, "stream:sink=3,recent=8", "w8a8kv16")
         loaded(folder, "full", "w8a8kv4")
         loaded(folder, "stream:sink=3,recent=96", "w8a8kv4")  # nothing is left out: full caches
+
+
+@pytest.mark.parametrize("quant", ["kvfp8", "kv8", "kv4"])
+@pytest.mark.parametrize("attention", ["quest:budget=32,page=16", "lessismore:budget=12"])
+def test_policies_that_read_keys_refuse_caches_of_few_bits_by_the_words_of_options(
+    saved, attention, quant
+):
+    """Before the model is exported; as ``--quant`` spells the format."""
+    with pytest.raises(
+        UsageError, match=rf"--attention {attention[:6]}.* which {quant} caches \(--q"
+    ):
+        load_checkpoint(
+            saved("llama")[1],
+            parse_scheme(quant),
+            CONTEXT,
+            None,
+            local_cpu(),
+            parse_policy(attention),
+        )

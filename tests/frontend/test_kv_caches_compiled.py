@@ -130,7 +130,7 @@ def test_caches_of_8_bit_floats_compiled_are_eager(saved, tmp_path):
 
 
 def test_policies_that_choose_keys_refuse_groups(saved):
-    with pytest.raises(UsageError, match=r"quest.*i4 caches.*kv16"):
+    with pytest.raises(UsageError, match=r"quest.*kv4 caches.*kv16"):
         load_checkpoint(
             saved("llama")[1], parse_scheme("kv4"), 96, hardware=local_cpu(),
             attention=parse_policy("quest:budget=64"),

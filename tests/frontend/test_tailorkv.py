@@ -134,7 +134,7 @@ def test_files_that_do_not_fit_are_named_with_what_is_wrong(saved, tmp_path, cha
 
 
 def test_what_cannot_be(saved, tmp_path, capsys):
-    with pytest.raises(UsageError, match=r"reads keys of single positions, which i4 caches.*kv16"):
+    with pytest.raises(UsageError, match=r"reads keys of single positions, which kv4 caches.*kv16"):
         mc.compile(saved("llama")[1], attention="tailorkv", quant="kv4")
     with pytest.raises(UsageError, match=r"tau=0\.3 does nothing without classes=FILE"):
         mc.compile(saved("llama")[1], attention="tailorkv:tau=0.3")

@@ -9,7 +9,7 @@ from mimo_compile.errors import UsageError
 from mimo_compile.frontend.models.attend import Attending, Int8, Selecting, attending
 from mimo_compile.frontend.models.branches import Branches, Oracle
 from mimo_compile.frontend.models.decoder import DecoderConfig, LayerSpec
-from mimo_compile.ir.caches import FORMATS, scheme_cache_format, window_cache_format
+from mimo_compile.ir.caches import FORMATS, SCALED, scheme_cache_format, window_cache_format
 from mimo_compile.ir.formats import QuantScheme
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.kv_groups import GROUPED
@@ -61,8 +61,8 @@ def require_attention(config: DecoderConfig, caches: str, hardware: Hardware) ->
     )
     if not single:
         raise UsageError(
-            f"--attention {config.attention} reads keys of single positions, which {caches} caches (--quant) "
-            "do not keep as they are",
+            f"--attention {config.attention} reads keys of single positions, which kv{_scheme(caches)} "
+            "caches (--quant) do not keep as they are",
             remedy="use kv16, or leave kv... out of --quant",
         )
     for workload in dict.fromkeys(_steps(config, caches)):
@@ -89,6 +89,11 @@ def without_groups(config: DecoderConfig, scheme: QuantScheme) -> str:
         f"kv{scheme.kv} (--quant) changes no cache under --attention {config.attention}: all layers keep "
         f"rings, which are kv{bf16.scheme} then"
     )
+
+
+def _scheme(caches: str) -> str:
+    """Return how ``--quant`` spells a format of caches, behind ``kv``."""
+    return (FORMATS.get(caches) or SCALED.get(caches) or GROUPED[caches]).scheme
 
 
 def _held(spec: LayerSpec, caches: str) -> str:
