@@ -1,8 +1,9 @@
 """Whole models beside torch and llama.cpp: tokens/s, load time and memory at each number of bits.
 
-Makes random checkpoints once, in Hugging Face's format: a Llama of the 1B class, and one with the extents of
-BitNet b1.58 3B. Each cell (model, quantisation, threads) is one `mimo-compile bench model`: some minutes, and
-a line of FOLDER/results.jsonl. Cells that are in it are left out: run the same command again to go on.
+Makes random checkpoints once, in Hugging Face's format: a Llama of the 1B class, one with the extents of
+BitNet b1.58 3B, and a mixture of 256 experts, which no peer runs (`--model flash1b --peers ""`). Each cell
+(model, quantisation, threads) is one `mimo-compile bench model`: some minutes, and a line of
+FOLDER/results.jsonl. Cells that are in it are left out: run the same command again to go on.
 
     python benchmarks/end_to_end.py FOLDER --prepare                 # checkpoints, artifacts, files of peers
     python benchmarks/end_to_end.py FOLDER                           # all cells
@@ -31,8 +32,18 @@ MODELS = {
         "num_attention_heads": 32, "num_key_value_heads": 32, "head_dim": 100, "vocab_size": 32002,
         "rms_norm_eps": 1e-5, "max_position_embeddings": 2048, "rope_theta": 10000.0,
     },
+    "flash1b": {
+        "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 4,
+        "hybrid_layer_pattern": (0, 1, 1, 1), "moe_layer_freq": (0, 1, 1, 1),
+        "num_attention_heads": 16, "num_key_value_heads": 1, "head_dim": 192, "v_head_dim": 128,
+        "swa_num_attention_heads": 16, "swa_num_key_value_heads": 2, "swa_head_dim": 192,
+        "swa_v_head_dim": 128, "n_routed_experts": 256, "num_experts_per_tok": 8,
+        "moe_intermediate_size": 512, "mtp_layers": 1, "mtp_intermediate_size": 4096,
+        "vocab_size": 32000, "partial_rotary_factor": 0.334, "rope_theta": 5000000.0,
+    },
 }  # fmt: skip
-"""What differs between the checkpoints' ``config.json``; 1.1 and 3.3 billion parameters, bfloat16."""
+"""What differs between the checkpoints' ``config.json``; 1.1, 3.3 and 1.3 billion parameters, bfloat16.
+`flash1b` is a MiMo-V2-Flash with the heads, windows and 256 experts of its kind and few layers."""
 QUANTS = ("w8a8", "w4g64a8", "w2g64a8", "w1.58a8")
 """What cells are compiled as unless asked otherwise."""
 THREADS = (1, 2)
@@ -40,48 +51,90 @@ KEY = ("model", "quant", "threads", "batch", "prompt_tokens", "new_tokens")
 """What cells of the results are told apart by."""
 
 
+def llama(sizes):
+    """Return ``config.json`` and a generator of shards, name to tensor, of a Llama."""
+    import torch
+
+    d, f, v = sizes["hidden_size"], sizes["intermediate_size"], sizes["vocab_size"]
+    q = sizes["num_attention_heads"] * sizes["head_dim"]
+    kv = sizes["num_key_value_heads"] * sizes["head_dim"]
+    count, one = sizes["num_hidden_layers"], torch.ones(d, dtype=torch.bfloat16)
+
+    def shards(matrix):
+        for i in range(count):
+            at = f"model.layers.{i}."
+            yield {
+                at + "input_layernorm.weight": one, at + "post_attention_layernorm.weight": one.clone(),
+                at + "self_attn.q_proj.weight": matrix(q, d), at + "self_attn.k_proj.weight": matrix(kv, d),
+                at + "self_attn.v_proj.weight": matrix(kv, d), at + "self_attn.o_proj.weight": matrix(d, q),
+                at + "mlp.gate_proj.weight": matrix(f, d), at + "mlp.up_proj.weight": matrix(f, d),
+                at + "mlp.down_proj.weight": matrix(d, f),
+            }  # fmt: skip
+        yield {
+            "model.embed_tokens.weight": matrix(v, d), "lm_head.weight": matrix(v, d),
+            "model.norm.weight": one,
+        }  # fmt: skip
+
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+        "tie_word_embeddings": False, "torch_dtype": "bfloat16", **sizes,
+    }  # fmt: skip
+    return config, count + 1, shards
+
+
+def flash(sizes):
+    """Return ``config.json`` and a generator of shards of a MiMo-V2-Flash; see `llama`."""
+    import torch
+
+    from mimo_compile.tiny.checkpoint import to_tensors
+    from mimo_compile.tiny.training_config import TinyConfig
+    from mimo_compile.tiny.training_model import TinyModel
+
+    shape = TinyConfig(**sizes)
+    with torch.device("meta"):
+        extents = to_tensors(TinyModel(shape, torch.float32))
+    parts = {}
+    for name, tensor in extents.items():
+        layer = name.removeprefix("model.layers.").split(".")[0]
+        parts.setdefault(layer if layer.isdigit() else "rest", {})[name] = tensor
+
+    def shards(matrix):
+        for part in parts.values():
+            yield {
+                name: matrix(*tensor.shape).to(tensor.dtype)
+                if tensor.ndim == 2
+                else torch.full(
+                    tensor.shape, float(name.endswith("norm.weight")), dtype=tensor.dtype
+                )
+                for name, tensor in part.items()
+            }
+
+    return shape.to_json(), len(parts), shards
+
+
 def make_checkpoint(folder, name):
     """Write a random checkpoint of one of `MODELS`, unless it is there; return its folder."""
     import torch
     from safetensors.torch import save_file
 
-    out, sizes = folder / name, MODELS[name]
+    out = folder / name
     if (out / "config.json").exists():
         return out
     out.mkdir(parents=True, exist_ok=True)
-    d, f, v = sizes["hidden_size"], sizes["intermediate_size"], sizes["vocab_size"]
-    q = sizes["num_attention_heads"] * sizes["head_dim"]
-    kv = sizes["num_key_value_heads"] * sizes["head_dim"]
+    config, count, shards = (flash if "n_routed_experts" in MODELS[name] else llama)(MODELS[name])
     random = torch.Generator().manual_seed(0)
 
     def matrix(n, k):
         return (torch.randn(n, k, generator=random) * k**-0.5).to(torch.bfloat16)
 
-    one = torch.ones(d, dtype=torch.bfloat16)
-    count = sizes["num_hidden_layers"]
-    files = [f"model-{i + 1:05d}-of-{count + 1:05d}.safetensors" for i in range(count + 1)]
     where = {}
-    for i, file in enumerate(files):
-        at = f"model.layers.{i}."
-        tensors = {
-            at + "input_layernorm.weight": one, at + "post_attention_layernorm.weight": one.clone(),
-            at + "self_attn.q_proj.weight": matrix(q, d), at + "self_attn.k_proj.weight": matrix(kv, d),
-            at + "self_attn.v_proj.weight": matrix(kv, d), at + "self_attn.o_proj.weight": matrix(d, q),
-            at + "mlp.gate_proj.weight": matrix(f, d), at + "mlp.up_proj.weight": matrix(f, d),
-            at + "mlp.down_proj.weight": matrix(d, f),
-        } if i < count else {
-            "model.embed_tokens.weight": matrix(v, d), "lm_head.weight": matrix(v, d),
-            "model.norm.weight": one,
-        }  # fmt: skip
+    for i, tensors in enumerate(shards(matrix)):
+        file = f"model-{i + 1:05d}-of-{count:05d}.safetensors"
         save_file(tensors, out / file, metadata={"format": "pt"})
         where |= dict.fromkeys(tensors, file)
     (out / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": {}, "weight_map": where})
     )
-    config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-        "tie_word_embeddings": False, "torch_dtype": "bfloat16", **sizes,
-    }  # fmt: skip
     (out / "config.json").write_text(json.dumps(config, indent=1))  # last: it marks the end
     return out
 

@@ -1,13 +1,14 @@
-"""Our kernels beside every peer, cell by cell: workloads x threads x weights in memory or in cache.
+"""Our kernels beside every peer, cell by cell: workloads x threads x operands in memory or in cache.
 
-Each cell is one `bench mpgemm` in a process of its own and one line of the output file; cells that are there
+Each cell is one `bench KIND` in a process of its own and one line of the output file; cells that are there
 already are left out, so a run that was stopped goes on where it was. ``--again`` measures the cells anew in
 which a peer was ahead: the new line counts. Nothing is tuned unless ``--db`` has records.
 
-    python benchmarks/peer_cells.py --suite llm:m=1,n=4096,k=4096 --threads 1 2 --out cells.jsonl
-    python benchmarks/peer_cells.py --again --out cells.jsonl
-    python benchmarks/peer_cells.py --show --out cells.jsonl
-    python benchmarks/peer_cells.py --write --out cells.jsonl
+    python benchmarks/peer_cells.py mpgemm --suite llm:m=1,n=4096,k=4096 --threads 1 2 --out cells.jsonl
+    python benchmarks/peer_cells.py attention --suite decode:c=bf16 --caches cold --out attention.jsonl
+    python benchmarks/peer_cells.py mpgemm --again --out cells.jsonl
+    python benchmarks/peer_cells.py mpgemm --show --out cells.jsonl
+    python benchmarks/peer_cells.py mpgemm --write --out cells.jsonl
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from mimo_compile.bench.suites import suite
 from mimo_compile.ir.hardware import local_cpu
 from mimo_compile.ir.ops import get_op, parse_workload
 
-PAGE = "lowbit-cells.md"
+PAGES = {"mpgemm": "lowbit-cells.md", "attention": "attention-cells.md"}
 SAME_BITS = 0.75
 """Bits a weight that a peer may store more than we do, and still count as one of the same bits."""
 
@@ -32,7 +33,7 @@ SAME_BITS = 0.75
 def measure(op, threads, cache, args):
     """Run one cell; return its line."""
     command = [
-        sys.executable, "-m", "mimo_compile.cli", "bench", "mpgemm", "--op", op, "--threads", str(threads),
+        sys.executable, "-m", "mimo_compile.cli", "bench", args.kind, "--op", op, "--threads", str(threads),
         "--cache", cache, "--rounds", str(args.rounds), "--peers", args.peers, "--json",
     ]  # fmt: skip
     if args.db:
@@ -59,13 +60,23 @@ def same_bits(line):
     return next((p for p in line["peers"] if p["bits_per_weight"] <= most), None)
 
 
+def rival(kind, line):
+    """Return the peer that ours should be ahead of: of matmuls one of the same bits, else the fastest."""
+    return same_bits(line) if kind == "mpgemm" else next(iter(line["peers"]), None)
+
+
 def latest(lines):
-    """Return the last line of each cell, in the order of tokens, shapes, formats, threads, caches."""
+    """Return the last line of each cell: by tokens, extents, formats, threads, caches."""
     cells = {(line["op"], line["threads"], line["cache"]): line for line in lines}
 
     def order(line):
-        p = get_op("mpgemm").full(parse_workload(line["op"]))
-        return p["m"], p["n"], p["k"], -line["bits_per_weight"], line["threads"], line["cache"]
+        workload = parse_workload(line["op"])
+        p = get_op(workload.op).full(workload)
+        if workload.op == "mpgemm":
+            extents = p["m"], p["n"], p["k"], -line["bits_per_weight"]
+        else:
+            extents = p["t"], -p["kv"], p["d"], p["dv"], p["c"], p["b"], p["cap"], p["arith"]
+        return *extents, line["threads"], line["cache"]
 
     return sorted(cells.values(), key=order)
 
@@ -77,30 +88,54 @@ def versus(peer):
     return f"{peer['ratio']:.2f}x ({low:.2f} to {high:.2f}) {peer['impl']}"
 
 
-def table(lines):
-    """Return a Markdown table, and which cells are not ahead of every peer of the same bits."""
-    out = [
-        "| tokens | N x K | format | threads | weights | kernel | us | roof | same bits | all peers |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+def matmul_row(line, p, figures):
+    """Return the cells of a matmul's row."""
+    same, best = same_bits(line), line["peers"][0] if line["peers"] else None
+    where = "memory" if line["cache"] == "cold" else "cache"
+    return [
+        p["m"], f"{p['n']} x {p['k']}", f"`{p['w']}`", line["threads"], where, *figures,
+        versus(same), "the same" if best is same else versus(best),
+    ]  # fmt: skip
+
+
+def attention_row(line, p, figures):
+    """Return the cells of a row of attention."""
+    widths = f"{p['d']}" if p["d"] == p["dv"] else f"{p['d']}/{p['dv']}"
+    folded = next((q for q in line["peers"] if q["impl"].startswith("torch-sdpa-folded")), None)
+    tokens = f"{p['b']} x {p['t']}" if p["b"] > 1 else p["t"]
+    return [
+        tokens, p["cap"], f"{p['h']} on {p['kv']}, {widths}", f"`{p['c']}`", line["threads"], *figures,
+        versus(line["peers"][0] if line["peers"] else None), versus(folded),
+    ]  # fmt: skip
+
+
+ROWS = {"mpgemm": matmul_row, "attention": attention_row}
+FIGURES = ["kernel", "us", "roof"]
+COLUMNS = {
+    "mpgemm": ["tokens", "N x K", "format", "threads", "weights", *FIGURES, "same bits", "all peers"],
+    "attention": ["tokens", "keys", "heads", "caches", "threads", *FIGURES, "fastest peer", "SDPA, folded"],
+}  # fmt: skip
+
+
+def table(kind, lines):
+    """Return a Markdown table, and which cells are not ahead of every peer that counts."""
+    out = ["| " + " | ".join(COLUMNS[kind]) + " |", "|" + "---|" * len(COLUMNS[kind])]
     behind = []
     for line in lines:
-        p = get_op("mpgemm").full(parse_workload(line["op"]))
-        same, best = same_bits(line), line["peers"][0] if line["peers"] else None
-        where = "memory" if line["cache"] == "cold" else "cache"
-        cell = (
-            f"| {p['m']} | {p['n']} x {p['k']} | `{p['w']}` | {line['threads']} | {where} "
-            f"| `{line['schedule'].rpartition('.')[2]}` | {line['median_us']:.0f} "
-            f"| {line['roof_share']:.0%} "
-        )
-        out.append(f"{cell}| {versus(same)} | {'the same' if best is same else versus(best)} |")
-        if same is not None and same["ratio"] < 1:
-            sure = "" if same["ratio_p90"] < 1 else ", not sure"
+        workload = parse_workload(line["op"])
+        name = f"`{line['schedule'].rpartition('.')[2]}`"
+        figures = [name, f"{line['median_us']:.0f}", f"{line['roof_share']:.0%}"]
+        row = ROWS[kind](line, get_op(workload.op).full(workload), figures)
+        out.append("| " + " | ".join(map(str, row)) + " |")
+        peer = rival(kind, line)
+        if peer is not None and peer["ratio"] < 1:
+            sure = "" if peer["ratio_p90"] < 1 else ", not sure"
             behind.append(
-                f"{p['m']} tokens, {p['n']} x {p['k']}, `{p['w']}`, {line['threads']} threads, "
-                f"{where}: {same['impl']} takes {same['ratio']:.2f} of our time{sure}"
+                f"`{workload}`, {line['threads']} threads, {line['cache']}: {peer['impl']} takes "
+                f"{peer['ratio']:.2f} of our time{sure}"
             )
-    out.append(f"\nIn {len(behind)} of {len(lines)} cells a peer of the same bits is ahead.")
+    of = "of the same bits " if kind == "mpgemm" else ""
+    out.append(f"\nIn {len(behind)} of {len(lines)} cells a peer {of}is ahead.")
     out += [f"- {text}" for text in behind]
     return "\n".join(out) + "\n"
 
@@ -109,7 +144,8 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--suite", help="a suite of `bench mpgemm`, cut as there: llm:m=1,w=w4g64")
+    parser.add_argument("kind", choices=PAGES, help="of `bench`")
+    parser.add_argument("--suite", help="a suite of that kind, cut as there: llm:m=1,w=w4g64")
     parser.add_argument("--threads", type=int, nargs="*", default=[1, local_cpu().cores])
     parser.add_argument("--caches", nargs="*", default=["cold", "hot"], choices=["cold", "hot"])
     parser.add_argument("--peers", default="all")
@@ -118,15 +154,17 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("cells.jsonl"))
     parser.add_argument("--again", action="store_true", help="measure cells anew that lag")
     parser.add_argument("--show", action="store_true", help="print the table of what is there")
-    parser.add_argument("--write", action="store_true", help=f"put it into docs/{PAGE}")
+    parser.add_argument("--write", action="store_true", help="put it into the page of docs/")
     args = parser.parse_args()
     lines = read_lines(args.out)
-    texts = suite("mpgemm", args.suite) if args.suite else []
+    texts = suite(args.kind, args.suite) if args.suite else []
     done = {(line["op"], line["threads"], line["cache"]) for line in lines}
     todo = [(op, t, c) for op in texts for t in args.threads for c in args.caches]
     todo = [cell for cell in todo if cell not in done]
     if args.again:
-        slow = [c for c in latest(lines) if (p := same_bits(c)) is not None and p["ratio"] < 1]
+        slow = [
+            c for c in latest(lines) if (p := rival(args.kind, c)) is not None and p["ratio"] < 1
+        ]
         todo += [(c["op"], c["threads"], c["cache"]) for c in slow]
     for op, threads, cache in todo:
         line = measure(op, threads, cache, args)
@@ -134,13 +172,13 @@ def main():
         add_line(args.out, line)
         print(
             f"{op} {threads}T {cache}: {line['median_us']:.0f} us, {line['roof_share']:.0%} of roof; "
-            f"{versus(same_bits(line))}",
+            f"{versus(rival(args.kind, line))}",
             flush=True,
         )
     if args.show or not (todo or args.write):
-        print(table(latest(lines)), end="")
+        print(table(args.kind, latest(lines)), end="")
     if args.write:
-        write_part(PAGE, "cells", table(latest(lines)))
+        write_part(PAGES[args.kind], "cells", table(args.kind, latest(lines)))
 
 
 if __name__ == "__main__":
