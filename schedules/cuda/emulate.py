@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import atexit
 import hashlib
-import math
 import os
 import shutil
 import subprocess
@@ -28,9 +27,11 @@ from typing import Any
 import numpy as np
 
 from mimo_compile.errors import EnvironmentMismatch, VerificationError
+from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.ops.base import Arg, Array
 from mimo_compile.schedules.base import Kernel
-from mimo_compile.schedules.cuda.code import DeviceCode, Launch, TensorMap
+from mimo_compile.schedules.cuda import limits
+from mimo_compile.schedules.cuda.code import DeviceCode, TensorMap
 
 DEVICE = Path(__file__).parent / "device"
 FLAGS = (
@@ -39,8 +40,6 @@ FLAGS = (
     "-fsanitize-undefined-trap-on-error",
 )  # fmt: skip
 """The compiler's: sums are not contracted, so that a result does not depend on the host."""
-MOST_SHARED = 232448
-"""Bytes of shared memory that a block may have on any GPU that is known here."""
 _CARRIERS: dict[str, np.dtype[Any]] = {
     "bfloat16": np.dtype("uint16"),
     "float8_e4m3fn": np.dtype("uint8"),
@@ -59,12 +58,18 @@ def compiler() -> str | None:
 
 
 def emulate(
-    kernel: Kernel, arrays: Mapping[str, Array], *, order: int = 0, timeout_s: float = 300
+    kernel: Kernel,
+    hardware: Hardware,
+    arrays: Mapping[str, Array],
+    *,
+    order: int = 0,
+    timeout_s: float = 300,
 ) -> dict[str, Array]:
     """Run the launches of a kernel.
 
     Args:
         kernel: One with `Kernel.device`.
+        hardware: The GPU whose limits hold.
         arrays: Its inputs, packed weights and packed states, by the names of `Kernel.args`.
         order: Which warp goes on where several can: 0 the first, 1 the last, others are seeds. Arrays end at
             a forbidden page; with odd orders they begin behind one.
@@ -77,12 +82,11 @@ def emulate(
     Raises:
         EmulationError: The code did something that it must not, or is no C++.
         EnvironmentMismatch: There is no C++ compiler.
+        ValueError: The GPU cannot do a launch of the kernel (`limits.check`).
     """
-    code = kernel.device
-    if code is None:
-        raise ValueError(f"{kernel.name} is no CUDA kernel")
-    for launch in code.launches:
-        _check(kernel.name, launch, code, kernel.args)
+    code = limits.check(kernel, hardware)
+    if any(launch.cluster != 1 for launch in code.launches):
+        raise EmulationError("clusters of blocks are not emulated", where=kernel.name)
     cells = _cells(kernel, code)
     memory = [cell.filled(arrays) for cell in cells]
     program = _built(_source(kernel.name, code, cells))
@@ -114,10 +118,6 @@ class _Cell:
     scratch: bool = False
     zeroed: bool = False
 
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.arg.shape) * _carrier(self.arg.dtype).itemsize
-
     def filled(self, arrays: Mapping[str, Array]) -> Array:
         """Return what the array holds before the first launch; outputs and scratch arrays are poisoned."""
         arg, dtype = self.arg, _carrier(self.arg.dtype)
@@ -144,52 +144,13 @@ def _cells(kernel: Kernel, code: DeviceCode) -> list[_Cell]:
     return own + [_Cell(n, a, True, True, n in code.zeroed) for n, a in code.scratch.items()]
 
 
-def _check(name: str, launch: Launch, code: DeviceCode, args: tuple[Arg, ...]) -> None:
-    """Refuse a launch that the device or the emulator cannot make."""
-
-    def wrong(what: str) -> EmulationError:
-        return EmulationError(f"launch of {launch.symbol}: {what}", where=name)
-
-    if launch.threads % 32 or not 32 <= launch.threads <= 1024:
-        raise wrong(f"{launch.threads} threads: a block has 32, 64, ... 1024")
-    if not 0 <= launch.shared_bytes <= MOST_SHARED:
-        raise wrong(f"{launch.shared_bytes} bytes of shared memory: a block has 0 to {MOST_SHARED}")
-    if min(launch.grid) < 1 or launch.grid[0] >= 1 << 31 or max(launch.grid[1:]) > 65535:
-        raise wrong(f"a grid of {launch.grid}")
-    if launch.cluster != 1:
-        raise wrong("clusters of blocks are not emulated")
-    known = {a.name: a for a in args} | dict(code.scratch)
-    for operand in launch.operands:
-        array = operand.array if isinstance(operand, TensorMap) else operand
-        if isinstance(array, str) and array not in known:
-            raise wrong(f"no argument or scratch array is named {array!r}")
-        if isinstance(operand, TensorMap) and (
-            problem := map_problem(operand, known[operand.array])
-        ):
-            raise wrong(f"tensor map of {operand.array!r}: {problem}")
-
-
-def map_problem(m: TensorMap, arg: Arg) -> str:
-    """Return what breaks a rule of ``cuTensorMapEncodeTiled``, "" when nothing does."""
-    size = _carrier(m.dtype).itemsize
-    row, box = m.columns * size, m.box_columns * size
-    if m.rows * row > math.prod(arg.shape) * _carrier(arg.dtype).itemsize:
-        return f"{m.rows} x {m.columns} elements of {size} bytes are more than the array has"
-    if not (1 <= m.box_rows <= 256 and 1 <= m.box_columns <= 256):
-        return f"a box of {m.box_rows} x {m.box_columns}: each extent is 1 to 256"
-    if row % 16:
-        return f"rows of {row} bytes, no multiple of 16"
-    if box % 16:
-        return f"rows of a box of {box} bytes, no multiple of 16"
-    if m.swizzle and box > m.swizzle:
-        return f"rows of a box of {box} bytes, more than the swizzle's {m.swizzle}"
-    return ""
-
-
 def _source(name: str, code: DeviceCode, cells: list[_Cell]) -> str:
     """Return the program: the text as it is, then a `main` that makes the launches."""
     place = {cell.name: i for i, cell in enumerate(cells)}
-    table = [f'    {{"{c.name}", {c.nbytes}u, {str(c.written).lower()}}},' for c in cells]
+    table = [
+        f'    {{"{c.name}", {limits.array_bytes(c.arg)}u, {str(c.written).lower()}}},'
+        for c in cells
+    ]
     lines = [
         "#define MIMO_EMULATE 1",
         '#include "emulation/main.cuh"',

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mimo_compile.ir.counts import Counts
+from mimo_compile.ir.hardware import CUDA
 from mimo_compile.ir.ops.base import Arg
 from mimo_compile.schedules.base import Kernel
 from mimo_compile.schedules.cuda.code import DeviceCode, Launch
@@ -17,6 +18,7 @@ from mimo_compile.schedules.cuda.emulate import compiler, emulate
 needs_compiler = pytest.mark.skipif(
     compiler() is None, reason="needs a C++ compiler (CXX, g++ or clang++)"
 )
+H200 = CUDA["cuda:sm_90a"]
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 
 
@@ -48,7 +50,7 @@ def run(
     """Emulate one launch; its operands are the inputs and outputs in order, unless others are given."""
     operands = (*inputs, *outputs) if operands is None else operands
     launch = Launch(symbol, (grid, 1, 1), threads, operands, shared_bytes)
-    return emulate(kernel_of(text, inputs, outputs, (launch,)), inputs, order=order)
+    return emulate(kernel_of(text, inputs, outputs, (launch,)), H200, inputs, order=order)
 
 
 def bf16_bits(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

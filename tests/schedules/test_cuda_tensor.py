@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cuda_text import bf16_bits, bf16_values, kernel_of, needs_compiler, run
+from cuda_text import H200, bf16_bits, bf16_values, kernel_of, needs_compiler, run
 
 from mimo_compile.schedules.cuda.code import Launch, TensorMap
 from mimo_compile.schedules.cuda.emulate import EmulationError, emulate
@@ -101,7 +101,7 @@ def products(a: Values, b: Values, c: Values) -> dict[str, Values]:
         Launch("products", (1, 1, 1), 32, ("a", "b", "c", "bf16", "f16", "e4m3", "i8")),
         Launch("fragments", (1, 1, 1), 32, ("x", "rows", "y"), 1024),
     )
-    return emulate(kernel_of(MMA, inputs, OUT, launches), inputs)
+    return emulate(kernel_of(MMA, inputs, OUT, launches), H200, inputs)
 
 
 def e4m3_values(bits: Values) -> Values:
