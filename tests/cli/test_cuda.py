@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -45,6 +46,11 @@ def test_inspect_compiles_and_predicts(cli, sample) -> None:
     assert row["predicted_us"] >= value["roofline_us"] and row["scratch_bytes"] == 4 * 256 * 4096
     found = row["instructions"]
     assert found["local"] == 0 and not found["missing"] and row["not_compiled"] is None
+    page = (Path(__file__).parents[2] / "docs" / "command-line.md").read_text()
+    told = set(
+        re.findall(r"`(\w+)`", page[page.index("With `--op` and a GPU:") :].partition("\n\n")[0])
+    )
+    assert {*value, *row, *gate, *found} == told - {"sass", "ptx", "text", "name"} | {"ok"}
     text = cli("inspect", "--op", SPEC, "--target", "cuda:sm_90a").out  # from the cache
     assert "predicted" in text and "256x1x1" in text and "No GPU has run this" in text
     ptx = cli("inspect", "--op", SPEC, "--target", "cuda:sm_90a", "--ptx").out

@@ -104,7 +104,8 @@ def test_targets_and_errors(printed) -> None:
     found = printed("targets", "--formats")
     assert found["ok"], found
     assert found["formats"]
-    assert names(found, {"presets", "versions", "kernels", "calibration"}) <= documented("targets")
+    free = {"presets", "gpus", "versions", "kernels", "calibration"}
+    assert names(found, free) <= documented("targets")
     error = printed("run", "nowhere.mimo", "--prompt", "x")
     assert set(error) == {"ok", "error", "exit_code"}
     assert '{"ok": false, "error": ..., "exit_code": ...}' in PAGE
