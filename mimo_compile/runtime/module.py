@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -101,6 +101,8 @@ class Module:
         self._bound: dict[tuple[str, int], BoundEntry] = {}
         self.lock = threading.RLock()
         """Held while an entry point runs and until its outputs are copied; one thread at a time."""
+        self.rejected: list[Callable[[int, int], None]] = []
+        """Called with the slot of a sequence and the position from which drafts of it were not kept."""
         self._tokenizer: Any = None
         self._begun = 0
         self._owners = [0] * self.batch  # number of the sequence that each slot's states belong to

@@ -1,7 +1,7 @@
 """Which experts a decoder chose: noted while it runs, kept in a file, and forced on another run.
 
 A row of a log is one token of one pass through the decoder. Tokens that went through it twice have two
-rows; padding has none.
+rows; padding and drafts that were rejected have none.
 """
 
 from __future__ import annotations
@@ -123,6 +123,10 @@ class _Texts:
         self._of: dict[int, int] = {}
         self._begun = 0
 
+    def current(self, slot: int) -> int:
+        """Return the number of the text in a slot, -1 before the first."""
+        return self._of.get(slot, -1)
+
     def of(self, slots: Rows, positions: Rows) -> list[int]:
         """Return the number of each token's text; one at position 0 begins another."""
         out = []
@@ -174,8 +178,20 @@ class Recorder:
         self._step += 1
         self.rows += len(slots)
 
+    def forget(self, slot: int, position: int) -> None:
+        """Drop what was noted of a slot's text from a position on: drafts that were rejected."""
+        text = self._texts.current(slot)
+        notes = (self._parts[name] for name in ("ids", "sequence", "position"))
+        for ids, sequence, positions in zip(*(reversed(n) for n in notes), strict=True):
+            mine = sequence == text
+            late = mine & (positions >= position)
+            if mine.any() and not late.any():
+                break
+            self.rows -= int((late & (ids >= 0).all((1, 2))).sum())
+            ids[late] = -1
+
     def log(self) -> RoutingLog:
-        """Return what was noted so far; tokens whose pass was broken off are left out."""
+        """Return what was noted so far, without tokens whose pass was broken off."""
         none = np.zeros((0, len(self.routers), self.routers[0].rule.k), np.int16)
         ids = np.concatenate([none, *self._parts["ids"]])
         done = (ids >= 0).all((1, 2))
@@ -195,7 +211,8 @@ class Replay:
     def __init__(self, log: RoutingLog) -> None:
         """Take the choices; each token takes those of its text and position, in their order.
 
-        One that is run more often than the log has it (a draft that is rejected) takes the last ones again.
+        One that is run more often than the log has it (in place of a draft that was rejected) takes the
+        last ones again.
         """
         self._log = log
         self._texts = _Texts()
@@ -256,7 +273,11 @@ def recording(
     with tapped(module, slots, recorder) as routers:
         _check_alike(module, routers)
         recorder.routers = routers
-        yield recorder
+        module.rejected.append(recorder.forget)
+        try:
+            yield recorder
+        finally:
+            module.rejected.remove(recorder.forget)
 
 
 @contextmanager

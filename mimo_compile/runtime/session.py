@@ -235,6 +235,13 @@ class Session:
             if self.drafts is not None:
                 self.drafts.drop(position)
 
+    def reject(self, position: int) -> None:
+        """Drop drafts from a position on: `rewind`, of which those who take notes are told."""
+        with self.lock:
+            self.rewind(position)
+            for told in self._module.rejected:
+                told(self.slot, position)
+
     def can_rewind(self, position: int) -> bool:
         """Whether the states still hold all that is seen from a position on.
 

@@ -136,7 +136,7 @@ class Passes:
             tokens = accept.emitted_from(logits, drafts, self._drawn, self._sampling, at + 1)
         kept = len(tokens) - 1
         if kept < len(drafts):
-            session.rewind(at + 1 + kept)
+            session.reject(at + 1 + kept)
         self._note(tokens, len(drafts))
         self._depth.learn(len(drafts), kept, time.perf_counter() - start, heads)
         return tokens

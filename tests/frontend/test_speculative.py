@@ -17,6 +17,7 @@ from mimo_compile.errors import UsageError
 from mimo_compile.ir.hardware import local_cpu
 from mimo_compile.ir.workload import Workload
 from mimo_compile.runtime import Speculation, Stats, accept, drafting
+from mimo_compile.runtime.routing import recording, replaying
 from mimo_compile.runtime.speculate import doubt
 from mimo_compile.schedules import get_schedule
 
@@ -155,6 +156,25 @@ def test_any_drafts_give_the_same_text_and_states(module, tools, oracle, right):
         assert stats.accepted == stats.drafted and stats.passes == 13
     if not right(1):
         assert not sum(stats.accepted)
+
+
+def test_routing_logs_have_the_tokens_of_the_text_and_no_drafts(module, tools, oracle):
+    prompt = tools.prompt(7)
+    with recording(module) as recorder:
+        truth, _ = generate(module, prompt)
+    plain = recorder.log()
+    oracle(prompt, truth, lambda position: position % 3 > 0)
+    with recording(module) as recorder:
+        found, stats = generate(module, prompt, speculative=Speculation(2))
+    log = recorder.log()
+    assert found == truth and sum(stats.drafted) > sum(stats.accepted) > 0
+    assert recorder.rows == len(log.ids) == len(plain.ids)
+    for name in ("position", "sequence", "ids"):
+        assert np.array_equal(getattr(log, name), getattr(plain, name))
+    # a run with drafts finds all of its tokens there
+    with replaying(module, log) as replay:
+        again, _ = generate(module, prompt, speculative=Speculation(2))
+    assert again == truth and replay.own == 0 and not module.rejected
 
 
 def test_drawn_texts_are_those_of_the_seed(module, tools, oracle):
