@@ -18,6 +18,7 @@ from mimo_compile.cli.run_drafts import (
     drafting,
     show_drafts,
 )
+from mimo_compile.cli.run_experts import add_experts, show_experts
 from mimo_compile.cli.run_routing import add_routing, check_routing, routed, show_routing
 from mimo_compile.errors import UsageError
 
@@ -73,6 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--kv-store", metavar="DIR",
         help="keep keys and values that are read by lists alone in a file there (--attention tailorkv)",
     )  # fmt: skip
+    add_experts(parser)
     add_routing(parser)
 
 
@@ -86,7 +88,10 @@ def run(args: argparse.Namespace) -> int:
     from mimo_compile.runtime.generate import Stats
 
     begin = time.perf_counter()
-    module = load(args.artifact, threads=args.threads, kv_store=args.kv_store)
+    module = load(
+        args.artifact, threads=args.threads, kv_store=args.kv_store,
+        expert_memory=args.expert_memory,
+    )  # fmt: skip
     load_seconds = time.perf_counter() - begin
     stats = Stats()
     limit = args.max_new_tokens
@@ -109,6 +114,7 @@ def run(args: argparse.Namespace) -> int:
             made = {"prompts": prompts, "texts": _collect(console, prompts, pairs)}
     console.log(_figures(stats))
     show_routing(console, routing)
+    experts = show_experts(console, module)
     drafts = show_drafts(args, console, module, stats)
     console.result(
         {
@@ -120,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
             "joules_source": stats.joules_source if stats.joules_per_token is not None else None,
             "joules_reason": stats.joules_reason or None, "stopped": stats.stopped,
             "load_seconds": load_seconds, "threads": module.threads, **drafts,
-            **routing,
+            **routing, **experts,
         }
     )  # fmt: skip
     return 0

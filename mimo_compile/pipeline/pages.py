@@ -12,6 +12,7 @@ from mimo_compile.ir.caches import FORMATS, scheme_cache_format
 from mimo_compile.ir.formats import QuantScheme
 from mimo_compile.ir.ops.pages import least_pool, pages_of
 from mimo_compile.ir.policies import AttentionPolicy
+from mimo_compile.runtime.sizes import parse_size
 
 if TYPE_CHECKING:
     from mimo_compile.frontend.models.decoder import Decoder
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 POLICIES = ("model", "full", "window")
 """Whose layers attend to all that their windows leave: the others' kernels read no tables."""
-_UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
 def check_pages(
@@ -64,13 +64,10 @@ def _parsed(asked: int | str) -> tuple[int, bool]:
     Raises:
         UsageError: it is neither a positive number of pages nor of bytes.
     """
-    text = str(asked)
-    if isinstance(asked, str) and (
-        found := re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,15})?)([KMG]iB)", text)
-    ):
-        count, in_bytes = int(float(found[1]) * _UNITS[found[2]]), True
+    if isinstance(asked, str) and (size := parse_size(asked)) is not None:
+        count, in_bytes = size, True
     elif isinstance(asked, str):
-        count, in_bytes = int(text) if re.fullmatch(r"[0-9]{1,15}", text) else 0, False
+        count, in_bytes = int(asked) if re.fullmatch(r"[0-9]{1,15}", asked) else 0, False
     else:
         try:
             count, in_bytes = 0 if isinstance(asked, bool) else index(asked), False

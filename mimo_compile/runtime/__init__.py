@@ -8,13 +8,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mimo_compile.runtime.expert_memory import ExpertMemory
     from mimo_compile.runtime.generate import Stats
     from mimo_compile.runtime.module import Module, load
     from mimo_compile.runtime.speculate import Speculation
 
-__all__ = ["Module", "Speculation", "Stats", "load"]
+__all__ = ["ExpertMemory", "Module", "Speculation", "Stats", "load"]
 
 _HOME_OF = {
+    "ExpertMemory": "mimo_compile.runtime.expert_memory",
     "Module": "mimo_compile.runtime.module",
     "Speculation": "mimo_compile.runtime.speculate",
     "Stats": "mimo_compile.runtime.generate",

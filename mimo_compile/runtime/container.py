@@ -19,7 +19,7 @@ from mimo_compile import _tvm
 from mimo_compile.errors import ArtifactError, EnvironmentMismatch, InputError, UsageError
 from mimo_compile.runtime import check, cpu, strict_json, zipform
 from mimo_compile.runtime.program import SCHEMA, Manifest, Programs
-from mimo_compile.runtime.weights import MappedWeights, WeightSource
+from mimo_compile.runtime.weights import MappedWeights, OpenFile, WeightSource
 
 Verify = Literal["lazy", "full"]
 
@@ -63,7 +63,8 @@ def open_artifact(
     if verify not in ("lazy", "full"):
         raise UsageError(f"verify={verify!r}", remedy='Use "lazy" or "full".')
     where = os.fspath(path)
-    data = np.frombuffer(_map(where), np.uint8)
+    file, mapping = _map(where)
+    data = np.frombuffer(mapping, np.uint8)
     view = data.data
     slots, starts, stated = zipform.read(view, where)
     spans = {s.name: (at, at + s.size) for s, at in zip(slots, starts, strict=True)}
@@ -94,7 +95,8 @@ def open_artifact(
             raise _damaged(name, where)
         texts[name] = member
     begin, end = spans[zipform.WEIGHTS]
-    weights = MappedWeights(data[begin:end], manifest.members[zipform.WEIGHTS], where)
+    facts = manifest.members[zipform.WEIGHTS]
+    weights = MappedWeights(data[begin:end], facts, where, file, begin)
     programs = read_programs(texts.pop(zipform.PROGRAMS), where)
     check.check_programs(manifest, programs, weights.spots, where)
     if verify == "full":
@@ -102,25 +104,24 @@ def open_artifact(
     return Parts(manifest, programs, texts.pop(zipform.CODE), weights, texts, where)
 
 
-def _map(where: str) -> mmap.mmap:
-    """Map a regular file for reading."""
+def _map(where: str) -> tuple[OpenFile, mmap.mmap]:
+    """Open and map a regular file for reading."""
     try:
         # Without O_NONBLOCK, a named pipe without a writer would block here.
         descriptor = os.open(where, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise InputError(f"the artifact cannot be read: {reason}", file=where) from error
+    file = OpenFile(descriptor)
     try:
         facts = os.fstat(descriptor)
         if not stat.S_ISREG(facts.st_mode):
             raise InputError("the artifact is not a regular file", file=where)
         if not facts.st_size:
             raise ArtifactError("the file is empty", where=where, remedy="Compile it again.")
-        return mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+        return file, mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
     except OSError as error:
         raise InputError(f"the artifact cannot be mapped: {error.strerror}", file=where) from error
-    finally:
-        os.close(descriptor)
 
 
 def _damaged(name: str, where: str) -> ArtifactError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,9 @@ from mimo_compile.runtime import dtypes
 from mimo_compile.runtime.memory import Bytes, as_array, as_tensor
 from mimo_compile.runtime.program import Buffer, Entry, State
 from mimo_compile.runtime.weights import WeightSource
+
+if TYPE_CHECKING:
+    from mimo_compile.runtime.expert_memory import Experts
 
 Array = npt.NDArray[Any]
 
@@ -35,16 +38,18 @@ class Memory:
         where: str,
         sequences: int = 1,
         shared: Collection[str] = (),
+        experts: Experts | None = None,
     ) -> None:
         """Put together what exists; `code` is the linked module of kernels, states are of all `sequences`.
 
-        Those that are `shared` all sequences have together.
+        Those that are `shared` all sequences have together. Weights of ``experts`` are where these say.
         """
         self._arena = arena
         self._states = states
         self._sequences = sequences
         self._shared = shared
         self._weights = weights
+        self._experts = experts
         self._code = code
         self._where = where
         self._functions: dict[str, Callable[..., Any]] = {}
@@ -53,7 +58,17 @@ class Memory:
     def prepare(self, buffers: list[Buffer]) -> None:
         """Check the weights among these buffers against their hashes."""
         names = {buffer.source: None for buffer in buffers if buffer.kind == "weight"}
-        self._weights.prepare(names)
+        self._weights.prepare(name for name in names if self._holder(name) is None)
+
+    def limit(self, bound: BoundEntry) -> None:
+        """Make an entry point have its experts before it runs them, where these come and go."""
+        if self._experts is not None:
+            self._experts.limit(bound)
+
+    def _holder(self, weight: str) -> Experts | None:
+        """Return who has a weight, where it comes and goes."""
+        experts = self._experts
+        return experts if experts is not None and experts.holds(weight) else None
 
     def place(self, buffer: Buffer, slot: int = 0) -> tuple[Array, Any]:
         """Return a buffer as an array and as a tensor for kernels, both on the same memory.
@@ -64,6 +79,8 @@ class Memory:
         """
         key = (buffer, slot if buffer.kind == "state" else 0)
         made = self._made.get(key)
+        if made is None and buffer.kind == "weight" and (holder := self._holder(buffer.source)):
+            made = self._made[key] = holder.place(buffer.source)
         if made is None:
             before = 0
             if buffer.kind == "arena":
@@ -137,6 +154,7 @@ class BoundEntry:
         ]
         self.program = program
         self._arrays = {index: array for index, (array, _) in placed.items()}
+        memory.limit(self)
 
     def array(self, buffer: int) -> Array:
         """Return one of the program's buffers that calls use, by its index, as an array on its memory."""
@@ -151,12 +169,14 @@ class BoundEntry:
         """Call all kernels in their order.
 
         Raises:
-            MimoError: A kernel failed; the message names the call.
+            MimoError: A kernel failed, or experts could not be loaded for it; the message names the call.
         """
         position = -1
         try:
             for position, (function, arguments) in enumerate(self.calls):  # noqa: B007
                 function(*arguments)
+        except MimoError:  # of what a call does besides: it says where
+            raise
         except Exception as error:
             raise self._failure(position, error) from error
 

@@ -24,6 +24,7 @@ from mimo_compile.runtime.entry import (
     accept,
     signature_of,
 )
+from mimo_compile.runtime.expert_memory import ExpertMemory, experts_of
 from mimo_compile.runtime.generate import Prompt, Stats
 from mimo_compile.runtime.memory import Zeroed
 from mimo_compile.runtime.pages import pool_of, pooled_states
@@ -41,6 +42,7 @@ def load(
     threads: int | None = None,
     verify: Verify = "lazy",
     kv_store: str | os.PathLike[str] | None = None,
+    expert_memory: int | str | ExpertMemory | None = None,
 ) -> Module:
     """Load an artifact.
 
@@ -52,14 +54,18 @@ def load(
             of them now.
         kv_store: A folder: keys and values that decoded tokens read by lists alone lie in a file there,
             without a name, which is gone with the module. None: in memory, as all else.
+        expert_memory: Bytes, text such as `"2GiB"`, or an `ExpertMemory`: experts stay in the file, and come
+            into so much memory as tokens need them. None: they are mapped, as all other weights.
 
     Raises:
         InputError: The file cannot be read.
         ArtifactError: It is damaged or of another schema.
         EnvironmentMismatch: It does not fit this machine or what is installed.
-        UsageError: `threads` is more than there are, or there is nothing to keep in `kv_store`, or no room.
+        UsageError: `threads` is more than there are, or there is nothing to keep in `kv_store`, or no room;
+            or there are no experts, or `expert_memory` is less than a token needs.
     """
-    return Module(open_artifact(path, verify=verify), threads=threads, kv_store=kv_store)
+    parts = open_artifact(path, verify=verify)
+    return Module(parts, threads=threads, kv_store=kv_store, expert_memory=expert_memory)
 
 
 class Module:
@@ -75,6 +81,7 @@ class Module:
         *,
         threads: int | None = None,
         kv_store: str | os.PathLike[str] | None = None,
+        expert_memory: int | str | ExpertMemory | None = None,
     ) -> None:
         """Link the code and reserve memory; `load` is the usual way to here."""
         self.manifest: Manifest = parts.manifest
@@ -86,6 +93,8 @@ class Module:
         if "amx-tile" in self.manifest.target.features:
             cpu.permit_amx()
         code = _tvm.load_object(parts.code)
+        self.experts = None if expert_memory is None else experts_of(parts, expert_memory)
+        """Experts that come into memory of a given size as tokens need them; None: all are mapped."""
         arena = Zeroed(max((e.arena_bytes for e in self._programs.values()), default=0), huge=True)
         decoder = self.manifest.decoder
         self.batch = 1 if decoder is None else decoder.batch
@@ -94,7 +103,7 @@ class Module:
         self._states = States(self.manifest, self.batch, shared, kv_store)
         states = self._states.bytes
         self._memory = Memory(
-            arena.bytes, states, parts.weights, code, parts.where, self.batch, shared
+            arena.bytes, states, parts.weights, code, parts.where, self.batch, shared, self.experts
         )
         self.pool = pool_of(self.manifest, states, self.batch, self._memory.copy_states)
         """Pages that sequences take; None: each slot has caches of its own."""
@@ -184,11 +193,13 @@ class Module:
                 on those of all.
 
         Raises:
-            UsageError: There is no such entry or slot; or states lie in a file, and this process was forked
-                from the one that loaded the module.
+            UsageError: There is no such entry or slot; or states lie in a file, or experts come and go,
+                and this process was forked from the one that loaded the module.
             ArtifactError: Its weights differ from their hash, or a kernel is missing.
         """
         self._states.check()
+        if self.experts is not None:
+            self.experts.check()
         use_threads(self.threads)
         bound = self._bound.get((entry, slot))
         if bound is None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+import weakref
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
+
+import numpy as np
 
 from mimo_compile.errors import ArtifactError
 from mimo_compile.runtime import dtypes, strict_json
@@ -25,6 +28,7 @@ PADDING = "~pad."
 
 _MAX_HEADER = 100_000_000  # the limit of the safetensors library
 _RUN = 8  # chunks that a thread hashes in one go
+_BLOCK = 1 << 20  # bytes that are read at a time to be hashed
 
 
 class Spot(NamedTuple):
@@ -34,6 +38,29 @@ class Spot(NamedTuple):
     shape: tuple[int, ...]
     begin: int
     end: int
+
+
+class OpenFile:
+    """A file that is read past its mapping: what is read so leaves no pages in this process."""
+
+    def __init__(self, descriptor: int) -> None:
+        """Take over a descriptor, which is closed with this object."""
+        self._descriptor = descriptor
+        weakref.finalize(self, os.close, descriptor)
+
+    def read(self, at: int, into: Bytes) -> None:
+        """Fill memory with what lies in the file from byte `at` on.
+
+        Raises:
+            EOFError: The file ends before.
+            OSError: It cannot be read.
+        """
+        left = into.data
+        while left:
+            count = os.preadv(self._descriptor, [left], at)
+            if not count:
+                raise EOFError(f"it ends at byte {at}")
+            left, at = left[count:], at + count
 
 
 class WeightSource(Protocol):
@@ -53,19 +80,23 @@ class WeightSource(Protocol):
 class MappedWeights:
     """The weights member of an artifact, checked chunk by chunk as its tensors are needed."""
 
-    def __init__(self, member: Bytes, facts: Member, where: str) -> None:
+    def __init__(
+        self, member: Bytes, facts: Member, where: str, file: OpenFile, start: int
+    ) -> None:
         """Check and read the header.
 
         Args:
             member: The member's bytes, mapped.
             facts: Its size and hashes from the manifest.
             where: Path of the artifact, for messages.
+            file: What is mapped.
+            start: Byte of it at which the member begins.
 
         Raises:
             ArtifactError: The header is malformed, or differs from its hash.
         """
         self._where = f"weights.safetensors of {where}"
-        self._member = member
+        self._member, self._file, self._start = member, file, start
         self._hashes, self._size = facts.chunks, facts.chunk_bytes
         self._good = bytearray(len(facts.chunks))
         self._lock = threading.Lock()
@@ -121,6 +152,46 @@ class MappedWeights:
         spot = self._spots[name]
         return self._member[spot.begin : spot.end]
 
+    def read(self, name: str, begin: int, into: Bytes) -> int:
+        """Read a part of a tensor, from its byte `begin` on, past the mapping.
+
+        Chunks that were not hashed before are read as a whole, a block at a time, and what lies in `into`
+        is of the very bytes that were hashed.
+
+        Returns:
+            How many bytes were read.
+
+        Raises:
+            ArtifactError: A chunk differs from its hash.
+            EOFError: The file is shorter than it was.
+            OSError: It cannot be read.
+        """
+        begin += self._spots[name].begin
+        end, total = begin + into.size, 0
+        for chunk in range(begin // self._size, -(-end // self._size)):
+            low, high = max(begin, chunk * self._size), min(end, (chunk + 1) * self._size)
+            part = into[low - begin : high - begin]
+            if self._good[chunk]:
+                self._file.read(self._start + low, part)
+                total += part.size
+            else:
+                total += self._read_hashed(chunk, low, part)
+        return total
+
+    def _read_hashed(self, chunk: int, low: int, part: Bytes) -> int:
+        """Read and hash a chunk, and copy what it has from byte `low` on; returns the chunk's bytes."""
+        first, end = chunk * self._size, min((chunk + 1) * self._size, self._member.size)
+        digest, block = hashlib.sha256(), np.empty(min(_BLOCK, end - first), np.uint8)
+        for at in range(first, end, _BLOCK):
+            piece = block[: end - at]
+            self._file.read(self._start + at, piece)
+            digest.update(piece.data)
+            begin, stop = max(at, low), min(at + piece.size, low + part.size)
+            if begin < stop:
+                part[begin - low : stop - low] = piece[begin - at : stop - at]
+        self._take(chunk, digest.hexdigest())
+        return end - first
+
     def _check(self, ranges: Iterable[tuple[int, int]]) -> None:
         with self._lock:
             wanted = {
@@ -141,13 +212,21 @@ class MappedWeights:
         for chunk in chunks:
             # hashlib lets other threads run meanwhile
             found = hashlib.sha256(self._member[chunk * self._size : (chunk + 1) * self._size].data)
-            if found.hexdigest() != self._hashes[chunk]:
-                raise ArtifactError(
-                    f"the weights are damaged: what follows byte {chunk * self._size} differs from its hash",
-                    where=self._where,
-                    remedy="Copy the file again or compile it again.",
-                )
-            self._good[chunk] = 1
+            self._take(chunk, found.hexdigest())
+
+    def _take(self, chunk: int, found: str) -> None:
+        """Note that a chunk was hashed.
+
+        Raises:
+            ArtifactError: Its hash is another one.
+        """
+        if found != self._hashes[chunk]:
+            raise ArtifactError(
+                f"the weights are damaged: what follows byte {chunk * self._size} differs from its hash",
+                where=self._where,
+                remedy="Copy the file again or compile it again.",
+            )
+        self._good[chunk] = 1
 
 
 def chunk_bytes(total: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import expert_samples
 import numpy as np
 import pytest
 import routed_samples
@@ -85,3 +86,36 @@ def test_what_experts_refuses(cli, tmp_path, monkeypatch, arguments, code, text)
     drifting(300, 1, 16, 64).save("load.safetensors")
     done = cli("experts", *arguments)
     assert done.code == code and text in done.error
+
+
+@pytest.fixture(scope="module")
+def expert_file(tmp_path_factory):
+    return expert_samples.experts().save(tmp_path_factory.mktemp("experts") / "experts.mimo")
+
+
+def test_run_with_limited_expert_memory(cli, expert_file):
+    asked = ("run", expert_file, "--prompt", "abcdef", "--max-new-tokens", 12, "--ignore-eos")
+    whole = json.loads(cli(*asked, "--json").out)
+    assert whole["expert_memory"] is None
+    done = cli(*asked, "--expert-memory", "8KiB", "--json")
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    facts = found["expert_memory"]
+    assert found["text"] == whole["text"] and facts["budget_bytes"] == 8192
+    assert facts["slots"] == 8192 // 3072 and facts["experts"] == 18
+    assert facts["hits"] + facts["late"] + facts["misses"] == facts["needs"] > 0
+    assert f"2 of 18 experts in 6 KiB: of {facts['needs']} needs {facts['hits']} hits" in done.err
+    assert f"{facts['misses']} misses" in done.err
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        ("5KiB", "is too little: the experts that a layer of one token needs take 6144 bytes"),
+        ("plenty", "'plenty' is no size"),
+        ("4096", "'4096' is no size"),
+    ],
+)
+def test_run_refuses_memory_that_is_none_or_too_little(cli, expert_file, size, text):
+    done = cli("run", expert_file, "--prompt", "a", "--expert-memory", size)
+    assert done.code == 2 and text in done.error and "--expert-memory" in done.error

@@ -1,0 +1,185 @@
+"""Calls of expert kernels whose experts come and go: have them, number them by their slots, look ahead."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mimo_compile import _tvm
+from mimo_compile.runtime.memory import as_tensor
+from mimo_compile.runtime.residency import waves
+
+if TYPE_CHECKING:
+    from mimo_compile.runtime.entry import Array, BoundEntry
+    from mimo_compile.runtime.program import Call
+    from mimo_compile.runtime.residency import Residency
+
+Function = Callable[..., Any]
+Argument = tuple[Function, tuple[Any, ...]]
+
+
+class Foresight:
+    """What a layer's router says of rows that an earlier layer's router has seen.
+
+    The residual stream changes little from one layer to the next, so this is mostly what it will say of its
+    own rows. Where it is not, experts are loaded when they are needed.
+    """
+
+    def __init__(self, layer: int, calls: Sequence[Argument], ids: Array) -> None:
+        """Take the layer's number, the router's calls on memory of their own, and where they write ids."""
+        self.layer, self._calls, self._ids = layer, calls, ids
+
+    def __call__(self) -> list[int]:
+        """Return the experts, those with most tokens first."""
+        for function, arguments in self._calls:
+            function(*arguments)
+        if len(self._ids) == 1:
+            return [int(expert) for expert in self._ids[0]]
+        counts = Counter(self._ids.ravel().tolist())
+        return sorted(counts, key=lambda expert: (-counts[expert], expert))
+
+
+class ExpertCall:
+    """A call of an expert kernel that has its experts first; it takes the place of the kernel's."""
+
+    def __init__(
+        self, kernel: Argument, ids: Array, slots: Array, y: Array, experts: int, layer: int,
+        residency: Residency, ahead: Foresight | None,
+    ) -> None:  # fmt: skip
+        """Take what is called with what, and where it reads and writes.
+
+        Args:
+            kernel: Its function and arguments, with `slots` in place of `ids`.
+            ids: int32 ``[T, k]``, experts of each row, as the router has chosen them.
+            slots: int32 ``[T, k]``, what the kernel takes instead.
+            y: float32 ``[T, D]``, the kernel's result.
+            experts: E.
+            layer: Number of the layer.
+            residency: Has the layer's experts.
+            ahead: Says what the next layer needs; None: nobody knows.
+        """
+        self._function, self._arguments = kernel
+        self._ids, self._slots, self._y = ids, slots, y
+        self._experts, self._layer, self._residency, self._ahead = experts, layer, residency, ahead
+        self._room = residency.room(layer)
+        self._table = np.full(experts + 2, -1, np.int32)  # the ends are for ids that are no experts
+
+    def __call__(self) -> None:
+        """Run the layer's experts, in several passes where they have no room together."""
+        rows = [[e for e in row if 0 <= e < self._experts] for row in self._ids.tolist()]
+        tokens = Counter(e for row in rows for e in row)
+        if len(tokens) <= self._room:
+            self._look_ahead_and_run(tokens)
+        else:
+            self._run_in_waves(rows, tokens)
+
+    def _run_in_waves(self, rows: Sequence[Sequence[int]], tokens: Mapping[int, int]) -> None:
+        """Run some experts at a time; a row counts in the first pass that has all of its experts.
+
+        In each pass an expert has all of its tokens, as it would have them in a single one, so that the
+        kernel divides them into the same tiles; what it adds up for other rows is forgotten.
+        """
+        plan = waves(rows, self._room, self._residency.resident(self._layer, tokens))
+        result, done = np.empty_like(self._y), np.zeros(len(rows), bool)
+        for number, wave in enumerate(plan, 1):
+            some = {expert: tokens[expert] for expert in wave}
+            if number == len(plan):
+                self._look_ahead_and_run(some)
+            else:
+                self._have(some)
+                self._function(*self._arguments)
+            now = np.array([some.keys() >= set(row) for row in rows]) & ~done
+            result[now] = self._y[now]
+            done |= now
+        self._y[...] = result
+        self._residency.traffic.waves += len(plan) - 1
+
+    def _look_ahead_and_run(self, tokens: Mapping[int, int]) -> None:
+        """Have experts, let those of the next layer come, and run the kernel meanwhile."""
+        self._have(tokens)
+        if self._ahead is not None:
+            self._residency.foresee(self._ahead.layer, self._ahead())
+        self._function(*self._arguments)
+
+    def _have(self, tokens: Mapping[int, int]) -> None:
+        """Have experts, and write their slots where the kernel looks; the others add nothing."""
+        self._table.fill(-1)
+        for expert, slot in zip(tokens, self._residency.acquire(self._layer, tokens), strict=True):
+            self._table[expert + 1] = slot
+        np.take(self._table, self._ids + 1, mode="clip", out=self._slots)
+
+
+def limited(
+    bound: BoundEntry, layers: Mapping[int, int], experts: Mapping[int, int],
+    routers: frozenset[str], residency: Residency, *, ahead: bool,
+) -> None:  # fmt: skip
+    """Make an entry point have the experts of each layer before it runs them.
+
+    Args:
+        bound: The entry point; its list of calls is changed.
+        layers: Index of each call of an expert kernel whose experts come and go, to the layer's number.
+        experts: E of each layer.
+        routers: Kernels that are routers.
+        residency: Has the experts.
+        ahead: Whether to look ahead.
+    """
+    order = sorted(layers)
+    next_of = dict(pairwise(order))
+    for at in order:
+        call = bound.program.calls[at]
+        function, arguments = bound.calls[at]
+        ids, y = bound.array(call.args[1]), bound.array(call.args[-1])
+        slots = _tvm.empty_aligned(ids.shape, "int32")
+        taken = (arguments[0], as_tensor(slots), *arguments[2:])
+        foresight = None
+        following = next_of.get(at)
+        if ahead and following is not None and layers[following] != layers[at]:
+            foresight = _foresight(bound, at, following, layers[following], routers)
+        layer = layers[at]
+        made = ExpertCall(
+            (function, taken), ids, slots, y, experts[layer], layer, residency, foresight
+        )
+        bound.calls[at] = made, ()
+
+
+def _foresight(
+    bound: BoundEntry, at: int, following: int, layer: int, routers: frozenset[str]
+) -> Foresight | None:
+    """Return the router before the call `following`, on the rows of the call `at`; None if none is found.
+
+    It is the matmul that writes the logits from such rows and weights alone, and the call that chooses.
+    """
+    calls = bound.program.calls
+    ids = calls[following].args[1]
+    choose = _last(calls[:following], lambda c: c.kernel in routers and ids in c.args)
+    if choose is None:
+        return None
+    scratch = [i for i in calls[choose].args if bound.program.buffers[i].kind == "arena"]
+    logits = scratch[0]
+    score = _last(calls[:choose], lambda c: c.args[-1] == logits)
+    if score is None:
+        return None
+    rows, *constants = calls[score].args[:-1]
+    x = calls[at].args[0]
+    buffers = bound.program.buffers
+    alike = (buffers[rows].shape, buffers[rows].dtype) == (buffers[x].shape, buffers[x].dtype)
+    if not alike or any(buffers[i].kind != "weight" for i in constants):
+        return None
+    arrays = {i: _tvm.empty_aligned(buffers[i].shape, buffers[i].dtype) for i in scratch}
+    instead = {i: as_tensor(array) for i, array in arrays.items()}
+    instead[rows] = as_tensor(bound.array(x))
+    made: list[Argument] = []
+    for number in (score, choose):
+        function, arguments = bound.calls[number]
+        pairs = zip(calls[number].args, arguments, strict=True)
+        made.append((function, tuple(instead.get(i, argument) for i, argument in pairs)))
+    return Foresight(layer, made, arrays[ids])
+
+
+def _last(calls: Sequence[Call], fits: Callable[[Call], bool]) -> int | None:
+    """Return the index of the last call that fits."""
+    return next((i for i in range(len(calls) - 1, -1, -1) if fits(calls[i])), None)

@@ -1,0 +1,245 @@
+"""Slots that experts take in turn: what stays, what leaves, what comes ahead of need."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import threading
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mimo_compile.errors import MimoError, UsageError
+from mimo_compile.runtime.residency import POLICIES, WINDOW, Bank, Residency, waves
+
+LAYERS, EXPERTS = 3, 5
+CALLS = st.lists(
+    st.tuples(
+        st.integers(0, LAYERS - 1),
+        st.dictionaries(st.integers(0, EXPERTS - 1), st.integers(1, 3), min_size=1, max_size=3),
+    ),
+    max_size=60,
+)
+
+
+class Disk:
+    """Counts what is loaded, and remembers which expert each slot was filled with last."""
+
+    def __init__(self):
+        self.loads: list[tuple[int, int]] = []
+        self.slots: dict[int, tuple[int, int]] = {}
+
+    def __call__(self, key, slot):
+        self.loads.append(key)
+        self.slots[slot] = key
+        return 10
+
+
+def single(slots: int, policy: str, load=None) -> Residency:
+    """One bank that all layers share."""
+    return Residency([Bank(slots, policy, LAYERS)], [0] * LAYERS, load or Disk())
+
+
+def simulated(calls, slots: int, policy: str) -> list[tuple[int, int]]:
+    """Return what is loaded, by the plainest of means: all that is known is computed anew each time."""
+    there: list[tuple[int, int]] = []
+    loads, last = [], {}
+    past = {layer: [] for layer in range(LAYERS)}  # one choice after the other
+
+    def share(key):
+        layer, expert = key
+        if policy == "lru":
+            return 0.0
+        total, age = 0.0, 0
+        for tokens in reversed(past[layer]):
+            count = sum(tokens.values())
+            part = tokens.get(expert, 0) / count
+            total += part * (1 - math.exp(-count / WINDOW)) * math.exp(-age / WINDOW)
+            age += count
+        return total
+
+    for tick, (layer, tokens) in enumerate(calls, 1):
+        past[layer].append(tokens)
+        keys = [(layer, expert) for expert in tokens]
+        last |= dict.fromkeys(keys, tick)
+        for key in keys:
+            if key in there:
+                continue
+            loads.append(key)
+            if len(there) == slots:
+                leaving = [k for k in there if k not in keys]
+                held = Counter(k[0] for k in [*there, key])
+                # each layer's own who comes counts; sums in another order may differ in their last bits
+                leaving.sort(
+                    key=lambda k: (held[k[0]] * LAYERS <= slots, round(share(k), 12), last[k], k)
+                )
+                there.remove(leaving[0])
+            there.append(key)
+    return loads
+
+
+@settings(max_examples=25)
+@given(CALLS, st.integers(3, 9), st.sampled_from(POLICIES))
+def test_what_is_loaded_is_what_a_plain_simulation_loads(calls, slots, policy):
+    disk = Disk()
+    residency = single(slots, policy, disk)
+    for layer, tokens in calls:
+        found = residency.acquire(layer, tokens)
+        assert len(set(found)) == len(tokens) and set(found) <= set(range(slots))
+        assert [disk.slots[slot] for slot in found] == [(layer, expert) for expert in tokens]
+    assert disk.loads == simulated(calls, slots, policy)
+    traffic = residency.traffic
+    assert traffic.misses == len(disk.loads) and traffic.bytes_read == 10 * len(disk.loads)
+    assert traffic.needs == sum(len(tokens) for _, tokens in calls)
+    assert traffic.late == traffic.ahead == traffic.loaded_ahead == traffic.unused == 0
+
+
+@settings(max_examples=12, deadline=None)
+@given(CALLS, st.integers(3, 9), st.sampled_from(POLICIES), st.randoms(use_true_random=False))
+def test_whatever_is_foreseen_each_layer_gets_its_experts(calls, slots, policy, draw):
+    disk = Disk()
+    residency = single(slots, policy, disk)
+    for layer, tokens in calls:
+        found = residency.acquire(layer, tokens)
+        wished = draw.sample(range(EXPERTS), draw.randint(0, EXPERTS))
+        residency.foresee(draw.randrange(LAYERS), wished)
+        # while others come
+        assert [disk.slots[slot] for slot in found] == [(layer, expert) for expert in tokens]
+    traffic = residency.traffic
+    assert traffic.needs == sum(len(tokens) for _, tokens in calls)
+    assert traffic.ahead + traffic.unused <= traffic.loaded_ahead
+    assert set(disk.slots) <= set(range(slots))
+
+
+def wait_for(condition) -> None:
+    for _ in range(2000):
+        if condition():
+            return
+        threading.Event().wait(0.001)
+    raise AssertionError("it did not happen")
+
+
+def test_an_expert_that_came_ahead_is_a_hit_and_one_that_nobody_needs_is_counted():
+    residency = single(3, "lru")
+    residency.acquire(0, {0: 1})
+    residency.foresee(1, [2, 3])
+    wait_for(lambda: len(residency.resident(1, range(EXPERTS))) == 2)
+    residency.acquire(1, {2: 1})
+    traffic = residency.traffic
+    assert (traffic.hits, traffic.ahead, traffic.misses, traffic.loaded_ahead) == (1, 1, 1, 2)
+    residency.acquire(1, {2: 1})
+    assert (traffic.hits, traffic.ahead) == (2, 1)
+    residency.acquire(2, {0: 1})  # layer 1 has two of three slots, and leaves the one for layer 2
+    assert residency.resident(1, range(EXPERTS)) == {2} and traffic.unused == 1
+    assert residency.resident(0, range(EXPERTS)) == {0}
+
+
+def test_what_is_on_its_way_is_waited_for_and_not_loaded_twice():
+    begun, go, loads = threading.Event(), threading.Event(), []
+
+    def slow(key, slot):
+        loads.append(key)
+        if key == (1, 4):
+            begun.set()
+            assert go.wait(20)
+        return 1
+
+    residency = single(4, "lru", slow)
+    residency.acquire(0, {0: 1})
+    residency.foresee(1, [4])
+    assert begun.wait(20)
+    threading.Timer(0.05, go.set).start()
+    residency.acquire(1, {4: 1, 3: 1})
+    assert loads == [(0, 0), (1, 4), (1, 3)]  # what nobody brings comes meanwhile
+    traffic = residency.traffic
+    assert (traffic.late, traffic.misses) == (1, 2) and traffic.stall_seconds > 0.02
+    residency.acquire(0, {e: 1 for e in range(4)})
+    assert traffic.unused == 0  # it was needed when it arrived
+
+
+def test_experts_of_the_layer_that_runs_never_leave_for_what_is_foreseen():
+    residency = single(3, "lru")
+    residency.acquire(0, {0: 1, 1: 1, 2: 1})
+    residency.foresee(1, [0, 1])
+    wait_for(lambda: not residency._busy)
+    assert residency.resident(0, range(EXPERTS)) == {0, 1, 2}
+    assert residency.traffic.loaded_ahead == 0
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MimoError])
+def test_a_load_that_is_broken_off_leaves_nothing_behind(error):
+    broken = []
+
+    def fragile(key, slot):
+        if key in broken:
+            raise error("x")
+        return 1
+
+    residency = single(3, "load", fragile)
+    residency.acquire(0, {0: 1, 1: 1})
+    for _ in range(5):  # would use up the slots
+        broken[:] = [(0, 4)]
+        with pytest.raises(error):
+            residency.acquire(0, {0: 1, 4: 1, 1: 1})
+        broken.clear()
+        found = residency.acquire(0, {4: 1, 3: 1, 1: 1})
+        assert sorted(found) == [0, 1, 2]
+        residency.acquire(0, {0: 1, 2: 1, 1: 1})
+
+
+def test_a_load_ahead_that_fails_is_tried_again_when_there_is_need():
+    broken = [(1, 2)]
+
+    def fragile(key, slot):
+        if key in broken:
+            raise MimoError("x")
+        return 1
+
+    residency = single(3, "lru", fragile)
+    residency.acquire(0, {0: 1})
+    residency.foresee(1, [2])
+    wait_for(lambda: residency.traffic.failed_ahead == 1)
+    with pytest.raises(MimoError):
+        residency.acquire(1, {2: 1})
+    broken.clear()
+    residency.acquire(1, {2: 1})
+    residency.acquire(0, {0: 1})
+    assert residency.resident(1, [2]) == {2}
+
+
+@settings(max_examples=30)
+@given(
+    st.lists(st.lists(st.integers(0, 11), min_size=0, max_size=4), max_size=24),
+    st.integers(4, 8),
+    st.sets(st.integers(0, 11), max_size=8),
+)
+def test_each_row_has_all_its_experts_in_one_wave(rows, room, first):
+    plan = waves(rows, room, first)
+    assert all(len(set(wave)) == len(wave) <= room for wave in plan)
+    assert all(any(set(row) <= set(wave) for wave in plan) for row in rows if row)
+    assert {e for wave in plan for e in wave} == {e for row in rows for e in row}
+    assert len(plan) <= len(Counter(map(frozenset, rows)))
+    assert plan == waves(rows[::-1], room, first)
+    if len({e for row in rows for e in row}) <= room:
+        assert len(plan) <= 1
+
+
+def use(residency, answers):
+    try:
+        residency.check()
+        answers.put("it was allowed")
+    except UsageError as error:
+        answers.put(str(error))
+
+
+def test_a_forked_process_may_not_use_them():
+    residency = single(3, "lru")
+    in_child = multiprocessing.get_context("fork")
+    answers = in_child.SimpleQueue()
+    child = in_child.Process(target=use, args=(residency, answers))
+    child.start()
+    child.join(20)
+    assert "from which this one was forked" in answers.get()
+    residency.check()
