@@ -22,6 +22,15 @@ MIMO_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;
 template <int N> MIMO_DEVICE void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
+// After the wait for the last products: the compiler reads sums no earlier than here.
+template <int N> MIMO_DEVICE void wgmma_pin(float (&acc)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) asm volatile("" : "+f"(acc[i])::"memory");
+}
+template <int N> MIMO_DEVICE void wgmma_pin(int (&acc)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) asm volatile("" : "+r"(acc[i])::"memory");
+}
 
 // Lists of 4, 8, 16, ... operands: names of registers in the text, and the accumulators behind them.
 #define MIMO_TEN(d) "%" #d "0, %" #d "1, %" #d "2, %" #d "3, %" #d "4, %" #d "5, %" #d "6, %" #d "7, %" #d "8, %" #d "9"
@@ -76,6 +85,7 @@ MIMO_WGMMA(wgmma_e4m3, float, "f", "k32.f32.e4m3.e4m3", ", 1, 1")
 inline void wgmma_fence(int line = __builtin_LINE()) { emulated::fence_products(MIMO_SITE); }
 inline void wgmma_commit(int line = __builtin_LINE()) { emulated::commit_products(MIMO_SITE); }
 template <int N> inline void wgmma_wait(int line = __builtin_LINE()) { emulated::wait_for_products<N>(MIMO_SITE); }
+template <class T, int N> inline void wgmma_pin(T (&)[N]) {}
 
 #define MIMO_WGMMA(name, sum, kind)                                                                     \
   template <int N>                                                                                      \

@@ -1,0 +1,191 @@
+"""Codes of 2, 4 and 8 bits times few rows of activations on GPUs, without matrix units: memory is the limit.
+
+float32 activations (``a16``; ``abf16`` and ``af16`` round them) are multiplied as such: codes become float32
+numbers by one ``lop3`` among the bits of a number that has them in its last place, and one subtraction. int8
+ones are multiplied four at a time by ``dp4a``, with sums that stay integers between scales.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mimo_compile.ir.counts import Counts
+from mimo_compile.ir.hardware import Hardware
+from mimo_compile.ir.ops.base import Arg
+from mimo_compile.ir.workload import Workload
+from mimo_compile.schedules.base import Kernel, Space, kernel_name
+from mimo_compile.schedules.cuda.code import DeviceCode, Launch
+from mimo_compile.schedules.cuda.limits import fits
+from mimo_compile.schedules.cuda.template import rendered
+from mimo_compile.schedules.mpgemm.cuda_base import CudaGemm, CudaProblem
+from mimo_compile.schedules.mpgemm.cuda_layout import PIECE, ROWS, Rows
+
+MOST_TOKENS = 8
+_MOST_SUMS = 16
+"""Sums of a lane: rows times tokens."""
+_MOST_WARPS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class GemvConfig:
+    """Knobs of `CudaGemv`."""
+
+    rows: int = 2
+    """Rows of the weights that a warp has: they share what is loaded of x."""
+    warps: int = 4
+    """Warps of a block with rows of their own."""
+    split: int = 1
+    """Warps that share rows, and take turns at the columns."""
+    unroll: int = 1
+    """Turns of a warp whose loads may be on their way together."""
+
+    @property
+    def threads(self) -> int:
+        """Of a block."""
+        return 32 * self.warps * self.split
+
+
+class CudaGemv(CudaGemm):
+    """Up to 8 tokens; any GPU."""
+
+    name = "mpgemm.cuda_gemv"
+    config = GemvConfig
+
+    def supports(self, workload: Workload, hardware: Hardware) -> bool:
+        """Integer or ternary codes without zero points, sums within 32 bits."""
+        if hardware.kind != "cuda" or workload.op != self.op:
+            return False
+        p = CudaProblem.of(workload)
+        return (
+            p.m <= MOST_TOKENS
+            and Rows.takes(p.fmt)
+            and not p.fmt.is_float
+            and (p.exact or not p.acts.is_int8)
+        )
+
+    def space(self, workload: Workload, hardware: Hardware) -> Space:
+        """Rows and warps of a block, how columns are shared, loads in flight."""
+        p = CudaProblem.of(workload)
+
+        def legal(c: GemvConfig) -> bool:
+            return (
+                c.rows * p.m <= _MOST_SUMS
+                and c.rows <= ROWS
+                and c.rows * c.warps < 2 * max(p.n, 1)
+                and c.warps * c.split <= _MOST_WARPS
+                and (c.split == 1 or 32 * (c.split - 1) < _vectors(p))
+                and fits(hardware, threads=c.threads, shared_bytes=_shared(p, c))
+            )
+
+        knobs = {
+            "rows": (1, 2, 4, 8),
+            "warps": (1, 2, 4, 8),
+            "split": (1, 2, 4, 8),
+            "unroll": (1, 2),
+        }
+        return Space(GemvConfig, knobs, _default(p, hardware), legal)
+
+    def lower(self, workload: Workload, config: GemvConfig, hardware: Hardware) -> Kernel:
+        """Generate the kernel of one config."""
+        p, acts = CudaProblem.of(workload), CudaProblem.of(workload).acts
+        constants = p.constants() | {
+            "K_PADDED": p.weight.k_padded,
+            "BITS": p.weight.bits,
+            "W_GROUP": p.w_group,
+            "ROWS": config.rows,
+            "WARPS": config.warps,
+            "SPLIT": config.split,
+            "UNROLL": config.unroll,
+            "TOTAL": "int" if acts.is_int8 and not _grouped(p) else "float",
+            "DOT": acts.is_int8,
+            "ALIGNED": p.k % 4 == 0,
+            "ROUND_BF16": acts.kind == "bf16",
+            "ROUND_F16": acts.kind == "f16",
+        }
+        if acts.is_int8:
+            constants["X_GROUP"] = p.x_group
+        x = ("x_codes", "x_scale") if acts.is_int8 else ("x",)
+        main = Launch(
+            "mpgemm_gemv",
+            (-(-p.n // (config.rows * config.warps)), 1, 1),
+            config.threads,
+            ("codes", "scale", *x, *(("bias",) if p.bias else ()), "y"),
+            _shared(p, config),
+        )
+        launches: tuple[Launch, ...] = (main,)
+        scratch: dict[str, Arg] = {}
+        if acts.is_int8:
+            groups = _x_groups(p)
+            threads = 32 if p.x_group else 256
+            operands = ("x", "x_codes", "x_scale")
+            first = Launch("mpgemm_quantize", (p.m * groups, 1, 1), threads, operands, threads // 8)
+            launches = (first, main)
+            scratch = {
+                "x_codes": Arg("x_codes", "state", (p.m, p.weight.k_padded), "int8"),
+                "x_scale": Arg("x_scale", "state", (p.m, groups), "float32"),
+            }
+        text = rendered(Path(__file__).with_suffix(".cu"), constants)
+        return Kernel(
+            kernel_name(self, workload, config, hardware),
+            None,
+            p.args(),
+            self.work(workload, config, hardware),
+            features=frozenset({"cuda"}),
+            device=DeviceCode(
+                text, launches, scratch, expected=("IDP",) if acts.is_int8 else ("LOP3", "FFMA")
+            ),
+        )
+
+    def work(self, workload: Workload, config: GemvConfig, hardware: Hardware) -> Counts:
+        """Padded products; each block reads x by itself, its warps from the first-level cache."""
+        p = CudaProblem.of(workload)
+        blocks = -(-p.n // (config.rows * config.warps))
+        weights = float(blocks * config.rows * config.warps * p.weight.k_padded)
+        if p.acts.is_int8:
+            x = p.m * (p.weight.k_padded + 4.0 * _x_groups(p))
+            ops = {
+                "dot_i8": p.m * weights,
+                "unpack_u8": weights * (1 if p.weight.bits < 8 else 0),
+                "int_op": 6.0 * p.m * p.k,
+            }
+            near = 2 * 4.0 * p.m * p.k + x
+        else:
+            x, near = 4.0 * p.m * p.k, 0.0
+            ops = {"fma_f32": p.m * weights, "add_f32": weights, "int_op": weights}
+        return Counts(ops, {"dram": p.bytes, "l2": p.bytes + near + blocks * x})
+
+
+def _vectors(p: CudaProblem) -> int:
+    """Return the pieces of 16 bytes of a row."""
+    return p.weight.row_bytes // PIECE
+
+
+def _grouped(p: CudaProblem) -> bool:
+    return bool(p.w_group or p.x_group)
+
+
+def _x_groups(p: CudaProblem) -> int:
+    return p.acts.groups(p.k)
+
+
+def _shared(p: CudaProblem, config: GemvConfig) -> int:
+    """Return the bytes of a block's sums."""
+    return 4 * config.warps * config.split * config.rows * p.m
+
+
+def _default(p: CudaProblem, hardware: Hardware) -> GemvConfig:
+    """Return a config whose blocks fill the GPU twice where rows are enough for it. Not measured."""
+    rows = next(r for r in (4, 2, 1) if r * p.m <= _MOST_SUMS)
+    split = max(s for s in (1, 2, 4) if s == 1 or 32 * s <= _vectors(p))
+    config = GemvConfig(rows, 4, split)
+    while config.rows * config.warps >= 2 * p.n or (
+        config.rows * config.warps > 1 and p.n < 2 * hardware.cores * config.rows * config.warps
+    ):
+        smaller = (
+            replace(config, rows=config.rows // 2)
+            if config.rows > 1
+            else replace(config, warps=config.warps // 2)
+        )
+        config = smaller
+    return config

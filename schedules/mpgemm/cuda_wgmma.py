@@ -1,0 +1,155 @@
+"""bfloat16 or int8 matmul on Hopper GPUs: ``wgmma`` on tiles that the tensor memory accelerator brings.
+
+Persistent blocks with one group of warps that only asks for tiles, and one to three that multiply.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from mimo_compile.ir.counts import Counts
+from mimo_compile.ir.hardware import Hardware
+from mimo_compile.ir.workload import Workload
+from mimo_compile.schedules.base import Kernel, Space, kernel_name
+from mimo_compile.schedules.cuda.code import DeviceCode, Launch, TensorMap
+from mimo_compile.schedules.cuda.limits import fits
+from mimo_compile.schedules.cuda.template import rendered
+from mimo_compile.schedules.mpgemm.cuda_base import CudaGemm, CudaProblem, Ends
+from mimo_compile.schedules.mpgemm.cuda_mma import takes_operands, tiled_work, whole_pieces
+
+NEEDS = frozenset({"cuda", "sm_90a", "wgmma", "tma"})
+DEPTH = 128
+"""Bytes along K of a stage: one row of the swizzle."""
+_ROWS = 64
+"""Of y, that one group of warps has."""
+_REGISTERS = {1: (40, 232), 2: (40, 232), 3: (32, 160)}
+"""Consumers -> registers of a producer's and of a consumer's thread: together at most 65536."""
+
+
+@dataclass(frozen=True, slots=True)
+class WgmmaConfig:
+    """Knobs of `CudaWgmma`."""
+
+    consumers: int = 2
+    """Groups of four warps, each with 64 tokens of a block's tile."""
+    bn: int = 128
+    """Rows of the weights of a block's tile."""
+    stages: int = 4
+    """Tiles in shared memory or on their way."""
+    split: int = 1
+    """Pieces of K, which are summed apart, and added in their order by a last launch."""
+    group_m: int = 8
+    """Tiles of tokens that take turns at each tile of weights."""
+
+    @property
+    def bm(self) -> int:
+        """Tokens of a block's tile."""
+        return _ROWS * self.consumers
+
+    @property
+    def threads(self) -> int:
+        """Of a block: the producer's group and the consumers."""
+        return 128 * (self.consumers + 1)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of a block: stages, and two barriers for each."""
+        return self.stages * ((self.bm + self.bn) * DEPTH + 16)
+
+
+class CudaWgmma(CudaGemm):
+    """Any number of tokens; tiles beyond the matrices are zeros."""
+
+    name = "mpgemm.cuda_wgmma"
+    config = WgmmaConfig
+
+    def supports(self, workload: Workload, hardware: Hardware) -> bool:
+        """``w=bf16,a=abf16`` and ``w=w8,a=a8``."""
+        if hardware.kind != "cuda" or hardware.missing(NEEDS) or workload.op != self.op:
+            return False
+        return takes_operands(CudaProblem.of(workload))
+
+    def space(self, workload: Workload, hardware: Hardware) -> Space:
+        """Tiles, stages, pieces of K, order of the tiles."""
+        p = CudaProblem.of(workload)
+        knobs = {
+            "consumers": (1, 2, 3), "bn": (64, 96, 128, 192, 256), "stages": (2, 3, 4, 5, 6, 8),
+            "split": (1, 2, 4, 8), "group_m": (1, 4, 8),
+        }  # fmt: skip
+
+        def legal(c: WgmmaConfig) -> bool:
+            tiles_m, tiles_n = -(-p.m // c.bm), -(-p.n // c.bn)
+            ends = Ends(p, c.split)
+            return (
+                fits(hardware, threads=c.threads, shared_bytes=c.shared_bytes)
+                and c.bn // 2 <= _REGISTERS[c.consumers][1] - 56  # sums and addresses
+                and (c.consumers == 1 or c.bm < 2 * p.m)
+                and (c.bn == 64 or c.bn < 2 * p.n)
+                and (c.group_m == 1 or c.group_m < 2 * tiles_m)
+                and whole_pieces(-(-ends.k_padded * ends.element // DEPTH), c.split)
+                and (c.split == 1 or tiles_m * tiles_n * c.split <= 4 * hardware.cores)
+            )
+
+        default = next(c for c in _defaults(p, hardware) if legal(c))
+        return Space(WgmmaConfig, knobs, default, legal)
+
+    def lower(self, workload: Workload, config: WgmmaConfig, hardware: Hardware) -> Kernel:
+        """Generate the kernel of one config."""
+        p = CudaProblem.of(workload)
+        ends = Ends(p, config.split)
+        tiles = -(-p.m // config.bm) * -(-p.n // config.bn) * config.split
+        blocks = min(tiles, hardware.cores)
+        producer, consumer = _REGISTERS[config.consumers]
+        constants = ends.constants() | {
+            "CONSUMERS": config.consumers, "BN": config.bn, "STAGES": config.stages,
+            "GROUP_M": config.group_m, "BLOCKS": blocks, "PRODUCER_REGISTERS": producer,
+            "CONSUMER_REGISTERS": consumer,
+        }  # fmt: skip
+        dtype = "int8" if ends.int8 else "bfloat16"
+        columns, box = ends.k_padded, DEPTH // ends.element
+        weight = "codes" if ends.int8 else "w"
+        main = Launch(
+            "mpgemm_wgmma",
+            (blocks, 1, 1),
+            config.threads,
+            (
+                TensorMap("x_operand", dtype, p.m, columns, config.bm, box),
+                TensorMap(weight, dtype, p.weight.n_padded, columns, config.bn, box),
+                ends.out,
+                *ends.operands,
+            ),
+            config.shared_bytes,
+        )
+        return Kernel(
+            kernel_name(self, workload, config, hardware),
+            None,
+            p.args(),
+            self.work(workload, config, hardware),
+            features=NEEDS,
+            device=DeviceCode(
+                rendered(Path(__file__).with_suffix(".cu"), constants),
+                ends.around(main),
+                ends.scratch(),
+                expected=("IGMMA" if ends.int8 else "HGMMA", "UTMALDG", "USETMAXREG"),
+            ),
+        )
+
+    def work(self, workload: Workload, config: WgmmaConfig, hardware: Hardware) -> Counts:
+        """Whole tiles; each tile's block reads its rows of both operands."""
+        p = CudaProblem.of(workload)
+        return tiled_work(p, Ends(p, config.split), config.bm, config.bn)
+
+
+def _defaults(p: CudaProblem, hardware: Hardware) -> Iterator[WgmmaConfig]:
+    """Return configs that give most SMs a tile, the preferred first. Not measured."""
+    consumers = 1 if p.m <= _ROWS else 2
+    for bn in (128, 64):
+        tiles = -(-p.m // (_ROWS * consumers)) * -(-p.n // bn)
+        most = max(1, 2 * hardware.cores // tiles - 1)
+        for split in (8, 4, 2, 1):
+            if split <= most:
+                for group_m in (8, 4, 1):
+                    yield WgmmaConfig(consumers, bn, 5, split, group_m)
+    yield WgmmaConfig(1, 64, 4, 1, 1)
