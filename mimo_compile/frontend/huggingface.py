@@ -19,7 +19,7 @@ from mimo_compile.frontend.models import get_family
 from mimo_compile.frontend.models.attend import with_attention
 from mimo_compile.frontend.models.build import EMBED, HEAD, Builder, expected_tensors
 from mimo_compile.frontend.models.decoder import Decoder, DecoderConfig
-from mimo_compile.frontend.models.family import Fields
+from mimo_compile.frontend.models.family import Family, Fields
 from mimo_compile.frontend.models.kernels import (
     require_attention,
     require_kernels,
@@ -53,7 +53,8 @@ class LoadReport:
     dtypes: dict[str, int]
     """Stored type -> numbers."""
     unused: tuple[str, ...]
-    """Tensors that are not read with the model's own: derived from the configuration, a tied copy, gates."""
+    """Tensors that are not read with the model's own: derived from the configuration, a tied copy, gates,
+    draft layers that are left out."""
     notes: tuple[str, ...] = ()
     """What is odd about the values, one sentence each."""
 
@@ -146,7 +147,7 @@ def load_checkpoint(
     checkpoint = open_checkpoint(Path(folder))
     fields = Fields(checkpoint.config, checkpoint.config_file)
     family = get_family(fields.get("model_type"), fields.file)
-    config = _configure_context(family.configure(fields, checkpoint), max_context)
+    config = _configured(family, fields, checkpoint, max_context)
     gates = find_gates(attention, checkpoint, gate_file)
     if attention is not None:
         config = with_attention(config, attention if gates is None else gates.policy)
@@ -254,7 +255,16 @@ def _check_stored_formats(
     return quant
 
 
-def _configure_context(config: DecoderConfig, max_context: int | None) -> DecoderConfig:
+def _configured(
+    family: Family, fields: Fields, checkpoint: Checkpoint, max_context: int | None
+) -> DecoderConfig:
+    """Return the shape that ``config.json`` describes; fields that its family does not know become a note."""
+    config = family.configure(fields, checkpoint)
+    if unknown := fields.unknown():
+        checkpoint.notes.append(
+            f"config.json has {', '.join(unknown)}, which no {config.name} model is known to have: "
+            "the model is computed as without"
+        )
     if max_context is None:
         return config.with_context(min(config.max_context, DEFAULT_MAX_CONTEXT))
     if not 0 < max_context <= config.max_context:
@@ -276,6 +286,7 @@ def _unused(
         and not GATE.fullmatch(name)
         and not (config.tied and name == HEAD)
         and not checkpoint.ignorable(name)
+        and not name.startswith(config.left_out)
     ]
     if strange and not set(expected) - set(checkpoint.entries):
         shown = ", ".join(strange[:3]) + (

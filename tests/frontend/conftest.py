@@ -36,6 +36,17 @@ FLASH = {
     "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
     "pad_token_id": None,
 }
+ROUTED = {"num_hidden_layers": 3, "num_experts_per_tok": 2, "pad_token_id": None}
+SHARED = {
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+    "n_group": 2,
+    "topk_group": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
@@ -71,6 +82,54 @@ CASES = {
         },
     ),
     "qwen3": ("Qwen3", {**SMALL, "num_hidden_layers": 3, "head_dim": 32}),
+    "mixtral": ("Mixtral", {**SMALL, **ROUTED, "num_local_experts": 4}),
+    "mixtral-window": ("Mixtral", {**SMALL, **ROUTED, "num_local_experts": 4, "sliding_window": 8}),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {
+            **SMALL,
+            **ROUTED,
+            "head_dim": 32,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 40,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [1],
+        },
+    ),
+    "qwen3_moe-window": (
+        "Qwen3Moe",
+        {
+            **SMALL,
+            **ROUTED,
+            "num_experts": 8,
+            "moe_intermediate_size": 32,
+            "decoder_sparse_step": 2,
+            "use_sliding_window": True,
+            "sliding_window": 8,
+        },
+    ),
+    "qwen2_moe": (
+        "Qwen2Moe",
+        {
+            **SMALL,
+            **ROUTED,
+            "num_experts": 8,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 80,
+            "mlp_only_layers": [0],
+        },
+    ),
+    "olmoe": ("Olmoe", {**SMALL, **ROUTED, "num_experts": 8, "num_experts_per_tok": 3}),
+    "olmoe-clipped": (
+        "Olmoe",
+        {**SMALL, **ROUTED, "num_experts": 8, "norm_topk_prob": True, "clip_qkv": 0.8},
+    ),
+    "dots1": ("Dots1", {**SMALL, **ROUTED, **SHARED, "sliding_window": None}),
+    "glm4_moe": (
+        "Glm4Moe",
+        {**SMALL, **ROUTED, **SHARED, "n_group": 1, "attention_bias": True, "use_qk_norm": True},
+    ),
     "mimo_v2_flash": ("MiMoV2Flash", FLASH),
     "mimo_v2_flash-groups": (
         "MiMoV2Flash",

@@ -18,7 +18,10 @@ from mimo_compile.quantize.gptq import gptq
 from mimo_compile.runtime.program import Calibrated
 from mimo_compile.tiny import corpus
 
-CASES = ["llama-linear-mha", "qwen2", "qwen3", "mimo_v2_flash", "mimo_v2_flash-groups"]
+CASES = [
+    "llama-linear-mha", "qwen2", "qwen3", "mimo_v2_flash", "mimo_v2_flash-groups", "qwen2_moe",
+    "olmoe-clipped",
+]  # fmt: skip
 IDS = torch.randint(0, 257, (6, 48), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
 
 

@@ -13,12 +13,8 @@ import mimo_compile as mc
 from mimo_compile.errors import UsageError
 from mimo_compile.frontend.huggingface import load_checkpoint, resolve_source
 from mimo_compile.frontend.models.attend import READY, attending, with_attention
-from mimo_compile.frontend.models.decoder import (
-    STEP_TOKENS,
-    DecoderConfig,
-    LayerSpec,
-    inverse_frequencies,
-)
+from mimo_compile.frontend.models.decoder import STEP_TOKENS, DecoderConfig, LayerSpec
+from mimo_compile.frontend.models.rotary import inverse_frequencies
 from mimo_compile.ir.formats import parse_scheme, parse_weight_format
 from mimo_compile.ir.policies import get_policy, parse_policy
 from mimo_compile.quantize import quantize

@@ -15,6 +15,8 @@ pytestmark = pytest.mark.compile
 NONE = parse_scheme("none")
 ALL = (
     "llama", "llama-tied-llama3", "llama-linear-mha", "qwen2", "qwen2-window", "qwen3",
+    "mixtral", "mixtral-window", "qwen2_moe", "qwen3_moe", "qwen3_moe-window", "olmoe",
+    "olmoe-clipped", "dots1", "glm4_moe",
     "mimo_v2_flash", "mimo_v2_flash-groups",
 )  # fmt: skip
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from mimo_compile.frontend.models import kv
 from mimo_compile.frontend.models.attend import Attending, Lists, Selecting, order_of
 from mimo_compile.frontend.models.decoder import LayerSpec
-from mimo_compile.frontend.models.stages import Attention, Feed, Layer, LayerCore
+from mimo_compile.frontend.models.feed import Feed
+from mimo_compile.frontend.models.stages import Attention, Layer, LayerCore
 from mimo_compile.ir.ops.kv_append import rotate
 from mimo_compile.ir.policies import AttentionPolicy
 
@@ -116,8 +117,8 @@ class BranchLayer(Layer):
         """Add the pending delta, normalise, attend by both branches, run the rest of the layer."""
         assert idx is not None and cnt is not None
         normed, x = torch.ops.mimo.add_rms_norm(delta, x, self.attn_norm, self.eps)
-        s, a = self.spec, self.attention
-        qkv = a.qkv(normed, adapter)
+        s = self.spec
+        qkv = kv.project(self, normed, adapter)
         near, _ = self.attend(self, kv.append(self, qkv, table, pos), pos, None)
         q = qkv[:, : s.heads * s.d].reshape(x.shape[0], s.heads, s.d)
         listed = self.listed(rotate(q, far), pos, (idx, cnt))

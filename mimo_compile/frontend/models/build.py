@@ -1,16 +1,15 @@
 """Build a decoder's stages from a checkpoint: tensor by tensor, quantised on the way.
 
 What is quantised: all matrices of the layers (experts and draft layers too) and the output projection, which
-keeps at least four bits. What is not: embedding, router, norms, biases, sinks and KV caches.
+keeps at least four bits. What is not: embedding, router, the gate of shared experts, norms, biases, sinks and
+KV caches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,12 +20,13 @@ from mimo_compile.frontend.models.branches import Branches, BranchLayer
 from mimo_compile.frontend.models.decoder import LISTS, Decoder, DecoderConfig, LayerSpec, Stage
 from mimo_compile.frontend.models.drafts import MtpLayer
 from mimo_compile.frontend.models.family import Family, Names
+from mimo_compile.frontend.models.feed import Feed
 from mimo_compile.frontend.models.gated import Gated
+from mimo_compile.frontend.models.stacking import pile, same_order, same_type, stack
 from mimo_compile.frontend.models.stages import (
     Attention,
     Embed,
     Experts,
-    Feed,
     FinalNorm,
     FirstLayer,
     Head,
@@ -52,7 +52,8 @@ EMBED, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.w
 def prefixes(config: DecoderConfig) -> list[tuple[str, str, LayerSpec]]:
     """Return stage name, tensor prefix and spec of every layer, draft layers last."""
     main = [(f"layers.{i}", f"model.layers.{i}.", s) for i, s in enumerate(config.layers)]
-    return main + [(f"mtp.{i}", f"model.mtp.layers.{i}.", s) for i, s in enumerate(config.mtp)]
+    start = config.drafts.prefix
+    return main + [(f"mtp.{i}", f"{start}{i}.", s) for i, s in enumerate(config.mtp)]
 
 
 def expected_tensors(
@@ -85,8 +86,8 @@ def _shapes(s: LayerSpec, hidden: int) -> dict[str, tuple[int, ...]]:
         "q_bias": (q,),
         "k_bias": (k,),
         "v_bias": (v,),
-        "q_norm": (s.d,),
-        "k_norm": (s.d,),
+        "q_norm": (q if s.qk_norm == "all" else s.d,),
+        "k_norm": (k if s.qk_norm == "all" else s.d,),
         "sink": (s.heads,),
         "listed_sink": (s.heads,),
         **dict.fromkeys(("listed_gate", "window_gate"), (s.gate_rows, hidden)),
@@ -97,6 +98,9 @@ def _shapes(s: LayerSpec, hidden: int) -> dict[str, tuple[int, ...]]:
         "down": (hidden, s.ffn),
         "router": (s.experts, hidden),
         "router_bias": (s.experts,),
+        **dict.fromkeys(("shared.gate", "shared.up"), (s.shared_ffn, hidden)),
+        "shared.down": (hidden, s.shared_ffn),
+        "shared_gate": (1, hidden),
         "experts.gate": (s.moe_ffn, hidden),
         "experts.up": (s.moe_ffn, hidden),
         "experts.down": (hidden, s.moe_ffn),
@@ -158,12 +162,12 @@ class Builder:
             return self._as_stored(names)
         if fmt is None:
             parts = [self._stored(name) for name in names]
-            return parts[0] if len(parts) == 1 else torch.cat(_same_type(parts))
+            return parts[0] if len(parts) == 1 else torch.cat(same_type(parts))
         if fmt.family == "complex" and len(names) > 1:
-            whole = torch.cat(_same_type([self.checkpoint.tensor(name) for name in names]))
+            whole = torch.cat(same_type([self.checkpoint.tensor(name) for name in names]))
             return self._quantise(" + ".join(names), whole, fmt)
         done = [self._quantise(name, self.checkpoint.tensor(name), fmt) for name in names]
-        return done[0] if len(done) == 1 else _stack(done)
+        return done[0] if len(done) == 1 else stack(done)
 
     def _quantise(
         self, name: str, weight: Tensor, fmt: WeightFormat, expert: int | None = None
@@ -190,8 +194,8 @@ class Builder:
         done = [widen(self.checkpoint.quantised(name), fmt) for name in names]
         if len(done) == 1:
             return done[0]
-        if all(_same_order(part, done[0]) for part in done):
-            return _stack(done)
+        if all(same_order(part, done[0]) for part in done):
+            return stack(done)
         return torch.cat([torch.from_numpy(part.dequantize()) for part in done])
 
     def _common(self, names: list[str]) -> WeightFormat:
@@ -251,7 +255,8 @@ class Builder:
         inputs: tuple[str, ...] = ("x", "delta")
         outputs: tuple[str, ...] = ("x", "delta")
         if isinstance(module, MtpLayer):
-            module.bind(table, self._linear([names["eh_proj"]]), small)
+            join = self._linear([names["eh_proj"]])
+            module.bind(table, join, small, self.config.drafts, self.checkpoint.real(NORM))
             kind, inputs, outputs = "mtp", ("hidden", "ids"), ("normed",)
         elif first:
             kind, inputs = "first", ("x",)
@@ -289,6 +294,11 @@ class Builder:
             "router": QuantLinear(self.checkpoint.real(names["router"])),
             "experts": Experts(w13, w2, act),
         }
+        if spec.shared_ffn:
+            parts["shared_gate_up"] = self._linear([names["shared.gate"], names["shared.up"]])
+            parts["shared_down"] = self._linear([names["shared.down"]])
+        if spec.shared_gate:
+            parts["shared_gate"] = QuantLinear(self.checkpoint.real(names["shared_gate"]))
         bias = self.checkpoint.real(names["router_bias"]) if spec.router_bias else None
         return Feed(spec, parts, bias)
 
@@ -298,7 +308,7 @@ class Builder:
             self._matrix([n.replace("{e}", str(e)) for n in names], self.scheme.codes)
             for e in range(spec.experts)
         ]
-        return _pile(each)
+        return pile(each)
 
     def _same_format(
         self, names: Names, w13: Tensor | QuantTensor, w2: Tensor | QuantTensor
@@ -329,9 +339,9 @@ class Builder:
             return tensor
         # complex formats pair gates with ups
         halves = 2 if name.endswith("gate_up_proj") and fmt.family != "complex" else 1
-        return _pile(
+        return pile(
             [
-                _stack([self._quantise(name, part, fmt, e) for part in expert.chunk(halves)])
+                stack([self._quantise(name, part, fmt, e) for part in expert.chunk(halves)])
                 for e, expert in enumerate(tensor)
             ]
         )
@@ -345,40 +355,3 @@ def lists_of(stage: str) -> tuple[str, ...]:
 _SMALL = frozenset(
     "attn_norm mlp_norm q_norm k_norm sink listed_sink q_bias k_bias v_bias enorm hnorm final_norm".split()
 )
-
-
-def _same_type(parts: list[Tensor]) -> list[Tensor]:
-    """Widen all parts to float32 unless all are bf16."""
-    if len({part.dtype for part in parts}) == 1:
-        return parts
-    return [part.to(torch.float32) for part in parts]
-
-
-def _stack(parts: list[QuantTensor]) -> QuantTensor:
-    """Join quantised matrices along their rows."""
-    return _join(parts, torch.cat)
-
-
-def _pile(parts: list[Tensor | QuantTensor]) -> Tensor | QuantTensor:
-    """Put matrices of equal shape on top of each other: ``[E, N, K]``; orders of columns are undone."""
-    quantised = [part for part in parts if isinstance(part, QuantTensor)]
-    plain = len({part.fmt for part in quantised}) == 1 and len(quantised) == len(parts)
-    if plain and all(part.perm is None for part in quantised):
-        return _join(quantised, torch.stack)
-    parts = [torch.from_numpy(p.dequantize()) if isinstance(p, QuantTensor) else p for p in parts]
-    return torch.stack(_same_type([part for part in parts if isinstance(part, Tensor)]))
-
-
-def _join(parts: list[QuantTensor], how: Callable[[list[Tensor]], Tensor]) -> QuantTensor:
-    def each(arrays: list[Any]) -> Any:
-        return how([torch.from_numpy(array) for array in arrays]).numpy()
-
-    zero = None if parts[0].zero is None else each([part.zero for part in parts])
-    codes, scale = each([p.codes for p in parts]), each([p.scale for p in parts])
-    return QuantTensor(parts[0].fmt, codes, scale, zero, parts[0].perm)
-
-
-def _same_order(a: QuantTensor, b: QuantTensor) -> bool:
-    if a.perm is None or b.perm is None:
-        return a.perm is b.perm
-    return np.array_equal(a.perm, b.perm)

@@ -59,7 +59,7 @@ class Observed:
         self._cache: dict[tuple[str, int], Moments] = {}
         self._hooks = []
         for name, module in () if stage is None else stage.module.named_modules():
-            if isinstance(module, QuantLinear) and not name.endswith("router"):
+            if isinstance(module, QuantLinear) and not name.endswith(("router", "shared_gate")):
                 self._hooks.append(module.register_forward_pre_hook(self._linear(name)))
             elif isinstance(module, Experts):
                 self.experts = module
@@ -210,7 +210,14 @@ class CalibratedBuilder(Builder):
         self._role, self._gains = roles(names, spec), []
         if self.calibration.method == "awq":
             assert self.scheme.weight is not None
-            self._gains = fold_layer(self._folded, names, spec, self._observed, self.scheme.weight)
+            self._gains = fold_layer(
+                self._folded,
+                names,
+                spec,
+                self._observed,
+                self.scheme.weight,
+                self.config.drafts.norms,
+            )
         stage = super()._layer(name, prefix, spec, rope, table)
         self._folded.forget()
         observed, self._observed = self._observed, None
@@ -282,7 +289,8 @@ def roles(names: Names, spec: LayerSpec) -> dict[str, tuple[str, int | None]]:
     """Return which module's inputs each matrix of a layer sees; experts' matrices have their number too."""
     modules = {
         "attention.qkv": ("q", "k", "v"), "attention.o": ("o",), "feed.gate_up": ("gate", "up"),
-        "feed.down": ("down",), "eh_proj": ("eh_proj",), "w13": ("experts.gate_up",),
+        "feed.down": ("down",), "feed.shared_gate_up": ("shared.gate", "shared.up"),
+        "feed.shared_down": ("shared.down",), "eh_proj": ("eh_proj",), "w13": ("experts.gate_up",),
         "w2": ("experts.all_down",),
     }  # fmt: skip
     out: dict[str, tuple[str, int | None]] = {

@@ -7,7 +7,6 @@ the compiled artifact, with the same quantisation.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -16,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from mimo_compile.errors import UsageError
+from mimo_compile.frontend.models.draft_rule import DraftRule
 from mimo_compile.ir.policies import AttentionPolicy, LayerRole
 from mimo_compile.ir.policies.full import Model
 from mimo_compile.ir.workload import BUCKETS
 
-_AS_IT_SAYS = Model()
+_AS_IT_SAYS, _USUAL_DRAFTS = Model(), DraftRule()
 LISTS = ("idx", "cnt")
 """Keywords of the lists that a layer follows."""
 STEP_TOKENS = 256
@@ -47,8 +47,11 @@ class LayerSpec:
     rotary_dim: int = 0
     """Leading dimensions of a head that are rotated."""
     v_scale: float = 1.0
-    qk_norm: bool = False
+    qk_norm: Literal["", "head", "all"] = ""
+    """What q and k are normalised over before they are rotated: each head, all heads together, or nothing."""
     qkv_bias: bool = False
+    clip_qkv: float = 0.0
+    """Largest magnitude of q, k and v, behind norms over all heads; 0: there is no limit."""
     gate: Literal["", "element", "head"] = ""
     """Width of the sigmoid gates that weigh what it follows and its window; empty: it has one branch."""
     rope_scaling: Mapping[str, Any] | None = field(default=None, hash=False)
@@ -65,6 +68,10 @@ class LayerSpec:
     factor: float = 1.0
     groups: int = 1
     top_groups: int = 1
+    shared_ffn: int = 0
+    """Width of the block that every token passes beside its experts; 0: there is none."""
+    shared_gate: bool = False
+    """What that block gives is multiplied by the sigmoid of one logit of the token."""
 
     @property
     def gate_rows(self) -> int:
@@ -106,6 +113,10 @@ class DecoderConfig:
     eos: tuple[int, ...] = ()
     mtp: tuple[LayerSpec, ...] = ()
     """Draft layers (multi-token prediction), possibly none."""
+    drafts: DraftRule = _USUAL_DRAFTS
+    """How these are stored, and what they join."""
+    left_out: tuple[str, ...] = ()
+    """How the names of stored tensors begin that are not read on purpose."""
     dtype: Literal["f32", "bf16"] = "f32"
     """How unquantised matrices are stored."""
     attention: AttentionPolicy = _AS_IT_SAYS
@@ -137,28 +148,6 @@ class DecoderConfig:
             for specs in (self.layers, self.mtp)
         )
         return replace(self, max_context=max_context, layers=layers, mtp=drafts)
-
-
-def inverse_frequencies(spec: LayerSpec) -> Tensor:
-    """Return the rotary frequencies ``[rotary_dim / 2]`` float32 of a layer, scaling applied.
-
-    Llama 3 scaling divides slow frequencies by ``factor``, keeps fast ones and blends between, by how often
-    a wave fits into the original context (between ``low`` and ``high`` times).
-    """
-    steps = torch.arange(0, spec.rotary_dim, 2, dtype=torch.float32) / spec.rotary_dim
-    inverse = 1.0 / (spec.rope_theta**steps)
-    scaling = spec.rope_scaling
-    if scaling is None:
-        return inverse
-    factor = float(scaling["factor"])
-    if scaling["type"] == "linear":
-        return inverse / factor
-    if scaling["type"] != "llama3":
-        raise UsageError(f"unknown rope scaling {scaling['type']!r}", remedy="use linear or llama3")
-    low, high = float(scaling["low"]), float(scaling["high"])
-    waves = float(scaling["original"]) * inverse / (2 * math.pi)
-    keep = ((waves - low) / (high - low)).clamp(0.0, 1.0)
-    return (1 - keep) * inverse / factor + keep * inverse
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ A family is one module with ``configure(fields, checkpoint) -> DecoderConfig`` a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from mimo_compile.errors import InputError
 from mimo_compile.frontend.models.decoder import DecoderConfig, LayerSpec
@@ -20,6 +20,21 @@ Names = dict[str, str]
 
 MOST = 10_000
 """Layers of a model, and experts of a layer: far beyond any, and soon listed."""
+
+
+INERT = frozenset(
+    """
+    architectures auto_map torch_dtype dtype transformers_version _name_or_path tokenizer_class use_cache
+    pad_token_id sep_token_id initializer_range attention_dropout hidden_dropout embd_pdrop resid_pdrop
+    pretraining_tp router_aux_loss_coef aux_loss_alpha seq_aux router_jitter_noise output_router_logits
+    return_dict id2label label2id ep_size mtp_intermediate_size quantization_config compression_config
+    quantization model_type eos_token_id bos_token_id rope_scaling rope_parameters rope_theta
+    use_sliding_window sliding_window max_window_layers layer_types head_dim intermediate_size
+    seerattn_gate_block_size seerattn_use_rope seerattn_k_seq_pooling_type seerattn_q_head_pooling_type
+    """.split()
+)
+"""Fields that change nothing of what a model computes when it runs, that others read, or that count only
+together with those that were asked for."""
 
 
 class Family(Protocol):
@@ -40,6 +55,8 @@ class Fields:
 
     raw: Mapping[str, Any]
     file: Path
+    asked: set[str] = field(default_factory=set, compare=False)
+    """Names that somebody asked for."""
 
     def fail(self, what: str, remedy: str = "") -> InputError:
         """Build the error for a field that is wrong or not supported."""
@@ -47,8 +64,14 @@ class Fields:
 
     def get(self, name: str, default: Any = None) -> Any:
         """Return a field, ``default`` when it is absent or null."""
+        self.asked.add(name)
         value = self.raw.get(name)
         return default if value is None else value
+
+    def unknown(self) -> list[str]:
+        """Return the fields that nobody asked for though they say something, but for those that are inert."""
+        names = set(self.raw) - self.asked - INERT
+        return sorted(n for n in names if self.raw[n] not in (None, False, [], {}, ""))
 
     def integer(
         self, name: str, default: int | None = None, low: int = 1, high: int | None = None
@@ -197,13 +220,22 @@ def head_dims(fields: Fields) -> tuple[int, int, int]:
 
 
 def dense_decoder(
-    fields: Fields, *, qkv_bias: bool = False, qk_norm: bool = False
-) -> DecoderConfig:
-    """Configure an ordinary dense decoder (Llama, Qwen2, Qwen3)."""
+    fields: Fields, *, qkv_bias: bool = False, qk_norm: Literal["", "head", "all"] = "",
+    eps: float = 1e-6, theta: float = 1e4,
+) -> DecoderConfig:  # fmt: skip
+    """Configure an ordinary dense decoder (Llama, Qwen2, Qwen3).
+
+    Args:
+        fields: The configuration.
+        qkv_bias: q, k and v have biases.
+        qk_norm: What q and k are normalised over.
+        eps: Of norms where the file says nothing.
+        theta: Base of rotary angles where the file says nothing.
+    """
     fields.require("hidden_act", ("silu",))
     heads, kv_heads, d = head_dims(fields)
     count = fields.integer("num_hidden_layers", high=MOST)
-    rope = read_rope(fields, d, theta=10000.0)
+    rope = read_rope(fields, d, theta=theta)
     ffn = fields.integer("intermediate_size")
     layers = tuple(
         LayerSpec(
@@ -224,7 +256,7 @@ def dense_decoder(
         hidden=fields.integer("hidden_size"),
         vocab=fields.integer("vocab_size"),
         layers=layers,
-        eps=fields.number("rms_norm_eps", 1e-6),
+        eps=fields.number("rms_norm_eps", eps),
         tied=fields.flag("tie_word_embeddings", False),
         max_context=fields.integer("max_position_embeddings", 2048),
         bos=fields.get("bos_token_id"),
@@ -232,8 +264,11 @@ def dense_decoder(
     )
 
 
-def standard_names(spec: LayerSpec, prefix: str, checkpoint: Checkpoint | None = None) -> Names:
-    """Return the tensor names that most families share, those that ``spec`` needs."""
+def standard_names(spec: LayerSpec, prefix: str, checkpoint: Checkpoint) -> Names:
+    """Return the tensor names that most families share, those that ``spec`` needs.
+
+    Experts have a tensor each, or one for all as in transformers' own modules, whatever is stored.
+    """
     names = {
         "attn_norm": "input_layernorm.weight",
         "mlp_norm": "post_attention_layernorm.weight",
@@ -251,8 +286,18 @@ def standard_names(spec: LayerSpec, prefix: str, checkpoint: Checkpoint | None =
         names |= {part: f"mlp.{part}_proj.weight" for part in ("gate", "up", "down")}
     else:
         names["router"] = "mlp.gate.weight"
-        for part in ("gate", "up", "down"):
-            names[f"experts.{part}"] = f"mlp.experts.{{e}}.{part}_proj.weight"
+        if checkpoint.shape(f"{prefix}mlp.experts.gate_up_proj") is not None:
+            names["experts.gate_up"] = "mlp.experts.gate_up_proj"
+            names["experts.all_down"] = "mlp.experts.down_proj"
+        else:
+            for part in ("gate", "up", "down"):
+                names[f"experts.{part}"] = f"mlp.experts.{{e}}.{part}_proj.weight"
         if spec.router_bias:
             names["router_bias"] = "mlp.gate.e_score_correction_bias"
+    if spec.shared_ffn:
+        block = "shared_expert" if spec.shared_gate else "shared_experts"
+        for part in ("gate", "up", "down"):
+            names[f"shared.{part}"] = f"mlp.{block}.{part}_proj.weight"
+    if spec.shared_gate:
+        names["shared_gate"] = "mlp.shared_expert_gate.weight"
     return {key: prefix + name for key, name in names.items()}

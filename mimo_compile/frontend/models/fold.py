@@ -51,10 +51,12 @@ class Folded(Checkpoint):
 
 
 def fold_layer(
-    folded: Folded, names: Names, spec: LayerSpec, observed: Observed, fmt: WeightFormat
-) -> list[Gain]:
+    folded: Folded, names: Names, spec: LayerSpec, observed: Observed, fmt: WeightFormat,
+    joined: tuple[str, str] = ("enorm", "hnorm"),
+) -> list[Gain]:  # fmt: skip
     """Choose and fold the scales of one layer; returns what each place gains.
 
+    ``joined`` are the norms before a draft layer's joining projection, in the order of its columns.
     With one scale for a whole tensor, factors on the rows of ``v`` and ``up`` would widen its range:
     only norms are folded into then.
     """
@@ -65,13 +67,16 @@ def fold_layer(
     else:
         layer.experts_into_norm()
     if "eh_proj" in names:
-        layer.into_norm("eh_proj", ("eh_proj",), ("enorm", "hnorm"))
+        layer.into_norm("eh_proj", ("eh_proj",), joined)
     if fmt.group != GROUP_TENSOR:
-        layer.into_values()
+        if not spec.clip_qkv:  # a limit of values does not pass factors on
+            layer.into_values()
         if spec.mlp == "dense":
             layer.into_up()
         else:
             layer.experts_into_up()
+            if spec.shared_ffn:
+                layer.into_up("shared.", "feed.shared_")
     return layer.gains
 
 
@@ -124,11 +129,11 @@ class _Layer:
         if "v_bias" in self.names:
             self.scale("v_bias", lambda w: w / rows)
 
-    def into_up(self) -> None:
-        moments = self.observed.linear["feed.down"]
-        s = self.search(lambda: self.parts(("down",), moments), moments.magnitude)
-        self.scale("down", lambda w: w * s)
-        self.scale("up", lambda w: w / s[:, None])
+    def into_up(self, key: str = "", module: str = "feed.") -> None:
+        moments, down = self.observed.linear[f"{module}down"], f"{key}down"
+        s = self.search(lambda: self.parts((down,), moments), moments.magnitude)
+        self.scale(down, lambda w: w * s)
+        self.scale(f"{key}up", lambda w: w / s[:, None])
 
     # -- experts: one tensor for each, or one for all ------------------------------------------
 
@@ -154,8 +159,11 @@ class _Layer:
 
     def experts_into_norm(self) -> None:
         pair = ("experts.gate", "experts.up")
+        shared = ("shared.gate", "shared.up") if self.spec.shared_ffn else ()
 
         def parts() -> Iterator[Part]:
+            if shared:
+                yield from self.parts(shared, self.observed.linear["feed.shared_gate_up"])
             for e in range(self.spec.experts):
                 moments = self.observed.expert("w13", e)
                 for key in pair:
@@ -165,7 +173,8 @@ class _Layer:
         for e in range(self.spec.experts):
             for key in pair:
                 self.put(key, e, self.expert(key, e) * s)
-        self.scale("router", lambda w: w * s)
+        for key in ("router", *shared, *(("shared_gate",) if self.spec.shared_gate else ())):
+            self.scale(key, lambda w: w * s)
         self.scale("mlp_norm", lambda w: w / s)
 
     def experts_into_up(self) -> None:

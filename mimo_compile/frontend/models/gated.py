@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from mimo_compile.frontend.models.attend import Selecting
-from mimo_compile.frontend.models.decoder import LayerSpec, inverse_frequencies
+from mimo_compile.frontend.models.decoder import LayerSpec
+from mimo_compile.frontend.models.rotary import inverse_frequencies
 from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.ops.describe_blocks import entries_of
 from mimo_compile.ir.policies.seer import Seer

@@ -190,4 +190,9 @@ def _shapes(s: LayerSpec, hidden: int) -> dict[str, tuple[int, int]]:
         out["gates"] = (2 * s.gate_rows, hidden)
     if s.mlp == "dense":
         out |= {"gate_up": (2 * s.ffn, hidden), "down": (hidden, s.ffn)}
+    elif s.shared_ffn:
+        out |= {
+            "gate_up of shared experts": (2 * s.shared_ffn, hidden),
+            "down of shared experts": (hidden, s.shared_ffn),
+        }
     return out

@@ -107,18 +107,38 @@ def paged(layer: LayerCore, paging: Paging, sequences: int) -> Iterator[None]:
             setattr(layer, name, cache)
 
 
+def project(layer: LayerCore, normed: Tensor, adapter: Tensor | None = None) -> Tensor:
+    """Return a step's q, k and v rows, before norms of single heads: ``normed [T, D]`` -> ``[T, ...]``."""
+    s, a = layer.spec, layer.attention
+    qkv: Tensor = a.qkv(normed, adapter)
+    if s.qk_norm == "all":
+        assert a.q_norm is not None and a.k_norm is not None
+        norm, first = torch.nn.functional.rms_norm, s.heads * s.d
+        both = first + s.kv_heads * s.d
+        q = norm(qkv[:, :first], (first,), a.q_norm, layer.eps)
+        k = norm(qkv[:, first:both], (both - first,), a.k_norm, layer.eps)
+        qkv = torch.cat([q, k, qkv[:, both:]], dim=-1)
+    return qkv.clamp(-s.clip_qkv, s.clip_qkv) if s.clip_qkv else qkv
+
+
+def _head_norms(layer: LayerCore) -> tuple[Tensor | None, Tensor | None]:
+    """Return the norms ``[D]`` of each query and each key head."""
+    a = layer.attention
+    return (a.q_norm, a.k_norm) if layer.spec.qk_norm == "head" else (None, None)
+
+
 def append(layer: LayerCore, qkv: Tensor, table: Tensor, pos: Tensor) -> Tensor:
     """Append a step's keys and values: ``qkv [T, H*D + KV*D + KV*DV]`` -> rotated q ``[T, H, D]``."""
-    s, a = layer.spec, layer.attention
+    s, norms = layer.spec, _head_norms(layer)
     if layer.caches.name in GROUPED:
         q: Tensor = torch.ops.mimo.kv_append_groups(
-            qkv, table, pos, a.q_norm, a.k_norm, *(layer.get_buffer(n) for n in STATES), s.heads,
+            qkv, table, pos, *norms, *(layer.get_buffer(n) for n in STATES), s.heads,
             layer.eps, s.v_scale, layer.caches.name,
         )  # fmt: skip
         return q
     if layer.paging is not None:
         made: Tensor = torch.ops.mimo.kv_append_pages(
-            qkv, table, pos, a.q_norm, a.k_norm, layer.k_cache, layer.v_cache, layer.pages, s.heads,
+            qkv, table, pos, *norms, layer.k_cache, layer.v_cache, layer.pages, s.heads,
             layer.eps, s.v_scale, layer.paging.cap, layer.paging.page,
         )  # fmt: skip
         return made
@@ -126,8 +146,7 @@ def append(layer: LayerCore, qkv: Tensor, table: Tensor, pos: Tensor) -> Tensor:
         qkv,
         table,
         pos,
-        a.q_norm,
-        a.k_norm,
+        *norms,
         layer.k_cache,
         layer.v_cache,
         s.heads,

@@ -20,15 +20,25 @@ from mimo_compile.frontend.models.family import (
     read_rope,
     standard_names,
 )
+from mimo_compile.frontend.models.mixture import routed
 from mimo_compile.frontend.weights.checkpoint import Checkpoint
 
 __all__ = ["configure", "layer_names"]
 
 _MTP = re.compile(r"model\.mtp\.layers\.(\d+)\.")
+_DIALECTS = frozenset(
+    """
+    hybrid_layer_pattern moe_layer_freq mlp_layer_types layernorm_epsilon rms_norm_eps swa_head_dim
+    swa_v_head_dim swa_num_attention_heads swa_num_key_value_heads swa_rope_theta sliding_window_size
+    attention_chunk_size add_swa_attention_sink_bias add_full_attention_sink_bias
+    """.split()
+)
+"""What only one of them has; files that were saved again may hold both."""
 
 
 def configure(fields: Fields, checkpoint: Checkpoint) -> DecoderConfig:
     """Translate either dialect; draft layers are counted from the tensor names."""
+    fields.asked.update(_DIALECTS)
     fields.require("hidden_act", ("silu",))
     fields.require("n_shared_experts", (0,))
     fields.require("topk_method", ("noaux_tc",))
@@ -54,7 +64,14 @@ def configure(fields: Fields, checkpoint: Checkpoint) -> DecoderConfig:
         False: {"mlp": "dense", "ffn": fields.integer("intermediate_size")}
     }
     if any(sparse):
-        feed[True] = _experts(fields)
+        feed[True] = routed(
+            fields,
+            fields.integer("n_routed_experts", high=MOST),
+            fields.integer("moe_intermediate_size"),
+            norm=fields.flag("norm_topk_prob", True),
+            scoring=fields.get("scoring_func", "sigmoid"),
+            bias=True,
+        )
     layers = tuple(
         LayerSpec(**attention[bool(s)], **feed[bool(m)])
         for s, m in zip(sliding, sparse, strict=True)
@@ -77,7 +94,7 @@ def _published_attention(fields: Fields, sliding: bool) -> dict[str, Any]:
     prefix = "swa_" if sliding else ""
     d = fields.integer(f"{prefix}head_dim")
     theta = fields.number(f"{prefix}rope_theta")
-    rope = read_rope(Fields({**fields.raw, "rope_theta": theta}, fields.file), d)
+    rope = read_rope(Fields({**fields.raw, "rope_theta": theta}, fields.file, fields.asked), d)
     window = _published_window(fields) if sliding else 0
     sink = "add_swa_attention_sink_bias" if sliding else "add_full_attention_sink_bias"
     return {
@@ -133,28 +150,6 @@ def _heads(fields: Fields, heads: int, kv_heads: int) -> dict[str, Any]:
     }
 
 
-def _experts(fields: Fields) -> dict[str, Any]:
-    experts = fields.integer("n_routed_experts", high=MOST)
-    top_k, groups = fields.integer("num_experts_per_tok"), fields.integer("n_group", 1)
-    top_groups = fields.integer("topk_group", 1)
-    if experts % groups or top_groups > groups or top_k > experts // groups * top_groups:
-        raise fields.fail(
-            f"{top_k} of {experts} experts cannot be chosen from {top_groups} of {groups} groups"
-        )
-    return {
-        "mlp": "moe",
-        "experts": experts,
-        "top_k": top_k,
-        "moe_ffn": fields.integer("moe_intermediate_size"),
-        "scoring": fields.get("scoring_func", "sigmoid"),
-        "norm_topk": fields.flag("norm_topk_prob", True),
-        "router_bias": True,
-        "factor": fields.number("routed_scaling_factor", 1.0),
-        "groups": groups,
-        "top_groups": top_groups,
-    }
-
-
 def _draft_layers(
     fields: Fields, checkpoint: Checkpoint, attention: dict[str, Any]
 ) -> tuple[LayerSpec, ...]:
@@ -172,7 +167,7 @@ def _draft_layers(
 
 def layer_names(spec: LayerSpec, prefix: str, checkpoint: Checkpoint) -> Names:
     """Return the names of a layer; names of transformers' own modules are taken where they occur."""
-    names = standard_names(spec, prefix)
+    names = standard_names(spec, prefix, checkpoint)
     if prefix.startswith("model.mtp."):
         names["mlp_norm"] = prefix + "pre_mlp_layernorm.weight"
         for key, name in (
@@ -184,9 +179,4 @@ def layer_names(spec: LayerSpec, prefix: str, checkpoint: Checkpoint) -> Names:
         names["eh_proj"] = prefix + "eh_proj.weight"
     if spec.sink and checkpoint.shape(f"{prefix}self_attn.sinks") is not None:
         names["sink"] = prefix + "self_attn.sinks"
-    if spec.mlp == "moe" and checkpoint.shape(f"{prefix}mlp.experts.gate_up_proj") is not None:
-        for part in ("gate", "up", "down"):
-            del names[f"experts.{part}"]
-        names["experts.gate_up"] = prefix + "mlp.experts.gate_up_proj"
-        names["experts.all_down"] = prefix + "mlp.experts.down_proj"
     return names

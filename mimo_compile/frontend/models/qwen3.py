@@ -12,7 +12,7 @@ __all__ = ["configure", "layer_names"]
 def configure(fields: Fields, checkpoint: Checkpoint) -> DecoderConfig:
     """Translate a Qwen3 ``config.json``."""
     fields.require("attention_bias", (False,))
-    return dense_decoder(fields, qk_norm=True)
+    return dense_decoder(fields, qk_norm="head")
 
 
 layer_names = standard_names

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -10,10 +10,14 @@ from torch import Tensor, nn
 
 from mimo_compile.frontend.models import kv
 from mimo_compile.frontend.models.attend import Attending, Lists
-from mimo_compile.frontend.models.decoder import LayerSpec, inverse_frequencies
+from mimo_compile.frontend.models.decoder import LayerSpec
+from mimo_compile.frontend.models.rotary import inverse_frequencies
 from mimo_compile.ir.caches import parse_cache_format
 from mimo_compile.ir.formats import QuantTensor, parse_act_format
 from mimo_compile.ir.ops import load_all
+
+if TYPE_CHECKING:
+    from mimo_compile.frontend.models.feed import Feed
 
 load_all()
 
@@ -215,47 +219,6 @@ class Attention(nn.Module):
             self.register_buffer(name, small.get(name))
 
 
-class Feed(nn.Module):
-    """The second half of a layer: a dense SwiGLU block or routed experts."""
-
-    router_bias: Tensor | None
-    gate_up: QuantLinear
-    down: QuantLinear
-    router: QuantLinear
-    experts: Experts
-
-    def __init__(
-        self,
-        spec: LayerSpec,
-        parts: Mapping[str, QuantLinear | Experts],
-        router_bias: Tensor | None = None,
-    ) -> None:
-        """Take ``gate_up`` and ``down``, or ``router`` and ``experts``."""
-        super().__init__()
-        self.spec = spec
-        self.register_buffer("router_bias", router_bias)
-        for name, part in parts.items():
-            self.add_module(name, part)
-
-    @property
-    def kind(self) -> str:
-        """What the graph depends on beside the spec."""
-        return ".".join(str(getattr(part, "kind", "")) for part in self.children())
-
-    def forward(self, x: Tensor, adapter: Tensor | None = None) -> Tensor:
-        """Return the block's output for normed rows ``[T, D]``."""
-        s = self.spec
-        if s.mlp == "dense":
-            dense: Tensor = self.down(torch.ops.mimo.swiglu(self.gate_up(x, adapter)), adapter)
-            return dense
-        ids, weights = torch.ops.mimo.route(
-            self.router(x), self.router_bias, s.top_k, s.scoring, s.norm_topk, s.factor,
-            s.groups, s.top_groups,
-        )  # fmt: skip
-        routed: Tensor = self.experts(x, ids, weights)
-        return routed
-
-
 class LayerCore(nn.Module):
     """A decoder layer from its normed input on; holds the KV caches, first on the meta device."""
 
@@ -302,10 +265,11 @@ class LayerCore(nn.Module):
         """What the graph depends on: the spec without its angles, and the weight formats."""
         s, a = self.spec, self.attention
         shape = (
-            s.heads, s.kv_heads, s.d, s.dv, s.window, s.sink, s.rotary_dim, s.v_scale, s.qk_norm,
+            s.heads, s.kv_heads, s.d, s.dv, s.window, s.sink, s.rotary_dim, s.v_scale, s.qk_norm, s.clip_qkv,
             s.mlp, s.ffn, s.experts, s.top_k, s.moe_ffn, s.scoring, s.norm_topk, s.router_bias,
-            s.factor, s.groups, s.top_groups, a.qkv.kind, a.o.kind, self.feed.kind,
-            self.caches.name, self.attend.kind, s.gate, "" if a.gates is None else a.gates.kind,
+            s.factor, s.groups, s.top_groups, s.shared_ffn, s.shared_gate, a.qkv.kind, a.o.kind,
+            self.feed.kind, self.caches.name, self.attend.kind, s.gate,
+            "" if a.gates is None else a.gates.kind,
         )  # fmt: skip
         return repr(shape)
 
@@ -323,7 +287,7 @@ class LayerCore(nn.Module):
         Returns:
             The residual after attention, the block's output, and the lists that it lends, if any.
         """
-        q = kv.append(self, self.attention.qkv(normed, adapter), table, pos)
+        q = kv.append(self, kv.project(self, normed, adapter), table, pos)
         out, made = self.attend(self, q, pos, lists)
         return self.after_attention(out, x, adapter, made)
 

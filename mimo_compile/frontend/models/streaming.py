@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from mimo_compile.frontend.models.attend import Attending, Lists, listed
-from mimo_compile.frontend.models.decoder import LayerSpec, inverse_frequencies
+from mimo_compile.frontend.models.decoder import LayerSpec
+from mimo_compile.frontend.models.rotary import inverse_frequencies
 from mimo_compile.ir.ops.kv_append import turn_back
 from mimo_compile.ir.policies.stream import Stream
 
