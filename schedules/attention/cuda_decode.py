@@ -1,0 +1,133 @@
+"""Attention of a few tokens over a bfloat16 KV cache on GPUs: keys split over blocks and their warps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mimo_compile.ir.counts import Counts
+from mimo_compile.ir.hardware import Hardware
+from mimo_compile.ir.ops import get_op
+from mimo_compile.ir.ops.pages import TABLE, paged, table_bytes
+from mimo_compile.ir.workload import Workload
+from mimo_compile.schedules.attention import cuda_layout as layout
+from mimo_compile.schedules.attention.cuda_flash import (
+    HEIGHT,
+    CudaParts,
+    PartsConfig,
+    copied_counts,
+    merge_threads,
+    tiles_of,
+    with_merge,
+)
+from mimo_compile.schedules.base import Space
+from mimo_compile.schedules.cuda.code import Launch
+
+MOST_TILES = 8
+"""Of a KV head: of more, each would pass over the keys, and `cuda_prefill` shares them."""
+
+
+class CudaDecode(CudaParts):
+    """Tiles of 16 rows; each warp has keys of its own, so that blocks meet once in a stage."""
+
+    name = "cached_attention.cuda_decode"
+    op = "cached_attention"
+
+    def supports(self, workload: Workload, hardware: Hardware) -> bool:
+        """Workloads of few tokens with bfloat16 caches, of heads that a warp's registers hold."""
+        if not super().supports(workload, hardware):
+            return False
+        return self._tiles(get_op(self.op).full(workload)) <= MOST_TILES
+
+    def space(self, workload: Workload, hardware: Hardware) -> Space:
+        """Keys and number of stages, warps, parts."""
+        p = get_op(self.op).full(workload)
+        default = self.default(p, hardware)
+        return Space(PartsConfig, self.knobs(p), default, lambda c: self.legal(p, c, hardware))
+
+    def template(self) -> Path:
+        """Return the file of the text."""
+        return Path(__file__).with_suffix(".cu")
+
+    def constants(self, workload: Workload) -> dict[str, int | float | bool]:
+        """Return what the text is told of a workload."""
+        p = get_op(self.op).full(workload)
+        return super().constants(workload) | {"MERGE_THREADS": merge_threads(p)}
+
+    def launches(self, workload: Workload, config: PartsConfig) -> tuple[Launch, ...]:
+        """Return the launch over the parts, and the one that merges them."""
+        p = get_op(self.op).full(workload)
+        sink = "sink" if p["sink"] else "q"
+        parts, states = (self.parts_of(p, config, n) for n in ("parts", "states"))
+        first = Launch(
+            "attend_part",
+            (p["kv"] * self._tiles(p), p["b"], config.parts),
+            32 * config.warps,
+            ("q", "pos", sink, TABLE if paged(p) else "pos", "k_cache", "v_cache", "out", parts, states),
+            self.shared_bytes(p, config),
+        )  # fmt: skip
+        if config.parts == 1:
+            return (first,)
+        rows = p["b"] * p["t"] * p["h"]
+        given = ("pos", sink, parts, states, "out")
+        return first, Launch("merge", (rows, 1, 1), merge_threads(p), given)
+
+    def units(self, p: Mapping[str, Any]) -> int:
+        """Return how many tiles of 16 rows there are."""
+        return int(p["b"] * p["kv"] * self._tiles(p))
+
+    def reach(self, p: Mapping[str, Any]) -> int:
+        """Return how many keys the rows of a tile may see."""
+        return int(min(p["cap"], p["window"] + p["t"] - 1 if p["window"] else p["cap"]))
+
+    def work(self, workload: Workload, config: PartsConfig, hardware: Hardware) -> Counts:
+        """Return the kernel's work at the op's nominal KV lengths."""
+        op: Any = get_op(self.op)
+        p = op.full(workload)
+        own = config.keys // config.warps
+        copied = scored = held = 0.0
+        for length in op.lengths(p):
+            begin, end = spans(p, length, HEIGHT)
+            copied += float((end - begin).sum())
+            scored += float((-(-(end - begin) // own) * own).sum())
+            held += float(end.max() - begin.min()) * p["kv"]
+        found = copied_counts(p, p["kv"], copied, held, scored, own)
+        return with_merge(in_pages(found, p, op.lengths(p)), p, self.units(p), config.parts)
+
+    @staticmethod
+    def _tiles(p: Mapping[str, Any]) -> int:
+        return tiles_of(p["t"], p["h"] // p["kv"])
+
+
+def in_pages(counts: Counts, p: Mapping[str, Any], lengths: list[int]) -> Counts:
+    """Return counts with the block tables, and without pages that sequences share; see `pages.counted`."""
+    if not paged(p):
+        return counts
+    row = 2.0 * p["kv"] * (layout.whole(p["d"]) + layout.whole(p["dv"]))
+    twice = row * max(0, sum(lengths) - p["pool"] * p["page"])
+    table = table_bytes(lengths, p["page"])
+    return counts + Counts({}, {"dram": table - twice, "l2": table})
+
+
+def spans(p: Mapping[str, Any], length: int, height: int) -> tuple[Any, Any]:
+    """Return the first position that any row of each tile sees, and the one behind the last; int64 arrays.
+
+    Args:
+        p: Parameters of a `cached_attention`.
+        length: Positions in the cache, those of the call's tokens among them.
+        height: Rows of a tile.
+    """
+    group = p["h"] // p["kv"]
+    tile = np.arange(tiles_of(p["t"], group, height))
+    first, last = (
+        tile * height // group,
+        np.minimum((tile * height + height - 1) // group, p["t"] - 1),
+    )
+    start = length - p["t"]
+    begin = np.full(len(tile), max(0, length - p["cap"]))
+    if p["window"]:
+        begin = np.maximum(begin, start + first - p["window"] + 1)
+    return begin, start + last + 1

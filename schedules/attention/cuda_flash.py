@@ -1,0 +1,262 @@
+"""What attention kernels for GPUs share: blocks of query rows, stages of keys, parts that are merged.
+
+16 rows of a matrix tile are tokens and heads that share keys (``row = token * group + head``). Queries and
+weights are rounded to bfloat16, sums are float32: the op's `bound` for 16-bit caches is for such kernels.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mimo_compile.ir.counts import Counts
+from mimo_compile.ir.hardware import Hardware
+from mimo_compile.ir.ops import get_op
+from mimo_compile.ir.ops.base import Arg, Array
+from mimo_compile.ir.workload import Workload
+from mimo_compile.schedules.attention import cuda_layout as layout
+from mimo_compile.schedules.base import Kernel, Schedule, kernel_name
+from mimo_compile.schedules.cuda.code import DeviceCode, Launch
+from mimo_compile.schedules.cuda.limits import fits
+from mimo_compile.schedules.cuda.template import rendered
+
+HEIGHT = 16
+"""Rows of a matrix tile."""
+LOG2_E = 1.4426950408889634
+STATE = 2
+"""Numbers that a row has besides its values: greatest logit, sum of weights."""
+_SPARE = 48
+"""Registers for all that is neither query, sum, logit nor weight: addresses, masks, fragments in flight."""
+_MOST_SUMS = 208
+"""Columns of values up to which softmax steps may have more than 16 keys: of more, nvcc spills registers."""
+
+
+@dataclass(frozen=True, slots=True)
+class StagesConfig:
+    """Knobs of attention whose keys pass through shared memory."""
+
+    keys: int = 64
+    """Of a stage."""
+    stages: int = 2
+    """Of which all but one are on their way while one is worked on."""
+    warps: int = 4
+    """Of a block."""
+
+
+@dataclass(frozen=True, slots=True)
+class PartsConfig(StagesConfig):
+    """Knobs of attention whose keys are split: over blocks, and each stage over a block's warps."""
+
+    parts: int = 1
+    """Of the keys, in blocks of their own, which a second launch merges."""
+
+
+class CudaFlash(Schedule):
+    """Base of attention on GPUs; a subclass says which launches, and what they do."""
+
+    def supports(self, workload: Workload, hardware: Hardware) -> bool:
+        """Workloads of the op with bfloat16 caches and float arithmetic, of heads that registers hold."""
+        if workload.op != self.op or not layout.takes(workload, hardware):
+            return False
+        space = self.space(workload, hardware)
+        return space.legal(space.default)
+
+    def can(self, p: Mapping[str, Any], config: Any, own: int, hardware: Hardware) -> bool:
+        """Say whether a block of a config can be launched, and needs no registers that a thread lacks.
+
+        Args:
+            p: Parameters of the workload.
+            config: Its keys, stages and warps count.
+            own: Keys of a stage that one warp works on.
+            hardware: A GPU.
+        """
+        wide, sums = layout.whole(p["d"]), layout.whole(p["dv"])
+        needed = wide // 4 + sums // 2 + own // 2 + own // 4 + _SPARE
+        return (own == HEIGHT or sums <= _MOST_SUMS) and fits(
+            hardware,
+            threads=32 * config.warps,
+            shared_bytes=self.shared_bytes(p, config),
+            registers=needed,
+        )
+
+    def shared_bytes(self, p: Mapping[str, Any], config: Any) -> int:
+        """Return the shared memory of a block: keys and values of all stages, 16 bytes behind each row."""
+        row = 2 * (layout.whole(p["d"]) + layout.whole(p["dv"])) + 32
+        return int(config.stages * config.keys * row)
+
+    def constants(self, workload: Workload) -> dict[str, int | float | bool]:
+        """Return what the text is told of a workload."""
+        op: Any = get_op(self.op)
+        p = op.full(workload)
+        return layout.constants(workload) | {
+            "WINDOW": p["window"],
+            "SINK": bool(p["sink"]),
+            "SCALE": layout.float32(op.softmax_scale(p) * LOG2_E),
+        }
+
+    @abstractmethod
+    def template(self) -> Path:
+        """Return the file of the text."""
+
+    @abstractmethod
+    def launches(self, workload: Workload, config: Any) -> tuple[Launch, ...]:
+        """Return the launches of a call."""
+
+    def scratch(self, workload: Workload, config: Any) -> dict[str, Arg]:
+        """Return the arrays that the launches share."""
+        return {}
+
+    def lower(self, workload: Workload, config: Any, hardware: Hardware) -> Kernel:
+        """Generate the kernel of one config."""
+        knobs = {name.upper(): value for name, value in self.config_to_json(config).items()}
+        text = rendered(self.template(), self.constants(workload) | knobs)
+        launches, scratch = self.launches(workload, config), self.scratch(workload, config)
+        code = DeviceCode(text, launches, scratch, expected=("HMMA", "LDSM", "LDGSTS"))
+        bytes_of_scratch = sum(4 * _size(a.shape) for a in scratch.values())
+        return Kernel(
+            kernel_name(self, workload, config, hardware), None, layout.kernel_args(workload),
+            self.work(workload, config, hardware), bytes_of_scratch, layout.NEEDS, device=code,
+        )  # fmt: skip
+
+    def layouts(self, workload: Workload, config: Any) -> dict[str, str]:
+        """Return the names of the cache layouts."""
+        return dict(layout.LAYOUTS)
+
+    def pack(
+        self, workload: Workload, config: Any, arrays: Mapping[str, Array]
+    ) -> dict[str, Array]:
+        """Lay out the caches; the sink stays as it is."""
+        return layout.pack(workload, arrays)
+
+    def unpack_state(
+        self, workload: Workload, config: Any, arrays: Mapping[str, Array]
+    ) -> dict[str, Array]:
+        """Return canonical caches."""
+        return layout.unpack(workload, arrays)
+
+
+class CudaParts(CudaFlash):
+    """Base of attention of few rows, whose keys are split into parts."""
+
+    config = PartsConfig
+
+    @abstractmethod
+    def units(self, p: Mapping[str, Any]) -> int:
+        """Return how many tiles of 16 rows there are."""
+
+    @abstractmethod
+    def reach(self, p: Mapping[str, Any]) -> int:
+        """Return how many keys the rows of a tile may see."""
+
+    def parts_of(self, p: Mapping[str, Any], config: PartsConfig, name: str) -> str:
+        """Return the name of a scratch array, or where there are no parts any array, not looked at."""
+        return name if config.parts > 1 else "out"
+
+    def scratch(self, workload: Workload, config: PartsConfig) -> dict[str, Arg]:
+        """Return what the parts leave to be merged: weighted values, greatest logits and sums."""
+        if config.parts == 1:
+            return {}
+        p = get_op(self.op).full(workload)
+        shape = (self.units(p), config.parts, HEIGHT)
+        sizes = {"parts": layout.whole(p["dv"]), "states": STATE}
+        return {n: Arg(n, "output", (*shape, size), "float32") for n, size in sizes.items()}
+
+    def knobs(self, p: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """Return the values of each knob."""
+        most = max(1, self.reach(p) // (2 * HEIGHT))
+        return {
+            "keys": (32, 64, 128),
+            "stages": (2, 3, 4),
+            "warps": (2, 4, 8),
+            "parts": tuple(n for n in (1, 2, 4, 8, 16, 32, 64, 128) if n <= most),
+        }
+
+    def legal(self, p: Mapping[str, Any], config: PartsConfig, hardware: Hardware) -> bool:
+        """Say whether a config can be launched: warps have whole tiles of a stage's keys, 64 at most."""
+        own, rest = divmod(config.keys, config.warps)
+        whole = rest == 0 and own % HEIGHT == 0 and own <= 64
+        return whole and self.can(p, config, own, hardware)
+
+    def default(self, p: Mapping[str, Any], hardware: Hardware) -> PartsConfig:
+        """Return a config with two blocks for each SM, of two stages of keys at least."""
+        most = self.reach(p) // 128
+        parts = (n for n in self.knobs(p)["parts"] if n <= max(most, 1))
+        enough = 2 * hardware.cores
+        chosen = 1
+        for n in parts:
+            if self.units(p) * chosen >= enough:
+                break
+            chosen = n
+        first = PartsConfig(parts=chosen)
+        return first if self.legal(p, first, hardware) else PartsConfig(32, 2, 2, chosen)
+
+
+def copied_counts(
+    p: Mapping[str, Any], heads: float, copied: float, held: float, scored: float, own: int
+) -> Counts:
+    """Return the counts of passing over keys.
+
+    Args:
+        p: Parameters of the workload.
+        heads: KV heads, or groups of query heads, which do the same.
+        copied: Keys that blocks copy to shared memory, together.
+        held: Keys that come from memory, at least once, together; the others from L2.
+        scored: Keys that tiles of 16 rows are multiplied with, together.
+        own: Keys of a softmax step.
+    """
+    wide, sums = layout.whole(p["d"]), layout.whole(p["dv"])
+    row = 2.0 * (wide + sums)
+    cells = HEIGHT * scored * heads
+    given = 4.0 * p["b"] * p["t"] * p["h"]
+    return Counts(
+        {
+            "tile_bf16": cells * (wide + sums),
+            "exp_f32": cells,
+            # greatest, difference from it, sum; two values are rounded at once
+            "add_f32": 3.0 * cells,
+            "fma_f32": cells / own * sums,  # sums are rescaled in each step
+            "int_op": 0.5 * cells,
+        },
+        {
+            "dram": held * row + given * (p["d"] + p["dv"]),
+            "l2": heads * copied * row + given * (p["d"] + p["dv"]),
+        },
+    )
+
+
+def with_merge(main: Counts, p: Mapping[str, Any], units: int, parts: int) -> Counts:
+    """Return the counts of a kernel whose parts are merged by a launch of their own; see `CudaParts`."""
+    if parts == 1:
+        return main
+    number = layout.whole(p["dv"]) + STATE
+    rows, made = float(p["b"] * p["t"] * p["h"]), 4.0 * units * parts * HEIGHT * number
+    result = 4.0 * rows * p["dv"]
+    moved = {"dram": main.bytes["dram"] - result, "l2": main.bytes["l2"] - result + made}
+    first = Counts(main.ops, moved, name="attend")
+    merged = Counts(
+        {"fma_f32": rows * parts * p["dv"], "exp_f32": rows * parts * p["dv"]},
+        {"dram": result, "l2": result + 4.0 * rows * parts * number},
+        name="merge",
+    )
+    total = first + merged
+    return Counts(total.ops, total.bytes, parts=(first, merged))
+
+
+def merge_threads(p: Mapping[str, Any]) -> int:
+    """Return the threads of a block that merges a row: one for each column, in whole warps, 256 at most."""
+    return int(min(-(-p["dv"] // 32) * 32, 256))
+
+
+def tiles_of(tokens: int, group: int, height: int = HEIGHT) -> int:
+    """Return how many tiles of rows tokens and heads of a group make."""
+    return -(-tokens * group // height)
+
+
+def _size(shape: Sequence[int]) -> int:
+    out = 1
+    for n in shape:
+        out *= n
+    return out

@@ -1,0 +1,88 @@
+"""Attention of many tokens over a bfloat16 KV cache on GPUs: warps have rows, and share a block's keys."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mimo_compile.ir.counts import Counts
+from mimo_compile.ir.hardware import Hardware
+from mimo_compile.ir.ops import get_op
+from mimo_compile.ir.ops.pages import TABLE, paged
+from mimo_compile.ir.workload import Workload
+from mimo_compile.schedules.attention.cuda_decode import in_pages, spans
+from mimo_compile.schedules.attention.cuda_flash import (
+    HEIGHT,
+    CudaFlash,
+    StagesConfig,
+    copied_counts,
+    tiles_of,
+)
+from mimo_compile.schedules.base import Space
+from mimo_compile.schedules.cuda.code import Launch
+
+
+class CudaPrefill(CudaFlash):
+    """Blocks of 16 rows for each warp; tiles of keys that no row of a warp sees are left out."""
+
+    name = "cached_attention.cuda_prefill"
+    op = "cached_attention"
+    config = StagesConfig
+
+    def space(self, workload: Workload, hardware: Hardware) -> Space:
+        """Keys and number of stages, warps."""
+        p = get_op(self.op).full(workload)
+        knobs = {"keys": (16, 32, 64, 128), "stages": (2, 3, 4), "warps": (1, 2, 4, 8)}
+        rows = p["t"] * p["h"] // p["kv"]
+        fit = [n for n in (1, 2, 4) if HEIGHT * n < 2 * rows or n == 1]
+        tries = (StagesConfig(keys, 2, fit[-1]) for keys in (64, 32, 16))
+        default = next((c for c in tries if self.legal(p, c, hardware)), StagesConfig(16, 2, 1))
+        return Space(StagesConfig, knobs, default, lambda c: self.legal(p, c, hardware))
+
+    def legal(self, p: Mapping[str, Any], config: StagesConfig, hardware: Hardware) -> bool:
+        """Say whether a config can be launched."""
+        return self.can(p, config, config.keys, hardware)
+
+    def template(self) -> Path:
+        """Return the file of the text."""
+        return Path(__file__).with_suffix(".cu")
+
+    def launches(self, workload: Workload, config: StagesConfig) -> tuple[Launch, ...]:
+        """Return the one launch."""
+        p = get_op(self.op).full(workload)
+        tiles = tiles_of(p["t"], p["h"] // p["kv"], HEIGHT * config.warps)
+        sink, table = "sink" if p["sink"] else "q", TABLE if paged(p) else "pos"
+        given = ("q", "pos", sink, table, "k_cache", "v_cache", "out")
+        grid = (p["kv"], tiles, p["b"])
+        return (Launch("attend", grid, 32 * config.warps, given, self.shared_bytes(p, config)),)
+
+    def work(self, workload: Workload, config: StagesConfig, hardware: Hardware) -> Counts:
+        """Return the kernel's work at the op's nominal KV lengths."""
+        op: Any = get_op(self.op)
+        p = op.full(workload)
+        copied = scored = held = 0.0
+        for length in op.lengths(p):
+            begin, end = spans(p, length, HEIGHT * config.warps)
+            copied += float((end - begin).sum())
+            held += float(end.max() - begin.min()) * p["kv"]
+            scored += float(self._steps(p, config, length, begin).sum()) * config.keys
+        found = copied_counts(p, p["kv"], copied, held, scored, config.keys)
+        return in_pages(found, p, op.lengths(p))
+
+    @staticmethod
+    def _steps(p: Mapping[str, Any], config: StagesConfig, length: int, begin: Any) -> Any:
+        """Return how many steps each warp takes, of blocks whose keys begin at ``begin``."""
+        group, start = p["h"] // p["kv"], length - p["t"]
+        row = np.arange(len(begin) * config.warps) * HEIGHT
+        oldest = start + row // group
+        newest = start + np.minimum((row + HEIGHT - 1) // group, p["t"] - 1)
+        block = np.repeat(begin, config.warps)
+        last = np.where(row < p["t"] * group, (newest - block) // config.keys, -1)
+        skipped = np.zeros_like(last)
+        if p["window"]:
+            blind = (oldest - p["window"] - config.keys + 1 - block) // config.keys + 1
+            skipped = np.maximum(blind, 0)
+        return np.maximum(last - skipped + 1, 0)

@@ -1,0 +1,379 @@
+"""Attention and append for GPUs, run on the CPU thread by thread and held to the ops' bounds."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from harness import sample_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mimo_compile.ir.hardware import CUDA, PRESETS
+from mimo_compile.ir.ops import get_op, parse_workload
+from mimo_compile.schedules import get_schedule, schedules_for
+from mimo_compile.schedules.attention import cuda_layout as layout
+from mimo_compile.schedules.attention.cuda_append import WarpsConfig
+from mimo_compile.schedules.attention.cuda_flash import PartsConfig, StagesConfig
+from mimo_compile.schedules.cuda.emulate import compiler
+from mimo_compile.search.measure.emulated import check_emulated
+
+A100, H200 = CUDA["cuda:sm_80"], CUDA["cuda:sm_90a"]
+APPEND, DECODE = get_schedule("kv_append.cuda"), get_schedule("cached_attention.cuda_decode")
+PREFILL, LISTS = (
+    get_schedule("cached_attention.cuda_prefill"),
+    get_schedule("sparse_attention.cuda_lists"),
+)
+needs_compiler = pytest.mark.skipif(compiler() is None, reason="emulation needs a C++ compiler")
+
+
+def made(text, changes, seed=0):
+    """Return a workload's inputs with other places ``pos``; what was never written then holds NaN."""
+    workload = parse_workload(text)
+    op = get_op(workload.op)
+    inputs = op.make_inputs(workload, np.random.default_rng(seed))
+    rng, p = np.random.default_rng(seed), op.full(workload)
+    pos = np.array(changes, np.int32).reshape(inputs["pos"].shape)
+    caches = {
+        n: inputs[n].reshape(p["b"], p["cap"], *inputs[n].shape[-2:])
+        for n in ("k_cache", "v_cache")
+    }
+    for name, cache in caches.items():
+        drawn = rng.standard_normal(cache.shape, dtype=np.float32)
+        for own, (start, valid) in zip(drawn, pos.reshape(-1, 2), strict=True):
+            own[min(start + valid, p["cap"]) :] = np.nan
+        bits = (drawn.view(np.uint32) >> 16).astype(np.uint16)  # shorter, but still NaN
+        inputs[name] = bits.reshape(inputs[name].shape)
+    for i, (_, valid) in enumerate(pos.reshape(-1, 2)):
+        inputs["q"][i * p["t"] + valid : (i + 1) * p["t"]] = np.nan  # padding may hold anything
+    return {**inputs, "pos": pos}
+
+
+# -- caches ----------------------------------------------------------------------------------------
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    b=st.integers(1, 3), kv=st.integers(1, 3), d=st.integers(1, 40), dv=st.integers(1, 40),
+    cap=st.integers(1, 30), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_packing_is_undone_and_pads_with_zeros(b, kv, d, dv, cap, seed):
+    text = f"cached_attention:t=1,h={kv},kv={kv},d={d},dv={dv},cap={cap},c=bf16,b={b}"
+    workload = parse_workload(text)
+    inputs = get_op(workload.op).make_inputs(workload, np.random.default_rng(seed))
+    caches = {n: inputs[n] for n in ("k_cache", "v_cache")}
+    packed = layout.pack(workload, caches)
+    args = {a.name: a for a in layout.kernel_args(workload)}
+    for name, width in (("k_cache", d), ("v_cache", dv)):
+        array = packed[name]
+        assert array.shape == args[name].shape and array.dtype == args[name].dtype
+        assert array.shape[-1] % 16 == 0 and not array[..., width:].any()
+        canonical = caches[name].reshape(b, cap, kv, width)
+        assert (array.reshape(b, kv, cap, -1)[-1, 0, cap - 1, :width] == canonical[-1, -1, 0]).all()
+    back = layout.unpack(workload, packed)
+    assert all(np.array_equal(back[n], caches[n]) for n in caches)
+
+
+def test_gpus_and_cpus_do_not_get_each_other_s_kernels():
+    texts = (
+        "kv_append:t=2,h=4,kv=2,d=16,dv=16,cap=40,c=bf16",
+        "cached_attention:t=2,h=4,kv=2,d=16,dv=16,cap=40,c=bf16",
+        "sparse_attention:t=2,h=4,kv=2,d=16,dv=16,cap=40,hs=2,block=4,kmax=4,c=bf16",
+    )
+    for text in texts:
+        workload = parse_workload(text)
+        for hardware in (A100, H200):
+            assert all(".cuda" in s.name for s in schedules_for(workload, hardware))
+        assert not any(
+            ".cuda" in s.name for s in schedules_for(workload, PRESETS["sapphirerapids"])
+        )
+        float32 = parse_workload(text.replace(",c=bf16", ""))
+        assert not schedules_for(float32, H200)
+
+
+@pytest.mark.parametrize("hardware", [A100, H200], ids=lambda h: h.name)
+def test_heads_of_any_width_have_a_legal_default_or_no_kernel(hardware):
+    for d, dv, there in ((64, 64, True), (192, 128, True), (256, 256, True), (576, 512, False)):
+        for t in (1, 100, 3000):
+            text = f"cached_attention:t={t},h=8,kv=2,d={d},dv={dv},cap=4096,c=bf16"
+            workload = parse_workload(text)
+            found = schedules_for(workload, hardware)
+            assert bool(found) == there, text
+            for schedule in found:
+                space = schedule.space(workload, hardware)
+                assert space.legal(space.default), (text, space.default)
+                assert sum(1 for _ in space) > 5
+    many = parse_workload("cached_attention:t=3000,h=8,kv=2,d=64,dv=64,cap=4096,c=bf16")
+    assert [s.name for s in schedules_for(many, hardware)] == [PREFILL.name]
+
+
+# -- results ---------------------------------------------------------------------------------------
+
+QUICK = [
+    (
+        APPEND,
+        "kv_append:t=3,h=4,kv=2,d=25,dv=18,cap=12,rot=10,norm=1,vscale=0.7,c=bf16,b=2",
+        WarpsConfig(2),
+    ),
+    (
+        DECODE,
+        "cached_attention:t=2,h=12,kv=2,d=24,dv=18,cap=150,window=120,sink=1,len=500,c=bf16,b=2",
+        PartsConfig(32, 2, 2, 2),
+    ),
+    (
+        LISTS,
+        "sparse_attention:t=2,h=8,kv=2,d=24,dv=18,cap=160,hs=2,block=4,kmax=11,window=9,sink=1,page=16,len=133,"
+        "c=bf16",
+        PartsConfig(32, 2, 2, 2),
+    ),
+    (
+        PREFILL,
+        "cached_attention:t=23,h=6,kv=2,d=24,dv=18,cap=80,window=50,sink=1,len=120,c=bf16",
+        StagesConfig(32, 2, 2),
+    ),
+]
+
+
+@needs_compiler
+@pytest.mark.parametrize(("schedule", "text", "config"), QUICK, ids=[s.name for s, _, _ in QUICK])
+def test_results_are_within_the_op_s_bound(schedule, text, config):
+    seen = check_emulated(text, schedule, config, H200)
+    assert all(np.isfinite(a).all() for n, a in seen.outputs.items() if n in ("out", "q", "lse"))
+
+
+def drawn_heads(draw):
+    kv, group = draw(st.integers(1, 3)), draw(st.integers(1, 9))
+    d, dv = draw(st.integers(1, 70)), draw(st.integers(1, 70))
+    return f"h={kv * group},kv={kv},d={d},dv={dv}"
+
+
+def drawn_dense(draw, tokens):
+    """Return a dense workload of some tokens and the places of its sequences."""
+    t, b = draw(tokens), draw(st.integers(1, 2))
+    window = draw(st.sampled_from((0, 0, 1, 16, 17, 40, 90)))
+    cap = draw(st.integers(window + t - 1 if window else t, 260).filter(lambda n: n >= t))
+    sink = draw(st.integers(0, 1))
+    text = f"cached_attention:t={t},{drawn_heads(draw)},cap={cap},window={window},sink={sink},c=bf16,b={b}"
+    places = []
+    for _ in range(b):
+        valid = draw(st.integers(0 if b > 1 else 1, t))
+        places.append((draw(st.integers(0, 3 * cap if window else cap - valid)), valid))
+    return text, places
+
+
+def check_drawn(schedule, text, changes, hardware, seed):
+    workload = parse_workload(text)
+    config = sample_config(schedule, workload, hardware, seed)
+    check_emulated(workload, schedule, config, hardware, inputs=made(text, changes, seed))
+
+
+@pytest.mark.slow
+@needs_compiler
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_decode_of_any_shape_and_place(data):
+    text, places = drawn_dense(data.draw, st.integers(1, 6))
+    check_drawn(
+        DECODE,
+        text,
+        places,
+        data.draw(st.sampled_from((A100, H200))),
+        data.draw(st.integers(0, 99)),
+    )
+
+
+@pytest.mark.slow
+@needs_compiler
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_prefill_of_any_shape_and_place(data):
+    text, places = drawn_dense(data.draw, st.integers(1, 60))
+    check_drawn(
+        PREFILL,
+        text,
+        places,
+        data.draw(st.sampled_from((A100, H200))),
+        data.draw(st.integers(0, 99)),
+    )
+
+
+@pytest.mark.slow
+@needs_compiler
+@settings(max_examples=20, deadline=None)
+@given(data=st.data())
+def test_lists_of_any_shape(data):
+    draw = data.draw
+    heads, t = drawn_heads(draw), draw(st.integers(1, 5))
+    h, kv = (int(part.partition("=")[2]) for part in heads.split(",")[:2])
+    hs, block = draw(st.sampled_from((1, kv, h))), draw(st.sampled_from((1, 3, 16, 64)))
+    first = draw(st.sampled_from((0, 0, 64)))
+    cap = draw(st.integers(8, 16)) * 16
+    window = draw(st.integers(0, min(40, cap - first - t + 1)))
+    page = 16 * draw(st.integers(0, 1)) * (not first)
+    length = draw(st.integers(t, 2 * cap if first else cap))
+    text = (
+        f"sparse_attention:t={t},{heads},cap={cap},hs={hs},block={block},kmax={draw(st.integers(1, 30))},"
+        f"rows={draw(st.integers(1, 6))},window={window},sink={draw(st.integers(0, 1))},page={page},"
+        f"len={length},"
+        f"first={first},c=bf16,b={1 if page else draw(st.integers(1, 2))}"
+    )
+    hardware, seed = draw(st.sampled_from((A100, H200))), draw(st.integers(0, 99))
+    config = sample_config(LISTS, parse_workload(text), hardware, seed)
+    check_emulated(text, LISTS, config, hardware, seed)
+
+
+@pytest.mark.slow
+@needs_compiler
+@settings(max_examples=12, deadline=None)
+@given(data=st.data())
+def test_append_of_any_shape(data):
+    draw = data.draw
+    heads, t = drawn_heads(draw), draw(st.integers(1, 5))
+    d = int(heads.split(",")[2].partition("=")[2])
+    pages = draw(st.booleans())
+    where = (
+        f"cap=64,page=16,pool=40,b={draw(st.integers(1, 2))}"
+        if pages
+        else f"cap=48,b={draw(st.integers(1, 2))}"
+    )
+    if not pages:
+        where += f",first={draw(st.sampled_from((0, 16)))}"
+    text = (
+        f"kv_append:t={t},{heads},{where},rot={2 * draw(st.integers(0, d // 2))},"
+        f"norm={draw(st.integers(0, 1))},vscale=0.5,c=bf16"
+    )
+    seed = draw(st.integers(0, 99))
+    check_emulated(
+        text, APPEND, sample_config(APPEND, parse_workload(text), H200, seed), H200, seed
+    )
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize(
+    ("schedule", "t", "config"),
+    [(DECODE, 2, PartsConfig(32, 3, 2, 2)), (PREFILL, 40, StagesConfig(32, 2, 2))],
+)
+def test_pages_of_a_pool(schedule, t, config):
+    text = f"cached_attention:t={t},h=6,kv=2,d=32,dv=20,cap=128,len=120,c=bf16,page=16,pool=20,b=2"
+    check_emulated(text, schedule, config, H200)
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_sequences_that_rest_and_heads_that_see_nothing():
+    text = "cached_attention:t=2,h=4,kv=2,d=16,dv=16,cap=70,c=bf16,b=3"
+    for parts in (1, 2):
+        inputs = made(text, [(0, 0), (50, 0), (3, 1)])
+        seen = check_emulated(text, DECODE, PartsConfig(32, 2, 2, parts), H200, inputs=inputs)
+        assert not seen.outputs["out"][:4].any() and seen.outputs["out"][4].any()
+    # a list that is empty, without and with a sink
+    for sink in (0, 1):
+        text = f"sparse_attention:t=1,h=4,kv=2,d=16,dv=16,cap=64,hs=2,block=16,kmax=3,sink={sink},c=bf16"
+        lists = {"idx": np.full((1, 2, 3), -1, np.int32), "cnt": np.zeros((1, 2), np.int32)}
+        lists["idx"][0, 1, 0], lists["cnt"][0, 1] = 2, 1
+        for name in ("k_cache", "v_cache"):
+            drawn = np.random.default_rng(0).standard_normal((64, 2, 16), dtype=np.float32)
+            lists[name] = (drawn.view(np.uint32) >> 16).astype(np.uint16)
+        for parts in (1, 2):
+            config = PartsConfig(32, 2, 2, parts)
+            seen = check_emulated(text, LISTS, config, H200, inputs=lists)
+            assert np.isinf(seen.outputs["lse"][0, :2]).all() == (not sink)
+
+
+# -- counts ----------------------------------------------------------------------------------------
+
+
+def prefill_steps(p, config, length):
+    """Return (keys copied, rows times keys multiplied) by walking what the text of the kernel says."""
+    group, start, rows = p["h"] // p["kv"], length - p["t"], p["t"] * p["h"] // p["kv"]
+    copied = cells = 0
+    for tile in range(-(-rows // (16 * config.warps))):
+        tokens = [(tile * 16 * config.warps + r) // group for r in range(16 * config.warps)]
+        seen = [set(visible(p, start, n)) for n in tokens if n < p["t"]]
+        begin, end = min(set().union(*seen)), max(set().union(*seen)) + 1
+        copied += end - begin
+        for warp in range(config.warps):
+            own = [n for n in tokens[warp * 16 : warp * 16 + 16] if n < p["t"]]
+            mine = set().union(*(visible(p, start, n) for n in own))
+            for at in range(begin, end, config.keys):
+                cells += 16 * config.keys * bool(mine & set(range(at, at + config.keys)))
+    return copied, cells
+
+
+def visible(p, start, token):
+    last = start + token
+    return range(max(0, last - p["window"] + 1) if p["window"] else 0, last + 1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_prefill_counts_the_tiles_that_it_visits(data):
+    draw = data.draw
+    t, kv, group = draw(st.integers(1, 50)), draw(st.integers(1, 2)), draw(st.integers(1, 5))
+    window = draw(st.sampled_from((0, 1, 16, 50)))
+    cap = draw(st.integers(t + window, 200))
+    length = draw(st.integers(t, cap))
+    text = (
+        f"cached_attention:t={t},h={kv * group},kv={kv},d=20,dv=40,cap={cap},window={window},len={length},"
+        "c=bf16"
+    )
+    workload = parse_workload(text)
+    p = get_op(workload.op).full(workload)
+    config = sample_config(PREFILL, workload, H200, draw(st.integers(0, 99)))
+    copied, cells = prefill_steps(p, config, length)
+    counts = PREFILL.work(workload, config, H200)
+    assert counts.ops["tile_bf16"] == kv * cells * (32 + 48)
+    given = 4.0 * t * kv * group * (20 + 40)
+    assert counts.bytes["l2"] == kv * copied * 2 * (32 + 48) + given
+
+
+COUNTED = [
+    (APPEND, "kv_append:t=5,h=4,kv=2,d=20,dv=16,cap=40,rot=8,norm=1,c=bf16,b=2"),
+    (DECODE, "cached_attention:t=3,h=16,kv=2,d=64,dv=40,cap=3000,len=2500,c=bf16,b=3"),
+    (
+        DECODE,
+        "cached_attention:t=1,h=16,kv=2,d=64,dv=64,cap=2048,len=2000,c=bf16,page=64,pool=70,b=4",
+    ),
+    (DECODE, "cached_attention:t=3,h=16,kv=2,d=64,dv=40,cap=600,window=500,c=bf16"),
+    (PREFILL, "cached_attention:t=300,h=16,kv=2,d=64,dv=40,cap=3000,len=2500,c=bf16"),
+    (PREFILL, "cached_attention:t=300,h=16,kv=2,d=64,dv=40,cap=600,window=100,c=bf16,len=2500"),
+    (
+        LISTS,
+        "sparse_attention:t=3,h=16,kv=2,d=64,dv=40,cap=3000,hs=2,block=16,kmax=40,window=50,c=bf16",
+    ),
+    (
+        LISTS,
+        "sparse_attention:t=3,h=16,kv=2,d=64,dv=40,cap=3000,hs=16,block=1,kmax=100,rows=2,c=bf16,page=8",
+    ),
+    (
+        LISTS,
+        "sparse_attention:t=1,h=16,kv=2,d=64,dv=40,cap=640,hs=1,block=16,kmax=5,first=128,window=60,c=bf16,b=2",
+    ),
+]
+
+
+@pytest.mark.parametrize(("schedule", "text"), COUNTED)
+def test_counts_are_those_of_the_kernel_and_no_less_than_needed(schedule, text):
+    workload = parse_workload(text)
+    need = get_op(workload.op).counts(workload)
+    for seed in range(20):
+        config = sample_config(schedule, workload, H200, seed)
+        kernel = schedule.lower(workload, config, H200)
+        counts = kernel.counts
+        assert counts == schedule.work(workload, config, H200)
+        assert (
+            need.bytes["dram"] * (1 - 1e-9)
+            <= counts.bytes["dram"]
+            <= counts.bytes["l2"] * (1 + 1e-9)
+        )
+        tiles = counts.ops.get("tile_bf16", 0.0)
+        assert tiles + counts.ops["fma_f32"] >= need.ops["fma_f32"]
+        scratch = sum(4 * np.prod(a.shape) for a in kernel.device.scratch.values())
+        assert scratch == kernel.workspace_bytes
+        assert len(counts.parts) in (0, len(kernel.device.launches))
+        if counts.parts:  # the first launch writes what the second one reads
+            assert kernel.device.launches[1].symbol == "merge"
+            for level in ("dram", "l2"):
+                assert sum(part.bytes[level] for part in counts.parts) == pytest.approx(
+                    counts.bytes[level]
+                )
