@@ -53,15 +53,12 @@ SCHEDULES: dict[str, dict[str, str]] = {
         "cached_attention.x86_flash_rows_half": "attention.x86_rows:X86FlashRowsHalf",
         "cached_attention.cuda_decode": "attention.cuda_decode:CudaDecode",
         "cached_attention.cuda_prefill": "attention.cuda_prefill:CudaPrefill",
-        "cached_attention.cuda_decode": "attention.cuda_decode:CudaDecode",
-        "cached_attention.cuda_prefill": "attention.cuda_prefill:CudaPrefill",
     },
     "sparse_attention": {
         "sparse_attention.x86_lists": "attention.x86_lists:X86Lists",
         "sparse_attention.x86_lists_pairs": "attention.x86_lists:X86ListsPairs",
         "sparse_attention.x86_rows": "attention.x86_rows:X86Rows",
         "sparse_attention.x86_rows_half": "attention.x86_rows:X86RowsHalf",
-        "sparse_attention.cuda_lists": "attention.cuda_lists:CudaLists",
         "sparse_attention.cuda_lists": "attention.cuda_lists:CudaLists",
     },
     "oracle_attention": {
@@ -75,7 +72,6 @@ SCHEDULES: dict[str, dict[str, str]] = {
         "kv_append.x86_groups": "attention.x86_append_groups:X86AppendGroups",
         "kv_append.x86_float8": "attention.x86_append_float8:X86AppendFloat8",
         "kv_append.x86_pages": "attention.x86_append_pages:X86AppendPages",
-        "kv_append.cuda": "attention.cuda_append:CudaAppend",
         "kv_append.cuda": "attention.cuda_append:CudaAppend",
     },
     "describe_blocks": {"describe_blocks.x86": "attention.x86_describe:X86Describe"},
