@@ -1,0 +1,82 @@
+"""Every CUDA schedule compiles for each architecture that it is for: no spills, expected instructions.
+
+``pytest -m slow tests/schedules/test_cuda_every.py -s`` prints how many configs were compiled in which time.
+"""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from harness import sample_config
+
+from mimo_compile.ir.hardware import CUDA
+from mimo_compile.ir.ops import parse_workload
+from mimo_compile.schedules import SCHEDULES, get_schedule
+from mimo_compile.schedules.cuda.nvcc import compile_device, find_tool
+from mimo_compile.schedules.cuda.sass import instructions
+
+RANDOM = 5
+"""Legal configs beside the default, of an op's first workload; of each other there is one."""
+WORKLOADS: dict[str, tuple[str, ...]] = {
+    "cached_attention": (
+        "cached_attention:t=1,h=32,kv=8,d=128,dv=128,cap=4096,c=bf16",
+        "cached_attention:t=512,h=32,kv=8,d=128,dv=128,cap=4096,c=bf16",
+        "cached_attention:t=3,h=6,kv=2,d=80,dv=72,cap=300,window=64,sink=1,c=bf16",
+    ),
+    "sparse_attention": (
+        "sparse_attention:t=1,h=32,kv=8,d=128,dv=128,cap=8192,hs=8,block=64,kmax=32,c=bf16",
+        "sparse_attention:t=2,h=6,kv=2,d=80,dv=72,cap=512,hs=2,block=16,kmax=6,c=bf16",
+    ),
+    "kv_append": (
+        "kv_append:t=1,h=32,kv=8,d=128,dv=128,cap=4096,rot=128,c=bf16",
+        "kv_append:t=16,h=6,kv=2,d=80,dv=72,cap=300,rot=40,norm=1,c=bf16",
+    ),
+    "mpgemm": (
+        "mpgemm:m=1,n=4096,k=4096,w=w4g128",
+        "mpgemm:m=1,n=4096,k=4096,w=w2g64,a=a8",
+        "mpgemm:m=512,n=4096,k=4096,w=bf16,a=abf16",
+        "mpgemm:m=512,n=4096,k=4096,w=w8grow,a=a8",
+        "mpgemm:m=512,n=4096,k=4096,w=w4g128,a=abf16",
+        "mpgemm:m=7,n=200,k=384,w=w2g64,a=a8",
+    ),
+}
+"""Of each op with CUDA schedules; what a schedule does not support is left out."""
+NAMES = [
+    n for entries in SCHEDULES.values() for n in entries if n.partition(".")[2].startswith("cuda")
+]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_tool("nvcc") is None, reason="nvcc is not installed")
+@pytest.mark.parametrize("target", CUDA)
+@pytest.mark.parametrize("name", NAMES)
+def test_compiles(name: str, target: str, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # so that seconds are those of compiling
+    schedule, hardware = get_schedule(name), CUDA[target]
+    workloads = [parse_workload(text) for text in WORKLOADS.get(schedule.op, ())]
+    assert any(schedule.supports(w, h) for w in workloads for h in CUDA.values()), "add a workload"
+    supported = [w for w in workloads if schedule.supports(w, hardware)]
+    if not supported:
+        pytest.skip(f"has no kernels for {target}")
+    begin, kernels = time.perf_counter(), {}
+    for index, workload in enumerate(supported):
+        seeds = range(RANDOM if index == 0 else 1)
+        configs = [sample_config(schedule, workload, hardware, seed) for seed in seeds]
+        for config in [schedule.space(workload, hardware).default, *configs]:
+            kernel = schedule.lower(workload, config, hardware)
+            kernels[kernel.name] = (kernel, f"{workload} {config}")
+    assert len(kernels) > len(supported) or schedule.space(supported[0], hardware).size == 1
+    read = set()
+    for kernel, text in kernels.values():
+        binary = compile_device(kernel, hardware)
+        assert binary.local_bytes == 0, f"{text}: {binary.usage}"
+        assert not [line for line in binary.warnings if "(C7" in line], f"{text}: {binary.warnings}"
+        found = instructions(kernel, hardware, binary)
+        assert not found.missing and not found.local, f"{text}: {found}"
+        read.add(found.read)
+    seconds = time.perf_counter() - begin
+    print(
+        f"\n{name} on {target}: {len(kernels)} configs of {len(supported)} workloads in {seconds:.1f} s, "
+        f"{seconds / len(kernels):.1f} s each, instructions read from {', '.join(sorted(read))}"
+    )
