@@ -57,3 +57,14 @@ def test_experts_have_complex_weights(saved, tmp_path):
     found = verify_artifact(artifact.save(tmp_path / "model.mimo"), source=source, tokens=63)
     assert found.ok and found.end_to_end.choices == 63 * 3  # of three layers with experts
     assert any(choice.schedule == "moe.x86_complex" for choice in artifact.manifest.plan)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "quant"), [("qwen2_moe", "w4g32a8"), ("dots1", "w8a8"), ("olmoe", "w4zg16a16")]
+)
+def test_blocks_beside_experts_and_norms_over_heads(saved, tmp_path, case, quant):
+    source = saved(case)[1]
+    artifact = mc.compile(source, quant=quant, db=tmp_path / "records.db", max_context=63)
+    found = verify_artifact(artifact.save(tmp_path / "model.mimo"), source=source, tokens=63)
+    assert found.ok and found.end_to_end.choices == 63 * (3 if case == "olmoe" else 2)

@@ -62,6 +62,8 @@ class Entry:
     """``F32``, ``BF16``, ``F16``, ``F8_E4M3``, ``I32`` ...; of a quantised matrix its format's name."""
     fmt: WeightFormat | None = None
     """Canonical format of a matrix that is stored quantised."""
+    start: int = 0
+    """Offset of its bytes in the file, where they stand there by themselves."""
 
 
 class Checkpoint(ABC):

@@ -1,13 +1,20 @@
-"""Plain weights in safetensors files, one or several with an index; mapped, and read on demand."""
+"""Plain weights in safetensors files, one or several with an index.
+
+Each tensor is mapped by itself when it is asked for, and no longer than it is used: a model that is quantised
+on the way never lies in memory as a whole, however many files it has.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+import numpy as np
+import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from mimo_compile.errors import InputError
@@ -17,6 +24,21 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _HEADER_LIMIT = 100_000_000
 """Bytes of the largest header that the format allows."""
+_TYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""Types of the format that torch has, by their names in it."""
 
 
 class Safetensors(Checkpoint):
@@ -37,7 +59,6 @@ class Safetensors(Checkpoint):
             InputError: no weights, a missing or damaged file, an index that does not fit its shards.
         """
         super().__init__(source, config)
-        self._open: dict[Path, Any] = {}
         if (source / SINGLE).exists():
             self.entries = read_header(source / SINGLE)
         else:
@@ -63,15 +84,30 @@ class Safetensors(Checkpoint):
                 raise InputError(f"tensor {name} is not in {shard}, as the index says", file=index)
 
     def read(self, name: str) -> Tensor:
-        """Return a tensor as it is stored (mapped from its file)."""
+        """Return a tensor as it is stored, mapped from its file; what is written to it stays in memory.
+
+        Raises:
+            InputError: the file cannot be read, or torch has no such type.
+        """
         entry = self.entries[name]
+        kind = _TYPES.get(entry.dtype)
+        if kind is None:
+            raise InputError(
+                f"{name} is stored as {entry.dtype}, which cannot be read",
+                file=entry.file,
+                remedy="Convert the checkpoint",
+            )
+        nbytes = math.prod(entry.shape) * kind.itemsize
+        if nbytes == 0:  # nothing can be mapped
+            return torch.empty(entry.shape, dtype=kind)
         try:
-            if entry.file not in self._open:
-                self._open[entry.file] = safe_open(entry.file, framework="pt")
-            tensor: Tensor = self._open[entry.file].get_tensor(name)
-        except (SafetensorError, OSError) as error:
+            data: npt.NDArray[np.uint8]
+            data = np.memmap(entry.file, np.uint8, "c", entry.start, (nbytes,))
+            if entry.start % kind.itemsize:  # not aligned to its elements
+                data = np.array(data)
+        except (OSError, ValueError) as error:
             raise InputError(f"{name} cannot be read: {error}", file=entry.file) from error
-        return tensor
+        return torch.from_numpy(data).view(kind).view(entry.shape)
 
 
 def read_header(path: Path) -> dict[str, Entry]:
@@ -101,11 +137,11 @@ def read_header(path: Path) -> dict[str, Entry]:
         raise InputError(f"the header of {path.name} is damaged: no object", file=path)
     header.pop("__metadata__", None)
     entries: dict[str, Entry] = {}
-    end = 0
+    name, end = "", 0
     try:
-        for name, info in header.items():
-            entries[name] = Entry(path, tuple(int(n) for n in info["shape"]), str(info["dtype"]))
-            end = max(end, int(info["data_offsets"][1]))
+        for name, info in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            entries[name] = _entry(path, info, 8 + length, end)
+            end = int(info["data_offsets"][1])
     except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
         raise InputError(
             f"the header of {path.name} is damaged at {name!r}: {error}", file=path
@@ -118,6 +154,23 @@ def read_header(path: Path) -> dict[str, Entry]:
             remedy="Download it again",
         )
     return entries
+
+
+def _entry(path: Path, info: Mapping[str, Any], data: int, end: int) -> Entry:
+    """Return what a header says of a tensor whose bytes follow those that end at ``end``.
+
+    Raises:
+        ValueError: they do not, or are not so many as its shape and type take.
+    """
+    shape, dtype = tuple(int(n) for n in info["shape"]), str(info["dtype"])
+    begin, stop = (int(n) for n in info["data_offsets"])
+    if begin != end:
+        raise ValueError(f"its data begin at {begin}, and what stands before ends at {end}")
+    kind = _TYPES.get(dtype)
+    wrong = kind is not None and stop - begin != math.prod(shape) * kind.itemsize
+    if stop < begin or wrong or any(n < 0 for n in shape):
+        raise ValueError(f"{dtype} of {list(shape)} cannot have {stop - begin} bytes")
+    return Entry(path, shape, dtype, start=data + begin)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
