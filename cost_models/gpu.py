@@ -4,8 +4,8 @@
            and over device memory and L2 of max(bytes / bandwidth, bytes of the busiest SM / its port)
 
 The busiest SM has ``ceil(blocks / SMs)`` of the blocks. Pipes and memories work at the same time, at their
-peaks: latencies, bank conflicts and instructions that no count names come on top, so a kernel takes longer,
-never less. Nothing in here was fitted to a measurement.
+peaks, and arrays come from device memory: latencies, bank conflicts and instructions that no count names come
+on top. A kernel takes longer, unless it finds its arrays in L2. Nothing in here was fitted to a measurement.
 
 Sources: throughput of instructions and limits of occupancy from the CUDA C++ Programming Guide; tensor cores
 and L2 from NVIDIA's papers on the A100 (2020) and the H100 (2022), of which the H200 has the SMs.
