@@ -25,6 +25,7 @@ mimo-compile inspect t.mimo
 mimo-compile inspect t.mimo --plan
 mimo-compile inspect t.mimo --kernel mpgemm --asm
 mimo-compile inspect --op mpgemm:m=1,n=4096,k=4096,w=w4g64,a=a8
+mimo-compile inspect --op mpgemm:m=1,n=4096,k=4096,w=w4g64,a=a8 --target cuda:sm_90a
 """
 
 _LIMIT = 20  # candidates of --op

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from cuda_sample import CudaSwiglu
+from test_cuda_every import WORKLOADS
 
 from mimo_compile.errors import EnvironmentMismatch, MimoError
 from mimo_compile.ir.hardware import CUDA, PRESETS, SIMULATED, local_cpu
@@ -284,7 +285,7 @@ def test_no_schedule_of_another_machine_takes_a_gpu() -> None:
         "mpgemm:m=1,n=256,k=256,w=complex2,a=a8", "mpgemm:m=1,n=256,k=256,w=nf4,a=a16",
         "cached_attention:t=1,h=4,kv=2,d=64,dv=64,cap=256", "rms_norm:t=4,d=64", "swiglu:t=1,f=64",
         "kv_append:t=1,h=4,kv=2,d=64,dv=64,cap=256,rot=64", "route:t=4,e=8,k=2",
-        "moe:t=4,e=8,k=2,d=256,f=256,w=w4g64,a=a8",
+        "moe:t=4,e=8,k=2,d=256,f=256,w=w4g64,a=a8", *(t for texts in WORKLOADS.values() for t in texts),
     )  # fmt: skip
     names = [n for entries in SCHEDULES.values() for n in entries]
     asked = 0
