@@ -143,6 +143,7 @@ def summary(manifest: Manifest) -> dict[str, Any]:
         "adapters": manifest.decoder.adapters if manifest.decoder else (),
         "batch": manifest.decoder.batch if manifest.decoder else 1,
         "pages": _pages(manifest),
+        "order_costs": manifest.decoder.order_costs if manifest.decoder else {},
         "choices": dict(Counter(c.source for c in manifest.plan)),
         "plan": [plan_row(c) for c in manifest.plan],
     }  # fmt: skip
@@ -187,6 +188,9 @@ def _show(console: Console, facts: dict[str, Any]) -> None:
     console.say(f"{facts['path']}: {facts['name']}, {_quant(facts)}{how}, {size(facts['bytes'])}")
     console.say(f"  entries  {', '.join(facts['entries'])}")
     console.say(f"  kernels  {len(facts['plan'])} ({chosen})")
+    if costs := facts["order_costs"]:
+        shown = ", ".join(f"{entry} {100 * cost:+.1f} %" for entry, cost in costs.items())
+        console.say(f"  order    one order of sums costs {shown} (by the records of the plan)")
     if facts["adapters"]:
         console.say(f"  adapters {', '.join(facts['adapters'])}")
     if pages := facts["pages"]:

@@ -19,7 +19,7 @@ from mimo_compile.pipeline.choose import GENERIC
 from mimo_compile.pipeline.emit import Emitter, Lowered
 from mimo_compile.pipeline.graphs import DRAFT_STEPS, HEADS, ModelGraphs, within_context
 from mimo_compile.pipeline.isolate import Origin, compile_isolated
-from mimo_compile.pipeline.orders import Orders
+from mimo_compile.pipeline.orders import Orders, rounded
 from mimo_compile.runtime.program import (
     SCHEMA,
     Calibrated,
@@ -229,6 +229,7 @@ def _decoder(model: ModelGraphs, emitter: Emitter, orders: Orders) -> Decoder | 
         layers=tuple(_layers(model.decoder, emitter.states)), batch=(*counts["batch"], 1)[0],
         pool=_pool(model, emitter),
         alike=orders.tokens, unlike=orders.unknown,
+        order_costs=rounded(orders.costs),
     )  # fmt: skip
 
 

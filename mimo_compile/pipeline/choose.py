@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mimo_compile.errors import MimoError, UsageError
@@ -13,7 +13,7 @@ from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.ops.tir import Tir
 from mimo_compile.ir.workload import Workload
 from mimo_compile.pipeline.graphs import ModelGraphs
-from mimo_compile.pipeline.orders import Orders, Scope, orders_of_model
+from mimo_compile.pipeline.orders import Orders, Scope, order_costs, orders_of_model
 from mimo_compile.runtime.program import Choice, decoding_entry
 from mimo_compile.schedules import get_schedule, schedules_for
 from mimo_compile.search.database import Database
@@ -189,6 +189,9 @@ def choose(
             "speculative texts may differ from plain ones where two tokens nearly tie: %s adds up in an "
             "order that nothing promises", orders.unknown[0],
         )  # fmt: skip
+    if orders.groups:
+        free = make_plan(workloads, hardware, shared=shared, **how)
+        orders = replace(orders, costs=order_costs(orders, model.workloads(), plan, free))
     chosen = with_records(plan, hardware, db)
     return ModelPlan(untuned | chosen.choices, chosen.records, orders)
 

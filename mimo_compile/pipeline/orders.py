@@ -21,6 +21,7 @@ from mimo_compile.search.space import ORDER
 
 if TYPE_CHECKING:
     from mimo_compile.pipeline.graphs import ModelGraphs
+    from mimo_compile.search.plan import Plan
 
 Scope = Literal["drafts", "all", "none"]
 """Which entry points share an order: those that decode and verify, all that read tokens, none has to."""
@@ -40,6 +41,8 @@ class Orders:
     """Workloads with equal orders, as a plan takes them beside tensors that are shared."""
     unknown: tuple[str, ...] = ()
     """Workloads, or what else there is, whose order nothing promises: then there are no groups."""
+    costs: Mapping[str, float] = field(default_factory=dict)
+    """See `order_costs`; empty before there is a plan."""
 
     @property
     def workloads(self) -> frozenset[Workload]:
@@ -113,8 +116,7 @@ def same_order(calls: Calls, tokens: Sequence[int], hardware: Hardware) -> Order
     groups: dict[frozenset[Workload], list[Tensor]] = {}
     unknown: dict[str, None] = {}
     for kind in _KINDS:
-        counts = _counts(calls, kind)
-        mine = sorted({next((c for c in counts if c >= t), counts[-1]) for t in tokens})
+        mine = _used(_counts(calls, kind), tokens)
         for column in zip(*(calls[f"{kind}_{t}"] for t in mine), strict=True):
             alike = [w for w in column if w is not None]
             if len(alike) < len(column) or len({w.op for w in alike}) > 1:
@@ -126,6 +128,53 @@ def same_order(calls: Calls, tokens: Sequence[int], hardware: Hardware) -> Order
     if unknown:
         return Orders(unknown=tuple(unknown))
     return Orders(tuple(tokens), [g for g in groups.values() if len(g) > 1])
+
+
+def order_costs(
+    orders: Orders, calls: Mapping[Workload, Mapping[str, int]], plan: Plan, free: Plan
+) -> dict[str, float]:
+    """Return what one order of sums costs each entry point that has it, as a part of its time in kernels.
+
+    That is known where kernels that differ were measured, all of them: what is predicted has a penalty.
+
+    Args:
+        orders: What ``plan`` has alike.
+        calls: Of each planned workload by entry point; generic functions without a plan cost the same.
+        plan: The kernels that are taken.
+        free: Those that would be taken if none had to add up like another.
+
+    Returns:
+        Entry point to time over that of ``free``, less one: of the times behind both plans.
+    """
+    guessed = {
+        w
+        for w, c in plan.choices.items()
+        if (both := (c.option, free.choices[w].option))[0].candidate != both[1].candidate
+        and any(option.source != "measured" for option in both)
+    }
+
+    def time_of(found: Plan, entry: str) -> float:
+        mine = {w: calls[w].get(entry, 0) for w in found.choices}
+        if any(mine[w] for w in guessed):
+            return 0.0
+        return sum(mine[w] * c.option.latency_us for w, c in found.choices.items())
+
+    entries = {entry: 0 for by_entry in calls.values() for entry in by_entry}
+    names = [f"{kind}_{t}" for kind in _KINDS for t in _used(_counts(entries, kind), orders.tokens)]
+    pairs = ((name, time_of(plan, name), time_of(free, name)) for name in names)
+    return {name: ours / theirs - 1 for name, ours, theirs in pairs if theirs}
+
+
+def rounded(costs: Mapping[str, float]) -> dict[str, float]:
+    """Return costs as a manifest holds them."""
+    return {entry: round(cost, 4) for entry, cost in costs.items()}
+
+
+def _used(counts: Sequence[int], tokens: Sequence[int]) -> list[int]:
+    """Return the token counts of the entry points of a kind that so many tokens go through."""
+    if not counts:
+        return []
+    return sorted({next((c for c in counts if c >= t), counts[-1]) for t in tokens})
 
 
 def _promised(workload: Workload, hardware: Hardware) -> bool:

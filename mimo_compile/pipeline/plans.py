@@ -62,11 +62,17 @@ class Problem:
         """
         return {w: _layouts(w, c, self.kept) for w, c in self.built.items()}
 
-    def planner(self, db: Database | None) -> Planner:
-        """Gather the options from records, those of an artifact included, in the layouts that it holds."""
+    def planner(self, db: Database | None, *, free: bool = False) -> Planner:
+        """Gather the options from records, those of an artifact included, in the layouts that it holds.
+
+        Args:
+            db: Records, beside those of the package.
+            free: Let kernels add up in any order.
+        """
+        orders = Orders() if free else self.orders
         return Planner(
-            self.weights, self.hardware, db=db, shared=[*self.shared, *self.orders.groups],
-            packed=self.packed(), kept=self.kept, ordered=self.orders.workloads,
+            self.weights, self.hardware, db=db, shared=[*self.shared, *orders.groups],
+            packed=self.packed(), kept=self.kept, ordered=orders.workloads,
         )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from mimo_compile.ir.workload import Workload
 from mimo_compile.pipeline.build import built_with, final_choice, lower_choice, origin_of
 from mimo_compile.pipeline.choose import with_records
 from mimo_compile.pipeline.isolate import compile_isolated
+from mimo_compile.pipeline.orders import order_costs, rounded
 from mimo_compile.pipeline.plans import FROM_SOURCE, Problem
 from mimo_compile.runtime.container import series
 from mimo_compile.runtime.program import Call, Entry, Programs
@@ -98,8 +99,13 @@ def replan(artifact: Artifact, problem: Problem, objective: str, db: Database | 
         final_choice(w, chosen.choices[w], lowered[w], problem.built[w].calls)
         for w in sorted(lowered, key=str)
     ]
+    decoder = manifest.decoder
+    if decoder is not None and problem.orders.groups:
+        free = problem.planner(db, free=True).plan(objective)
+        costs = order_costs(problem.orders, problem.calls, plan, free)
+        decoder = msgspec.structs.replace(decoder, order_costs=rounded(costs))
     changed = msgspec.structs.replace(
-        manifest, objective=objective, versions=versions, plan=tuple(rows),
+        manifest, decoder=decoder, objective=objective, versions=versions, plan=tuple(rows),
         modelled=any(c.source == "modelled" for c in rows),
         target=msgspec.structs.replace(manifest.target, threads=hardware.threads),
     )  # fmt: skip

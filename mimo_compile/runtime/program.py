@@ -155,6 +155,9 @@ class Decoder(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     the same bits in each."""
     unlike: tuple[str, ...] = ()
     """Workloads that kept entry points from adding up in one order."""
+    order_costs: dict[str, float] = {}
+    """Of the entry points that add up in one order: their time in kernels over that of kernels that were free
+    to differ, less one, by the times behind the plan; without those of which not all was measured."""
     pool: Pool | None = None
     """Pages of the caches of whole contexts; None: each sequence has caches of its own."""
 
