@@ -1,5 +1,7 @@
 """GPTQ: every width, both versions, any order of columns; whole models, eager and compiled."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -235,3 +237,31 @@ def test_refusals(kit, tmp_path):
         folder, {**good, f"{Q}.bias": torch.zeros(256)}, quant_method="gptq", bits=4, group_size=64
     )
     assert load_checkpoint(folder, parse_scheme("none")).report.unused == (f"{Q}.bias",)
+
+
+@pytest.mark.parametrize("case", ["mixtral", "qwen2_moe"])
+def test_experts_keep_their_codes(kit, saved, tools, tmp_path, case):
+    """As such files are published, routers and the gate of a shared expert are floats."""
+    rng, source = np.random.default_rng(3), saved(case)[1]
+    floats, stored = {}, {}
+    for name, tensor in load_file(source / "model.safetensors").items():
+        layers, gate = name.startswith("model.layers."), name.endswith("gate.weight")
+        if tensor.dim() < 2 or gate or not layers:
+            floats[name] = stored[name] = tensor
+            continue
+        n, k = tensor.shape
+        codes, zeros, scale = draw(kit, rng, n, k, k, 4, sym=False)
+        floats[name] = torch.from_numpy(real_of(codes, zeros, scale, [0] * k))
+        parts = pack(kit, codes, zeros, scale, 4, version="gptq")
+        stored |= {name.removesuffix(".weight") + part: t for part, t in parts.items()}
+    settings = {"quant_method": "gptq", "bits": 4, "group_size": -1, "checkpoint_format": "gptq"}
+    found = []
+    for what, tensors in (("floats", floats), ("stored", stored)):
+        folder = shutil.copytree(source, tmp_path / what)
+        save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "model.safetensors")
+        quantised = {"quantization_config": {**settings, "sym": False, "desc_act": False}}
+        tools.edit_json(folder / "config.json", **(quantised if what == "stored" else {}))
+        found.append(load_checkpoint(folder, parse_scheme("none")).decoder)
+    assert found[1].stage("layers.1").module.feed.experts.w == "w4zgrow"
+    want, got = (decoder.prefill(tools.prompt(20))[1] for decoder in found)
+    assert want.std() > 0.1 and float((want - got).abs().max() / want.abs().max()) < 1e-5
