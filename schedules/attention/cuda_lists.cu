@@ -89,9 +89,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
     const int* positions = places + step % RING * 2 * KEYS + warp * OWN;
     const uint32_t keys = base + step % STAGES * STAGE_BYTES + warp * OWN * flash::STRIDE<DK>;
     const uint32_t values = base + step % STAGES * STAGE_BYTES + K_BYTES + warp * OWN * flash::STRIDE<DW>;
-    // listed positions ascend: where the last one is seen by the first token, all are by all
+    // listed positions ascend: where the last one is behind the first token's window, all are behind all
     const int newest = positions[OWN - 1];
-    const bool masked = key_at + OWN > listed || newest < 0 || newest > start + first - WINDOW;
+    const bool masked = newest < 0 || newest > start + first - WINDOW;
     flash::attend<OWN, DK, DW>(rows, queries, keys, values, SCALE, masked, [&](int half, int key) {
       const int position = positions[key], behind = at[half] - position;
       const bool old = WINDOW == 0 || behind >= WINDOW;
