@@ -5,9 +5,12 @@ their words (``MIMO_EMULATE``), which check what a GPU would not: that all lanes
 place, that nothing waits for ever, that asynchronous copies are waited for, that addresses are aligned and
 inside their arrays. The threads of a block are fibers of one process; blocks run one after the other.
 
-What it cannot see: races between plain accesses that happen to go well in the orders of warps that were
-tried, missing fences between plain writes and what tensor cores read, time, and what nvcc makes of the text.
-Clusters of blocks and blocks that wait for each other are not emulated.
+Plain loads and stores are instrumented by the compiler (``-fsanitize=thread``, whose library the emulator
+replaces), so that each is held against its array's extent, and those of shared memory against what other
+threads did there: two that no barrier orders are a race (`device/emulation/race.cuh`).
+
+What it cannot see: races in device memory, some races between lanes of one warp, time, and what nvcc makes of
+the text. Clusters of blocks and blocks that wait for each other are not emulated.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from __future__ import annotations
 import atexit
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -34,12 +38,16 @@ from mimo_compile.schedules.cuda import limits
 from mimo_compile.schedules.cuda.code import DeviceCode, TensorMap
 
 DEVICE = Path(__file__).parent / "device"
-FLAGS = (
-    "-std=c++17", "-O1", "-w", "-Wno-psabi", "-ffp-contract=off", "-fno-strict-aliasing",
-    "-fno-stack-protector", "-fstack-clash-protection", "-fsanitize=alignment,bounds",
+COMMON = (
+    "-std=c++17", "-w", "-Wno-psabi", "-ffp-contract=off", "-fno-strict-aliasing", "-fno-stack-protector",
+    "-fno-pie",
+)  # fmt: skip
+"""Options of the compiler: sums are not contracted, so that a result does not depend on the host."""
+KERNEL = (
+    *COMMON, "-O1", "-g1", "-gdwarf-4", "-fstack-clash-protection", "-fsanitize=alignment,bounds,thread",
     "-fsanitize-undefined-trap-on-error",
 )  # fmt: skip
-"""The compiler's: sums are not contracted, so that a result does not depend on the host."""
+"""Those of a kernel's text: each plain access calls the emulator, in the place of the library for threads."""
 _CARRIERS: dict[str, np.dtype[Any]] = {
     "bfloat16": np.dtype("uint16"),
     "float8_e4m3fn": np.dtype("uint8"),
@@ -153,7 +161,7 @@ def _source(name: str, code: DeviceCode, cells: list[_Cell]) -> str:
     ]
     lines = [
         "#define MIMO_EMULATE 1",
-        '#include "emulation/main.cuh"',
+        '#include "emulation/launch.cuh"',
         f'#line 1 "{name}.cu"',
         code.text,
         "int main(int, char** arguments) {",
@@ -199,6 +207,15 @@ def _folder() -> Path:
 
 
 @cache
+def _runtime(cxx: str) -> Path:
+    """Compile what all emulated texts are linked with."""
+    built = _folder() / "runtime.o"
+    source = DEVICE / "emulation" / "runtime.cuh"
+    _compile([cxx, *COMMON, "-O2", "-x", "c++", "-c", "-o", str(built), str(source)])
+    return built
+
+
+@cache
 def _built(source: str) -> Path:
     """Compile a program; one of the same source comes for free."""
     cxx = compiler()
@@ -207,17 +224,22 @@ def _built(source: str) -> Path:
             "emulating CUDA code needs a C++ compiler",
             remedy="Install g++ or clang++, or name one in CXX",
         )
+    runtime = _runtime(cxx)
     stem = _folder() / hashlib.sha256(source.encode()).hexdigest()[:16]
-    text, program = stem.with_suffix(".cpp"), stem.with_suffix(".run")
+    text, code, program = (stem.with_suffix(s) for s in (".cpp", ".o", ".run"))
     text.write_text(source, encoding="utf-8")
-    command = [cxx, *FLAGS, "-I", str(DEVICE), "-o", str(program), str(text)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    _compile([cxx, *KERNEL, "-I", str(DEVICE), "-c", "-o", str(code), str(text)])
+    _compile([cxx, "-no-pie", "-o", str(program), str(code), str(runtime)])
+    return program
+
+
+def _compile(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if "error" in line]
         raise EmulationError(
-            f"the host's compiler refuses the text: {'; '.join(errors[:3])}", where=cxx
+            f"the host's compiler refuses the text: {'; '.join(errors[:3])}", where=command[0]
         )
-    return program
 
 
 def _run(name: str, command: list[str], timeout_s: float) -> None:
@@ -235,4 +257,18 @@ def _run(name: str, command: list[str], timeout_s: float) -> None:
     if done.returncode == 0:
         return
     said = done.stderr.strip().splitlines()
-    raise EmulationError(said[-1] if said else f"ended with {done.returncode}", where=name)
+    text = said[-1] if said else f"ended with {done.returncode}"
+    raise EmulationError(_with_line(text, command[0]), where=name)
+
+
+def _with_line(text: str, program: str) -> str:
+    """Replace the address of an access by its line, where binutils are installed."""
+    found = re.search(r"at (0x[0-9a-f]+)", text)
+    tool = shutil.which("addr2line")
+    if found is None or tool is None:
+        return text
+    address = hex(int(found[1], 16) - 1)  # of the call itself
+    command = [tool, "-i", "-e", program, address]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    lines = [line.rsplit("/", 1)[-1].split(" ")[0] for line in done.stdout.splitlines()]
+    return text.replace(found[0], "in " + " < ".join(lines)) if lines else text

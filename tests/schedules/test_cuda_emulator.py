@@ -77,16 +77,17 @@ def test_a_program_without_faults_runs_to_its_end() -> None:
         (4, 0, r"load16 of 16 bytes is not inside an array: it begins byte 248 of 'x'"),
         (5, 0, r"load16 of 16 bytes is not aligned to them: byte 4 of 'x'"),
         (6, 1, r"not aligned"),
-        (7, 1 << 20, r"plain access at 1048320 bytes behind the end of 'x' \(256 bytes\)"),
-        (7, -4096, r"plain access at 4096 bytes before 'x'"),
+        (7, 1 << 20, r"thread 0 in sample\.cu:24: reads 1 bytes at 1048320 bytes behind"),
+        (7, -4096, r"reads 1 bytes at 4096 bytes before 'x'"),
+        (7, 256, r"reads 1 bytes at 0 bytes behind the end of 'x'"),
         (8, 0, r"ldmatrix_x4 at byte 8 of shared memory, which is no multiple of 16"),
         (9, 0, r"ldmatrix_x4 of 16 bytes at byte 1024 of shared memory, which has 1024"),
         (10, 0, r"cp_async16 of 16 bytes at byte 1024 of shared memory, which has 1024"),
-        (11, 0, r"plain access at byte 3 of 'x'"),
+        (11, 0, r"writes 1 bytes at byte 3 of 'x', which is an input"),
         (12, 0, r"smem_address of what is not in shared memory: byte 0 of 'x'"),
         (13, 0, r"named_sync of barrier 16"),
-        (14, 4096, r"plain access at 4096 bytes behind the end of 'shared memory'"),
-        (15, 0, r"wrote around the end or the beginning of 'y'|behind the end of 'y'"),
+        (14, 0, r"writes 1 bytes at 0 bytes behind the end of 'shared memory'"),
+        (15, 0, r"writes 4 bytes at 0 bytes behind the end of 'y'"),
         (16, 4, r"index outside a local array"),
         (17, 0, r"stack"),
     ],
@@ -96,24 +97,17 @@ def test_a_fault_is_found_and_named(mode: int, operand: int, said: str) -> None:
         fault(mode, operand)
 
 
-def test_faults_around_an_array_are_found_with_either_placement() -> None:
-    with pytest.raises(EmulationError, match="1 bytes before 'x'"):
-        fault(7, -1, order=1)
-    with pytest.raises(EmulationError, match="0 bytes behind the end of 'x'"):
-        fault(7, 256, order=0)
-
-
 SYNC = """
 #include "warp.cuh"
 #include "async.cuh"
-extern "C" __global__ void neighbour(const int* flags, float* y) {
+extern "C" __global__ void neighbour(const int* fault, float* y) {
   MIMO_SHARED(smem);
   float* row = reinterpret_cast<float*>(smem);
   row[threadIdx.x] = float(threadIdx.x);
-  if (flags[0]) block_sync();
+  if (*fault != 1) block_sync();
   y[threadIdx.x] = row[(threadIdx.x + 32) % 128];
 }
-extern "C" __global__ void reuse(const int* flags, float* y) {
+extern "C" __global__ void reuse(const int* fault, float* y) {
   MIMO_SHARED(smem);
   float* row = reinterpret_cast<float*>(smem);
   float sum = 0;
@@ -121,11 +115,22 @@ extern "C" __global__ void reuse(const int* flags, float* y) {
     row[threadIdx.x] = float(threadIdx.x * (i + 1));
     block_sync();
     sum += row[(threadIdx.x + 64) % 128];
-    if (flags[0]) block_sync();
+    if (*fault != 2) block_sync();
   }
   y[threadIdx.x] = sum;
 }
-extern "C" __global__ void groups(const int* flags, float* y) {   // warps 0, 1 produce for warps 2, 3
+extern "C" __global__ void lanes(const int* fault, float* y) {   // within a warp
+  MIMO_SHARED(smem);
+  float* row = reinterpret_cast<float*>(smem);
+  row[threadIdx.x] = float(threadIdx.x);
+  if (*fault != 3) warp_sync();
+  const float x = row[threadIdx.x ^ 1];
+  if (*fault != 4) warp_sync();
+  row[threadIdx.x] = x;
+  warp_sync();
+  y[threadIdx.x] = row[threadIdx.x ^ 2];
+}
+extern "C" __global__ void groups(const int* fault, float* y) {   // warps 0, 1 produce for warps 2, 3
   MIMO_SHARED(smem);
   float* row = reinterpret_cast<float*>(smem);
   const int warp = threadIdx.x / 32, t = threadIdx.x % 64;
@@ -134,25 +139,27 @@ extern "C" __global__ void groups(const int* flags, float* y) {   // warps 0, 1 
     named_sync(1, 128);
     y[threadIdx.x] = 0;
   } else {
-    named_sync(1, 128);
+    if (*fault != 5) named_sync(1, 128);
     y[threadIdx.x] = row[63 - t];
-    if (!flags[0]) return;   // those that have ended are not waited for
+    if (*fault == 5) named_sync(1, 128);
+    return;   // those that have ended are not waited for
   }
   block_sync();
 }
-extern "C" __global__ void waited(const int* flags, const float* x, float* y) {
+extern "C" __global__ void waited(const int* fault, const float* x, float* y) {
   MIMO_SHARED(smem);
+  const float* row = reinterpret_cast<const float*>(smem);
   const uint32_t to = smem_address(smem) + 16 * threadIdx.x;
   cp_async16(to, x + 4 * threadIdx.x, true);
   cp_async_commit();
   cp_async16(to + 2048, x, threadIdx.x > 0);
   cp_async_commit();
-  if (flags[0] == 1) cp_async_wait<1>();
-  if (flags[0] == 2) cp_async_wait<0>();
+  if (*fault != 6) cp_async_wait<1>();
   block_sync();
-  const float* row = reinterpret_cast<const float*>(smem);
-  y[threadIdx.x] = row[4 * threadIdx.x + 1];
-  y[threadIdx.x + 128] = row[512 + 4 * threadIdx.x + 1];
+  y[threadIdx.x] = row[4 * ((threadIdx.x + 32) % 128) + 1];
+  if (*fault != 7) cp_async_wait<0>();
+  if (*fault != 8) block_sync();
+  y[threadIdx.x + 128] = row[512 + 4 * ((threadIdx.x + 32) % 128) + 1];
 }
 extern "C" __global__ void words(const float* x, uint32_t* y) {
   const int t = threadIdx.x;
@@ -178,22 +185,23 @@ X = DRAWN.standard_normal(512).astype(np.float32)
 W = (DRAWN.standard_normal(64) * 2.0 ** DRAWN.integers(-20, 10, 64)).astype(np.float32)
 W[:8] = [0, -0.0, 1e-7, -6e-8, 65519, 65520, 1.00390625, 1.01171875]
 RESULTS = {
-    "neighbour": ((128,), "float32"), "reuse": ((128,), "float32"), "groups": ((128,), "float32"),
+    "neighbour": ((128,), "float32"), "reuse": ((128,), "float32"), "lanes": ((128,), "float32"),
+    "groups": ((128,), "float32"),
     "waited": ((256,), "float32"), "words": ((384,), "uint32"),
 }  # fmt: skip
 
 
 @cache
-def synced(flag: int, order: int = 0) -> dict[str, np.ndarray[Any, Any]]:
+def synced(fault: int, order: int = 0) -> dict[str, np.ndarray[Any, Any]]:
     """Run all of `SYNC`; what it leaves out is told by its input, so that it is compiled once."""
-    inputs = {"flags": np.array([flag], np.int32), "x": X, "w": W}
-    more = {"waited": ("flags", "x"), "words": ("w",)}
+    inputs = {"fault": np.array([fault], np.int32), "x": X, "w": W}
+    more = {"waited": ("fault", "x"), "words": ("w",)}
     launches = tuple(
         Launch(
             name,
             (1, 1, 1),
             32 if name == "words" else 128,
-            (*more.get(name, ("flags",)), name),
+            (*more.get(name, ("fault",)), name),
             4096,
         )
         for name in RESULTS
@@ -201,35 +209,54 @@ def synced(flag: int, order: int = 0) -> dict[str, np.ndarray[Any, Any]]:
     return emulate(kernel_of(SYNC, inputs, RESULTS, launches), H200, inputs, order=order)
 
 
-def test_a_barrier_that_is_missing_shows_in_one_of_the_orders() -> None:
+def test_threads_that_wait_for_each_other_read_what_was_written() -> None:
+    lane = np.arange(128)
+    second = np.where(np.roll(lane, -32) > 0, X[1], 0)
     right = {
-        "neighbour": np.roll(np.arange(128.0), -32),
-        "reuse": np.roll(np.arange(128.0), -64) * 6,
+        "neighbour": np.roll(lane, -32),
+        "reuse": np.roll(lane, -64) * 6,
+        "lanes": lane ^ 3,
+        "groups": np.concatenate([np.zeros(64), lane[63::-1]]),
+        "waited": np.concatenate([np.roll(X[1::4], -32), second]),
     }
-    for name, want in right.items():
-        for order in (0, 1, 7, 8):
-            np.testing.assert_array_equal(synced(1, order)[name], want)
-        assert any(not np.array_equal(synced(0, order)[name], want) for order in (0, 1)), name
+    for order in (0, 1, 7, 8):
+        for name, want in right.items():
+            np.testing.assert_array_equal(synced(0, order)[name], want)
 
 
-def test_named_barriers_and_threads_that_end_early() -> None:
-    want = np.concatenate([np.zeros(64), np.arange(63.0, -1, -1)])
-    for flag in (0, 1):
-        for order in (0, 1):
-            np.testing.assert_array_equal(synced(flag, order)["groups"], want)
-
-
-def test_a_copy_arrives_in_the_wait_that_covers_it_and_not_before() -> None:
-    first, second = X[1::4], np.where(np.arange(128) > 0, X[1], 0)
-    none, one, both = (synced(flag)["waited"] for flag in (0, 1, 2))
-    assert np.isnan(none).all()
-    np.testing.assert_array_equal(one[:128], first)
-    assert np.isnan(one[128:]).all()
-    np.testing.assert_array_equal(both, np.concatenate([first, second]))
+@pytest.mark.parametrize("order", [0, 1, 5])
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (
+            1,
+            r"neighbour, .* in sample\.cu:\d+: a race: (reads|writes) byte \d+ .* thread \d+ (wrote|read)",
+        ),
+        (
+            2,
+            r"reuse, .* a race: writes byte \d+ of shared memory, which thread \d+ read|reads byte",
+        ),
+        (3, r"lanes, .* a race: (reads|writes) byte \d+ of shared memory"),
+        (4, r"lanes, .* a race: (reads|writes) byte \d+ of shared memory"),
+        (5, r"groups, .* a race"),
+        (
+            6,
+            r"waited, .* reads byte \d+ of shared memory before the wait for the cp_async16 of thread",
+        ),
+        (
+            7,
+            r"waited, .* reads byte \d+ of shared memory before the wait for the cp_async16 of thread",
+        ),
+        (8, r"waited, .* reads byte \d+ of shared memory before the wait|a race: reads"),
+    ],
+)
+def test_what_nothing_orders_is_a_race_in_any_order(fault: int, said: str, order: int) -> None:
+    with pytest.raises(EmulationError, match=said):
+        synced(fault, order)
 
 
 def test_words_of_one_thread_and_of_one_warp() -> None:
-    got = synced(1)["words"].reshape(12, 32)
+    got = synced(0)["words"].reshape(12, 32)
     low, high, bits = W[:32], W[32:], W.view(np.uint32)[:32]
     lanes = np.arange(32)
 

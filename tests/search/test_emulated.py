@@ -25,15 +25,15 @@ TEXT = """
 #include "warp.cuh"
 extern "C" __global__ void swiglu(const float* x, float* y) {
   MIMO_SHARED(smem);
-  float* last = reinterpret_cast<float*>(smem);
   const float* row = x + 2 * F * blockIdx.x;
-  if (threadIdx.x == 32 && FAULT == 3) *last = 1;
+  float* out = y + F * blockIdx.x;
+  if (FAULT == 3 && threadIdx.x == 32) *out = 1;
+  if (FAULT == 4) smem[threadIdx.x % 16] = smem[(threadIdx.x + 1) % 16];
   for (int i = threadIdx.x; i < F; i += blockDim.x) {
     const float g = row[i], u = row[F + i] * (FAULT == 1 ? 1.001f : 1.0f);
     if (FAULT == 2 && i == F - 1) continue;
-    y[F * blockIdx.x + i] = g / (1.0f + expf(-g)) * u;
+    out[i] = g / (1.0f + expf(-g)) * u;
   }
-  if (threadIdx.x == 0 && FAULT == 3) y[F * blockIdx.x] *= *last == 1 ? 1.0f : 1.0000001f;
 }
 """
 
@@ -54,7 +54,7 @@ class Swiglu(Schedule):
         return workload.op == self.op and hardware.kind == "cuda"
 
     def space(self, workload: Workload, hardware: Hardware) -> Space:
-        return Space(Config, {"fault": (0, 1, 2, 3)}, Config(), lambda config: config.fault < 4)
+        return Space(Config, {"fault": (0, 1, 2, 3, 4)}, Config(), lambda config: config.fault < 5)
 
     def lower(self, workload: Workload, config: Any, hardware: Hardware) -> Kernel:
         op = get_op(self.op)
@@ -84,6 +84,7 @@ def test_a_right_kernel_is_within_its_bound() -> None:
         (1, r"y\[\d+, \d+\] is .*, expected .* within"),
         (2, r"y\[0, 99\] is nan"),
         (3, r"y depends on the order of warps: 0 and 1 differ"),
+        (4, r"a race: writes byte \d+ of shared memory"),
     ],
 )
 def test_a_wrong_kernel_is_told(fault: int, said: str) -> None:
@@ -95,4 +96,4 @@ def test_what_is_not_supported_is_refused() -> None:
     with pytest.raises(ValueError, match="does not support"):
         check_emulated(WORKLOAD, Swiglu(), None, local_cpu())
     with pytest.raises(ValueError, match="not legal"):
-        check_emulated(WORKLOAD, Swiglu(), Config(4), H200)
+        check_emulated(WORKLOAD, Swiglu(), Config(5), H200)

@@ -42,30 +42,28 @@ MIMO_DEVICE void ldmatrix_x2_trans(uint32_t (&r)[2], uint32_t address) {
 }
 
 #else
-#include "emulation/tensor.cuh"
-
 inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1 MIMO_SITE_PARAMETER) {
-  emulated::mma<emulated::Bf16>(MIMO_SITE, c, a, b0, b1);
+  emulated::mma(emulated::Kind::BF16, MIMO_SITE, c, a, b0, b1);
 }
 inline void mma_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1 MIMO_SITE_PARAMETER) {
-  emulated::mma<emulated::F16>(MIMO_SITE, c, a, b0, b1);
+  emulated::mma(emulated::Kind::F16, MIMO_SITE, c, a, b0, b1);
 }
 inline void mma_i8(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1 MIMO_SITE_PARAMETER) {
-  emulated::mma<emulated::I8>(MIMO_SITE, c, a, b0, b1);
+  emulated::mma(emulated::Kind::I8, MIMO_SITE, c, a, b0, b1);
 }
 inline void mma_e4m3(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1 MIMO_SITE_PARAMETER) {
-  emulated::mma<emulated::E4m3>(MIMO_SITE, c, a, b0, b1);
+  emulated::mma(emulated::Kind::E4M3, MIMO_SITE, c, a, b0, b1);
 }
 inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t address MIMO_SITE_PARAMETER) {
-  emulated::ldmatrix<4>(MIMO_SITE, r, address, false);
+  emulated::ldmatrix(MIMO_SITE, 4, r, address, false);
 }
 inline void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t address MIMO_SITE_PARAMETER) {
-  emulated::ldmatrix<4>(MIMO_SITE, r, address, true);
+  emulated::ldmatrix(MIMO_SITE, 4, r, address, true);
 }
 inline void ldmatrix_x2(uint32_t (&r)[2], uint32_t address MIMO_SITE_PARAMETER) {
-  emulated::ldmatrix<2>(MIMO_SITE, r, address, false);
+  emulated::ldmatrix(MIMO_SITE, 2, r, address, false);
 }
 inline void ldmatrix_x2_trans(uint32_t (&r)[2], uint32_t address MIMO_SITE_PARAMETER) {
-  emulated::ldmatrix<2>(MIMO_SITE, r, address, true);
+  emulated::ldmatrix(MIMO_SITE, 2, r, address, true);
 }
 #endif

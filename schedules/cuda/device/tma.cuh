@@ -58,34 +58,29 @@ template <int N> MIMO_DEVICE void registers_increase() {
 }
 
 #else
-#include "emulation/bulk.cuh"
-
 inline void mbarrier_init(uint64_t* barrier, int arrivals MIMO_SITE_PARAMETER) {
-  emulated::begin_barrier(MIMO_SITE, barrier, arrivals);
+  emulated::begin_barrier(line, barrier, arrivals);
 }
 inline void mbarrier_expect(uint64_t* barrier, int bytes MIMO_SITE_PARAMETER) {
-  if (bytes < 0 || bytes >= 1 << 20) emulated::fail("mbarrier_expect of %d bytes", bytes);
   emulated::arrive_at(MIMO_SITE, barrier, bytes);
 }
 inline void mbarrier_arrive(uint64_t* barrier MIMO_SITE_PARAMETER) { emulated::arrive_at(MIMO_SITE, barrier, 0); }
 inline void mbarrier_wait(uint64_t* barrier, int parity MIMO_SITE_PARAMETER) {
-  emulated::wait_for_phase(MIMO_SITE, barrier, parity);
+  emulated::wait_for_phase(line, barrier, parity);
 }
 inline void tma_load(void* smem, const CUtensorMap* map, int column, int row,
                      uint64_t* barrier MIMO_SITE_PARAMETER) {
-  emulated::load_box(MIMO_SITE, smem, *map, column, row, barrier);
+  emulated::load_box(line, smem, *map, column, row, barrier);
 }
 inline void tma_prefetch_map(const CUtensorMap*) {}
-inline void fence_barrier_init() {
-  for (emulated::PhaseBarrier& b : emulated::phase_barriers) b.fenced = true;
-}
-inline void fence_async_proxy() {}
+inline void fence_barrier_init() { emulated::fence_barriers(); }
+inline void fence_async_proxy() { emulated::fence_proxy(); }
 template <int N> inline void registers_decrease(int line = __builtin_LINE()) {
   static_assert(N % 8 == 0 && N >= 24 && N <= 256);
-  emulated::meet(MIMO_SITE, nullptr, [](emulated::Warp&, void* const*) {});
+  emulated::set_registers(MIMO_SITE);
 }
 template <int N> inline void registers_increase(int line = __builtin_LINE()) {
   static_assert(N % 8 == 0 && N >= 24 && N <= 256);
-  emulated::meet(MIMO_SITE, nullptr, [](emulated::Warp&, void* const*) {});
+  emulated::set_registers(MIMO_SITE);
 }
 #endif

@@ -6,7 +6,7 @@
 #include <stdint.h>
 
 #ifdef MIMO_EMULATE
-#include "emulation/threads.cuh"
+#include "emulation/calls.cuh"
 #define MIMO_DEVICE inline
 #else
 #define MIMO_DEVICE __device__ __forceinline__
@@ -120,87 +120,27 @@ MIMO_DEVICE float atomic_add(float* p, float x) { return atomicAdd(p, x); }
 #else
 // ---- for the emulator ----------------------------------------------------------------------------------
 
-#define MIMO_SHARED(name) uint8_t* const name = emulated::shared.base
+#define MIMO_SHARED(name) uint8_t* const name = emulated::shared_base()
 
 inline uint32_t smem_address(const void* p) { return emulated::shared_address(p); }
 
-namespace emulated {
-
-template <class T> inline T exchange(Site site, T x, int from) {
-  struct Mine { T value, result; int from; } mine{x, x, from};
-  if (from < 0 || from >= LANES) fail("%s from lane %d", site.name, from);
-  meet(site, &mine, [](Warp&, void* const* given) {
-    for (int lane = 0; lane < LANES; ++lane) {
-      Mine& to = *static_cast<Mine*>(given[lane]);
-      to.result = static_cast<Mine*>(given[to.from])->value;
-    }
-  });
-  return mine.result;
-}
-
-// To nearest, ties to even, of a number with `fraction` bits behind the point and so many of exponent.
-inline uint32_t rounded(double x, int fraction, int exponent_bits) {
-  const uint32_t sign = std::signbit(x) ? 1u << (fraction + exponent_bits) : 0;
-  const uint32_t infinity = ((1u << exponent_bits) - 1) << fraction;
-  if (std::isnan(x)) return sign | infinity | 1u << (fraction - 1);
-  const int bias = (1 << (exponent_bits - 1)) - 1;
-  const double magnitude = std::fabs(x);
-  if (std::isinf(x)) return sign | infinity;
-  int exponent = magnitude ? std::ilogb(magnitude) : 1 - bias;
-  if (exponent < 1 - bias) exponent = 1 - bias;
-  const double units = std::nearbyint(std::ldexp(magnitude, fraction - exponent));
-  // the leading 1 of `units` adds one to the exponent field, and so does a carry out of the fraction
-  const uint64_t bits = (uint64_t(exponent + bias - 1) << fraction) + uint64_t(units);
-  return sign | (bits > infinity ? infinity : uint32_t(bits));
-}
-inline double f16_value(uint32_t bits) {
-  const int exponent = bits >> 10 & 31, fraction = bits & 1023;
-  double x = exponent == 31 ? (fraction ? NAN : INFINITY)
-             : exponent     ? std::ldexp(1024 + fraction, exponent - 25)
-                            : std::ldexp(fraction, -24);
-  return bits & 0x8000 ? -x : x;
-}
-inline double bf16_value(uint32_t bits) { return same_bits<float>(bits << 16); }
-
-template <class F> inline uint32_t f16_pairs(F f, uint32_t a, uint32_t b, uint32_t c = 0) {
-  uint32_t r = 0;
-  for (int i = 0; i < 32; i += 16)
-    r |= rounded(f(f16_value(a >> i & 0xffff), f16_value(b >> i & 0xffff), f16_value(c >> i & 0xffff)), 10, 5)
-         << i;
-  return r;
-}
-
-}  // namespace emulated
-
 inline float shfl_xor(float x, int mask MIMO_SITE_PARAMETER) {
-  return emulated::exchange(MIMO_SITE, x, int(emulated::running->index % 32) ^ mask);
+  return __uint_as_float(emulated::exchange(MIMO_SITE, __float_as_uint(x), int(threadIdx.x % 32) ^ mask));
 }
 inline int shfl_xor(int x, int mask MIMO_SITE_PARAMETER) {
-  return emulated::exchange(MIMO_SITE, x, int(emulated::running->index % 32) ^ mask);
+  return int(emulated::exchange(MIMO_SITE, uint32_t(x), int(threadIdx.x % 32) ^ mask));
 }
 inline uint32_t shfl_xor(uint32_t x, int mask MIMO_SITE_PARAMETER) {
-  return emulated::exchange(MIMO_SITE, x, int(emulated::running->index % 32) ^ mask);
+  return emulated::exchange(MIMO_SITE, x, int(threadIdx.x % 32) ^ mask);
 }
 template <class T> inline T shfl(T x, int lane MIMO_SITE_PARAMETER) {
-  return emulated::exchange(MIMO_SITE, x, lane & 31);
+  return same_bits<T>(emulated::exchange(MIMO_SITE, same_bits<uint32_t>(x), lane & 31));
 }
-inline uint32_t warp_ballot(bool x MIMO_SITE_PARAMETER) {
-  struct Mine { bool value; uint32_t result; } mine{x, 0};
-  emulated::meet(MIMO_SITE, &mine, [](emulated::Warp&, void* const* given) {
-    uint32_t all = 0;
-    for (int lane = 0; lane < 32; ++lane) all |= uint32_t(static_cast<Mine*>(given[lane])->value) << lane;
-    for (int lane = 0; lane < 32; ++lane) static_cast<Mine*>(given[lane])->result = all;
-  });
-  return mine.result;
-}
-inline void warp_sync(int line = __builtin_LINE()) {
-  emulated::meet(MIMO_SITE, nullptr, [](emulated::Warp&, void* const*) {});
-}
+inline uint32_t warp_ballot(bool x MIMO_SITE_PARAMETER) { return emulated::ballot(line, x); }
+inline void warp_sync(int line = __builtin_LINE()) { emulated::warp_sync(line); }
 inline void block_sync(int line = __builtin_LINE()) { emulated::wait_at_barrier(MIMO_SITE, 0, 0); }
 inline void named_sync(int barrier, int threads MIMO_SITE_PARAMETER) {
-  if (barrier < 1 || barrier >= emulated::BARRIERS) emulated::fail("named_sync of barrier %d, not 1..15", barrier);
-  if (threads < 32 || threads % 32 || threads > emulated::warp_count * 32)
-    emulated::fail("named_sync of %d threads in a block of %d", threads, emulated::warp_count * 32);
+  if (barrier < 1 || threads < 32) emulated::fail("named_sync of barrier %d and %d threads", barrier, threads);
   emulated::wait_at_barrier(MIMO_SITE, barrier, threads);
 }
 inline void device_fence() {}
@@ -214,12 +154,19 @@ inline float exp2_approx(float x) {
   return x == 0.0f ? 1.0f : y < 1.17549435e-38f ? 0.0f : y;
 }
 inline uint32_t pack_bf16(float low, float high) {
-  return emulated::rounded(low, 7, 8) | emulated::rounded(high, 7, 8) << 16;
+  return emulated::bf16_bits(low) | emulated::bf16_bits(high) << 16;
 }
-inline uint32_t pack_f16(float low, float high) {
-  return emulated::rounded(low, 10, 5) | emulated::rounded(high, 10, 5) << 16;
-}
+inline uint32_t pack_f16(float low, float high) { return emulated::f16_bits(low) | emulated::f16_bits(high) << 16; }
 inline float f16_to_float(uint16_t bits) { return float(emulated::f16_value(bits)); }
+
+namespace emulated {
+template <class F> inline uint32_t f16_pairs(F f, uint32_t a, uint32_t b, uint32_t c = 0) {
+  auto half = [&](int i) {
+    return f16_bits(f(f16_value(a >> i & 0xffff), f16_value(b >> i & 0xffff), f16_value(c >> i & 0xffff)));
+  };
+  return half(0) | half(16) << 16;
+}
+}  // namespace emulated
 inline uint32_t f16x2_add(uint32_t a, uint32_t b) {
   return emulated::f16_pairs([](double x, double y, double) { return x + y; }, a, b);
 }
@@ -233,11 +180,12 @@ inline uint32_t f16x2_fma(uint32_t a, uint32_t b, uint32_t c) {
   return emulated::f16_pairs([](double x, double y, double z) { return x * y + z; }, a, b, c);
 }
 inline uint32_t bf16x2_fma(uint32_t a, uint32_t b, uint32_t c) {
-  uint32_t r = 0;
-  for (int i = 0; i < 32; i += 16)
-    r |= emulated::rounded(emulated::bf16_value(a >> i & 0xffff) * emulated::bf16_value(b >> i & 0xffff) +
-                               emulated::bf16_value(c >> i & 0xffff), 7, 8) << i;
-  return r;
+  auto half = [&](int i) {
+    // in float64 the product is exact, and the sum is rounded there a second time only by a bit far below
+    return emulated::bf16_bits(emulated::bf16_value(a >> i & 0xffff) * emulated::bf16_value(b >> i & 0xffff) +
+                                  emulated::bf16_value(c >> i & 0xffff));
+  };
+  return half(0) | half(16) << 16;
 }
 
 template <int LUT> inline uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {

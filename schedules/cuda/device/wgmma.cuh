@@ -80,21 +80,19 @@ MIMO_WGMMA(wgmma_i8, int, "r", "k32.s32.s8.s8", "")
 MIMO_WGMMA(wgmma_e4m3, float, "f", "k32.f32.e4m3.e4m3", ", 1, 1")
 
 #else
-#include "emulation/group.cuh"
-
-inline void wgmma_fence(int line = __builtin_LINE()) { emulated::fence_products(MIMO_SITE); }
-inline void wgmma_commit(int line = __builtin_LINE()) { emulated::commit_products(MIMO_SITE); }
-template <int N> inline void wgmma_wait(int line = __builtin_LINE()) { emulated::wait_for_products<N>(MIMO_SITE); }
+inline void wgmma_fence(int line = __builtin_LINE()) { emulated::fence_products(line); }
+inline void wgmma_commit(int line = __builtin_LINE()) { emulated::commit_products(line); }
+template <int N> inline void wgmma_wait(int line = __builtin_LINE()) { emulated::wait_for_products(line, N); }
 template <class T, int N> inline void wgmma_pin(T (&)[N]) {}
 
 #define MIMO_WGMMA(name, sum, kind)                                                                     \
   template <int N>                                                                                      \
   inline void name(sum(&acc)[N / 2], uint64_t a, uint64_t b, int accumulate MIMO_SITE_PARAMETER) {      \
     static_assert(N == 8 || N == 16 || N == 32 || N == 64 || N == 96 || N == 128 || N == 192 || N == 256); \
-    emulated::issue<emulated::kind, N>(MIMO_SITE, acc, a, b, accumulate);                               \
+    emulated::issue(emulated::Kind::kind, MIMO_SITE, N, acc, a, b, accumulate);                               \
   }
-MIMO_WGMMA(wgmma_bf16, float, Bf16)
+MIMO_WGMMA(wgmma_bf16, float, BF16)
 MIMO_WGMMA(wgmma_f16, float, F16)
 MIMO_WGMMA(wgmma_i8, int, I8)
-MIMO_WGMMA(wgmma_e4m3, float, E4m3)
+MIMO_WGMMA(wgmma_e4m3, float, E4M3)
 #endif

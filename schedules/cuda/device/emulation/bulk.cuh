@@ -1,6 +1,6 @@
 // Barriers with phases, and copies of boxes that arrive as late as they may.
 #pragma once
-#include "threads.cuh"
+#include "race.cuh"
 
 namespace emulated {
 
@@ -11,26 +11,27 @@ struct PhaseBarrier {
   uint32_t parity;           // of the present phase
   bool fenced;
   std::vector<Thread*> waiting;
+  Clock arrived, ended;      // what its arrivals and copies knew; as of the last phase that ended
 };
 struct Box {
   CUtensorMap map;
   int column, row;
-  uint32_t target, barrier;
+  uint32_t target, barrier, clock;
   Site site;
 };
-inline std::vector<PhaseBarrier> phase_barriers;
-inline std::vector<Box> boxes;   // on their way
+std::vector<PhaseBarrier> phase_barriers;
+std::vector<Box> boxes;   // on their way
 constexpr uint64_t MARK = 0x6d62617272696572;   // what a barrier's own bytes hold, so that a stray write is found
 
 // Bits of the 16-byte chunk within an address that a swizzle of so many bytes turns by the bits of its row.
-inline uint32_t swizzled(uint32_t address, int swizzle) {
+uint32_t swizzled(uint32_t address, int swizzle) {
   const uint32_t rows = swizzle / 16 ? swizzle / 16 - 1 : 0;   // 128: 7, 64: 3, 32: 1, 0: 0
   return address ^ ((address >> 7 & rows) << 4);
 }
 
-inline PhaseBarrier& barrier_at(uint32_t address) {
+PhaseBarrier& barrier_at(uint32_t address) {
   uint64_t mark;
-  std::memcpy(&mark, shared_bytes(address, 8, 8, "a barrier"), 8);
+  memcpy(&mark, shared_bytes(address, 8, 8, "a barrier"), 8);
   for (PhaseBarrier& b : phase_barriers) {
     if (b.address != address) continue;
     if (mark != MARK) fail("the barrier at byte %u of shared memory was overwritten", address - WINDOW);
@@ -39,41 +40,46 @@ inline PhaseBarrier& barrier_at(uint32_t address) {
   fail("there is no barrier at byte %u of shared memory: mbarrier_init comes first", address - WINDOW);
 }
 
-inline void begin_barrier(Site site, uint64_t* barrier, int arrivals) {
-  running->site = site;
+void begin_barrier(int line, uint64_t* barrier, int arrivals) {
+  running->site = {"mbarrier_init", line};
   const uint32_t address = shared_address(barrier);
   if (arrivals < 1 || arrivals >= 1 << 20) fail("mbarrier_init of %d arrivals", arrivals);
-  std::memcpy(shared_bytes(address, 8, 8, site.name), &MARK, 8);
+  memcpy(shared_bytes(address, 8, 8, "mbarrier_init"), &MARK, 8);
   for (const PhaseBarrier& b : phase_barriers)
     if (b.address == address) fail("a second mbarrier_init at byte %u of shared memory", address - WINDOW);
-  phase_barriers.push_back({address, arrivals, arrivals, 0, 0, false, {}});
+  phase_barriers.push_back({address, arrivals, arrivals, 0, 0, false, {}, {}, {}});
 }
 
-inline void end_phase_if_complete(PhaseBarrier& b) {
+void end_phase_if_complete(PhaseBarrier& b) {
   if (b.missing || b.bytes) return;
   b.missing = b.arrivals;
   b.parity ^= 1;
+  b.ended = b.arrived;
   for (Thread* t : b.waiting) make_ready(*t->warp, 1u << (t->index % LANES));
   b.waiting.clear();
 }
 
-inline void arrive_at(Site site, uint64_t* barrier, int bytes) {
-  running->site = site;
+void arrive_at(const char* name, int line, uint64_t* barrier, int bytes) {
+  running->site = {name, line};
+  if (bytes < 0 || bytes >= 1 << 20) fail("%s of %d bytes", name, bytes);
   PhaseBarrier& b = barrier_at(shared_address(barrier));
   if (!b.missing)
     fail("more than %d arrivals at the barrier at byte %u in one phase", b.arrivals, b.address - WINDOW);
+  Warp& w = *running->warp;
+  b.arrived.join(w.clock);
+  ++w.clock.of[w.index];
   --b.missing;
   b.bytes += bytes;
   end_phase_if_complete(b);
 }
 
-inline void wait_for_phase(Site site, uint64_t* barrier, int parity) {
-  running->site = site;
+void wait_for_phase(int line, uint64_t* barrier, int parity) {
+  running->site = {"mbarrier_wait", line};
   if (parity & ~1) fail("mbarrier_wait for the parity %d", parity);
   const uint32_t address = shared_address(barrier);
   for (;;) {
     PhaseBarrier& b = barrier_at(address);
-    if (b.parity != uint32_t(parity)) return;
+    if (b.parity != uint32_t(parity)) return running->warp->clock.join(b.ended);
     b.waiting.push_back(running);
     running->barrier = int64_t(address - WINDOW) << 1 | parity;
     park();
@@ -82,18 +88,20 @@ inline void wait_for_phase(Site site, uint64_t* barrier, int parity) {
 }
 
 // The box's place is unreadable until it has arrived.
-inline void load_box(Site site, void* smem, const CUtensorMap& map, int column, int row, uint64_t* barrier) {
+void load_box(int line, void* smem, const CUtensorMap& map, int column, int row, uint64_t* barrier) {
+  const Site site{"tma_load", line};
   running->site = site;
   const uint32_t target = shared_address(smem), address = shared_address(barrier);
   const size_t bytes = size_t(map.box_rows) * map.box_columns * map.element_bytes;
   if (!barrier_at(address).fenced)
     fail("tma_load with a barrier that no fence_barrier_init follows");
-  std::memset(shared_bytes(target, bytes, map.swizzle == 128 ? 1024 : 128, site.name), NOTHING, bytes);
-  boxes.push_back({map, column, row, target, address, site});
+  memset(shared_bytes(target, bytes, map.swizzle == 128 ? 1024 : 128, site.name), NOTHING, bytes);
+  note_write(*running, "tma_load writes", target - WINDOW, uint32_t(bytes), {++bulk_clock, 0, BULK, 0});
+  boxes.push_back({map, column, row, target, address, bulk_clock, site});
 }
 
 // Lets one box arrive: the oldest, the newest, or any.
-inline bool deliver_box() {
+bool deliver_box() {
   if (boxes.empty()) return false;
   const size_t which = order == 0 ? 0 : order == 1 ? boxes.size() - 1 : drawn() % boxes.size();
   const Box box = boxes[which];
@@ -107,19 +115,20 @@ inline bool deliver_box() {
       const uint32_t at = box.target + r * row_bytes + c * m.element_bytes;
       uint8_t* to = shared.base + (swizzled(at - WINDOW, m.swizzle));
       if (inside)
-        std::memcpy(to, m.base + (row * m.columns + column) * m.element_bytes, m.element_bytes);
+        memcpy(to, m.base + (row * m.columns + column) * m.element_bytes, m.element_bytes);
       else
-        std::memset(to, 0, m.element_bytes);
+        memset(to, 0, m.element_bytes);
     }
   }
   PhaseBarrier& b = barrier_at(box.barrier);
   b.bytes -= int64_t(row_bytes) * m.box_rows;
+  b.arrived.of[MOST_WARPS] = std::max(b.arrived.of[MOST_WARPS], box.clock);
   end_phase_if_complete(b);
   return true;
 }
 
-inline void begin_bulk() { phase_barriers.clear(), boxes.clear(); }
-inline void end_bulk() {
+void begin_bulk() { phase_barriers.clear(), boxes.clear(); }
+void end_bulk() {
   if (!boxes.empty())
     fail("a block ended while the box of %s (line %d) was on its way", boxes[0].site.name, boxes[0].site.line);
   for (const PhaseBarrier& b : phase_barriers)
@@ -127,9 +136,9 @@ inline void end_bulk() {
       fail("a block ended with %lld bytes still expected at the barrier at byte %u (less than 0: never announced)",
            static_cast<long long>(b.bytes), b.address - WINDOW);
 }
-inline const bool bulk_registered = [] {
-  at_block_start.push_back(begin_bulk), at_block_end.push_back(end_bulk), deliver.push_back(deliver_box);
-  return true;
-}();
+void fence_barriers() {
+  for (PhaseBarrier& b : phase_barriers) b.fenced = true;
+}
+void fence_proxy() { ++running->fences; }
 
 }  // namespace emulated

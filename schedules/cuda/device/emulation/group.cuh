@@ -12,7 +12,7 @@ namespace emulated {
 struct Product {
   uint64_t a, b;
   int accumulate, columns;
-  void (*compute)(const Product&, int warp_in_group, std::vector<uint32_t>& sums);
+  void (*compute)(const Product&, Warp&, std::vector<uint32_t>& sums);
   size_t target;             // of the warp's targets
 };
 // Accumulators of one warp that a product under way writes: where each lane has them, and what they will hold.
@@ -29,18 +29,18 @@ struct WarpProducts {
   size_t open = 0, issued = 0;         // of no group yet; since the block began
   bool fenced = false;
 };
-inline std::vector<WarpProducts> products(MOST_WARPS);
-inline std::vector<Issued> history[MOST_WARPS / 4];   // what each warp group issued
+std::vector<WarpProducts> products(MOST_WARPS);
+std::vector<Issued> history[MOST_WARPS / 4];   // what each warp group issued
 constexpr uint32_t UNREADABLE = 0xFFA5A5A5;           // a NaN, and a very small integer
 
-inline uint32_t field(uint64_t descriptor, int from) { return uint32_t(descriptor >> from & 0x3fff) << 4; }
+uint32_t field(uint64_t descriptor, int from) { return uint32_t(descriptor >> from & 0x3fff) << 4; }
 
 // Byte `k` (0..31) of row `r` of an operand: K-major, rows of 128 bytes, eight of them in 1024, swizzled.
-inline uint32_t operand_at(uint64_t d, int r, int k) {
+uint32_t operand_at(uint64_t d, int r, int k) {
   return swizzled(field(d, 0) - WINDOW + uint32_t(r / 8) * field(d, 32) + uint32_t(r % 8) * 128 + k, 128) + WINDOW;
 }
 
-inline void check_descriptor(uint64_t d, int rows, const char* which) {
+void check_descriptor(uint64_t d, int rows, const char* which) {
   const uint32_t start = field(d, 0) - WINDOW;
   if (d >> 62 != 1) fail("wgmma: %s is no descriptor of a matrix that is swizzled by 128 bytes", which);
   if (start % 1024 >= 128 || start % 128 % 32)
@@ -52,19 +52,30 @@ inline void check_descriptor(uint64_t d, int rows, const char* which) {
 }
 
 template <class T>
-inline void compute_product(const Product& p, int warp_in_group, std::vector<uint32_t>& sums) {
+void compute_product(const Product& p, Warp& warp, std::vector<uint32_t>& sums) {
   using Value = decltype(T::value(0, 0));
   using Sum = typename T::Sum;
   constexpr int DEPTH = 8 * T::PER;
-  auto read = [](uint64_t d, int r, Value* to) {
+  const Thread& reader = warp.thread[0];
+  auto read = [&](uint64_t d, int r, Value* to) {
+    for (int k = 0; k < 32; k += 16) {
+      const uint32_t at = operand_at(d, r, k) - WINDOW;
+      note_read(reader, "wgmma reads", at, 16);
+      for (uint32_t b = at; b < at + 16; ++b) {   // of what a thread wrote itself, as opposed to a copy
+        const Written& w = written[b];
+        if (w.writer != BULK && warps[w.writer / LANES].thread[w.writer % LANES].fences == w.fences && w.clock > block_began)
+          fail("wgmma reads byte %u of shared memory, which thread %u wrote without a fence_async_proxy behind", b,
+               w.writer);
+      }
+    }
     for (int k = 0; k < 32; k += 4) {
       uint32_t word;
-      std::memcpy(&word, shared_bytes(operand_at(d, r, k), 4, 4, "wgmma"), 4);
+      memcpy(&word, shared_bytes(operand_at(d, r, k), 4, 4, "wgmma"), 4);
       for (int i = 0; i < T::PER; ++i) to[k / 4 * T::PER + i] = T::value(word, i);
     }
   };
   static Value A[16][DEPTH], B[256][DEPTH];   // too large for the stack of a thread
-  for (int r = 0; r < 16; ++r) read(p.a, 16 * warp_in_group + r, A[r]);
+  for (int r = 0; r < 16; ++r) read(p.a, int(16 * (warp.index % 4)) + r, A[r]);
   for (int n = 0; n < p.columns; ++n) read(p.b, n, B[n]);
   const int count = p.columns / 2;
   for (int lane = 0; lane < LANES; ++lane) {
@@ -77,14 +88,14 @@ inline void compute_product(const Product& p, int warp_in_group, std::vector<uin
   }
 }
 
-inline void check_untouched(const Target& t) {
+void check_untouched(const Target& t) {
   for (int lane = 0; lane < LANES; ++lane)
     for (int e = 0; e < t.count; ++e)
       if (t.registers[lane][e] != UNREADABLE)
         fail("accumulator %d of wgmma was changed while a product that writes it was under way", e);
 }
 
-inline size_t target_of(WarpProducts& w, uint32_t* const* registers, int count) {
+size_t target_of(WarpProducts& w, uint32_t* const* registers, int count) {
   for (size_t i = 0; i < w.targets.size(); ++i) {
     Target& t = w.targets[i];
     if (t.registers[0] != registers[0]) continue;
@@ -103,14 +114,17 @@ inline size_t target_of(WarpProducts& w, uint32_t* const* registers, int count) 
   return w.targets.size() - 1;
 }
 
-template <class T, int N>
-inline void issue(Site site, typename T::Sum (&sums)[N / 2], uint64_t a, uint64_t b, int accumulate) {
-  struct Mine { uint32_t* registers; uint64_t a, b; int accumulate; };
-  Mine mine{reinterpret_cast<uint32_t*>(sums), a, b, accumulate != 0};
+void issue(Kind kind, const char* name, int line, int columns, void* sums, uint64_t a, uint64_t b, int accumulate) {
+  using Compute = void (*)(const Product&, Warp&, std::vector<uint32_t>&);
+  static const Compute COMPUTE[] = {compute_product<Bf16>, compute_product<F16>, compute_product<E4m3>,
+                                    compute_product<Int8>};
+  struct Mine { uint32_t* registers; uint64_t a, b; int accumulate, columns; Compute compute; };
+  Mine mine{static_cast<uint32_t*>(sums), a, b, accumulate != 0, columns, COMPUTE[int(kind)]};
   if (int(running->index / 128 + 1) * 4 > warp_count)
     fail("wgmma by warps of a group that has less than four: the block has %d", warp_count);
-  meet(site, &mine, [](Warp& warp, void* const* given) {
+  meet({name, line}, &mine, [](Warp& warp, void* const* given) {
     const Mine& first = *static_cast<Mine*>(given[0]);
+    const int columns = first.columns;
     uint32_t* registers[LANES];
     for (int lane = 0; lane < LANES; ++lane) {
       const Mine& m = *static_cast<Mine*>(given[lane]);
@@ -121,71 +135,66 @@ inline void issue(Site site, typename T::Sum (&sums)[N / 2], uint64_t a, uint64_
     WarpProducts& w = products[warp.index];
     if (!w.fenced) fail("wgmma without a wgmma_fence behind what its accumulators last went through");
     check_descriptor(first.a, 64, "a");
-    check_descriptor(first.b, N, "b");
-    const Issued one{first.a, first.b, first.accumulate, N, warp.site.line};
+    check_descriptor(first.b, columns, "b");
+    const Issued one{first.a, first.b, first.accumulate, columns, warp.site.line};
     std::vector<Issued>& all = history[warp.index / 4];
     if (w.issued == all.size()) all.push_back(one);
     const Issued& other = all[w.issued++];
     if (one.a != other.a || one.b != other.b || one.accumulate != other.accumulate || one.columns != other.columns)
       fail("warp %u issues a wgmma (line %d) that differs from its group's (line %d)", warp.index, one.line,
            other.line);
-    const size_t target = target_of(w, registers, N / 2);
+    const size_t target = target_of(w, registers, columns / 2);
     ++w.targets[target].open;
-    w.flight.push_back({first.a, first.b, first.accumulate, N, compute_product<T>, target});
+    w.flight.push_back({first.a, first.b, first.accumulate, columns, first.compute, target});
     ++w.open;
   });
 }
 
 // Computes the oldest product of a warp; what no other product writes gets its sums.
-inline void complete_oldest(WarpProducts& w, int warp_in_group) {
+void complete_oldest(WarpProducts& w, Warp& warp) {
   const Product p = w.flight.front();
   w.flight.erase(w.flight.begin());
   Target& t = w.targets[p.target];
-  p.compute(p, warp_in_group, t.sums);
+  p.compute(p, warp, t.sums);
   if (--t.open) return;
   check_untouched(t);
   for (int lane = 0; lane < LANES; ++lane)
-    std::memcpy(t.registers[lane], &t.sums[size_t(lane) * t.count], size_t(t.count) * 4);
+    memcpy(t.registers[lane], &t.sums[size_t(lane) * t.count], size_t(t.count) * 4);
   w.targets.erase(w.targets.begin() + p.target);
   for (Product& left : w.flight)
     if (left.target > p.target) --left.target;
 }
 
-inline void fence_products(Site site) {
-  meet(site, nullptr, [](Warp& warp, void* const*) { products[warp.index].fenced = true; });
+void fence_products(int line) {
+  meet({"wgmma_fence", line}, nullptr, [](Warp& warp, void* const*) { products[warp.index].fenced = true; });
 }
-inline void commit_products(Site site) {
-  meet(site, nullptr, [](Warp& warp, void* const*) {
+void commit_products(int line) {
+  meet({"wgmma_commit", line}, nullptr, [](Warp& warp, void* const*) {
     WarpProducts& w = products[warp.index];
     w.groups.push_back(w.open);
     w.open = 0;
   });
 }
-template <int N> inline void wait_for_products(Site site) {
-  meet(site, nullptr, [](Warp& warp, void* const*) {
+void wait_for_products(int line, int left) {
+  meet({"wgmma_wait", line}, &left, [](Warp& warp, void* const* given) {
     WarpProducts& w = products[warp.index];
-    while (w.groups.size() > size_t(N)) {
+    while (w.groups.size() > size_t(*static_cast<int*>(given[0]))) {
       if (w.groups.front()) w.fenced = false;
-      for (size_t i = w.groups.front(); i--;) complete_oldest(w, warp.index % 4);
+      for (size_t i = w.groups.front(); i--;) complete_oldest(w, warp);
       w.groups.erase(w.groups.begin());
     }
   });
 }
 
-inline void begin_products() {
+void begin_products() {
   for (WarpProducts& w : products) w = {};
   for (auto& h : history) h.clear();
 }
-inline void end_products() {
+void end_products() {
   for (int i = 0; i < warp_count; ++i) {
     if (!products[i].flight.empty()) fail("warp %d ended before its wgmma did: wgmma_wait comes first", i);
     if (products[i].issued != history[i / 4].size())
       fail("warp %d issued %zu wgmma, another of its group %zu", i, products[i].issued, history[i / 4].size());
   }
 }
-inline const bool products_registered = [] {
-  at_block_start.push_back(begin_products), at_block_end.push_back(end_products);
-  return true;
-}();
-
 }  // namespace emulated

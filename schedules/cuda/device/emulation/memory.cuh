@@ -1,17 +1,16 @@
 // Memory of the emulated device: arrays between forbidden pages, one block's shared memory, and errors.
 #pragma once
-#include <cstdarg>
+#include <algorithm>
 #include <csignal>
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
 #include <fcntl.h>
+#include <string>
 #include <sys/mman.h>
 #include <unistd.h>
-#include "words.cuh"
-
-// A tensor map as the emulator holds it; the device's is opaque.
-struct alignas(64) CUtensorMap {
-  const uint8_t* base;
-  int rows, columns, element_bytes, box_rows, box_columns, swizzle;
-};
+#include <vector>
+#include "launch.cuh"
 
 namespace emulated {
 
@@ -27,20 +26,20 @@ struct Array {
   uint8_t* mapped;    // of everything, forbidden pages included
   size_t whole;
 };
-inline std::vector<Array> arrays;
-inline Array shared{"shared memory", nullptr, 0, true, nullptr, 0};
-inline uint8_t *stacks, *stacks_end;
-inline int placement;        // 0: the end of an array meets a forbidden page; 1: its beginning
-inline const char* kernel = "";
-inline uint3 block_index;
+std::vector<Array> arrays;
+Array shared{"shared memory", nullptr, 0, true, nullptr, 0};
+uint8_t *stacks, *stacks_end;
+int placement;        // 0: the end of an array meets a forbidden page; 1: its beginning
+const char* kernel = "";
+uint3 block{};
+const void* access_pc;   // where the plain access that is looked at returns to
 
-inline int describe_thread(char* to, size_t room);  // where the running thread is; see threads.cuh
+int describe_thread(char* to, size_t room);  // where the running thread is; see threads.cuh
 
 // Ends the emulation; the text goes to standard error as one line.
-[[noreturn]] inline void fail(const char* format, ...) {
-  char text[1500];
-  int at = snprintf(text, sizeof text, "%s, block (%u, %u, %u)", kernel, block_index.x, block_index.y,
-                    block_index.z);
+void fail(const char* format, ...) {
+  char text[1600];
+  int at = snprintf(text, sizeof text, "%s, block (%u, %u, %u)", kernel, block.x, block.y, block.z);
   at += describe_thread(text + at, sizeof text - at);
   at += snprintf(text + at, sizeof text - at, ": ");
   va_list values;
@@ -54,7 +53,7 @@ inline int describe_thread(char* to, size_t room);  // where the running thread 
 }
 
 // Maps room for an array between forbidden pages; alignment is that of its beginning where its end is free.
-inline Array map_array(const char* name, size_t bytes, bool writable, size_t alignment) {
+Array map_array(const char* name, size_t bytes, bool writable, size_t alignment) {
   Array a{name, nullptr, bytes, writable, nullptr, 0};
   const size_t room = (bytes + alignment - 1) / alignment * alignment;
   const size_t pages = (room + PAGE - 1) / PAGE * PAGE + (room ? 0 : PAGE);
@@ -63,27 +62,25 @@ inline Array map_array(const char* name, size_t bytes, bool writable, size_t ali
   if (at == MAP_FAILED) fail("no memory for %s (%zu bytes)", name, bytes);
   a.mapped = static_cast<uint8_t*>(at);
   if (mprotect(a.mapped + GUARD, pages, PROT_READ | PROT_WRITE)) fail("no memory for %s", name);
-  std::memset(a.mapped + GUARD, NOTHING, pages);
+  memset(a.mapped + GUARD, NOTHING, pages);
   a.base = a.mapped + GUARD + (placement == 0 ? pages - room : 0);
   return a;
 }
 
-// Says whether the bytes around an array's data, up to the forbidden pages, are as they were.
-inline bool surroundings_hold(const Array& a) {
-  const uint8_t *from = a.mapped + GUARD, *to = a.mapped + a.whole - GUARD;
-  for (const uint8_t* p = from; p < a.base; ++p)
-    if (*p != NOTHING) return false;
-  for (const uint8_t* p = a.base + a.bytes; p < to; ++p)
-    if (*p != NOTHING) return false;
-  return true;
+const Array* array_at(const uint8_t* p) {   // whose data or surroundings hold an address
+  static size_t last = 0;
+  if (p >= shared.mapped && p < shared.mapped + shared.whole) return &shared;
+  for (size_t i = 0; i < arrays.size(); ++i, ++last) {
+    if (last >= arrays.size()) last = 0;
+    const Array& a = arrays[last];
+    if (p >= a.mapped && p < a.mapped + a.whole) return &a;
+  }
+  return nullptr;
 }
 
 // Names the array that an address belongs to or is next to, and how it lies to it.
-inline void place_of(const uint8_t* p, char* to, size_t room) {
-  const Array* found = nullptr;
-  for (const Array& a : arrays)
-    if (p >= a.mapped && p < a.mapped + a.whole) found = &a;
-  if (p >= shared.mapped && p < shared.mapped + shared.whole) found = &shared;
+void place_of(const uint8_t* p, char* to, size_t room) {
+  const Array* found = array_at(p);
   if (!found)
     snprintf(to, room, "address %p, which belongs to no array", static_cast<const void*>(p));
   else if (p < found->base)
@@ -96,16 +93,16 @@ inline void place_of(const uint8_t* p, char* to, size_t room) {
 }
 
 // Fails unless all bytes of an access to device memory lie in one array and it is aligned.
-inline void check_global(const void* pointer, size_t bytes, bool writes, const char* what) {
+void check_global(const void* pointer, size_t bytes, bool writes, const char* what) {
   const uint8_t* p = static_cast<const uint8_t*>(pointer);
   char place[300];
-  for (const Array& a : arrays) {
-    if (p < a.base || p + bytes > a.base + a.bytes) continue;
+  const Array* a = array_at(p);
+  if (a && a != &shared && p >= a->base && p + bytes <= a->base + a->bytes) {
     if (reinterpret_cast<uintptr_t>(p) % bytes) {
       place_of(p, place, sizeof place);
       fail("%s of %zu bytes is not aligned to them: %s", what, bytes, place);
     }
-    if (writes && !a.writable) fail("%s writes '%s', which is an input", what, a.name);
+    if (writes && !a->writable) fail("%s writes '%s', which is an input", what, a->name);
     return;
   }
   place_of(p, place, sizeof place);
@@ -113,7 +110,7 @@ inline void check_global(const void* pointer, size_t bytes, bool writes, const c
 }
 
 // Address in shared memory's own window -> address of the host; the bytes must be there and aligned.
-inline uint8_t* shared_bytes(uint32_t address, size_t bytes, size_t alignment, const char* what) {
+uint8_t* shared_bytes(uint32_t address, size_t bytes, size_t alignment, const char* what) {
   const size_t at = size_t(address) - WINDOW;
   if (address < WINDOW || at + bytes > shared.bytes)
     fail("%s of %zu bytes at byte %lld of shared memory, which has %zu", what, bytes,
@@ -123,7 +120,7 @@ inline uint8_t* shared_bytes(uint32_t address, size_t bytes, size_t alignment, c
   return shared.base + at;
 }
 
-inline uint32_t shared_address(const void* pointer) {
+uint32_t shared_address(const void* pointer) {
   const uint8_t* p = static_cast<const uint8_t*>(pointer);
   if (p < shared.base || p > shared.base + shared.bytes) {
     char place[300];
@@ -132,18 +129,20 @@ inline uint32_t shared_address(const void* pointer) {
   }
   return uint32_t(p - shared.base) + WINDOW;
 }
+uint8_t* shared_base() { return shared.base; }
 
-inline void on_signal(int number, siginfo_t* info, void*) {
+void on_signal(int number, siginfo_t* info, void*) {
   char place[300];
   const uint8_t* at = static_cast<const uint8_t*>(info->si_addr);
   place_of(at, place, sizeof place);
   if (number == SIGSEGV && at >= stacks && at < stacks_end) fail("the stack of a thread is full");
-  if (number == SIGSEGV || number == SIGBUS) fail("a plain access at %s", place);
+  if (number == SIGSEGV || number == SIGBUS) fail("an access at %s", place);
   if (number == SIGFPE) fail("a division of integers by zero");
+  access_pc = at;
   fail("an access that is not aligned, or an index outside a local array");
 }
 
-inline void catch_signals() {
+void catch_signals() {
   static uint8_t stack[1 << 16];
   stack_t other{};
   other.ss_sp = stack;

@@ -16,7 +16,15 @@ constexpr size_t STACK = 128 << 10;
 struct Site {
   const char* name;
   int line;
-  bool operator==(const Site& other) const { return line == other.line && !std::strcmp(name, other.name); }
+  bool operator==(const Site& other) const { return line == other.line && !strcmp(name, other.name); }
+};
+
+// What a warp knows of others' time: accesses up to these are ordered before what it does next.
+struct Clock {
+  uint32_t of[MOST_WARPS + 1];   // the last: bulk copies
+  void join(const Clock& other) {
+    for (int i = 0; i <= MOST_WARPS; ++i) of[i] = std::max(of[i], other.of[i]);
+  }
 };
 
 struct Warp;
@@ -26,6 +34,7 @@ struct Thread {
   Warp* warp;
   Site site{"its beginning", 0};
   bool ended;
+  uint16_t fences;                  // fence_async_proxy that it did
   int64_t barrier;                  // byte of shared memory and parity (lowest bit) that it waits for, or -1
   std::vector<uint8_t> copied;      // cp.async: data that has not arrived, 16 bytes each
   std::vector<uint32_t> targets;    // and where it goes
@@ -37,25 +46,28 @@ struct Warp {
   int barrier;            // that its arrived lanes wait for, or -1
   int barrier_threads;
   Site site;
+  Clock clock;
+  uint32_t synced;        // how often its lanes met for memory's sake
   void* given[LANES];     // what each lane brought to the meeting
   Thread thread[LANES];
 };
 struct NamedBarrier { uint32_t warps; int threads; };
 
-inline std::vector<Warp> warps;
-inline NamedBarrier barriers[BARRIERS];
-inline uint32_t ready_warps;
-inline int live, warp_count;
-inline uint64_t order;
-inline Thread* running;
-inline void* main_top;
-inline uint3 block_shape, grid_shape;
-inline void (*body)();
-inline std::vector<bool (*)()> deliver;   // each finishes one asynchronous piece of work; false: there is none
-inline std::vector<void (*)()> at_block_start, at_block_end;   // what further headers keep for a block
+std::vector<Warp> warps;
+NamedBarrier barriers[BARRIERS];
+uint32_t ready_warps;
+int live, warp_count;
+uint64_t order;
+Thread* running;
+void* main_top;
+uint3 block_extent, grid_extent;
+void (*body)();
+uint32_t bulk_clock;
+bool deliver_box();   // lets one bulk copy arrive; false: there is none, see bulk.cuh
 
-inline int describe_thread(char* to, size_t room) {
+int describe_thread(char* to, size_t room) {
   if (!running) return 0;
+  if (access_pc) return snprintf(to, room, ", thread %u at %p", running->index, access_pc);
   return snprintf(to, room, ", thread %u, at or after %s (line %d)", running->index, running->site.name,
                   running->site.line);
 }
@@ -88,12 +100,12 @@ mimo_switch:
 .size mimo_switch, .-mimo_switch
 )");
 
-inline void make_ready(Warp& w, uint32_t lanes) {
+void make_ready(Warp& w, uint32_t lanes) {
   w.ready |= lanes;
   if (w.ready) ready_warps |= 1u << w.index;
 }
 
-inline uint32_t drawn() {  // xorshift: any order will do
+uint32_t drawn() {  // xorshift: any order will do
   order ^= order << 13, order ^= order >> 7, order ^= order << 17;
   return uint32_t(order >> 32);
 }
@@ -115,19 +127,16 @@ inline uint32_t drawn() {  // xorshift: any order will do
       snprintf(line, sizeof line, "%sthreads %d-%d wait at %s (line %d)", from ? "; " : "", from, to - 1,
                first.site.name, first.site.line);
     if (!first.ended && first.barrier >= 0)
-      snprintf(line + std::strlen(line), 80, " for the end of parity %d of the barrier at byte %lld",
+      snprintf(line + strlen(line), 80, " for the end of parity %d of the barrier at byte %lld",
                int(first.barrier & 1), static_cast<long long>(first.barrier >> 1));
     if (text.size() < 1000) text += line;
   }
   fail("deadlock: %s", text.c_str());
 }
 
-inline Thread* choose() {
-  while (!ready_warps) {
-    bool done = false;
-    for (auto one : deliver) done = done || one();
-    if (!done) deadlock();
-  }
+Thread* choose() {
+  while (!ready_warps)
+    if (!deliver_box()) deadlock();
   int w = __builtin_ctz(ready_warps);
   if (order == 1) {
     w = 31 - __builtin_clz(ready_warps);
@@ -144,14 +153,14 @@ inline Thread* choose() {
 }
 
 // Lets others run until somebody makes the running thread ready.
-inline void park() {
+void park() {
   Thread* me = running;
   Thread* to = choose();
   running = to;
   if (to != me) mimo_switch(&me->top, to->top);
 }
 
-inline void check_same_site(Warp& w, Site site) {
+void check_same_site(Warp& w, Site site) {
   if (!w.arrived) w.site = site;
   if (w.site == site) return;
   const int lane = __builtin_ctz(w.arrived);
@@ -160,7 +169,7 @@ inline void check_same_site(Warp& w, Site site) {
 }
 
 // All 32 lanes of a warp meet; the last to come does the work for all: act(warp, what each brought).
-template <class Act> inline void meet(Site site, void* mine, Act act) {
+template <class Act> void meet(Site site, void* mine, Act act) {
   Thread& me = *running;
   Warp& w = *me.warp;
   me.site = site;
@@ -175,7 +184,7 @@ template <class Act> inline void meet(Site site, void* mine, Act act) {
 }
 
 // Lets the warps of a barrier go when as many threads have come as it counts; 0: all that have not ended.
-inline void settle(int id) {
+void settle(int id) {
   NamedBarrier& b = barriers[id];
   if (!b.warps) return;
   int come = 0, expected = b.threads;
@@ -184,8 +193,13 @@ inline void settle(int id) {
     if (!b.threads) expected += __builtin_popcount(warps[w].alive);
   }
   if (come < expected) return;
+  Clock all{};
+  for (int w = 0; w < warp_count; ++w)
+    if (b.warps >> w & 1) all.join(warps[w].clock);
   for (int w = 0; w < warp_count; ++w) {
     if (!(b.warps >> w & 1)) continue;
+    warps[w].clock = all;
+    ++warps[w].clock.of[w], ++warps[w].synced;
     make_ready(warps[w], warps[w].arrived);
     warps[w].arrived = 0;
     warps[w].barrier = -1;
@@ -194,7 +208,7 @@ inline void settle(int id) {
 }
 
 // The warp's lanes that have not ended have all come: the warp has.
-inline void arrive(Warp& w) {
+void arrive(Warp& w) {
   if (w.barrier < 0 || !w.alive || w.arrived != w.alive) return;
   NamedBarrier& b = barriers[w.barrier];
   if (b.warps && b.threads != w.barrier_threads)
@@ -205,10 +219,14 @@ inline void arrive(Warp& w) {
   settle(w.barrier);
 }
 
-inline void wait_at_barrier(Site site, int id, int threads) {
+void wait_at_barrier(const char* name, int line, int id, int threads) {
+  const Site site{name, line};
   Thread& me = *running;
   Warp& w = *me.warp;
   me.site = site;
+  if (id < 0 || id >= BARRIERS) fail("%s of barrier %d, not 1..15", name, id);
+  if (threads % LANES || threads > warp_count * LANES)
+    fail("%s of %d threads in a block of %d", name, threads, warp_count * LANES);
   check_same_site(w, site);
   if (w.arrived && (w.barrier != id || w.barrier_threads != threads))
     fail("the threads of a warp come to %s (line %d) with different barriers", site.name, site.line);
@@ -219,7 +237,7 @@ inline void wait_at_barrier(Site site, int id, int threads) {
   park();
 }
 
-inline void end_thread() {
+void end_thread() {
   Thread& me = *running;
   Warp& w = *me.warp;
   me.ended = true;
@@ -234,7 +252,7 @@ inline void end_thread() {
 }
 
 // Maps a stack for each thread that a block may have, each above a forbidden page.
-inline void map_stacks() {
+void map_stacks() {
   const size_t whole = STACK * LANES * MOST_WARPS;
   void* at = mmap(nullptr, whole, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (at == MAP_FAILED) fail("no memory for stacks");
@@ -243,24 +261,24 @@ inline void map_stacks() {
   for (int i = 0; i < LANES * MOST_WARPS; ++i) mprotect(stacks + i * STACK, PAGE, PROT_NONE);
 }
 
-inline void begin_thread() {
+void begin_thread() {
   body();
   end_thread();
 }
 
 // Runs all threads of one block to their ends.
-inline void run_threads(int threads) {
+void run_threads(int threads) {
   warp_count = threads / LANES;
   live = threads;
   ready_warps = 0;
-  std::memset(barriers, 0, sizeof barriers);
+  memset(barriers, 0, sizeof barriers);
   for (int i = 0; i < warp_count; ++i) {
     Warp& w = warps[i];
     w.index = i, w.alive = ~0u, w.ready = 0, w.arrived = 0, w.barrier = -1;
     make_ready(w, ~0u);
     for (int lane = 0; lane < LANES; ++lane) {
       Thread& t = w.thread[lane];
-      t.index = i * LANES + lane, t.warp = &w, t.ended = false, t.barrier = -1, t.site = {"its beginning", 0};
+      t.index = i * LANES + lane, t.warp = &w, t.ended = false, t.fences = 0, t.barrier = -1, t.site = {"its beginning", 0};
       t.copied.clear(), t.targets.clear(), t.groups.clear(), t.open = 0;
       void** top = reinterpret_cast<void**>(stacks + STACK * (t.index + 1));
       *--top = nullptr;                                       // nowhere to return to
@@ -274,11 +292,36 @@ inline void run_threads(int threads) {
   running = nullptr;
 }
 
-}  // namespace emulated
+uint32_t thread_index() { return running->index; }
+uint3 block_index() { return block; }
+uint3 block_shape() { return block_extent; }
+uint3 grid_shape() { return grid_extent; }
 
-#define threadIdx (uint3{emulated::running->index, 0, 0})
-#define blockIdx (emulated::block_index)
-#define blockDim (emulated::block_shape)
-#define gridDim (emulated::grid_shape)
-#define MIMO_SITE_PARAMETER , int line = __builtin_LINE()
-#define MIMO_SITE emulated::Site{__func__, line}
+uint32_t exchange(const char* name, int line, uint32_t bits, int from) {
+  struct Mine { uint32_t value, result; int from; } mine{bits, 0, from};
+  if (from < 0 || from >= LANES) fail("%s from lane %d", name, from);
+  meet({name, line}, &mine, [](Warp&, void* const* given) {
+    for (int lane = 0; lane < LANES; ++lane) {
+      Mine& to = *static_cast<Mine*>(given[lane]);
+      to.result = static_cast<Mine*>(given[to.from])->value;
+    }
+  });
+  return mine.result;
+}
+
+uint32_t ballot(int line, bool value) {
+  struct Mine { bool value; uint32_t result; } mine{value, 0};
+  meet({"warp_ballot", line}, &mine, [](Warp&, void* const* given) {
+    uint32_t all = 0;
+    for (int lane = 0; lane < LANES; ++lane) all |= uint32_t(static_cast<Mine*>(given[lane])->value) << lane;
+    for (int lane = 0; lane < LANES; ++lane) static_cast<Mine*>(given[lane])->result = all;
+  });
+  return mine.result;
+}
+
+void warp_sync(int line) {
+  meet({"warp_sync", line}, nullptr, [](Warp& w, void* const*) { ++w.synced; });
+}
+void set_registers(const char* name, int line) { meet({name, line}, nullptr, [](Warp&, void* const*) {}); }
+
+}  // namespace emulated

@@ -1,15 +1,10 @@
 // What CUDA C++ has beside C++, for a compiler of the host: keywords, vector types, small functions.
 #pragma once
-#include <algorithm>
 #include <cmath>
 #include <stddef.h>
 #include <stdint.h>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <string>
+#include <string.h>
 #include <type_traits>
-#include <vector>
 
 #define __global__
 #define __device__
@@ -51,7 +46,7 @@ inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 template <class To, class From> inline To same_bits(From value) {
   static_assert(sizeof(To) == sizeof(From));
   To out;
-  std::memcpy(&out, &value, sizeof out);
+  memcpy(&out, &value, sizeof out);
   return out;
 }
 inline float __int_as_float(int x) { return same_bits<float>(x); }
