@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -10,6 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from mimo_compile.ir.formats import ActFormat, WeightFormat
+from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.ops.base import Arg, Array
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.base import Schedule
@@ -19,7 +21,7 @@ from mimo_compile.schedules.mpgemm.problem import Problem
 
 ENDS_THREADS = 256
 """Of the launches before and after the main one; as in `device/gemm_ends.cuh`."""
-_MOST_SUM = 2**31 - 1
+_MOST_INT = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +69,7 @@ class CudaProblem:
     @property
     def exact(self) -> bool:
         """True if no sum of codes times int8 activations, each code moved to the top of 8 bits, overflows."""
-        return 128 * 127 * self.k <= _MOST_SUM
+        return 128 * 127 * self.k <= _MOST_INT
 
     def args(self) -> tuple[Arg, ...]:
         """Return the kernel's parameters: x, packed weights, bias, y."""
@@ -97,6 +99,21 @@ class CudaGemm(Schedule):
 
     op = "mpgemm"
     version: ClassVar[int] = 1
+    needs: ClassVar[frozenset[str]]
+    """Features of a GPU."""
+
+    @abstractmethod
+    def takes(self, p: CudaProblem) -> bool:
+        """Say whether the kernel computes a problem, on any GPU that has what it needs."""
+
+    def supports(self, workload: Workload, hardware: Hardware) -> bool:
+        """Weights in `Rows`, activations and results that an int counts, on a GPU that has what is needed."""
+        if hardware.kind != "cuda" or hardware.missing(self.needs) or workload.op != self.op:
+            return False
+        p = CudaProblem.of(workload)
+        if not Rows.takes(p.fmt) or p.m * max(p.n, p.k) > _MOST_INT:
+            return False
+        return self.takes(p)
 
     def layouts(self, workload: Workload, config: Any) -> dict[str, str]:
         """All CUDA kernels of a format read the same packed weights."""

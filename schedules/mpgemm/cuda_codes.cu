@@ -24,6 +24,7 @@ constexpr int W_DEPTH = COLUMNS * BITS / 8, W_ROW_BYTES = K_PADDED * BITS / 8;
 constexpr int X_LINES = DEPTH / 16, W_LINES = W_DEPTH / 16;
 constexpr int FIELDS = 8 / BITS, STEPS = INT8 ? FIELDS / 2 : FIELDS;  // of a unit: products along K
 constexpr int UNIT = 128 / BITS, UNITS = COLUMNS / UNIT, GROUP_UNITS = W_GROUP / UNIT;
+constexpr int UNROLL = UNITS < 4 ? UNITS : 4;  // operands of all units of a tile would fill the registers
 constexpr int GROUPS = W_GROUP ? matmul::up(K, W_GROUP) : 1;
 constexpr int WM = BM / WARPS_M, WN = BN / WARPS_N, MT = WM / 16, NT = WN / 8;
 constexpr int STAGE_BYTES = BM * DEPTH + BN * W_DEPTH;
@@ -149,7 +150,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     copy(depth + STAGES - 1);
     const uint8_t* xs = smem + depth % STAGES * STAGE_BYTES;
     const uint8_t* ws = xs + BM * DEPTH;
-#pragma unroll
+#pragma unroll UNROLL
     for (int unit = 0; unit < UNITS; ++unit) {
       const int number = (begin + depth) * UNITS + unit;  // along the row
       if (W_GROUP && (number % max(GROUP_UNITS, 1) == 0 || depth + unit == 0)) {

@@ -18,7 +18,6 @@ from mimo_compile.schedules.cuda.code import DeviceCode, Launch
 from mimo_compile.schedules.cuda.limits import MOST_REGISTERS, fits
 from mimo_compile.schedules.cuda.template import rendered
 from mimo_compile.schedules.mpgemm.cuda_base import CudaGemm, CudaProblem, Ends
-from mimo_compile.schedules.mpgemm.cuda_layout import Rows
 from mimo_compile.schedules.mpgemm.cuda_mma import NEEDS, MmaConfig, tiled_work, worth
 
 _OTHER_REGISTERS = 64
@@ -34,13 +33,11 @@ class CudaCodes(CudaGemm):
 
     name = "mpgemm.cuda_mma_codes"
     config = CodesConfig
+    needs = NEEDS
 
-    def supports(self, workload: Workload, hardware: Hardware) -> bool:
+    def takes(self, p: CudaProblem) -> bool:
         """Codes without zero points, in groups of 16 bytes and more, with 16-bit floats or ``a8``."""
-        if hardware.kind != "cuda" or hardware.missing(NEEDS) or workload.op != self.op:
-            return False
-        p = CudaProblem.of(workload)
-        if not Rows.takes(p.fmt) or p.fmt.is_float or p.w_group % (128 // p.weight.bits):
+        if p.fmt.is_float or p.w_group % (128 // p.weight.bits):
             return False
         if p.acts.is_int8:
             return p.weight.bits < 8 and not p.x_group and p.exact

@@ -19,8 +19,9 @@ from mimo_compile.schedules.cuda.code import DeviceCode, Launch
 from mimo_compile.schedules.cuda.limits import fits
 from mimo_compile.schedules.cuda.template import rendered
 from mimo_compile.schedules.mpgemm.cuda_base import CudaGemm, CudaProblem
-from mimo_compile.schedules.mpgemm.cuda_layout import PIECE, ROWS, Rows
+from mimo_compile.schedules.mpgemm.cuda_layout import PIECE, ROWS
 
+NEEDS = frozenset({"cuda"})
 MOST_TOKENS = 8
 _MOST_SUMS = 16
 """Sums of a lane: rows times tokens."""
@@ -51,18 +52,12 @@ class CudaGemv(CudaGemm):
 
     name = "mpgemm.cuda_gemv"
     config = GemvConfig
+    needs = NEEDS
 
-    def supports(self, workload: Workload, hardware: Hardware) -> bool:
-        """Integer or ternary codes without zero points, sums within 32 bits."""
-        if hardware.kind != "cuda" or workload.op != self.op:
-            return False
-        p = CudaProblem.of(workload)
-        return (
-            p.m <= MOST_TOKENS
-            and Rows.takes(p.fmt)
-            and not p.fmt.is_float
-            and (p.exact or not p.acts.is_int8)
-        )
+    def takes(self, p: CudaProblem) -> bool:
+        """Integer or ternary codes without zero points; with int8 activations sums within 32 bits."""
+        few = p.m <= MOST_TOKENS and not p.fmt.is_float
+        return few and (p.exact or not p.acts.is_int8)
 
     def space(self, workload: Workload, hardware: Hardware) -> Space:
         """Rows and warps of a block, how columns are shared, loads in flight."""
@@ -131,7 +126,7 @@ class CudaGemv(CudaGemm):
             None,
             p.args(),
             self.work(workload, config, hardware),
-            features=frozenset({"cuda"}),
+            features=NEEDS,
             device=DeviceCode(
                 text, launches, scratch, expected=("IDP",) if acts.is_int8 else ("LOP3", "FFMA")
             ),

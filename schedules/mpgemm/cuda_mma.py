@@ -14,7 +14,6 @@ from mimo_compile.schedules.cuda.code import DeviceCode, Launch
 from mimo_compile.schedules.cuda.limits import MOST_REGISTERS, fits
 from mimo_compile.schedules.cuda.template import rendered
 from mimo_compile.schedules.mpgemm.cuda_base import CudaGemm, CudaProblem, Ends
-from mimo_compile.schedules.mpgemm.cuda_layout import Rows
 
 NEEDS = frozenset({"cuda", "mma", "cp_async"})
 _OTHER_REGISTERS = 56
@@ -59,10 +58,10 @@ class MmaConfig:
 
 
 def takes_operands(p: CudaProblem) -> bool:
-    """Say whether both operands are bfloat16, or int8 with one scale for each row."""
+    """Say whether, of weights in `Rows`, both operands are bfloat16, or int8 with one scale for each row."""
     if p.fmt.name == "bf16":
         return p.acts.kind == "bf16"
-    plain = not p.fmt.is_float and Rows.takes(p.fmt) and p.weight.bits == 8 and not p.w_group
+    plain = p.weight.bits == 8 and not p.w_group
     return plain and p.acts.is_int8 and not p.x_group and p.exact
 
 
@@ -71,12 +70,11 @@ class CudaMma(CudaGemm):
 
     name = "mpgemm.cuda_mma"
     config = MmaConfig
+    needs = NEEDS
 
-    def supports(self, workload: Workload, hardware: Hardware) -> bool:
+    def takes(self, p: CudaProblem) -> bool:
         """``w=bf16,a=abf16`` and ``w=w8,a=a8``."""
-        if hardware.kind != "cuda" or hardware.missing(NEEDS) or workload.op != self.op:
-            return False
-        return takes_operands(CudaProblem.of(workload))
+        return takes_operands(p)
 
     def space(self, workload: Workload, hardware: Hardware) -> Space:
         """Tiles of blocks and warps, stages, pieces of K, order of the tiles."""

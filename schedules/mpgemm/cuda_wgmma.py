@@ -64,12 +64,11 @@ class CudaWgmma(CudaGemm):
 
     name = "mpgemm.cuda_wgmma"
     config = WgmmaConfig
+    needs = NEEDS
 
-    def supports(self, workload: Workload, hardware: Hardware) -> bool:
+    def takes(self, p: CudaProblem) -> bool:
         """``w=bf16,a=abf16`` and ``w=w8,a=a8``."""
-        if hardware.kind != "cuda" or hardware.missing(NEEDS) or workload.op != self.op:
-            return False
-        return takes_operands(CudaProblem.of(workload))
+        return takes_operands(p)
 
     def space(self, workload: Workload, hardware: Hardware) -> Space:
         """Tiles, stages, pieces of K, order of the tiles."""
@@ -145,11 +144,13 @@ class CudaWgmma(CudaGemm):
 def _defaults(p: CudaProblem, hardware: Hardware) -> Iterator[WgmmaConfig]:
     """Return configs that give most SMs a tile, the preferred first. Not measured."""
     consumers = 1 if p.m <= _ROWS else 2
-    for bn in (128, 64):
+    for bn in (256, 128, 64):
         tiles = -(-p.m // (_ROWS * consumers)) * -(-p.n // bn)
+        if bn == 256 and tiles < 2 * hardware.cores:  # the last turn of some blocks would take long
+            continue
         most = max(1, 2 * hardware.cores // tiles - 1)
         for split in (8, 4, 2, 1):
             if split <= most:
                 for group_m in (8, 4, 1):
-                    yield WgmmaConfig(consumers, bn, 5, split, group_m)
+                    yield WgmmaConfig(consumers, bn, 4 if bn == 256 else 5, split, group_m)
     yield WgmmaConfig(1, 64, 4, 1, 1)
