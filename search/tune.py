@@ -37,7 +37,7 @@ def check_tunable(hardware: Hardware) -> Hardware:
     """
     if hardware.kind == "cuda":
         raise UsageError(
-            f"kernels for {hardware.name} cannot be tuned yet: nothing here can run them on a GPU",
+            f"kernels for {hardware.name} cannot be tuned yet: a search measures nothing on GPUs",
             remedy="`mimo-compile inspect --op SPEC` with this target compiles them and predicts their time",
         )
     return hardware

@@ -71,10 +71,10 @@ def _described(space: JointSpace, candidate: Candidate, code: str) -> dict[str, 
     try:
         binary = compile_device(kernel, hardware)
     except EnvironmentMismatch as error:  # launches are known all the same
-        return {**row, "not_compiled": str(error), **_launches(kernel, hardware, None)}
+        return {**row, "not_compiled": str(error), **launches_of(kernel, hardware, None)}
     return {
         **row, "not_compiled": None, "warnings": list(binary.warnings),
-        **_instructions(kernel, hardware, binary), **_launches(kernel, hardware, binary),
+        **_instructions(kernel, hardware, binary), **launches_of(kernel, hardware, binary),
     }  # fmt: skip
 
 
@@ -92,7 +92,7 @@ def _instructions(kernel: Kernel, hardware: Hardware, binary: Binary) -> dict[st
     }  # fmt: skip
 
 
-def _launches(kernel: Kernel, hardware: Hardware, binary: Binary | None) -> dict[str, Any]:
+def launches_of(kernel: Kernel, hardware: Hardware, binary: Binary | None) -> dict[str, Any]:
     """Return each launch with what it takes and how full an SM is, and the predicted time."""
     from mimo_compile.cost_models.gpu import LaunchShape, occupancy, predict
     from mimo_compile.schedules.cuda.limits import array_bytes, code_of

@@ -23,19 +23,18 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from mimo_compile.errors import EnvironmentMismatch, VerificationError
 from mimo_compile.ir.hardware import Hardware
-from mimo_compile.ir.ops.base import Arg, Array
+from mimo_compile.ir.ops.base import Array
 from mimo_compile.schedules.base import Kernel
 from mimo_compile.schedules.cuda import limits
 from mimo_compile.schedules.cuda.code import DeviceCode, TensorMap
+from mimo_compile.schedules.cuda.memory import Cell, carrier, cells_of
 
 DEVICE = Path(__file__).parent / "device"
 COMMON = (
@@ -48,10 +47,6 @@ KERNEL = (
     "-fsanitize-undefined-trap-on-error",
 )  # fmt: skip
 """Those of a kernel's text: each plain access calls the emulator, in the place of the library for threads."""
-_CARRIERS: dict[str, np.dtype[Any]] = {
-    "bfloat16": np.dtype("uint16"),
-    "float8_e4m3fn": np.dtype("uint8"),
-}
 
 
 class EmulationError(VerificationError):
@@ -95,7 +90,7 @@ def emulate(
     code = limits.check(kernel, hardware)
     if any(launch.cluster != 1 for launch in code.launches):
         raise EmulationError("clusters of blocks are not emulated", where=kernel.name)
-    cells = _cells(kernel, code)
+    cells = cells_of(kernel, code)
     memory = [cell.filled(arrays) for cell in cells]
     program = _built(_source(kernel.name, code, cells))
     with tempfile.TemporaryDirectory(prefix="mimo-emulate-") as name:
@@ -116,43 +111,7 @@ def emulate(
     return out
 
 
-@dataclass(frozen=True, slots=True)
-class _Cell:
-    """One array in the device's memory."""
-
-    name: str
-    arg: Arg
-    written: bool
-    scratch: bool = False
-    zeroed: bool = False
-
-    def filled(self, arrays: Mapping[str, Array]) -> Array:
-        """Return what the array holds before the first launch; outputs and scratch arrays are poisoned."""
-        arg, dtype = self.arg, _carrier(self.arg.dtype)
-        if self.zeroed:
-            return np.zeros(arg.shape, dtype)
-        if self.scratch or arg.role == "output":
-            if arg.dtype in _CARRIERS:  # a NaN
-                return np.full(arg.shape, 0x7FC0 if dtype.itemsize == 2 else 0x7F, dtype)
-            return np.full(arg.shape, np.nan if dtype.kind == "f" else np.iinfo(dtype).min, dtype)
-        array = arrays[self.name]
-        if array.shape != arg.shape or array.dtype.itemsize != dtype.itemsize:
-            raise ValueError(
-                f"{arg.name}: {array.dtype}{array.shape} instead of {arg.dtype}{arg.shape}"
-            )
-        return array
-
-
-def _carrier(dtype: str) -> np.dtype[Any]:
-    return _CARRIERS[dtype] if dtype in _CARRIERS else np.dtype(dtype)
-
-
-def _cells(kernel: Kernel, code: DeviceCode) -> list[_Cell]:
-    own = [_Cell(a.name, a, a.role == "output" or a.mutated) for a in kernel.args]
-    return own + [_Cell(n, a, True, True, n in code.zeroed) for n, a in code.scratch.items()]
-
-
-def _source(name: str, code: DeviceCode, cells: list[_Cell]) -> str:
+def _source(name: str, code: DeviceCode, cells: list[Cell]) -> str:
     """Return the program: the text as it is, then a `main` that makes the launches."""
     place = {cell.name: i for i, cell in enumerate(cells)}
     table = [
@@ -185,7 +144,7 @@ def _operand(operand: str | int | float | TensorMap, place: Mapping[str, int]) -
     if isinstance(operand, TensorMap):
         m = operand
         sizes = (
-            _carrier(m.dtype).itemsize,
+            carrier(m.dtype).itemsize,
             m.rows,
             m.columns,
             m.box_rows,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -43,8 +43,9 @@ def check_emulated(
     *,
     inputs: Mapping[str, Array] | None = None,
     orders: tuple[int, ...] = ORDERS,
+    run: Callable[..., dict[str, Array]] = emulate,
 ) -> Emulated:
-    """Run one config of a CUDA schedule on the CPU and compare its results with the op's reference.
+    """Run one config of a CUDA schedule and compare its results with the op's reference.
 
     Args:
         workload: Or its text.
@@ -54,6 +55,7 @@ def check_emulated(
         seed: Of fresh inputs.
         inputs: Canonical arrays that replace the fresh ones of the same name.
         orders: See `emulate`; results must be the same in all, bit for bit.
+        run: What runs a kernel: on the CPU, or on a GPU (`schedules.cuda.driver.run`).
 
     Raises:
         VerificationError: A result outside the op's bound (its `exact_bound` where the schedule says so),
@@ -78,12 +80,10 @@ def check_emulated(
     bound = op.exact_bound(workload, case.inputs, case.expected) if exact else case.bound
     kernel = schedule.lower(workload, config, hardware)
     where = f"{schedule.name} {config} for {workload}"
-    constant = {a.name: case.inputs[a.name] for a in case.args if a.role in ("weight", "state")}
-    memory = {a.name: case.inputs[a.name] for a in case.args if a.role == "input"}
-    memory |= schedule.pack(workload, config, constant)
-    runs = [emulate(kernel, hardware, memory, order=order) for order in orders]
-    for order, run in zip(orders[1:], runs[1:], strict=True):
-        for name, array in run.items():
+    memory = device_arrays(workload, schedule, config, case.inputs)
+    runs = [run(kernel, hardware, memory, order=order) for order in orders]
+    for order, other in zip(orders[1:], runs[1:], strict=True):
+        for name, array in other.items():
             if array.tobytes() != runs[0][name].tobytes():
                 raise VerificationError(
                     f"{name} depends on the order of warps: {orders[0]} and {order} differ",
@@ -100,3 +100,13 @@ def check_emulated(
     if message:
         raise VerificationError(message, where=where)
     return Emulated(kernel, dict(case.inputs), got, dict(case.expected), ratio)
+
+
+def device_arrays(
+    workload: Workload, schedule: Schedule, config: Any, inputs: Mapping[str, Array]
+) -> dict[str, Array]:
+    """Return canonical inputs, weights and states as a kernel of a config wants them in memory."""
+    args = get_op(workload.op).args(workload)
+    constant = {a.name: inputs[a.name] for a in args if a.role in ("weight", "state")}
+    plain = {a.name: inputs[a.name] for a in args if a.role == "input"}
+    return plain | schedule.pack(workload, config, constant)
