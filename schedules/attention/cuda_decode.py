@@ -6,20 +6,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.ops import get_op
-from mimo_compile.ir.ops.pages import TABLE, paged, table_bytes
+from mimo_compile.ir.ops.pages import TABLE, paged
 from mimo_compile.ir.workload import Workload
-from mimo_compile.schedules.attention import cuda_layout as layout
-from mimo_compile.schedules.attention.cuda_flash import (
+from mimo_compile.schedules.attention.cuda_flash import CudaParts, PartsConfig, merge_threads
+from mimo_compile.schedules.attention.cuda_work import (
     HEIGHT,
-    CudaParts,
-    PartsConfig,
     copied_counts,
-    merge_threads,
+    in_pages,
+    spans,
     tiles_of,
     with_merge,
 )
@@ -100,34 +97,3 @@ class CudaDecode(CudaParts):
     @staticmethod
     def _tiles(p: Mapping[str, Any]) -> int:
         return tiles_of(p["t"], p["h"] // p["kv"])
-
-
-def in_pages(counts: Counts, p: Mapping[str, Any], lengths: list[int]) -> Counts:
-    """Return counts with the block tables, and without pages that sequences share; see `pages.counted`."""
-    if not paged(p):
-        return counts
-    row = 2.0 * p["kv"] * (layout.whole(p["d"]) + layout.whole(p["dv"]))
-    twice = row * max(0, sum(lengths) - p["pool"] * p["page"])
-    table = table_bytes(lengths, p["page"])
-    return counts + Counts({}, {"dram": table - twice, "l2": table})
-
-
-def spans(p: Mapping[str, Any], length: int, height: int) -> tuple[Any, Any]:
-    """Return the first position that any row of each tile sees, and the one behind the last; int64 arrays.
-
-    Args:
-        p: Parameters of a `cached_attention`.
-        length: Positions in the cache, those of the call's tokens among them.
-        height: Rows of a tile.
-    """
-    group = p["h"] // p["kv"]
-    tile = np.arange(tiles_of(p["t"], group, height))
-    first, last = (
-        tile * height // group,
-        np.minimum((tile * height + height - 1) // group, p["t"] - 1),
-    )
-    start = length - p["t"]
-    begin = np.full(len(tile), max(0, length - p["cap"]))
-    if p["window"]:
-        begin = np.maximum(begin, start + first - p["window"] + 1)
-    return begin, start + last + 1

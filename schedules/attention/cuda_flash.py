@@ -6,32 +6,31 @@ weights are rounded to bfloat16, sums are float32: the op's `bound` for 16-bit c
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mimo_compile.ir.counts import Counts
-from mimo_compile.ir.hardware import Hardware
+from mimo_compile.ir.hardware import Hardware, gpu_of
 from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.ops.base import Arg, Array
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.attention import cuda_layout as layout
+from mimo_compile.schedules.attention.cuda_work import HEIGHT, STATE
 from mimo_compile.schedules.base import Kernel, Schedule, kernel_name
 from mimo_compile.schedules.cuda.code import DeviceCode, Launch
 from mimo_compile.schedules.cuda.limits import fits
 from mimo_compile.schedules.cuda.template import rendered
 
-HEIGHT = 16
-"""Rows of a matrix tile."""
 LOG2_E = 1.4426950408889634
-STATE = 2
-"""Numbers that a row has besides its values: greatest logit, sum of weights."""
 _SPARE = 48
 """Registers for all that is neither query, sum, logit nor weight: addresses, masks, fragments in flight."""
 _MOST_SUMS = 208
 """Columns of values up to which softmax steps may have more than 16 keys: of more, nvcc spills registers."""
+
+_PARTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,14 +72,20 @@ class CudaFlash(Schedule):
             own: Keys of a stage that one warp works on.
             hardware: A GPU.
         """
-        wide, sums = layout.whole(p["d"]), layout.whole(p["dv"])
-        needed = wide // 4 + sums // 2 + own // 2 + own // 4 + _SPARE
-        return (own == HEIGHT or sums <= _MOST_SUMS) and fits(
+        return (own == HEIGHT or layout.whole(p["dv"]) <= _MOST_SUMS) and fits(
             hardware,
             threads=32 * config.warps,
             shared_bytes=self.shared_bytes(p, config),
-            registers=needed,
+            registers=_registers(p, own),
         )
+
+    def resident(self, p: Mapping[str, Any], config: Any, own: int, hardware: Hardware) -> int:
+        """Return about how many blocks of a config the GPU holds at a time; arguments as for `can`."""
+        gpu = gpu_of(hardware)
+        shared = gpu.shared_per_sm // (self.shared_bytes(p, config) + gpu.shared_reserved)
+        threads = gpu.registers_per_sm // _registers(p, own)
+        held = min(shared, threads // (32 * int(config.warps)))
+        return hardware.cores * max(1, held)
 
     def shared_bytes(self, p: Mapping[str, Any], config: Any) -> int:
         """Return the shared memory of a block: keys and values of all stages, 16 bytes behind each row."""
@@ -115,7 +120,7 @@ class CudaFlash(Schedule):
         text = rendered(self.template(), self.constants(workload) | knobs)
         launches, scratch = self.launches(workload, config), self.scratch(workload, config)
         code = DeviceCode(text, launches, scratch, expected=("HMMA", "LDSM", "LDGSTS"))
-        bytes_of_scratch = sum(4 * _size(a.shape) for a in scratch.values())
+        bytes_of_scratch = sum(4 * math.prod(a.shape) for a in scratch.values())
         return Kernel(
             kernel_name(self, workload, config, hardware), None, layout.kernel_args(workload),
             self.work(workload, config, hardware), bytes_of_scratch, layout.NEEDS, device=code,
@@ -171,7 +176,7 @@ class CudaParts(CudaFlash):
             "keys": (32, 64, 128),
             "stages": (2, 3, 4),
             "warps": (2, 4, 8),
-            "parts": tuple(n for n in (1, 2, 4, 8, 16, 32, 64, 128) if n <= most),
+            "parts": tuple(n for n in _PARTS if n <= most),
         }
 
     def legal(self, p: Mapping[str, Any], config: PartsConfig, hardware: Hardware) -> bool:
@@ -181,82 +186,23 @@ class CudaParts(CudaFlash):
         return whole and self.can(p, config, own, hardware)
 
     def default(self, p: Mapping[str, Any], hardware: Hardware) -> PartsConfig:
-        """Return a config with two blocks for each SM, of two stages of keys at least."""
-        most = self.reach(p) // 128
-        parts = (n for n in self.knobs(p)["parts"] if n <= max(most, 1))
-        enough = 2 * hardware.cores
-        chosen = 1
-        for n in parts:
-            if self.units(p) * chosen >= enough:
-                break
-            chosen = n
-        first = PartsConfig(parts=chosen)
-        return first if self.legal(p, first, hardware) else PartsConfig(32, 2, 2, chosen)
+        """Return a config with as many parts as the GPU holds at a time, of two stages at least."""
+        first = PartsConfig()
+        if not self.legal(p, first, hardware):
+            first = PartsConfig(32, 2, 2)
+        own = first.keys // first.warps
+        room = self.resident(p, first, own, hardware) // self.units(p)
+        most = max(1, min(room, self.reach(p) // (2 * first.keys)))
+        return replace(first, parts=max(n for n in self.knobs(p)["parts"] if n <= most))
 
 
-def copied_counts(
-    p: Mapping[str, Any], heads: float, copied: float, held: float, scored: float, own: int
-) -> Counts:
-    """Return the counts of passing over keys.
-
-    Args:
-        p: Parameters of the workload.
-        heads: KV heads, or groups of query heads, which do the same.
-        copied: Keys that blocks copy to shared memory, together.
-        held: Keys that come from memory, at least once, together; the others from L2.
-        scored: Keys that tiles of 16 rows are multiplied with, together.
-        own: Keys of a softmax step.
-    """
-    wide, sums = layout.whole(p["d"]), layout.whole(p["dv"])
-    row = 2.0 * (wide + sums)
-    cells = HEIGHT * scored * heads
-    given = 4.0 * p["b"] * p["t"] * p["h"]
-    return Counts(
-        {
-            "tile_bf16": cells * (wide + sums),
-            "exp_f32": cells,
-            # greatest, difference from it, sum; two values are rounded at once
-            "add_f32": 3.0 * cells,
-            "fma_f32": cells / own * sums,  # sums are rescaled in each step
-            "int_op": 0.5 * cells,
-        },
-        {
-            "dram": held * row + given * (p["d"] + p["dv"]),
-            "l2": heads * copied * row + given * (p["d"] + p["dv"]),
-        },
+def _registers(p: Mapping[str, Any], own: int) -> int:
+    """Return about how many registers a thread needs whose warp works on so many keys at once."""
+    return int(
+        layout.whole(p["d"]) // 4 + layout.whole(p["dv"]) // 2 + own // 2 + own // 4 + _SPARE
     )
-
-
-def with_merge(main: Counts, p: Mapping[str, Any], units: int, parts: int) -> Counts:
-    """Return the counts of a kernel whose parts are merged by a launch of their own; see `CudaParts`."""
-    if parts == 1:
-        return main
-    number = layout.whole(p["dv"]) + STATE
-    rows, made = float(p["b"] * p["t"] * p["h"]), 4.0 * units * parts * HEIGHT * number
-    result = 4.0 * rows * p["dv"]
-    moved = {"dram": main.bytes["dram"] - result, "l2": main.bytes["l2"] - result + made}
-    first = Counts(main.ops, moved, name="attend")
-    merged = Counts(
-        {"fma_f32": rows * parts * p["dv"], "exp_f32": rows * parts * p["dv"]},
-        {"dram": result, "l2": result + 4.0 * rows * parts * number},
-        name="merge",
-    )
-    total = first + merged
-    return Counts(total.ops, total.bytes, parts=(first, merged))
 
 
 def merge_threads(p: Mapping[str, Any]) -> int:
     """Return the threads of a block that merges a row: one for each column, in whole warps, 256 at most."""
     return int(min(-(-p["dv"] // 32) * 32, 256))
-
-
-def tiles_of(tokens: int, group: int, height: int = HEIGHT) -> int:
-    """Return how many tiles of rows tokens and heads of a group make."""
-    return -(-tokens * group // height)
-
-
-def _size(shape: Sequence[int]) -> int:
-    out = 1
-    for n in shape:
-        out *= n
-    return out

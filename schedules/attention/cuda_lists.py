@@ -16,15 +16,8 @@ from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.ops.block_lists import blocks_of
 from mimo_compile.ir.workload import Workload
-from mimo_compile.schedules.attention.cuda_flash import (
-    HEIGHT,
-    CudaParts,
-    PartsConfig,
-    copied_counts,
-    merge_threads,
-    tiles_of,
-    with_merge,
-)
+from mimo_compile.schedules.attention.cuda_flash import CudaParts, PartsConfig, merge_threads
+from mimo_compile.schedules.attention.cuda_work import HEIGHT, copied_counts, tiles_of, with_merge
 from mimo_compile.schedules.base import Space
 from mimo_compile.schedules.cuda.code import Launch
 

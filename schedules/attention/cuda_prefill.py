@@ -13,12 +13,12 @@ from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.ops.pages import TABLE, paged
 from mimo_compile.ir.workload import Workload
-from mimo_compile.schedules.attention.cuda_decode import in_pages, spans
-from mimo_compile.schedules.attention.cuda_flash import (
+from mimo_compile.schedules.attention.cuda_flash import CudaFlash, StagesConfig
+from mimo_compile.schedules.attention.cuda_work import (
     HEIGHT,
-    CudaFlash,
-    StagesConfig,
     copied_counts,
+    in_pages,
+    spans,
     tiles_of,
 )
 from mimo_compile.schedules.base import Space
@@ -36,9 +36,10 @@ class CudaPrefill(CudaFlash):
         """Keys and number of stages, warps."""
         p = get_op(self.op).full(workload)
         knobs = {"keys": (16, 32, 64, 128), "stages": (2, 3, 4), "warps": (1, 2, 4, 8)}
-        rows = p["t"] * p["h"] // p["kv"]
-        fit = [n for n in (1, 2, 4) if HEIGHT * n < 2 * rows or n == 1]
-        tries = (StagesConfig(keys, 2, fit[-1]) for keys in (64, 32, 16))
+        # blocks of many rows read keys less often, but there should be one for each SM
+        blocks = p["b"] * p["kv"] * tiles_of(p["t"], p["h"] // p["kv"])
+        warps = max(n for n in (1, 2, 4, 8) if n == 1 or blocks >= n * hardware.cores)
+        tries = (StagesConfig(keys, 2, warps) for keys in (64, 32, 16))
         default = next((c for c in tries if self.legal(p, c, hardware)), StagesConfig(16, 2, 1))
         return Space(StagesConfig, knobs, default, lambda c: self.legal(p, c, hardware))
 
