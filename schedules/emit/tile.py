@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from mimo_compile.schedules.emit.build import (
     Register,
@@ -65,6 +65,20 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
+class Share:
+    """The part of another tile's weights that is asked for while one is worked on for some tokens."""
+
+    WHOLE: ClassVar[int] = 1 << 14
+    """What all of the parts come to."""
+    done: Any
+    """What those before have asked for."""
+    part: Any
+    """What is asked for meanwhile."""
+    away: Any
+    """How far the other tile is away: in the first axis of the weights, and in row blocks."""
+
+
+@dataclass(frozen=True, slots=True)
 class TileKnobs:
     """What a tile may vary without changing its result."""
 
@@ -82,6 +96,8 @@ class TileKnobs:
     the next tile's, whatever the distance. None: weights are read once."""
     lines: tuple[Any, Any] | None = None
     """First line of each row block that the tile reads, and their number; None: it reads all of them."""
+    share: Share | None = None
+    """What is asked for instead of lines at a distance."""
 
     def reading(self, piece: Piece | None, first: Any, count: Any, each: int) -> TileKnobs:
         """Return these knobs for ``count`` units of ``each`` lines from the first on, if they are a piece."""
@@ -134,9 +150,12 @@ def ask_ahead(
         count: How many.
         knobs: See there.
     """
+    whole = int(codes.shape[-2])
+    if knobs.share is not None:
+        _ask_share(codes, blocks, line, count, knobs.share)
+        return
     if not knobs.prefetch:
         return
-    whole = int(codes.shape[-2])
     begin, length = knobs.lines or (0, whole)
     if knobs.turn is None:
         far = knobs.next_tile * whole - length
@@ -165,6 +184,19 @@ def ask_ahead(
     else:
         with when(T.floormod(done, apart) == 0):
             ask()
+
+
+def _ask_share(
+    codes: Any, blocks: Sequence[tuple[Any, ...]], line: Any, count: int, share: Share
+) -> None:
+    """Prefetch as many lines of the tile that is ``share.away``: some of them once more."""
+    whole, (first, rows) = int(codes.shape[-2]), share.away
+    for i in range(count):
+        place = share.done * whole + (line + i) * share.part
+        at = bind(T.shift_right(place, T.int32(Share.WHOLE.bit_length() - 1)))
+        for block in blocks:
+            other = (block[0] + first, *block[1:-1], block[-1] + rows)
+            prefetch(codes, *other, at, 0, near=False)
 
 
 def store_rows(

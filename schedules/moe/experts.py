@@ -20,6 +20,9 @@ from mimo_compile.schedules.moe.multiply import Multiply
 from mimo_compile.schedules.moe.problem import MoeConfig, Problem, Split
 from mimo_compile.schedules.moe.work import expert_work
 
+_FEW = 8
+"""Slots of an expert up to which reading weights takes longer than multiplying with them."""
+
 
 class Experts(Schedule):
     """Base of the expert schedules."""
@@ -51,7 +54,7 @@ class Experts(Schedule):
         return (1, 2, 4)
 
     def streams(self, problem: Problem) -> bool:
-        """Say whether one token's kernel does best with one row block at a time, from memory."""
+        """Say whether one row block at a time, from memory, is best where experts have few slots."""
         return problem.act == "a8" and problem.exact
 
     def space(self, workload: Workload, hardware: Hardware) -> Space:
@@ -68,12 +71,15 @@ class Experts(Schedule):
             "tasks": tuple(sorted({0, hardware.threads, 4 * hardware.threads})),
             "apart": (False, True)[: problem.halves],
             "dot": self.dots(problem, hardware),
+            "share": (False, True) if problem.t > 1 else (False,),
         }
 
         def legal(config: MoeConfig) -> bool:
             most = max(config.rows13 * (1 if config.apart else problem.halves), config.rows2)
             multiply = self.multiply(problem, config)
             if config.unroll > 1 and not multiply.unrolls:
+                return False
+            if config.share and config.prefetch:
                 return False
             size = most * config.tokens * multiply.cost * config.unroll
             return most * config.tokens <= 28 and (size <= 256 or most * config.tokens <= 2)
@@ -85,26 +91,22 @@ class Experts(Schedule):
         )
         parallel = hardware.threads > 1 and work >= PARALLEL_BYTES
         space = Space(MoeConfig, knobs, None, legal)
-        return replace(space, default=self.default(space, problem, hardware, work, parallel))
+        return replace(space, default=self.default(space, problem, hardware, parallel))
 
     def default(
-        self, space: Space, problem: Problem, hardware: Hardware, work: float, parallel: bool
+        self, space: Space, problem: Problem, hardware: Hardware, parallel: bool
     ) -> MoeConfig:
         """Return a good config without a measurement: about as many slots as an expert gets."""
+        if (stream := self.stream(space, problem, hardware, parallel)) is not None:
+            return stream
         per_expert = 2 * problem.slots / problem.e
         sizes = [t for t in (4, 2, 1) if t in space.knobs["tokens"] and t <= max(1, per_expert)]
         dot = self.dots(problem, hardware)[0]
-        far = problem.t == 1 and work > hardware.l2_bytes
-        ahead = 16 if far else 0
-        if far and self.streams(problem):  # one stream, asked for 8 KiB ahead
-            layouts = () if problem.fmt.is_float else (problem.layout13, problem.layout2)
-            steps = sorted(self.unrolls(problem), reverse=True)
-            unroll = next(u for u in steps if not any(x.group_blocks % u for x in layouts))
-            return MoeConfig(
-                1, 1, 1, 128, unroll, parallel, tasks=hardware.threads, apart=True, dot=dot
-            )
+        far = self.far(problem, hardware)
+        ahead = 16 if far and problem.t == 1 else 0
+        share = far and problem.t > 1
         options = (
-            MoeConfig(rows13, rows2, tokens, ahead, unroll, parallel, dot=dot)
+            MoeConfig(rows13, rows2, tokens, ahead, unroll, parallel, dot=dot, share=share)
             for tokens in sizes
             for rows13 in ((4, 2, 1) if tokens == 1 else (2, 1))
             for rows2 in (4, 3, 2, 1)
@@ -113,6 +115,31 @@ class Experts(Schedule):
             if rows13 in space.knobs["rows13"] and rows2 in space.knobs["rows2"]
         )
         return next(c for c in options if space.legal(c))
+
+    @staticmethod
+    def far(problem: Problem, hardware: Hardware) -> bool:
+        """Say whether weights come from memory."""
+        return problem.expert_bytes * problem.hit > hardware.l2_bytes
+
+    def stream(
+        self, space: Space, problem: Problem, hardware: Hardware, parallel: bool
+    ) -> MoeConfig | None:
+        """Return the config that reads weights in one stream, asked for 8 KiB ahead; None: not worth it."""
+        few = problem.slots <= _FEW * problem.hit
+        if not (few and self.far(problem, hardware) and self.streams(problem)):
+            return None
+        unroll = 1
+        if problem.t == 1:
+            layouts = () if problem.fmt.is_float else (problem.layout13, problem.layout2)
+            steps = sorted(self.unrolls(problem), reverse=True)
+            unroll = next(u for u in steps if not any(x.group_blocks % u for x in layouts))
+        one = MoeConfig(
+            1, 1, 1, 128, unroll, parallel, tasks=hardware.threads, apart=True,
+            dot=self.dots(problem, hardware)[0],
+        )  # fmt: skip
+        sizes = sorted(space.knobs["tokens"], reverse=True)
+        # most experts have fewer slots; whoever has more reads the rows again from the cache
+        return next(c for t in sizes if space.legal(c := replace(one, tokens=int(t))))
 
     def order(self, workload: Workload, config: MoeConfig, hardware: Hardware) -> str | None:
         """A token adds up its experts in the order of its choices, whoever else has the same ones."""

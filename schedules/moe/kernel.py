@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from mimo_compile.schedules.emit.build import (
@@ -26,26 +25,11 @@ from mimo_compile.schedules.emit.build import (
 from mimo_compile.schedules.emit.dot import LOOKUP
 from mimo_compile.schedules.emit.layout import ROWS
 from mimo_compile.schedules.emit.matrix import Matrix
-from mimo_compile.schedules.emit.tile import Out, TileKnobs, Weights, store_rows
+from mimo_compile.schedules.emit.tile import Out, Share, TileKnobs, Weights, store_rows
 from mimo_compile.schedules.emit.vector import sigmoid
 from mimo_compile.schedules.moe.multiply import Multiply
 from mimo_compile.schedules.moe.problem import Split
-
-
-@dataclass(frozen=True, slots=True)
-class Slots:
-    """Slots sorted by expert, in the kernel's workspace."""
-
-    hits: Any
-    """``[1]``: number of experts that have slots."""
-    expert: Any
-    """``[E]``: the hit experts, ascending."""
-    start: Any
-    """``[E + 1]``: first sorted position of each hit expert, then the end."""
-    token: Any
-    """``[T * k]``: token of each sorted position."""
-    place: Any
-    """``[T * k]``: sorted position of each slot, -1 for an id that is no expert."""
+from mimo_compile.schedules.moe.slots import Slots, sorted_slots
 
 
 class ExpertKernel:
@@ -69,7 +53,7 @@ class ExpertKernel:
         *packed, y = rest
         half = len(packed) // 2
         w13, w2 = Weights(*packed[:half]), Weights(*packed[half:])
-        slots = self.sort(ids)
+        slots = sorted_slots(p, ids)
         hidden = workspace((p.slots, p.hidden_width), "float32")
         rows = self.prepared(p.w13, x, p.t, p.t * p.d)
         with loop(self.split13.tasks, parallel=config.parallel) as task:
@@ -77,47 +61,6 @@ class ExpertKernel:
         inner = self.prepared(p.w2, hidden, slots.start[slots.hits[0]], p.slots * p.f)
         with loop(self.split2.tasks, parallel=config.parallel) as task:
             self.down(w2, inner, slots, weights, y, task)
-
-    def sort(self, ids: Any) -> Slots:
-        """Count, then place slots: stable, serial, tiny."""
-        p = self.problem
-        slots = Slots(*(workspace((n,), "int32") for n in (1, p.e, p.e + 1, p.slots, p.slots)))
-        count = workspace((p.e,), "int32")
-        with loop(p.e) as e:
-            store(count, T.int32(0), e)
-
-        def each(action: Callable[[Any, Any], None]) -> None:
-            with loop(p.t) as t, loop(p.k) as j:
-                e = bind(ids[t, j])
-                with when(T.And(e >= 0, e < p.e)):
-                    action(t * p.k + j, e)
-
-        with loop(p.slots) as s:
-            store(slots.place, T.int32(-1), s)
-        each(lambda s, e: store(count, count[e] + 1, e))
-        total, hits = Register("int32", 1, T.int32(0)), Register("int32", 1, T.int32(0))
-        with loop(p.e) as e, when(count[e] > 0):
-            number = bind(count[e])
-            store(
-                slots.expert,
-                T.cast(e, "int32") if not isinstance(e, int) else T.int32(e),
-                hits.get(),
-            )
-            store(slots.start, total.get(), hits.get())
-            store(count, total.get(), e)  # from here on: where its next slot goes
-            total.set(total.get() + number)
-            hits.set(hits.get() + 1)
-        store(slots.start, total.get(), hits.get())
-        store(slots.hits, hits.get(), 0)
-
-        def place(s: Any, e: Any) -> None:
-            at = bind(count[e])
-            store(slots.token, T.cast(T.floordiv(s, p.k), "int32"), at)
-            store(slots.place, at, s)
-            store(count, at + 1, e)
-
-        each(place)
-        return slots
 
     def prepared(self, matrix: Matrix, x: Any, rows: Any, size: int) -> Any:
         """Emit what the rows of ``x``, of ``size`` numbers, become before the tiles; return it."""
@@ -131,35 +74,60 @@ class ExpertKernel:
     def tile(
         self, matrix: Matrix, weights: Weights, x: Any,
         blocks: list[tuple[Any, ...]], tokens: list[Any], out: Out, next_tile: int,
+        share: Share | None,
     ) -> None:  # fmt: skip
         """Emit one register tile."""
         config = self.config
-        knobs = TileKnobs(config.prefetch, config.unroll, config.dot == LOOKUP, next_tile)
+        lookup = config.dot == LOOKUP
+        knobs = TileKnobs(config.prefetch, config.unroll, lookup, next_tile, share=share)
         self.multiply.tile(matrix, weights, x, blocks, tokens, out, knobs)
 
     def over_experts(
-        self, slots: Slots, task: Any, split: Split, emit: Callable[[Any, Any, int, Any], None]
-    ) -> None:
+        self, slots: Slots, task: Any, split: Split,
+        emit: Callable[[Any, Any, int, Any, Share | None], None],
+    ) -> None:  # fmt: skip
         """Visit the hit experts, a task's tiles of rows, and the expert's slots in tiles.
 
-        ``emit(expert, position, count, tile)``: the tile's number in the task.
+        ``emit(expert, position, count, tile, share)``: the tile's number in the task.
         """
+        shares = self.config.share
         with T.serial(0, slots.hits[0]) as h:
             expert = slots.expert[h]
             expert = bind(T.cast(expert, "int64") if self.wide else expert)
             first, count = bind(slots.start[h]), bind(slots.start[h + 1] - slots.start[h])
+            part: Any = bind(T.floordiv(T.int32(Share.WHOLE), count)) if shares else None
 
             def over_slots(tile: Any) -> None:
+                away = self.next_tile(slots, h, expert, split, task, tile) if shares else None
+
+                def visit(done: Any, size: int) -> None:
+                    share = Share(bind(done * part), bind(part * size), away) if shares else None
+                    emit(expert, bind(first + done), size, tile, share)
+
                 size = self.config.tokens
                 with T.serial(0, T.floordiv(count, size)) as i:
-                    emit(expert, bind(first + i * size), size, tile)
+                    visit(i * size, size)
                 while (size := size // 2) >= 1:
                     with when(T.bitwise_and(count, size) != 0):
                         # what the larger tiles have done: the higher bits of the count
-                        done = T.bitwise_and(count, T.int32(-2 * size))
-                        emit(expert, bind(first + done), size, tile)
+                        visit(T.bitwise_and(count, T.int32(-2 * size)), size)
 
             self.over_tiles(task, split, over_slots)
+
+    def next_tile(
+        self, slots: Slots, h: Any, expert: Any, split: Split, task: Any, tile: Any
+    ) -> tuple[Any, Any]:
+        """Return how far the tile that a task reads next is away, in experts and in row blocks."""
+        after = slots.expert[T.min(h + 1, slots.hits[0] - 1)]
+        experts = (T.cast(after, "int64") if self.wide else after) - expert
+        if split.chunk == 1:
+            return bind(experts), 0
+        at_end = T.Or(tile + 1 == split.chunk, task * split.chunk + tile + 1 == split.tiles)
+        none = T.int64(0) if self.wide else T.int32(0)
+        back = T.cast(-tile * split.rows, "int32")
+        return bind(T.Select(at_end, experts, none)), bind(
+            T.Select(at_end, back, T.int32(split.rows))
+        )
 
     def over_tiles(self, task: Any, split: Split, emit: Callable[[Any], None]) -> None:
         """Visit a task's tiles."""
@@ -175,7 +143,7 @@ class ExpertKernel:
         split, width = self.split13, self.multiply.lanes
         rows = split.rows
 
-        def emit(expert: Any, first: Any, count: int, tile: Any) -> None:
+        def emit(expert: Any, first: Any, count: int, tile: Any, share: Share | None) -> None:
             start = split.first(task, tile)
             blocks: list[tuple[Any, ...]] = [
                 (expert, half, start + r) for half in (0, 1) for r in range(rows)
@@ -193,16 +161,16 @@ class ExpertKernel:
             tokens = [bind(slots.token[first + m]) for m in range(count)]
             matrix = self.problem.w13
             if not self.config.apart:
-                self.tile(matrix, w13, x, blocks, tokens, out, split.next_tile)
+                self.tile(matrix, w13, x, blocks, tokens, out, split.next_tile, share)
                 return
             # the same rows of up come next, then the next rows of gate
-            self.tile(matrix, w13, x, blocks[:rows], tokens, out, matrix.row_blocks)
+            self.tile(matrix, w13, x, blocks[:rows], tokens, out, matrix.row_blocks, share)
             again = rows - matrix.row_blocks
 
             def up(r: int, m: int, lane: int, value: Any) -> None:
                 out(rows + r, m, lane, value)
 
-            self.tile(matrix, w13, x, blocks[rows:], tokens, up, again)
+            self.tile(matrix, w13, x, blocks[rows:], tokens, up, again, share)
 
         self.over_experts(slots, task, split, emit)
 
@@ -212,7 +180,7 @@ class ExpertKernel:
         rows, of_token, y = split.rows, p.parts, self.view(y)
         parts = workspace((of_token * p.slots, split.chunk * rows * ROWS), "float32")
 
-        def emit(expert: Any, first: Any, count: int, tile: Any) -> None:
+        def emit(expert: Any, first: Any, count: int, tile: Any, share: Share | None) -> None:
             start = split.first(task, tile)
             blocks: list[tuple[Any, ...]] = [(expert, start + r) for r in range(rows)]
 
@@ -221,7 +189,7 @@ class ExpertKernel:
                 store(parts, value, of_token * first + m, column, lanes=width)
 
             tokens = [first + m for m in range(count)]
-            self.tile(p.w2, w2, x, blocks, tokens, out, split.next_tile)
+            self.tile(p.w2, w2, x, blocks, tokens, out, split.next_tile, share)
 
         def add(t: Any, part: Any, tile: Any) -> None:
             sums = [Register("float32", ROWS, splat(T.float32(0), ROWS)) for _ in range(rows)]

@@ -44,6 +44,8 @@ class MoeConfig:
     """Gate and up of some rows in two tiles, one after the other: one stream of weights instead of two."""
     dot: str = ""
     """Name of the way to multiply (`emit.dot.DOTS`); empty for float32 FMA."""
+    share: bool = False
+    """While an expert's slots meet one tile of weights, ask for the next: each of them for its share."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +148,11 @@ class Problem:
     def layout2(self) -> CodeLayout:
         """Layout of the down matrix of one expert."""
         return self.w2.codes
+
+    @property
+    def hit(self) -> float:
+        """Experts that are chosen, expected under uniform routing."""
+        return self.e * (1 - (1 - self.k / self.e) ** self.t)
 
     @property
     def acts(self) -> ActFormat:

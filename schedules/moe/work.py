@@ -13,7 +13,7 @@ from mimo_compile.schedules.work import Stream, Tile, busiest, work
 def expert_work(multiply: Multiply, hardware: Hardware) -> Counts:
     """Return the counts under uniform routing, over padded extents."""
     p, config = multiply.problem, multiply.config
-    hit = p.e * (1 - (1 - p.k / p.e) ** p.t)
+    hit = p.hit
     visits = hit * _tiles(p.slots / hit, config.tokens)
     threads = hardware.threads if config.parallel else 1
     tokens = min(config.tokens, max(1.0, p.slots / hit))

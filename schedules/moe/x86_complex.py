@@ -15,12 +15,13 @@ from mimo_compile.schedules.emit.complex import (
     complex_ways,
     halves,
 )
-from mimo_compile.schedules.emit.tile import Weights, store_rows
+from mimo_compile.schedules.emit.tile import Share, Weights, store_rows
 from mimo_compile.schedules.emit.vector import sigmoid
 from mimo_compile.schedules.moe.experts import Experts
-from mimo_compile.schedules.moe.kernel import ExpertKernel, Slots
+from mimo_compile.schedules.moe.kernel import ExpertKernel
 from mimo_compile.schedules.moe.multiply import Multiply, QuantisedValues, Values
 from mimo_compile.schedules.moe.problem import MoeConfig, Problem
+from mimo_compile.schedules.moe.slots import Slots
 
 
 class ComplexProblem(Problem):
@@ -57,7 +58,7 @@ class ComplexKernel(ExpertKernel):
         p, split, width = self.problem, self.split13, self.multiply.lanes
         rows = split.rows
 
-        def emit(expert: Any, first: Any, count: int, tile: Any) -> None:
+        def emit(expert: Any, first: Any, count: int, tile: Any, share: Share | None) -> None:
             start = split.first(task, tile)
             blocks: list[tuple[Any, ...]] = [(expert, start + r) for r in range(rows)]
             gates: dict[tuple[int, int, int], Register] = {}
@@ -74,7 +75,7 @@ class ComplexKernel(ExpertKernel):
                 )  # fmt: skip
 
             tokens = [bind(slots.token[first + m]) for m in range(count)]
-            self.tile(p.w13, w13, x, blocks, tokens, out, split.next_tile)
+            self.tile(p.w13, w13, x, blocks, tokens, out, split.next_tile, share)
 
         self.over_experts(slots, task, split, emit)
 

@@ -101,6 +101,10 @@ class _Lookups(Experts):
         assert isinstance(codes, NibbleLayout)
         return tuple(name for name, way in LOOKUPS.items() if way.fits(codes, hardware))
 
+    def streams(self, problem: Problem) -> bool:
+        """One token's kernel does; of more it was not measured."""
+        return problem.t == 1 and super().streams(problem)
+
     def unrolls(self, problem: Problem) -> tuple[int, ...]:
         """LLVM unrolls spans itself."""
         return (1,)

@@ -179,6 +179,36 @@ def test_tasks_share_rows_in_any_way(w):
         assert len(results) == 1
 
 
+@pytest.mark.parametrize("w", ["w4g32,a=a8", "bf16,a=abf16", "complex2wl,a=a8"])
+def test_what_is_asked_for_changes_no_result(w):
+    workload = parse_workload(f"moe:t=9,e=4,k=2,d=112,f=80,w={w}")
+    for schedule in schedules_for(workload, CPU)[:1]:
+        space, results = schedule.space(workload, CPU), set()
+        for share, tasks, apart in ((False, 0, False), (True, 0, False), (True, 2, True)):
+            config = dataclasses.replace(
+                space.default, rows13=1, rows2=1, tokens=4, unroll=1, prefetch=0, share=share,
+                tasks=tasks, apart=apart and len(space.knobs["apart"]) > 1, parallel=tasks > 0,
+            )  # fmt: skip
+            results.add(check(schedule, workload, config).outputs["y"].tobytes())
+        assert len(results) == 1
+
+
+@pytest.mark.parametrize(
+    ("t", "e", "kind"), [(1, 64, "stream"), (16, 64, "stream"), (512, 64, "share"), (512, 4, "")]
+)
+@pytest.mark.parametrize("w", ["w4g64,a=a8", "w8,a=a8", "bf16,a=abf16"])
+def test_defaults_for_one_few_and_many_slots_of_an_expert(t, e, kind, w):
+    size = "d=2048,f=768" if kind else "d=256,f=64"
+    workload = parse_workload(f"moe:t={t},e={e},k=2,{size},w={w}")
+    schedule = schedules_for(workload, CPU)[0]
+    config = schedule.space(workload, CPU.with_threads(2)).default
+    assert (config.prefetch, config.apart, config.share) == {
+        "stream": (128, True, False), "share": (0, False, True), "": (0, False, False)
+    }[kind]  # fmt: skip
+    if kind == "stream":
+        assert (config.rows13, config.rows2, config.tokens) == (1, 1, min(t, 8))
+
+
 @pytest.mark.parametrize("t", [1, 3, 64])
 @pytest.mark.parametrize(
     "w", ["f32", "bf16", "w4g64,a=a8", "w1,a=a8", "w4", "w8", "complex2wl2,a=a8"]

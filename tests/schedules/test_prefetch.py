@@ -20,7 +20,7 @@ from mimo_compile.schedules import get_schedule, schedules_for
 from mimo_compile.schedules.base import Kernel
 from mimo_compile.schedules.compile import assembly, compile_kernel
 from mimo_compile.schedules.emit import tile
-from mimo_compile.schedules.emit.build import function, loop, store
+from mimo_compile.schedules.emit.build import T, function, loop, store
 from mimo_compile.schedules.mpgemm.gemm import AHEAD
 
 CPU = local_cpu()
@@ -28,7 +28,7 @@ CPU = local_cpu()
 
 def asked(lines, count, rows, knobs_of, turns):
     """Return how often each line of 3 tiles is asked for while the first is worked on ``turns`` times."""
-    shape = (3 * rows, lines, 1)
+    shape = (1, 3 * rows, lines, 1)
     args = (Arg("seen", "output", shape, "int32"),)
 
     def record(buffer, *index, near=True):
@@ -36,7 +36,7 @@ def asked(lines, count, rows, knobs_of, turns):
 
     def body(seen):
         with loop(turns) as turn, loop(lines // count) as step:
-            blocks = [(r,) for r in range(rows)]
+            blocks = [(0, r) for r in range(rows)]
             tile.ask_ahead(seen, blocks, step * count, count, knobs_of(turn))
 
     with pytest.MonkeyPatch.context() as patch:
@@ -45,7 +45,7 @@ def asked(lines, count, rows, knobs_of, turns):
     seen = empty_aligned(shape, "int32")
     seen[...] = 0
     load_object(compile_kernel(kernel, CPU))["asked"](from_numpy(seen))
-    return seen[..., 0]
+    return seen[0, ..., 0]
 
 
 @settings(max_examples=8)
@@ -67,6 +67,26 @@ def test_a_distance_goes_on_in_the_next_tile():
     want[:rows, ahead:] = 1
     want[rows : 2 * rows, :ahead] = 1
     assert np.array_equal(seen, want)
+
+
+@settings(max_examples=8)
+@given(st.integers(1, 4), st.lists(st.sampled_from([1, 2, 4, 8]), min_size=1, max_size=6))
+def test_slots_share_the_tile_that_comes_next(rows, sizes):
+    lines, total = 24, sum(sizes)
+    begins = np.cumsum([0, *sizes])
+
+    def knobs_of(turn):
+        begin = sum((T.Select(turn == i, int(b), 0) for i, b in enumerate(begins[:-1])), T.int32(0))
+        size = sum((T.Select(turn == i, n, 0) for i, n in enumerate(sizes)), T.int32(0))
+        part = tile.Share.WHOLE // total
+        return tile.TileKnobs(share=tile.Share(begin * part, size * part, (0, rows)))
+
+    seen = asked(lines, 1, rows, knobs_of, len(sizes))
+    assert not seen[:rows].any() and not seen[2 * rows :].any()
+    first = seen[rows : 2 * rows]
+    assert (first == first[0]).all() and first.sum() == rows * lines * len(sizes)
+    # what rounding down may leave behind the end of the last part
+    assert (first[0][: lines - 1 - lines * total // tile.Share.WHOLE] > 0).all()
 
 
 @pytest.mark.parametrize("w", ["w4g64", "w3g64", "w1g64", "fp4g64", "f32"])
