@@ -143,7 +143,7 @@ def compile_device(kernel: Kernel, hardware: Hardware) -> Binary:
 
     Raises:
         EnvironmentMismatch: there is no nvcc.
-        MimoError: it refuses the text.
+        MimoError: it refuses the text, or gives it more registers or shared memory than can be launched.
         ValueError: the GPU cannot do a launch of the kernel (`limits.check`).
     """
     code = limits.check(kernel, hardware)
@@ -151,6 +151,18 @@ def compile_device(kernel: Kernel, hardware: Hardware) -> Binary:
     binary = Binary(gpu_of(hardware).arch, made.data, usage_of(made.log), warnings_of(made.log))
     if missing := {launch.symbol for launch in code.launches} - set(binary.usage):
         raise ValueError(f"{kernel.name}: its text has no function {', '.join(sorted(missing))}")
+    for launch in code.launches:
+        used = binary.usage[launch.symbol]
+        if text := limits.refusal(
+            hardware,
+            threads=launch.threads,
+            shared_bytes=launch.shared_bytes + used.shared_bytes,
+            registers=used.registers,
+            cluster=launch.cluster,
+        ):
+            raise MimoError(
+                f"{hardware.name} cannot launch {launch.symbol} of {kernel.name}: {text}"
+            )
     return binary
 
 

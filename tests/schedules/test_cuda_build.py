@@ -165,6 +165,12 @@ def test_what_nvcc_refuses_is_named(caches, toolkit) -> None:
     toolkit(log="", code=1)
     with pytest.raises(MimoError, match="it does not say why"):
         nvcc.ptx_of(KERNEL, H200)
+    toolkit()  # 255 registers of 1024 threads
+    large = SAMPLE.lower(WORKLOAD, SAMPLE.config(threads=1024), H200)
+    with pytest.raises(
+        MimoError, match=r"cannot launch gate of .* with 255 registers, an SM has 65536"
+    ):
+        nvcc.compile_device(large, H200)
     toolkit(log="")  # it compiles, but what is launched is not in it
     with pytest.raises(ValueError, match="has no function gate, up"):
         nvcc.compile_device(KERNEL, H200)
