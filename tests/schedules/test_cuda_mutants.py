@@ -1,0 +1,112 @@
+"""What the emulator's word is worth: kernels without one of their barriers, waits or fences are found wrong.
+
+Each such word of a kernel's text is taken out, one at a time. A mutant that goes unnoticed is a blind spot of
+the emulator, or a word that the kernel does not need; those that are known are listed with their reason.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from mimo_compile.errors import VerificationError
+from mimo_compile.ir.hardware import CUDA, Hardware
+from mimo_compile.ir.ops import parse_workload
+from mimo_compile.ir.workload import Workload
+from mimo_compile.schedules import get_schedule
+from mimo_compile.schedules.base import Kernel, Schedule
+from mimo_compile.schedules.cuda.emulate import DEVICE, compiler
+from mimo_compile.search.measure.emulated import check_emulated
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler (CXX, g++ or clang++)"),
+]
+ONE_SM = replace(CUDA["cuda:sm_90a"], cores=1, threads=1)
+"""A block then has several tiles to go through."""
+WORDS = re.compile(
+    r"\b(block_sync|warp_sync|named_sync|cp_async_wait<\w+>|cp_async_wait<[^;]*?>|cp_async_commit|mbarrier_wait|"
+    r"mbarrier_arrive|wgmma_fence|wgmma_commit|wgmma_wait<\w+>|fence_async_proxy|fence_barrier_init)\([^;]*\);"
+)
+CASES = [
+    ("mpgemm.cuda_gemv", "mpgemm:m=2,n=9,k=150,w=w4g64,a=a8,bias=1", {}),
+    ("mpgemm.cuda_mma", "mpgemm:m=19,n=33,k=272,w=w8,a=a8", {}),
+    ("mpgemm.cuda_mma_codes", "mpgemm:m=18,n=34,k=320,w=w4g64,a=abf16", {}),
+    (
+        "mpgemm.cuda_wgmma", "mpgemm:m=80,n=100,k=900,w=w8,a=a8,bias=1",
+        {"stages": 2, "split": 1, "bn": 64, "consumers": 2},
+    ),
+    ("cached_attention.cuda_decode", "cached_attention:t=2,h=9,kv=1,d=24,dv=18,cap=300,sink=1,c=bf16", {}),
+    ("cached_attention.cuda_prefill", "cached_attention:t=40,h=3,kv=1,d=24,dv=18,cap=220,len=200,c=bf16", {}),
+    (
+        "sparse_attention.cuda_lists",
+        "sparse_attention:t=3,h=4,kv=1,d=24,dv=18,cap=160,hs=1,block=4,kmax=24,rows=2,window=40,c=bf16", {},
+    ),
+]  # fmt: skip
+NEEDLESS = {
+    "cp_async_wait<0>();": "behind the last tile: no copy that was not waited for is under way",
+}
+
+
+def whole(text: str) -> str:
+    """Return a text with the headers that kernels share in it, so that what is in them is taken out, too."""
+    words = {"warp.cuh", "mma.cuh", "async.cuh", "tma.cuh", "wgmma.cuh"}
+    seen: set[str] = set()
+
+    def put(found: re.Match[str]) -> str:
+        name = found[1]
+        if name in words:
+            return found[0]
+        if name in seen:
+            return ""
+        seen.add(name)
+        return re.sub(
+            r'#include "([^"]+)"', put, (DEVICE / name).read_text().replace("#pragma once", "")
+        )
+
+    return re.sub(r'#include "([^"]+)"', put, text)
+
+
+def mutant(schedule: Schedule, text: str) -> Schedule:
+    """Return a schedule whose kernels have another text."""
+
+    class Mutant(type(schedule)):  # type: ignore[misc]
+        def lower(self, workload: Workload, config: Any, hardware: Hardware) -> Kernel:
+            kernel = super().lower(workload, config, hardware)
+            return replace(kernel, device=replace(kernel.device, text=text))
+
+    return Mutant()
+
+
+@pytest.mark.parametrize(("name", "text", "knobs"), CASES, ids=[name for name, _, _ in CASES])
+def test_no_kernel_does_without_a_word_that_orders(
+    name: str, text: str, knobs: dict[str, Any]
+) -> None:
+    schedule, workload = get_schedule(name), parse_workload(text)
+    config = replace(schedule.space(workload, ONE_SM).default, **knobs)
+    seen = check_emulated(workload, schedule, config, ONE_SM)
+    assert seen.kernel.device is not None
+    full = whole(seen.kernel.device.text)
+
+    def found_wrong(other: str) -> bool:
+        try:
+            check_emulated(workload, mutant(schedule, other), config, ONE_SM)
+        except VerificationError:
+            return True
+        return False
+
+    found = list(WORDS.finditer(full))
+    assert found
+    unnoticed = []
+    for word in found:
+        before, after = full[: word.start()], full[word.end() :]
+        if found_wrong(f"{before};{after}"):
+            continue
+        if not found_wrong(f"{before}void not_there(); not_there();{after}"):
+            continue  # it links: the word is in a function that this kernel does not call
+        unnoticed.append((word[0], before[-200:]))
+    left = [u for u in unnoticed if u[0] not in NEEDLESS]
+    assert not left, f"{len(left)} of {len(found)}: {left}"
