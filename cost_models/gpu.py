@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from mimo_compile.cost_models.analytic import DeviceModel
 from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.hardware import Hardware, gpu_of
 
@@ -44,6 +43,12 @@ RATES: Mapping[str, Mapping[str, float]] = {
 """Operations of an SM in a cycle, in the units of `ir.counts.OP_KINDS`. Of four bytes in a register: ``dp4a``
 multiplies, ``lop3`` unpacks and ``prmt`` shuffles all at once, each taken at the rate of 32-bit integers.
 Tiles of float16 count as ``tile_bf16``, those of float8 as ``tile_i8``: their rates are the same."""
+
+_TENSOR_CORES = {
+    "fma_f32": "tile_bf16", "dot_bf16": "tile_bf16", "tile_bf16": "tile_bf16", "dot_i8": "tile_i8",
+    "tile_i8": "tile_i8",
+}  # fmt: skip
+"""The fastest unit for each kind of multiply-add."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,18 +151,13 @@ def _times(counts: Counts, launch: LaunchShape, hardware: Hardware) -> dict[str,
     return times
 
 
-def device_model(hardware: Hardware) -> DeviceModel:
-    """Return a GPU's peaks by SM, for rooflines of necessary work."""
-    gpu = gpu_of(hardware)
-    port, counts = _PORT_BYTES * gpu.clock_hz, range(1, hardware.cores + 1)
-    near = tuple(min(n * port, _L2_BYTES * gpu.clock_hz) for n in counts)
-    return DeviceModel(
-        {kind: n * gpu.clock_hz for kind, n in RATES[gpu.arch].items()},
-        {
-            "l1": tuple(2 * n * port for n in counts),
-            "l2": near,
-            "l3": near,
-            "dram": tuple(min(n * port, gpu.memory_bytes_per_s) for n in counts),
-        },
-        launch_us=1e6 * _LAUNCH_S,
-    )
+def roofline_s(necessary: Counts, hardware: Hardware) -> float:
+    """Return the seconds that necessary work takes at least: one launch that fills all SMs evenly.
+
+    An op does not say which unit multiplies: all multiply-adds count as those of tensor cores.
+    """
+    ops = {kind: n for kind, n in necessary.ops.items() if kind not in _TENSOR_CORES}
+    for kind, unit in _TENSOR_CORES.items():
+        ops[unit] = ops.get(unit, 0.0) + necessary.ops.get(kind, 0.0)
+    even = LaunchShape(hardware.cores, WARP, 0, 0)
+    return predict(Counts(ops, necessary.bytes), [even], hardware).seconds

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from mimo_compile.cost_models import gpu, simulated
+from mimo_compile.cost_models import simulated
 from mimo_compile.cost_models.analytic import DeviceModel
 from mimo_compile.errors import MimoError
 from mimo_compile.ir.hardware import Hardware
@@ -82,12 +82,10 @@ def _store(hardware: Hardware, calibration: Calibration) -> None:
 def device_model(hardware: Hardware, *, measure: bool = False) -> DeviceModel:
     """Return a machine's rates: measured if it was calibrated (or is now, with ``measure``), else guessed.
 
-    Those of a GPU are published peaks, those of a simulated target its model's.
+    Those of a simulated target are its model's.
     """
     if hardware.kind == "sim":
         return simulated.device_model(hardware)
-    if hardware.kind == "cuda":
-        return gpu.device_model(hardware)
     calibration = load(hardware)
     if calibration is None and measure:
         calibration = calibrate(hardware)

@@ -26,8 +26,8 @@ def run_cuda(args: argparse.Namespace, workload: Workload, hardware: Hardware) -
         EnvironmentMismatch: code is asked for, and the tool that makes it is not installed.
         MimoError: a tool refuses a kernel.
     """
+    from mimo_compile.cost_models.gpu import roofline_s
     from mimo_compile.ir.ops import get_op
-    from mimo_compile.search.calibrate import device_model
     from mimo_compile.search.space import JointSpace
 
     if args.objective is not None or args.db is not None:
@@ -42,7 +42,7 @@ def run_cuda(args: argparse.Namespace, workload: Workload, hardware: Hardware) -
     value = {
         "ok": True, "workload": str(workload), "target": hardware.id, "threads": hardware.threads,
         "necessary": {"ops": dict(counts.ops), "bytes": dict(counts.bytes)},
-        "roofline_us": device_model(hardware).latency_us(counts, hardware),
+        "roofline_us": 1e6 * roofline_s(counts, hardware),
         "spaces": {n: s.size for n, s in space.spaces.items()}, "measured": 0, "kernels": rows,
     }  # fmt: skip
     if code:
