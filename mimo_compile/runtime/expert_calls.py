@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from mimo_compile.runtime.residency import waves
 if TYPE_CHECKING:
     from mimo_compile.runtime.entry import Array, BoundEntry
     from mimo_compile.runtime.program import Call
-    from mimo_compile.runtime.residency import Residency
+    from mimo_compile.runtime.residency import Key, Residency
 
 Function = Callable[..., Any]
 Argument = tuple[Function, tuple[Any, ...]]
@@ -33,14 +32,15 @@ class Foresight:
         """Take the layer's number, the router's calls on memory of their own, and where they write ids."""
         self.layer, self._calls, self._ids = layer, calls, ids
 
-    def __call__(self) -> list[int]:
-        """Return the experts, those with most tokens first."""
+    def __call__(self) -> list[Key]:
+        """Return the layer's experts, those with most tokens first."""
         for function, arguments in self._calls:
             function(*arguments)
-        if len(self._ids) == 1:
-            return [int(expert) for expert in self._ids[0]]
-        counts = Counter(self._ids.ravel().tolist())
-        return sorted(counts, key=lambda expert: (-counts[expert], expert))
+        experts = self._ids.ravel().tolist()
+        if len(self._ids) > 1:
+            counts = Counter(experts)
+            experts = sorted(counts, key=lambda expert: (-counts[expert], expert))
+        return [(self.layer, expert) for expert in experts]
 
 
 class ExpertCall:
@@ -48,7 +48,7 @@ class ExpertCall:
 
     def __init__(
         self, kernel: Argument, ids: Array, slots: Array, y: Array, experts: int, layer: int,
-        residency: Residency, ahead: Foresight | None,
+        residency: Residency, ahead: Sequence[Foresight],
     ) -> None:  # fmt: skip
         """Take what is called with what, and where it reads and writes.
 
@@ -60,7 +60,7 @@ class ExpertCall:
             experts: E.
             layer: Number of the layer.
             residency: Has the layer's experts.
-            ahead: Says what the next layer needs; None: nobody knows.
+            ahead: Say what the next layers need, in their order.
         """
         self._function, self._arguments = kernel
         self._ids, self._slots, self._y = ids, slots, y
@@ -99,10 +99,10 @@ class ExpertCall:
         self._residency.traffic.waves += len(plan) - 1
 
     def _look_ahead_and_run(self, tokens: Mapping[int, int]) -> None:
-        """Have experts, let those of the next layer come, and run the kernel meanwhile."""
+        """Have experts, let those of the next layers come, and run the kernel meanwhile."""
         self._have(tokens)
-        if self._ahead is not None:
-            self._residency.foresee(self._ahead.layer, self._ahead())
+        if self._ahead:
+            self._residency.foresee([key for foresight in self._ahead for key in foresight()])
         self._function(*self._arguments)
 
     def _have(self, tokens: Mapping[int, int]) -> None:
@@ -115,7 +115,7 @@ class ExpertCall:
 
 def limited(
     bound: BoundEntry, layers: Mapping[int, int], experts: Mapping[int, int],
-    routers: frozenset[str], residency: Residency, *, ahead: bool,
+    routers: frozenset[str], residency: Residency, ahead: int,
 ) -> None:  # fmt: skip
     """Make an entry point have the experts of each layer before it runs them.
 
@@ -125,23 +125,21 @@ def limited(
         experts: E of each layer.
         routers: Kernels that are routers.
         residency: Has the experts.
-        ahead: Whether to look ahead.
+        ahead: How many layers to look ahead.
     """
     order = sorted(layers)
-    next_of = dict(pairwise(order))
-    for at in order:
+    for number, at in enumerate(order):
         call = bound.program.calls[at]
         function, arguments = bound.calls[at]
         ids, y = bound.array(call.args[1]), bound.array(call.args[-1])
         slots = _tvm.empty_aligned(ids.shape, "int32")
         taken = (arguments[0], as_tensor(slots), *arguments[2:])
-        foresight = None
-        following = next_of.get(at)
-        if ahead and following is not None and layers[following] != layers[at]:
-            foresight = _foresight(bound, at, following, layers[following], routers)
+        next_ones = order[number + 1 : number + 1 + ahead]
+        found = [_foresight(bound, at, n, layers[n], routers) for n in next_ones]
+        foresights = [foresight for foresight in found if foresight is not None]
         layer = layers[at]
         made = ExpertCall(
-            (function, taken), ids, slots, y, experts[layer], layer, residency, foresight
+            (function, taken), ids, slots, y, experts[layer], layer, residency, foresights
         )
         bound.calls[at] = made, ()
 

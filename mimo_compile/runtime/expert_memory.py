@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from mimo_compile.runtime.program import Buffer, Call, Entry, Manifest
 
 
+MOST_AHEAD = 8
+"""Layers to look ahead: what their routers say of rows that far away is hardly right."""
+
+
 @dataclass(frozen=True, slots=True)
 class ExpertMemory:
     """How much memory experts may take, and how it is used."""
@@ -41,8 +45,8 @@ class ExpertMemory:
     policy: str = "load"
     """What leaves first: ``load``, the expert with the least recent load; ``lru``, the one that was needed
     longest ago."""
-    ahead: bool = True
-    """Load what the next layer will probably need while this one runs."""
+    ahead: int = 2
+    """Load what so many of the next layers will probably need while one runs; 0: nothing."""
     bytes_per_s: float | None = None
     """Read no faster than that from the file, to see what a slower one would do; None: as fast as it goes."""
 
@@ -72,12 +76,17 @@ class ExpertMemory:
         """Check the other fields.
 
         Raises:
-            UsageError: The policy is not known, or the rate is no positive number.
+            UsageError: The policy is not known, or a number is out of range.
         """
         if self.policy not in POLICIES:
             raise UsageError(
                 f"expert_memory: there is no policy {self.policy!r}",
                 remedy=f"choose one of {', '.join(POLICIES)}",
+            )
+        if not isinstance(self.ahead, int) or not 0 <= self.ahead <= MOST_AHEAD:
+            raise UsageError(
+                f"expert_memory: {self.ahead!r} is no number of layers to look ahead",
+                remedy=f"give 0 to {MOST_AHEAD}",
             )
         rate = self.bytes_per_s
         if rate is not None and not 0 < rate < float("inf"):
@@ -257,7 +266,7 @@ class Experts:
             if (sources := packed(call, bound.program.buffers)) in self._layer_of
         }
         experts = {layer: self.stacks[layer].shape.experts for layer in layers.values()}
-        limited(bound, layers, experts, self._routers, self.residency, ahead=self.how.ahead)
+        limited(bound, layers, experts, self._routers, self.residency, self.how.ahead)
 
     def check(self) -> None:
         """Check that this process may use them.

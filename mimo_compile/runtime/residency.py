@@ -284,13 +284,26 @@ class Residency:
         with self._changed:
             return [bank.slot(key) for key in keys]
 
-    def foresee(self, layer: int, experts: Iterable[int]) -> None:
-        """Say what a layer will probably need, the surest first; it replaces what was foreseen before."""
-        keys = [(layer, expert) for expert in experts]
-        bank = self._banks[self._bank_of[layer]]
+    def foresee(self, keys: Sequence[Key]) -> None:
+        """Say what layers will probably need, the next and surest first, in place of what was said before.
+
+        What has no room beside the experts of the layer that runs is left out.
+        """
         with self._changed:
-            self._foreseen = frozenset(keys[: bank.slots])
-            self._wishes = [k for k in keys[: bank.slots] if not bank.has(k) and not bank.coming(k)]
+            left = [bank.slots for bank in self._banks]
+            for layer, _ in self._pinned:
+                left[self._bank_of[layer]] -= 1
+            foreseen, wishes = [], []
+            for key in keys:
+                number = self._bank_of[key[0]]
+                if key in self._pinned or not left[number]:
+                    continue
+                left[number] -= 1
+                foreseen.append(key)
+                bank = self._banks[number]
+                if not bank.has(key) and not bank.coming(key):
+                    wishes.append(key)
+            self._foreseen, self._wishes = frozenset(foreseen), wishes
             if not self._wishes or self._busy:
                 return
             self._busy = True

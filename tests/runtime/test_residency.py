@@ -104,7 +104,8 @@ def test_whatever_is_foreseen_each_layer_gets_its_experts(calls, slots, policy, 
     for layer, tokens in calls:
         found = residency.acquire(layer, tokens)
         wished = draw.sample(range(EXPERTS), draw.randint(0, EXPERTS))
-        residency.foresee(draw.randrange(LAYERS), wished)
+        foreseen = draw.randrange(LAYERS)
+        residency.foresee([(foreseen, expert) for expert in wished])
         # while others come
         assert [disk.slots[slot] for slot in found] == [(layer, expert) for expert in tokens]
     traffic = residency.traffic
@@ -124,7 +125,7 @@ def wait_for(condition) -> None:
 def test_an_expert_that_came_ahead_is_a_hit_and_one_that_nobody_needs_is_counted():
     residency = single(3, "lru")
     residency.acquire(0, {0: 1})
-    residency.foresee(1, [2, 3])
+    residency.foresee([(1, 2), (1, 3)])
     wait_for(lambda: len(residency.resident(1, range(EXPERTS))) == 2)
     residency.acquire(1, {2: 1})
     traffic = residency.traffic
@@ -148,7 +149,7 @@ def test_what_is_on_its_way_is_waited_for_and_not_loaded_twice():
 
     residency = single(4, "lru", slow)
     residency.acquire(0, {0: 1})
-    residency.foresee(1, [4])
+    residency.foresee([(1, 4)])
     assert begun.wait(20)
     threading.Timer(0.05, go.set).start()
     residency.acquire(1, {4: 1, 3: 1})
@@ -162,7 +163,7 @@ def test_what_is_on_its_way_is_waited_for_and_not_loaded_twice():
 def test_experts_of_the_layer_that_runs_never_leave_for_what_is_foreseen():
     residency = single(3, "lru")
     residency.acquire(0, {0: 1, 1: 1, 2: 1})
-    residency.foresee(1, [0, 1])
+    residency.foresee([(1, 0), (1, 1)])
     wait_for(lambda: not residency._busy)
     assert residency.resident(0, range(EXPERTS)) == {0, 1, 2}
     assert residency.traffic.loaded_ahead == 0
@@ -199,7 +200,7 @@ def test_a_load_ahead_that_fails_is_tried_again_when_there_is_need():
 
     residency = single(3, "lru", fragile)
     residency.acquire(0, {0: 1})
-    residency.foresee(1, [2])
+    residency.foresee([(1, 2)])
     wait_for(lambda: residency.traffic.failed_ahead == 1)
     with pytest.raises(MimoError):
         residency.acquire(1, {2: 1})

@@ -1,0 +1,209 @@
+"""What it costs that experts stay in the artifact's file: beside all of them in memory, in turn, in one run.
+
+    python benchmarks/expert_memory.py --model wide.mimo --out memory.jsonl --write docs/experts.md
+
+The model is the built-in one whose experts are made `--factor` times as wide by rows of zeros: it computes
+the same and routes the same text alike, while its experts have the bytes, and take the time, of larger ones.
+Tokens of held-out text are appended one at a time. All weights are hashed before. Figures are medians of
+`--repeat` runs; ratios are to reading on demand at the same rate, run by run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+import mimo_compile as mc
+from mimo_compile.runtime import ExpertMemory, load
+from mimo_compile.runtime.module import Module
+
+BEGIN, END = "<!-- expert memory: begin -->", "<!-- expert memory: end -->"
+WARM = 64
+"""Tokens before those that are timed."""
+
+
+def widened(folder: Path, factor: int) -> Path:
+    """Write a checkpoint of the built-in model whose experts have `factor` times as many inner rows."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from mimo_compile.frontend.huggingface import resolve_source
+
+    source = resolve_source("tiny")
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copy(source / name, folder / name)
+    config = json.loads((source / "config.json").read_text())
+    inner = config["moe_intermediate_size"]
+    config["moe_intermediate_size"] = inner * factor
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = load_file(source / "model.safetensors")
+    for name, tensor in tensors.items():
+        if ".experts." in name:
+            more = inner * (factor - 1)
+            pad = (0, more) if "down_proj" in name else (0, 0, 0, more)
+            tensors[name] = torch.nn.functional.pad(tensor, pad)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def model(path: Path | None, factor: int, quant: str, context: int) -> Path:
+    """Return the artifact, compiled unless it is there."""
+    if path is not None and path.exists():
+        return path
+    with tempfile.TemporaryDirectory() as folder:
+        source = widened(Path(folder), factor)
+        made = mc.compile(source, quant=quant, max_context=context)
+        return made.save(path or Path(tempfile.mkdtemp()) / "wide.mimo")
+
+
+def text(module: Module, count: int) -> list[int]:
+    """Return tokens of held-out text."""
+    from mimo_compile.tiny import corpus
+
+    ids: list[int] = [0]
+    for file in corpus.collect().held_out:
+        ids += module.tokenizer.encode(file.text).ids
+        if len(ids) >= count:
+            return ids[:count]
+    raise SystemExit(f"there are not {count} tokens of held-out text")
+
+
+def run(
+    path: Path, how: ExpertMemory | None, count: int, expected: list[bytes]
+) -> dict[str, float]:
+    """Append tokens one by one; returns figures for a token."""
+    module = load(path, threads=1, verify="full", expert_memory=how)
+    tokens = text(module, WARM + count)
+    session = module.session()
+    found = [session.append([token]).tobytes() for token in tokens[:WARM]]
+    before = module.experts.facts() if module.experts else {}
+    begin = time.perf_counter()
+    found += [session.append([token]).tobytes() for token in tokens[WARM:]]
+    seconds = time.perf_counter() - begin
+    if not expected:
+        expected += found
+    if found != expected:
+        raise SystemExit("the hidden states are not those with all experts in memory")
+    after = module.experts.facts() if module.experts else {}
+    used = {name: after[name] - before[name] for name in after}
+    out = {"tokens_per_s": count / seconds, "ms": 1e3 * seconds / count}
+    if used:
+        needs = used["needs"]
+        out |= {
+            "hits": used["hits"] / needs, "ahead": used["ahead"] / needs, "late": used["late"] / needs,
+            "misses": used["misses"] / needs, "mb_read": used["bytes_read"] / count / 1e6,
+            "stall_ms": 1e3 * used["stall_seconds"] / count,
+            "unused": used["unused"] / max(used["loaded_ahead"], 1), "slots": after["slots"],
+            "experts": after["experts"],
+        }  # fmt: skip
+    return out
+
+
+def ways_of(
+    path: Path, parts: int, balances: list[float], count: int, expected: list[bytes]
+) -> Iterator[tuple[str, str, ExpertMemory | None]]:
+    """Name the ways to have experts, with the rate at which the file can be read.
+
+    A balance of 1 is the rate at which the bytes that a token needs, and that are not there, take as long to
+    read as the token takes where all experts are in memory; both are measured first.
+    """
+    yield "mapped", "", None
+    everything = ExpertMemory(1 << 50)
+    yield "all in slots", "", everything
+    facts = load(path, expert_memory=everything).experts.facts()  # type: ignore[union-attr]
+    size = int(facts["expert_bytes"]) // parts
+    seconds = run(path, everything, count, expected)["ms"] / 1e3
+    missed = 1e6 * run(path, ExpertMemory(size, ahead=0), count, expected)["mb_read"]
+    for balance in (0.0, *balances):
+        rate = missed / seconds / balance if balance else None
+        name = f"{rate / 1e9:.2f} GB/s ({balance:g})" if rate else "page cache"
+        for ahead in (0, 1, 2):
+            yield (
+                f"{ahead} ahead" if ahead else "on demand",
+                name,
+                ExpertMemory(size, ahead=ahead, bytes_per_s=rate),
+            )
+
+
+def table(rows: list[dict[str, object]]) -> str:
+    """Return the figures as a table in Markdown."""
+    lines = [
+        "| experts | file | tokens/s | times on demand | hits | of them ahead | late | misses | MB read "
+        "| ms waited |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+
+    def part(row: dict[str, object], name: str, form: str) -> str:
+        return format(row[name], form) if name in row else "–"
+
+    for row in rows:
+        cells = [
+            str(row["mode"]), str(row["file"]) or "–", part(row, "tokens_per_s", ".0f"),
+            part(row, "ratio", ".2f"), *(part(row, n, ".1%") for n in ("hits", "ahead", "late", "misses")),
+            part(row, "mb_read", ".1f"), part(row, "stall_ms", ".2f"),
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--model", type=Path, help="the artifact; compiled and kept if it is not there"
+    )
+    parser.add_argument("--factor", type=int, default=64, help="how many times as wide experts are")
+    parser.add_argument("--quant", default="w2g64")
+    parser.add_argument("--parts", type=int, default=4, help="experts are so many times the memory")
+    parser.add_argument("--tokens", type=int, default=192)
+    parser.add_argument(
+        "--balance", type=float, nargs="*", default=[0.5, 1, 2],
+        help="time to read what is missing over the time to compute, for each rate",
+    )  # fmt: skip
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--out", type=Path, help="write a JSON line for each way")
+    parser.add_argument("--write", type=Path, help="put the table between the marks of this page")
+    args = parser.parse_args()
+    path = model(args.model, args.factor, args.quant, WARM + args.tokens)
+    expected: list[bytes] = []
+    ways = list(ways_of(path, args.parts, args.balance, args.tokens, expected))
+    runs: list[list[dict[str, float]]] = [[] for _ in ways]
+    for _ in range(args.repeat):
+        for found, (_, _, how) in zip(runs, ways, strict=True):
+            found.append(run(path, how, args.tokens, expected))
+    rows: list[dict[str, object]] = []
+    for found, (mode, file, how) in zip(runs, ways, strict=True):
+        row: dict[str, object] = {"mode": mode, "file": file}
+        row |= {name: float(np.median([one[name] for one in found])) for name in found[0]}
+        if file and how is not None:
+            other = next(
+                r for r, w in zip(runs, ways, strict=True)
+                if w[:2] == ("on demand", file)
+            )  # fmt: skip
+            pairs = [
+                a["tokens_per_s"] / b["tokens_per_s"] for a, b in zip(found, other, strict=True)
+            ]
+            row |= {
+                "ratio": float(np.median(pairs)),
+                "ratio_least": min(pairs),
+                "ratio_most": max(pairs),
+            }
+        rows.append(row)
+    print(table(rows))
+    if args.out:
+        args.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if args.write:
+        page = args.write.read_text()
+        begin, rest = page.split(BEGIN)
+        args.write.write_text(f"{begin}{BEGIN}\n\n{table(rows)}\n\n{END}{rest.split(END)[1]}")
+
+
+if __name__ == "__main__":
+    main()
