@@ -18,10 +18,12 @@ from mimo_compile.quantize.gptq import gptq
 from mimo_compile.runtime.program import Calibrated
 from mimo_compile.tiny import corpus
 
-CASES = [
-    "llama-linear-mha", "qwen2", "qwen3", "mimo_v2_flash", "mimo_v2_flash-groups", "qwen2_moe",
-    "olmoe-clipped",
-]  # fmt: skip
+CASES = ["llama-linear-mha", "qwen2", "qwen3", "mimo_v2_flash", "mimo_v2_flash-groups"]
+FOLDED = [
+    *((case, quant) for case in CASES for quant in ("w2g32", "w1.58")),
+    ("qwen2_moe", "w2g32"),
+    pytest.param("olmoe-clipped", "w2g32", marks=pytest.mark.slow),
+]
 IDS = torch.randint(0, 257, (6, 48), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
 
 
@@ -48,8 +50,7 @@ def builder(saved):
     return make
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("quant", ["w2g32", "w1.58"])
+@pytest.mark.parametrize(("case", "quant"), FOLDED)
 def test_folding_leaves_the_float_model_as_it_was(builder, case, quant):
     awq = builder(case, quant, Calibration("awq"))
     plain = Builder(awq.config, awq.family, awq._folded._base, QuantScheme(None)).build()

@@ -9,7 +9,7 @@ pytestmark = pytest.mark.compile
 FAST = ("llama-linear-mha",)
 SLOW = (
     "llama", "llama-tied-llama3", "qwen2", "qwen2-window", "qwen3", "mimo_v2_flash", "mimo_v2_flash-groups",
-    "mixtral", "qwen2_moe", "qwen3_moe", "olmoe-clipped", "dots1", "glm4_moe",
+    "mixtral", "qwen2_moe", "qwen3_moe", "olmoe-clipped", "glm4_moe",
 )  # fmt: skip
 SHARDED = ("llama-tied-llama3", "qwen2-window", "qwen3", "mimo_v2_flash")
 CONTEXT = 96

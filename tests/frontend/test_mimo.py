@@ -186,15 +186,14 @@ def test_acceptance_tells_the_order_of_the_halves(copy, tools):
     assert kept(load_checkpoint(folder, NONE).decoder, start) < 0.2
 
 
-@pytest.mark.parametrize("quant", ["w2g32", "w1.58"])
-def test_folding_leaves_drafts_as_they_were(made, tools, quant):
+def test_folding_leaves_drafts_as_they_were(made, tools):
     checkpoint = open_checkpoint(made[0])
     fields = Fields(checkpoint.config, checkpoint.config_file)
     family = get_family("mimo", fields.file)
     config = family.configure(fields, checkpoint).with_context(64)
     ids = torch.tensor([tools.prompt(40, seed) for seed in range(4)], dtype=torch.int32)
     awq = CalibratedBuilder(
-        config, family, checkpoint, parse_scheme(quant), Calibration("awq"), ids
+        config, family, checkpoint, parse_scheme("w2g32"), Calibration("awq"), ids
     )
     changed, forget = {}, awq._folded.forget
     awq._folded.forget = lambda: (changed.update(awq._folded._changed), forget())
