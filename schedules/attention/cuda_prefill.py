@@ -36,12 +36,19 @@ class CudaPrefill(CudaFlash):
         """Keys and number of stages, warps."""
         p = get_op(self.op).full(workload)
         knobs = {"keys": (16, 32, 64, 128), "stages": (2, 3, 4), "warps": (1, 2, 4, 8)}
-        # blocks of many rows read keys less often, but there should be one for each SM
-        blocks = p["b"] * p["kv"] * tiles_of(p["t"], p["h"] // p["kv"])
-        warps = max(n for n in (1, 2, 4, 8) if n == 1 or blocks >= n * hardware.cores)
-        tries = (StagesConfig(keys, 2, warps) for keys in (64, 32, 16))
+        tries = (StagesConfig(keys, 2, self._warps(p, hardware)) for keys in (64, 32, 16))
         default = next((c for c in tries if self.legal(p, c, hardware)), StagesConfig(16, 2, 1))
         return Space(StagesConfig, knobs, default, lambda c: self.legal(p, c, hardware))
+
+    @staticmethod
+    def _warps(p: Mapping[str, Any], hardware: Hardware) -> int:
+        """Return warps of a block by default: many, so that keys are read seldom, but no SM has much more."""
+        busiest = {}
+        for warps in (1, 2, 4, 8):
+            tiles = tiles_of(p["t"], p["h"] // p["kv"], HEIGHT * warps)
+            blocks = p["b"] * p["kv"] * tiles
+            busiest[warps] = -(-blocks // hardware.cores) * warps
+        return max(n for n, rows in busiest.items() if rows <= 1.25 * min(busiest.values()))
 
     def legal(self, p: Mapping[str, Any], config: StagesConfig, hardware: Hardware) -> bool:
         """Say whether a config can be launched."""
