@@ -6,10 +6,10 @@ place, that nothing waits for ever, that asynchronous copies are waited for, tha
 inside their arrays. The threads of a block are fibers of one process; blocks run one after the other.
 
 Plain loads and stores are instrumented by the compiler (``-fsanitize=thread``, whose library the emulator
-replaces), so that each is held against its array's extent, and those of shared memory against what other
-threads did there: two that no barrier orders are a race (`device/emulation/race.cuh`).
+replaces), so that each is held against its array's extent, and against what other threads did there: two
+that nothing orders are a race (`device/emulation/race.cuh`).
 
-What it cannot see: races in device memory, some races between lanes of one warp, time, and what nvcc makes of
+What it cannot see: some races between lanes of one warp, those in large arrays, time, and what nvcc makes of
 the text. Clusters of blocks and blocks that wait for each other are not emulated.
 """
 

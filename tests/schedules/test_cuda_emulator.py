@@ -161,6 +161,14 @@ extern "C" __global__ void waited(const int* fault, const float* x, float* y) {
   if (*fault != 8) block_sync();
   y[threadIdx.x + 128] = row[512 + 4 * ((threadIdx.x + 32) % 128) + 1];
 }
+extern "C" __global__ void blocks(const int* fault, float* y) {
+  const int at = blockIdx.x * 128 + threadIdx.x;
+  y[at] = float(at);
+  if (*fault == 9) y[at] += y[(at + 128) % 256];
+  if (*fault == 10) y[threadIdx.x] = 1;
+  if (*fault == 11) y[at] += ld_global_nc(y + at);
+  if (*fault == 12) y[at] += y[at ^ 32];
+}
 extern "C" __global__ void words(const float* x, uint32_t* y) {
   const int t = threadIdx.x;
   const uint32_t bits = __float_as_uint(x[t]);
@@ -187,7 +195,7 @@ W[:8] = [0, -0.0, 1e-7, -6e-8, 65519, 65520, 1.00390625, 1.01171875]
 RESULTS = {
     "neighbour": ((128,), "float32"), "reuse": ((128,), "float32"), "lanes": ((128,), "float32"),
     "groups": ((128,), "float32"),
-    "waited": ((256,), "float32"), "words": ((384,), "uint32"),
+    "waited": ((256,), "float32"), "blocks": ((256,), "float32"), "words": ((384,), "uint32"),
 }  # fmt: skip
 
 
@@ -196,17 +204,12 @@ def synced(fault: int, order: int = 0) -> dict[str, np.ndarray[Any, Any]]:
     """Run all of `SYNC`; what it leaves out is told by its input, so that it is compiled once."""
     inputs = {"fault": np.array([fault], np.int32), "x": X, "w": W}
     more = {"waited": ("fault", "x"), "words": ("w",)}
-    launches = tuple(
-        Launch(
-            name,
-            (1, 1, 1),
-            32 if name == "words" else 128,
-            (*more.get(name, ("fault",)), name),
-            4096,
-        )
-        for name in RESULTS
-    )
-    return emulate(kernel_of(SYNC, inputs, RESULTS, launches), H200, inputs, order=order)
+    launches = []
+    for name in RESULTS:
+        operands = (*more.get(name, ("fault",)), name)
+        grid = (2 if name == "blocks" else 1, 1, 1)
+        launches.append(Launch(name, grid, 32 if name == "words" else 128, operands, 4096))
+    return emulate(kernel_of(SYNC, inputs, RESULTS, tuple(launches)), H200, inputs, order=order)
 
 
 def test_threads_that_wait_for_each_other_read_what_was_written() -> None:
@@ -218,6 +221,7 @@ def test_threads_that_wait_for_each_other_read_what_was_written() -> None:
         "lanes": lane ^ 3,
         "groups": np.concatenate([np.zeros(64), lane[63::-1]]),
         "waited": np.concatenate([np.roll(X[1::4], -32), second]),
+        "blocks": np.arange(256),
     }
     for order in (0, 1, 7, 8):
         for name, want in right.items():
@@ -246,6 +250,19 @@ def test_threads_that_wait_for_each_other_read_what_was_written() -> None:
         (
             7,
             r"waited, .* reads byte \d+ of shared memory before the wait for the cp_async16 of thread",
+        ),
+        (
+            9,
+            r"blocks, .* a race: (reads|writes) byte \d+ of blocks, which thread \d+ of another block",
+        ),
+        (
+            10,
+            r"blocks, .* a race: writes byte \d+ of blocks, which thread \d+ of another block wrote",
+        ),
+        (11, r"ld_global_nc of byte \d+ of 'blocks', which thread \d+ wrote in the same launch"),
+        (
+            12,
+            r"blocks, .* a race: (reads|writes) byte \d+ of blocks, which thread \d+ (read|wrote)",
         ),
         (8, r"waited, .* reads byte \d+ of shared memory before the wait|a race: reads"),
     ],

@@ -27,13 +27,15 @@ extern "C" __global__ void swiglu(const float* x, float* y) {
   MIMO_SHARED(smem);
   const float* row = x + 2 * F * blockIdx.x;
   float* out = y + F * blockIdx.x;
-  if (FAULT == 3 && threadIdx.x == 32) *out = 1;
   if (FAULT == 4) smem[threadIdx.x % 16] = smem[(threadIdx.x + 1) % 16];
   for (int i = threadIdx.x; i < F; i += blockDim.x) {
     const float g = row[i], u = row[F + i] * (FAULT == 1 ? 1.001f : 1.0f);
     if (FAULT == 2 && i == F - 1) continue;
     out[i] = g / (1.0f + expf(-g)) * u;
   }
+  block_sync();
+  if (FAULT == 3 && threadIdx.x == 0) atomic_add(out, 16777216.0f), atomic_add(out, -16777216.0f);
+  if (FAULT == 3 && threadIdx.x == 32) atomic_add(out, 1.0f);
 }
 """
 

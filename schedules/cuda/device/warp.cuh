@@ -143,7 +143,7 @@ inline void named_sync(int barrier, int threads MIMO_SITE_PARAMETER) {
   if (barrier < 1 || threads < 32) emulated::fail("named_sync of barrier %d and %d threads", barrier, threads);
   emulated::wait_at_barrier(MIMO_SITE, barrier, threads);
 }
-inline void device_fence() {}
+inline void device_fence() { emulated::fence_device(); }
 
 // With its rounding as far from 2^x as the device may be, on a side that the bits of x choose.
 inline float exp2_approx(float x) {
@@ -212,14 +212,8 @@ inline int dp4a(int a, int b, int c) {
 
 namespace emulated {
 template <class T> inline T loaded(const void* p, const char* what) {
-  check_global(p, sizeof(T), false, what);
+  check_constant(p, sizeof(T), what);
   return *static_cast<const T*>(p);
-}
-template <class T> inline T added(T* p, T x) {
-  check_global(p, sizeof(T), true, "atomic_add");
-  const T old = *p;
-  *p = old + x;
-  return old;
 }
 }  // namespace emulated
 inline uint32_t ld_global_nc(const uint32_t* p) { return emulated::loaded<uint32_t>(p, "ld_global_nc"); }
@@ -228,7 +222,9 @@ inline float ld_global_nc(const float* p) { return emulated::loaded<float>(p, "l
 inline uint2 load8(const void* p) { return emulated::loaded<uint2>(p, "load8"); }
 inline uint4 load16(const void* p) { return emulated::loaded<uint4>(p, "load16"); }
 
-inline int atomic_add(int* p, int x) { return emulated::added(p, x); }
-inline uint32_t atomic_add(uint32_t* p, uint32_t x) { return emulated::added(p, x); }
-inline float atomic_add(float* p, float x) { return emulated::added(p, x); }
+inline int atomic_add(int* p, int x) {
+  return int(emulated::atomic_add(reinterpret_cast<uint32_t*>(p), uint32_t(x)));
+}
+inline uint32_t atomic_add(uint32_t* p, uint32_t x) { return emulated::atomic_add(p, x); }
+inline float atomic_add(float* p, float x) { return emulated::atomic_add(p, x); }
 #endif

@@ -96,7 +96,7 @@ void load_box(int line, void* smem, const CUtensorMap& map, int column, int row,
   if (!barrier_at(address).fenced)
     fail("tma_load with a barrier that no fence_barrier_init follows");
   memset(shared_bytes(target, bytes, map.swizzle == 128 ? 1024 : 128, site.name), NOTHING, bytes);
-  note_write(*running, "tma_load writes", target - WINDOW, uint32_t(bytes), {++bulk_clock, 0, BULK, 0});
+  note_write(*running, "tma_load writes", target - WINDOW, uint32_t(bytes), {++bulk_clock, 0, block_now, BULK, 0});
   boxes.push_back({map, column, row, target, address, bulk_clock, site});
 }
 

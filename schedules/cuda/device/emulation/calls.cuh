@@ -23,7 +23,10 @@ __attribute__((const)) uint3 grid_shape();
 __attribute__((const)) uint8_t* shared_base();
 
 uint32_t shared_address(const void* pointer);
-void check_global(const void* pointer, size_t bytes, bool writes, const char* what);
+void check_constant(const void* pointer, size_t bytes, const char* what);
+uint32_t atomic_add(uint32_t* p, uint32_t x);
+float atomic_add(float* p, float x);
+void fence_device();
 
 uint32_t exchange(const char* name, int line, uint32_t bits, int from);
 uint32_t ballot(int line, bool value);

@@ -63,7 +63,7 @@ void compute_product(const Product& p, Warp& warp, std::vector<uint32_t>& sums) 
       note_read(reader, "wgmma reads", at, 16);
       for (uint32_t b = at; b < at + 16; ++b) {   // of what a thread wrote itself, as opposed to a copy
         const Written& w = written[b];
-        if (w.writer != BULK && warps[w.writer / LANES].thread[w.writer % LANES].fences == w.fences && w.clock > block_began)
+        if (w.writer != BULK && warps[w.writer / LANES].thread[w.writer % LANES].fences == w.fences && w.block == block_now)
           fail("wgmma reads byte %u of shared memory, which thread %u wrote without a fence_async_proxy behind", b,
                w.writer);
       }

@@ -1,57 +1,79 @@
 // Every plain access of a kernel, as the compiler's instrumentation for threads reports it (-fsanitize=thread, with
-// the functions below in the place of its library): it must lie inside an array, and in shared memory it must be
-// ordered to those of other threads.
+// the functions below in the place of its library): it must lie inside an array, and it must be ordered to those of
+// other threads.
 //
 // Order is kept by vector clocks, one for each warp and one for bulk copies. Barriers, arrivals at phases and waits
 // for them pass clocks on. Two accesses of one byte, one of them a write, of which neither is known to the other's
-// warp, are a race; so are those of two lanes of a warp with neither a warp_sync nor a barrier between.
-// Reads are kept by words of four bytes and the last lane of each warp alone, so that some races are missed.
+// warp, are a race; so are those of two lanes of a warp with neither a warp_sync nor a barrier between, and in
+// device memory those of two blocks of a launch, unless the later one called device_fence.
+// Reads of shared memory are kept by words of four bytes and the last lane of each warp alone, those of device memory
+// by words and the last reader, so that some races are missed.
 #pragma once
 #include "threads.cuh"
 
 namespace emulated {
 
 constexpr uint32_t BULK = 0xFFFF, UNDER_WAY = ~0u;
+constexpr size_t MOST_TRACKED = size_t(16) << 20;   // bytes; larger arrays in device memory are not
 struct Written {
   uint32_t clock;       // of the writer's warp, or of bulk copies; UNDER_WAY: cp.async that nobody waited for
   uint32_t synced;      // how often its warp had met for memory's sake
+  uint32_t block;       // all blocks are counted from 1
   uint16_t writer;      // thread, or BULK
   uint16_t fences;      // how often the writer had fenced for the asynchronous proxy
 };
-struct Read {
+struct Read {           // of shared memory
   uint32_t clock[MOST_WARPS];
   uint32_t synced;
   uint16_t reader;
 };
-std::vector<Written> written;   // for each byte of shared memory
-std::vector<Read> read_of;      // for each four
-uint32_t block_began;           // clocks up to this are of earlier blocks
+struct Seen {           // of device memory
+  uint32_t clock, synced, block, reader;
+};
+std::vector<Written> written;                       // for each byte of shared memory
+std::vector<Read> read_of;                          // for each four
+struct Tracked { std::vector<Written> written; std::vector<Seen> seen; };
+std::vector<Tracked> tracked;                       // arrays; empty where nothing writes
+uint32_t block_now, launch_began;                   // blocks up to `launch_began` are of earlier launches
+bool block_fenced;                                  // whether a thread of this block called device_fence
+
+void begin_launch() {
+  launch_began = block_now;
+  tracked.resize(arrays.size());
+  for (size_t i = 0; i < arrays.size(); ++i) {
+    const size_t bytes = arrays[i].writable && arrays[i].bytes <= MOST_TRACKED ? arrays[i].bytes : 0;
+    tracked[i].written.resize(bytes), tracked[i].seen.resize((bytes + 3) / 4);
+  }
+  if (written.size() < shared.bytes) written.resize(shared.bytes), read_of.resize(shared.bytes / 4 + 1);
+}
 
 void begin_races() {
-  if (written.size() < shared.bytes) written.resize(shared.bytes), read_of.resize(shared.bytes / 4 + 1);
+  ++block_now;
+  block_fenced = false;
   uint32_t latest = bulk_clock;
   for (int w = 0; w < MOST_WARPS; ++w) latest = std::max(latest, warps[w].clock.of[w]);
-  for (Warp& w : warps) {   // what earlier blocks did is known to all
+  for (Warp& w : warps) {   // what earlier blocks did in shared memory is known to all
     for (uint32_t& c : w.clock.of) c = latest;
     w.clock.of[w.index] = latest + 1;
     ++w.synced;
   }
   bulk_clock = latest + 1;
-  block_began = latest;
 }
 
-[[noreturn]] void race(const char* what, uint32_t byte, const char* other_did, uint32_t other, bool under_way = false) {
-  char who[60];
+[[noreturn]] void race(const char* what, uint32_t byte, const char* where, const char* other_did, uint32_t other,
+                       uint32_t of_block, bool under_way = false) {
+  char who[80];
   if (other == BULK)
     snprintf(who, sizeof who, "a bulk copy");
   else
-    snprintf(who, sizeof who, "thread %u", other);
-  if (under_way) fail("%s byte %u of shared memory before the wait for the cp_async16 of %s", what, byte, who);
-  fail("a race: %s byte %u of shared memory, which %s %s with no barrier between", what, byte, who, other_did);
+    snprintf(who, sizeof who, "thread %u%s", other, of_block == block_now ? "" : " of another block");
+  if (under_way) fail("%s byte %u of %s before the wait for the cp_async16 of %s", what, byte, where, who);
+  fail("a race: %s byte %u of %s, which %s %s with no barrier between", what, byte, where, who, other_did);
 }
 
 // Says whether a write is known to a thread: done by itself, or before something that its warp waited for.
-bool knows(const Thread& t, const Written& w) {
+bool knows(const Thread& t, const Written& w, bool device) {
+  if (w.block != block_now) return !device || w.block <= launch_began || block_fenced;
   if (w.clock == UNDER_WAY) return false;
   if (w.writer == BULK) return w.clock <= t.warp->clock.of[MOST_WARPS];
   const uint32_t warp = w.writer / LANES;
@@ -59,9 +81,14 @@ bool knows(const Thread& t, const Written& w) {
   return w.writer == t.index || w.synced < t.warp->synced;
 }
 
+Written by_thread(const Thread& t) {
+  return {t.warp->clock.of[t.warp->index], t.warp->synced, block_now, uint16_t(t.index), t.fences};
+}
+
 void note_read(const Thread& t, const char* what, uint32_t at, uint32_t bytes) {
   for (uint32_t b = at; b < at + bytes; ++b)
-    if (!knows(t, written[b])) race(what, b, "wrote", written[b].writer, written[b].clock == UNDER_WAY);
+    if (!knows(t, written[b], false))
+      race(what, b, shared.name, "wrote", written[b].writer, block_now, written[b].clock == UNDER_WAY);
   for (uint32_t word = at / 4; word <= (at + bytes - 1) / 4; ++word) {
     Read& r = read_of[word];
     r.clock[t.warp->index] = t.warp->clock.of[t.warp->index];
@@ -74,20 +101,50 @@ void note_write(const Thread& t, const char* what, uint32_t at, uint32_t bytes, 
     const Read& r = read_of[word];
     for (int w = 0; w < warp_count; ++w)
       if (w != int(t.warp->index) && r.clock[w] > t.warp->clock.of[w])
-        race(what, word * 4, "read", r.reader / LANES == w ? r.reader : w * LANES);
+        race(what, word * 4, shared.name, "read", r.reader / LANES == w ? r.reader : w * LANES, block_now);
     if (r.reader / LANES == t.warp->index && r.reader != t.index && r.synced == t.warp->synced)
-      race(what, word * 4, "read", r.reader);
+      race(what, word * 4, shared.name, "read", r.reader, block_now);
   }
   for (uint32_t b = at; b < at + bytes; ++b) {
     const Written& w = written[b];
     const bool same_warp = w.writer != BULK && w.writer / LANES == t.warp->index;  // lanes may write one value
-    if (!same_warp && !knows(t, w)) race(what, b, "wrote", w.writer);
+    if (!same_warp && !knows(t, w, false)) race(what, b, shared.name, "wrote", w.writer, block_now);
     written[b] = by;
   }
 }
 
-Written by_thread(const Thread& t) {
-  return {t.warp->clock.of[t.warp->index], t.warp->synced, uint16_t(t.index), t.fences};
+// The same in device memory, where blocks of a launch may not meet, either.
+void note_device(const Array& a, size_t at, size_t bytes, bool writes, const char* what) {
+  Tracked& own = tracked[&a - arrays.data()];
+  if (own.written.empty()) return;
+  const Thread& t = *running;
+  const Warp& mine = *t.warp;
+  for (size_t word = at / 4; word <= (at + bytes - 1) / 4; ++word) {
+    Seen& s = own.seen[word];
+    const bool now = s.block == block_now, same_warp = s.reader / LANES == mine.index;
+    const bool known = !now ? s.block <= launch_began || block_fenced
+                       : same_warp ? s.reader == t.index || s.synced < mine.synced
+                                   : s.clock <= mine.clock.of[s.reader / LANES];
+    if (writes && !known) race(what, uint32_t(word * 4), a.name, "read", s.reader, s.block);
+    if (!writes) s = {mine.clock.of[mine.index], mine.synced, block_now, t.index};
+  }
+  for (size_t b = at; b < at + bytes; ++b) {
+    Written& w = own.written[b];
+    const bool same_warp = writes && w.block == block_now && w.writer / LANES == mine.index;
+    if (!same_warp && !knows(t, w, true)) race(what, uint32_t(b), a.name, "wrote", w.writer, w.block);
+    if (writes) w = by_thread(t);
+  }
+}
+
+void check_constant(const void* pointer, size_t bytes, const char* what) {
+  check_global(pointer, bytes, false, what);
+  const uint8_t* p = static_cast<const uint8_t*>(pointer);
+  const Array& a = *array_at(p);
+  const std::vector<Written>& own = tracked[&a - arrays.data()].written;
+  for (size_t b = p - a.base; !own.empty() && b < p - a.base + bytes; ++b)
+    if (own[b].block > launch_began)
+      fail("%s of byte %zu of '%s', which thread %u wrote in the same launch: it may see what was there before", what, b,
+           a.name, own[b].writer);
 }
 
 // A plain access of the running thread.
@@ -103,15 +160,25 @@ void note_access(const void* pointer, size_t bytes, bool writes, const void* pc)
     fail("%s %zu bytes at %s%s", writes ? "writes" : "reads", bytes, place,
          writes && !a->writable ? ", which is an input" : "");
   }
-  if (a == &shared) {
-    const uint32_t at = uint32_t(p - a->base);
-    if (writes)
-      note_write(*running, "writes", at, uint32_t(bytes), by_thread(*running));
-    else
-      note_read(*running, "reads", at, uint32_t(bytes));
-  }
+  const size_t at = p - a->base;
+  if (a != &shared)
+    note_device(*a, at, bytes, writes, writes ? "writes" : "reads");
+  else if (writes)
+    note_write(*running, "writes", uint32_t(at), uint32_t(bytes), by_thread(*running));
+  else
+    note_read(*running, "reads", uint32_t(at), uint32_t(bytes));
   access_pc = nullptr;
 }
+
+void fence_device() { block_fenced = true; }
+template <class T> T added(T* p, T x) {
+  check_global(p, sizeof(T), true, "atomic_add");
+  const T old = *p;
+  *p = old + x;
+  return old;
+}
+uint32_t atomic_add(uint32_t* p, uint32_t x) { return added(p, x); }
+float atomic_add(float* p, float x) { return added(p, x); }
 
 }  // namespace emulated
 

@@ -40,6 +40,7 @@ void run_grid(uint3 grid, int threads, int shared_size, void (*run)()) {
   grid_extent = grid;
   body = run;
   shared = map_array("shared memory", size_t(shared_size), true, 1024);
+  begin_launch();
   const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
   for (uint64_t i = 0; i < blocks; ++i) {
     const uint64_t b = order == 1 ? blocks - 1 - i : i;

@@ -188,6 +188,8 @@ void cp_async16(int line, uint32_t smem, const void* global, bool valid) {
   uint8_t data[16] = {};
   if (valid) {
     check_global(global, 16, false, "cp_async16");
+    const uint8_t* from = static_cast<const uint8_t*>(global);
+    note_device(*array_at(from), from - array_at(from)->base, 16, false, "cp_async16 reads");
     memcpy(data, global, 16);
   }
   Written by = by_thread(me);
