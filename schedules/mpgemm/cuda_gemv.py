@@ -83,7 +83,8 @@ class CudaGemv(CudaGemm):
 
     def lower(self, workload: Workload, config: GemvConfig, hardware: Hardware) -> Kernel:
         """Generate the kernel of one config."""
-        p, acts = CudaProblem.of(workload), CudaProblem.of(workload).acts
+        p = CudaProblem.of(workload)
+        acts = p.acts
         constants = p.constants() | {
             "K_PADDED": p.weight.k_padded,
             "BITS": p.weight.bits,
