@@ -12,14 +12,15 @@ constexpr int GROUP = H / KV, ROWS = T * GROUP, TILES = (ROWS + 15) / 16;
 constexpr int OWN = KEYS / WARPS;  // keys of a stage that a warp takes
 constexpr int K_BYTES = KEYS * flash::STRIDE<DK>, STAGE_BYTES = K_BYTES + KEYS * flash::STRIDE<DW>;
 
-// Grid: tiles of rows of each KV head, sequences, parts.
+// Grid: tiles of rows (of each KV head of each tile of each sequence), parts.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
     attend_part(const float* __restrict__ q, const int* __restrict__ pos, const float* __restrict__ sink,
                 const int* __restrict__ pages, const uint16_t* __restrict__ k_cache,
                 const uint16_t* __restrict__ v_cache, float* __restrict__ out, float* __restrict__ parts,
                 float* __restrict__ states) {
   MIMO_SHARED(shared);
-  const int kv = blockIdx.x % KV, tile = blockIdx.x / KV, sequence = blockIdx.y, part = blockIdx.z;
+  const int unit = blockIdx.x, part = blockIdx.y;
+  const int kv = unit % KV, tile = unit / KV % TILES, sequence = unit / KV / TILES;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int start = pos[2 * sequence], valid = pos[2 * sequence + 1];
   // the tile's first and last token, and the positions that any of its rows sees
@@ -76,10 +77,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
   cp_async_wait<0>();
   block_sync();
 
-  const size_t unit = (size_t(sequence) * TILES + tile) * KV + kv;
   flash::merge_warps<WARPS, DW>(shared, rows, [&](int row, int column, float value, float top, float sum) {
     if constexpr (PARTS > 1) {
-      const size_t place = (unit * PARTS + part) * 16 + row;
+      const size_t place = (size_t(unit) * PARTS + part) * 16 + row;
       if (from < to) parts[place * DW + column] = value;
       if (column == 0) {
         states[2 * place] = top;

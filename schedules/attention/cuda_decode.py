@@ -61,7 +61,7 @@ class CudaDecode(CudaParts):
         parts, states = (self.parts_of(p, config, n) for n in ("parts", "states"))
         first = Launch(
             "attend_part",
-            (p["kv"] * self._tiles(p), p["b"], config.parts),
+            (self.units(p), config.parts, 1),
             32 * config.warps,
             ("q", "pos", sink, TABLE if paged(p) else "pos", "k_cache", "v_cache", "out", parts, states),
             self.shared_bytes(p, config),

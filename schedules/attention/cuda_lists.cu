@@ -4,9 +4,9 @@
 // of the list in its order, then the last positions. A row sees what is behind its own window through the
 // list, and its window as such, so that each key counts once. Where the keys of a stage lie is looked up one
 // stage before they are copied. Blocks may have any number of positions, single tokens too: each row is
-// copied by itself. Constants: T, H, KV, HS, D, DV, DK, DW (widths of the caches' rows), CAP, SLOTS, FIRST, PAGE,
-// BLOCK, KMAX, LIST (tokens that share a list), WINDOW, SINK, SCALE (with log2(e)), KEYS, STAGES, WARPS,
-// PARTS, MERGE_THREADS.
+// copied by itself. Constants: T, H, KV, HS, D, DV, DK, DW (widths of the caches' rows), CAP, SLOTS, FIRST,
+// PAGE, BLOCK, KMAX, LIST (tokens that share a list), WINDOW, SINK, SCALE (with log2(e)), KEYS, STAGES,
+// WARPS, PARTS, MERGE_THREADS.
 #include "flash.cuh"
 #include "kv_slots.cuh"
 
@@ -17,7 +17,7 @@ constexpr int OWN = KEYS / WARPS;  // keys of a stage that a warp takes
 constexpr int K_BYTES = KEYS * flash::STRIDE<DK>, STAGE_BYTES = K_BYTES + KEYS * flash::STRIDE<DW>;
 constexpr int RING = STAGES + 1;  // stages whose places are known
 
-// Grid: lists of all sequences, tiles of rows of each group, parts.
+// Grid: tiles of rows (of each group of each tile of each list), parts.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
     attend_lists(const float* __restrict__ q, const int* __restrict__ pos, const int* __restrict__ idx,
                  const int* __restrict__ cnt, const int* __restrict__ table, const float* __restrict__ sink,
@@ -25,15 +25,16 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
                  float* __restrict__ out, float* __restrict__ lse, float* __restrict__ parts,
                  float* __restrict__ states) {
   MIMO_SHARED(shared);
-  const int list = blockIdx.x % LISTS, sequence = blockIdx.x / LISTS;
-  const int group = blockIdx.y % GROUPS, tile = blockIdx.y / GROUPS, part = blockIdx.z;
+  const int unit = blockIdx.x, part = blockIdx.y, row_list = unit / GROUPS / TILES;
+  const int group = unit % GROUPS, tile = unit / GROUPS % TILES;
+  const int list = row_list % LISTS, sequence = row_list / LISTS;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int start = pos[2 * sequence], valid = pos[2 * sequence + 1];
   // the tile's first and last token, and the positions that any of its rows sees
   const int first = list * LIST + tile * 16 / GROUP;
   const int last = min(list * LIST + min((tile * 16 + 15) / GROUP, TOKENS - 1), valid - 1);
   const int end = last < first ? 0 : start + last + 1;
-  const int line = (sequence * LISTS + list) * HS + group * HS / GROUPS;
+  const int line = row_list * HS + group * HS / GROUPS;
   const int listed = end > 0 ? cnt[line] * BLOCK : 0;
   const int recent = WINDOW > 0 ? max(0, start + first - WINDOW + 1) : end;  // where the first window begins
   const int steps = (listed + max(end - recent, 0) + KEYS - 1) / KEYS;
@@ -101,10 +102,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
   cp_async_wait<0>();
   block_sync();
 
-  const size_t unit = (size_t(blockIdx.x) * TILES + tile) * GROUPS + group;
   flash::merge_warps<WARPS, DW>(shared, rows, [&](int row, int column, float value, float top, float sum) {
     if constexpr (PARTS > 1) {
-      const size_t place = (unit * PARTS + part) * 16 + row;
+      const size_t place = (size_t(unit) * PARTS + part) * 16 + row;
       if (from < to) parts[place * DW + column] = value;
       if (column == 0) {
         states[2 * place] = top;

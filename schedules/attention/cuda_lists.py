@@ -58,7 +58,7 @@ class CudaLists(CudaParts):
         parts, states = (self.parts_of(p, config, n) for n in ("parts", "states"))
         first = Launch(
             "attend_lists",
-            (p["b"] * blocks_of(p["t"], p["rows"]), _groups(p) * _tiles(p), config.parts),
+            (self.units(p), config.parts, 1),
             32 * config.warps,
             ("q", "pos", "idx", "cnt", table, sink, "k_cache", "v_cache", "out", "lse", parts, states),
             self.shared_bytes(p, config),

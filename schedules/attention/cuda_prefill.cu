@@ -3,20 +3,22 @@
 // A block has 16 rows (token, head of a KV head's group) for each warp and passes over the positions that any
 // of them sees, KEYS at a time through STAGES stages in shared memory. Keys that no row of a warp sees are
 // left out, and masks are looked at only where some row sees some of the keys. Blocks of the last tokens,
-// which see most, come first. Constants: as in cuda_decode.cu, without PARTS and MERGE_THREADS.
+// which see most, come first. Constants: as in cuda_decode.cu, without PARTS and MERGE_THREADS, and B
+// (sequences).
 #include "flash.cuh"
 #include "kv_slots.cuh"
 
 constexpr int GROUP = H / KV, ROWS = T * GROUP, TILE = 16 * WARPS;
+constexpr int TILES = (ROWS + TILE - 1) / TILE;
 constexpr int K_BYTES = KEYS * flash::STRIDE<DK>, STAGE_BYTES = K_BYTES + KEYS * flash::STRIDE<DW>;
 
-// Grid: KV heads, tiles of rows (the last ones first), sequences.
+// Grid: KV heads of each sequence for each tile of rows, the last tile first.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
     attend(const float* __restrict__ q, const int* __restrict__ pos, const float* __restrict__ sink,
            const int* __restrict__ pages, const uint16_t* __restrict__ k_cache,
            const uint16_t* __restrict__ v_cache, float* __restrict__ out) {
   MIMO_SHARED(shared);
-  const int kv = blockIdx.x, tile = gridDim.y - 1 - blockIdx.y, sequence = blockIdx.z;
+  const int kv = blockIdx.x % KV, sequence = blockIdx.x / KV % B, tile = TILES - 1 - blockIdx.x / KV / B;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int start = pos[2 * sequence], valid = pos[2 * sequence + 1];
   // tokens of the block and of the warp, and the positions that any row of the block sees

@@ -58,13 +58,17 @@ class CudaPrefill(CudaFlash):
         """Return the file of the text."""
         return Path(__file__).with_suffix(".cu")
 
+    def constants(self, workload: Workload) -> dict[str, int | float | bool]:
+        """Return what the text is told of a workload."""
+        return super().constants(workload) | {"B": get_op(self.op).full(workload)["b"]}
+
     def launches(self, workload: Workload, config: StagesConfig) -> tuple[Launch, ...]:
         """Return the one launch."""
         p = get_op(self.op).full(workload)
         tiles = tiles_of(p["t"], p["h"] // p["kv"], HEIGHT * config.warps)
         sink, table = "sink" if p["sink"] else "q", TABLE if paged(p) else "pos"
         given = ("q", "pos", sink, table, "k_cache", "v_cache", "out")
-        grid = (p["kv"], tiles, p["b"])
+        grid = (p["kv"] * p["b"] * tiles, 1, 1)
         return (Launch("attend", grid, 32 * config.warps, given, self.shared_bytes(p, config)),)
 
     def work(self, workload: Workload, config: StagesConfig, hardware: Hardware) -> Counts:

@@ -14,6 +14,7 @@ from mimo_compile.schedules import get_schedule, schedules_for
 from mimo_compile.schedules.attention import cuda_layout as layout
 from mimo_compile.schedules.attention.cuda_append import WarpsConfig
 from mimo_compile.schedules.attention.cuda_flash import PartsConfig, StagesConfig
+from mimo_compile.schedules.cuda import limits
 from mimo_compile.schedules.cuda.emulate import compiler
 from mimo_compile.search.measure.emulated import check_emulated
 
@@ -106,6 +107,20 @@ def test_heads_of_any_width_have_a_legal_default_or_no_kernel(hardware):
                 assert sum(1 for _ in space) > 5
     many = parse_workload("cached_attention:t=3000,h=8,kv=2,d=64,dv=64,cap=4096,c=bf16")
     assert [s.name for s in schedules_for(many, hardware)] == [PREFILL.name]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "cached_attention:t=1000000,h=64,kv=1,d=64,dv=64,cap=1000000,c=bf16",
+        "sparse_attention:t=100000,h=64,kv=8,d=64,dv=64,cap=100000,hs=8,block=64,kmax=16,rows=100000,c=bf16",
+        "kv_append:t=100000,h=64,kv=8,d=64,dv=64,cap=100000,c=bf16",
+    ],
+)
+def test_launches_of_many_tokens_are_within_limits(text):
+    workload = parse_workload(text)
+    for schedule in schedules_for(workload, H200):
+        limits.check(schedule.lower(workload, schedule.space(workload, H200).default, H200), H200)
 
 
 # -- results ---------------------------------------------------------------------------------------
