@@ -99,8 +99,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
       turn.next();
     }
     wgmma_wait<0>();
-    wgmma_pin(sum);
     if (thread % 32 == 0) mbarrier_arrive(empty + before);
+    wgmma_pin(sum);
     const int row = work.m0 + group * 64 + thread / 32 * 16 + thread % 32 / 4;
 #pragma unroll
     for (int j = 0; j < BN / 8; ++j) {
