@@ -39,7 +39,7 @@ from mimo_compile.schedules.cuda.memory import Cell, carrier, cells_of
 DEVICE = Path(__file__).parent / "device"
 COMMON = (
     "-std=c++17", "-w", "-Wno-psabi", "-ffp-contract=off", "-fno-strict-aliasing", "-fno-stack-protector",
-    "-fno-pie",
+    "-fpie",
 )  # fmt: skip
 """Options of the compiler: sums are not contracted, so that a result does not depend on the host."""
 KERNEL = (
@@ -188,7 +188,7 @@ def _built(source: str) -> Path:
     text, code, program = (stem.with_suffix(s) for s in (".cpp", ".o", ".run"))
     text.write_text(source, encoding="utf-8")
     _compile([cxx, *KERNEL, "-I", str(DEVICE), "-c", "-o", str(code), str(text)])
-    _compile([cxx, "-no-pie", "-o", str(program), str(code), str(runtime)])
+    _compile([cxx, "-pie", "-o", str(program), str(code), str(runtime)])
     return program
 
 
@@ -230,4 +230,5 @@ def _with_line(text: str, program: str) -> str:
     command = [tool, "-i", "-e", program, address]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = [line.rsplit("/", 1)[-1].split(" ")[0] for line in done.stdout.splitlines()]
+    lines = [line for line in lines if not line.startswith("launch.cuh")]
     return text.replace(found[0], "in " + " < ".join(lines)) if lines else text

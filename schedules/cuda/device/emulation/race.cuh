@@ -203,6 +203,16 @@ extern "C" void __tsan_read_range(void* p, unsigned long n) {
 extern "C" void __tsan_write_range(void* p, unsigned long n) {
   emulated::note_access(p, n, true, __builtin_return_address(0));
 }
+// clang's
+extern "C" void* __tsan_memcpy(void* to, const void* from, unsigned long n) {
+  emulated::note_access(from, n, false, __builtin_return_address(0));
+  emulated::note_access(to, n, true, __builtin_return_address(0));
+  return memcpy(to, from, n);
+}
+extern "C" void* __tsan_memset(void* to, int value, unsigned long n) {
+  emulated::note_access(to, n, true, __builtin_return_address(0));
+  return memset(to, value, n);
+}
 extern "C" void __tsan_init() {}
 extern "C" void __tsan_func_entry(void*) {}
 extern "C" void __tsan_func_exit() {}

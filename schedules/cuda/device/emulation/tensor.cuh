@@ -98,7 +98,7 @@ float cut_sum(float c, const double* products, int count, int bits) {
   const double exact = double(sum) / scale;
   float out = float(exact);
   if (std::fabs(double(out)) > std::fabs(exact)) out = std::nextafter(out, 0.0f);
-  return out;
+  return same_bits<float>(same_bits<uint32_t>(out) & ~0u << (24 - bits));   // the accumulator has no more, either
 }
 
 // c + sum of a[i] b[i], as an instruction of depth `depth` does it.

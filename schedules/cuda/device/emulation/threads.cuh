@@ -7,6 +7,8 @@
 #pragma once
 #include "memory.cuh"
 
+extern "C" const char __executable_start;   // of the linker
+
 namespace emulated {
 
 constexpr int LANES = 32, MOST_WARPS = 32, BARRIERS = 16;
@@ -67,7 +69,9 @@ bool deliver_box();   // lets one bulk copy arrive; false: there is none, see bu
 
 int describe_thread(char* to, size_t room) {
   if (!running) return 0;
-  if (access_pc) return snprintf(to, room, ", thread %u at %p", running->index, access_pc);
+  if (access_pc)   // as addr2line takes it
+    return snprintf(to, room, ", thread %u at 0x%tx", running->index,
+                    static_cast<const char*>(access_pc) - &__executable_start);
   return snprintf(to, room, ", thread %u, at or after %s (line %d)", running->index, running->site.name,
                   running->site.line);
 }
