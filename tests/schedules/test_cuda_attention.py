@@ -147,6 +147,7 @@ QUICK = [
         "cached_attention:t=40,h=3,kv=1,d=24,dv=18,cap=120,window=60,sink=1,len=200,c=bf16",
         StagesConfig(16, 2, 4),
     ),
+    (PREFILL, "cached_attention:t=5,h=15,kv=1,d=9,dv=9,cap=80,window=64,c=bf16", StagesConfig(16)),
 ]
 
 
