@@ -4,8 +4,9 @@
 
 The model is the built-in one whose experts are made `--factor` times as wide by rows of zeros: it computes
 the same and routes the same text alike, while its experts have the bytes, and take the time, of larger ones.
-Tokens of held-out text are appended one at a time. All weights are hashed before. Figures are medians of
-`--repeat` runs; ratios are to reading on demand at the same rate, run by run.
+Tokens of held-out text are appended one at a time, each with all ways in turn. Where others use the machine,
+times are long now and then: of each token and way the least of `--repeat` runs counts, and their sum is its
+time. Counts are those of all runs.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from mimo_compile.runtime import ExpertMemory, load
 from mimo_compile.runtime.module import Module
 
 BEGIN, END = "<!-- expert memory: begin -->", "<!-- expert memory: end -->"
-WARM = 64
+WARM = 32
 """Tokens before those that are timed."""
 
 
@@ -75,39 +76,50 @@ def text(module: Module, count: int) -> list[int]:
     raise SystemExit(f"there are not {count} tokens of held-out text")
 
 
-def run(
-    path: Path, how: ExpertMemory | None, count: int, expected: list[bytes]
-) -> dict[str, float]:
-    """Append tokens one by one; returns figures for a token."""
-    module = load(path, threads=1, verify="full", expert_memory=how)
-    tokens = text(module, WARM + count)
-    session = module.session()
-    found = [session.append([token]).tobytes() for token in tokens[:WARM]]
-    before = module.experts.facts() if module.experts else {}
-    begin = time.perf_counter()
-    found += [session.append([token]).tobytes() for token in tokens[WARM:]]
-    seconds = time.perf_counter() - begin
-    if not expected:
-        expected += found
-    if found != expected:
-        raise SystemExit("the hidden states are not those with all experts in memory")
-    after = module.experts.facts() if module.experts else {}
-    used = {name: after[name] - before[name] for name in after}
-    out = {"tokens_per_s": count / seconds, "ms": 1e3 * seconds / count}
-    if used:
-        needs = used["needs"]
-        out |= {
-            "hits": used["hits"] / needs, "ahead": used["ahead"] / needs, "late": used["late"] / needs,
-            "misses": used["misses"] / needs, "mb_read": used["bytes_read"] / count / 1e6,
-            "stall_ms": 1e3 * used["stall_seconds"] / count,
-            "unused": used["unused"] / max(used["loaded_ahead"], 1), "slots": after["slots"],
-            "experts": after["experts"],
-        }  # fmt: skip
+def timed(modules: list[Module], tokens: list[int], repeat: int) -> list[dict[str, float]]:
+    """Append tokens one by one, with each module in turn; returns figures for a token.
+
+    Raises:
+        SystemExit: Two of them give other hidden states.
+    """
+    count = len(tokens) - WARM
+    least = np.full((len(modules), count), np.inf)
+    before = []
+    for _ in range(repeat):
+        sessions = [module.session() for module in modules]
+        for token in tokens[:WARM]:
+            for session in sessions:
+                session.append([token])
+        if not before:
+            before = [module.experts.facts() if module.experts else {} for module in modules]
+        for at, token in enumerate(tokens[WARM:]):
+            found = set()
+            for way, session in enumerate(sessions):
+                begin = time.perf_counter()
+                hidden = session.append([token])
+                least[way, at] = min(least[way, at], time.perf_counter() - begin)
+                found.add(hidden.tobytes())
+            if len(found) > 1:
+                raise SystemExit("hidden states depend on where experts lie")
+    out = []
+    for module, first, seconds in zip(modules, before, least.sum(1), strict=True):
+        row = {"tokens_per_s": count / seconds, "ms": 1e3 * seconds / count}
+        if module.experts:
+            last = module.experts.facts()
+            used = {name: last[name] - first[name] for name in last}
+            row |= {
+                name: used[name] / used["needs"] for name in ("hits", "ahead", "late", "misses")
+            }
+            appended = repeat * count + (repeat - 1) * WARM
+            row["mb_read"] = used["bytes_read"] / appended / 1e6
+            row["unused"] = used["unused"] / max(used["loaded_ahead"], 1)
+            row |= {"slots": last["slots"], "experts": last["experts"]}
+        out.append(row)
     return out
 
 
 def ways_of(
-    path: Path, parts: int, balances: list[float], count: int, expected: list[bytes]
+    path: Path, parts: int, balances: list[float], tokens: list[int]
 ) -> Iterator[tuple[str, str, ExpertMemory | None]]:
     """Name the ways to have experts, with the rate at which the file can be read.
 
@@ -117,27 +129,24 @@ def ways_of(
     yield "mapped", "", None
     everything = ExpertMemory(1 << 50)
     yield "all in slots", "", everything
-    facts = load(path, expert_memory=everything).experts.facts()  # type: ignore[union-attr]
-    size = int(facts["expert_bytes"]) // parts
-    seconds = run(path, everything, count, expected)["ms"] / 1e3
-    missed = 1e6 * run(path, ExpertMemory(size, ahead=0), count, expected)["mb_read"]
+    whole = load(path, threads=1, verify="full", expert_memory=everything)
+    assert whole.experts is not None
+    size = int(whole.experts.facts()["expert_bytes"]) // parts
+    some = load(path, threads=1, verify="full", expert_memory=ExpertMemory(size, ahead=0))
+    fast, slow = timed([whole, some], tokens, 5)
     for balance in (0.0, *balances):
-        rate = missed / seconds / balance if balance else None
+        rate = 1e9 * slow["mb_read"] / fast["ms"] / balance if balance else None
         name = f"{rate / 1e9:.2f} GB/s ({balance:g})" if rate else "page cache"
         for ahead in (0, 1, 2):
-            yield (
-                f"{ahead} ahead" if ahead else "on demand",
-                name,
-                ExpertMemory(size, ahead=ahead, bytes_per_s=rate),
-            )
+            what = f"{ahead} ahead" if ahead else "on demand"
+            yield what, name, ExpertMemory(size, ahead=ahead, bytes_per_s=rate)
 
 
 def table(rows: list[dict[str, object]]) -> str:
     """Return the figures as a table in Markdown."""
     lines = [
-        "| experts | file | tokens/s | times on demand | hits | of them ahead | late | misses | MB read "
-        "| ms waited |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| experts | file | tokens/s | times on demand | hits | of them ahead | late | misses | MB read |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
 
     def part(row: dict[str, object], name: str, form: str) -> str:
@@ -147,7 +156,7 @@ def table(rows: list[dict[str, object]]) -> str:
         cells = [
             str(row["mode"]), str(row["file"]) or "–", part(row, "tokens_per_s", ".0f"),
             part(row, "ratio", ".2f"), *(part(row, n, ".1%") for n in ("hits", "ahead", "late", "misses")),
-            part(row, "mb_read", ".1f"), part(row, "stall_ms", ".2f"),
+            part(row, "mb_read", ".1f"),
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -162,7 +171,7 @@ def main() -> None:
     parser.add_argument("--factor", type=int, default=64, help="how many times as wide experts are")
     parser.add_argument("--quant", default="w2g64")
     parser.add_argument("--parts", type=int, default=4, help="experts are so many times the memory")
-    parser.add_argument("--tokens", type=int, default=192)
+    parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument(
         "--balance", type=float, nargs="*", default=[0.5, 1, 2],
         help="time to read what is missing over the time to compute, for each rate",
@@ -172,29 +181,15 @@ def main() -> None:
     parser.add_argument("--write", type=Path, help="put the table between the marks of this page")
     args = parser.parse_args()
     path = model(args.model, args.factor, args.quant, WARM + args.tokens)
-    expected: list[bytes] = []
-    ways = list(ways_of(path, args.parts, args.balance, args.tokens, expected))
-    runs: list[list[dict[str, float]]] = [[] for _ in ways]
-    for _ in range(args.repeat):
-        for found, (_, _, how) in zip(runs, ways, strict=True):
-            found.append(run(path, how, args.tokens, expected))
+    tokens = text(load(path), WARM + args.tokens)
+    ways = list(ways_of(path, args.parts, args.balance, tokens))
+    modules = [load(path, threads=1, verify="full", expert_memory=how) for _, _, how in ways]
     rows: list[dict[str, object]] = []
-    for found, (mode, file, how) in zip(runs, ways, strict=True):
-        row: dict[str, object] = {"mode": mode, "file": file}
-        row |= {name: float(np.median([one[name] for one in found])) for name in found[0]}
-        if file and how is not None:
-            other = next(
-                r for r, w in zip(runs, ways, strict=True)
-                if w[:2] == ("on demand", file)
-            )  # fmt: skip
-            pairs = [
-                a["tokens_per_s"] / b["tokens_per_s"] for a, b in zip(found, other, strict=True)
-            ]
-            row |= {
-                "ratio": float(np.median(pairs)),
-                "ratio_least": min(pairs),
-                "ratio_most": max(pairs),
-            }
+    for (mode, file, _), found in zip(ways, timed(modules, tokens, args.repeat), strict=True):
+        row: dict[str, object] = {"mode": mode, "file": file, **found}
+        base = next((r for r in rows if r["file"] == file and r["mode"] == "on demand"), row)
+        if file:
+            row["ratio"] = found["tokens_per_s"] / float(str(base["tokens_per_s"]))
         rows.append(row)
     print(table(rows))
     if args.out:

@@ -45,7 +45,7 @@ class ExpertMemory:
     policy: str = "load"
     """What leaves first: ``load``, the expert with the least recent load; ``lru``, the one that was needed
     longest ago."""
-    ahead: int = 2
+    ahead: int = 1
     """Load what so many of the next layers will probably need while one runs; 0: nothing."""
     bytes_per_s: float | None = None
     """Read no faster than that from the file, to see what a slower one would do; None: as fast as it goes."""

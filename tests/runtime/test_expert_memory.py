@@ -120,7 +120,7 @@ def test_a_prompt_whose_experts_have_no_room_together_runs_in_waves(files, wante
 
 
 def test_the_next_layers_routers_are_asked_with_the_rows_of_this_one(files, monkeypatch):
-    module = load(files("float"), threads=1, expert_memory="1MiB")
+    module = load(files("float"), threads=1, expert_memory=ExpertMemory("1MiB", ahead=2))
     calls = [made for made, _ in module.bind("step_16").calls if hasattr(made, "_ahead")]
     assert [[f.layer for f in call._ahead] for call in calls] == [[1, 2], [2], []]
     others = samples.weights("float")[1]
