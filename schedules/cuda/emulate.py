@@ -44,9 +44,10 @@ COMMON = (
 """Options of the compiler: sums are not contracted, so that a result does not depend on the host."""
 KERNEL = (
     *COMMON, "-O1", "-g1", "-gdwarf-4", "-fstack-clash-protection", "-fsanitize=alignment,bounds,thread",
-    "-fsanitize-undefined-trap-on-error",
+    "-fsanitize-undefined-trap-on-error", "-fno-thread-jumps",
 )  # fmt: skip
-"""Those of a kernel's text: each plain access calls the emulator, in the place of the library for threads."""
+"""Those of a kernel's text: each plain access calls the emulator, in the place of the library for threads.
+Jumps are not threaded: it copies words behind a branch into its arms, where warps would seem to diverge."""
 
 
 class EmulationError(VerificationError):
@@ -79,8 +80,8 @@ def emulate(
         timeout_s: Longest time.
 
     Returns:
-        Outputs and mutated states, by name, as the kernel left them. What it did not write is NaN, or the
-        smallest integer.
+        Outputs and mutated states, by name, as the kernel left them. What it did not write is NaN, the
+        smallest signed or the largest unsigned integer.
 
     Raises:
         EmulationError: The code did something that it must not, or is no C++.

@@ -36,7 +36,11 @@ class Cell:
         if self.scratch or arg.role == "output":
             if arg.dtype in _CARRIERS:  # a NaN
                 return np.full(arg.shape, 0x7FC0 if dtype.itemsize == 2 else 0x7F, dtype)
-            return np.full(arg.shape, np.nan if dtype.kind == "f" else np.iinfo(dtype).min, dtype)
+            if dtype.kind == "f":
+                return np.full(arg.shape, np.nan, dtype)
+            # unsigned: all bits 1, a NaN where they hold floats; 0 would be what padding must be
+            limits = np.iinfo(dtype)
+            return np.full(arg.shape, limits.min if dtype.kind == "i" else limits.max, dtype)
         array = arrays[self.name]
         if array.shape != arg.shape or array.dtype.itemsize != dtype.itemsize:
             raise ValueError(

@@ -14,6 +14,7 @@ from mimo_compile.ir.ops.base import Arg
 from mimo_compile.schedules.cuda import emulate as module
 from mimo_compile.schedules.cuda.code import Launch
 from mimo_compile.schedules.cuda.emulate import EmulationError, emulate
+from mimo_compile.schedules.cuda.memory import Cell
 
 pytestmark = needs_compiler
 
@@ -26,6 +27,12 @@ __attribute__((noinline)) void deep(int at) {
   volatile uint8_t much[200000];
   much[at] = 1;
 }
+__device__ __forceinline__ uint32_t most(uint32_t x) {
+#pragma unroll
+  for (int i = 16; i > 0; i >>= 1) x = max(x, shfl_xor(x, i));
+  return x;
+}
+__attribute__((noinline)) uint32_t far(uint32_t x) { return most(x); }
 extern "C" __global__ void faulty(const int* mode, const uint8_t* x, uint32_t* y) {
   MIMO_SHARED(smem);
   const int what = mode[0], lane = threadIdx.x % 32;
@@ -52,6 +59,16 @@ extern "C" __global__ void faulty(const int* mode, const uint8_t* x, uint32_t* y
     case 15: y[64 + mode[1]] = 0; break;
     case 16: r[mode[1]] = 1; break;
     case 17: deep(mode[1]); break;
+    case 18: if (lane % 2) r[0] = most(lane) + 1;
+             else r[0] = most(lane) * 3;
+             break;
+    case 19: r[0] = lane % 2 ? shfl_xor(lane, 1) : shfl_xor(lane, 2); break;
+    case 20: if (lane % 2) r[0] = far(lane) + 1;
+             else r[0] = far(lane) * 3;
+             break;
+    case 21: r[0] = ld_global_nc(y + (threadIdx.x ^ 33));
+             block_sync();
+             break;
   }
   y[threadIdx.x] = r[0] + r[1] + r[2] + r[3];
 }
@@ -77,7 +94,7 @@ def test_a_program_without_faults_runs_to_its_end() -> None:
         (4, 0, r"load16 of 16 bytes is not inside an array: it begins byte 248 of 'x'"),
         (5, 0, r"load16 of 16 bytes is not aligned to them: byte 4 of 'x'"),
         (6, 1, r"not aligned"),
-        (7, 1 << 20, r"thread 0 in sample\.cu:24: reads 1 bytes at 1048320 bytes behind"),
+        (7, 1 << 20, r"thread 0 in sample\.cu:30: reads 1 bytes at 1048320 bytes behind"),
         (7, -4096, r"reads 1 bytes at 4096 bytes before 'x'"),
         (7, 256, r"reads 1 bytes at 0 bytes behind the end of 'x'"),
         (8, 0, r"ldmatrix_x4 at byte 8 of shared memory, which is no multiple of 16"),
@@ -90,6 +107,10 @@ def test_a_program_without_faults_runs_to_its_end() -> None:
         (15, 0, r"writes 4 bytes at 0 bytes behind the end of 'y'"),
         (16, 4, r"index outside a local array"),
         (17, 0, r"stack"),
+        (18, 0, r"diverged: thread 0 waits at shfl_xor \(line \d+\), thread 1 .* by another branch"),
+        (19, 0, r"diverged: thread 0 waits at shfl_xor \(line \d+\), thread 1 .* by another branch"),
+        (20, 0, r"diverged: thread 0 waits at shfl_xor \(line \d+\), thread 1 .* by another branch"),
+        (21, 0, r"writes byte \d+ of 'y', which ld_global_nc, load8 or load16 read in the same launch"),
     ],
 )  # fmt: skip
 def test_a_fault_is_found_and_named(mode: int, operand: int, said: str) -> None:
@@ -100,6 +121,7 @@ def test_a_fault_is_found_and_named(mode: int, operand: int, said: str) -> None:
 SYNC = """
 #include "warp.cuh"
 #include "async.cuh"
+#include "tma.cuh"
 extern "C" __global__ void neighbour(const int* fault, float* y) {
   MIMO_SHARED(smem);
   float* row = reinterpret_cast<float*>(smem);
@@ -145,6 +167,22 @@ extern "C" __global__ void groups(const int* fault, float* y) {   // warps 0, 1 
     return;   // those that have ended are not waited for
   }
   block_sync();
+}
+extern "C" __global__ void phases(const int* fault, float* y) {   // warp 0 writes, lane 31 tells the others
+  MIMO_SHARED(smem);
+  float* row = reinterpret_cast<float*>(smem);
+  uint64_t* full = reinterpret_cast<uint64_t*>(smem + 512);
+  if (threadIdx.x == 0) mbarrier_init(full, 1);
+  block_sync();
+  y[threadIdx.x] = 0;
+  if (threadIdx.x < 32) {
+    row[threadIdx.x] = float(threadIdx.x);
+    if (*fault != 13) warp_sync();
+    if (threadIdx.x == 31) mbarrier_arrive(full);
+  } else {
+    mbarrier_wait(full, 0);
+    y[threadIdx.x] = row[threadIdx.x % 32];
+  }
 }
 extern "C" __global__ void waited(const int* fault, const float* x, float* y) {
   MIMO_SHARED(smem);
@@ -194,7 +232,7 @@ W = (DRAWN.standard_normal(64) * 2.0 ** DRAWN.integers(-20, 10, 64)).astype(np.f
 W[:8] = [0, -0.0, 1e-7, -6e-8, 65519, 65520, 1.00390625, 1.01171875]
 RESULTS = {
     "neighbour": ((128,), "float32"), "reuse": ((128,), "float32"), "lanes": ((128,), "float32"),
-    "groups": ((128,), "float32"),
+    "groups": ((128,), "float32"), "phases": ((128,), "float32"),
     "waited": ((256,), "float32"), "blocks": ((256,), "float32"), "words": ((384,), "uint32"),
 }  # fmt: skip
 
@@ -220,6 +258,7 @@ def test_threads_that_wait_for_each_other_read_what_was_written() -> None:
         "reuse": np.roll(lane, -64) * 6,
         "lanes": lane ^ 3,
         "groups": np.concatenate([np.zeros(64), lane[63::-1]]),
+        "phases": np.where(lane < 32, 0, lane % 32),
         "waited": np.concatenate([np.roll(X[1::4], -32), second]),
         "blocks": np.arange(256),
     }
@@ -264,6 +303,7 @@ def test_threads_that_wait_for_each_other_read_what_was_written() -> None:
             12,
             r"blocks, .* a race: (reads|writes) byte \d+ of blocks, which thread \d+ (read|wrote)",
         ),
+        (13, r"phases, .* a race: (reads|writes) byte \d+ of shared memory"),
         (8, r"waited, .* reads byte \d+ of shared memory before the wait|a race: reads"),
     ],
 )
@@ -324,6 +364,19 @@ extern "C" __global__ void second(const float* part, const int* count, float* y)
   y[threadIdx.x] = sum + float(*count);
 }
 """
+
+
+@pytest.mark.parametrize(
+    "dtype", ["uint8", "uint16", "uint32", "bfloat16", "float8_e4m3fn", "int8"]
+)
+def test_what_nobody_wrote_is_not_what_padding_must_be(dtype: str) -> None:
+    import torch
+
+    held = Cell("x", Arg("x", "output", (4,), dtype), written=True, scratch=True).filled({})
+    assert held.all()
+    floats = {1: torch.float8_e4m3fn, 2: torch.bfloat16}
+    if held.dtype.kind == "u" and held.itemsize in floats:  # which such arrays may hold
+        assert torch.from_numpy(held).view(floats[held.itemsize]).float().isnan().all()
 
 
 def test_launches_share_scratch_memory() -> None:

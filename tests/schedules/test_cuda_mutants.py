@@ -29,7 +29,8 @@ ONE_SM = replace(CUDA["cuda:sm_90a"], cores=1, threads=1)
 """A block then has several tiles to go through."""
 WORDS = re.compile(
     r"\b(block_sync|warp_sync|named_sync|cp_async_wait<\w+>|cp_async_wait<[^;]*?>|cp_async_commit|mbarrier_wait|"
-    r"mbarrier_arrive|wgmma_fence|wgmma_commit|wgmma_wait<\w+>|fence_async_proxy|fence_barrier_init)\([^;]*\);"
+    r"mbarrier_arrive|wgmma_fence|wgmma_commit|wgmma_wait<\w+>|fence_async_proxy|fence_barrier_init|"
+    r"registers_decrease<\w+>|registers_increase<\w+>)\([^;]*\);"
 )
 CASES = [
     ("mpgemm.cuda_gemv", "mpgemm:m=2,n=9,k=150,w=w4g64,a=a8,bias=1", {}),
@@ -47,6 +48,7 @@ CASES = [
     ),
 ]  # fmt: skip
 NEEDLESS = {
+    "registers_increase<CONSUMER_REGISTERS>();": "threads then keep the registers that they began with",
     "cp_async_wait<0>();": "behind the last tile: no copy that was not waited for is under way",
 }
 

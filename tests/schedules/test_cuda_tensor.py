@@ -188,8 +188,8 @@ GROUP = """
 constexpr int N = 32, DEPTH = 64, STAGES = 2, STEPS = 3;
 constexpr int A_BYTES = 64 * 128, STAGE = A_BYTES + N * 128;
 
-// 64 x 32 outputs by one group of four warps, fed by a fifth warp's copies through a ring of two stages.
-extern "C" __global__ void __launch_bounds__(160, 1)
+// 64 x 32 outputs by one group of four warps, fed by another group's copies through a ring of two stages.
+extern "C" __global__ void __launch_bounds__(256, 1)
     multiply(const int* mode, const __grid_constant__ CUtensorMap a_map,
              const __grid_constant__ CUtensorMap b_map, float* y, uint32_t* raw) {
   MIMO_SHARED(smem);
@@ -205,8 +205,10 @@ extern "C" __global__ void __launch_bounds__(160, 1)
   }
   block_sync();
   if (threadIdx.x >= 128) {
-    registers_decrease<24>();
+    if (what == 20) registers_decrease<256>();
+    if (what < 18 || what == 21 || (what == 19 && threadIdx.x < 224)) registers_decrease<24>();
     if (threadIdx.x == 128) {
+      if (what == 21) smem[STAGE] = 1;
       for (int k = 0; k < STEPS; ++k) {
         const int s = k % STAGES;
         if (what != 2) mbarrier_wait(empty + s, (k / STAGES & 1) ^ 1);
@@ -219,16 +221,17 @@ extern "C" __global__ void __launch_bounds__(160, 1)
     if (what == 5 && threadIdx.x == 128) full[0] = 0;
     return;
   }
-  registers_increase<240>();
+  registers_increase<256>();
   float acc[N / 2];
   for (int i = 0; i < N / 2; ++i) acc[i] = 1.0f;
   for (int k = 0; k < STEPS; ++k) {
     const int s = k % STAGES;
-    if (what != 6) mbarrier_wait(full + s, k / STAGES & 1);
-    if (k == 0)
+    const bool late = what == 14;
+    if (what != 6 && !late) mbarrier_wait(full + s, k / STAGES & 1);
+    if (k == 0 && !late)
       for (int i = threadIdx.x; i < STAGE / 4; i += 128) raw[i] = reinterpret_cast<uint32_t*>(smem)[i];
     const uint64_t a = wgmma_descriptor(smem + s * STAGE), b = wgmma_descriptor(smem + s * STAGE + A_BYTES);
-    if (what >= 12 && k == 1) {   // one byte goes through a register
+    if ((what == 12 || what == 13 || what == 15) && k == 1) {   // one byte goes through a register
       if (threadIdx.x == 0) *const_cast<volatile uint8_t*>(smem + s * STAGE) = smem[s * STAGE];
       if (what == 13) fence_async_proxy();
       named_sync(1, 128);
@@ -238,8 +241,11 @@ extern "C" __global__ void __launch_bounds__(160, 1)
     if (what == 10 && threadIdx.x < 32) wgmma_bf16<N>(acc, a, b, 1);
     if (what == 11) acc[3] = 0;
     wgmma_commit();
-    if (what != 8) wgmma_wait<0>();
-    mbarrier_arrive(empty + s);
+    if (late) mbarrier_wait(full + s, k / STAGES & 1);
+    if (what == 15) fence_async_proxy();
+    if (what == 16) mbarrier_arrive(empty + s), mbarrier_wait(full + s, (k / STAGES & 1) ^ 1);
+    if (what != 8 && (what != 17 || k < 2)) wgmma_wait<0>();
+    if (what != 16) mbarrier_arrive(empty + s);
     if (what == 9 && k == 2) mbarrier_wait(full, 0), mbarrier_wait(full, 1);
   }
   const int g = threadIdx.x / 4, t = threadIdx.x % 4;   // rows 16 to a warp
@@ -248,7 +254,7 @@ extern "C" __global__ void __launch_bounds__(160, 1)
     const int r = row + 8 * (i / 2 % 2), c = 8 * (i / 4) + 2 * t + i % 2;
     y[r * N + c] = acc[i];
   }
-  if (what == 8) wgmma_wait<0>();
+  if (what == 17) wgmma_wait<0>();
 }
 """
 K = 3 * 64 - 16  # the last box hangs over the edge
@@ -263,7 +269,7 @@ def multiplied(mode: int, order: int = 0) -> tuple[Values, Values, dict[str, Val
     inputs = {"mode": np.array([mode], np.int32), "a": a, "b": b}
     outputs = {"y": ((64, 32), "float32"), "raw": ((STAGE // 4,), "uint32")}
     got = run(
-        GROUP, "multiply", inputs, outputs, 160, 2 * STAGE + 32,
+        GROUP, "multiply", inputs, outputs, 256, 2 * STAGE + 32,
         operands=("mode", *MAPS, "y", "raw"), order=order,
     )  # fmt: skip
     return a, b, got
@@ -297,10 +303,18 @@ def test_a_warp_group_multiplies_what_bulk_copies_bring(order: int) -> None:
         (4, r"tma_load at byte 64 of shared memory, which is no multiple of 1024"),
         (5, r"the barrier at byte \d+ of shared memory was overwritten"),
         (7, r"wgmma without a wgmma_fence"),
+        (8, r"warp \d ended before its wgmma did: wgmma_wait comes first"),
         (9, r"deadlock: .*mbarrier_wait \(line \d+\) for the end of parity \d of the barrier at byte \d+"),
         (10, r"differs from its group's|issued 5 wgmma, another of its group 4|issued \d+ wgmma"),
         (11, r"accumulator 3 of wgmma was changed"),
         (12, r"wgmma reads byte 12288 of shared memory, which thread 0 wrote without a fence_async_proxy"),
+        (14, r"a race: (wgmma reads|tma_load writes) byte \d+ of shared memory"),
+        (15, r"wgmma reads byte 12288 of shared memory, which thread 0 wrote without a fence_async_proxy"),
+        (16, r"byte \d+ of shared memory was written while a wgmma that reads it was under way"),
+        (18, r"deadlock: threads 0-127 wait at registers_increase \(line \d+\)"),
+        (19, r"a change of registers in line|changed its registers 0 times, another of its group 1"),
+        (20, r"registers_decrease to 256 by a warp whose threads have 248"),
+        (21, r"tma_load writes byte \d+ of shared memory, which thread 128 wrote without a fence_async"),
         (2, r"more than 1 arrivals at the barrier at byte \d+ in one phase"),
         (6, r"deadlock|a race"),
     ],
@@ -315,4 +329,4 @@ def test_what_a_thread_writes_needs_a_fence_before_wgmma_reads_it() -> None:
 
 
 def test_sums_are_unreadable_before_the_wait_for_them() -> None:
-    assert np.isnan(multiplied(8)[2]["y"]).all()
+    assert np.isnan(multiplied(17)[2]["y"]).all()

@@ -77,10 +77,10 @@ inline void fence_barrier_init() { emulated::fence_barriers(); }
 inline void fence_async_proxy() { emulated::fence_proxy(); }
 template <int N> inline void registers_decrease(int line = __builtin_LINE()) {
   static_assert(N % 8 == 0 && N >= 24 && N <= 256);
-  emulated::set_registers(MIMO_SITE);
+  emulated::set_registers(MIMO_SITE, N, false);
 }
 template <int N> inline void registers_increase(int line = __builtin_LINE()) {
   static_assert(N % 8 == 0 && N >= 24 && N <= 256);
-  emulated::set_registers(MIMO_SITE);
+  emulated::set_registers(MIMO_SITE, N, true);
 }
 #endif

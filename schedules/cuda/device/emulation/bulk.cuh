@@ -65,9 +65,9 @@ void arrive_at(const char* name, int line, uint64_t* barrier, int bytes) {
   PhaseBarrier& b = barrier_at(shared_address(barrier));
   if (!b.missing)
     fail("more than %d arrivals at the barrier at byte %u in one phase", b.arrivals, b.address - WINDOW);
-  Warp& w = *running->warp;
-  b.arrived.join(w.clock);
-  ++w.clock.of[w.index];
+  Thread& me = *running;
+  b.arrived.join(me.warp->clock);
+  b.arrived.of[me.index] = std::max(b.arrived.of[me.index], me.time++);
   --b.missing;
   b.bytes += bytes;
   end_phase_if_complete(b);
@@ -95,8 +95,10 @@ void load_box(int line, void* smem, const CUtensorMap& map, int column, int row,
   const size_t bytes = size_t(map.box_rows) * map.box_columns * map.element_bytes;
   if (!barrier_at(address).fenced)
     fail("tma_load with a barrier that no fence_barrier_init follows");
-  memset(shared_bytes(target, bytes, map.swizzle == 128 ? 1024 : 128, site.name), NOTHING, bytes);
-  note_write(*running, "tma_load writes", target - WINDOW, uint32_t(bytes), {++bulk_clock, 0, block_now, BULK, 0});
+  uint8_t* to = shared_bytes(target, bytes, map.swizzle == 128 ? 1024 : 128, site.name);
+  check_fenced("tma_load writes", target - WINDOW, uint32_t(bytes));
+  memset(to, NOTHING, bytes);
+  note_write(*running, "tma_load writes", target - WINDOW, uint32_t(bytes), by_bulk_copy());
   boxes.push_back({map, column, row, target, address, bulk_clock, site});
 }
 
@@ -122,7 +124,7 @@ bool deliver_box() {
   }
   PhaseBarrier& b = barrier_at(box.barrier);
   b.bytes -= int64_t(row_bytes) * m.box_rows;
-  b.arrived.of[MOST_WARPS] = std::max(b.arrived.of[MOST_WARPS], box.clock);
+  b.arrived.of[MOST_THREADS] = std::max(b.arrived.of[MOST_THREADS], box.clock);
   end_phase_if_complete(b);
   return true;
 }

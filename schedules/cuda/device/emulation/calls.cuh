@@ -51,7 +51,7 @@ void wait_for_phase(int line, uint64_t* barrier, int parity);
 void fence_barriers();
 void fence_proxy();
 void load_box(int line, void* smem, const CUtensorMap& map, int column, int row, uint64_t* barrier);
-void set_registers(const char* name, int line);
+void set_registers(const char* name, int line, int count, bool more);
 
 void fence_products(int line);
 void commit_products(int line);

@@ -1,9 +1,11 @@
-// Matrix products of a warp group: operands are read and sums appear as late as wgmma_wait allows.
+// Matrix products of a warp group: operands are read and sums appear as late as wgmma_wait allows. That they are
+// there, and that no thread lacks a fence, must hold when a product is issued; they must then stay as they are.
 //
 // Each of the four warps computes its 16 rows by itself, when it waits; all four must issue the same products in
 // the same order. Until a wait covers them, a product's sums are unreadable.
 #pragma once
 #include "bulk.cuh"
+#include "registers.cuh"
 #include "tensor.cuh"
 
 namespace emulated {
@@ -14,6 +16,7 @@ struct Product {
   int accumulate, columns;
   void (*compute)(const Product&, Warp&, std::vector<uint32_t>& sums);
   size_t target;             // of the warp's targets
+  uint32_t stamp;            // writes before it was issued
 };
 // Accumulators of one warp that a product under way writes: where each lane has them, and what they will hold.
 struct Target {
@@ -51,23 +54,36 @@ void check_descriptor(uint64_t d, int rows, const char* which) {
   shared_bytes(field(d, 0), 16, 16, which);
 }
 
+// Does act(byte) for each 16 bytes of shared memory that a warp's product reads.
+template <class Act> void for_operands(const Product& p, const Warp& warp, Act act) {
+  for (int k = 0; k < 32; k += 16) {
+    for (int r = 0; r < 16; ++r) act(operand_at(p.a, int(16 * (warp.index % 4)) + r, k) - WINDOW);
+    for (int n = 0; n < p.columns; ++n) act(operand_at(p.b, n, k) - WINDOW);
+  }
+}
+
+void check_at_issue(const Product& p, const Warp& warp) {
+  for_operands(p, warp, [&](uint32_t at) {
+    note_read(warp.thread[0], "wgmma reads", at, 16);
+    check_fenced("wgmma reads", at, 16);
+  });
+}
+
+void check_at_completion(const Product& p, const Warp& warp) {
+  for_operands(p, warp, [&](uint32_t at) {
+    for (uint32_t b = at; b < at + 16; ++b)
+      if (written[b].stamp > p.stamp)
+        fail("byte %u of shared memory was written while a wgmma that reads it was under way", b);
+    note_read(warp.thread[0], "wgmma reads", at, 16);
+  });
+}
+
 template <class T>
 void compute_product(const Product& p, Warp& warp, std::vector<uint32_t>& sums) {
   using Value = decltype(T::value(0, 0));
   using Sum = typename T::Sum;
   constexpr int DEPTH = 8 * T::PER;
-  const Thread& reader = warp.thread[0];
   auto read = [&](uint64_t d, int r, Value* to) {
-    for (int k = 0; k < 32; k += 16) {
-      const uint32_t at = operand_at(d, r, k) - WINDOW;
-      note_read(reader, "wgmma reads", at, 16);
-      for (uint32_t b = at; b < at + 16; ++b) {   // of what a thread wrote itself, as opposed to a copy
-        const Written& w = written[b];
-        if (w.writer != BULK && warps[w.writer / LANES].thread[w.writer % LANES].fences == w.fences && w.block == block_now)
-          fail("wgmma reads byte %u of shared memory, which thread %u wrote without a fence_async_proxy behind", b,
-               w.writer);
-      }
-    }
     for (int k = 0; k < 32; k += 4) {
       uint32_t word;
       memcpy(&word, shared_bytes(operand_at(d, r, k), 4, 4, "wgmma"), 4);
@@ -122,7 +138,7 @@ void issue(Kind kind, const char* name, int line, int columns, void* sums, uint6
   Mine mine{static_cast<uint32_t*>(sums), a, b, accumulate != 0, columns, COMPUTE[int(kind)]};
   if (int(running->index / 128 + 1) * 4 > warp_count)
     fail("wgmma by warps of a group that has less than four: the block has %d", warp_count);
-  meet({name, line}, &mine, [](Warp& warp, void* const* given) {
+  meet(MIMO_HERE(name, line), &mine, [](Warp& warp, void* const* given) {
     const Mine& first = *static_cast<Mine*>(given[0]);
     const int columns = first.columns;
     uint32_t* registers[LANES];
@@ -145,7 +161,8 @@ void issue(Kind kind, const char* name, int line, int columns, void* sums, uint6
            other.line);
     const size_t target = target_of(w, registers, columns / 2);
     ++w.targets[target].open;
-    w.flight.push_back({first.a, first.b, first.accumulate, columns, first.compute, target});
+    w.flight.push_back({first.a, first.b, first.accumulate, columns, first.compute, target, last_stamp});
+    check_at_issue(w.flight.back(), warp);
     ++w.open;
   });
 }
@@ -155,6 +172,7 @@ void complete_oldest(WarpProducts& w, Warp& warp) {
   const Product p = w.flight.front();
   w.flight.erase(w.flight.begin());
   Target& t = w.targets[p.target];
+  check_at_completion(p, warp);
   p.compute(p, warp, t.sums);
   if (--t.open) return;
   check_untouched(t);
@@ -166,23 +184,25 @@ void complete_oldest(WarpProducts& w, Warp& warp) {
 }
 
 void fence_products(int line) {
-  meet({"wgmma_fence", line}, nullptr, [](Warp& warp, void* const*) { products[warp.index].fenced = true; });
+  meet(MIMO_HERE("wgmma_fence", line), nullptr, [](Warp& warp, void* const*) { products[warp.index].fenced = true; });
 }
 void commit_products(int line) {
-  meet({"wgmma_commit", line}, nullptr, [](Warp& warp, void* const*) {
+  meet(MIMO_HERE("wgmma_commit", line), nullptr, [](Warp& warp, void* const*) {
     WarpProducts& w = products[warp.index];
     w.groups.push_back(w.open);
     w.open = 0;
   });
 }
 void wait_for_products(int line, int left) {
-  meet({"wgmma_wait", line}, &left, [](Warp& warp, void* const* given) {
+  meet(MIMO_HERE("wgmma_wait", line), &left, [](Warp& warp, void* const* given) {
     WarpProducts& w = products[warp.index];
     while (w.groups.size() > size_t(*static_cast<int*>(given[0]))) {
       if (w.groups.front()) w.fenced = false;
       for (size_t i = w.groups.front(); i--;) complete_oldest(w, warp);
       w.groups.erase(w.groups.begin());
     }
+    Thread& reader = warp.thread[0];   // as which operands are read: all lanes know that they have been
+    warp.clock.of[reader.index] = reader.time++;
   });
 }
 

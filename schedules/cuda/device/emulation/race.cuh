@@ -2,10 +2,11 @@
 // the functions below in the place of its library): it must lie inside an array, and it must be ordered to those of
 // other threads.
 //
-// Order is kept by vector clocks, one for each warp and one for bulk copies. Barriers, arrivals at phases and waits
-// for them pass clocks on. Two accesses of one byte, one of them a write, of which neither is known to the other's
-// warp, are a race; so are those of two lanes of a warp with neither a warp_sync nor a barrier between, and in
-// device memory those of two blocks of a launch, unless the later one called device_fence.
+// Order is kept by vector clocks: of each thread's time, and that of bulk copies, what each warp knows. Barriers,
+// arrivals at phases and waits for them pass clocks on; the lanes of a warp know of each other what they did before
+// a warp_sync or a barrier, and the arrival of one lane tells no more of the others. Two accesses of one byte by two
+// threads, one of them a write, of which neither is known to the other's warp, are a race; so are in device memory
+// those of two blocks of a launch, unless the later one called device_fence.
 // Reads of shared memory are kept by words of four bytes and the last lane of each warp alone, those of device memory
 // by words and the last reader, so that some races are missed.
 #pragma once
@@ -16,25 +17,26 @@ namespace emulated {
 constexpr uint32_t BULK = 0xFFFF, UNDER_WAY = ~0u;
 constexpr size_t MOST_TRACKED = size_t(16) << 20;   // bytes; larger arrays in device memory are not
 struct Written {
-  uint32_t clock;       // of the writer's warp, or of bulk copies; UNDER_WAY: cp.async that nobody waited for
-  uint32_t synced;      // how often its warp had met for memory's sake
+  uint32_t clock;       // of the writer, or of bulk copies; UNDER_WAY: cp.async that nobody waited for
   uint32_t block;       // all blocks are counted from 1
   uint16_t writer;      // thread, or BULK
   uint16_t fences;      // how often the writer had fenced for the asynchronous proxy
+  uint32_t stamp;       // how many writes there had been, of all
 };
 struct Read {           // of shared memory
   uint32_t clock[MOST_WARPS];
-  uint32_t synced;
-  uint16_t reader;
+  uint8_t lane[MOST_WARPS];
 };
 struct Seen {           // of device memory
-  uint32_t clock, synced, block, reader;
+  uint32_t clock, block, reader;
+  uint32_t constant;    // block that last read it by a load of what nobody writes
 };
 std::vector<Written> written;                       // for each byte of shared memory
 std::vector<Read> read_of;                          // for each four
 struct Tracked { std::vector<Written> written; std::vector<Seen> seen; };
 std::vector<Tracked> tracked;                       // arrays; empty where nothing writes
 uint32_t block_now, launch_began;                   // blocks up to `launch_began` are of earlier launches
+uint32_t last_stamp;
 bool block_fenced;                                  // whether a thread of this block called device_fence
 
 void begin_launch() {
@@ -51,11 +53,11 @@ void begin_races() {
   ++block_now;
   block_fenced = false;
   uint32_t latest = bulk_clock;
-  for (int w = 0; w < MOST_WARPS; ++w) latest = std::max(latest, warps[w].clock.of[w]);
+  for (const Warp& w : warps)
+    for (const Thread& t : w.thread) latest = std::max(latest, t.time);
   for (Warp& w : warps) {   // what earlier blocks did in shared memory is known to all
     for (uint32_t& c : w.clock.of) c = latest;
-    w.clock.of[w.index] = latest + 1;
-    ++w.synced;
+    for (Thread& t : w.thread) t.time = latest + 1;
   }
   bulk_clock = latest + 1;
 }
@@ -75,15 +77,13 @@ void begin_races() {
 bool knows(const Thread& t, const Written& w, bool device) {
   if (w.block != block_now) return !device || w.block <= launch_began || block_fenced;
   if (w.clock == UNDER_WAY) return false;
-  if (w.writer == BULK) return w.clock <= t.warp->clock.of[MOST_WARPS];
-  const uint32_t warp = w.writer / LANES;
-  if (warp != t.warp->index) return w.clock <= t.warp->clock.of[warp];
-  return w.writer == t.index || w.synced < t.warp->synced;
+  return w.writer == t.index || w.clock <= t.warp->clock.of[w.writer == BULK ? MOST_THREADS : w.writer];
 }
 
 Written by_thread(const Thread& t) {
-  return {t.warp->clock.of[t.warp->index], t.warp->synced, block_now, uint16_t(t.index), t.fences};
+  return {t.time, block_now, uint16_t(t.index), t.fences, ++last_stamp};
 }
+Written by_bulk_copy() { return {++bulk_clock, block_now, BULK, 0, ++last_stamp}; }
 
 void note_read(const Thread& t, const char* what, uint32_t at, uint32_t bytes) {
   for (uint32_t b = at; b < at + bytes; ++b)
@@ -91,25 +91,34 @@ void note_read(const Thread& t, const char* what, uint32_t at, uint32_t bytes) {
       race(what, b, shared.name, "wrote", written[b].writer, block_now, written[b].clock == UNDER_WAY);
   for (uint32_t word = at / 4; word <= (at + bytes - 1) / 4; ++word) {
     Read& r = read_of[word];
-    r.clock[t.warp->index] = t.warp->clock.of[t.warp->index];
-    r.reader = uint16_t(t.index), r.synced = t.warp->synced;
+    r.clock[t.warp->index] = t.time, r.lane[t.warp->index] = uint8_t(t.index % LANES);
   }
 }
 
 void note_write(const Thread& t, const char* what, uint32_t at, uint32_t bytes, const Written& by) {
   for (uint32_t word = at / 4; word <= (at + bytes - 1) / 4; ++word) {
     const Read& r = read_of[word];
-    for (int w = 0; w < warp_count; ++w)
-      if (w != int(t.warp->index) && r.clock[w] > t.warp->clock.of[w])
-        race(what, word * 4, shared.name, "read", r.reader / LANES == w ? r.reader : w * LANES, block_now);
-    if (r.reader / LANES == t.warp->index && r.reader != t.index && r.synced == t.warp->synced)
-      race(what, word * 4, shared.name, "read", r.reader, block_now);
+    for (int w = 0; w < warp_count; ++w) {
+      const uint32_t reader = w * LANES + r.lane[w];
+      if (reader != t.index && r.clock[w] > t.warp->clock.of[reader])
+        race(what, word * 4, shared.name, "read", reader, block_now);
+    }
   }
   for (uint32_t b = at; b < at + bytes; ++b) {
     const Written& w = written[b];
     const bool same_warp = w.writer != BULK && w.writer / LANES == t.warp->index;  // lanes may write one value
     if (!same_warp && !knows(t, w, false)) race(what, b, shared.name, "wrote", w.writer, block_now);
     written[b] = by;
+  }
+}
+
+// Fails where a thread wrote one of so many bytes itself, and did not fence for the asynchronous proxy since.
+void check_fenced(const char* what, uint32_t at, uint32_t bytes) {
+  for (uint32_t b = at; b < at + bytes; ++b) {
+    const Written& w = written[b];
+    if (w.writer == BULK || w.block != block_now) continue;
+    if (warps[w.writer / LANES].thread[w.writer % LANES].fences == w.fences)
+      fail("%s byte %u of shared memory, which thread %u wrote without a fence_async_proxy behind", what, b, w.writer);
   }
 }
 
@@ -121,12 +130,12 @@ void note_device(const Array& a, size_t at, size_t bytes, bool writes, const cha
   const Warp& mine = *t.warp;
   for (size_t word = at / 4; word <= (at + bytes - 1) / 4; ++word) {
     Seen& s = own.seen[word];
-    const bool now = s.block == block_now, same_warp = s.reader / LANES == mine.index;
-    const bool known = !now ? s.block <= launch_began || block_fenced
-                       : same_warp ? s.reader == t.index || s.synced < mine.synced
-                                   : s.clock <= mine.clock.of[s.reader / LANES];
+    const bool known = s.block != block_now ? s.block <= launch_began || block_fenced
+                                            : s.reader == t.index || s.clock <= mine.clock.of[s.reader];
+    if (writes && s.constant > launch_began)
+      fail("writes byte %zu of '%s', which ld_global_nc, load8 or load16 read in the same launch", at, a.name);
     if (writes && !known) race(what, uint32_t(word * 4), a.name, "read", s.reader, s.block);
-    if (!writes) s = {mine.clock.of[mine.index], mine.synced, block_now, t.index};
+    if (!writes) s = {t.time, block_now, t.index, s.constant};
   }
   for (size_t b = at; b < at + bytes; ++b) {
     Written& w = own.written[b];
@@ -140,11 +149,13 @@ void check_constant(const void* pointer, size_t bytes, const char* what) {
   check_global(pointer, bytes, false, what);
   const uint8_t* p = static_cast<const uint8_t*>(pointer);
   const Array& a = *array_at(p);
-  const std::vector<Written>& own = tracked[&a - arrays.data()].written;
+  Tracked& all = tracked[&a - arrays.data()];
+  const std::vector<Written>& own = all.written;
   for (size_t b = p - a.base; !own.empty() && b < p - a.base + bytes; ++b)
     if (own[b].block > launch_began)
       fail("%s of byte %zu of '%s', which thread %u wrote in the same launch: it may see what was there before", what, b,
            a.name, own[b].writer);
+  for (size_t b = p - a.base; !own.empty() && b < p - a.base + bytes; b += 4) all.seen[b / 4].constant = block_now;
 }
 
 // A plain access of the running thread.
@@ -214,5 +225,9 @@ extern "C" void* __tsan_memset(void* to, int value, unsigned long n) {
   return memset(to, value, n);
 }
 extern "C" void __tsan_init() {}
-extern "C" void __tsan_func_entry(void*) {}
-extern "C" void __tsan_func_exit() {}
+extern "C" void __tsan_func_entry(void* back) {
+  if (emulated::running) emulated::running->calls.push_back(back);
+}
+extern "C" void __tsan_func_exit() {
+  if (emulated::running) emulated::running->calls.pop_back();
+}

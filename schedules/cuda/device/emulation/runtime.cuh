@@ -29,9 +29,9 @@ bool surroundings_hold(const Array& a) {
 void run_block(uint3 index, int threads) {
   block = index;
   memset(shared.base, NOTHING, shared.bytes);
-  begin_races(), begin_bulk(), begin_products();
+  begin_races(), begin_bulk(), begin_products(), begin_registers(threads);
   run_threads(threads);
-  end_bulk(), end_products();
+  end_bulk(), end_products(), end_registers();
   if (!surroundings_hold(shared)) fail("wrote outside the %zu bytes of shared memory", shared.bytes);
 }
 

@@ -150,7 +150,7 @@ void product(Site site, void* c, const uint32_t* a, uint32_t b0, uint32_t b1) {
   });
 }
 void mma(Kind kind, const char* name, int line, void* c, const uint32_t* a, uint32_t b0, uint32_t b1) {
-  const Site site{name, line};
+  const Site site = MIMO_HERE(name, line);
   if (kind == Kind::BF16) return product<Bf16>(site, c, a, b0, b1);
   if (kind == Kind::F16) return product<F16>(site, c, a, b0, b1);
   if (kind == Kind::E4M3) return product<E4m3>(site, c, a, b0, b1);
@@ -161,7 +161,7 @@ void mma(Kind kind, const char* name, int line, void* c, const uint32_t* a, uint
 // gets two elements of matrix i, from row lane / 4, or, transposed, from column lane / 4.
 void ldmatrix(const char* name, int line, int count, uint32_t* r, uint32_t address, bool transposed) {
   struct Mine { uint32_t* r; uint32_t address; int count; bool transposed; } mine{r, address, count, transposed};
-  meet({name, line}, &mine, [](Warp& w, void* const* given) {
+  meet(MIMO_HERE(name, line), &mine, [](Warp& w, void* const* given) {
     for (int i = 0; i < static_cast<Mine*>(given[0])->count; ++i) {
       uint16_t matrix[8][8];
       for (int row = 0; row < 8; ++row) {

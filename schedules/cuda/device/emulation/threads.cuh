@@ -2,7 +2,8 @@
 //
 // A thread runs until it waits. Which warp goes on then is a parameter: the first that can (order 0), the
 // last (1), or any (a seed). So warps run as far ahead of each other as the program lets them, in either
-// direction, and what only a barrier would have kept apart goes wrong. Asynchronous work is done when no
+// direction, and what only a barrier would have kept apart goes wrong; the lanes of a warp take turns the same way.
+// Asynchronous work is done when no
 // thread can go on: as late as possible.
 #pragma once
 #include "memory.cuh"
@@ -11,21 +12,28 @@ extern "C" const char __executable_start;   // of the linker
 
 namespace emulated {
 
-constexpr int LANES = 32, MOST_WARPS = 32, BARRIERS = 16;
+constexpr int LANES = 32, MOST_WARPS = 32, MOST_THREADS = LANES * MOST_WARPS, BARRIERS = 16;
 constexpr size_t STACK = 128 << 10;
 
-// Where a thread waits: the word of the device headers that it called, and the line of the text.
+// Where a thread waits: the word of the device headers that it called, the line of the text, and the calls that
+// it came by: the same line is two places for the lanes of a warp where a branch led to each.
 struct Site {
   const char* name;
   int line;
-  bool operator==(const Site& other) const { return line == other.line && !strcmp(name, other.name); }
+  uint64_t path;
+  bool operator==(const Site& other) const {
+    return line == other.line && path == other.path && !strcmp(name, other.name);
+  }
 };
 
-// What a warp knows of others' time: accesses up to these are ordered before what it does next.
+int warp_count;
+
+// What a warp knows of threads' time: accesses up to these are ordered before what it does next.
 struct Clock {
-  uint32_t of[MOST_WARPS + 1];   // the last: bulk copies
+  uint32_t of[MOST_THREADS + 1];   // the last: bulk copies
   void join(const Clock& other) {
-    for (int i = 0; i <= MOST_WARPS; ++i) of[i] = std::max(of[i], other.of[i]);
+    for (int i = 0; i < warp_count * LANES; ++i) of[i] = std::max(of[i], other.of[i]);
+    of[MOST_THREADS] = std::max(of[MOST_THREADS], other.of[MOST_THREADS]);
   }
 };
 
@@ -36,6 +44,8 @@ struct Thread {
   Warp* warp;
   Site site{"its beginning", 0};
   bool ended;
+  uint32_t time;                    // passes with each arrival, and when its warp meets for memory's sake
+  std::vector<const void*> calls;   // that it is in, by where they return to
   uint16_t fences;                  // fence_async_proxy that it did
   int64_t barrier;                  // byte of shared memory and parity (lowest bit) that it waits for, or -1
   std::vector<uint8_t> copied;      // cp.async: data that has not arrived, 16 bytes each
@@ -49,7 +59,6 @@ struct Warp {
   int barrier_threads;
   Site site;
   Clock clock;
-  uint32_t synced;        // how often its lanes met for memory's sake
   void* given[LANES];     // what each lane brought to the meeting
   Thread thread[LANES];
 };
@@ -58,7 +67,7 @@ struct NamedBarrier { uint32_t warps; int threads; };
 std::vector<Warp> warps;
 NamedBarrier barriers[BARRIERS];
 uint32_t ready_warps;
-int live, warp_count;
+int live;
 uint64_t order;
 Thread* running;
 void* main_top;
@@ -138,21 +147,20 @@ uint32_t drawn() {  // xorshift: any order will do
   fail("deadlock: %s", text.c_str());
 }
 
+int one_of(uint32_t set) {   // whose turn it is
+  if (order == 1) return 31 - __builtin_clz(set);
+  if (order > 1)
+    for (int skip = drawn() % __builtin_popcount(set); skip--;) set &= set - 1;
+  return __builtin_ctz(set);
+}
+
 Thread* choose() {
   while (!ready_warps)
     if (!deliver_box()) deadlock();
-  int w = __builtin_ctz(ready_warps);
-  if (order == 1) {
-    w = 31 - __builtin_clz(ready_warps);
-  } else if (order > 1) {
-    uint32_t left = ready_warps;
-    for (int skip = drawn() % __builtin_popcount(left); skip--;) left &= left - 1;
-    w = __builtin_ctz(left);
-  }
-  Warp& warp = warps[w];
-  const int lane = __builtin_ctz(warp.ready);
-  warp.ready &= warp.ready - 1;
-  if (!warp.ready) ready_warps &= ~(1u << w);
+  Warp& warp = warps[one_of(ready_warps)];
+  const int lane = one_of(warp.ready);
+  warp.ready &= ~(1u << lane);
+  if (!warp.ready) ready_warps &= ~(1u << warp.index);
   return &warp.thread[lane];
 }
 
@@ -164,12 +172,22 @@ void park() {
   if (to != me) mimo_switch(&me->top, to->top);
 }
 
+// The place of a word that returns to `back`.
+Site site_of(const char* name, int line, const void* back) {
+  uint64_t path = reinterpret_cast<uintptr_t>(back);
+  for (const void* call : running->calls) path = path * 0x9E3779B97F4A7C15 + reinterpret_cast<uintptr_t>(call);
+  return {name, line, path};
+}
+#define MIMO_HERE(name, line) emulated::site_of(name, line, __builtin_return_address(0))
+
 void check_same_site(Warp& w, Site site) {
   if (!w.arrived) w.site = site;
   if (w.site == site) return;
   const int lane = __builtin_ctz(w.arrived);
-  fail("the threads of a warp diverged: thread %u waits at %s (line %d), thread %u comes to %s (line %d)",
-       w.thread[lane].index, w.site.name, w.site.line, running->index, site.name, site.line);
+  const bool same_line = w.site.line == site.line && !strcmp(w.site.name, site.name);
+  fail("the threads of a warp diverged: thread %u waits at %s (line %d), thread %u comes to %s (line %d)%s",
+       w.thread[lane].index, w.site.name, w.site.line, running->index, site.name, site.line,
+       same_line ? " by another branch" : "");
 }
 
 // All 32 lanes of a warp meet; the last to come does the work for all: act(warp, what each brought).
@@ -187,6 +205,11 @@ template <class Act> void meet(Site site, void* mine, Act act) {
   make_ready(w, ~bit);
 }
 
+// The lanes of a warp met for memory's sake: each knows what the others did.
+void join_lanes(Warp& w) {
+  for (Thread& t : w.thread) w.clock.of[t.index] = t.time++;
+}
+
 // Lets the warps of a barrier go when as many threads have come as it counts; 0: all that have not ended.
 void settle(int id) {
   NamedBarrier& b = barriers[id];
@@ -199,11 +222,10 @@ void settle(int id) {
   if (come < expected) return;
   Clock all{};
   for (int w = 0; w < warp_count; ++w)
-    if (b.warps >> w & 1) all.join(warps[w].clock);
+    if (b.warps >> w & 1) join_lanes(warps[w]), all.join(warps[w].clock);
   for (int w = 0; w < warp_count; ++w) {
     if (!(b.warps >> w & 1)) continue;
-    warps[w].clock = all;
-    ++warps[w].clock.of[w], ++warps[w].synced;
+    warps[w].clock.join(all);
     make_ready(warps[w], warps[w].arrived);
     warps[w].arrived = 0;
     warps[w].barrier = -1;
@@ -224,7 +246,7 @@ void arrive(Warp& w) {
 }
 
 void wait_at_barrier(const char* name, int line, int id, int threads) {
-  const Site site{name, line};
+  const Site site = MIMO_HERE(name, line);
   Thread& me = *running;
   Warp& w = *me.warp;
   me.site = site;
@@ -282,7 +304,7 @@ void run_threads(int threads) {
     make_ready(w, ~0u);
     for (int lane = 0; lane < LANES; ++lane) {
       Thread& t = w.thread[lane];
-      t.index = i * LANES + lane, t.warp = &w, t.ended = false, t.fences = 0, t.barrier = -1, t.site = {"its beginning", 0};
+      t.index = i * LANES + lane, t.warp = &w, t.ended = false, t.fences = 0, t.barrier = -1, t.site = {"its beginning", 0}, t.calls.clear();
       t.copied.clear(), t.targets.clear(), t.groups.clear(), t.open = 0;
       void** top = reinterpret_cast<void**>(stacks + STACK * (t.index + 1));
       *--top = nullptr;                                       // nowhere to return to
@@ -304,7 +326,7 @@ uint3 grid_shape() { return grid_extent; }
 uint32_t exchange(const char* name, int line, uint32_t bits, int from) {
   struct Mine { uint32_t value, result; int from; } mine{bits, 0, from};
   if (from < 0 || from >= LANES) fail("%s from lane %d", name, from);
-  meet({name, line}, &mine, [](Warp&, void* const* given) {
+  meet(MIMO_HERE(name, line), &mine, [](Warp&, void* const* given) {
     for (int lane = 0; lane < LANES; ++lane) {
       Mine& to = *static_cast<Mine*>(given[lane]);
       to.result = static_cast<Mine*>(given[to.from])->value;
@@ -315,7 +337,7 @@ uint32_t exchange(const char* name, int line, uint32_t bits, int from) {
 
 uint32_t ballot(int line, bool value) {
   struct Mine { bool value; uint32_t result; } mine{value, 0};
-  meet({"warp_ballot", line}, &mine, [](Warp&, void* const* given) {
+  meet(MIMO_HERE("warp_ballot", line), &mine, [](Warp&, void* const* given) {
     uint32_t all = 0;
     for (int lane = 0; lane < LANES; ++lane) all |= uint32_t(static_cast<Mine*>(given[lane])->value) << lane;
     for (int lane = 0; lane < LANES; ++lane) static_cast<Mine*>(given[lane])->result = all;
@@ -324,8 +346,7 @@ uint32_t ballot(int line, bool value) {
 }
 
 void warp_sync(int line) {
-  meet({"warp_sync", line}, nullptr, [](Warp& w, void* const*) { ++w.synced; });
+  meet(MIMO_HERE("warp_sync", line), nullptr, [](Warp& w, void* const*) { join_lanes(w); });
 }
-void set_registers(const char* name, int line) { meet({name, line}, nullptr, [](Warp&, void* const*) {}); }
 
 }  // namespace emulated
