@@ -20,8 +20,6 @@ from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.hardware import Hardware, gpu_of
 
 WARP = 32
-_PARTITIONS = 4
-"""Of an SM, each with a quarter of its registers."""
 _LAUNCH_S = 2e-6
 """From the end of one kernel to work of the next on the same stream. An assumption."""
 _PORT_BYTES = 64.0
@@ -97,10 +95,8 @@ def occupancy(launch: LaunchShape, hardware: Hardware) -> Occupancy:
     warps = -(-launch.threads // WARP)
     most = gpu.threads_per_sm // WARP
     limits = {"threads": most // warps, "blocks": gpu.blocks_per_sm}
-    if launch.registers:  # given to warps 256 at a time, from the registers of a quarter
-        each = -(-launch.registers * WARP // 256) * 256
-        quarter = gpu.registers_per_sm // _PARTITIONS // each
-        limits["registers"] = quarter * _PARTITIONS // warps
+    if launch.registers:
+        limits["registers"] = gpu.warps_with(launch.registers) // warps
     taken = -(-(launch.shared_bytes + gpu.shared_reserved) // 128) * 128
     limits["shared memory"] = gpu.shared_per_sm // taken
     limit = min(limits, key=lambda name: limits[name])

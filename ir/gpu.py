@@ -33,6 +33,14 @@ class Gpu:
     threads_per_sm: int = 2048
     blocks_per_sm: int = 32
 
+    def warps_with(self, registers: int) -> int:
+        """Return how many warps whose threads have so many registers (1 or more) an SM has registers for.
+
+        A warp gets them 256 at a time, from one of the four quarters of an SM.
+        """
+        each = -(-registers * 32 // 256) * 256
+        return 4 * (self.registers_per_sm // 4 // each)
+
 
 A100 = Gpu("sm_80", 163 << 10, 164 << 10, 1.41e9, 2.039e12)
 """A100 SXM with 80 GB: 108 SMs, 40 MiB of L2."""

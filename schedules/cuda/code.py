@@ -19,7 +19,9 @@ class TensorMap:
     """A matrix in device memory as the tensor memory accelerator reads it, box by box (row-major).
 
     The parameter of the kernel is ``const __grid_constant__ CUtensorMap``. What a box holds outside the
-    matrix is zero. ``swizzle``: bytes of the pattern in shared memory, 0 for none.
+    matrix is zero. ``swizzle``: bytes of the pattern in shared memory, 0 for none; a row of a box is as long.
+    A box begins at a multiple of 128 bytes of shared memory, of 1024 with a swizzle of 128; which 16 bytes
+    change places goes by the address there, not by the row of the box.
     """
 
     array: str

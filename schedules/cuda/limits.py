@@ -47,9 +47,11 @@ def refusal(
         return f"{shared_bytes} bytes of shared memory, a block has {gpu.shared_per_block}"
     if registers > MOST_REGISTERS:
         return f"{registers} registers, a thread has {MOST_REGISTERS}"
-    taken = -(-registers // 8) * 8 * threads  # they come in eights
-    if taken > gpu.registers_per_sm:
-        return f"{threads} threads with {registers} registers, an SM has {gpu.registers_per_sm}"
+    if registers and gpu.warps_with(registers) * WARP < threads:
+        return (
+            f"{threads} threads with {registers} registers, an SM has {gpu.registers_per_sm} "
+            f"in quarters: for {gpu.warps_with(registers) * WARP} threads"
+        )
     if cluster != 1 and "sm_90a" not in hardware.features:
         return f"clusters, which {gpu.arch} does not have"
     if not 1 <= cluster <= _MOST_CLUSTER:
@@ -128,7 +130,10 @@ def _problem(launch: Launch, arrays: dict[str, Arg], hardware: Hardware) -> str:
 
 
 def map_problem(given: TensorMap, array: Arg) -> str:
-    """Return why ``cuTensorMapEncodeTiled`` refuses a tensor map of an array, or nothing."""
+    """Return why ``cuTensorMapEncodeTiled`` refuses a tensor map of an array, or nothing.
+
+    Rows of a box that are narrower than the swizzle are refused as well: the emulator does not lay them out.
+    """
     if given.dtype not in _ELEMENT_BYTES:
         return f"elements of {given.dtype}"
     size = _ELEMENT_BYTES[given.dtype]
@@ -139,7 +144,7 @@ def map_problem(given: TensorMap, array: Arg) -> str:
         return f"rows of {row} bytes, they must be a multiple of 16"
     if not (1 <= given.box_rows <= _MOST_BOX and 1 <= given.box_columns <= _MOST_BOX):
         return f"a box of {given.box_rows} x {given.box_columns}, each at most {_MOST_BOX}"
-    if inner % 16 or (given.swizzle and inner > given.swizzle):
+    if inner % 16 or (given.swizzle and inner != given.swizzle):
         return f"a box of {inner} bytes in a row with a swizzle of {given.swizzle}"
     return ""
 

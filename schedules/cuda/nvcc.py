@@ -23,6 +23,7 @@ from mimo_compile.errors import EnvironmentMismatch, MimoError
 from mimo_compile.ir.hardware import Hardware, gpu_of
 from mimo_compile.schedules.base import Kernel
 from mimo_compile.schedules.cuda import kept, limits
+from mimo_compile.schedules.cuda.cubin import most_threads
 
 HEADERS = Path(__file__).with_name("device")
 """On the include path of each kernel."""
@@ -143,7 +144,8 @@ def compile_device(kernel: Kernel, hardware: Hardware) -> Binary:
 
     Raises:
         EnvironmentMismatch: there is no nvcc.
-        MimoError: it refuses the text, or gives it more registers or shared memory than can be launched.
+        MimoError: it refuses the text, or gives it more registers or shared memory than can be launched; or
+            a launch has more threads than the function's ``__launch_bounds__``.
         ValueError: the GPU cannot do a launch of the kernel (`limits.check`).
     """
     code = limits.check(kernel, hardware)
@@ -151,15 +153,19 @@ def compile_device(kernel: Kernel, hardware: Hardware) -> Binary:
     binary = Binary(gpu_of(hardware).arch, made.data, usage_of(made.log), warnings_of(made.log))
     if missing := {launch.symbol for launch in code.launches} - set(binary.usage):
         raise ValueError(f"{kernel.name}: its text has no function {', '.join(sorted(missing))}")
+    bounds = most_threads(made.data)
     for launch in code.launches:
         used = binary.usage[launch.symbol]
-        if text := limits.refusal(
+        text = limits.refusal(
             hardware,
             threads=launch.threads,
             shared_bytes=launch.shared_bytes + used.shared_bytes,
             registers=used.registers,
             cluster=launch.cluster,
-        ):
+        )
+        if launch.threads > (bound := bounds.get(launch.symbol, launch.threads)):
+            text = f"{launch.threads} threads, its __launch_bounds__ are {bound}"
+        if text:
             raise MimoError(
                 f"{hardware.name} cannot launch {launch.symbol} of {kernel.name}: {text}"
             )

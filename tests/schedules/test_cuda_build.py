@@ -195,6 +195,13 @@ def test_a_real_kernel(caches, monkeypatch) -> None:
     assert binary.usage["gate"].spill_bytes == binary.usage["gate"].stack_bytes == 0
     assert binary.usage["pick"].stack_bytes == 64 == binary.local_bytes
     assert any("pick" in line for line in binary.warnings)
+    wide = (dataclasses.replace(code.launches[0], threads=1024), code.launches[1])
+    with pytest.raises(
+        MimoError, match=r"launch gate of .* 1024 threads, its __launch_bounds__ are 128"
+    ):
+        nvcc.compile_device(
+            dataclasses.replace(kernel, device=dataclasses.replace(code, launches=wide)), H200
+        )
     found = sass.instructions(kernel, H200, binary)
     assert not found.missing and found.local > 0
     monkeypatch.setattr(sass, "find_tool", lambda name: None)
@@ -238,6 +245,8 @@ def test_what_a_block_may_take() -> None:
         (A100, {"threads": 128, "shared_bytes": 166913}, "a block has 166912"),
         (H200, {"threads": 128, "registers": 256}, "a thread has 255"),
         (H200, {"threads": 512, "registers": 129}, "an SM has 65536"),  # 136, in eights
+        # 9 warps of 7168 registers are 64512, but a quarter of 16384 holds 2
+        (H200, {"threads": 288, "registers": 224}, "in quarters: for 256 threads"),
         (A100, {"threads": 128, "cluster": 2}, "sm_80 does not have"),
         (H200, {"threads": 128, "cluster": 16}, "may be 8"),
     ):
@@ -265,6 +274,7 @@ MAP = TensorMap("x", "float32", 8, 1024, 64, 32)
         (_launch(operands=(dataclasses.replace(MAP, array="w"),)), H200, "which is no array"),
         (_launch(operands=(dataclasses.replace(MAP, rows=9),)), H200, "36864 bytes over the 32768"),
         (_launch(operands=(dataclasses.replace(MAP, box_columns=64),)), H200, "256 bytes in a row"),
+        (_launch(operands=(dataclasses.replace(MAP, box_columns=16),)), H200, "64 bytes in a row"),
         (_launch(operands=(dataclasses.replace(MAP, box_rows=257),)), H200, "each at most 256"),
         (_launch(operands=(dataclasses.replace(MAP, columns=1023),)), H200, "a multiple of 16"),
         (dataclasses.replace(KERNEL, features=frozenset({"wgmma"})), A100, "needs wgmma"),
