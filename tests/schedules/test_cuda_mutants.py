@@ -1,12 +1,14 @@
 """What the emulator's word is worth: kernels without one of their barriers, waits or fences are found wrong.
 
-Each such word of a kernel's text is taken out, one at a time. A mutant that goes unnoticed is a blind spot of
+Each such word of a kernel's text is taken out, one at a time; where operands are read long after a product is
+issued, each is also moved behind the words that follow it. A mutant that goes unnoticed is a blind spot of
 the emulator, or a word that the kernel does not need; those that are known are listed with their reason.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -31,6 +33,12 @@ WORDS = re.compile(
     r"\b(block_sync|warp_sync|named_sync|cp_async_wait<\w+>|cp_async_wait<[^;]*?>|cp_async_commit|mbarrier_wait|"
     r"mbarrier_arrive|wgmma_fence|wgmma_commit|wgmma_wait<\w+>|fence_async_proxy|fence_barrier_init|"
     r"registers_decrease<\w+>|registers_increase<\w+>)\([^;]*\);"
+)
+LATE = re.compile(
+    r"\b(mbarrier_wait|wgmma_fence|wgmma_commit|wgmma_wait<\w+>|fence_async_proxy)\([^;]*\);"
+)
+ANCHORS = re.compile(
+    r"\b(multiply|tma_load|mbarrier_arrive|wgmma_commit|wgmma_wait<\w+>)\([^;]*\);"
 )
 CASES = [
     ("mpgemm.cuda_gemv", "mpgemm:m=2,n=9,k=150,w=w4g64,a=a8,bias=1", {}),
@@ -83,6 +91,42 @@ def mutant(schedule: Schedule, text: str) -> Schedule:
     return Mutant()
 
 
+def found_wrong(text: str, workload: Workload, schedule: Schedule, config: Any) -> bool:
+    """Say whether a schedule's kernel with another text is found wrong."""
+    try:
+        check_emulated(workload, mutant(schedule, text), config, ONE_SM)
+    except VerificationError:
+        return True
+    return False
+
+
+def late(text: str) -> Iterator[tuple[str, str]]:
+    """Yield each word that waits or fences, and a text where it comes behind the last word before a brace."""
+    for word in LATE.finditer(text):
+        brace = re.compile(r"[{}]").search(text, word.end())
+        behind = [
+            m.end()
+            for m in ANCHORS.finditer(text, word.end(), brace.start() if brace else len(text))
+        ]
+        if behind:
+            between = text[word.end() : behind[-1]]
+            yield word[0], f"{text[: word.start()]};{between} {word[0]}{text[behind[-1] :]}"
+
+
+@pytest.mark.parametrize(("name", "text", "knobs"), CASES[3:4])
+def test_no_word_of_a_pipeline_may_come_late(name: str, text: str, knobs: dict[str, Any]) -> None:
+    schedule, workload = get_schedule(name), parse_workload(text)
+    config = replace(schedule.space(workload, ONE_SM).default, **knobs)
+    seen = check_emulated(workload, schedule, config, ONE_SM)
+    assert seen.kernel.device is not None
+    found = dict(late(whole(seen.kernel.device.text)))
+    assert {word.split("(")[0] for word in found} >= {
+        "mbarrier_wait", "wgmma_fence", "wgmma_commit", "wgmma_wait<0>", "wgmma_wait<1>",
+    }  # fmt: skip
+    left = [w for w, other in found.items() if not found_wrong(other, workload, schedule, config)]
+    assert not left
+
+
 @pytest.mark.parametrize(("name", "text", "knobs"), CASES, ids=[name for name, _, _ in CASES])
 def test_no_kernel_does_without_a_word_that_orders(
     name: str, text: str, knobs: dict[str, Any]
@@ -92,22 +136,15 @@ def test_no_kernel_does_without_a_word_that_orders(
     seen = check_emulated(workload, schedule, config, ONE_SM)
     assert seen.kernel.device is not None
     full = whole(seen.kernel.device.text)
-
-    def found_wrong(other: str) -> bool:
-        try:
-            check_emulated(workload, mutant(schedule, other), config, ONE_SM)
-        except VerificationError:
-            return True
-        return False
-
     found = list(WORDS.finditer(full))
     assert found
     unnoticed = []
     for word in found:
         before, after = full[: word.start()], full[word.end() :]
-        if found_wrong(f"{before};{after}"):
+        if found_wrong(f"{before};{after}", workload, schedule, config):
             continue
-        if not found_wrong(f"{before}void not_there(); not_there();{after}"):
+        there = f"{before}void not_there(); not_there();{after}"
+        if not found_wrong(there, workload, schedule, config):
             continue  # it links: the word is in a function that this kernel does not call
         unnoticed.append((word[0], before[-200:]))
     left = [u for u in unnoticed if u[0] not in NEEDLESS]
