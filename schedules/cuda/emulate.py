@@ -10,7 +10,8 @@ replaces), so that each is held against its array's extent, and against what oth
 that nothing orders are a race (`device/emulation/race.cuh`).
 
 What it cannot see: some races between lanes of one warp, those in large arrays, time, and what nvcc makes of
-the text. Clusters of blocks and blocks that wait for each other are not emulated.
+the text (contracted multiply-adds, too); docs/cuda.md has the list. Clusters of blocks and blocks that wait
+for each other are not emulated.
 """
 
 from __future__ import annotations
