@@ -66,6 +66,9 @@ extern "C" __global__ void faulty(const int* mode, const uint8_t* x, uint32_t* y
     case 20: if (lane % 2) r[0] = far(lane) + 1;
              else r[0] = far(lane) * 3;
              break;
+    case 22: r[0] = atomic_add(y, 1u);   // it held the largest integer: whose turn was how manieth
+             block_sync();
+             break;
     case 21: r[0] = ld_global_nc(y + (threadIdx.x ^ 33));
              block_sync();
              break;
@@ -116,6 +119,19 @@ def test_a_program_without_faults_runs_to_its_end() -> None:
 def test_a_fault_is_found_and_named(mode: int, operand: int, said: str) -> None:
     with pytest.raises(EmulationError, match=said):
         fault(mode, operand)
+
+
+def test_lanes_take_turns_in_the_order_asked_for() -> None:
+    first, last, drawn = (
+        (fault(22, order=order)["y"] + np.uint32(1)).tolist() for order in (0, 1, 5)
+    )
+    assert first == list(range(64)) and last == first[::-1]
+    assert sorted(drawn) == first and drawn[:32] not in (
+        first[:32],
+        first[32:],
+        last[:32],
+        last[32:],
+    )
 
 
 SYNC = """
