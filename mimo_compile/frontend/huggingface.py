@@ -7,6 +7,7 @@ import os
 import re
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -78,6 +79,8 @@ class LoadedModel:
     """How codes were chosen, unless by rounding to the nearest."""
     gates: GateFile | None = None
     """File that gates came from, if they did not come with the model."""
+    require_unchanged: Callable[[], None] = lambda: None
+    """`Checkpoint.require_unchanged`, for who reads the decoder's floats later: they are mapped."""
 
 
 def resolve_source(source: str | Path) -> Path:
@@ -170,6 +173,7 @@ def load_checkpoint(
     if calibration is not None and calibration.method != "rtn":
         builder, calibrated = _calibrated(builder, calibration, expected)
     decoder = builder.build()
+    checkpoint.require_unchanged()
     dtypes: Counter[str] = Counter()
     for name, shape in expected.items():
         dtypes[checkpoint.entries[name].dtype] += math.prod(shape)
@@ -189,6 +193,7 @@ def load_checkpoint(
         ),
         calibrated,
         None if gates is None else gates.record,
+        checkpoint.require_unchanged,
     )
 
 

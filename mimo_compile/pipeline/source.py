@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -182,14 +183,25 @@ def _open_checkpoint(
         from mimo_compile.frontend.adapters import attach_adapters
 
         attach_adapters(loaded, adapters, adapter_format)
+    graphs = decoder_graphs(
+        loaded.decoder, batch=batch, paging=paging_of(loaded.decoder, pages, batch)
+    )
+    for name, make in graphs.tensors.items():
+        graphs.tensors[name] = partial(_unchanged, loaded, make)
     return Source(
-        decoder_graphs(loaded.decoder, batch=batch, paging=paging_of(loaded.decoder, pages, batch)),
+        graphs,
         loaded.scheme,
         config=loaded.config,
         tokenizer=loaded.tokenizer,
         loaded=loaded,
         attention=str(loaded.decoder.config.attention),
     )
+
+
+def _unchanged(loaded: LoadedModel, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """Return a weight, after a look at the files: floats are read from them only now."""
+    loaded.require_unchanged()
+    return make()
 
 
 def _plain_only(

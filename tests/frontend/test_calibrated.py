@@ -128,7 +128,9 @@ def test_calibration_repeats_exactly(builder, method):
 
 
 @pytest.mark.parametrize("quant", ["w2g32", "w2g32a8", "anf3g32"])
-@pytest.mark.parametrize("case", ["llama", "mimo_v2_flash"])
+@pytest.mark.parametrize(
+    "case", ["llama", "mimo_v2_flash", pytest.param("qwen2_moe", marks=pytest.mark.slow)]
+)
 def test_gptq_is_nearer_to_the_float_model(builder, saved, case, quant):
     calibrated = builder(case, quant, Calibration("gptq")).build()
     plain = load_checkpoint(saved(case)[1], parse_scheme("none"), 64).decoder

@@ -22,7 +22,7 @@ from mimo_compile.frontend.models.drafts import MtpLayer
 from mimo_compile.frontend.models.family import Family, Names
 from mimo_compile.frontend.models.feed import Feed
 from mimo_compile.frontend.models.gated import Gated
-from mimo_compile.frontend.models.stacking import pile, same_order, same_type, stack
+from mimo_compile.frontend.models.stacking import pile, real, same_order, same_type, stack
 from mimo_compile.frontend.models.stages import (
     Attention,
     Embed,
@@ -47,6 +47,8 @@ if TYPE_CHECKING:
 
 EMBED, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 """Names that all families share."""
+_MISSING = 10_000
+"""Tensors that may be missing and are still listed."""
 
 
 def prefixes(config: DecoderConfig) -> list[tuple[str, str, LayerSpec]]:
@@ -59,7 +61,12 @@ def prefixes(config: DecoderConfig) -> list[tuple[str, str, LayerSpec]]:
 def expected_tensors(
     config: DecoderConfig, family: Family, checkpoint: Checkpoint
 ) -> dict[str, tuple[int, ...]]:
-    """Return the name and shape of every tensor that the decoder reads."""
+    """Return the name and shape of every tensor that the decoder reads.
+
+    Raises:
+        InputError: there are far more than the checkpoint has; they are not all listed first.
+    """
+    most = len(checkpoint.entries) + _MISSING
     out: dict[str, tuple[int, ...]] = {
         EMBED: (config.vocab, config.hidden),
         NORM: (config.hidden,),
@@ -71,6 +78,13 @@ def expected_tensors(
         for key, name in family.layer_names(spec, prefix, checkpoint).items():
             for e in range(spec.experts if "{e}" in name else 1):
                 out[name.replace("{e}", str(e))] = shapes[key]
+        if len(out) > most:
+            raise InputError(
+                f"config.json describes more than {most} tensors, of which at most "
+                f"{len(checkpoint.entries)} are there",
+                file=checkpoint.config_file,
+                remedy="Check that config.json belongs to these weights",
+            )
     return out
 
 
@@ -308,7 +322,17 @@ class Builder:
             self._matrix([n.replace("{e}", str(e)) for n in names], self.scheme.codes)
             for e in range(spec.experts)
         ]
-        return pile(each)
+        found = pile(each)
+        if not isinstance(found, QuantTensor) and self._codes(names[0]):
+            self.checkpoint.note(
+                "experts whose columns stand in orders of their own (desc_act), or whose formats differ from "
+                "expert to expert, are read as float32"
+            )
+        return found
+
+    def _codes(self, name: str) -> bool:
+        """Say whether a matrix of (the first of) the experts is stored quantised."""
+        return self.checkpoint.entries[name.replace("{e}", "0")].fmt is not None
 
     def _same_format(
         self, names: Names, w13: Tensor | QuantTensor, w2: Tensor | QuantTensor
@@ -318,9 +342,13 @@ class Builder:
         if first == second:
             return w13, w2
         if isinstance(w13, QuantTensor) and isinstance(w2, QuantTensor):
-            fmt = common_format([w13.fmt, w2.fmt], min(w13.codes.shape[-1], w2.codes.shape[-1]))
+            # the wider of both: a group that holds all of the other's columns may be a part of its own
+            fmt = common_format([w13.fmt, w2.fmt], max(w13.codes.shape[-1], w2.codes.shape[-1]))
             if fmt is not None:
                 return widen(w13, fmt), widen(w2, fmt)
+        elif all(self._codes(n) for key, n in names.items() if key.startswith("experts.")):
+            real13, real2 = real([w13, w2])  # orders of columns were undone in one of them
+            return real13, real2
         name = names.get("experts.down", names.get("experts.all_down", "")).replace("{e}", "*")
         raise InputError(
             f"{name} is stored as {second or 'float'}, the other matrices of the experts as "

@@ -188,10 +188,10 @@ class CalibratedBuilder(Builder):
     def _quantise(
         self, name: str, weight: Tensor, fmt: WeightFormat, expert: int | None = None
     ) -> QuantTensor:
-        role, number = self._role.get(name, ("", None))
-        number = number if expert is None else expert
-        if self.calibration.method != "gptq" or self._observed is None or not role:
+        if self.calibration.method != "gptq" or self._observed is None:
             return quantize(weight, fmt, what=name)
+        role, number = self._role[name]  # every matrix of a layer has one
+        number = number if expert is None else expert
         seen = self._observed
         moments = seen.linear[role] if number is None else seen.expert(role, number)
         found, gain = gptq(weight, moments, fmt, name)

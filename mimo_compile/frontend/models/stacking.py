@@ -30,8 +30,12 @@ def pile(parts: list[Tensor | QuantTensor]) -> Tensor | QuantTensor:
     plain = len({part.fmt for part in quantised}) == 1 and len(quantised) == len(parts)
     if plain and all(part.perm is None for part in quantised):
         return _join(quantised, torch.stack)
-    parts = [torch.from_numpy(p.dequantize()) if isinstance(p, QuantTensor) else p for p in parts]
-    return torch.stack(same_type([part for part in parts if isinstance(part, Tensor)]))
+    return torch.stack(same_type(real(parts)))
+
+
+def real(parts: list[Tensor | QuantTensor]) -> list[Tensor]:
+    """Return the values of quantised matrices, with columns in their own order; floats as they are."""
+    return [torch.from_numpy(p.dequantize()) if isinstance(p, QuantTensor) else p for p in parts]
 
 
 def _join(parts: list[QuantTensor], how: Callable[[list[Tensor]], Tensor]) -> QuantTensor:

@@ -37,6 +37,7 @@ def regroup(values: Array, group: int, fmt: WeightFormat, k: int) -> Array:
 def common_format(formats: Sequence[WeightFormat], k: int) -> WeightFormat | None:
     """Return the format that holds matrices of all these formats exactly (None: there is none).
 
+    ``k``: columns of the widest of them; rows of fewer may lie in one group where its own have several.
     Integer and ternary codes fit into wider ones; different groups share the largest that divides both.
     """
     if len(set(formats)) == 1:
@@ -49,12 +50,18 @@ def common_format(formats: Sequence[WeightFormat], k: int) -> WeightFormat | Non
 
 
 def widen(x: QuantTensor, fmt: WeightFormat) -> QuantTensor:
-    """Return the same matrix in a format that `common_format` gave."""
+    """Return the same matrix in a format that `common_format` gave.
+
+    Raises:
+        ValueError: the format has fewer scales, of which each would stand for several.
+    """
     if x.fmt == fmt:
         return x
-    k = x.codes.shape[-1]
+    n, k = x.codes.shape[-2:]
     size = x.fmt.group_size(k)
     scale = _spread(x.scale, size, fmt, k)
+    if scale.shape[-2:] != fmt.scale_shape(n, k):
+        raise ValueError(f"{fmt} has no room for the scales {list(x.scale.shape)} of {x.fmt}")
     if not fmt.has_zero:
         codes = x.codes + np.uint8(fmt.fixed_zero - x.fmt.fixed_zero)
         return QuantTensor(fmt, codes, scale, None, x.perm)

@@ -8,6 +8,7 @@ and reads it. Plain ones hold one float tensor a name. Quantised ones give matri
 from __future__ import annotations
 
 import json
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,16 @@ from mimo_compile.errors import InputError
 from mimo_compile.ir.formats import QuantTensor, WeightFormat
 
 _FLOATS = {"F32", "BF16", "F16"}
+CHANGED = "changed while the model was read"
+RESTART = "Start again, and leave the files as they are meanwhile"
+
+Stamp = tuple[int, int, int, int]
+"""Device, inode, bytes and time of the last change (ns) of a file: what tells it from a later one."""
+
+
+def stamp_of(status: os.stat_result) -> Stamp:
+    """Return the stamp of a file."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -64,6 +75,8 @@ class Entry:
     """Canonical format of a matrix that is stored quantised."""
     start: int = 0
     """Offset of its bytes in the file, where they stand there by themselves."""
+    stamp: Stamp | None = None
+    """Of the file when its header was read, if its bytes are read later."""
 
 
 class Checkpoint(ABC):
@@ -115,6 +128,11 @@ class Checkpoint(ABC):
             InputError: it cannot be read, or its values are impossible.
         """
 
+    def note(self, text: str) -> None:
+        """Tell the user something about the model, once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
     # -- what stands beside the weights --------------------------------------------------------
 
     @property
@@ -154,6 +172,20 @@ class Checkpoint(ABC):
         if not path.is_file():
             return {}
         return {k: v for k, v in read_json(path).items() if v is not None}
+
+    def require_unchanged(self) -> None:
+        """Check that the files are those whose headers were read: floats stay mapped until they are packed.
+
+        Raises:
+            InputError: one has changed, or is gone.
+        """
+        for file, stamp in {(e.file, e.stamp) for e in self.entries.values() if e.stamp}:
+            try:
+                same = stamp_of(file.stat()) == stamp
+            except OSError:
+                same = False
+            if not same:
+                raise InputError(f"{file.name} {CHANGED}", file=file, remedy=RESTART)
 
     # -- for families and builders -------------------------------------------------------------
 

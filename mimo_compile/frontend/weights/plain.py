@@ -1,13 +1,15 @@
 """Plain weights in safetensors files, one or several with an index.
 
 Each tensor is mapped by itself when it is asked for, and no longer than it is used: a model that is quantised
-on the way never lies in memory as a whole, however many files it has.
+on the way never lies in memory as a whole, however many files it has. Files may not change meanwhile: one
+that is not what its header was read from is refused.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,16 @@ import torch
 from torch import Tensor
 
 from mimo_compile.errors import InputError
-from mimo_compile.frontend.weights.checkpoint import Checkpoint, Entry, quantisation, read_json
+from mimo_compile.frontend.weights.checkpoint import (
+    CHANGED,
+    RESTART,
+    Checkpoint,
+    Entry,
+    Stamp,
+    quantisation,
+    read_json,
+    stamp_of,
+)
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -71,7 +82,7 @@ class Safetensors(Checkpoint):
         for shard in sorted(set(listed.values())):
             if Path(shard).name != shard:
                 raise InputError(f"the index names {shard!r}, outside the folder", file=index)
-            if not (self.source / shard).exists():
+            if not _there(self.source / shard):
                 raise InputError(
                     f"shard {shard} is missing, which the index names",
                     file=self.source / shard,
@@ -87,7 +98,7 @@ class Safetensors(Checkpoint):
         """Return a tensor as it is stored, mapped from its file; what is written to it stays in memory.
 
         Raises:
-            InputError: the file cannot be read, or torch has no such type.
+            InputError: the file cannot be read or has changed, or torch has no such type.
         """
         entry = self.entries[name]
         kind = _TYPES.get(entry.dtype)
@@ -102,11 +113,16 @@ class Safetensors(Checkpoint):
             return torch.empty(entry.shape, dtype=kind)
         try:
             data: npt.NDArray[np.uint8]
-            data = np.memmap(entry.file, np.uint8, "c", entry.start, (nbytes,))
+            with entry.file.open("rb") as file:
+                if stamp_of(os.fstat(file.fileno())) != entry.stamp:
+                    raise ValueError(f"{entry.file.name} {CHANGED}")
+                data = np.memmap(file, np.uint8, "c", entry.start, (nbytes,))
             if entry.start % kind.itemsize:  # not aligned to its elements
                 data = np.array(data)
         except (OSError, ValueError) as error:
-            raise InputError(f"{name} cannot be read: {error}", file=entry.file) from error
+            raise InputError(
+                f"{name} cannot be read: {error}", file=entry.file, remedy=RESTART
+            ) from error
         return torch.from_numpy(data).view(kind).view(entry.shape)
 
 
@@ -119,29 +135,33 @@ def read_header(path: Path) -> dict[str, Entry]:
     if path.exists() and not path.is_file():  # reading a pipe would wait for ever
         raise InputError(f"{path.name} is not a regular file", file=path)
     try:
-        size = path.stat().st_size
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
+            stamp = stamp_of(os.fstat(file.fileno()))
+            size, length = stamp[2], int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, _HEADER_LIMIT):
                 raise InputError(
                     f"{path.name} is truncated or no safetensors file ({size} bytes)",
                     file=path,
                     remedy="Download it again",
                 )
-            header = json.loads(file.read(length), object_pairs_hook=_unique)
+            header = json.loads(file.read(length).decode(), object_pairs_hook=_unique)
     except FileNotFoundError:
         raise InputError(f"{path.name} is missing", file=path) from None
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"the header of {path.name} is damaged: {error}", file=path) from error
     if not isinstance(header, dict):
         raise InputError(f"the header of {path.name} is damaged: no object", file=path)
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise InputError(
+            f"the header of {path.name} is damaged: __metadata__ must hold texts", file=path
+        )
     entries: dict[str, Entry] = {}
     name, end = "", 0
     try:
         for name, info in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            entries[name] = _entry(path, info, 8 + length, end)
-            end = int(info["data_offsets"][1])
+            entries[name] = _entry(path, info, 8 + length, end, stamp)
+            end = info["data_offsets"][1]
     except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
         raise InputError(
             f"the header of {path.name} is damaged at {name!r}: {error}", file=path
@@ -156,21 +176,33 @@ def read_header(path: Path) -> dict[str, Entry]:
     return entries
 
 
-def _entry(path: Path, info: Mapping[str, Any], data: int, end: int) -> Entry:
+def _entry(path: Path, info: Mapping[str, Any], data: int, end: int, stamp: Stamp) -> Entry:
     """Return what a header says of a tensor whose bytes follow those that end at ``end``.
 
     Raises:
-        ValueError: they do not, or are not so many as its shape and type take.
+        ValueError: they do not, or are not so many as its shape and type take; something is no integer.
     """
-    shape, dtype = tuple(int(n) for n in info["shape"]), str(info["dtype"])
-    begin, stop = (int(n) for n in info["data_offsets"])
+    dtype, numbers = info["dtype"], (info["shape"], info["data_offsets"])
+    if not isinstance(dtype, str) or not all(
+        isinstance(part, list) and all(type(n) is int for n in part) for part in numbers
+    ):
+        raise ValueError("its type must be a name, its shape and offsets lists of integers")
+    shape = tuple(info["shape"])
+    begin, stop = info["data_offsets"]
     if begin != end:
         raise ValueError(f"its data begin at {begin}, and what stands before ends at {end}")
     kind = _TYPES.get(dtype)
     wrong = kind is not None and stop - begin != math.prod(shape) * kind.itemsize
     if stop < begin or wrong or any(n < 0 for n in shape):
         raise ValueError(f"{dtype} of {list(shape)} cannot have {stop - begin} bytes")
-    return Entry(path, shape, dtype, start=data + begin)
+    return Entry(path, shape, dtype, start=data + begin, stamp=stamp)
+
+
+def _there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # no name that a file can have
+        return False
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -58,6 +58,29 @@ def test_a_common_format_holds_all_exactly(names, k, seed):
         assert np.array_equal(wide.dequantize(), part.dequantize())
 
 
+@given(
+    names=st.lists(st.sampled_from(NAMES), min_size=2, max_size=2),
+    widths=st.lists(st.sampled_from([32, 64, 96, 256, 300, 512]), min_size=2, max_size=2),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=25)
+def test_a_common_format_of_matrices_of_different_widths(names, widths, seed):
+    rng = np.random.default_rng(seed)
+    parts = [draw(rng, name, 3, k) for name, k in zip(names, widths, strict=True)]
+    fmt = common_format([p.fmt for p in parts], max(widths))
+    assert fmt is not None
+    for part, k in zip(parts, widths, strict=True):
+        wide = widen(part, fmt)
+        assert wide.scale.shape == fmt.scale_shape(3, k)
+        assert np.array_equal(wide.dequantize(), part.dequantize())
+
+
+def test_a_format_with_fewer_scales_is_refused():
+    x = draw(np.random.default_rng(0), "w4g32", 3, 96)
+    with pytest.raises(ValueError, match=r"w4grow has no room for the scales \[3, 3\] of w4g32"):
+        widen(x, parse_weight_format("w4grow"))
+
+
 def test_codebooks_have_no_common_format():
     for a, b in (("nf4", "w4"), ("fp8b128", "nf4"), ("w1", "w4"), ("complex2", "w2")):
         assert common_format([parse_weight_format(a), parse_weight_format(b)], 64) is None

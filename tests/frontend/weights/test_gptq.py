@@ -239,9 +239,10 @@ def test_refusals(kit, tmp_path):
     assert load_checkpoint(folder, parse_scheme("none")).report.unused == (f"{Q}.bias",)
 
 
-@pytest.mark.parametrize("case", ["mixtral", "qwen2_moe"])
-def test_experts_keep_their_codes(kit, saved, tools, tmp_path, case):
-    """As such files are published, routers and the gate of a shared expert are floats."""
+@pytest.mark.parametrize(("case", "group"), [("mixtral", -1), ("mixtral", 64), ("qwen2_moe", 32)])
+def test_experts_keep_their_codes(kit, saved, tools, tmp_path, case, group):
+    """As such files are published, routers and the gate of a shared expert are floats; a group may be all of
+    one matrix's columns and a part of the other's."""
     rng, source = np.random.default_rng(3), saved(case)[1]
     floats, stored = {}, {}
     for name, tensor in load_file(source / "model.safetensors").items():
@@ -250,11 +251,12 @@ def test_experts_keep_their_codes(kit, saved, tools, tmp_path, case):
             floats[name] = stored[name] = tensor
             continue
         n, k = tensor.shape
-        codes, zeros, scale = draw(kit, rng, n, k, k, 4, sym=False)
-        floats[name] = torch.from_numpy(real_of(codes, zeros, scale, [0] * k))
+        size = min(group, k) if group > 0 else k
+        codes, zeros, scale = draw(kit, rng, n, k, size, 4, sym=False)
+        floats[name] = torch.from_numpy(real_of(codes, zeros, scale, groups_of(k, size, None)))
         parts = pack(kit, codes, zeros, scale, 4, version="gptq")
         stored |= {name.removesuffix(".weight") + part: t for part, t in parts.items()}
-    settings = {"quant_method": "gptq", "bits": 4, "group_size": -1, "checkpoint_format": "gptq"}
+    settings = {"quant_method": "gptq", "bits": 4, "group_size": group, "checkpoint_format": "gptq"}
     found = []
     for what, tensors in (("floats", floats), ("stored", stored)):
         folder = shutil.copytree(source, tmp_path / what)
@@ -262,6 +264,39 @@ def test_experts_keep_their_codes(kit, saved, tools, tmp_path, case):
         quantised = {"quantization_config": {**settings, "sym": False, "desc_act": False}}
         tools.edit_json(folder / "config.json", **(quantised if what == "stored" else {}))
         found.append(load_checkpoint(folder, parse_scheme("none")).decoder)
-    assert found[1].stage("layers.1").module.feed.experts.w == "w4zgrow"
+    assert found[1].stage("layers.1").module.feed.experts.w == (
+        f"w4zg{group}" if group > 0 else "w4zgrow"
+    )
     want, got = (decoder.prefill(tools.prompt(20))[1] for decoder in found)
     assert want.std() > 0.1 and float((want - got).abs().max() / want.abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("case", ["mixtral", "qwen2_moe"])
+def test_experts_in_orders_of_their_own_are_floats_and_said_to_be(
+    kit, saved, tools, tmp_path, case
+):
+    """Of qwen2_moe's second matrices all columns are one group, whose order says nothing."""
+    rng, source = np.random.default_rng(3), saved(case)[1]
+    real, stored = {}, {}
+    for name, tensor in load_file(source / "model.safetensors").items():
+        if ".experts." not in name:
+            stored[name] = tensor
+            continue
+        n, k = tensor.shape
+        codes, zeros, scale = draw(kit, rng, n, k, min(32, k), 4, sym=False)
+        index = rng.permutation(groups_of(k, 32, None)).tolist()
+        real[name] = torch.from_numpy(real_of(codes, zeros, scale, index))
+        parts = pack(kit, codes, zeros, scale, 4, version="gptq", index=index)
+        stored |= {name.removesuffix(".weight") + part: t for part, t in parts.items()}
+    folder = shutil.copytree(source, tmp_path / "m")
+    save_file({k: v.contiguous() for k, v in stored.items()}, folder / "model.safetensors")
+    settings = {"quant_method": "gptq", "bits": 4, "group_size": 32, "checkpoint_format": "gptq"}
+    quantised = {"quantization_config": {**settings, "sym": False, "desc_act": True}}
+    tools.edit_json(folder / "config.json", **quantised)
+    with pytest.warns(CheckpointWarning, match="orders of their own .*read as float32") as caught:
+        decoder = load_checkpoint(folder, parse_scheme("none")).decoder
+    assert len(caught) == 1
+    experts = decoder.stage("layers.1").module.feed.experts
+    assert experts.w == "f32"
+    down = "block_sparse_moe.experts.2.w2" if case == "mixtral" else "mlp.experts.2.down_proj"
+    assert torch.equal(experts.w2[2], real[f"model.layers.1.{down}.weight"])

@@ -1,6 +1,7 @@
 """A checkpoint is read tensor by tensor: what is quantised does not lie in memory as it is stored."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from mimo_compile.frontend.huggingface import load_checkpoint
 from mimo_compile.frontend.weights import open_checkpoint
 from mimo_compile.frontend.weights.plain import Safetensors
 from mimo_compile.ir.formats import parse_scheme
+from mimo_compile.pipeline.source import open_source
 
 pytestmark = pytest.mark.compile
 PAGE = 4096
@@ -103,6 +105,14 @@ def header(folder, change):
         (lambda h: h["a"].update(dtype="F16"), "cannot have 32 bytes"),
         (lambda h: h["b"].update(data_offsets=[32]), "damaged at 'b'"),
         (lambda h: h.update(b=7), "damaged"),
+        (lambda h: h["b"].update(shape=["4", "2"]), "damaged at 'b': .*lists of integers"),
+        (lambda h: h["b"].update(shape=[4.9, 2]), "damaged at 'b': .*lists of integers"),
+        (lambda h: h["b"].update(shape={"4": 1, "2": 1}), "damaged at 'b': .*lists of integers"),
+        (lambda h: h["b"].update(shape=[4, True]), "damaged at 'b': .*lists of integers"),
+        (lambda h: h["b"].update(data_offsets=[32.5, 64.5]), "damaged at 'b': .*lists of integers"),
+        (lambda h: h["b"].update(dtype=["F32"]), "damaged at 'b': its type must be a name"),
+        (lambda h: h.update(__metadata__=[1]), "__metadata__ must hold texts"),
+        (lambda h: h.update(__metadata__={"a": 1}), "__metadata__ must hold texts"),
     ],
 )
 def test_headers_whose_tensors_do_not_fill_the_file_are_refused(tmp_path, change, match):
@@ -114,6 +124,47 @@ def test_headers_whose_tensors_do_not_fill_the_file_are_refused(tmp_path, change
     with pytest.raises(InputError, match=match) as caught:
         open_checkpoint(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_header_in_another_encoding_is_refused(tmp_path):
+    save_file({"a": torch.ones(8)}, tmp_path / "model.safetensors")
+    data = (tmp_path / "model.safetensors").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    text = data[8 : 8 + length].decode().encode("utf-16")
+    whole = len(text).to_bytes(8, "little") + text + data[8 + length :]
+    (tmp_path / "model.safetensors").write_bytes(whole)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"header of model\.safetensors is damaged"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_file_that_is_replaced_meanwhile_is_refused(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.ones(2000)}, path)
+    (tmp_path / "config.json").write_text("{}")
+    checkpoint = open_checkpoint(tmp_path)
+    assert checkpoint.read("a").sum() == 2000
+    checkpoint.require_unchanged()
+    save_file({"a": torch.zeros(2000)}, tmp_path / "new")
+    os.replace(tmp_path / "new", path)
+    for look in (lambda: checkpoint.read("a"), checkpoint.require_unchanged):
+        with pytest.raises(InputError, match=r"model\.safetensors changed while") as caught:
+            look()
+        assert caught.value.where == str(path)
+    path.unlink()
+    with pytest.raises(InputError, match=r"model\.safetensors changed while"):
+        checkpoint.require_unchanged()
+
+
+@pytest.mark.slow
+def test_floats_that_change_before_they_are_packed_are_refused(tools, tmp_path):
+    tools.make_model("llama", num_hidden_layers=1).save_pretrained(tmp_path)
+    source = open_source(tmp_path, max_context=16)
+    make = next(iter(source.graphs.tensors.values()))
+    make()
+    os.utime(tmp_path / "model.safetensors", ns=(1, 1))
+    with pytest.raises(InputError, match=r"model\.safetensors changed while the model was read"):
+        make()
 
 
 def test_a_file_that_shrinks_meanwhile_is_named(tmp_path):
