@@ -157,7 +157,7 @@ def load_checkpoint(
     generation = checkpoint.generation()
     if "eos_token_id" in generation:
         file = checkpoint.source / "generation_config.json"
-        config = replace(config, eos=Fields(generation, file).eos())
+        config = replace(config, eos=Fields(generation, file).eos(config.vocab))
     expected = expected_tensors(config, family, checkpoint)
     unused = _unused(checkpoint, expected, config)
     checkpoint.require(expected)

@@ -96,6 +96,8 @@ def test_damaged_headers(folder, shards):
     refused(shards, "outside the folder")
     index.write_text(json.dumps({"weight_map": {**names, "lm_head.weight": names[Q]}}))
     refused(shards, "tensor lm_head.weight is not in")
+    index.write_text(json.dumps({"weight_map": {**names, Q: "x" * 300}}))
+    refused(shards, "shard x+ is missing")
     index.write_text(json.dumps({"weight_map": [1]}))
     refused(shards, "no weight_map")
 
@@ -182,6 +184,15 @@ def test_nan_weights_are_found_by_quantisation(folder):
         load_checkpoint(folder, parse_scheme("w4g64"))
 
 
+ORIGINAL = "original_max_position_embeddings"
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    ORIGINAL: 64,
+}
 LLAMA_FIELDS = [
     (
         {"model_type": "mamba"},
@@ -201,6 +212,22 @@ LLAMA_FIELDS = [
     ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "factor is missing"),
     ({"rope_parameters": 3}, "must be an object"),
     ({"rope_parameters": {"partial_rotary_factor": 0.35, "rope_theta": 1e4}}, "rotates"),
+    ({"rope_scaling": {"factor": 4.0}}, "factor and no rope_type"),
+    ({"rope_scaling": {"rope_type": "default", "type": "yarn"}}, "two kinds of rotary scaling"),
+    (
+        {"rope_parameters": {"full_attention": {"rope_theta": 1e6, "rope_type": "default"}}},
+        "settings of its own for full_attention, which are not read",
+    ),
+    ({"rope_scaling": {**LLAMA3, "low_freq_factor": 4.0}}, "must be less than high_freq_factor"),
+    ({"rope_scaling": {**LLAMA3, ORIGINAL: 10**400}}, f"{ORIGINAL}=10+ is beyond"),
+    ({"layer_types": ["sliding_attention"] * 3}, "sliding windows, which no llama model has"),
+    ({"use_sliding_window": True}, "use_sliding_window=True is not supported"),
+    ({"bos_token_id": "x"}, "bos_token_id must be a token of 0 to 256 or null, found 'x'"),
+    ({"bos_token_id": [1]}, "bos_token_id must be"),
+    ({"bos_token_id": 257}, "bos_token_id must be"),
+    ({"bos_token_id": True}, "bos_token_id must be"),
+    ({"eos_token_id": True}, "eos_token_id must be"),
+    ({"eos_token_id": [2, 257]}, "eos_token_id must be"),
     ({"eos_token_id": "end"}, "eos_token_id must be"),
     ({"quantization_config": {"quant_method": "gptq"}}, r"quantised \(gptq\), but no.*\.qweight"),
     ({"quantization_config": {"quant_method": "hqq"}}, r"already quantised.*hqq.*bfloat16"),

@@ -1,6 +1,7 @@
 """MiMo-7B: a Qwen2 trunk, draft layers by the published formulas, texts that drafts leave alone."""
 
 import shutil
+from copy import deepcopy
 
 import pytest
 import torch
@@ -136,6 +137,22 @@ def test_draft_layers_follow_the_published_formulas(made, tools, head):
     ids = tools.prompt(30)
     want = published_draft(tensors, model, head, ids, ids[1 + head :])
     assert relative(drafted(decoder, head, ids), want) < 1e-4
+
+
+def test_bfloat16_files(made, copy, tools):
+    """As the models are published."""
+    _, tensors, model = made
+    folder, change = copy
+    change(lambda t: t.update({name: value.bfloat16() for name, value in t.items()}))
+    rounded = {name: value.bfloat16().float() for name, value in tensors.items()}
+    trunk = deepcopy(model)
+    trunk.load_state_dict({n: v for n, v in rounded.items() if "mtp_layers" not in n})
+    decoder = load_checkpoint(folder, NONE).decoder
+    assert decoder.config.dtype == "bf16"
+    ids = tools.prompt(30)
+    assert relative(decoder.prefill(ids)[1], tools.logits_of(trunk, ids)) < 1e-4
+    want = published_draft(rounded, trunk, 0, ids, ids[1:])
+    assert relative(drafted(decoder, 0, ids), want) < 1e-4
 
 
 def test_the_hidden_state_stands_first(made, copy, tools):

@@ -138,6 +138,8 @@ def test_draft_layers_of_glm_are_left_out(saved, tools, tmp_path):
         load_checkpoint(folder, NONE)
 
 
+MANY = {"num_experts": 9_000, "num_local_experts": None}
+FULL, SLIDING = "full_attention", "sliding_attention"
 WRONG = [
     ("mixtral", {"num_local_experts": None}, "num_local_experts is missing"),
     ("mixtral", {"num_experts": 5}, "number of experts is not given once.*5"),
@@ -156,6 +158,26 @@ WRONG = [
     ("qwen3_moe", {"attention_bias": True}, "attention_bias=True is not supported"),
     ("qwen3_moe", {"shared_expert_intermediate_size": 64}, "shared_expert_intermediate_size=64"),
     ("qwen3_moe", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "'yarn' is not"),
+    (
+        "qwen3_moe",
+        {**MANY, "num_hidden_layers": 9_000, "mlp_only_layers": []},
+        "config.json describes more than",
+    ),
+    ("mixtral", {"sliding_window": 8, "layer_types": [FULL] * 3}, "does not fit sliding_window=8"),
+    ("mixtral", {"sliding_window": 8, "use_sliding_window": False}, "though use_sliding_window is"),
+    (
+        "qwen3_moe",
+        {"use_sliding_window": True, "sliding_window": 8, "layer_types": [FULL] * 3},
+        "though use_sliding_window is true",
+    ),
+    ("olmoe", {"layer_types": [SLIDING] * 3}, "which no olmoe model has"),
+    ("glm4_moe", {"use_sliding_window": True, "sliding_window": 8}, "=True is not supported"),
+    ("dots1", {"layer_types": None, "sliding_window": 8, "max_window_layers": None}, "is missing"),
+    (
+        "qwen2_moe",
+        {"use_sliding_window": False, "sliding_window": 8, "layer_types": [SLIDING] * 3},
+        "though use_sliding_window is false",
+    ),
     (
         "qwen2_moe",
         {"layer_types": None, "use_sliding_window": True},
@@ -207,6 +229,37 @@ def test_fields_that_no_family_knows_are_named(saved, tools, tmp_path):
     with pytest.warns(CheckpointWarning, match="has logit_scale, which no mixtral") as caught:
         load_checkpoint(folder, NONE)
     assert len(caught) == 1
+
+
+def test_false_and_zero_say_something_and_so_do_settings_of_angles(saved):
+    checkpoint = open_checkpoint(saved("llama")[1])
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 4], "mscale": 0}
+    more = {
+        "is_causal": False,
+        "norm_after": 0,
+        "sinks": {},
+        "max_length": 20,
+        "unsloth_fixed": True,
+    }
+    fields = Fields({**checkpoint.config, **more, "rope_parameters": rope}, checkpoint.config_file)
+    get_family("llama", fields.file).configure(fields, checkpoint)
+    unknown = ["is_causal", "norm_after", "rope_parameters.mrope_section", "rope_parameters.mscale"]
+    assert fields.unknown() == unknown
+
+
+def test_windows_need_the_layer_where_they_begin(saved):
+    checkpoint = open_checkpoint(saved("qwen2")[1])
+    raw = {**checkpoint.config, "use_sliding_window": True, "sliding_window": 8}
+    for change, match in (
+        ({"layer_types": None, "max_window_layers": None}, "max_window_layers is missing"),
+        (
+            {"layer_types": [SLIDING] * 3, "use_sliding_window": False},
+            "use_sliding_window is false",
+        ),
+    ):
+        fields = Fields({**raw, **change}, checkpoint.config_file)
+        with pytest.raises(InputError, match=match):
+            get_family("qwen2", fields.file).configure(fields, checkpoint)
 
 
 def test_every_family_is_listed():

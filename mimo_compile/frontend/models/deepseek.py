@@ -13,6 +13,7 @@ from mimo_compile.frontend.models.mixture import (
     plain_router,
     with_experts,
 )
+from mimo_compile.frontend.models.windows import no_windows
 from mimo_compile.frontend.weights.checkpoint import Checkpoint
 
 __all__ = ["configure", "layer_names"]
@@ -21,8 +22,9 @@ __all__ = ["configure", "layer_names"]
 def configure(fields: Fields, checkpoint: Checkpoint) -> DecoderConfig:
     """Translate a ``config.json`` of ``model_type`` ``deepseek``."""
     fields.require("attention_bias", (False,))
+    fields.require("mlp_bias", (False,))
     plain_router(fields, "n_shared_experts")
-    dense = dense_decoder(fields)
+    dense = dense_decoder(fields, windows=no_windows)
     if fields.get("n_routed_experts") is None:  # the family's dense models
         return dense
     # the weight of a single expert is never divided by itself

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from mimo_compile.frontend.models.decoder import DecoderConfig
 from mimo_compile.frontend.models.family import Fields, dense_decoder, standard_names
 from mimo_compile.frontend.models.mixture import behind_dense, deepseek_experts, with_experts
+from mimo_compile.frontend.models.windows import from_a_layer_where_given
 from mimo_compile.frontend.weights.checkpoint import Checkpoint
 
 __all__ = ["configure", "layer_names"]
@@ -17,15 +16,8 @@ def configure(fields: Fields, checkpoint: Checkpoint) -> DecoderConfig:
     fields.require("attention_bias", (False,))
     fields.require("topk_method", ("noaux_tc",))
     fields.require("scoring_func", ("sigmoid", "noaux_tc"))  # published files say the latter
-    dense = dense_decoder(fields, qk_norm="head")
+    dense = dense_decoder(fields, qk_norm="head", windows=from_a_layer_where_given)
     count = len(dense.layers)
-    if fields.get("layer_types") is None:
-        window = fields.integer("sliding_window", 0, low=0)
-        first = fields.integer("max_window_layers", count, low=0)
-        layers = [
-            replace(s, window=window if i >= first else 0) for i, s in enumerate(dense.layers)
-        ]
-        dense = replace(dense, layers=tuple(layers))
     norm = fields.flag("norm_topk_prob", False)
     feed = deepseek_experts(fields, norm=norm, scoring="sigmoid", bias=True)
     return with_experts(dense, behind_dense(fields, count), feed)

@@ -1,7 +1,7 @@
 """What a model family provides, and the helpers that families share.
 
 A family is one module with ``configure(fields, checkpoint) -> DecoderConfig`` and
-``layer_names(fields, checkpoint, prefix, spec) -> names`` (most use `standard_names`).
+``layer_names(spec, prefix, checkpoint) -> names`` (most use `standard_names`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 
 from mimo_compile.errors import InputError
 from mimo_compile.frontend.models.decoder import DecoderConfig, LayerSpec
+from mimo_compile.frontend.models.windows import Rule, from_a_layer
 from mimo_compile.frontend.weights.checkpoint import Checkpoint
 
 Names = dict[str, str]
@@ -29,7 +30,15 @@ INERT = frozenset(
     pretraining_tp router_aux_loss_coef aux_loss_alpha seq_aux router_jitter_noise output_router_logits
     return_dict id2label label2id ep_size mtp_intermediate_size quantization_config compression_config
     quantization model_type eos_token_id bos_token_id rope_scaling rope_parameters rope_theta
-    use_sliding_window sliding_window max_window_layers layer_types head_dim intermediate_size
+    head_dim intermediate_size torchscript tf_legacy_loss use_bfloat16 pruned_heads output_attentions
+    output_hidden_states is_decoder is_encoder_decoder add_cross_attention cross_attention_hidden_size
+    tie_encoder_decoder chunk_size_feed_forward finetuning_task problem_type task_specific_params prefix
+    decoder_start_token_id forced_bos_token_id forced_eos_token_id max_length min_length do_sample
+    early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p
+    repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
+    num_return_sequences output_scores return_dict_in_generate remove_invalid_values suppress_tokens
+    begin_suppress_tokens exponential_decay_length_penalty attn_implementation _attn_implementation
+    _attn_implementation_autoset transformers.js_config unsloth_fixed unsloth_version
     seerattn_gate_block_size seerattn_use_rope seerattn_k_seq_pooling_type seerattn_q_head_pooling_type
     """.split()
 )
@@ -57,6 +66,8 @@ class Fields:
     file: Path
     asked: set[str] = field(default_factory=set, compare=False)
     """Names that somebody asked for."""
+    within: set[str] = field(default_factory=set, compare=False)
+    """Fields of objects in it that nobody asked for, such as ``rope_scaling.mscale``."""
 
     def fail(self, what: str, remedy: str = "") -> InputError:
         """Build the error for a field that is wrong or not supported."""
@@ -69,12 +80,15 @@ class Fields:
         return default if value is None else value
 
     def unknown(self) -> list[str]:
-        """Return the fields that nobody asked for though they say something, but for those that are inert."""
-        names = set(self.raw) - self.asked - INERT
-        return sorted(n for n in names if self.raw[n] not in (None, False, [], {}, ""))
+        """Return the fields that nobody asked for though they say something, but for those that are inert.
+
+        False and 0 say something: ``use_rope: false``.
+        """
+        names = {n for n in set(self.raw) - self.asked - INERT if not _empty(self.raw[n])}
+        return sorted(names | self.within)
 
     def integer(
-        self, name: str, default: int | None = None, low: int = 1, high: int | None = None
+        self, name: str, default: int | None = None, low: int = 1, high: int = 2**63 - 1
     ) -> int:
         """Return an integer from ``low`` to ``high``; required without a default."""
         value = self.get(name, default)
@@ -82,7 +96,7 @@ class Fields:
             raise self.fail(f"{name} is missing")
         if isinstance(value, bool) or not isinstance(value, int) or value < low:
             raise self.fail(f"{name} must be an integer of at least {low}, found {value!r}")
-        if high is not None and value > high:
+        if value > high:
             raise self.fail(f"{name}={value} is beyond the {high} that are supported")
         return value
 
@@ -126,13 +140,32 @@ class Fields:
                 f"{name}={value!r} is not supported", f"Supported: {', '.join(map(repr, allowed))}"
             )
 
-    def eos(self) -> tuple[int, ...]:
-        """Return the tokens that end a text."""
+    def bos(self, vocab: int) -> int | None:
+        """Return the token that begins a text (None: there is none), one of ``vocab``."""
+        value: int | None = self.get("bos_token_id")
+        if value is not None and not _token(value, vocab):
+            raise self.fail(
+                f"bos_token_id must be a token of 0 to {vocab - 1} or null, found {value!r}"
+            )
+        return value
+
+    def eos(self, vocab: int) -> tuple[int, ...]:
+        """Return the tokens that end a text, of ``vocab``."""
         value = self.get("eos_token_id", [])
         values = value if isinstance(value, list) else [value]
-        if not all(isinstance(v, int) for v in values):
-            raise self.fail(f"eos_token_id must be an integer or a list of them, found {value!r}")
+        if not all(_token(v, vocab) for v in values):
+            raise self.fail(
+                f"eos_token_id must be a token of 0 to {vocab - 1} or a list of them, found {value!r}"
+            )
         return tuple(values)
+
+
+def _empty(value: Any) -> bool:
+    return value is None or (isinstance(value, list | dict | str) and not value)
+
+
+def _token(value: Any, vocab: int) -> bool:
+    return type(value) is int and 0 <= value < vocab
 
 
 def read_rope(
@@ -153,56 +186,54 @@ def read_rope(
         ``rope_theta``, ``rotary_dim`` and ``rope_scaling`` of a `LayerSpec`.
     """
     # transformers too prefers the older field where both are given
-    given = fields.get("rope_scaling") or fields.get("rope_parameters", {})
+    name = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
+    given = fields.get(name, {})
     if isinstance(given, dict) and layer_type is not None:
         given = given.get(layer_type, given)
     if not isinstance(given, dict):
         raise fields.fail(f"rope_scaling or rope_parameters must be an object, found {given!r}")
-    top = {name: fields.get(name) for name in ("rope_theta", "partial_rotary_factor")}
+    if nested := [key for key, value in given.items() if isinstance(value, dict)]:
+        raise fields.fail(
+            f"{name} has settings of its own for {', '.join(map(str, nested))}, "
+            + ("which are not read here" if layer_type is None else f"none for {layer_type}")
+        )
+    top = {key: fields.get(key) for key in ("rope_theta", "partial_rotary_factor")}
     rope = Fields({**{k: v for k, v in top.items() if v is not None}, **given}, fields.file)
     dim = int(d * rope.number("partial_rotary_factor", 1.0))
     if dim % 2 or not 0 < dim <= d:
         raise fields.fail(
             f"partial_rotary_factor rotates {dim} of {d} dimensions, not an even part"
         )
-    return {
+    settings = {
         "rope_theta": rope.number("rope_theta", theta),
         "rotary_dim": dim,
         "rope_scaling": _scaling(rope),
     }
+    fields.within.update(f"{name}.{unknown}" for unknown in rope.unknown())
+    return settings
 
 
 def _scaling(rope: Fields) -> dict[str, Any] | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
+    kind, old = rope.get("rope_type"), rope.get("type")
+    if kind is not None and old is not None and kind != old:
+        raise rope.fail(f"rope_type={kind!r} and type={old!r} name two kinds of rotary scaling")
+    kind = old if kind is None else kind
+    if kind is None and rope.get("factor") is not None:
+        raise rope.fail(
+            "the rotary scaling has a factor and no rope_type", "Known: default, linear, llama3"
+        )
+    if kind in (None, "default"):
         return None
     if kind == "linear":
         return {"type": "linear", "factor": rope.number("factor")}
     if kind == "llama3":
-        return {
-            "type": "llama3",
-            "factor": rope.number("factor"),
-            "low": rope.number("low_freq_factor"),
-            "high": rope.number("high_freq_factor"),
-            "original": rope.integer("original_max_position_embeddings"),
-        }
+        low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
+        if low >= high:
+            raise rope.fail(f"low_freq_factor={low} must be less than high_freq_factor={high}")
+        original = rope.integer("original_max_position_embeddings")
+        factor = rope.number("factor")
+        return {"type": "llama3", "factor": factor, "low": low, "high": high, "original": original}
     raise rope.fail(f"rope type {kind!r} is not supported", "Supported: default, linear, llama3")
-
-
-def windows(fields: Fields, layers: int) -> list[int]:
-    """Return the window of each layer (0: full) of families with ``use_sliding_window``."""
-    kinds = fields.per_layer("layer_types", layers, ("full_attention", "sliding_attention"))
-    if kinds is None:
-        first = fields.integer("max_window_layers", layers, low=0)
-        sliding = fields.flag("use_sliding_window", False)
-        kinds = [
-            "sliding_attention" if sliding and i >= first else "full_attention"
-            for i in range(layers)
-        ]
-    if "sliding_attention" not in kinds:
-        return [0] * layers
-    size = fields.integer("sliding_window")
-    return [size if kind == "sliding_attention" else 0 for kind in kinds]
 
 
 def head_dims(fields: Fields) -> tuple[int, int, int]:
@@ -221,7 +252,7 @@ def head_dims(fields: Fields) -> tuple[int, int, int]:
 
 def dense_decoder(
     fields: Fields, *, qkv_bias: bool = False, qk_norm: Literal["", "head", "all"] = "",
-    eps: float = 1e-6, theta: float = 1e4,
+    eps: float = 1e-6, theta: float = 1e4, windows: Rule = from_a_layer,
 ) -> DecoderConfig:  # fmt: skip
     """Configure an ordinary dense decoder (Llama, Qwen2, Qwen3).
 
@@ -231,12 +262,13 @@ def dense_decoder(
         qk_norm: What q and k are normalised over.
         eps: Of norms where the file says nothing.
         theta: Base of rotary angles where the file says nothing.
+        windows: Which layers have one.
     """
     fields.require("hidden_act", ("silu",))
     heads, kv_heads, d = head_dims(fields)
     count = fields.integer("num_hidden_layers", high=MOST)
     rope = read_rope(fields, d, theta=theta)
-    ffn = fields.integer("intermediate_size")
+    ffn, vocab = fields.integer("intermediate_size"), fields.integer("vocab_size")
     layers = tuple(
         LayerSpec(
             heads,
@@ -254,13 +286,13 @@ def dense_decoder(
     return DecoderConfig(
         name=str(fields.get("model_type")),
         hidden=fields.integer("hidden_size"),
-        vocab=fields.integer("vocab_size"),
+        vocab=vocab,
         layers=layers,
         eps=fields.number("rms_norm_eps", eps),
         tied=fields.flag("tie_word_embeddings", False),
         max_context=fields.integer("max_position_embeddings", 2048),
-        bos=fields.get("bos_token_id"),
-        eos=fields.eos(),
+        bos=fields.bos(vocab),
+        eos=fields.eos(vocab),
     )
 
 

@@ -1,8 +1,8 @@
 """MiMo-7B: a Qwen2 trunk with biases on q, k and v, and draft layers of its own kind (arXiv 2505.07608).
 
 A draft layer joins the model's hidden state after the final norm (first) with the embedding of the next token
-(behind it, zero at position 0). Only drafts depend on these layers: a file that holds fewer than it may is
-read without those that are not there, as long as ``num_nextn_predict_layers`` does not ask for them.
+(behind it, zero at position 0). Only drafts depend on these layers: a file that holds none is read without,
+even if ``num_nextn_predict_layers`` asks for some; one that holds some, but fewer than that, is refused.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from mimo_compile.frontend.models.family import (
     dense_decoder,
     standard_names,
 )
+from mimo_compile.frontend.models.windows import no_windows
 from mimo_compile.frontend.weights.checkpoint import Checkpoint
 
 __all__ = ["configure", "layer_names"]
@@ -31,17 +32,13 @@ _NORMS = {"enorm": "token_layernorm", "hnorm": "hidden_layernorm", "final_norm":
 def configure(fields: Fields, checkpoint: Checkpoint) -> DecoderConfig:
     """Translate a MiMo ``config.json``; draft layers are those that are stored and asked for."""
     fields.require("use_mrope", (False,))
-    fields.require("use_sliding_window", (False,))
     bias = fields.flag("attention_bias", True)
-    trunk = dense_decoder(fields, qkv_bias=bias, eps=1e-5, theta=640000.0)
-    if any(spec.window for spec in trunk.layers):
-        raise fields.fail("layer_types names sliding windows, which MiMo models do not have")
+    trunk = dense_decoder(fields, qkv_bias=bias, eps=1e-5, theta=640000.0, windows=no_windows)
     stored, asked = _stored(fields, checkpoint), fields.get("num_nextn_predict_layers")
     count = stored if asked is None else _asked(fields, checkpoint, stored)
     left_out = tuple(f"{_RULE.prefix}{i}." for i in range(count, stored))
     if left_out:
-        _note(
-            checkpoint,
+        checkpoint.note(
             f"num_nextn_predict_layers={asked}: {len(left_out)} of {stored} stored draft layers "
             "are left out",
         )
@@ -65,18 +62,11 @@ def _asked(fields: Fields, checkpoint: Checkpoint, stored: int) -> int:
             f"Set it to {stored}, or get the shards that hold the others",
         )
     if asked > stored:
-        _note(
-            checkpoint,
+        checkpoint.note(
             f"num_nextn_predict_layers={asked}, but no draft layer ({_RULE.prefix}*) is stored: the "
             "model is read without, and makes no drafts",
         )
     return min(asked, stored)
-
-
-def _note(checkpoint: Checkpoint, text: str) -> None:
-    """Tell the user, once for each checkpoint."""
-    if text not in checkpoint.notes:
-        checkpoint.notes.append(text)
 
 
 def layer_names(spec: LayerSpec, prefix: str, checkpoint: Checkpoint) -> Names:

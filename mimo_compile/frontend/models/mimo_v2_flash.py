@@ -10,6 +10,7 @@ dialect as W + 1; the kernels of other engines and the model built in here take 
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 from mimo_compile.frontend.models.decoder import DecoderConfig, LayerSpec
@@ -30,7 +31,7 @@ _DIALECTS = frozenset(
     """
     hybrid_layer_pattern moe_layer_freq mlp_layer_types layernorm_epsilon rms_norm_eps swa_head_dim
     swa_v_head_dim swa_num_attention_heads swa_num_key_value_heads swa_rope_theta sliding_window_size
-    attention_chunk_size add_swa_attention_sink_bias add_full_attention_sink_bias
+    attention_chunk_size sliding_window layer_types add_swa_attention_sink_bias add_full_attention_sink_bias
     """.split()
 )
 """What only one of them has; files that were saved again may hold both."""
@@ -76,16 +77,17 @@ def configure(fields: Fields, checkpoint: Checkpoint) -> DecoderConfig:
         LayerSpec(**attention[bool(s)], **feed[bool(m)])
         for s, m in zip(sliding, sparse, strict=True)
     )
+    vocab = fields.integer("vocab_size")
     return DecoderConfig(
         name="mimo_v2_flash",
         hidden=fields.integer("hidden_size"),
-        vocab=fields.integer("vocab_size"),
+        vocab=vocab,
         layers=layers,
         eps=fields.number("layernorm_epsilon", fields.number("rms_norm_eps", 1e-5)),
         tied=fields.flag("tie_word_embeddings", False),
         max_context=fields.integer("max_position_embeddings", 131072),
-        bos=fields.get("bos_token_id"),
-        eos=fields.eos(),
+        bos=fields.bos(vocab),
+        eos=fields.eos(vocab),
         mtp=_draft_layers(fields, checkpoint, attention[True]),
     )
 
@@ -94,7 +96,7 @@ def _published_attention(fields: Fields, sliding: bool) -> dict[str, Any]:
     prefix = "swa_" if sliding else ""
     d = fields.integer(f"{prefix}head_dim")
     theta = fields.number(f"{prefix}rope_theta")
-    rope = read_rope(Fields({**fields.raw, "rope_theta": theta}, fields.file, fields.asked), d)
+    rope = read_rope(replace(fields, raw={**fields.raw, "rope_theta": theta}), d)
     window = _published_window(fields) if sliding else 0
     sink = "add_swa_attention_sink_bias" if sliding else "add_full_attention_sink_bias"
     return {

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from mimo_compile.frontend.models.decoder import DecoderConfig, LayerSpec
 from mimo_compile.frontend.models.family import Fields, Names, dense_decoder, standard_names
 from mimo_compile.frontend.models.mixture import (
@@ -12,6 +10,7 @@ from mimo_compile.frontend.models.mixture import (
     routed,
     with_experts,
 )
+from mimo_compile.frontend.models.windows import one_window
 from mimo_compile.frontend.weights.checkpoint import Checkpoint
 
 __all__ = ["configure", "layer_names"]
@@ -21,9 +20,7 @@ def configure(fields: Fields, checkpoint: Checkpoint) -> DecoderConfig:
     """Translate a Mixtral ``config.json``; ``intermediate_size`` is the width of an expert."""
     fields.require("attention_bias", (False,))
     plain_router(fields)
-    dense = dense_decoder(fields, eps=1e-5, theta=1e6)
-    window = fields.integer("sliding_window", 0, low=0)  # null and absent: no window
-    dense = replace(dense, layers=tuple(replace(s, window=window) for s in dense.layers))
+    dense = dense_decoder(fields, eps=1e-5, theta=1e6, windows=one_window)
     experts = number_of_experts(fields, "num_local_experts", "num_experts")
     feed = routed(fields, experts, fields.integer("intermediate_size"), norm=True)
     return with_experts(dense, [True] * len(dense.layers), feed)

@@ -21,6 +21,12 @@ _OTHERS: dict[str, tuple[Any, ...]] = {
 }
 """Fields of routers and blocks that a family may not know, with what they say where it has none of it."""
 
+EXPERTS = frozenset(
+    "num_experts num_local_experts num_experts_per_tok moe_intermediate_size norm_topk_prob "
+    "shared_expert_intermediate_size".split()
+)
+"""Fields of Qwen's experts: they say nothing where no layer has any."""
+
 
 def plain_router(fields: Fields, *known: str) -> None:
     """Refuse what other families have: a router is softmax and the best scores, but for fields ``known``.

@@ -12,6 +12,7 @@ from mimo_compile.frontend.models.mixture import (
     routed,
     with_experts,
 )
+from mimo_compile.frontend.models.windows import no_windows
 from mimo_compile.frontend.weights.checkpoint import Checkpoint
 
 __all__ = ["configure", "layer_names"]
@@ -21,7 +22,7 @@ def configure(fields: Fields, checkpoint: Checkpoint) -> DecoderConfig:
     """Translate an OLMoE ``config.json``; ``intermediate_size`` is the width of an expert."""
     fields.require("attention_bias", (False,))
     plain_router(fields)
-    dense = dense_decoder(fields, qk_norm="all", eps=1e-5)
+    dense = dense_decoder(fields, qk_norm="all", eps=1e-5, windows=no_windows)
     if fields.get("clip_qkv") is not None:
         limit = fields.number("clip_qkv")
         dense = replace(dense, layers=tuple(replace(s, clip_qkv=limit) for s in dense.layers))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from mimo_compile.frontend.models.decoder import DecoderConfig
 from mimo_compile.frontend.models.family import Fields, dense_decoder, standard_names
 from mimo_compile.frontend.models.mixture import (
+    EXPERTS,
     every_few,
     number_of_experts,
     plain_router,
@@ -27,6 +28,7 @@ def configure(fields: Fields, checkpoint: Checkpoint) -> DecoderConfig:
     dense = dense_decoder(fields, qkv_bias=fields.flag("qkv_bias", True))
     sparse = every_few(fields, len(dense.layers))
     if not any(sparse):
+        fields.asked.update(EXPERTS)
         return dense
     experts = number_of_experts(fields, "num_experts", "num_local_experts")
     norm = fields.flag("norm_topk_prob", False)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from mimo_compile.frontend.models.decoder import DecoderConfig
 from mimo_compile.frontend.models.family import Fields, dense_decoder, standard_names
 from mimo_compile.frontend.models.mixture import (
+    EXPERTS,
     every_few,
     number_of_experts,
     plain_router,
     routed,
     with_experts,
 )
+from mimo_compile.frontend.models.windows import in_all_layers
 from mimo_compile.frontend.weights.checkpoint import Checkpoint
 
 __all__ = ["configure", "layer_names"]
@@ -22,12 +22,10 @@ def configure(fields: Fields, checkpoint: Checkpoint) -> DecoderConfig:
     """Translate a Qwen3-MoE ``config.json``; with ``use_sliding_window`` all layers have the window."""
     fields.require("attention_bias", (False,))
     plain_router(fields)
-    dense = dense_decoder(fields, qk_norm="head")
-    if fields.flag("use_sliding_window", False) and fields.get("layer_types") is None:
-        window = fields.integer("sliding_window")
-        dense = replace(dense, layers=tuple(replace(s, window=window) for s in dense.layers))
+    dense = dense_decoder(fields, qk_norm="head", windows=in_all_layers)
     sparse = every_few(fields, len(dense.layers))
     if not any(sparse):
+        fields.asked.update(EXPERTS)
         return dense
     experts = number_of_experts(fields, "num_experts", "num_local_experts")
     norm = fields.flag("norm_topk_prob", False)
