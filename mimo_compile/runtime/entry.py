@@ -65,6 +65,11 @@ class Memory:
         if self._experts is not None:
             self._experts.limit(bound)
 
+    def broken_off(self) -> None:
+        """Stop what goes on beside an entry point that does not come to its end."""
+        if self._experts is not None:
+            self._experts.residency.forget()
+
     def _holder(self, weight: str) -> Experts | None:
         """Return who has a weight, where it comes and goes."""
         experts = self._experts
@@ -154,6 +159,7 @@ class BoundEntry:
         ]
         self.program = program
         self._arrays = {index: array for index, (array, _) in placed.items()}
+        self._memory = memory
         memory.limit(self)
 
     def array(self, buffer: int) -> Array:
@@ -175,9 +181,10 @@ class BoundEntry:
         try:
             for position, (function, arguments) in enumerate(self.calls):  # noqa: B007
                 function(*arguments)
-        except MimoError:  # of what a call does besides: it says where
-            raise
-        except Exception as error:
+        except BaseException as error:
+            self._memory.broken_off()
+            if isinstance(error, MimoError) or not isinstance(error, Exception):
+                raise  # of what a call does besides: it says where
             raise self._failure(position, error) from error
 
     def timings(self, arrays: Sequence[Array], repeat: int) -> list[Timing]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mimo_compile import _tvm
 from mimo_compile.runtime.memory import as_tensor
-from mimo_compile.runtime.residency import waves
 
 if TYPE_CHECKING:
     from mimo_compile.runtime.entry import Array, BoundEntry
@@ -21,6 +21,28 @@ Function = Callable[..., Any]
 Argument = tuple[Function, tuple[Any, ...]]
 
 
+class Rows:
+    """Which rows of a running entry point are of tokens; others are padding, or of a slot that rests."""
+
+    def __init__(self, pos: Array, count: int) -> None:
+        """Take the entry point's `pos` (int32 ``[2]``, of a batch ``[B, 2]``) and its number of rows."""
+        self._pos, self._places = pos, np.arange(count)
+        self.others: Array = np.zeros(count, bool)
+        """bool ``[T]``: those that do not count."""
+
+    def note(self) -> None:
+        """Look, before the first call: the place of `pos` in the arena may be taken by others later."""
+        if self._pos.ndim == 2:
+            np.equal(self._pos[:, 1], 0, out=self.others)
+        else:
+            np.greater_equal(self._places, self._pos[1], out=self.others)
+
+    def then(self, function: Function, *arguments: Any) -> None:
+        """Look, and call a function."""
+        self.note()
+        function(*arguments)
+
+
 class Foresight:
     """What a layer's router says of rows that an earlier layer's router has seen.
 
@@ -28,16 +50,22 @@ class Foresight:
     own rows. Where it is not, experts are loaded when they are needed.
     """
 
-    def __init__(self, layer: int, calls: Sequence[Argument], ids: Array) -> None:
-        """Take the layer's number, the router's calls on memory of their own, and where they write ids."""
-        self.layer, self._calls, self._ids = layer, calls, ids
+    def __init__(
+        self, layer: int, calls: Sequence[Argument], ids: Array, rows: Rows | None
+    ) -> None:
+        """Take the layer's number, the router's calls on memory of their own, and where they write ids.
+
+        Of ``rows`` only those that count are asked about; None: all of them.
+        """
+        self.layer, self._calls, self._ids, self._rows = layer, calls, ids, rows
 
     def __call__(self) -> list[Key]:
         """Return the layer's experts, those with most tokens first."""
         for function, arguments in self._calls:
             function(*arguments)
-        experts = self._ids.ravel().tolist()
-        if len(self._ids) > 1:
+        ids = self._ids if self._rows is None else self._ids[~self._rows.others]
+        experts = ids.ravel().tolist()
+        if len(ids) > 1:
             counts = Counter(experts)
             experts = sorted(counts, key=lambda expert: (-counts[expert], expert))
         return [(self.layer, expert) for expert in experts]
@@ -48,7 +76,7 @@ class ExpertCall:
 
     def __init__(
         self, kernel: Argument, ids: Array, slots: Array, y: Array, experts: int, layer: int,
-        residency: Residency, ahead: Sequence[Foresight],
+        residency: Residency, ahead: Sequence[Foresight], counting: Rows | None = None,
     ) -> None:  # fmt: skip
         """Take what is called with what, and where it reads and writes.
 
@@ -61,15 +89,21 @@ class ExpertCall:
             layer: Number of the layer.
             residency: Has the layer's experts.
             ahead: Say what the next layers need, in their order.
+            counting: Which rows have experts at all; None: all of them.
         """
         self._function, self._arguments = kernel
-        self._ids, self._slots, self._y = ids, slots, y
+        self._source, self._counting = ids, counting
+        self._ids = ids if counting is None else np.empty_like(ids)
+        self._slots, self._y = slots, y
         self._experts, self._layer, self._residency, self._ahead = experts, layer, residency, ahead
         self._room = residency.room(layer)
         self._table = np.full(experts + 2, -1, np.int32)  # the ends are for ids that are no experts
 
     def __call__(self) -> None:
         """Run the layer's experts, in several passes where they have no room together."""
+        if self._counting is not None:
+            np.copyto(self._ids, self._source)
+            self._ids[self._counting.others] = -1
         rows = [[e for e in row if 0 <= e < self._experts] for row in self._ids.tolist()]
         tokens = Counter(e for row in rows for e in row)
         if len(tokens) <= self._room:
@@ -84,38 +118,76 @@ class ExpertCall:
         kernel divides them into the same tiles; what it adds up for other rows is forgotten.
         """
         plan = waves(rows, self._room, self._residency.resident(self._layer, tokens))
-        result, done = np.empty_like(self._y), np.zeros(len(rows), bool)
+        result, done = np.zeros_like(self._y), np.zeros(len(rows), bool)
+        met: set[int] = set()
         for number, wave in enumerate(plan, 1):
             some = {expert: tokens[expert] for expert in wave}
             if number == len(plan):
-                self._look_ahead_and_run(some)
+                self._look_ahead_and_run(some, met)
             else:
-                self._have(some)
+                self._have(some, met)
                 self._function(*self._arguments)
+            met |= some.keys()
             now = np.array([some.keys() >= set(row) for row in rows]) & ~done
             result[now] = self._y[now]
             done |= now
         self._y[...] = result
         self._residency.traffic.waves += len(plan) - 1
 
-    def _look_ahead_and_run(self, tokens: Mapping[int, int]) -> None:
+    def _look_ahead_and_run(
+        self, tokens: Mapping[int, int], met: Collection[int] = frozenset()
+    ) -> None:
         """Have experts, let those of the next layers come, and run the kernel meanwhile."""
-        self._have(tokens)
+        self._have(tokens, met)
         if self._ahead:
             self._residency.foresee([key for foresight in self._ahead for key in foresight()])
         self._function(*self._arguments)
 
-    def _have(self, tokens: Mapping[int, int]) -> None:
-        """Have experts, and write their slots where the kernel looks; the others add nothing."""
+    def _have(self, tokens: Mapping[int, int], met: Collection[int]) -> None:
+        """Have experts, and write their slots where the kernel looks; the others add nothing.
+
+        Of those that an earlier wave ``met`` the need was noted then.
+        """
+        found = self._residency.acquire(self._layer, tokens, met)
         self._table.fill(-1)
-        for expert, slot in zip(tokens, self._residency.acquire(self._layer, tokens), strict=True):
+        for expert, slot in zip(tokens, found, strict=True):
             self._table[expert + 1] = slot
         np.take(self._table, self._ids + 1, mode="clip", out=self._slots)
 
 
+def waves(rows: Sequence[Sequence[int]], room: int, first: Collection[int] = ()) -> list[list[int]]:
+    """Divide experts into lists of at most ``room``, so that each row has all of its own in one of them.
+
+    Args:
+        rows: Experts of each row, at most ``room``.
+        room: Experts of a list.
+        first: Experts that are there already; lists begin with rows that need few others.
+
+    Returns:
+        The lists, each in ascending order; few, though not always the fewest.
+    """
+    counts = Counter(frozenset(row) for row in rows if row)
+    left: list[frozenset[int]] = list(counts)
+    out: list[list[int]] = []
+    wave: frozenset[int] = frozenset(first)
+
+    def cost(row: frozenset[int]) -> tuple[int, int, list[int]]:
+        """Rank rows by what they add to the wave; equal ones by what is in them, however they are ordered."""
+        return len(row - wave), -counts[row], sorted(row)
+
+    while left:
+        wave = min(left, key=cost)
+        while fits := [row for row in left if len(row | wave) <= room]:
+            best = min(fits, key=cost)
+            wave |= best
+            left = [row for row in left if not row <= wave]
+        out.append(sorted(wave))
+    return out
+
+
 def limited(
     bound: BoundEntry, layers: Mapping[int, int], experts: Mapping[int, int],
-    routers: frozenset[str], residency: Residency, ahead: int,
+    routers: frozenset[str], residency: Residency, ahead: int, apart: Collection[str],
 ) -> None:  # fmt: skip
     """Make an entry point have the experts of each layer before it runs them.
 
@@ -126,8 +198,11 @@ def limited(
         routers: Kernels that are routers.
         residency: Has the experts.
         ahead: How many layers to look ahead.
+        apart: Kernels of experts in which no row's bits depend on other rows: there only rows that count have
+            experts. In others padding has its own as well, as it has them where all are mapped.
     """
     order = sorted(layers)
+    counting = _counting(bound, layers)
     for number, at in enumerate(order):
         call = bound.program.calls[at]
         function, arguments = bound.calls[at]
@@ -135,18 +210,33 @@ def limited(
         slots = _tvm.empty_aligned(ids.shape, "int32")
         taken = (arguments[0], as_tensor(slots), *arguments[2:])
         next_ones = order[number + 1 : number + 1 + ahead]
-        found = [_foresight(bound, at, n, layers[n], routers) for n in next_ones]
+        of = {n: counting if bound.program.calls[n].kernel in apart else None for n in layers}
+        found = [_foresight(bound, at, n, layers[n], routers, of[n]) for n in next_ones]
         foresights = [foresight for foresight in found if foresight is not None]
         layer = layers[at]
         made = ExpertCall(
-            (function, taken), ids, slots, y, experts[layer], layer, residency, foresights
+            (function, taken), ids, slots, y, experts[layer], layer, residency, foresights, of[at]
         )
         bound.calls[at] = made, ()
+    if counting is not None:
+        function, arguments = bound.calls[0]
+        bound.calls[0] = partial(counting.then, function), arguments
+
+
+def _counting(bound: BoundEntry, layers: Iterable[int]) -> Rows | None:
+    """Return which rows of an entry point count; None: all of them do, or it does not say."""
+    counts = {bound.array(bound.program.calls[at].args[1]).shape[0] for at in layers}
+    pos = bound.inputs.get("pos")
+    if pos is None or len(counts) != 1:
+        return None
+    (count,) = counts
+    return Rows(pos, count) if count > 1 and pos.shape in ((2,), (count, 2)) else None
 
 
 def _foresight(
-    bound: BoundEntry, at: int, following: int, layer: int, routers: frozenset[str]
-) -> Foresight | None:
+    bound: BoundEntry, at: int, following: int, layer: int, routers: frozenset[str],
+    rows: Rows | None,
+) -> Foresight | None:  # fmt: skip
     """Return the router before the call `following`, on the rows of the call `at`; None if none is found.
 
     It is the matmul that writes the logits from such rows and weights alone, and the call that chooses.
@@ -161,21 +251,21 @@ def _foresight(
     score = _last(calls[:choose], lambda c: c.args[-1] == logits)
     if score is None:
         return None
-    rows, *constants = calls[score].args[:-1]
+    seen, *constants = calls[score].args[:-1]
     x = calls[at].args[0]
     buffers = bound.program.buffers
-    alike = (buffers[rows].shape, buffers[rows].dtype) == (buffers[x].shape, buffers[x].dtype)
+    alike = (buffers[seen].shape, buffers[seen].dtype) == (buffers[x].shape, buffers[x].dtype)
     if not alike or any(buffers[i].kind != "weight" for i in constants):
         return None
     arrays = {i: _tvm.empty_aligned(buffers[i].shape, buffers[i].dtype) for i in scratch}
     instead = {i: as_tensor(array) for i, array in arrays.items()}
-    instead[rows] = as_tensor(bound.array(x))
+    instead[seen] = as_tensor(bound.array(x))
     made: list[Argument] = []
     for number in (score, choose):
         function, arguments = bound.calls[number]
         pairs = zip(calls[number].args, arguments, strict=True)
         made.append((function, tuple(instead.get(i, argument) for i, argument in pairs)))
-    return Foresight(layer, made, arrays[ids])
+    return Foresight(layer, made, arrays[ids], rows)
 
 
 def _last(calls: Sequence[Call], fits: Callable[[Call], bool]) -> int | None:

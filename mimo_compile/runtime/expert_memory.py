@@ -35,6 +35,15 @@ if TYPE_CHECKING:
 MOST_AHEAD = 8
 """Layers to look ahead: what their routers say of rows that far away is hardly right."""
 
+APART = frozenset(
+    f"moe.x86_{name}"
+    for name in (
+        "float", "planes", "trits", "strits", "lut", "lut2", "lut_shuffle", "tl1", "tl2", "codebook",
+        "complex", "vnni",
+    )
+)  # fmt: skip
+"""Schedules that promise an order of sums: a row's result has the same bits whatever other rows there are."""
+
 
 @dataclass(frozen=True, slots=True)
 class ExpertMemory:
@@ -83,13 +92,14 @@ class ExpertMemory:
                 f"expert_memory: there is no policy {self.policy!r}",
                 remedy=f"choose one of {', '.join(POLICIES)}",
             )
-        if not isinstance(self.ahead, int) or not 0 <= self.ahead <= MOST_AHEAD:
+        if type(self.ahead) is not int or not 0 <= self.ahead <= MOST_AHEAD:
             raise UsageError(
                 f"expert_memory: {self.ahead!r} is no number of layers to look ahead",
                 remedy=f"give 0 to {MOST_AHEAD}",
             )
         rate = self.bytes_per_s
-        if rate is not None and not 0 < rate < float("inf"):
+        real = isinstance(rate, int | float) and not isinstance(rate, bool)
+        if rate is not None and not (real and 0 < rate < float("inf")):
             raise UsageError(
                 f"expert_memory: {rate!r} bytes per second are no rate",
                 remedy="give a positive number, or None",
@@ -238,6 +248,8 @@ class Experts:
         }
         self._layer_of = {stack.sources: layer for layer, stack in enumerate(self.stacks)}
         self._routers = frozenset(routers.rules_of(manifest))
+        self._apart = frozenset(c.kernel for c in manifest.plan if c.schedule in APART)
+        self._decodes = manifest.decoder is not None
 
     @property
     def experts(self) -> int:
@@ -266,7 +278,8 @@ class Experts:
             if (sources := packed(call, bound.program.buffers)) in self._layer_of
         }
         experts = {layer: self.stacks[layer].shape.experts for layer in layers.values()}
-        limited(bound, layers, experts, self._routers, self.residency, self.how.ahead)
+        apart = self._apart if self._decodes else ()  # others have no rows that do not count
+        limited(bound, layers, experts, self._routers, self.residency, self.how.ahead, apart)
 
     def check(self) -> None:
         """Check that this process may use them.
@@ -284,8 +297,8 @@ class Experts:
             "experts": self.experts, "expert_bytes": self.bytes, "needs": traffic.needs,
             "hits": traffic.hits, "ahead": traffic.ahead, "late": traffic.late,
             "misses": traffic.misses, "loaded_ahead": traffic.loaded_ahead, "unused": traffic.unused,
-            "waves": traffic.waves, "bytes_read": traffic.bytes_read,
-            "stall_seconds": traffic.stall_seconds,
+            "failed_ahead": traffic.failed_ahead, "waves": traffic.waves,
+            "bytes_read": traffic.bytes_read, "stall_seconds": traffic.stall_seconds,
         }  # fmt: skip
 
 

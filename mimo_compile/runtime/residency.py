@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from mimo_compile.errors import MimoError, UsageError
+from mimo_compile.errors import UsageError
 
 Key = tuple[int, int]
 """A layer's number and one of its experts."""
@@ -245,12 +245,15 @@ class Residency:
                 remedy="load the artifact in each process",
             )
 
-    def acquire(self, layer: int, tokens: Mapping[int, int]) -> list[int]:
+    def acquire(
+        self, layer: int, tokens: Mapping[int, int], met: Collection[int] = frozenset()
+    ) -> list[int]:
         """Have experts of a layer, and keep them until the next call.
 
         Args:
             layer: Its number.
             tokens: How many tokens each of the experts has, at most as many experts as there is room for.
+            met: Those of which the need was noted before, in an earlier wave of the same call.
 
         Returns:
             The slot of each expert, in their order.
@@ -265,20 +268,25 @@ class Residency:
                 bank.gone(key)
             self._wishes = [key for key in self._wishes if key[0] != layer]
             self._pinned = frozenset(keys)
-            met = bank.need(layer, tokens)
+            needed = {expert: count for expert, count in tokens.items() if expert not in met}
+            first = bank.need(layer, needed)
             missing = [key for key in keys if not bank.has(key)]
-            late = sum(map(bank.coming, missing))
+            noted = [key for key in missing if key[1] in needed]
+            late = sum(map(bank.coming, noted))
             traffic = self.traffic
-            traffic.hits += len(keys) - len(missing)
-            traffic.ahead += met
+            traffic.hits += len(needed) - len(noted)
+            traffic.ahead += first
             traffic.late += late
-            traffic.misses += len(missing) - late
+            traffic.misses += len(noted) - late
             missing.sort(key=bank.coming)  # what nobody brings comes first
         if missing:
             begin = time.perf_counter()
             try:
                 for key in missing:
                     self._bring(bank, key)
+            except BaseException:
+                self.forget()
+                raise
             finally:
                 traffic.stall_seconds += time.perf_counter() - begin
         with self._changed:
@@ -307,9 +315,23 @@ class Residency:
             if not self._wishes or self._busy:
                 return
             self._busy = True
-        if self._ahead is None:
-            self._ahead = ThreadPoolExecutor(1, "mimo-experts")
-        self._ahead.submit(self._load_ahead)
+        try:
+            if self._ahead is None:
+                self._ahead = ThreadPoolExecutor(1, "mimo-experts")
+            self._ahead.submit(self._load_ahead)
+        except RuntimeError:  # there is no thread to be had: what is needed is loaded then
+            with self._changed:
+                self._busy = False
+                self.traffic.failed_ahead += len(self._wishes)
+                self._wishes = []
+        except BaseException:  # broken off: the next call tries again
+            self._busy = False
+            raise
+
+    def forget(self) -> None:
+        """Load nothing more of what was foreseen: the call that it was foreseen for is broken off."""
+        with self._changed:
+            self._wishes = []
 
     def _bring(self, bank: Bank, key: Key) -> None:
         """Have one expert, if need be by waiting until it or another one has come."""
@@ -327,25 +349,35 @@ class Residency:
 
     def _load_ahead(self) -> None:
         """Load what is wished for until nothing is; in the thread for that."""
-        while True:
+        try:
+            while self._load_next():
+                pass
+        except BaseException:
             with self._changed:
-                if not self._wishes:
-                    self._busy = False
-                    return
-                key = self._wishes.pop(0)
-                bank = self._banks[self._bank_of[key[0]]]
-                if bank.has(key) or bank.coming(key):
-                    continue
-                found = bank.claim(key, self._pinned | self._foreseen, ahead=True)
-                if found is None:
-                    continue
-                self.traffic.unused += found.vain
-                self.traffic.loaded_ahead += 1
-            try:
-                self._fill(bank, key, found.slot)
-            except (MimoError, MemoryError):  # whoever needs it tries again, and says so
-                with self._changed:
-                    self.traffic.failed_ahead += 1
+                self._busy = False  # whatever it was, the next call may try again
+            raise
+
+    def _load_next(self) -> bool:
+        """Load the first of what is wished for; returns whether there was any."""
+        with self._changed:
+            if not self._wishes:
+                self._busy = False
+                return False
+            key = self._wishes.pop(0)
+            bank = self._banks[self._bank_of[key[0]]]
+            if bank.has(key) or bank.coming(key):
+                return True
+            found = bank.claim(key, self._pinned | self._foreseen, ahead=True)
+            if found is None:
+                return True
+            self.traffic.unused += found.vain
+            self.traffic.loaded_ahead += 1
+        try:
+            self._fill(bank, key, found.slot)
+        except Exception:  # whoever needs it tries again, and says so
+            with self._changed:
+                self.traffic.failed_ahead += 1
+        return True
 
     def _fill(self, bank: Bank, key: Key, slot: int) -> None:
         """Load an expert into a slot that it has claimed."""
@@ -360,33 +392,3 @@ class Residency:
             bank.arrived(key)
             self.traffic.bytes_read += count
             self._changed.notify_all()
-
-
-def waves(rows: Sequence[Sequence[int]], room: int, first: Collection[int] = ()) -> list[list[int]]:
-    """Divide experts into lists of at most ``room``, so that each row has all of its own in one of them.
-
-    Args:
-        rows: Experts of each row, at most ``room``.
-        room: Experts of a list.
-        first: Experts that are there already; lists begin with rows that need few others.
-
-    Returns:
-        The lists, each in ascending order; few, though not always the fewest.
-    """
-    counts = Counter(frozenset(row) for row in rows if row)
-    left: list[frozenset[int]] = list(counts)
-    out: list[list[int]] = []
-    wave: frozenset[int] = frozenset(first)
-
-    def cost(row: frozenset[int]) -> tuple[int, int, list[int]]:
-        """Rank rows by what they add to the wave; equal ones by what is in them, however they are ordered."""
-        return len(row - wave), -counts[row], sorted(row)
-
-    while left:
-        wave = min(left, key=cost)
-        while fits := [row for row in left if len(row | wave) <= room]:
-            best = min(fits, key=cost)
-            wave |= best
-            left = [row for row in left if not row <= wave]
-        out.append(sorted(wave))
-    return out

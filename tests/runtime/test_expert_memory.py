@@ -20,10 +20,12 @@ from mimo_compile.errors import ArtifactError, UsageError
 from mimo_compile.ir.hardware import local_cpu
 from mimo_compile.runtime import ExpertMemory, load, weights
 from mimo_compile.runtime.container import open_artifact
-from mimo_compile.runtime.expert_calls import Foresight
-from mimo_compile.runtime.expert_memory import Experts, experts_of, share_banks
+from mimo_compile.runtime.expert_calls import ExpertCall, Foresight, Rows
+from mimo_compile.runtime.expert_memory import APART, Experts, experts_of, share_banks
 from mimo_compile.runtime.residency import POLICIES
 from mimo_compile.runtime.routing import recording
+from mimo_compile.schedules import SCHEDULES, get_schedule
+from mimo_compile.schedules.base import Schedule
 from mimo_compile.schedules.emit.bf16 import NEEDS
 
 ALL = len(samples.LAYERS) * samples.EXPERTS
@@ -117,6 +119,63 @@ def test_a_prompt_whose_experts_have_no_room_together_runs_in_waves(files, wante
     assert (hidden_of(module, tokens) == expected).all()
     facts = module.experts.facts()
     assert facts["slots"] == 2 and facts["waves"] > 3 and facts["misses"] > 20
+
+
+def test_rows_of_padding_have_no_experts(files, wanted):
+    """A prompt of three in a step of 16 needs what three tokens need, whatever the others' routers say."""
+    tokens, expected = wanted("float", 3)
+    how = ExpertMemory("1MiB", ahead=1)
+    module = load(files("float"), threads=1, expert_memory=how)
+    with recording(module) as recorder:
+        (hidden,) = list(module.session().chunks(tokens))
+    assert (hidden == expected[:3]).all()
+    chosen = [set(layer.ravel().tolist()) for layer in recorder.log().ids.swapaxes(0, 1)]
+    facts = module.experts.facts()
+    assert facts["needs"] == sum(map(len, chosen)) < ALL
+    calls = [made for made, _ in module.bind("step_16").calls if hasattr(made, "_ahead")]
+    for call, experts in zip(calls, chosen, strict=True):
+        assert set(call._ids[3:].ravel()) == {-1} and set(call._ids[:3].ravel()) == experts
+        for foresight in call._ahead:
+            said = {expert for _, expert in foresight()}
+            assert said == set(foresight._ids[:3].ravel().tolist())
+    room = max(map(len, chosen)) * bytes_of_expert(files("float"))
+    few = load(files("float"), threads=1, expert_memory=room)
+    list(few.session().chunks(tokens))
+    assert few.experts.facts()["waves"] == 0  # there is room for what counts
+
+
+def test_rows_count_as_pos_said_before_the_first_call():
+    pos = np.array([[5, 1], [0, 0], [9, 1]], np.int32)
+    rows = Rows(pos, 3)
+    rows.then(lambda: pos.fill(0))  # others take its place in the arena
+    assert rows.others.tolist() == [False, True, False]
+    prompt = Rows(np.array([40, 2], np.int32), 4)
+    prompt.note()
+    assert prompt.others.tolist() == [False, False, True, True]
+
+
+def test_rows_are_told_apart_where_schedules_promise_an_order():
+    promised = {
+        name for name in SCHEDULES["moe"] if type(get_schedule(name)).order is not Schedule.order
+    }
+    assert promised == APART
+
+
+def test_experts_that_are_not_in_a_wave_have_no_slots(files, monkeypatch):
+    """What a kernel is given: were a number left from the wave before, it would read another's weights."""
+    waves, own = [], ExpertCall._have
+
+    def watched(self, tokens, met):
+        own(self, tokens, met)
+        waves.append(len(tokens))
+        there = np.isin(self._ids, list(tokens))
+        assert (self._slots[~there] == -1).all() and (self._slots[there] >= 0).all()
+
+    monkeypatch.setattr(ExpertCall, "_have", watched)
+    size = 2 * bytes_of_expert(files("float"))
+    module = load(files("float"), threads=1, expert_memory=size)
+    hidden_of(module, list(range(16)))
+    assert module.experts.facts()["waves"] > 3 and max(waves) == 2
 
 
 def test_the_next_layers_routers_are_asked_with_the_rows_of_this_one(files, monkeypatch):
@@ -281,6 +340,9 @@ def test_what_is_no_size_is_refused(files, size):
         ({"ahead": 0.5}, "0.5 is no number of layers"),
         ({"bytes_per_s": 0}, "are no rate"),
         ({"bytes_per_s": float("nan")}, "are no rate"),
+        ({"bytes_per_s": "1"}, "'1' bytes per second are no rate"),
+        ({"bytes_per_s": True}, "are no rate"),
+        ({"ahead": True}, "True is no number of layers"),
     ],
 )
 def test_other_fields_are_checked(files, more, text):

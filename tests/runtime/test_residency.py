@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mimo_compile.errors import MimoError, UsageError
-from mimo_compile.runtime.residency import POLICIES, WINDOW, Bank, Residency, waves
+from mimo_compile.runtime.expert_calls import waves
+from mimo_compile.runtime.residency import POLICIES, WINDOW, Bank, Residency
 
 LAYERS, EXPERTS = 3, 5
 CALLS = st.lists(
@@ -161,12 +162,87 @@ def test_what_is_on_its_way_is_waited_for_and_not_loaded_twice():
 
 
 def test_experts_of_the_layer_that_runs_never_leave_for_what_is_foreseen():
-    residency = single(3, "lru")
+    residency = single(4, "lru")
+    residency.acquire(1, {4: 1})
     residency.acquire(0, {0: 1, 1: 1, 2: 1})
+    # layer 0 has more than its share of the slots: but for the call that runs, one of its own would leave
     residency.foresee([(1, 0), (1, 1)])
     wait_for(lambda: not residency._busy)
     assert residency.resident(0, range(EXPERTS)) == {0, 1, 2}
-    assert residency.traffic.loaded_ahead == 0
+    assert residency.resident(1, range(EXPERTS)) == {0}
+    assert residency.traffic.loaded_ahead == 1
+
+
+def test_an_expert_that_two_waves_have_is_one_need():
+    disk = Disk()
+    residency = single(3, "load", disk)
+    residency.acquire(0, {0: 2, 1: 1, 2: 1})
+    residency.acquire(0, {0: 2, 3: 1, 4: 1}, met={0, 1, 2})
+    residency.acquire(0, {1: 1}, met={0, 1, 2, 3, 4})  # it has left, and is read again
+    traffic = residency.traffic
+    assert (traffic.needs, traffic.misses, traffic.hits) == (5, 5, 0)
+    assert len(disk.loads) == 6 and traffic.bytes_read == 60
+
+
+@pytest.mark.parametrize("error", [MimoError("x"), RuntimeError("x"), ValueError("x")])
+def test_loads_ahead_go_on_after_one_that_failed(error):
+    loads = []
+
+    def fragile(key, slot):
+        loads.append(key)
+        if len(loads) == 1:
+            raise error
+        return 1
+
+    residency = single(6, "load", fragile)
+    residency.foresee([(1, 0), (1, 1)])
+    wait_for(lambda: not residency._busy)
+    residency.foresee([(1, 2)])
+    wait_for(lambda: not residency._busy)
+    assert loads == [(1, 0), (1, 1), (1, 2)]
+    assert residency.traffic.failed_ahead == 1 and residency.traffic.loaded_ahead == 3
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_loads_ahead_go_on_where_none_could_begin_once(error, monkeypatch):
+    residency = single(6, "load")
+
+    def refused(*arguments):
+        raise error
+
+    residency.foresee([(1, 0)])
+    wait_for(lambda: not residency._busy)
+    with monkeypatch.context() as patch:
+        patch.setattr(residency._ahead, "submit", refused)
+        if error is RuntimeError:
+            residency.foresee([(1, 1)])  # whoever needs it loads it
+        else:
+            with pytest.raises(error):
+                residency.foresee([(1, 1)])
+    residency.foresee([(1, 2)])
+    wait_for(lambda: not residency._busy)
+    assert residency.resident(1, range(EXPERTS)) == {0, 2}
+
+
+def test_nothing_more_is_loaded_for_a_call_that_is_broken_off():
+    begun, go, loads = threading.Event(), threading.Event(), []
+
+    def slow(key, slot):
+        if key == (0, 4):
+            raise KeyboardInterrupt
+        loads.append(key)
+        begun.set()
+        assert go.wait(20)
+        return 1
+
+    residency = single(6, "load", slow)
+    residency.foresee([(1, 0), (1, 1), (1, 2)])
+    assert begun.wait(20)
+    with pytest.raises(KeyboardInterrupt):
+        residency.acquire(0, {4: 1})
+    go.set()
+    wait_for(lambda: not residency._busy)
+    assert loads == [(1, 0)]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MimoError])
