@@ -325,8 +325,8 @@ class Builder:
         found = pile(each)
         if not isinstance(found, QuantTensor) and self._codes(names[0]):
             self.checkpoint.note(
-                "experts whose columns stand in orders of their own (desc_act), or whose formats differ from "
-                "expert to expert, are read as float32"
+                "experts whose columns stand in orders of their own (desc_act), or in formats that none "
+                "holds together, are read as float32"
             )
         return found
 

@@ -6,6 +6,7 @@ A family is one module with ``configure(fields, checkpoint) -> DecoderConfig`` a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -294,6 +295,15 @@ def dense_decoder(
         bos=fields.bos(vocab),
         eos=fields.eos(vocab),
     )
+
+
+def stored_drafts(fields: Fields, checkpoint: Checkpoint, prefix: str) -> int:
+    """Return how many draft layers have tensors, whose names go on with a number behind ``prefix``."""
+    number = re.compile(re.escape(prefix) + r"(\d+)\.")
+    found = sorted({int(m[1]) for name in checkpoint.entries if (m := number.match(name))})
+    if found != list(range(len(found))):
+        raise fields.fail(f"draft layers {found} are not numbered from 0 without a gap")
+    return len(found)
 
 
 def standard_names(spec: LayerSpec, prefix: str, checkpoint: Checkpoint) -> Names:

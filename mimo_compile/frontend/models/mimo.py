@@ -7,7 +7,6 @@ even if ``num_nextn_predict_layers`` asks for some; one that holds some, but few
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 
 from mimo_compile.frontend.models.decoder import DecoderConfig, LayerSpec
@@ -18,6 +17,7 @@ from mimo_compile.frontend.models.family import (
     Names,
     dense_decoder,
     standard_names,
+    stored_drafts,
 )
 from mimo_compile.frontend.models.windows import no_windows
 from mimo_compile.frontend.weights.checkpoint import Checkpoint
@@ -25,7 +25,6 @@ from mimo_compile.frontend.weights.checkpoint import Checkpoint
 __all__ = ["configure", "layer_names"]
 
 _RULE = DraftRule("model.mtp_layers.", hidden_first=True, normed=True, blank_first=True)
-_MTP = re.compile(r"model\.mtp_layers\.(\d+)\.")
 _NORMS = {"enorm": "token_layernorm", "hnorm": "hidden_layernorm", "final_norm": "final_layernorm"}
 
 
@@ -34,7 +33,8 @@ def configure(fields: Fields, checkpoint: Checkpoint) -> DecoderConfig:
     fields.require("use_mrope", (False,))
     bias = fields.flag("attention_bias", True)
     trunk = dense_decoder(fields, qkv_bias=bias, eps=1e-5, theta=640000.0, windows=no_windows)
-    stored, asked = _stored(fields, checkpoint), fields.get("num_nextn_predict_layers")
+    stored = stored_drafts(fields, checkpoint, _RULE.prefix)
+    asked = fields.get("num_nextn_predict_layers")
     count = stored if asked is None else _asked(fields, checkpoint, stored)
     left_out = tuple(f"{_RULE.prefix}{i}." for i in range(count, stored))
     if left_out:
@@ -43,14 +43,6 @@ def configure(fields: Fields, checkpoint: Checkpoint) -> DecoderConfig:
             "are left out",
         )
     return replace(trunk, mtp=trunk.layers[:1] * count, drafts=_RULE, left_out=left_out)
-
-
-def _stored(fields: Fields, checkpoint: Checkpoint) -> int:
-    """Return how many draft layers have tensors."""
-    found = sorted({int(m[1]) for name in checkpoint.entries if (m := _MTP.match(name))})
-    if found != list(range(len(found))):
-        raise fields.fail(f"draft layers {found} are not numbered from 0 without a gap")
-    return len(found)
 
 
 def _asked(fields: Fields, checkpoint: Checkpoint, stored: int) -> int:

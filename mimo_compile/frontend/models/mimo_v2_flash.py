@@ -9,7 +9,6 @@ dialect as W + 1; the kernels of other engines and the model built in here take 
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from typing import Any
 
@@ -20,13 +19,13 @@ from mimo_compile.frontend.models.family import (
     Names,
     read_rope,
     standard_names,
+    stored_drafts,
 )
 from mimo_compile.frontend.models.mixture import routed
 from mimo_compile.frontend.weights.checkpoint import Checkpoint
 
 __all__ = ["configure", "layer_names"]
 
-_MTP = re.compile(r"model\.mtp\.layers\.(\d+)\.")
 _DIALECTS = frozenset(
     """
     hybrid_layer_pattern moe_layer_freq mlp_layer_types layernorm_epsilon rms_norm_eps swa_head_dim
@@ -156,11 +155,8 @@ def _draft_layers(
     fields: Fields, checkpoint: Checkpoint, attention: dict[str, Any]
 ) -> tuple[LayerSpec, ...]:
     """Draft layers attend through a window and are dense; their width is that of their tensors."""
-    found = sorted({int(m[1]) for name in checkpoint.entries if (m := _MTP.match(name))})
-    if found != list(range(len(found))):
-        raise fields.fail(f"draft layers {found} are not numbered from 0 without a gap")
     layers = []
-    for i in found:
+    for i in range(stored_drafts(fields, checkpoint, "model.mtp.layers.")):
         shape = checkpoint.shape(f"model.mtp.layers.{i}.mlp.gate_proj.weight")
         ffn = shape[0] if shape and len(shape) == 2 else fields.integer("intermediate_size")
         layers.append(LayerSpec(**attention, mlp="dense", ffn=ffn))

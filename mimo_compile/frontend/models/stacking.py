@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mimo_compile.frontend.weights.canonical import common_format, widen
 from mimo_compile.ir.formats import QuantTensor
 
 
@@ -25,11 +26,16 @@ def stack(parts: list[QuantTensor]) -> QuantTensor:
 
 
 def pile(parts: list[Tensor | QuantTensor]) -> Tensor | QuantTensor:
-    """Put matrices of equal shape on top of each other: ``[E, N, K]``; orders of columns are undone."""
-    quantised = [part for part in parts if isinstance(part, QuantTensor)]
-    plain = len({part.fmt for part in quantised}) == 1 and len(quantised) == len(parts)
-    if plain and all(part.perm is None for part in quantised):
-        return _join(quantised, torch.stack)
+    """Put matrices of equal shape on top of each other: ``[E, N, K]``.
+
+    Those in different formats take one that holds all of them. Where columns stand in other orders, or
+    there is no such format, real values are returned.
+    """
+    quantised = [part for part in parts if isinstance(part, QuantTensor) and part.perm is None]
+    if len(quantised) == len(parts):
+        fmt = common_format([part.fmt for part in quantised], quantised[0].codes.shape[-1])
+        if fmt is not None:
+            return _join([widen(part, fmt) for part in quantised], torch.stack)
     return torch.stack(same_type(real(parts)))
 
 
