@@ -53,11 +53,11 @@ class Stack:
 class Slots:
     """Memory for some experts of one shape, as kernels see it: arrays of E, and nothing behind the others."""
 
-    def __init__(self, shape: Shape) -> None:
-        """Reserve addresses; memory is taken where slots are filled, and nowhere else."""
+    def __init__(self, shape: Shape, slots: int) -> None:
+        """Reserve addresses; memory is taken where ``slots`` are filled, and nowhere else."""
         self._shape = shape
         self._sizes = shape.part_bytes
-        self.memory = [Zeroed(shape.experts * size) for size in self._sizes]
+        self.memory = [Zeroed(shape.experts * size, used=slots * size) for size in self._sizes]
 
     def argument(self, part: int) -> tuple[Array, Any]:
         """Return one of the arrays ``[E, ...]``, and the same as an argument of kernels."""

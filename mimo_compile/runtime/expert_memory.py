@@ -236,7 +236,7 @@ class Experts:
             self.slots += sum(sizes)
             self.slot_bytes += sum(sizes) * shape.bytes
         shape_of = {bank: stack.shape for bank, stack in zip(bank_of, self.stacks, strict=True)}
-        held = {bank: Slots(shape) for bank, shape in shape_of.items()}
+        held = {bank: Slots(shape, banks[bank].slots) for bank, shape in shape_of.items()}
         self.memory = [held[bank] for bank in bank_of]
         """The slots of each layer; those of a bank are the same."""
         file = ExpertFile(self.stacks, self.memory, weights, Throttle(how.bytes_per_s), where)

@@ -20,13 +20,24 @@ _HUGE = 4 << 20
 class Zeroed:
     """A private mapping: zero at first, page aligned, without cost until touched."""
 
-    def __init__(self, size: int, *, huge: bool = False) -> None:
-        """Reserve `size` bytes; `huge` asks for huge pages (for memory that is used as a whole)."""
+    def __init__(self, size: int, *, huge: bool = False, used: int | None = None) -> None:
+        """Reserve `size` bytes.
+
+        Args:
+            size: Bytes.
+            huge: Ask for huge pages (for memory that is used as a whole).
+            used: Bytes from the first on that will be touched; None: all. No huge page reaches beyond.
+        """
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE
         self._map = mmap.mmap(-1, max(size, 1), flags=flags)
         if huge and size >= _HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
             with contextlib.suppress(OSError):  # a kernel without huge pages
                 self._map.madvise(mmap.MADV_HUGEPAGE)
+        whole = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = whole if used is None else -(-used // mmap.PAGESIZE) * mmap.PAGESIZE
+        if end < whole and hasattr(mmap, "MADV_NOHUGEPAGE"):
+            with contextlib.suppress(OSError):
+                self._map.madvise(mmap.MADV_NOHUGEPAGE, end, whole - end)
         self.bytes: Bytes = np.frombuffer(self._map, np.uint8, size)
         """The memory; views of it keep the mapping alive."""
 

@@ -6,7 +6,7 @@ import hashlib
 import os
 import threading
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
@@ -47,6 +47,14 @@ class OpenFile:
         """Take over a descriptor, which is closed with this object."""
         self._descriptor = descriptor
         weakref.finalize(self, os.close, descriptor)
+
+    def stamp(self) -> tuple[int, int, int]:
+        """Return what changes when somebody writes: size, time of the last write and of the last change.
+
+        Writes through a mapping may be stamped late, and two within a tick of the system's clock alike.
+        """
+        facts = os.fstat(self._descriptor)
+        return facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns
 
     def read(self, at: int, into: Bytes) -> None:
         """Fill memory with what lies in the file from byte `at` on.
@@ -99,6 +107,7 @@ class MappedWeights:
         self._member, self._file, self._start = member, file, start
         self._hashes, self._size = facts.chunks, facts.chunk_bytes
         self._good = bytearray(len(facts.chunks))
+        self._stamp = file.stamp()  # of what the good ones were hashed in
         self._lock = threading.Lock()
         wanted = chunk_bytes(facts.bytes)
         if member.size != facts.bytes or (facts.chunk_bytes, len(facts.chunks)) != (
@@ -140,12 +149,22 @@ class MappedWeights:
         self._check([(self._spots[name].begin, self._spots[name].end) for name in names])
 
     def prepare_all(self) -> None:
-        """Hash everything that was not hashed before.
+        """Hash everything that was not hashed before, past the mapping: no pages of it come into memory.
 
         Raises:
-            ArtifactError: A chunk differs from its hash.
+            ArtifactError: A chunk differs from its hash, or cannot be read.
         """
-        self._check([(0, self._member.size)])
+
+        def one(chunk: int) -> None:
+            try:
+                self._read_hashed(chunk, 0, np.empty(0, np.uint8))
+            except (EOFError, OSError) as error:
+                reason = getattr(error, "strerror", None) or error
+                raise ArtifactError(
+                    f"the weights cannot be read: {reason}", where=self._where
+                ) from error
+
+        self._check([(0, self._member.size)], one)
 
     def data(self, name: str) -> Bytes:
         """Return a tensor's bytes as they lie in the file."""
@@ -156,7 +175,8 @@ class MappedWeights:
         """Read a part of a tensor, from its byte `begin` on, past the mapping.
 
         Chunks that were not hashed before are read as a whole, a block at a time, and what lies in `into`
-        is of the very bytes that were hashed.
+        is of the very bytes that were hashed. If somebody has written to the file since, nothing counts as
+        hashed any more, and all is read once again.
 
         Returns:
             How many bytes were read.
@@ -167,6 +187,14 @@ class MappedWeights:
             OSError: It cannot be read.
         """
         begin += self._spots[name].begin
+        stamp = self._stamp
+        total = self._read(begin, into)
+        with self._lock:
+            if (now := self._file.stamp()) != self._stamp:
+                self._stamp, self._good = now, bytearray(len(self._good))
+        return total if now == stamp else total + self._read(begin, into)
+
+    def _read(self, begin: int, into: Bytes) -> int:
         end, total = begin + into.size, 0
         for chunk in range(begin // self._size, -(-end // self._size)):
             low, high = max(begin, chunk * self._size), min(end, (chunk + 1) * self._size)
@@ -192,7 +220,11 @@ class MappedWeights:
         self._take(chunk, digest.hexdigest())
         return end - first
 
-    def _check(self, ranges: Iterable[tuple[int, int]]) -> None:
+    def _check(
+        self, ranges: Iterable[tuple[int, int]], check: Callable[[int], None] | None = None
+    ) -> None:
+        """Hash the chunks of these ranges that were not hashed before, each by ``check``."""
+        check = check or self._check_mapped
         with self._lock:
             wanted = {
                 chunk
@@ -200,19 +232,23 @@ class MappedWeights:
                 for chunk in range(begin // self._size, -(-end // self._size))
                 if not self._good[chunk]
             }
+
+            def run(chunks: list[int]) -> None:
+                for chunk in chunks:
+                    check(chunk)
+
             if len(wanted) <= 1:
-                self._check_run(sorted(wanted))
+                run(sorted(wanted))
                 return
             threads = min(len(os.sched_getaffinity(0)), 8, len(wanted))
             with ThreadPoolExecutor(threads) as pool:
-                for _ in pool.map(self._check_run, _runs(sorted(wanted), threads)):
+                for _ in pool.map(run, _runs(sorted(wanted), threads)):
                     pass
 
-    def _check_run(self, chunks: list[int]) -> None:
-        for chunk in chunks:
-            # hashlib lets other threads run meanwhile
-            found = hashlib.sha256(self._member[chunk * self._size : (chunk + 1) * self._size].data)
-            self._take(chunk, found.hexdigest())
+    def _check_mapped(self, chunk: int) -> None:
+        # hashlib lets other threads run meanwhile
+        found = hashlib.sha256(self._member[chunk * self._size : (chunk + 1) * self._size].data)
+        self._take(chunk, found.hexdigest())
 
     def _take(self, chunk: int, found: str) -> None:
         """Note that a chunk was hashed.

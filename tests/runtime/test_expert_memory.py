@@ -22,6 +22,7 @@ from mimo_compile.runtime import ExpertMemory, load, weights
 from mimo_compile.runtime.container import open_artifact
 from mimo_compile.runtime.expert_calls import ExpertCall, Foresight, Rows
 from mimo_compile.runtime.expert_memory import APART, Experts, experts_of, share_banks
+from mimo_compile.runtime.memory import Zeroed
 from mimo_compile.runtime.residency import POLICIES
 from mimo_compile.runtime.routing import recording
 from mimo_compile.schedules import SCHEDULES, get_schedule
@@ -298,6 +299,60 @@ def test_damage_is_found_before_an_expert_is_used(large, tmp_path):
         ):
             experts.residency.acquire(1, {4: 1})
     assert experts.residency.acquire(1, {3: 1}) and experts.residency.acquire(0, {4: 1})
+
+
+def test_damage_after_a_good_load_is_found(large, tmp_path):
+    path = Path(shutil.copy(large, tmp_path / "written.mimo"))
+    each = 3 * 16 * 2048 * 4
+    experts = experts_of(open_artifact(path), ExpertMemory(2 * each, ahead=0))
+    source = experts.stacks[0].sources[0]
+    tensor = samples.weights("float", 2048)[0][source]
+    for expert in range(6):  # the first have left
+        experts.residency.acquire(0, {expert: 1})
+    before, data = path.stat(), path.read_bytes()
+    at = data.index(tensor[1].tobytes()) + tensor[1].nbytes // 2
+    with path.open("r+b") as file:
+        file.seek(at)
+        file.write(bytes([data[at] ^ 1]))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # as copying tools do
+    for _ in range(2):
+        with pytest.raises(ArtifactError, match=r"expert 1 of layers.1.experts .* its hash"):
+            experts.residency.acquire(0, {1: 1})
+    experts.residency.acquire(0, {2: 1, 3: 1})
+    path.write_bytes(data)
+    (slot,) = experts.residency.acquire(0, {1: 1})
+    assert (experts.place(source)[0][slot] == tensor[1]).all()
+    for _ in range(2):
+        before = experts.facts()
+        for expert in range(6):
+            experts.residency.acquire(0, {expert: 1})
+        after = experts.facts()
+    # nothing was written since the first round: in the second one nothing is hashed again
+    assert after["bytes_read"] - before["bytes_read"] == each * (after["misses"] - before["misses"])
+
+
+def test_hashing_everything_brings_no_pages_into_memory(large):
+    before = file_pages()
+    parts = open_artifact(large, verify="full")
+    assert file_pages() - before < ALL * 3 * 16 * 2048  # a quarter of the experts' bytes
+    assert all(parts.weights._good)
+
+
+def test_no_huge_page_reaches_beyond_the_slots():
+    memory = Zeroed(64 << 20, used=(3 << 20) + 5)
+    at = memory.bytes.ctypes.data
+    flags, here = {}, None
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if span := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            here = [int(n, 16) for n in span.groups()]
+        elif line.startswith("VmFlags:"):
+            flags[tuple(here)] = line.split()[1:]
+
+    def of(address):
+        return next(held for (low, high), held in flags.items() if low <= address < high)
+
+    assert "nh" not in of(at) and "nh" not in of(at + (3 << 20))
+    assert "nh" in of(at + (3 << 20) + mmap.PAGESIZE) and "nh" in of(at + (64 << 20) - 1)
 
 
 def test_reads_can_be_slowed_down(large):
