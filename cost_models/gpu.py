@@ -108,21 +108,20 @@ def occupancy(launch: LaunchShape, hardware: Hardware) -> Occupancy:
 def predict(counts: Counts, launches: Sequence[LaunchShape], hardware: Hardware) -> Predicted:
     """Return the least time of a call that does ``counts`` in launches one after the other.
 
-    Counts with a part for each launch are taken launch by launch, others as the work of the largest one.
+    Counts of several launches have a part for each of them, in their order.
 
     Raises:
-        ValueError: a launch cannot be held by an SM, or there is none.
+        ValueError: a launch cannot be held by an SM, there is none, or counts do not say what each one does.
     """
+    works = counts.parts if len(launches) > 1 else (counts,)
+    if len(works) != len(launches):
+        raise ValueError(f"{len(launches)} launches, and counts with parts for {len(counts.parts)}")
     for launch in launches:
         if not occupancy(launch, hardware).blocks:
             raise ValueError(f"no SM of {hardware.name} can hold a block of {launch}")
-    if len(counts.parts) == len(launches):
-        pairs = list(zip(counts.parts, launches, strict=True))
-    else:
-        pairs = [(counts, max(launches, key=lambda one: one.blocks * one.threads))]
     parts: dict[str, float] = {"launch": _LAUNCH_S * len(launches)}
     seconds = parts["launch"]
-    for work, launch in pairs:
+    for work, launch in zip(works, launches, strict=True):
         times = _times(work, launch, hardware)
         seconds += max(times.values(), default=0.0)
         for name, value in times.items():

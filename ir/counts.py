@@ -70,3 +70,9 @@ class Counts:
             o.get(k, 0.0) for k in ("fma_f32", "dot_i8", "tile_i8", "dot_bf16", "tile_bf16")
         )
         return 2.0 * multiplied + sum(o.get(k, 0.0) for k in ("add_f32", "exp_f32"))
+
+
+def in_turn(*parts: Counts) -> Counts:
+    """Return the counts of parts that run one after the other, each of them known by itself as well."""
+    total = sum(parts, Counts())
+    return Counts(total.ops, total.bytes, parts=parts)

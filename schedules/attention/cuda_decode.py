@@ -91,7 +91,7 @@ class CudaDecode(CudaParts):
             copied += float((end - begin).sum())
             scored += float((-(-(end - begin) // own) * own).sum())
             held += float(end.max() - begin.min()) * p["kv"]
-        found = copied_counts(p, p["kv"], copied, held, scored, own)
+        found = copied_counts(p, p["kv"], copied, held, scored, own, config.parts)
         return with_merge(in_pages(found, p, op.lengths(p)), p, self.units(p), config.parts)
 
     @staticmethod

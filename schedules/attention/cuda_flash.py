@@ -76,14 +76,19 @@ class CudaFlash(Schedule):
             hardware,
             threads=32 * config.warps,
             shared_bytes=self.shared_bytes(p, config),
-            registers=_registers(p, own),
+            registers=self.registers(p, config, own),
         )
+
+    def registers(self, p: Mapping[str, Any], config: Any, own: int) -> int:
+        """Return about how many registers a thread needs; arguments as for `can`."""
+        queries, sums = layout.whole(p["d"]) // 4, layout.whole(p["dv"]) // 2
+        return int(queries + sums + own // 2 + own // 4 + _SPARE)
 
     def resident(self, p: Mapping[str, Any], config: Any, own: int, hardware: Hardware) -> int:
         """Return about how many blocks of a config the GPU holds at a time; arguments as for `can`."""
         gpu = gpu_of(hardware)
         shared = gpu.shared_per_sm // (self.shared_bytes(p, config) + gpu.shared_reserved)
-        threads = gpu.registers_per_sm // _registers(p, own)
+        threads = gpu.registers_per_sm // self.registers(p, config, own)
         held = min(shared, threads // (32 * int(config.warps)))
         return hardware.cores * max(1, held)
 
@@ -194,13 +199,6 @@ class CudaParts(CudaFlash):
         room = self.resident(p, first, own, hardware) // self.units(p)
         most = max(1, min(room, self.reach(p) // (2 * first.keys)))
         return replace(first, parts=max(n for n in self.knobs(p)["parts"] if n <= most))
-
-
-def _registers(p: Mapping[str, Any], own: int) -> int:
-    """Return about how many registers a thread needs whose warp works on so many keys at once."""
-    return int(
-        layout.whole(p["d"]) // 4 + layout.whole(p["dv"]) // 2 + own // 2 + own // 4 + _SPARE
-    )
 
 
 def merge_threads(p: Mapping[str, Any]) -> int:

@@ -101,7 +101,8 @@ class CudaLists(CudaParts):
             # lists of a KV head may all differ, but not be more than the cache
             apart = float(there.max(axis=1).sum()) * groups / p["kv"]
             held += p["kv"] * min(apart, float(min(length, p["cap"])))
-        found = copied_counts(p, groups, copied, held, scored, config.keys // config.warps)
+        own = config.keys // config.warps
+        found = copied_counts(p, groups, copied, held, scored, own, config.parts)
         named = 4.0 * (p["b"] * lists * p["hs"] * (p["kmax"] + 1) + p["b"] * p["t"] * p["h"])
         if p["page"]:
             named += 4.0 * p["cap"] / p["page"]

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mimo_compile.ir.counts import Counts
+from mimo_compile.ir.counts import Counts, in_turn
 from mimo_compile.ir.ops.pages import paged, table_bytes
 from mimo_compile.schedules.attention import cuda_layout as layout
 
@@ -44,7 +44,13 @@ def spans(p: Mapping[str, Any], length: int, height: int) -> tuple[Any, Any]:
 
 
 def copied_counts(
-    p: Mapping[str, Any], heads: float, copied: float, held: float, scored: float, own: int
+    p: Mapping[str, Any],
+    heads: float,
+    copied: float,
+    held: float,
+    scored: float,
+    own: int,
+    parts: int = 1,
 ) -> Counts:
     """Return the counts of passing over keys.
 
@@ -55,6 +61,7 @@ def copied_counts(
         held: Keys that come from memory, at least once, together; the others from L2.
         scored: Keys that tiles of 16 rows are multiplied with, together.
         own: Keys of a softmax step.
+        parts: Of the keys; each reads the queries by itself.
     """
     wide, sums = layout.whole(p["d"]), layout.whole(p["dv"])
     row = 2.0 * (wide + sums)
@@ -71,7 +78,7 @@ def copied_counts(
         },
         {
             "dram": held * row + given * (p["d"] + p["dv"]),
-            "l2": heads * copied * row + given * (p["d"] + p["dv"]),
+            "l2": heads * copied * row + given * (parts * p["d"] + p["dv"]),
         },
     )
 
@@ -90,8 +97,7 @@ def with_merge(main: Counts, p: Mapping[str, Any], units: int, parts: int) -> Co
         {"dram": result, "l2": result + 4.0 * rows * parts * number},
         name="merge",
     )
-    total = first + merged
-    return Counts(total.ops, total.bytes, parts=(first, merged))
+    return in_turn(first, merged)
 
 
 def in_pages(counts: Counts, p: Mapping[str, Any], lengths: list[int]) -> Counts:

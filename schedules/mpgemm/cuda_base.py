@@ -226,15 +226,3 @@ class Ends:
             "mpgemm_join", (blocks, 1, 1), ENDS_THREADS, ("parts", "y", *self.operands)
         )  # fmt: skip
         return (first, main, last)
-
-    def ops(self) -> dict[str, float]:
-        """Return the operations of the first and the last launch, by kind."""
-        p = self.problem
-        per_x = 6.0 if self.int8 else 1.0
-        return {"int_op": per_x * p.m * self.k_padded, "add_f32": float(self.split - 1) * p.m * p.n}
-
-    def near_bytes(self) -> float:
-        """Return the bytes of L2 that the first and the last launch move: x, its operand, sums of pieces."""
-        p = self.problem
-        x = p.m * (4.0 * p.k * (2 if self.int8 else 1) + self.element * self.k_padded)
-        return x + (4.0 * p.m * p.n * (2 * self.split) if self.split > 1 else 0.0)

@@ -18,7 +18,8 @@ from mimo_compile.schedules.cuda.code import DeviceCode, Launch
 from mimo_compile.schedules.cuda.limits import MOST_REGISTERS, fits
 from mimo_compile.schedules.cuda.template import rendered
 from mimo_compile.schedules.mpgemm.cuda_base import CudaGemm, CudaProblem, Ends
-from mimo_compile.schedules.mpgemm.cuda_mma import NEEDS, MmaConfig, tiled_work, worth
+from mimo_compile.schedules.mpgemm.cuda_mma import NEEDS, MmaConfig, worth
+from mimo_compile.schedules.mpgemm.cuda_work import tiled_work
 
 _OTHER_REGISTERS = 64
 
@@ -90,13 +91,12 @@ class CudaCodes(CudaGemm):
     def work(self, workload: Workload, config: CodesConfig, hardware: Hardware) -> Counts:
         """Whole tiles; codes are unpacked once for each tile of tokens and warp that shares its rows."""
         p = CudaProblem.of(workload)
-        tiled = tiled_work(p, Ends(p, config.split), config.bm, config.bn)
         times = -(-p.m // config.bm) * config.warps_m
         rows = -(-p.n // config.bn) * config.bn
         unpacked = float(times * rows * p.weight.k_padded)
         groups = p.m * rows * float(p.fmt.groups(p.k)) if p.w_group else 0.0
-        ops = {**tiled.ops, "unpack_u8": unpacked * (1 if p.acts.is_int8 else 2), "fma_f32": groups}
-        return Counts(ops, tiled.bytes)
+        more = {"unpack_u8": unpacked * (1 if p.acts.is_int8 else 2), "fma_f32": groups}
+        return tiled_work(p, Ends(p, config.split), config.bm, config.bn, hardware, more)
 
 
 def _shared(c: CodesConfig, p: CudaProblem) -> int:

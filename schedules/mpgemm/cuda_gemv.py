@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mimo_compile.ir.counts import Counts
+from mimo_compile.ir.counts import Counts, in_turn
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.ops.base import Arg
 from mimo_compile.ir.workload import Workload
@@ -138,18 +138,21 @@ class CudaGemv(CudaGemm):
         p = CudaProblem.of(workload)
         blocks = -(-p.n // (config.rows * config.warps))
         weights = float(blocks * config.rows * config.warps * p.weight.k_padded)
-        if p.acts.is_int8:
-            x = p.m * (p.weight.k_padded + 4.0 * _x_groups(p))
-            ops = {
-                "dot_i8": p.m * weights,
-                "unpack_u8": weights * (1 if p.weight.bits < 8 else 0),
-                "int_op": 6.0 * p.m * p.k,
-            }
-            near = 2 * 4.0 * p.m * p.k + x
-        else:
-            x, near = 4.0 * p.m * p.k, 0.0
+        x = 4.0 * p.m * p.k
+        others = p.bytes - x
+        if not p.acts.is_int8:
             ops = {"fma_f32": p.m * weights, "add_f32": weights, "int_op": weights}
-        return Counts(ops, {"dram": p.bytes, "l2": p.bytes + near + blocks * x})
+            return Counts(ops, {"dram": p.bytes, "l2": others + blocks * x})
+        codes = p.m * (p.weight.k_padded + 4.0 * _x_groups(p))
+        quantize = Counts(
+            {"int_op": 6.0 * p.m * p.k}, {"dram": x, "l2": 2 * x + codes}, name="quantize"
+        )
+        main = Counts(
+            {"dot_i8": p.m * weights, "unpack_u8": weights * (1 if p.weight.bits < 8 else 0)},
+            {"dram": others, "l2": others + blocks * codes},
+            name="rows",
+        )
+        return in_turn(quantize, main)
 
 
 def _vectors(p: CudaProblem) -> int:

@@ -14,6 +14,7 @@ from mimo_compile.schedules.cuda.code import DeviceCode, Launch
 from mimo_compile.schedules.cuda.limits import MOST_REGISTERS, fits
 from mimo_compile.schedules.cuda.template import rendered
 from mimo_compile.schedules.mpgemm.cuda_base import CudaGemm, CudaProblem, Ends
+from mimo_compile.schedules.mpgemm.cuda_work import tiled_work
 
 NEEDS = frozenset({"cuda", "mma", "cp_async"})
 _OTHER_REGISTERS = 56
@@ -124,7 +125,7 @@ class CudaMma(CudaGemm):
     def work(self, workload: Workload, config: MmaConfig, hardware: Hardware) -> Counts:
         """Whole tiles; each block reads its rows of both operands."""
         p = CudaProblem.of(workload)
-        return tiled_work(p, Ends(p, config.split), config.bm, config.bn)
+        return tiled_work(p, Ends(p, config.split), config.bm, config.bn, hardware)
 
 
 def may_run(c: MmaConfig, hardware: Hardware) -> bool:
@@ -155,16 +156,6 @@ def worth(c: MmaConfig, ends: Ends, hardware: Hardware) -> bool:
 def whole_pieces(tiles_k: int, split: int) -> bool:
     """Say whether no piece of K is empty."""
     return (split - 1) * -(-tiles_k // split) < tiles_k
-
-
-def tiled_work(p: CudaProblem, ends: Ends, bm: int, bn: int) -> Counts:
-    """Return the work of a matmul by matrix units in tiles of bm x bn of y."""
-    tiles_m, tiles_n = -(-p.m // bm), -(-p.n // bn)
-    kind = "tile_i8" if ends.int8 else "tile_bf16"
-    products = float(tiles_m * bm) * (tiles_n * bn) * ends.k_padded
-    read = tiles_n * p.m * ends.k_padded * ends.element + tiles_m * p.weight.bytes
-    near = ends.near_bytes() + read + 4.0 * p.m * p.n
-    return Counts(ends.ops() | {kind: products}, {"dram": p.bytes, "l2": near})
 
 
 def _default(p: CudaProblem, hardware: Hardware, legal: Callable[[MmaConfig], bool]) -> MmaConfig:

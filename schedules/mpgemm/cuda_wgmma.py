@@ -17,7 +17,8 @@ from mimo_compile.schedules.cuda.code import DeviceCode, Launch, TensorMap
 from mimo_compile.schedules.cuda.limits import fits
 from mimo_compile.schedules.cuda.template import rendered
 from mimo_compile.schedules.mpgemm.cuda_base import CudaGemm, CudaProblem, Ends
-from mimo_compile.schedules.mpgemm.cuda_mma import takes_operands, tiled_work, whole_pieces
+from mimo_compile.schedules.mpgemm.cuda_mma import takes_operands, whole_pieces
+from mimo_compile.schedules.mpgemm.cuda_work import tiled_work
 
 NEEDS = frozenset({"cuda", "sm_90a", "wgmma", "tma"})
 DEPTH = 128
@@ -98,8 +99,7 @@ class CudaWgmma(CudaGemm):
         """Generate the kernel of one config."""
         p = CudaProblem.of(workload)
         ends = Ends(p, config.split)
-        tiles = -(-p.m // config.bm) * -(-p.n // config.bn) * config.split
-        blocks = min(tiles, hardware.cores)
+        blocks = _blocks(p, config, hardware)
         producer, consumer = _REGISTERS[config.consumers]
         constants = ends.constants() | {
             "CONSUMERS": config.consumers, "BN": config.bn, "STAGES": config.stages,
@@ -138,7 +138,13 @@ class CudaWgmma(CudaGemm):
     def work(self, workload: Workload, config: WgmmaConfig, hardware: Hardware) -> Counts:
         """Whole tiles; each tile's block reads its rows of both operands."""
         p = CudaProblem.of(workload)
-        return tiled_work(p, Ends(p, config.split), config.bm, config.bn)
+        blocks = _blocks(p, config, hardware)
+        return tiled_work(p, Ends(p, config.split), config.bm, config.bn, hardware, blocks=blocks)
+
+
+def _blocks(p: CudaProblem, c: WgmmaConfig, hardware: Hardware) -> int:
+    """Return the blocks of the main launch: for each tile and piece of K, at most as many as SMs."""
+    return min(-(-p.m // c.bm) * -(-p.n // c.bn) * c.split, hardware.cores)
 
 
 def _defaults(p: CudaProblem, hardware: Hardware) -> Iterator[WgmmaConfig]:

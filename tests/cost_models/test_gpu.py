@@ -87,8 +87,12 @@ def test_launches_add_up() -> None:
     whole = Counts(total.ops, total.bytes, parts=(first, then))
     shapes = [LaunchShape(132, 256, 64, 0), LaunchShape(264, 64, 32, 0)]
     assert 1e6 * predict(whole, shapes, H200).seconds == pytest.approx(4 + 3 + 2 * 2.0)
-    # without parts all of it is the larger one's, where memory and arithmetic overlap
-    assert 1e6 * predict(total, shapes, H200).seconds == pytest.approx(4 + 2 * 2.0)
+    # each at its own launch's share, whichever is the largest
+    few = [LaunchShape(133, 256, 64, 0), LaunchShape(5000, 256, 32, 0)]
+    assert 1e6 * predict(whole, few, H200).parts["fma_f32"] == pytest.approx(4 * 132 * 2 / 133)
+    for counts, launches in ((total, shapes), (whole, [*shapes, shapes[0]]), (total, [])):
+        with pytest.raises(ValueError, match="launches, and counts with parts for"):
+            predict(counts, launches, H200)
 
 
 def test_what_cannot_be_launched_has_no_time() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from mimo_compile.ir.counts import Counts, in_turn
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.ops.base import Arg
@@ -65,7 +66,12 @@ class CudaSwiglu(Schedule):
             f"#define THREADS {config.threads}\n{TEXT}", launches,
             {"half": Arg("half", "input", (t, f), "float32")}, expected=("MUFU.EX2", "LDG"),
         )  # fmt: skip
+        each = 4.0 * t * f
+        counts = in_turn(
+            Counts(op.counts(workload).ops, {"dram": each, "l2": 2 * each}, name="gate"),
+            Counts({}, {"dram": 2 * each, "l2": 3 * each}, name="up"),
+        )
         return Kernel(
-            kernel_name(self, workload, config, hardware), None, op.args(workload), op.counts(workload),
+            kernel_name(self, workload, config, hardware), None, op.args(workload), counts,
             features=frozenset({"cuda"}), device=code,
         )  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from harness import sample_config
@@ -158,6 +160,66 @@ def test_results_are_within_the_op_s_bound(schedule, text, config):
     inputs = made(text, [(498, 2), (70, 2)]) if schedule is DECODE else None
     seen = check_emulated(text, schedule, config, H200, seed=2, inputs=inputs)
     assert all(np.isfinite(a).all() for n, a in seen.outputs.items() if n in ("out", "q", "lse"))
+
+
+EXACT = [
+    (
+        DECODE,
+        f"cached_attention:t=2,h=9,kv=1,d=24,dv=18,cap=150,c=bf16,scale={math.log(2)}",
+        PartsConfig(32, 2, 2, 2),
+    ),
+    (
+        LISTS,
+        "sparse_attention:t=3,h=4,kv=1,d=24,dv=18,cap=160,hs=1,block=4,kmax=24,rows=2,window=40,len=133,c=bf16,"
+        f"scale={math.log(2)}",
+        PartsConfig(32, 2, 2, 2),
+    ),
+    (
+        PREFILL,
+        f"cached_attention:t=20,h=3,kv=1,d=24,dv=18,cap=90,window=50,c=bf16,scale={math.log(2)}",
+        StagesConfig(16, 2, 2),
+    ),
+]
+"""Logits to base 2 are q.k itself."""
+
+
+def exact_inputs(workload):
+    """Return inputs whose logits to base 2 are whole numbers, so that weights are powers of 2.
+
+    Nothing but float32 sums is rounded then: results are within the op's `exact_bound`, which a softmax scale
+    that is off by half a percent is far from.
+    """
+    rng = np.random.default_rng(0)
+    inputs = get_op(workload.op).make_inputs(workload, rng)
+    for name in ("q", "k_cache", "v_cache"):
+        drawn = rng.integers(-1, 2, inputs[name].shape).astype(np.float32)
+        if name == "v_cache":
+            drawn = rng.standard_normal(inputs[name].shape, dtype=np.float32)
+        inputs[name] = drawn if name == "q" else (drawn.view(np.uint32) >> 16).astype(np.uint16)
+    return inputs
+
+
+def check_exact(schedule, text, config, hardware, **more):
+    """Hold results where nothing is rounded to the op's `exact_bound`; arguments as for `check_emulated`."""
+    workload = parse_workload(text)
+    seen = check_emulated(
+        workload, schedule, config, hardware, inputs=exact_inputs(workload), **more
+    )
+    bound = get_op(workload.op).exact_bound(workload, seen.inputs, seen.expected)
+    for name, most in bound.items():
+        error = np.abs(seen.outputs[name] - seen.expected[name])
+        assert (error <= most).all(), f"{name}: {(error / most).max():.3g} of what is exact"
+    return seen
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("schedule", "text", "config"),
+    EXACT,
+    ids=[s.name for s, _, _ in EXACT],
+)
+def test_results_are_exact_where_nothing_is_rounded(schedule, text, config):
+    check_exact(schedule, text, config, H200)
 
 
 def drawn_heads(draw):
@@ -345,6 +407,69 @@ def test_prefill_counts_the_tiles_that_it_visits(data):
     assert counts.ops["tile_bf16"] == kv * cells * (32 + 48)
     given = 4.0 * t * kv * group * (20 + 40)
     assert counts.bytes["l2"] == kv * copied * 2 * (32 + 48) + given
+
+
+def parts_of_keys(steps, config):
+    """Return (first step, step behind the last) of each part."""
+    return [
+        (steps * i // config.parts, steps * (i + 1) // config.parts) for i in range(config.parts)
+    ]
+
+
+def first_launch_reads(p, config, tiles):
+    """Return the bytes of L2 of the launch over parts, part by part of tiles (keys, rows of queries)."""
+    row, total = 2 * sum(-(-p[n] // 16) * 16 for n in ("d", "dv")), 0
+    for keys, rows in tiles:
+        for first, behind in parts_of_keys(-(-keys // config.keys), config):
+            copied = max(0, min(keys, behind * config.keys) - first * config.keys)
+            total += copied * row + rows * 4 * p["d"]
+            if config.parts > 1:
+                total += 4 * 16 * (-(-p["dv"] // 16) * 16 + 2)
+    return total + (4 * p["t"] * p["h"] * p["dv"] if config.parts == 1 else 0)
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_decode_and_lists_count_what_each_part_reads(data):
+    draw = data.draw
+    t, kv, group = draw(st.integers(1, 6)), draw(st.integers(1, 2)), draw(st.integers(1, 7))
+    cap = draw(st.integers(300, 900))
+    length, window = draw(st.integers(t, cap)), draw(st.sampled_from((0, 50)))
+    heads = f"t={t},h={kv * group},kv={kv},d=20,dv=40,cap={cap},window={window},len={length},c=bf16"
+    lists = draw(st.booleans())
+    block, per = 16, draw(st.integers(1, 4))
+    more = f",hs={kv},block={block},kmax={draw(st.integers(1, 9))},rows={per}" if lists else ""
+    schedule = LISTS if lists else DECODE
+    workload = parse_workload(f"{schedule.op}:{heads}{more}")
+    p, start = get_op(workload.op).full(workload), length - t
+    tiles = []
+    for at in range(0, t, per if lists else t):
+        tokens = list(range(at, min(at + per, t) if lists else t))
+        full = (
+            min(per, t) if lists else t
+        )  # the last list may be short, its tiles are there all the same
+        for tile in range(-(-full * group // 16)):
+            within = [tokens[0] + r // group for r in range(tile * 16, tile * 16 + 16)]
+            rows = [n for n in within if n < tokens[0] + full and n < t]
+            seen = set().union(*(visible(p, start, n) for n in rows)) if rows else set()
+            keys = len(seen) if not lists or window else 0
+            if lists and rows:
+                newest = start + rows[-1]
+                chosen = range(min(p["kmax"], newest // block + 1) * block)
+                keys += sum(1 for n in chosen if n <= newest)
+            tiles.append((keys, len(rows)))
+    config = sample_config(schedule, workload, H200, draw(st.integers(0, 99)))
+    counts = schedule.work(workload, config, H200)
+    named = 4 * (len(range(0, t, per)) * kv * (p["kmax"] + 1) + t * kv * group) if lists else 0
+    first = counts.parts[0] if counts.parts else counts
+    if named:
+        named *= -(-min(per, t) * group // 16)  # each tile reads its list
+    assert (
+        first.bytes["l2"]
+        == kv * first_launch_reads(p, config, tiles)
+        - ((kv - 1) * 4 * t * kv * group * 40 if config.parts == 1 else 0)
+        + named
+    )
 
 
 COUNTED = [

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
+
 import numpy as np
 import pytest
 from harness import sample_config
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from mimo_compile.cli.inspect_cuda import launches_of
+from mimo_compile.errors import VerificationError
 from mimo_compile.ir.formats import parse_weight_format
 from mimo_compile.ir.hardware import CUDA, PRESETS, SIMULATED, local_cpu
 from mimo_compile.ir.ops import get_op, parse_workload
@@ -21,6 +25,18 @@ A100, H200 = CUDA["cuda:sm_80"], CUDA["cuda:sm_90a"]
 NAMES = [n for n in names_for("mpgemm") if n.startswith("mpgemm.cuda")]
 FORMATS = ("w2g64", "w4g64", "w8", "w1.58", "w4grow", "w8g32", "w2gtensor", "w4g16", "bf16")
 emulated = pytest.mark.skipif(compiler() is None, reason="emulation needs a C++ compiler")
+
+
+def ratio_of_kernels(workload):
+    """Return the part of the op's bound that a kernel's errors may take.
+
+    Matrix units add 16 products and a sum at a time, each cut off below 24 bits of the largest: of numbers of
+    mean square 1 at most 2.4 * 2**-23 * sqrt(k) in the mean square, and that k / 16 times with signs of their
+    own, so 1.2 u k. Eight times as much, nearly, is 4 / sqrt(k) of a bound that is 4 sqrt(k) u times the sum
+    of all magnitudes, 0.64 k. Integer products have bounds for their own sums.
+    """
+    p = get_op("mpgemm").full(workload)
+    return 1.0 if p["a"].startswith("a8") else min(1.0, 4 / p["k"] ** 0.5)
 
 
 @given(data=st.data())
@@ -123,10 +139,75 @@ def test_legal_configs_can_be_launched_and_declare_what_the_op_needs(name, hardw
         ("mma", "m=19,n=33,k=72,w=bf16,a=abf16"),
         ("wgmma", "m=20,n=40,k=200,w=w8,a=a8,bias=1"),
         ("mma_codes", "m=18,n=34,k=160,w=w4g64,a=abf16"),
+        # whole groups, pieces and tiles, as real layers have them
+        ("gemv", "m=1,n=8,k=128,w=w4g64"),
+        ("mma", "m=16,n=128,k=256,w=bf16,a=abf16"),
+        ("wgmma", "m=64,n=128,k=256,w=bf16,a=abf16"),
+        ("mma_codes", "m=16,n=128,k=256,w=w4g64,a=abf16"),
     ],
 )
 def test_default_is_right(name, text):
-    check_emulated(f"mpgemm:{text}", f"mpgemm.cuda_{name}", None, H200)
+    workload = parse_workload(f"mpgemm:{text}")
+    check_emulated(
+        workload, f"mpgemm.cuda_{name}", None, H200, most_ratio=ratio_of_kernels(workload)
+    )
+
+
+def test_float16_results_pass_the_op_s_bound_but_not_the_kernels():
+    workload = parse_workload("mpgemm:m=1,n=64,k=16384,w=bf16,a=abf16")
+
+    def half(kernel, hardware, memory, order):
+        inputs = {"x": memory["x"], "w": memory["w"][:64]}
+        return {
+            "y": get_op("mpgemm")
+            .reference(workload, inputs)["y"]
+            .astype(np.float16)
+            .astype(np.float32)
+        }
+
+    assert check_emulated(workload, "mpgemm.cuda_mma", None, H200, run=half).error_ratio > 0.1
+    with pytest.raises(VerificationError, match=r"of the op's bound, 0\.0312 is asked for"):
+        check_emulated(
+            workload,
+            "mpgemm.cuda_mma",
+            None,
+            H200,
+            run=half,
+            most_ratio=ratio_of_kernels(workload),
+        )
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if "mma" in n])
+@pytest.mark.parametrize("hardware", [A100, H200], ids=lambda h: h.gpu.arch)
+def test_a_tile_more_than_sms_takes_twice_as_long(name, hardware):
+    schedule, tiles = get_schedule(name), {"bm": 128, "bn": 128, "consumers": 2, "split": 1}
+    weights = "w=w4g64" if name.endswith("codes") else "w=bf16"
+    taken = []
+    for blocks in (hardware.cores, hardware.cores + 1):
+        workload = parse_workload(f"mpgemm:m=128,n={128 * blocks},k=4096,{weights},a=abf16")
+        if not schedule.supports(workload, hardware):
+            pytest.skip(f"no kernel for {hardware.name}")
+        default = schedule.space(workload, hardware).default
+        knobs = {f.name for f in fields(default)}
+        config = replace(default, **{n: v for n, v in tiles.items() if n in knobs})
+        kernel = schedule.lower(workload, config, hardware)
+        taken.append(launches_of(kernel, hardware, None)["parts_us"]["tile_bf16"])
+    assert taken[1] == pytest.approx(2 * taken[0])
+
+
+def test_what_l2_does_not_hold_between_launches_comes_from_memory():
+    schedule = get_schedule("mpgemm.cuda_mma")
+    for m, split, x_far, sums_far in ((512, 2, 0, 0), (16384, 1, 1, 0), (8192, 4, 1, 1)):
+        workload = parse_workload(f"mpgemm:m={m},n=4096,k=4096,w=bf16,a=abf16")
+        config = replace(schedule.space(workload, H200).default, split=split)
+        counts = schedule.work(workload, config, H200)
+        held, operand, sums = 50 << 20, 2 * m * 4096, 4 * split * m * 4096
+        far = x_far * (operand - held) + sums_far * (sums - held)
+        given = 4 * m * (4096 + 4096) + 2 * 4096 * 4096
+        assert counts.bytes["dram"] == given + 2 * far  # to memory, and back
+        assert [part.name for part in counts.parts] == ["prepare", "tiles", "join"][
+            : 2 + (split > 1)
+        ]
 
 
 ACTS = {
@@ -157,6 +238,10 @@ def any_kernel(name: str, data: st.DataObject) -> None:
     hardware = H200 if name == "wgmma" else data.draw(st.sampled_from((A100, H200)))
     m, n = data.draw(st.integers(1, 8 if name == "gemv" else 140)), data.draw(st.integers(1, 150))
     k = data.draw(st.integers(1, 700 if name == "gemv" else 400))
+    if data.draw(st.booleans()):  # whole groups and pieces
+        k = 128 * max(1, k // 128)
+    if data.draw(st.booleans()):  # whole tiles, or nearly
+        m, n = 16 * -(-m // 16) if name != "gemv" else m, 32 * -(-n // 32)
     weights = [
         (w, a)
         for w in WEIGHTS
@@ -168,7 +253,8 @@ def any_kernel(name: str, data: st.DataObject) -> None:
     more = data.draw(st.sampled_from(("", ",bias=1", ",s=f32" if w != "bf16" else "")))
     workload = parse_workload(f"mpgemm:m={m},n={n},k={k},w={w},a={a}{more}")
     config = sample_config(schedule, workload, hardware, data.draw(st.integers(0, 1000)))
-    check_emulated(workload, schedule, config, hardware, orders=(0, data.draw(st.integers(1, 99))))
+    orders, most = (0, data.draw(st.integers(1, 99))), ratio_of_kernels(workload)
+    check_emulated(workload, schedule, config, hardware, orders=orders, most_ratio=most)
 
 
 @emulated

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from test_cuda_attention import EXACT, check_exact
 
 from mimo_compile.errors import VerificationError
 from mimo_compile.ir.hardware import CUDA, Hardware
@@ -125,6 +126,22 @@ def test_no_word_of_a_pipeline_may_come_late(name: str, text: str, knobs: dict[s
     }  # fmt: skip
     left = [w for w, other in found.items() if not found_wrong(other, workload, schedule, config)]
     assert not left
+
+
+@pytest.mark.parametrize(("schedule", "text", "config"), EXACT, ids=[s.name for s, _, _ in EXACT])
+def test_a_softmax_scale_half_a_percent_off_is_found(
+    schedule: Schedule, text: str, config: Any
+) -> None:
+    kernel = schedule.lower(parse_workload(text), config, CUDA["cuda:sm_90a"])
+    assert kernel.device is not None
+
+    def larger(found: re.Match[str]) -> str:
+        return f"constexpr float SCALE = {(float.fromhex(found[1]) * 1.004).hex()}f;"
+
+    other, times = re.subn(r"constexpr float SCALE = (\S+)f;", larger, kernel.device.text)
+    assert times == 1
+    with pytest.raises((AssertionError, VerificationError)):
+        check_exact(mutant(schedule, other), text, config, CUDA["cuda:sm_90a"])
 
 
 @pytest.mark.parametrize(("name", "text", "knobs"), CASES, ids=[name for name, _, _ in CASES])
