@@ -27,6 +27,8 @@ mimo-compile bench attention --suite decode:d=128,cap=32768 --peers torch-sdpa-f
 mimo-compile bench moe --suite layers:t=16,w=bf16 --peers torch,torch-compile,transformers
 mimo-compile bench model tiny --quant w4g64a8
 """
+PEERS = "torch"
+"""Who takes part unless others are asked for."""
 _KINDS = ("mpgemm", "attention", "moe", "model")
 
 
@@ -49,14 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--peers",
-        default="torch",
         metavar="LIST",
         help="torch (default), onnxruntime, openvino, llama.cpp; all, or none; of attention also "
         "torch-sdpa, torch-sdpa-folded, torch-matmul, torch-flex alone; of moe torch-compile, transformers",
     )
-    parser.add_argument(
-        "--cache", default="hot,cold", metavar="LIST", help="hot, cold or both (default)"
-    )
+    parser.add_argument("--cache", metavar="LIST", help="hot, cold or both (default)")
     parser.add_argument(
         "--all",
         action="store_true",
@@ -100,12 +99,32 @@ def run(args: argparse.Namespace) -> int:
     if args.kind == "attention" and (args.suite or "").partition(":")[0] == "sparse":
         from mimo_compile.cli.bench_sparse import run_sparse
 
+        _alone(args, "sparse")
         return run_sparse(args)
     if args.kind == "moe" and (args.suite or "").partition(":")[0] == "skew":
         from mimo_compile.cli.bench_skew import run_skew
 
+        _alone(args, "skew")
         return run_skew(args)
     return _kernels(args)
+
+
+def _alone(args: argparse.Namespace, suite: str) -> None:
+    """Refuse what a suite that compares nothing but our own kernels does not look at.
+
+    Raises:
+        UsageError: It is given.
+    """
+    given = {
+        "--op": args.op, "--peers": args.peers, "--cache": args.cache, "--all": args.all,
+        "--calibrate": args.calibrate is not None, "SRC": args.source is not None,
+        "--target": args.target != "cpu",
+    }  # fmt: skip
+    if found := [name for name, value in given.items() if value]:
+        raise UsageError(
+            f"--suite {suite} is a run of its own, without {', '.join(found)}",
+            remedy=f"Leave out {', '.join(found)}.",
+        )
 
 
 def _kernels(args: argparse.Namespace) -> int:
@@ -129,10 +148,10 @@ def _kernels(args: argparse.Namespace) -> int:
         raise UsageError(f"bench {args.kind} takes no SRC", remedy="Did you mean bench model?")
     if args.target != "cpu":
         raise UsageError("bench measures on this machine: --target must be cpu")
-    caches = [c for c in args.cache.split(",") if c]
+    caches = [c for c in ("hot,cold" if args.cache is None else args.cache).split(",") if c]
     if not caches or set(caches) - {"hot", "cold"}:
         raise UsageError(f"--cache {args.cache} is not hot, cold or hot,cold")
-    peers = parse_peers(args.peers)
+    peers = parse_peers(PEERS if args.peers is None else args.peers)
     hardware = resolve_target("cpu", args.threads)
     texts = args.op + (suite(args.kind, args.suite or "quick") if args.suite or not args.op else [])
     workloads = [parse_workload(t) for t in texts]

@@ -29,13 +29,14 @@ def run_model(args: argparse.Namespace) -> int:
     from mimo_compile.bench.models.entrant import ModelAsk
     from mimo_compile.bench.peers import parse_peers
     from mimo_compile.bench.runner import missing_peers
+    from mimo_compile.cli.bench import PEERS
     from mimo_compile.cli.bench_table import reason
     from mimo_compile.ir.hardware import resolve_target
     from mimo_compile.runtime import load
 
     console: Console = args.console
     hardware = resolve_target("cpu", args.threads)
-    peers = parse_peers(args.peers)
+    peers = parse_peers(PEERS if args.peers is None else args.peers)
     missing = missing_peers(peers)
     for absent in missing:
         console.say(f"missing: {reason(absent)}")

@@ -6,8 +6,6 @@ import argparse
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from mimo_compile.errors import UsageError
-
 if TYPE_CHECKING:
     from mimo_compile.bench.skew import Measured
     from mimo_compile.cli.console import Console
@@ -27,8 +25,6 @@ def run_skew(args: argparse.Namespace) -> int:
     from mimo_compile.search.database import open_records
 
     console: Console = args.console
-    if args.op:
-        raise UsageError("--suite skew is a run of its own, without --op")
     hardware = resolve_target("cpu", args.threads)
     rows: list[Measured] = []
     left_out: list[dict[str, str]] = []

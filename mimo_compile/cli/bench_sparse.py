@@ -22,8 +22,6 @@ def run_sparse(args: argparse.Namespace) -> int:
     from mimo_compile.search.database import open_records
 
     console: Console = args.console
-    if args.op:
-        raise UsageError("--suite sparse is a run of its own, without --op")
     hardware = resolve_target("cpu", args.threads)
     rows: list[Measured] = []
     left_out: list[dict[str, str]] = []

@@ -235,8 +235,20 @@ def test_bench_moe_from_the_command_line(capsys, monkeypatch, tmp_path) -> None:
     assert cell["best_peer"] and cell["ratio"] > 0
     assert main([*line, "--suite", "skew:t=2"]) == 2
     assert "use t=16+128+512" in capsys.readouterr().err
-    assert main([*line, "--suite", "skew", "--op", SMALL]) == 2
-    assert "run of its own" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given_", "named"),
+    [
+        (["--op", SMALL], "--op"), (["--peers", "torch"], "--peers"), (["--cache", "cold"], "--cache"),
+        (["--all"], "--all"), (["--calibrate", "rtn"], "--calibrate"), (["tiny"], "SRC"),
+        (["--target", "x86-64-v4"], "--target"),
+    ],
+)  # fmt: skip
+def test_suites_of_their_own_refuse_what_they_do_not_look_at(capsys, given_, named) -> None:
+    for kind, name in (("moe", "skew"), ("attention", "sparse")):
+        assert main(["bench", kind, *given_, "--suite", name]) == 2
+        assert f"--suite {name} is a run of its own, without {named}." in capsys.readouterr().err
 
 
 def test_float_activations_are_judged_as_such() -> None:
