@@ -98,7 +98,8 @@ def _experts(workload: Workload, peers: Sequence[str], cold_bytes: int, memory_b
     theirs = 0.0
     if any(name in EXPERT_PEERS for name in peers):
         own = 0.0 if fmt.is_float else sets(numbers * (fmt.bits / 8 + 4 / 32))
-        theirs = sets(4 * numbers) + sets(2 * numbers) + own + memory_bytes
+        twice = 2 if "torch" in peers else 1  # plain and packed
+        theirs = sets(4 * numbers) + twice * sets(2 * numbers) + own + memory_bytes
     packed = stored + sets(stored)
     return float(sum(sizes.values()) + max(drawn, packed + reference, sets(stored) + theirs))
 

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,6 +15,7 @@ from mimo_compile.bench.kernels import contestants, picks
 from mimo_compile.bench.memory import needed_bytes, too_large
 from mimo_compile.bench.oracle import Oracle
 from mimo_compile.bench.peers import Ask, LeftOut, get_peer
+from mimo_compile.bench.peers.base import Variant
 from mimo_compile.bench.roof import roof_counts
 from mimo_compile.bench.skew import bench_cell, cells
 from mimo_compile.bench.suites import suite
@@ -28,6 +30,8 @@ from mimo_compile.ir.ops.mpgemm import weight_bytes
 SMALL = "moe:t=5,e=6,k=2,d=64,f=32,w=w4g32,a=a8"
 TYPES = ("fp32", "bf16")
 EAGER = {f"{form} {t}" for form in ("loop", "sorted", "grouped", "gathered") for t in TYPES}
+if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    EAGER |= {"sorted packed bf16"}
 BLOCKS = {f"{form} {t}" for form in ("eager", "batched_mm", "grouped_mm") for t in TYPES}
 
 
@@ -74,14 +78,31 @@ def test_an_expert_that_is_left_out_is_found() -> None:
 
     asked = ask("moe:t=5,e=6,k=2,d=64,f=32,w=bf16,a=abf16")
     for variant in experts(asked):
-        assert not isinstance(variant, LeftOut)
-        x, ids, share, w13, w2 = variant.make()
+        if isinstance(variant, LeftOut):
+            continue
+        x, ids, share, *weights = variant.make()
         assert variant.result is not None and variant.oracle is not None
-        right = variant.oracle.distance(variant.result((x, ids, share, w13, w2)))
-        assert right < ERRORS[variant.label.split()[1]]
-        lost = w2.clone()
-        lost[int(ids[-1, -1])] = 0
-        assert variant.oracle.distance(variant.result((x, ids, share, w13, lost))) > 0.05
+        right = variant.oracle.distance(variant.result((x, ids, share, *weights)))
+        dtype = variant.label.split()[-1]
+        assert right < ERRORS[dtype]
+        expert = int(ids[-1, -1])
+        if len(weights) == 2:
+            weights[1] = weights[1].clone()
+            weights[1][expert] = 0
+        else:  # packed, one by one
+            none = torch.zeros(64, 32, dtype=torch.bfloat16)
+            weights[6 + expert] = torch.ops.mkldnn._reorder_linear_weight(none, None)
+        assert variant.oracle.distance(variant.result((x, ids, share, *weights))) > 0.05
+
+
+def test_bfloat16_is_packed_before_the_clock_starts() -> None:
+    from mimo_compile.bench.peers.expert_forms import experts
+
+    for variant in experts(ask("moe:t=5,e=6,k=2,d=64,f=32,w=bf16,a=abf16")):
+        assert isinstance(variant, Variant) or "AVX-512" in variant.reason
+        if isinstance(variant, Variant) and "packed" in variant.label:
+            weights = variant.make()[3:]
+            assert len(weights) == 12 and all(w.is_mkldnn for w in weights)
 
 
 def test_copies_that_fill_the_memory_are_left_out_by_name() -> None:
@@ -136,8 +157,6 @@ def test_draws_hit_other_experts_each_time(e: int, k: int, t: int, load: str) ->
 
 
 def test_cold_sets_go_through_experts_before_they_copy_weights() -> None:
-    import torch
-
     asked = ask("moe:t=1,e=8,k=2,d=64,f=32,w=bf16,a=abf16", cache="cold")
     each = 2 * 3 * 64 * 32 * 2
     wanted = -(-asked.cold_bytes // each) + 1

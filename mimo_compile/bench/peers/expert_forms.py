@@ -5,6 +5,9 @@ expert takes a slice of them, and results go back in one step. `grouped`: the sa
 experts. `gathered`: weights are copied for each token and choice, and multiplied by `bmm`. All sort, or
 look for, the experts inside the clock, as ours does.
 
+`sorted packed` is `sorted` over bfloat16 weights that oneDNN has packed before the clock starts, as ours are:
+from plain ones it packs in each call.
+
 In float32 and bfloat16 from the real weights; of 8 and 4 bits also in torch's own formats from the same
 codes, sorted: ``int8-int-mm`` quantises rows by eager operations around `_int_mm`; ``int8-weight-only`` and
 ``int4-weight-only`` have bfloat16 activations and scales.
@@ -201,6 +204,8 @@ def experts(ask: Ask) -> Iterator[Variant | LeftOut]:
         setting = Setting(ask, label)
         yield setting.variant("loop", looped())
         yield setting.variant("sorted", sorted_rows)
+        if label == "bf16":
+            yield _packed(setting)
         yield setting.variant("grouped", grouped)
         yield setting.left_out(f"gathered {label}") or setting.variant("gathered", gathered)
     fmt, k = ask.format, min(ask.params["d"], ask.params["f"])
@@ -212,6 +217,33 @@ def experts(ask: Ask) -> Iterator[Variant | LeftOut]:
         yield _int8(Setting(ask, "bf16"))
     if fmt.bits == 4 and fmt.group in INT4_GROUPS:
         yield _int4(Setting(ask, "bf16"))
+
+
+def _packed(setting: Setting) -> Variant | LeftOut:
+    """Return the form `sorted` over packed bfloat16 weights: first E of w13, then E of w2, opaque."""
+    label, e = "sorted packed bf16", setting.ask.params["e"]
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return LeftOut(label, "oneDNN packs bfloat16 for CPUs with AVX-512 alone")
+    plain = setting.sets(setting.weights)
+
+    def lay_out() -> tuple[Tensor, ...]:
+        _, _, _, w13, w2 = plain()
+        pack = torch.ops.mkldnn._reorder_linear_weight
+        return tuple(pack(one, None) for one in (*w13, *w2))
+
+    def product(rows: Tensor, packed: Tensor) -> Tensor:
+        made: Tensor = torch.ops.mkldnn._linear_pointwise(rows, packed, None, "none", [], "")
+        return made
+
+    def call(arguments: Any) -> Any:
+        x, ids, share, *packed = arguments
+        with torch.inference_mode():
+            return in_slices(
+                x, ids, share, lambda i, rows: product(rows, packed[i]),
+                lambda i, rows: product(rows, packed[e + i]),
+            )  # fmt: skip
+
+    return setting.checked(label, setting.sets(lay_out, "packed"), call, setting.nbytes)
 
 
 def _sliced(
