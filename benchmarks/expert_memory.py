@@ -5,8 +5,9 @@
 The model is the built-in one whose experts are made `--factor` times as wide by rows of zeros: it computes
 the same and routes the same text alike, while its experts have the bytes, and take the time, of larger ones.
 Tokens of held-out text are appended one at a time, each with all ways in turn. Where others use the machine,
-times are long now and then: of each token and way the least of `--repeat` runs counts, and their sum is its
-time. Counts are those of all runs.
+times are long now and then: of each token and way the median of `--repeat` runs counts, and their sum is its
+time. Each run begins with nothing in the slots, so that a token finds the same experts there in every run but
+for what comes ahead. Counts are those of the timed tokens of all runs.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -76,44 +78,48 @@ def text(module: Module, count: int) -> list[int]:
     raise SystemExit(f"there are not {count} tokens of held-out text")
 
 
-def timed(modules: list[Module], tokens: list[int], repeat: int) -> list[dict[str, float]]:
-    """Append tokens one by one, with each module in turn; returns figures for a token.
+def timed(
+    path: Path, ways: Sequence[ExpertMemory | None], tokens: list[int], repeat: int
+) -> list[dict[str, float]]:
+    """Append tokens one by one, with each way in turn; returns figures for a token.
 
     Raises:
         SystemExit: Two of them give other hidden states.
     """
     count = len(tokens) - WARM
-    least = np.full((len(modules), count), np.inf)
-    before = []
-    for _ in range(repeat):
+    seconds = np.empty((repeat, len(ways), count))
+    used: list[Counter[str]] = [Counter() for _ in ways]
+    for run in seconds:
+        modules = [load(path, threads=1, verify="full", expert_memory=how) for how in ways]
         sessions = [module.session() for module in modules]
         for token in tokens[:WARM]:
             for session in sessions:
                 session.append([token])
-        if not before:
-            before = [module.experts.facts() if module.experts else {} for module in modules]
+        before = [module.experts.facts() if module.experts else {} for module in modules]
         for at, token in enumerate(tokens[WARM:]):
             found = set()
             for way, session in enumerate(sessions):
                 begin = time.perf_counter()
                 hidden = session.append([token])
-                least[way, at] = min(least[way, at], time.perf_counter() - begin)
+                run[way, at] = time.perf_counter() - begin
                 found.add(hidden.tobytes())
             if len(found) > 1:
                 raise SystemExit("hidden states depend on where experts lie")
+        for module, first, counts in zip(modules, before, used, strict=True):
+            if module.experts:
+                last = module.experts.facts()
+                counts.update({name: last[name] - first[name] for name in last})
     out = []
-    for module, first, seconds in zip(modules, before, least.sum(1), strict=True):
-        row = {"tokens_per_s": count / seconds, "ms": 1e3 * seconds / count}
+    each = np.median(seconds, 0).sum(1)
+    for module, counts, total in zip(modules, used, each, strict=True):
+        row = {"tokens_per_s": count / total, "ms": 1e3 * total / count}
         if module.experts:
-            last = module.experts.facts()
-            used = {name: last[name] - first[name] for name in last}
-            row |= {
-                name: used[name] / used["needs"] for name in ("hits", "ahead", "late", "misses")
-            }
-            appended = repeat * count + (repeat - 1) * WARM
-            row["mb_read"] = used["bytes_read"] / appended / 1e6
-            row["unused"] = used["unused"] / max(used["loaded_ahead"], 1)
-            row |= {"slots": last["slots"], "experts": last["experts"]}
+            needs = ("hits", "ahead", "late", "misses")
+            row |= {name: counts[name] / counts["needs"] for name in needs}
+            row["mb_read"] = counts["bytes_read"] / (repeat * count) / 1e6
+            row["unused"] = counts["unused"] / max(counts["loaded_ahead"], 1)
+            facts = module.experts.facts()
+            row |= {"slots": facts["slots"], "experts": facts["experts"]}
         out.append(row)
     return out
 
@@ -129,11 +135,10 @@ def ways_of(
     yield "mapped", "", None
     everything = ExpertMemory(1 << 50)
     yield "all in slots", "", everything
-    whole = load(path, threads=1, verify="full", expert_memory=everything)
+    whole = load(path, threads=1, expert_memory=everything)
     assert whole.experts is not None
     size = int(whole.experts.facts()["expert_bytes"]) // parts
-    some = load(path, threads=1, verify="full", expert_memory=ExpertMemory(size, ahead=0))
-    fast, slow = timed([whole, some], tokens, 5)
+    fast, slow = timed(path, [everything, ExpertMemory(size, ahead=0)], tokens, 5)
     for balance in (0.0, *balances):
         rate = 1e9 * slow["mb_read"] / fast["ms"] / balance if balance else None
         name = f"{rate / 1e9:.2f} GB/s ({balance:g})" if rate else "page cache"
@@ -183,9 +188,9 @@ def main() -> None:
     path = model(args.model, args.factor, args.quant, WARM + args.tokens)
     tokens = text(load(path), WARM + args.tokens)
     ways = list(ways_of(path, args.parts, args.balance, tokens))
-    modules = [load(path, threads=1, verify="full", expert_memory=how) for _, _, how in ways]
+    found_of = timed(path, [how for _, _, how in ways], tokens, args.repeat)
     rows: list[dict[str, object]] = []
-    for (mode, file, _), found in zip(ways, timed(modules, tokens, args.repeat), strict=True):
+    for (mode, file, _), found in zip(ways, found_of, strict=True):
         row: dict[str, object] = {"mode": mode, "file": file, **found}
         base = next((r for r in rows if r["file"] == file and r["mode"] == "on demand"), row)
         if file:
