@@ -80,9 +80,13 @@ class CudaFlash(Schedule):
         )
 
     def registers(self, p: Mapping[str, Any], config: Any, own: int) -> int:
-        """Return about how many registers a thread needs; arguments as for `can`."""
+        """Return about how many registers a thread needs; arguments as for `can`.
+
+        What is beside queries, sums, logits and weights is from what ptxas gives heads of 128 to 256 numbers.
+        """
         queries, sums = layout.whole(p["d"]) // 4, layout.whole(p["dv"]) // 2
-        return int(queries + sums + own // 2 + own // 4 + _SPARE)
+        more = 12 if own > HEIGHT else 0
+        return int(queries + sums + own // 2 + own // 4 + _SPARE + more)
 
     def resident(self, p: Mapping[str, Any], config: Any, own: int, hardware: Hardware) -> int:
         """Return about how many blocks of a config the GPU holds at a time; arguments as for `can`."""
@@ -152,6 +156,11 @@ class CudaParts(CudaFlash):
     """Base of attention of few rows, whose keys are split into parts."""
 
     config = PartsConfig
+
+    def registers(self, p: Mapping[str, Any], config: Any, own: int) -> int:
+        """Return about how many registers a thread needs: more for each stage beyond two."""
+        more = 16 if own > HEIGHT else 0
+        return super().registers(p, config, own) + 4 * (int(config.stages) - 2) + more
 
     @abstractmethod
     def units(self, p: Mapping[str, Any]) -> int:

@@ -16,6 +16,7 @@ from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.ops.block_lists import blocks_of
 from mimo_compile.ir.workload import Workload
+from mimo_compile.schedules.attention import cuda_layout as layout
 from mimo_compile.schedules.attention.cuda_flash import CudaParts, PartsConfig, merge_threads
 from mimo_compile.schedules.attention.cuda_work import HEIGHT, copied_counts, tiles_of, with_merge
 from mimo_compile.schedules.base import Space
@@ -41,6 +42,11 @@ class CudaLists(CudaParts):
     def shared_bytes(self, p: Mapping[str, Any], config: PartsConfig) -> int:
         """Return the shared memory of a block, with positions and slots of a stage more than are copied."""
         return super().shared_bytes(p, config) + (config.stages + 1) * 2 * 4 * config.keys
+
+    def registers(self, p: Mapping[str, Any], config: PartsConfig, own: int) -> int:
+        """Return about how many registers a thread needs: more where rows of both caches differ."""
+        differ = layout.whole(p["d"]) != layout.whole(p["dv"])
+        return super().registers(p, config, own) + 20 * differ
 
     def constants(self, workload: Workload) -> dict[str, int | float | bool]:
         """Return what the text is told of a workload."""

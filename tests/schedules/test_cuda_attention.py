@@ -112,6 +112,24 @@ def test_heads_of_any_width_have_a_legal_default_or_no_kernel(hardware):
 
 
 @pytest.mark.parametrize(
+    ("schedule", "d", "dv", "config"),
+    [
+        (LISTS, 256, 256, PartsConfig(32, 4, 2, 6)),
+        (LISTS, 256, 240, PartsConfig(64, 2, 4, 8)),
+        (LISTS, 208, 208, PartsConfig(64, 2, 2, 6)),
+        (DECODE, 240, 208, PartsConfig(64, 3, 2, 8)),
+        (DECODE, 200, 200, PartsConfig(64, 3, 2, 12)),
+        (PREFILL, 200, 200, StagesConfig(64, 2, 2)),
+    ],
+)
+def test_configs_that_nvcc_spills_registers_of_are_not_legal(schedule, d, dv, config):
+    lists = ",hs=1,block=16,kmax=64,window=100" if schedule is LISTS else ""
+    t = 100 if schedule is PREFILL else 2
+    text = f"{schedule.op}:t={t},h=12,kv=4,d={d},dv={dv},cap=4096,c=bf16{lists}"
+    assert not schedule.space(parse_workload(text), H200).legal(config)
+
+
+@pytest.mark.parametrize(
     "text",
     [
         "cached_attention:t=150000,h=64,kv=1,d=64,dv=64,cap=150000,c=bf16",
