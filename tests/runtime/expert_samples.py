@@ -19,8 +19,15 @@ from mimo_compile.schedules import get_schedule
 EXPERTS, CHOSEN, CONTEXT = 6, 2, 64
 LAYERS = ("layers.1", "layers.2", "layers.3")
 STEPS = (1, 16)
+BATCH = 3
+ROWS = (*STEPS, BATCH)
+"""Of entry points."""
 WIDTH = plain.WIDTH
-KINDS = {"float": ("moe.x86_float", "w=f32,a=a16"), "pairs": ("moe.x86_bf16", "w=bf16,a=abf16")}
+KINDS = {
+    "float": ("moe.x86_float", "w=f32,a=a16"),
+    "pairs": ("moe.x86_bf16", "w=bf16,a=abf16"),
+    "int8": ("moe.x86_vnni", "w=w8,a=a8"),
+}
 
 
 def workload(n: int, kind: str, inner: int = 16) -> Workload:
@@ -33,7 +40,7 @@ def workload(n: int, kind: str, inner: int = 16) -> Workload:
 def kernels(kind: str):
     """Router and expert kernel of each number of rows, and their workloads."""
     hardware, out = local_cpu(), {}
-    for n in STEPS:
+    for n in ROWS:
         for name, work in (
             ("route.x86", Workload.parse(f"route:t={n},e={EXPERTS},k={CHOSEN},scoring=sigmoid")),
             (KINDS[kind][0], workload(n, kind)),
@@ -81,7 +88,7 @@ def _glue(n: int):
 def code(kind: str) -> bytes:
     """Object code of all kernels."""
     tvm = _tvm.compiler()
-    functions = {name: made for n in STEPS for name, made in _glue(n).items()}
+    functions = {name: made for n in ROWS for name, made in _glue(n).items()}
     functions |= {kernel.name: kernel.func for _, kernel in kernels(kind).values()}
     functions |= {f"head{n}": plain._head(n) for n in (1, 4)}
     module = tvm.IRModule({k: f.with_attr("global_symbol", k) for k, f in functions.items()})
@@ -93,7 +100,7 @@ def code(kind: str) -> bytes:
 
 
 def entry(n: int, kind: str, packed: dict[str, np.ndarray]) -> Entry:
-    """One step of n tokens."""
+    """One step of n tokens; `BATCH` of them are of as many sequences."""
     buffers: list[Buffer] = []
     calls: list[Call] = []
 
@@ -102,7 +109,7 @@ def entry(n: int, kind: str, packed: dict[str, np.ndarray]) -> Entry:
         buffers.append(Buffer(kind, shape, dtype, 0 if source else 1024 * len(buffers), source))
         return len(buffers) - 1
 
-    ids, pos = new((n,), "int32"), new((2,), "int32")
+    ids, pos = new((n,), "int32"), new((n, 2) if n == BATCH else (2,), "int32")
     table = new((plain.VOCAB, WIDTH), source="table")
     x = new((n, WIDTH))
     calls.append(Call(f"embed{n}", (ids, table, x), "embed"))
@@ -151,13 +158,14 @@ def experts(kind: str = "float", inner: int = 16) -> Artifact:
     """The decoder. With another ``inner`` width of its experts it can be opened, and not run."""
     packed, others = weights(kind, inner)
     entries = {f"step_{n}": entry(n, kind, packed) for n in STEPS}
+    entries[f"batch_{BATCH}"] = entry(BATCH, kind, packed)
     entries |= {
         name: made
         for name, made in plain.decoder().programs.entries.items()
         if name.startswith("head_")
     }
     facts = Decoder(
-        STEPS, (1, 4), WIDTH, plain.VOCAB, CONTEXT, eos=(plain.EOS,),
+        STEPS, (1, 4), WIDTH, plain.VOCAB, CONTEXT, eos=(plain.EOS,), batch=BATCH,
         layers=tuple(Layer(name, slots=CONTEXT) for name in LAYERS),
     )  # fmt: skip
     plan = tuple(

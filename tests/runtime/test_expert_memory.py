@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from mimo_compile.errors import ArtifactError, UsageError
 from mimo_compile.ir.hardware import local_cpu
 from mimo_compile.runtime import ExpertMemory, load, weights
+from mimo_compile.runtime.batch import append_each
 from mimo_compile.runtime.container import open_artifact
 from mimo_compile.runtime.expert_calls import ExpertCall, Foresight, Rows
 from mimo_compile.runtime.expert_memory import APART, Experts, experts_of, share_banks
@@ -31,6 +32,11 @@ from mimo_compile.schedules.emit.bf16 import NEEDS
 
 ALL = len(samples.LAYERS) * samples.EXPERTS
 PAIRS = pytest.mark.skipif(not local_cpu().features >= NEEDS, reason="the CPU has no bfloat16 dots")
+
+DOTS = pytest.mark.skipif(
+    not get_schedule("moe.x86_vnni").supports(samples.workload(1, "int8"), local_cpu()),
+    reason="the CPU has no dots of bytes",
+)
 
 
 CHUNK = 4096
@@ -78,7 +84,14 @@ def bytes_of_expert(path):
     return experts_of(open_artifact(path), 1 << 30).stacks[0].shape.bytes
 
 
-@pytest.mark.parametrize("kind", ["float", pytest.param("pairs", marks=[PAIRS, pytest.mark.slow])])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "float",
+        pytest.param("pairs", marks=[PAIRS, pytest.mark.slow]),
+        pytest.param("int8", marks=[DOTS, pytest.mark.slow]),
+    ],
+)
 @settings(max_examples=12, deadline=None)
 @given(
     st.integers(2, ALL), st.sampled_from([1, 3, 16, 21]), st.sampled_from(POLICIES),
@@ -143,6 +156,23 @@ def test_rows_of_padding_have_no_experts(files, wanted):
     few = load(files("float"), threads=1, expert_memory=room)
     list(few.session().chunks(tokens))
     assert few.experts.facts()["waves"] == 0  # there is room for what counts
+
+
+def test_sequences_that_rest_have_no_experts(files):
+    tokens, states = [[5, 9, 30, 77], [200, 3, 3, 61]], []
+    size = 4 * bytes_of_expert(files("float"))
+    for memory in (None, ExpertMemory(size, ahead=1)):
+        module = load(files("float"), threads=1, expert_memory=memory)
+        sessions = [module.session(slot=slot) for slot in (0, 2)]
+        with recording(module) as recorder:
+            states.append(
+                [append_each(module, sessions, pair) for pair in zip(*tokens, strict=True)]
+            )
+    assert np.array_equal(*states)
+    steps = recorder.log().ids.reshape(4, 2, len(samples.LAYERS), samples.CHOSEN)
+    needs = sum(len(set(step[:, layer].ravel())) for step in steps for layer in range(3))
+    facts = module.experts.facts()
+    assert facts["needs"] == needs and facts["waves"] == 0
 
 
 def test_rows_count_as_pos_said_before_the_first_call():

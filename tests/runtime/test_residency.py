@@ -163,7 +163,7 @@ def test_what_is_on_its_way_is_waited_for_and_not_loaded_twice():
 
 def test_experts_of_the_layer_that_runs_never_leave_for_what_is_foreseen():
     residency = single(4, "lru")
-    residency.acquire(1, {4: 1})
+    residency.acquire(2, {4: 1})
     residency.acquire(0, {0: 1, 1: 1, 2: 1})
     # layer 0 has more than its share of the slots: but for the call that runs, one of its own would leave
     residency.foresee([(1, 0), (1, 1)])
