@@ -93,7 +93,7 @@ class CudaLists(CudaParts):
         first = np.arange(lists)[:, None] * p["rows"] + tile * HEIGHT // group
         within = np.minimum((tile * HEIGHT + HEIGHT - 1) // group, tokens - 1)
         last = np.minimum(np.arange(lists)[:, None] * p["rows"] + within, p["t"] - 1)
-        first = np.minimum(first, last)
+        rows = first <= last  # the last list may be shorter: its further tiles are empty
         copied = scored = held = 0.0
         for length in op.lengths(p):
             newest = length - p["t"] + last
@@ -101,6 +101,7 @@ class CudaLists(CudaParts):
             listed = np.minimum(p["kmax"], most) * p["block"]
             oldest = np.maximum(length - p["t"] + first - p["window"] + 1, 0)
             recent = newest + 1 - oldest if p["window"] else np.zeros_like(newest)
+            listed, recent = np.where(rows, listed, 0), np.where(rows, recent, 0)
             there = np.minimum(listed, newest + 1) + recent
             copied += float(there.sum())
             scored += float((-(-(listed + recent) // config.keys) * config.keys).sum())
