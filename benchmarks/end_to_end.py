@@ -1,9 +1,9 @@
 """Whole models beside torch and llama.cpp: tokens/s, load time and memory at each number of bits.
 
 Makes random checkpoints once, in Hugging Face's format: a Llama of the 1B class, one with the extents of
-BitNet b1.58 3B, and a mixture of 256 experts, which no peer runs (`--model flash1b --peers ""`). Each cell
-(model, quantisation, threads) is one `mimo-compile bench model`: some minutes, and a line of
-FOLDER/results.jsonl. Cells that are in it are left out: run the same command again to go on.
+BitNet b1.58 3B, and a mixture of 256 experts (`--model flash1b`). Each cell (model, quantisation, threads)
+is one `mimo-compile bench model`: some minutes, and a line of FOLDER/results.jsonl. Cells that are in it are
+left out: run the same command again to go on.
 
     python benchmarks/end_to_end.py FOLDER --prepare                 # checkpoints, artifacts, files of peers
     python benchmarks/end_to_end.py FOLDER                           # all cells
