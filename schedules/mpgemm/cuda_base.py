@@ -14,8 +14,8 @@ from mimo_compile.ir.formats import ActFormat, WeightFormat
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.ops.base import Arg, Array
 from mimo_compile.ir.workload import Workload
-from mimo_compile.schedules.base import Schedule
-from mimo_compile.schedules.cuda.code import Launch
+from mimo_compile.schedules.base import Kernel, Schedule, kernel_name
+from mimo_compile.schedules.cuda.code import DeviceCode, Launch
 from mimo_compile.schedules.mpgemm.cuda_layout import Rows
 from mimo_compile.schedules.mpgemm.problem import Problem
 
@@ -114,6 +114,26 @@ class CudaGemm(Schedule):
         if not Rows.takes(p.fmt) or p.m * max(p.n, p.k) > _MOST_INT:
             return False
         return self.takes(p)
+
+    def kernel(
+        self,
+        workload: Workload,
+        config: Any,
+        hardware: Hardware,
+        text: str,
+        ends: Ends,
+        main: Launch,
+        expected: tuple[str, ...],
+    ) -> Kernel:
+        """Return the kernel of a text whose main launch stands between its `Ends`."""
+        return Kernel(
+            kernel_name(self, workload, config, hardware),
+            None,
+            ends.problem.args(),
+            self.work(workload, config, hardware),
+            features=self.needs,
+            device=DeviceCode(text, ends.around(main), ends.scratch(), expected=expected),
+        )
 
     def layouts(self, workload: Workload, config: Any) -> dict[str, str]:
         """All CUDA kernels of a format read the same packed weights."""

@@ -9,8 +9,8 @@ from pathlib import Path
 from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.hardware import Hardware, gpu_of
 from mimo_compile.ir.workload import Workload
-from mimo_compile.schedules.base import Kernel, Space, kernel_name
-from mimo_compile.schedules.cuda.code import DeviceCode, Launch
+from mimo_compile.schedules.base import Kernel, Space
+from mimo_compile.schedules.cuda.code import Launch
 from mimo_compile.schedules.cuda.limits import MOST_REGISTERS, fits
 from mimo_compile.schedules.cuda.template import rendered
 from mimo_compile.schedules.mpgemm.cuda_base import CudaGemm, CudaProblem, Ends
@@ -108,19 +108,9 @@ class CudaMma(CudaGemm):
             ("x_operand", weight, ends.out, *ends.operands),
             config.shared_bytes,
         )
-        return Kernel(
-            kernel_name(self, workload, config, hardware),
-            None,
-            p.args(),
-            self.work(workload, config, hardware),
-            features=NEEDS,
-            device=DeviceCode(
-                rendered(Path(__file__).with_suffix(".cu"), constants),
-                ends.around(main),
-                ends.scratch(),
-                expected=("IMMA" if ends.int8 else "HMMA", "LDSM", "LDGSTS"),
-            ),
-        )
+        text = rendered(Path(__file__).with_suffix(".cu"), constants)
+        expected = ("IMMA" if ends.int8 else "HMMA", "LDSM", "LDGSTS")
+        return self.kernel(workload, config, hardware, text, ends, main, expected)
 
     def work(self, workload: Workload, config: MmaConfig, hardware: Hardware) -> Counts:
         """Whole tiles; each block reads its rows of both operands."""

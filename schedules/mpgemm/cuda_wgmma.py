@@ -12,8 +12,8 @@ from pathlib import Path
 from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.workload import Workload
-from mimo_compile.schedules.base import Kernel, Space, kernel_name
-from mimo_compile.schedules.cuda.code import DeviceCode, Launch, TensorMap
+from mimo_compile.schedules.base import Kernel, Space
+from mimo_compile.schedules.cuda.code import Launch, TensorMap
 from mimo_compile.schedules.cuda.limits import fits
 from mimo_compile.schedules.cuda.template import rendered
 from mimo_compile.schedules.mpgemm.cuda_base import CudaGemm, CudaProblem, Ends
@@ -121,19 +121,9 @@ class CudaWgmma(CudaGemm):
             ),
             config.shared_bytes,
         )
-        return Kernel(
-            kernel_name(self, workload, config, hardware),
-            None,
-            p.args(),
-            self.work(workload, config, hardware),
-            features=NEEDS,
-            device=DeviceCode(
-                rendered(Path(__file__).with_suffix(".cu"), constants),
-                ends.around(main),
-                ends.scratch(),
-                expected=("IGMMA" if ends.int8 else "HGMMA", "UTMALDG", "USETMAXREG"),
-            ),
-        )
+        text = rendered(Path(__file__).with_suffix(".cu"), constants)
+        expected = ("IGMMA" if ends.int8 else "HGMMA", "UTMALDG", "USETMAXREG")
+        return self.kernel(workload, config, hardware, text, ends, main, expected)
 
     def work(self, workload: Workload, config: WgmmaConfig, hardware: Hardware) -> Counts:
         """Whole tiles; each tile's block reads its rows of both operands."""
