@@ -257,7 +257,7 @@ RESULTS = {
 
 @cache
 def synced(fault: int, order: int = 0) -> dict[str, np.ndarray[Any, Any]]:
-    """Run all of `SYNC` and `PHASES`; what it leaves out is told by its input, so that it is compiled once."""
+    """Run all of `SYNC` and `PHASES`; what is left out is told by an input: they are compiled once."""
     inputs = {"fault": np.array([fault], np.int32), "x": X, "w": W}
     more = {"waited": ("fault", "x"), "words": ("w",)}
     launches = []
