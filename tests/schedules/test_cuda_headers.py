@@ -79,6 +79,7 @@ def test_words_of_every_architecture(arch: str) -> None:
         "lop3.b32", "prmt.b32", "dp4a", "ld.global.nc.v4", "cp.async.cg.shared.global",
         "cp.async.wait_group", "bar.sync", "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32",
         "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32",
+        "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32",
         "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16", "ldmatrix.sync.aligned.m8n8.x2.shared.b16",
     ):  # fmt: skip
         assert word in ptx, word

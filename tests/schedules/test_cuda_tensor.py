@@ -49,7 +49,7 @@ MMA = """
 #include "mma.cuh"
 
 extern "C" __global__ void products(const uint32_t* a, const uint32_t* b, const float* c, float* bf16,
-                                    float* f16, float* e4m3, int* i8) {
+                                    float* f16, float* e4m3, int* i8, int* u8) {
   const int lane = threadIdx.x;
   uint32_t ra[4];
   for (int i = 0; i < 4; ++i) ra[i] = a[lane * 4 + i];
@@ -67,6 +67,8 @@ extern "C" __global__ void products(const uint32_t* a, const uint32_t* b, const 
   int whole[4] = {1, 2, 3, 4};
   mma_i8(whole, ra, b0, b1);
   for (int i = 0; i < 4; ++i) i8[lane * 4 + i] = whole[i];
+  mma_u8(whole, ra, b0, b1);
+  for (int i = 0; i < 4; ++i) u8[lane * 4 + i] = whole[i] - i8[lane * 4 + i];
 }
 extern "C" __global__ void fragments(const uint16_t* x, const int* rows, uint32_t* y) {
   MIMO_SHARED(smem);
@@ -88,7 +90,7 @@ extern "C" __global__ void fragments(const uint16_t* x, const int* rows, uint32_
 }
 """
 OUT = {n: ((32, 4), "float32") for n in ("bf16", "f16", "e4m3")} | {
-    "i8": ((32, 4), "int32"), "y": ((12, 32), "uint32")
+    "i8": ((32, 4), "int32"), "u8": ((32, 4), "int32"), "y": ((12, 32), "uint32")
 }  # fmt: skip
 X = np.random.default_rng(2).integers(0, 1 << 16, 512, np.uint32).astype(np.uint16)
 ROWS = np.random.default_rng(2).permutation(64)[:32].astype(np.int32)
@@ -98,7 +100,7 @@ def products(a: Values, b: Values, c: Values) -> dict[str, Values]:
     """Run all of `MMA`, which is compiled once."""
     inputs = {"a": a, "b": b, "c": c, "x": X, "rows": ROWS}
     launches = (
-        Launch("products", (1, 1, 1), 32, ("a", "b", "c", "bf16", "f16", "e4m3", "i8")),
+        Launch("products", (1, 1, 1), 32, ("a", "b", "c", "bf16", "f16", "e4m3", "i8", "u8")),
         Launch("fragments", (1, 1, 1), 32, ("x", "rows", "y"), 1024),
     )
     return emulate(kernel_of(MMA, inputs, OUT, launches), H200, inputs)
@@ -142,6 +144,8 @@ def test_products_of_8_bit_numbers() -> None:
     want = a.view(np.int8).astype(np.int64) @ b.view(np.int8).astype(np.int64)
     start = gathered(np.tile(np.arange(1, 5, dtype=np.int32), (32, 1)))
     np.testing.assert_array_equal(gathered(got["i8"]), want + start)
+    unsigned = a.astype(np.int64) @ b.view(np.int8).astype(np.int64)
+    np.testing.assert_array_equal(gathered(got["u8"]), unsigned)
     va, vb = e4m3_values(a), e4m3_values(b)
     near(
         gathered(got["e4m3"]),

@@ -11,7 +11,7 @@ struct alignas(64) CUtensorMap {
 
 namespace emulated {
 
-enum class Kind { BF16, F16, E4M3, I8 };   // of the elements of matrices
+enum class Kind { BF16, F16, E4M3, I8, U8 };   // of the elements of matrices; U8: of the left one, beside I8
 
 [[noreturn]] void fail(const char* format, ...);
 

@@ -81,6 +81,10 @@ struct Int8 {
   static int value(uint32_t reg, int i) { return int8_t(reg >> 8 * i & 255); }
 };
 
+struct UInt8 {
+  static int value(uint32_t reg, int i) { return reg >> 8 * i & 255; }
+};
+
 int exponent_of(double x) { return int(same_bits<uint64_t>(x) >> 52 & 2047) - 1023; }
 
 // c + a block of products, all cut off below the last of `bits` bits of the largest.
@@ -119,8 +123,8 @@ int dot(int c, const int* a, const int* b, int depth) {
   return int(sum);
 }
 
-// One mma.sync of 16 x 8 outputs and 8 * T::PER in depth: c += a b.
-template <class T>
+// One mma.sync of 16 x 8 outputs and 8 * T::PER in depth: c += a b. `Left` are the elements of a.
+template <class T, class Left = T>
 void product(Site site, void* c, const uint32_t* a, uint32_t b0, uint32_t b1) {
   using Value = decltype(T::value(0, 0));
   using Sum = typename T::Sum;
@@ -133,7 +137,7 @@ void product(Site site, void* c, const uint32_t* a, uint32_t b0, uint32_t b1) {
       const Mine& m = *static_cast<Mine*>(given[lane]);
       for (int e = 0; e < 4 * T::PER; ++e) {
         const Place p = place_a(lane, e, T::PER);
-        A[p.row][p.column] = T::value(m.a[e / T::PER], e % T::PER);
+        A[p.row][p.column] = Left::value(m.a[e / T::PER], e % T::PER);
       }
       for (int e = 0; e < 2 * T::PER; ++e) {
         const Place p = place_b(lane, e, T::PER);
@@ -154,6 +158,7 @@ void mma(Kind kind, const char* name, int line, void* c, const uint32_t* a, uint
   if (kind == Kind::BF16) return product<Bf16>(site, c, a, b0, b1);
   if (kind == Kind::F16) return product<F16>(site, c, a, b0, b1);
   if (kind == Kind::E4M3) return product<E4m3>(site, c, a, b0, b1);
+  if (kind == Kind::U8) return product<Int8, UInt8>(site, c, a, b0, b1);
   product<Int8>(site, c, a, b0, b1);
 }
 
