@@ -1,18 +1,61 @@
 /* Stands in for libcuda: device memory is the host's, and kernels are the functions below, by name. The
-   prototypes are those of cuda.h. */
+   prototypes are those of cuda.h. What is queued takes place at once, but for what is captured. */
 #include <cuda.h>
 #include <math.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-typedef struct { char name[32]; unsigned shared; } Function;
-static int held, set_current;
 #define CONTEXT ((CUcontext)0x123456789ab0)
+#define MOST 64
+enum { COPY, FILL, LAUNCH };
+
+/* Types of a function's parameters: pointer, int, float, tensor map. */
+typedef struct { const char *name, *types; } Known;
+static const Known known[] = {{"gate", "ppi"}, {"up", "pppi"}, {"show", "mfpp"}, {"twice", "ppi"},
+    {"plus", "pppi"}, {"step", "ppppppiiiiii"}, {"head", "pppiii"}, {"wild", ""}, {"tired", ""}};
+typedef struct { const Known *known; unsigned shared, calls; } Function;
+typedef struct {
+  int kind; void *to; const void *from; size_t size; int value;
+  Function *function; unsigned blocks, params; unsigned char data[12][128];
+} Work;
+typedef struct { int count; Work work[MOST]; } Graph;
+
+static int held, set_current, capability = 90, version = 13000, devices = 1;
+static size_t room = (size_t)1 << 40, used;
+static Graph *capturing;
+static CUstream captured;
+static char told[1 << 16];
 
 int fake_held(void) { return held; }
+/* What the driver was asked since this was last asked. */
+const char *fake_told(void) {
+  static char before[sizeof told];
+  strcpy(before, told);
+  told[0] = 0;
+  return before;
+}
+void fake_machine(int new_capability, int new_version, int new_devices, long long new_room) {
+  capability = new_capability; version = new_version; devices = new_devices; room = (size_t)new_room;
+}
+static void tell(const char *what) {
+  if (strlen(told) + strlen(what) + 2 < sizeof told) strcat(strcat(told, what), " ");
+}
 
 CUresult cuInit(unsigned flags) { return flags ? CUDA_ERROR_INVALID_VALUE : 0; }
+CUresult cuDriverGetVersion(int *found) { *found = version; return 0; }
+CUresult cuDeviceGetCount(int *count) { *count = devices; return 0; }
 CUresult cuDeviceGet(CUdevice *device, int ordinal) { *device = ordinal + 7; return 0; }
+CUresult cuDeviceGetName(char *name, int length, CUdevice device) {
+  snprintf(name, length, "Stand-in");
+  return device == 7 ? 0 : CUDA_ERROR_INVALID_DEVICE;
+}
+CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice device) {
+  if (attribute == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR) *value = capability / 10;
+  else if (attribute == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR) *value = capability % 10;
+  else return CUDA_ERROR_INVALID_VALUE;
+  return device == 7 ? 0 : CUDA_ERROR_INVALID_DEVICE;
+}
 CUresult cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device) {
   *context = CONTEXT;
   return device == 7 ? 0 : CUDA_ERROR_INVALID_DEVICE;
@@ -29,33 +72,126 @@ CUresult cuModuleLoadData(CUmodule *module, const void *image) {
 }
 CUresult cuModuleUnload(CUmodule module) { free(module); held--; return 0; }
 CUresult cuModuleGetFunction(CUfunction *function, CUmodule module, const char *name) {
-  if (!module || !strcmp(name, "absent")) return CUDA_ERROR_NOT_FOUND;
-  Function *made = calloc(1, sizeof(Function));
-  strcpy(made->name, name);
-  *function = (CUfunction)made;
-  return 0;
+  for (unsigned i = 0; module && i < sizeof known / sizeof *known; i++)
+    if (!strcmp(known[i].name, name)) {
+      Function *made = calloc(1, sizeof(Function));
+      made->known = &known[i];
+      *function = (CUfunction)made;
+      return 0;
+    }
+  return CUDA_ERROR_NOT_FOUND;
 }
 CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute attribute, int value) {
   if (attribute != CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES) return CUDA_ERROR_INVALID_VALUE;
   ((Function *)function)->shared = value;
   return 0;
 }
-CUresult cuMemAlloc(CUdeviceptr *place, size_t size) { *place = (CUdeviceptr)malloc(size); held++; return 0; }
-CUresult cuMemFree(CUdeviceptr place) { free((void *)place); held--; return 0; }
-CUresult cuMemcpyHtoD(CUdeviceptr to, const void *from, size_t size) { memcpy((void *)to, from, size); return 0; }
-CUresult cuMemcpyDtoH(void *to, CUdeviceptr from, size_t size) { memcpy(to, (void *)from, size); return 0; }
-CUresult cuMemsetD8Async(CUdeviceptr to, unsigned char value, size_t size, CUstream stream) {
-  memset((void *)to, value, size);
-  return stream ? CUDA_ERROR_INVALID_HANDLE : 0;
+
+/* Memory: 64 bytes in front of each piece have its size. */
+static void *taken(size_t size) {
+  char *memory = NULL;
+  if (used + size > room || posix_memalign((void **)&memory, 256, size + 256)) return NULL;
+  *(size_t *)memory = size; used += size; held++;
+  memset(memory + 256, 0xAB, size);
+  return memory + 256;
 }
+static void given_back(void *memory) { used -= *(size_t *)((char *)memory - 256); free((char *)memory - 256); held--; }
+CUresult cuMemGetInfo(size_t *left, size_t *total) { *left = room - used; *total = room; return 0; }
+CUresult cuMemAlloc(CUdeviceptr *place, size_t size) {
+  *place = set_current ? (CUdeviceptr)taken(size) : 0;
+  return *place ? 0 : CUDA_ERROR_OUT_OF_MEMORY;
+}
+CUresult cuMemFree(CUdeviceptr place) { given_back((void *)place); return 0; }
+CUresult cuMemAllocHost(void **place, size_t size) { *place = malloc(size); held++; return 0; }
+CUresult cuMemFreeHost(void *place) { free(place); held--; return 0; }
+
+/* Work: done at once, or noted in the graph that is captured. */
+static CUresult done(Work *work);
+static CUresult queued(Work *work, CUstream on) {
+  if (on && *(char *)on != 'S') return CUDA_ERROR_INVALID_HANDLE;
+  if (!capturing) return done(work);
+  if (on != captured) return CUDA_ERROR_STREAM_CAPTURE_IMPLICIT;
+  if (capturing->count == MOST) return CUDA_ERROR_OUT_OF_MEMORY;
+  capturing->work[capturing->count++] = *work;
+  return 0;
+}
+static CUresult copied(void *to, const void *from, size_t size, CUstream on) {
+  Work work = {COPY, to, from, size};
+  return queued(&work, on);
+}
+CUresult cuMemcpyHtoD(CUdeviceptr to, const void *from, size_t size) {
+  return copied((void *)to, from, size, NULL); }
+CUresult cuMemcpyDtoH(void *to, CUdeviceptr from, size_t size) { return copied(to, (void *)from, size, NULL); }
+CUresult cuMemcpyHtoDAsync(CUdeviceptr to, const void *from, size_t size, CUstream on) {
+  if (!capturing) tell("in");
+  return copied((void *)to, from, size, on);
+}
+CUresult cuMemcpyDtoHAsync(void *to, CUdeviceptr from, size_t size, CUstream on) {
+  if (!capturing) tell("out");
+  return copied(to, (void *)from, size, on);
+}
+CUresult cuMemcpyDtoDAsync(CUdeviceptr to, CUdeviceptr from, size_t size, CUstream on) {
+  return copied((void *)to, (void *)from, size, on);
+}
+CUresult cuMemsetD8Async(CUdeviceptr to, unsigned char value, size_t size, CUstream on) {
+  Work work = {FILL, (void *)to, NULL, size, value};
+  return queued(&work, on);
+}
+CUresult cuLaunchKernel(CUfunction f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
+    unsigned shared, CUstream on, void **params, void **extra) {
+  Function *function = (Function *)f;
+  Work work = {LAUNCH, NULL, NULL, 0, 0, function, gx};
+  if (gy != 1 || gz != 1 || by != 1 || bz != 1 || bx % 32 || extra || shared > function->shared)
+    return CUDA_ERROR_INVALID_VALUE;
+  for (const char *type = function->known->types; *type; type++, work.params++)
+    memcpy(work.data[work.params], params[work.params], *type == 'p' ? 8 : *type == 'm' ? 128 : 4);
+  return queued(&work, on);
+}
+
+CUresult cuStreamCreate(CUstream *made, unsigned flags) {
+  *made = malloc(1); held++;
+  *(char *)*made = 'S';
+  return (CUresult)flags;
+}
+CUresult cuStreamDestroy(CUstream gone) { free(gone); held--; return 0; }
+CUresult cuStreamSynchronize(CUstream on) { return *(char *)on == 'S' && !capturing ? 0 : CUDA_ERROR_INVALID_HANDLE; }
+CUresult cuStreamBeginCapture(CUstream on, CUstreamCaptureMode mode) {
+  if (capturing || !on || mode != CU_STREAM_CAPTURE_MODE_THREAD_LOCAL) return CUDA_ERROR_INVALID_VALUE;
+  capturing = calloc(1, sizeof(Graph)); held++;
+  captured = on;
+  return 0;
+}
+CUresult cuStreamEndCapture(CUstream on, CUgraph *graph) {
+  *graph = (CUgraph)capturing;
+  capturing = NULL;
+  return *graph && on == captured ? 0 : CUDA_ERROR_INVALID_VALUE;
+}
+CUresult cuGraphInstantiateWithFlags(CUgraphExec *made, CUgraph graph, unsigned long long flags) {
+  *made = malloc(sizeof(Graph)); held++;
+  memcpy(*made, graph, sizeof(Graph));
+  tell("graph");
+  return (CUresult)flags;
+}
+CUresult cuGraphDestroy(CUgraph graph) { free(graph); held--; return 0; }
+CUresult cuGraphExecDestroy(CUgraphExec made) { free(made); held--; return 0; }
+CUresult cuGraphLaunch(CUgraphExec made, CUstream on) {
+  tell("replay");
+  for (int i = 0; i < ((Graph *)made)->count; i++) {
+    CUresult error = done(&((Graph *)made)->work[i]);
+    if (error) return error;
+  }
+  return on ? 0 : CUDA_ERROR_INVALID_HANDLE;
+}
+
 CUresult cuEventCreate(CUevent *event, unsigned flags) { *event = malloc(1); held++; return (CUresult)flags; }
 CUresult cuEventDestroy(CUevent event) { free(event); held--; return 0; }
-CUresult cuEventRecord(CUevent event, CUstream stream) { return event && !stream ? 0 : CUDA_ERROR_INVALID_HANDLE; }
+CUresult cuEventRecord(CUevent event, CUstream on) { return event && !(on && capturing) ? 0 : CUDA_ERROR_INVALID_HANDLE; }
 CUresult cuEventSynchronize(CUevent event) { return event ? 0 : CUDA_ERROR_INVALID_HANDLE; }
 #undef cuEventElapsedTime
 CUresult cuEventElapsedTime(float *ms, CUevent begin, CUevent end) { *ms = 0.25f; return begin == end; }
 CUresult cuGetErrorName(CUresult error, const char **name) {
-  *name = error == CUDA_ERROR_ILLEGAL_ADDRESS ? "CUDA_ERROR_ILLEGAL_ADDRESS" : NULL;
+  *name = error == CUDA_ERROR_ILLEGAL_ADDRESS ? "CUDA_ERROR_ILLEGAL_ADDRESS"
+      : error == CUDA_ERROR_OUT_OF_MEMORY ? "CUDA_ERROR_OUT_OF_MEMORY" : NULL;
   return *name ? 0 : CUDA_ERROR_INVALID_VALUE;
 }
 /* What a map was made of, in its own bytes. */
@@ -70,31 +206,68 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType type, cuui
   return 0;
 }
 
-CUresult cuLaunchKernel(CUfunction f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
-    unsigned shared, CUstream stream, void **params, void **extra) {
-  Function *function = (Function *)f;
-  if (gy != 1 || gz != 1 || by != 1 || bz != 1 || bx % 32 || stream || extra || shared != function->shared)
-    return CUDA_ERROR_INVALID_VALUE;
-  if (!strcmp(function->name, "gate")) {
-    float *x = *(float **)params[0], *half = *(float **)params[1];
-    int width = *(int *)params[2];
-    for (unsigned r = 0; r < gx; r++)
-      for (int i = 0; i < width; i++) {
-        float g = x[2 * r * width + i];
-        half[r * width + i] = g / (1.0f + expf(-g));
+/* The kernels. */
+#define F(i) (*(float **)work->data[i])
+#define I(i) (*(int *)work->data[i])
+static void gate(Work *work) {
+  for (unsigned r = 0; r < work->blocks; r++)
+    for (int i = 0, width = I(2); i < width; i++) {
+      float g = F(0)[2 * r * width + i];
+      F(1)[r * width + i] = g / (1.0f + expf(-g));
+    }
+}
+static void up(Work *work) {
+  for (unsigned r = 0; r < work->blocks; r++)
+    for (int i = 0, width = I(3); i < width; i++)
+      F(2)[r * width + i] = F(1)[r * width + i] * F(0)[(2 * r + 1) * width + i];
+}
+static void show(Work *work) { /* a tensor map, a number, and what is zero: into y */
+  memcpy(F(2), work->data[0], sizeof(CUtensorMap));
+  F(2)[40] = *(float *)work->data[1] + F(3)[0] + F(3)[1];
+  F(3)[0] = 5.0f;
+}
+/* ids, pos, embedding, block tables, cache, hidden; tokens, width, context, whether each token is of another
+   sequence, positions of a page (0: none), columns of a table. Caches take embeddings, hidden states are sums. */
+static void step(Work *work) {
+  int *ids = (int *)F(0), *pos = (int *)F(1), *table = (int *)F(3);
+  int width = I(7), context = I(8), apart = I(9), page = I(10), columns = I(11);
+  for (int t = 0; t < I(6); t++) {
+    int *mine = pos + 2 * t * apart, at = mine[0] + (apart ? 0 : t), counts = apart ? mine[1] > 0 : t < mine[1];
+    int *row = table + t * apart * columns;
+    float *cache = F(4) + (page ? 0 : (size_t)t * apart * context * width);
+    for (int d = 0; d < width; d++) {
+      float sum = 0.0f;
+      for (int j = 0; j <= at && counts; j++) {
+        float *place = cache + (size_t)(page ? row[j / page] * page + j % page : j) * width + d;
+        if (j == at) *place = F(2)[ids[t] * width + d];
+        sum += *place;
       }
-  } else if (!strcmp(function->name, "up")) {
-    float *x = *(float **)params[0], *half = *(float **)params[1], *y = *(float **)params[2];
-    int width = *(int *)params[3];
-    for (unsigned r = 0; r < gx; r++)
-      for (int i = 0; i < width; i++) y[r * width + i] = half[r * width + i] * x[(2 * r + 1) * width + i];
-  } else if (!strcmp(function->name, "show")) { /* a tensor map, a number, and what is zero: into y */
-    float *y = *(float **)params[2], *zero = *(float **)params[3];
-    memcpy(y, params[0], sizeof(CUtensorMap));
-    y[40] = *(float *)params[1] + zero[0] + zero[1];
-    zero[0] = 5.0f;
-  } else {
-    return CUDA_ERROR_ILLEGAL_ADDRESS;
+      F(5)[t * width + d] = sum;
+    }
   }
+}
+static void head(Work *work) {
+  for (int t = 0, width = I(4), vocab = I(5); t < I(3); t++)
+    for (int v = 0; v < vocab; v++) {
+      float sum = 0.0f;
+      for (int d = 0; d < width; d++) sum += F(0)[t * width + d] * F(1)[v * width + d];
+      F(2)[t * vocab + v] = sum;
+    }
+}
+static CUresult done(Work *work) {
+  if (work->kind == COPY) memcpy(work->to, work->from, work->size);
+  if (work->kind == FILL) memset(work->to, work->value, work->size);
+  if (work->kind != LAUNCH) return 0;
+  const char *name = work->function->known->name;
+  tell(name);
+  if (!strcmp(name, "gate")) gate(work);
+  if (!strcmp(name, "up")) up(work);
+  if (!strcmp(name, "show")) show(work);
+  if (!strcmp(name, "step")) step(work);
+  if (!strcmp(name, "head")) head(work);
+  if (!strcmp(name, "twice")) for (int i = 0; i < I(2); i++) F(1)[i] = 2 * F(0)[i];
+  if (!strcmp(name, "plus")) for (int i = 0; i < I(3); i++) F(2)[i] = F(0)[i] + F(1)[i];
+  if (!strcmp(name, "wild")) return CUDA_ERROR_ILLEGAL_ADDRESS;
+  if (!strcmp(name, "tired") && work->function->calls++) return CUDA_ERROR_ILLEGAL_ADDRESS; /* not the first time */
   return 0;
 }
