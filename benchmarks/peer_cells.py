@@ -75,7 +75,8 @@ def latest(lines):
         if workload.op == "mpgemm":
             extents = p["m"], p["n"], p["k"], -line["bits_per_weight"]
         else:
-            extents = p["t"], -p["kv"], p["d"], p["dv"], p["c"], p["b"], p["cap"], p["arith"]
+            shape = -p["kv"], p["d"], p["dv"], p["c"], p["b"], p["cap"]
+            extents = p["window"], p["t"], *shape, p["arith"]
         return *extents, line["threads"], line["cache"]
 
     return sorted(cells.values(), key=order)
@@ -103,8 +104,10 @@ def attention_row(line, p, figures):
     widths = f"{p['d']}" if p["d"] == p["dv"] else f"{p['d']}/{p['dv']}"
     folded = next((q for q in line["peers"] if q["impl"].startswith("torch-sdpa-folded")), None)
     tokens = f"{p['b']} x {p['t']}" if p["b"] > 1 else p["t"]
+    keys = f"{p['len']}, window {p['window']}" if p["window"] else p["cap"]
+    form = p["c"] if p["arith"] == "float" else f"{p['c']}, {p['arith']}"
     return [
-        tokens, p["cap"], f"{p['h']} on {p['kv']}, {widths}", f"`{p['c']}`", line["threads"], *figures,
+        tokens, keys, f"{p['h']} on {p['kv']}, {widths}", f"`{form}`", line["threads"], *figures,
         versus(line["peers"][0] if line["peers"] else None), versus(folded),
     ]  # fmt: skip
 

@@ -160,13 +160,13 @@ def settle(limit_s: float = SETTLE_S) -> float:
 
 
 def ratio_of(row: Row, base: Row) -> tuple[float, float, float]:
-    """Return the time of a row over that of another of its run: of the medians, p10 and p90 over rounds."""
+    """Return the time of a row over that of another of its run, round by round: median, p10 and p90."""
     # a slow one has its first rounds alone
     each = sorted(a / b for a, b in zip(row.batches, base.batches, strict=False))
-    middle = row.median_us / base.median_us
     if not each:
+        middle = row.median_us / base.median_us
         return middle, middle, middle
-    return middle, quantile(each, 0.1), quantile(each, 0.9)
+    return quantile(each, 0.5), quantile(each, 0.1), quantile(each, 0.9)
 
 
 def quantile(ordered: Sequence[float], share: float) -> float:

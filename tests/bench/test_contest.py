@@ -22,13 +22,14 @@ def row(impl: str, us: float, peer: str = "", **changes: str) -> Row:
     return Row(entry(impl, peer, **changes), us, us, us, roof_us=1.0, batches=batches)
 
 
-def test_ratios_are_of_medians_and_their_spread_of_rounds() -> None:
+def test_ratios_are_those_of_rounds() -> None:
     base, other = row("mimo", 10), row("torch", 30, "torch")
     assert ratio_of(other, base) == pytest.approx((3.0, 3.0, 3.0))
     late = replace(other, batches=(10e-6, 80e-6, 30e-6))
     middle, low, high = ratio_of(late, base)
     assert (middle, low, high) == pytest.approx((3.0, 1.4, 3.8))
-    assert ratio_of(replace(other, batches=(20e-6,)), base) == pytest.approx((3.0, 2.0, 2.0))
+    # a machine that turned slow after the only round of a slow one says nothing about it
+    assert ratio_of(replace(other, batches=(20e-6,)), base) == pytest.approx((2.0, 2.0, 2.0))
 
 
 def test_the_base_is_our_fastest_and_the_roof_has_no_ratio() -> None:

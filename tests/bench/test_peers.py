@@ -158,8 +158,7 @@ def test_a_peer_takes_part_with_its_bits_and_its_ratio(fakes: None) -> None:
         assert ours.contestant.bits_per_weight == pytest.approx(4.25, rel=0.2)
         assert other.contestant.bits_per_weight == 32
         assert other.ratio is not None
-        assert other.ratio[0] == pytest.approx(other.median_us / ours.median_us)
-        assert other.ratio[1] <= other.ratio[2]
+        assert other.ratio[1] <= other.ratio[0] <= other.ratio[2]
         assert other.json()["ratio_p90"] == other.ratio[2]
     assert found.left_out == [LeftOut("fake cube", "only squares")]
     assert not any(r.contestant.sets for r in found.rows)  # memory is free for the next workload
