@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from mimo_compile.cost_models import gpu
 from mimo_compile.ir.counts import LEVELS, OP_KINDS, Counts
 from mimo_compile.ir.hardware import Hardware
 
@@ -26,6 +27,10 @@ ENERGY_BYTE_PJ = {"dram": 120.0, "l3": 15.0, "l2": 8.0, "l1": 1.5}
 """Picojoules of one byte brought from a level."""
 IDLE_W_PER_CORE = 4.0
 """Watts of a core and its share of the uncore while it runs, apart from the work itself."""
+HBM_PJ = 40.0
+"""Picojoules of one byte from the stacked memory of a GPU, an assumption: 4 pJ/bit there, and the way."""
+IDLE_W_OF_GPU = 100.0
+"""Watts of a GPU that computes nothing, an assumption."""
 
 # Scalar operations per cycle and core for 512-bit vectors; halved for 256-bit ones.
 _PER_CYCLE = {
@@ -57,7 +62,13 @@ class DeviceModel:
 
     @classmethod
     def guess(cls, hardware: Hardware) -> DeviceModel:
-        """Return typical rates for hardware that was not calibrated."""
+        """Return typical rates for hardware that was not calibrated, of GPUs published ones."""
+        if hardware.gpu is not None:
+            return cls(
+                *gpu.rates_of(hardware),
+                idle_w=IDLE_W_OF_GPU,
+                byte_pj=ENERGY_BYTE_PJ | {"dram": HBM_PJ},
+            )
         wide = 1.0 if hardware.has_avx512 else 0.5
         ops = {k: v * wide * _GUESSED_HZ for k, v in _PER_CYCLE.items()}
         if not hardware.has_vnni and "avxvnni" not in hardware.features:

@@ -156,3 +156,20 @@ def roofline_s(necessary: Counts, hardware: Hardware) -> float:
         ops[unit] = ops.get(unit, 0.0) + necessary.ops.get(kind, 0.0)
     even = LaunchShape(hardware.cores, WARP, 0, 0)
     return predict(Counts(ops, necessary.bytes), [even], hardware).seconds
+
+
+def rates_of(hardware: Hardware) -> tuple[dict[str, float], dict[str, tuple[float, ...]]]:
+    """Return operations/s of one SM by kind, and bytes/s of 1, 2, ... SMs together by level.
+
+    For `analytic.DeviceModel`, which ranks candidates of a search by them: SMs are its threads.
+    """
+    gpu = gpu_of(hardware)
+    port, count = _PORT_BYTES * gpu.clock_hz, range(1, hardware.cores + 1)
+    near = tuple(min(n * port, _L2_BYTES * gpu.clock_hz) for n in count)
+    levels = {
+        "l1": tuple(2 * n * port for n in count),
+        "l2": near,
+        "l3": near,
+        "dram": tuple(min(n * port, gpu.memory_bytes_per_s) for n in count),
+    }
+    return {kind: n * gpu.clock_hz for kind, n in RATES[gpu.arch].items()}, levels

@@ -82,10 +82,12 @@ def _store(hardware: Hardware, calibration: Calibration) -> None:
 def device_model(hardware: Hardware, *, measure: bool = False) -> DeviceModel:
     """Return a machine's rates: measured if it was calibrated (or is now, with ``measure``), else guessed.
 
-    Those of a simulated target are its model's.
+    Those of a simulated target are its model's, those of a GPU published ones.
     """
     if hardware.kind == "sim":
         return simulated.device_model(hardware)
+    if hardware.kind == "cuda":
+        return DeviceModel.guess(hardware)
     calibration = load(hardware)
     if calibration is None and measure:
         calibration = calibrate(hardware)

@@ -23,7 +23,7 @@ SCHEMA = 1
 """Version of the record; a reader refuses newer ones."""
 
 _SUM = b',"sum":"'
-_LATER = (b',"worker":""}', b',"twin":""}')
+_LATER = (b',"device":""}', b',"worker":""}', b',"twin":""}')
 """Fields that came after the first records, last first: left out at the end of a line where empty."""
 
 
@@ -101,6 +101,8 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     was read for this one."""
     worker: str = ""
     """Who on a farm came to the verdict, ``NAME/DEVICE``, or ``NAME`` where that was a build; "": no farm."""
+    device: str = ""
+    """The GPU that ran it, with its clock and temperature meanwhile as far as they are known; "" for CPUs."""
 
     @property
     def ok(self) -> bool:

@@ -105,7 +105,7 @@ class Tuner:
             space, make_strategy(self.strategy, setting), share, self.objective, joules,
             np.random.default_rng([self.seed, len(self.tasks), 1]),
         )  # fmt: skip
-        task.default_key = self._key(task, space.defaults()[0])
+        task.default_key = self.key(task, space.defaults()[0])
         self.tasks.append(task)
         old = [r for r in self.db.records(workload, self.hardware) if self._usable(task, r)]
         for record in old:
@@ -123,7 +123,8 @@ class Tuner:
             and task.space.adopt(r.schedule, r.config) is not None
         )
 
-    def _key(self, task: Task, candidate: Candidate) -> str:
+    def key(self, task: Task, candidate: Candidate) -> str:
+        """Return the key of a candidate's records."""
         schedule = task.space.schedules[candidate.schedule]
         return record_key(
             str(candidate.workload), schedule.name, schedule.version, candidate.config, self.hardware,
@@ -141,7 +142,8 @@ class Tuner:
         if isinstance(self.measurer, Recalls):
             self.measurer.recall(task.space, candidate, record)
 
-    def _train(self, *, now: bool = False) -> None:
+    def train(self, *, now: bool = False) -> None:
+        """Fit the models to what is known, where that is due."""
         known = sum(len(t.joules.values) for t in self.tasks)
         if not self.learner.due(sum(len(t.results()) for t in self.tasks), known, now=now):
             return
@@ -161,7 +163,7 @@ class Tuner:
         stopped = "exhausted"
         mark_heavy([t.share for t in self.tasks])
         try:
-            self._train()
+            self.train()
             while (index := next_share([t.share for t in self.tasks])) is not None:
                 per_trial = clock.seconds / max(1, sum(t.new for t in self.tasks))
                 reserve = max(CONFIRM_S, 3 * per_trial) * len(touched | {index})
@@ -171,7 +173,7 @@ class Tuner:
                 left = BATCH if limit is None else limit - sum(t.trials for t in self.tasks)
                 if self._one_round(self.tasks[index], min(self._batch(limit), left), clock):
                     touched.add(index)
-                self._train()
+                self.train()
             for index in sorted(touched, key=lambda i: -self.tasks[i].cost):
                 if not clock.reached(0):
                     self._confirm(self.tasks[index], clock)
@@ -180,7 +182,7 @@ class Tuner:
         except InputError as error:  # the database takes no more; tell what was found
             stopped, self._failure = "database", error
         self._tell("done", None, text=f"stopped: {stopped}", total=limit)
-        return self._result(stopped, clock)
+        return self.result(stopped, clock)
 
     def _batch(self, limit: int | None) -> int:
         """Return the size of a round: small budgets over many workloads take small steps."""
@@ -206,7 +208,7 @@ class Tuner:
             else self.measurer.measure(task.space, batch, seed)
         )
         for measurement in found:
-            self._store(task, measurement, "search")
+            self.store(task, measurement, "search")
             fresh += 1
             clock.note()
             if not clock.affords():
@@ -237,7 +239,7 @@ class Tuner:
         if chosen and not clock.reached(0):
             batch = [task.candidates[k] for k in chosen]
             for m in self.measurer.measure(task.space, batch, self._next_seed()):
-                record = self._store(task, m, "energy")
+                record = self.store(task, m, "energy")
                 # an old record may spell a config otherwise, and so have another key
                 keys = [k for k in chosen if task.candidates[k].key == m.candidate.key]
                 task.joules.tried.update(k for k in keys if k != record.key)
@@ -246,13 +248,14 @@ class Tuner:
                 clock.note()
                 if not clock.affords():
                     break
-        self._train(now=task.joules.judge(pairs))
+        self.train(now=task.joules.judge(pairs))
         task.tell(task.records)
 
-    def _store(self, task: Task, m: Measurement, phase: str) -> Record:
+    def store(self, task: Task, m: Measurement, phase: str) -> Record:
+        """Store what came of a candidate, and learn from it."""
         schedule = task.space.schedules[m.candidate.schedule]
         record = Record(
-            key=self._key(task, m.candidate), workload=str(m.candidate.workload), schedule=schedule.name,
+            key=self.key(task, m.candidate), workload=str(m.candidate.workload), schedule=schedule.name,
             schedule_version=schedule.version, config=m.candidate.config, hardware=self.hardware.id,
             features=tuple(sorted(self.hardware.features)), threads=self.hardware.threads,
             cache=self.measurer.cache, versions=self.versions, verdict=m.verdict, phase=phase, seed=m.seed,
@@ -260,8 +263,8 @@ class Tuner:
             energy_mj=m.energy_mj, energy_spread_mj=m.energy_spread_mj, energy_source=m.energy_source,
             energy_window_s=m.energy_window_s, modelled_mj=m.modelled_mj, error_ratio=m.error_ratio,
             message=m.message, code_hash=m.code_hash, requires=m.requires, ops=dict(m.counts.ops),
-            bytes=dict(m.counts.bytes), time=time.time(), twin=m.twin,
-            worker=m.worker,
+            bytes=dict(m.counts.bytes), time=m.time or time.time(), twin=m.twin,
+            worker=m.worker, device=m.device,
         )  # fmt: skip
         with finish_first():  # what is stored is also counted
             self.db.add(record)
@@ -287,7 +290,7 @@ class Tuner:
             measured = 0
             for m in self.measurer.confirm(task.space, batch, self._next_seed()):
                 measured += 1
-                record = self._store(task, m, "confirm")
+                record = self.store(task, m, "confirm")
                 keys = [k for k in chosen if task.candidates[k].key == m.candidate.key]
                 (done if record.ok else failed).update(keys)
                 if record.ok and record.energy_mj is None and task.joules.staged:
@@ -325,7 +328,8 @@ class Tuner:
             )
         )  # fmt: skip
 
-    def _result(self, stopped: str, clock: Clock) -> TuningResult:
+    def result(self, stopped: str, clock: Clock) -> TuningResult:
+        """Return all that is known."""
         workloads = []
         for t in self.tasks:
             newest = [rows[-1] for rows in t.records.values()]

@@ -127,7 +127,7 @@ def check_on(on: str, hardware: Hardware, objective: str, joules: float | None, 
     As at home ``auto`` reads joules only where they decide.
 
     Raises:
-        UsageError: ``on`` is not understood, the target is simulated, or there is a budget in joules, which
+        UsageError: ``on`` is not understood, the target is no CPU, or there is a budget in joules, which
             only a meter of this machine could keep.
         MissingExtra: Ray is not installed.
     """
@@ -135,6 +135,10 @@ def check_on(on: str, hardware: Hardware, objective: str, joules: float | None, 
     if hardware.kind == "sim":
         raise UsageError(
             f"{hardware.name} is simulated: no machine need measure", remedy="leave --on out"
+        )
+    if hardware.kind == "cuda":
+        raise UsageError(
+            "a farm measures CPUs", remedy="for a GPU elsewhere give --device-batch DIR, not --on"
         )
     if joules is not None:
         raise UsageError(

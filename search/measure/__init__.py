@@ -10,7 +10,7 @@ from mimo_compile.search.measure.base import (
     Recalls,
     Timing,
 )
-from mimo_compile.search.measure.measurer import Measurer, runnable_here
+from mimo_compile.search.measure.measurer import Measurer, runnable_here, unfit_gpu
 
 __all__ = [
     "Limits",
@@ -21,4 +21,5 @@ __all__ = [
     "Recalls",
     "Timing",
     "runnable_here",
+    "unfit_gpu",
 ]

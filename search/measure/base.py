@@ -68,6 +68,9 @@ class Measurement:
     counts: Counts = field(default_factory=Counts)
     twin: str = ""
     worker: str = ""
+    device: str = ""
+    time: float = 0.0
+    """Seconds since 1970 when it was measured; 0 stands for now."""
 
 
 class Measures(Protocol):

@@ -17,12 +17,12 @@ GUARD = 16 << 10
 """Bytes of guard on each side of each argument."""
 _BOUNDARY = 128
 """Arguments begin 64 bytes behind a multiple of it: aligned as is promised, and never better."""
-PATTERNS = (0xFF, 0x5A)
-"""Bytes that fill outputs and guards: 0xFF reads as NaN in every float format, 0x5A as large numbers."""
 
 
 class Buffer:
     """One argument: ``view`` is what the kernel gets, surrounded by guard bytes."""
+
+    scratch = False
 
     def __init__(self, spec: dict[str, Any]) -> None:
         """Allocate for an argument ``{name, role, shape, dtype, mutated, file}``.
@@ -88,6 +88,10 @@ class Buffer:
     def digest(self) -> bytes:
         """Return a hash of the memory."""
         return hashlib.blake2b(self._bytes.data).digest()
+
+    def contents(self) -> Array:
+        """Return the memory itself."""
+        return self.view
 
     def copy(self) -> Any:
         """Return a tensor on a copy of the memory without guards (to have cold data)."""

@@ -9,7 +9,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
+from mimo_compile.errors import MimoError
 from mimo_compile.ir import functions
+from mimo_compile.ir.gpu import Gpu
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.base import Kernel, Schedule
@@ -31,7 +35,8 @@ def find_schedule(reference: str) -> Schedule:
 
 
 def _hardware(values: dict[str, Any]) -> Hardware:
-    return Hardware(**{**values, "features": frozenset(values["features"])})
+    gpu = Gpu(**values["gpu"]) if values.get("gpu") else None
+    return Hardware(**{**values, "features": frozenset(values["features"]), "gpu": gpu})
 
 
 def find_workload(text: str, function: str = "") -> Workload:
@@ -73,13 +78,40 @@ def describe(request: dict[str, Any]) -> dict[str, Any]:
 
 def build(request: dict[str, Any]) -> dict[str, Any]:
     """Compile to the file ``out``; return what the kernel declares and the code's hash."""
+    kernel, hardware = _lower(request)
+    if kernel.device is not None:
+        return _build_device(kernel, hardware, Path(request["out"]))
     from mimo_compile.schedules.compile import compile_kernel
 
-    kernel, hardware = _lower(request)
     kernel = replace(kernel, name=SYMBOL)
     code = compile_kernel(kernel, hardware)
     Path(request["out"]).write_bytes(code)
     return {**_facts(kernel), "code_hash": hashlib.sha256(code).hexdigest()}
+
+
+def _build_device(kernel: Kernel, hardware: Hardware, out: Path) -> dict[str, Any]:
+    """Compile CUDA code; the facts have its launches besides, by which the child of the GPU calls it.
+
+    Raises:
+        MimoError: nvcc refuses it, or makes of it what can only be slow: registers that spill, serialised
+            ``wgmma``, other instructions than the schedule counts on.
+    """
+    from mimo_compile.schedules.cuda.nvcc import compile_device
+    from mimo_compile.schedules.cuda.sass import instructions
+    from mimo_compile.schedules.cuda.table import table_of
+
+    binary = compile_device(kernel, hardware)
+    found = instructions(kernel, hardware, binary)
+    if binary.local_bytes or found.local:
+        raise MimoError(f"it uses local memory: {binary.local_bytes} bytes of stack and spills")
+    if found.missing:
+        raise MimoError(f"its code has no {', '.join(found.missing)}")
+    if odd := [line for line in binary.warnings if "(C7" in line]:
+        raise MimoError(odd[0])
+    out.write_bytes(binary.cubin)
+    table = table_of(kernel, binary)
+    digest = hashlib.sha256(binary.cubin + msgspec.json.encode(table)).hexdigest()
+    return {**_facts(kernel), "code_hash": digest, "device": msgspec.to_builtins(table)}
 
 
 def _warm_up() -> None:

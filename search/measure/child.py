@@ -40,7 +40,8 @@ def serve(handlers: Mapping[str, Handler], warm_up: Callable[[], None]) -> None:
     bind_to_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    if memory:  # a driver of GPUs reserves more addresses than any machine has memory
+        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     files = FILE_BYTES
     if (most := resource.getrlimit(resource.RLIMIT_FSIZE)[1]) != resource.RLIM_INFINITY:
         files = min(files, most)

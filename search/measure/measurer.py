@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from mimo_compile.cost_models.analytic import DeviceModel
-from mimo_compile.errors import DeviceLost
+from mimo_compile.errors import DeviceLost, EnvironmentMismatch
 from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.search.measure.base import Limits, Measurement, Timing
@@ -124,9 +124,7 @@ class Measurer:
             if times.status != "ok":
                 checked = failed(candidate, times, case.seed, "timing")
             else:
-                checked = self.runner.timed(
-                    checked, times.value["seconds"][0], times.value["calls"][0]
-                )
+                checked = self.runner.timed(checked, times)
                 checked = self.runner.floor(self.runner.energy(checked) if energy else checked)
                 if checked.verdict is Verdict.OK:
                     checked = self.runner.still_right(checked)
@@ -169,10 +167,8 @@ class Measurer:
         if loaded and not any(m.verdict is not Verdict.BUILD_FAILED for m in out):
             times = self.runner.time([m.candidate.key for m in loaded], self.timing.confirm_rounds)
             if times.status == "ok":
-                for m, seconds, calls in zip(
-                    loaded, times.value["seconds"], times.value["calls"], strict=True
-                ):
-                    timed = self.runner.energy(self.runner.timed(m, seconds, calls))
+                for which, m in enumerate(loaded):
+                    timed = self.runner.energy(self.runner.timed(m, times, which))
                     timed = self.runner.floor(timed)
                     ok = timed.verdict is Verdict.OK
                     out.append(self.runner.still_right(timed) if ok else timed)
@@ -235,8 +231,30 @@ def runnable_here(hardware: Hardware) -> bool:
     """Say whether kernels for the target can run on this machine."""
     from mimo_compile.ir.hardware import local_cpu
 
+    if hardware.kind == "cuda":
+        return not unfit_gpu(hardware)
     return (
         hardware.kind == "cpu"
         and not local_cpu().missing(hardware.features)
         and (hardware.threads <= len(os.sched_getaffinity(0)))
     )
+
+
+def unfit_gpu(hardware: Hardware) -> str:
+    """Say why kernels for a GPU cannot be measured on that of this machine ("": they can).
+
+    It has to be of the same architecture and have as many SMs: times for another GPU would be stored.
+    """
+    from mimo_compile.ir.hardware import gpu_of, local_cuda
+
+    try:
+        here = local_cuda()
+    except EnvironmentMismatch as error:
+        return error.what
+    found, wanted = ((gpu_of(h).arch, h.cores) for h in (here, hardware))
+    if found != wanted:
+        return (
+            f"the GPU of this machine, {here.name}, is {found[0]} with {found[1]} SMs, "
+            f"{hardware.name} is {wanted[0]} with {wanted[1]}"
+        )
+    return ""

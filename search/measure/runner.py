@@ -18,12 +18,14 @@ from mimo_compile.cost_models.analytic import DeviceModel
 from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.ops import get_op
+from mimo_compile.schedules.base import Schedule
 from mimo_compile.search.measure.base import Limits, Measurement, Timing
 from mimo_compile.search.measure.builder import code_path
 from mimo_compile.search.measure.cases import Case, CaseStore, Scratch
+from mimo_compile.search.measure.clock import Stopwatch
 from mimo_compile.search.measure.verify import judge
 from mimo_compile.search.measure.worker import Pool, Reply, default_memory
-from mimo_compile.search.meters.base import Meter, measure_energy
+from mimo_compile.search.meters.base import Meter, Reading
 from mimo_compile.search.records import Verdict
 from mimo_compile.search.space import Candidate, JointSpace
 
@@ -44,10 +46,25 @@ def failed(candidate: Candidate, reply: Reply, seed: int, during: str) -> Measur
     return Measurement(candidate, verdict, message, seed)
 
 
-def spread(values: Sequence[float]) -> float:
-    """Return the difference of the quartiles over the median: noise, whatever single batches did."""
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return (high - low) / middle
+def arguments(
+    cases: CaseStore, case: Case, schedule: Schedule, config: Any, facts: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Return the arguments of a built kernel, each with the file of its first contents (outputs: None).
+
+    Raises:
+        ValueError: what the kernel wants cannot be packed; the text is what the record says.
+    """
+    try:
+        files = cases.files(case, schedule, config)
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise ValueError(f"pack: {error}") from error
+    args = [
+        {**a, "file": str(files[a["name"]]) if a["name"] in files else None} for a in facts["args"]
+    ]
+    missing = [a["name"] for a in args if a["file"] is None and a["role"] != "output"]
+    if missing:
+        raise ValueError(f"the kernel wants {missing}, which packing does not give")
+    return args
 
 
 def _where(case: Case) -> str:
@@ -81,9 +98,9 @@ class Runner:
         """Prepare; the child starts with the first request. Arguments as in `Measurer`."""
         self.hardware = hardware
         self.limits = limits
-        self.timing = timing
         self.device = device
         self.meter = meter
+        self.clock = Stopwatch(timing, hardware.l3_bytes, limits.time_s)
         self.cases = CaseStore(scratch)
         self._scratch = scratch
         env = {
@@ -91,9 +108,11 @@ class Runner:
             "TVM_NUM_THREADS": str(hardware.cores),
             "TVM_BIND_THREADS": "0",
         }
-        self.pool = Pool("run", 1, memory=limits.memory_bytes or default_memory(), env=env)
+        cuda = hardware.kind == "cuda"  # whose driver reserves addresses without end
+        memory = 0 if cuda else limits.memory_bytes or default_memory()
+        self.pool = Pool("gpu" if cuda else "run", 1, memory=memory, env=env)
 
-    def call(self, request: dict[str, Any], limit_s: float) -> Reply:
+    def call(self, request: Mapping[str, Any], limit_s: float) -> Reply:
         """Ask the child."""
         return self.pool.call(request, limit_s)
 
@@ -126,20 +145,13 @@ class Runner:
             requires=tuple(facts["requires"]), counts=Counts(facts["ops"], facts["bytes"]),
         )  # fmt: skip
         try:
-            files = self.cases.files(case, schedule, config)
-        except (ValueError, KeyError, IndexError, TypeError) as error:
-            return replace(base, verdict=Verdict.BUILD_FAILED, message=f"pack: {error}")
-        args = [
-            {**a, "file": str(files[a["name"]]) if a["name"] in files else None}
-            for a in facts["args"]
-        ]
-        missing = [a["name"] for a in args if a["file"] is None and a["role"] != "output"]
-        if missing:
-            text = f"the kernel wants {missing}, which packing does not give"
-            return replace(base, verdict=Verdict.BUILD_FAILED, message=text)
+            args = arguments(self.cases, case, schedule, config, facts)
+        except ValueError as error:
+            return replace(base, verdict=Verdict.BUILD_FAILED, message=str(error))
         request = {
             "do": "load", "slot": candidate.key, "code": str(code_path(self._scratch, candidate)),
             "symbol": facts["symbol"], "args": args, "threads": space.hardware.threads,
+            "device": facts.get("device"),
         }  # fmt: skip
         if (reply := self.call(request, self.limits.run_s)).status != "ok":
             return failed(candidate, reply, case.seed, "load")
@@ -153,6 +165,7 @@ class Runner:
         states = {a["name"] for a in facts["args"] if a["role"] == "state"}
         changed = {n: got.pop(n) for n in states & set(got)}
         if changed:
+            files = {a["name"]: a["file"] for a in args}
             whole = {n: changed.get(n, np.load(files[n], allow_pickle=False)) for n in states}
             got |= schedule.unpack_state(space.workload, config, whole)
         bound = self.cases.bound(case, schedule.exact(config))
@@ -188,41 +201,12 @@ class Runner:
     # -- time, energy, floor -------------------------------------------------------------------
 
     def time(self, slots: Sequence[str], rounds: int = 1, stop_above_us: float = math.inf) -> Reply:
-        """Time loaded slots against each other; the reply has seconds per call of each batch.
+        """Time loaded slots against each other, see `Stopwatch.time`."""
+        return self.clock.time(self.call, slots, rounds, stop_above_us)
 
-        Where the batches of one spread too widely all are timed again, and all batches count.
-        """
-        reply = self._time_once(slots, rounds, stop_above_us)
-        for _ in range(self.timing.repeats):
-            if reply.status != "ok" or not self._noisy(reply.value["seconds"], stop_above_us):
-                break
-            more = self._time_once(slots, rounds, stop_above_us)
-            if more.status != "ok":
-                return more
-            for name in ("seconds", "calls"):
-                both = zip(reply.value[name], more.value[name], strict=True)
-                reply.value[name] = [a + b for a, b in both]
-        return reply
-
-    def _noisy(self, seconds: Sequence[Sequence[float]], stop_above_us: float) -> bool:
-        if min(min(s) for s in seconds) * 1e6 > stop_above_us:
-            return False  # too slow to be looked at more closely
-        return any(spread(s) > self.timing.max_spread for s in seconds)
-
-    def _time_once(self, slots: Sequence[str], rounds: int, stop_above_us: float) -> Reply:
-        p = self.timing
-        rotate = 0
-        if p.cache == "cold":
-            rotate = p.rotate_bytes or 2 * self.hardware.l3_bytes
-        request = {
-            "do": "time", "slots": list(slots), "batches": p.batches * rounds, "batch_s": p.batch_s,
-            "warm_up_s": p.warm_up_s, "budget_s": p.budget_s * rounds, "rotate_bytes": rotate,
-            "memory_bytes": p.memory_bytes, "stop_above_s": min(stop_above_us * 1e-6, 1e9),
-        }  # fmt: skip
-        return self.call(request, self.limits.time_s * rounds * len(slots))
-
-    def timed(self, m: Measurement, seconds: Sequence[float], calls: int) -> Measurement:
-        """Return a measurement with its batches' seconds per call summed up."""
+    def timed(self, m: Measurement, times: Reply, which: int = 0) -> Measurement:
+        """Return a measurement with its batches' seconds per call summed up; ``which`` of the slots timed."""
+        seconds, calls = times.value["seconds"][which], times.value["calls"][which]
         us = sorted(max(s * 1e6, 1e-3) for s in seconds)
         mean = statistics.fmean(us)
         latency = statistics.median(us)
@@ -234,29 +218,24 @@ class Runner:
             cv=statistics.pstdev(us) / mean,
             calls=calls,
             modelled_mj=self.device.energy_mj(m.counts, latency),
+            device=times.value.get("device", ""),
         )
 
     def energy(self, m: Measurement) -> Measurement:
         """Return a loaded candidate's measurement with its joules, or why there are none."""
         if self.meter is None:
             return m
-
-        def spin(seconds: float) -> tuple[int, float]:
-            request = {"do": "spin", "slot": m.candidate.key, "seconds": seconds}
-            reply = self.call(request, self.limits.time_s + seconds)
-            return (
-                (int(reply.value["calls"]), float(reply.value["seconds"]))
-                if reply.status == "ok"
-                else (0, 0.0)
-            )
-
-        reading = measure_energy(self.meter, spin, self.timing.energy_window_s)
+        reading = self.reading(m, self.meter)
         if reading.energy_mj is None:
             return replace(m, message=f"energy: {reading.reason}")
         return replace(
             m, energy_mj=reading.energy_mj, energy_spread_mj=reading.spread_mj,
             energy_source=self.meter.name, energy_window_s=reading.window_s,
         )  # fmt: skip
+
+    def reading(self, m: Measurement, meter: Meter) -> Reading:
+        """Read a loaded candidate's joules."""
+        return self.clock.joules(self.call, meter, m.candidate.key)
 
     def floor(self, m: Measurement) -> Measurement:
         """Doubt a time that beats the machine; measure it another way before it is called suspicious."""

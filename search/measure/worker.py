@@ -69,6 +69,7 @@ class Reply:
             "Cannot allocate memory",
             "out of memory",
             "OutOfMemory",
+            "OUT_OF_MEMORY",
         )
         return self._says(words)
 

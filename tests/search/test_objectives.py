@@ -49,8 +49,9 @@ class Recorded(replay.ReplayMeter):
 @pytest.fixture
 def quick(measurer, monkeypatch) -> None:
     """Commands measure with the children of all tests, in short windows, by a recorded counter."""
-    timing = replace(measurer.runner.timing, energy_window_s=0.02)
-    monkeypatch.setattr(measurer.runner, "timing", timing)
+    clock = measurer.runner.clock
+    quickly = replace(clock, timing=replace(clock.timing, energy_window_s=0.02))
+    monkeypatch.setattr(measurer.runner, "clock", quickly)
     monkeypatch.setattr(measurer.runner, "meter", None)
     monkeypatch.setattr(measurer, "close", lambda: None)
     Recorded.opened = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from mimo_compile.ir.hardware import local_cpu
 from mimo_compile.ir.ops import parse_workload
 from mimo_compile.search.measure import Measurement, Measurer, Timing, worker
 from mimo_compile.search.measure.cases import Scratch, make_case, sweep
-from mimo_compile.search.measure.runner import failed, spread
+from mimo_compile.search.measure.clock import spread
+from mimo_compile.search.measure.runner import failed
 from mimo_compile.search.measure.strays import MARK, kill_marked, marked
 from mimo_compile.search.measure.worker import Pool, Reply
 from mimo_compile.search.records import Verdict
@@ -239,12 +241,12 @@ def test_noisy_batches_are_timed_again(measurer: Measurer, monkeypatch: pytest.M
 
     runner = measurer.runner
     monkeypatch.setattr(runner, "call", call)
-    monkeypatch.setattr(runner, "timing", Timing(repeats=5))
+    monkeypatch.setattr(runner, "clock", replace(runner.clock, timing=Timing(repeats=5)))
     reply = runner.time(["a"])
     assert asked == replies[:2] and reply.value["seconds"] == [replies[0] + replies[1]]
     assert reply.value["calls"] == [8]
     asked.clear()
     assert runner.time(["a"], stop_above_us=0.5e6).value["seconds"] == [replies[0]]  # hopeless
     asked.clear()
-    monkeypatch.setattr(runner, "timing", Timing(repeats=0))
+    monkeypatch.setattr(runner, "clock", replace(runner.clock, timing=Timing(repeats=0)))
     assert runner.time(["a"]).value["seconds"] == [replies[0]]
