@@ -99,10 +99,22 @@ SCHEDULES: dict[str, dict[str, str]] = {
         "moe.x86_complex": "moe.x86_complex:X86MoeComplex",
     },
     "route": {"route.x86": "moe.x86_route:X86Route"},
-    "rms_norm": {"rms_norm.x86": "elementwise.x86_rms_norm:X86RmsNorm"},
-    "rope_table": {"rope_table.x86": "elementwise.x86_rope_table:X86RopeTable"},
-    "swiglu": {"swiglu.x86": "elementwise.x86_swiglu:X86SwiGlu"},
-    "embed": {"embed.x86": "elementwise.x86_embed:X86Embed"},
+    "rms_norm": {
+        "rms_norm.x86": "elementwise.x86_rms_norm:X86RmsNorm",
+        "rms_norm.cuda": "elementwise.cuda_rms_norm:CudaRmsNorm",
+    },
+    "rope_table": {
+        "rope_table.x86": "elementwise.x86_rope_table:X86RopeTable",
+        "rope_table.cuda": "elementwise.cuda_rope_table:CudaRopeTable",
+    },
+    "swiglu": {
+        "swiglu.x86": "elementwise.x86_swiglu:X86SwiGlu",
+        "swiglu.cuda": "elementwise.cuda_swiglu:CudaSwiGlu",
+    },
+    "embed": {
+        "embed.x86": "elementwise.x86_embed:X86Embed",
+        "embed.cuda": "elementwise.cuda_embed:CudaEmbed",
+    },
     "tir": {
         "tir.x86_rules": "generic.x86_rules:X86Rules",
         "tir.x86_trace": "generic.x86_trace:X86Trace",

@@ -33,6 +33,14 @@ WORKLOADS: dict[str, tuple[str, ...]] = {
         "kv_append:t=1,h=32,kv=8,d=128,dv=128,cap=4096,rot=128,c=bf16",
         "kv_append:t=16,h=6,kv=2,d=80,dv=72,cap=300,rot=40,norm=1,c=bf16",
     ),
+    "embed": ("embed:t=64,v=32000,d=4096,w=bf16", "embed:t=3,v=100,d=37"),
+    "rms_norm": (
+        "rms_norm:t=64,d=4096,residual=1",
+        "rms_norm:t=1,d=4096",
+        "rms_norm:t=3,d=70001",
+    ),
+    "rope_table": ("rope_table:t=64,rot=128", "rope_table:t=3,rot=22,b=2"),
+    "swiglu": ("swiglu:t=64,f=14336", "swiglu:t=3,f=37"),
     "mpgemm": (
         "mpgemm:m=1,n=4096,k=4096,w=w4g128",
         "mpgemm:m=1,n=4096,k=4096,w=w2g64,a=a8",
