@@ -1,206 +1,40 @@
 // y [M, N] = x [M, K] * w [N, K]^T (+ bias) by mma.sync; weights are codes of 2, 4 or 8 bits, unpacked in registers.
 //
-// x is rounded to 16 bits, or quantised to int8 (INT8: 2 and 4 bits alone), by the first launch; the main one and
-// the last are those of cuda_mma.cu, but for what follows.
-//
-// A unit is 16 bytes of a row of w: four words, one for each lane of a quad. Which column of x stands where along a
-// product's K is free, so that a lane unpacks its own word, and has its own columns of x, which lie side by side:
-// no word passes from lane to lane. Field f of a word's bytes is columns 4f to 4f + 3 of the word's.
-// INT8: a field moved to the top of its bytes is four codes times 2^(8 - BITS), one register of an operand.
-// Else: bytes 0 and 2, and 1 and 3, are two numbers of 16 bits each (x has its columns in this order: X_PERMUTED),
-// made by putting a code in the mantissa's last bits of a number whose last bit weighs 1.
-//
-// Sums of W_GROUP columns are multiplied by the group's scale in float32 and added up; int8 ones are exact before.
-// W_GROUP = 0: one scale for each row, last.
-#include "async.cuh"
+// x is rounded to 16 bits, or quantised to int8 (INT8: 2 and 4 bits alone), by the first launch; the main one
+// (`code_tiles.cuh`) and the last are otherwise those of cuda_mma.cu.
+#include "code_tiles.cuh"
 #include "gemm_ends.cuh"
-#include "mma.cuh"
 
-constexpr int THREADS = 32 * WARPS_M * WARPS_N;
+using Block = tiles::Codes<BM, BN, DEPTH, ROW_BYTES, WARPS_M, WARPS_N, STAGES>;
 constexpr int TILES_M = matmul::up(M, BM), TILES_N = matmul::up(N, BN);
-constexpr int TILES_K = matmul::up(ROW_BYTES, DEPTH), PIECE_TILES = matmul::up(TILES_K, SPLIT);
-constexpr int COLUMNS = DEPTH / ELEMENT;  // of a tile
-constexpr int W_DEPTH = COLUMNS * BITS / 8, W_ROW_BYTES = K_PADDED * BITS / 8;
-constexpr int X_LINES = DEPTH / 16, W_LINES = W_DEPTH / 16;
-constexpr int FIELDS = 8 / BITS, STEPS = INT8 ? FIELDS / 2 : FIELDS;  // of a unit: products along K
-constexpr int UNIT = 128 / BITS, UNITS = COLUMNS / UNIT, GROUP_UNITS = W_GROUP / UNIT;
-constexpr int UNROLL = UNITS < 4 ? UNITS : 4;  // operands of all units of a tile would fill the registers
+constexpr int PIECE_TILES = matmul::up(Block::TILES_K, SPLIT);
 constexpr int GROUPS = W_GROUP ? matmul::up(K, W_GROUP) : 1;
-constexpr int WM = BM / WARPS_M, WN = BN / WARPS_N, MT = WM / 16, NT = WN / 8;
-constexpr int STAGE_BYTES = BM * DEPTH + BN * W_DEPTH;
-static_assert(MT > 0 && NT > 0 && STEPS > 0 && UNITS > 0 && W_LINES <= 8 && X_LINES >= 8);
-static_assert(W_GROUP == 0 || GROUP_UNITS > 0);
 
-// Where piece `line` of 16 bytes lies: 8 rows with the same line are in different banks.
-__device__ __forceinline__ int w_place(int row, int line) {
-  return row * W_DEPTH + (line ^ (row / (8 / W_LINES) % W_LINES)) * 16;
-}
-// So that lanes which load at the same time, two or four rows of a unit, are in different banks.
-__device__ __forceinline__ int x_place(int row, int line) {
-  constexpr int BYTES = 8 * STEPS;  // of a lane
-  return row * DEPTH + (line ^ (BYTES == 8 ? (row & 3) << 1 : BYTES == 16 ? (row & 1) << 2 : row & 1)) * 16;
-}
-
-template <int ROWS, int LINES, int TILE_BYTES, class Place>
-__device__ __forceinline__ void copy_tile(uint32_t to, const uint8_t* from, int first, int rows, int row_bytes,
-                                          int depth, Place place) {
-#pragma unroll
-  for (int i = threadIdx.x; i < ROWS * LINES; i += THREADS) {
-    const int row = i / LINES, line = i % LINES, byte = depth * TILE_BYTES + line * 16;
-    const bool valid = first + row < rows && byte < row_bytes;
-    cp_async16(to + place(row, line), valid ? from + size_t(first + row) * row_bytes + byte : from, valid);
-  }
-}
-
-// The registers of a word of codes for all steps of its unit.
-__device__ __forceinline__ void unpack(uint32_t word, uint32_t (&out)[2 * STEPS]) {
-#pragma unroll
-  for (int i = 0; i < 2 * STEPS; ++i) {
-#if INT8
-    constexpr uint32_t TOP = (0xffu << (8 - BITS) & 0xffu) * 0x01010101u;
-    out[i] = word << (8 - BITS - BITS * i) & TOP;
-#else
-    constexpr uint32_t MASK = ((1u << BITS) - 1u) * 0x00010001u, MIDDLE = 1u << (BITS - 1);
-    const uint32_t shifted = word >> (BITS * (i / 2) + 8 * (i % 2));
-#if X_F16
-    constexpr uint32_t ONE = 0x6400u;  // 1024
-    out[i] = f16x2_sub(lop3<0x6a>(shifted, MASK, (ONE | MIDDLE) * 0x00010001u), (ONE | MIDDLE) * 0x00010001u);
-#else
-    if (BITS == 8) {  // more than bfloat16's last bits: by way of float32
-      const float low = __uint_as_float(prmt(shifted ^ 0x80u, 0x4b000000u, 0x7440)) - 8388736.0f;
-      const float high = __uint_as_float(prmt((shifted >> 16) ^ 0x80u, 0x4b000000u, 0x7440)) - 8388736.0f;
-      out[i] = pack_bf16(low, high);
-    } else {
-      constexpr uint32_t ONE = 0x4300u, ONE_BF16 = 0x3f80u, MINUS = 0x8000u;  // 128, 1, the sign
-      out[i] = bf16x2_fma(lop3<0x6a>(shifted, MASK, (ONE | MIDDLE) * 0x00010001u), ONE_BF16 * 0x00010001u,
-                          (MINUS | ONE | MIDDLE) * 0x00010001u);
-    }
-#endif
-#endif
-  }
-}
-
-#if INT8
-using PART = int;
-#else
-using PART = float;
-#endif
-__device__ __forceinline__ void multiply(PART (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-#if INT8
-  mma_i8(c, a, b0, b1);
-#elif X_F16
-  mma_f16(c, a, b0, b1);
-#else
-  mma_bf16(c, a, b0, b1);
-#endif
-}
-
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+extern "C" __global__ void __launch_bounds__(Block::THREADS, 1)
     mpgemm_codes(const uint8_t* __restrict__ x, const uint8_t* __restrict__ w, const SCALE* __restrict__ scales,
                  OUT* __restrict__ out ENDS_PARAMETERS) {
   MIMO_SHARED(smem);
-  const uint32_t base = smem_address(smem);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, quad = lane / 4, t = lane % 4;
-  const int warp_m = warp / WARPS_N * WM, warp_n = warp % WARPS_N * WN;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int warp_m = warp / WARPS_N * Block::WM, warp_n = warp % WARPS_N * Block::WN;
   const matmul::Tile tile = matmul::tile_of<TILES_M, TILES_N, GROUP_M>(blockIdx.x);
   const int m0 = tile.m * BM, n0 = tile.n * BN;
-  const int begin = blockIdx.z * PIECE_TILES, count = min(TILES_K - begin, PIECE_TILES);
+  const int begin = blockIdx.z * PIECE_TILES, count = min(Block::TILES_K - begin, PIECE_TILES);
 
-  auto copy = [&](int depth) {  // of the piece's tiles; a group is committed for each, also beyond the last
-    if (depth < count) {
-      const uint32_t to = base + depth % STAGES * STAGE_BYTES;
-      copy_tile<BM, X_LINES, DEPTH>(to, x, m0, M, ROW_BYTES, begin + depth, x_place);
-      copy_tile<BN, W_LINES, W_DEPTH>(to + BM * DEPTH, w, n0, N, W_ROW_BYTES, begin + depth, w_place);
-    }
-    cp_async_commit();
+  auto x_row = [&](int row) { return matmul::row_of<M, ROW_BYTES>(x, m0 + row); };
+  auto w_row = [&](int row) { return matmul::row_of<N, Block::W_ROW_BYTES>(w, n0 + row); };
+  auto scale_of = [&](int row, int group) {
+    const bool there = n0 + row < N && group < GROUPS;
+    return there ? matmul::widen(scales[size_t(n0 + row) * GROUPS + group]) : 0.0f;
   };
-#pragma unroll
-  for (int depth = 0; depth < STAGES - 1; ++depth) copy(depth);
-
-  SUM sum[MT][NT][4] = {};
-  PART part[MT][NT][4] = {};
-  float scale[NT][2];
-  auto load_scales = [&](int group) {
-#pragma unroll
-    for (int j = 0; j < NT; ++j) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int row = n0 + warp_n + j * 8 + t * 2 + e;
-        scale[j][e] = row < N && group < GROUPS ? matmul::widen(scales[size_t(row) * GROUPS + group]) : 0.0f;
-      }
-    }
-  };
-  auto flush = [&] {
-#pragma unroll
-    for (int i = 0; i < MT; ++i) {
-#pragma unroll
-      for (int j = 0; j < NT; ++j) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          sum[i][j][e] += W_GROUP ? SUM(float(part[i][j][e]) * scale[j][e % 2]) : SUM(part[i][j][e]);
-          part[i][j][e] = 0;
-        }
-      }
-    }
-  };
-
-  for (int depth = 0; depth < count; ++depth) {
-    cp_async_wait<STAGES - 2>();
-    block_sync();  // all have the tile, and all are done with the one before, whose place is taken now
-    copy(depth + STAGES - 1);
-    const uint8_t* xs = smem + depth % STAGES * STAGE_BYTES;
-    const uint8_t* ws = xs + BM * DEPTH;
-#pragma unroll UNROLL
-    for (int unit = 0; unit < UNITS; ++unit) {
-      const int number = (begin + depth) * UNITS + unit;  // along the row
-      if (W_GROUP && (number % max(GROUP_UNITS, 1) == 0 || depth + unit == 0)) {
-        load_scales(number / max(GROUP_UNITS, 1));
-      }
-      uint32_t a[MT][2][2 * STEPS];  // of both of the lane's rows
-#pragma unroll
-      for (int i = 0; i < MT; ++i) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int row = warp_m + i * 16 + half * 8 + quad, byte = (unit * 4 + t) * 8 * STEPS;
-          if (STEPS == 1) {
-            const uint2 two = *reinterpret_cast<const uint2*>(xs + x_place(row, byte / 16) + byte % 16);
-            a[i][half][0] = two.x, a[i][half][1] = two.y;
-          } else {
-#pragma unroll
-            for (int s = 0; s < STEPS; s += 2) {
-              const uint4 four = *reinterpret_cast<const uint4*>(xs + x_place(row, byte / 16 + s / 2));
-              a[i][half][2 * s] = four.x, a[i][half][2 * s + 1] = four.y;
-              a[i][half][2 * s + 2] = four.z, a[i][half][2 * s + 3] = four.w;
-            }
-          }
-        }
-      }
-#pragma unroll
-      for (int j = 0; j < NT; ++j) {
-        const int row = warp_n + j * 8 + quad;
-        uint32_t b[2 * STEPS];
-        unpack(*reinterpret_cast<const uint32_t*>(ws + w_place(row, unit) + 4 * t), b);
-#pragma unroll
-        for (int s = 0; s < STEPS; ++s) {
-#pragma unroll
-          for (int i = 0; i < MT; ++i) {
-            const uint32_t four[4] = {a[i][0][2 * s], a[i][1][2 * s], a[i][0][2 * s + 1], a[i][1][2 * s + 1]};
-            multiply(part[i][j], four, b[2 * s], b[2 * s + 1]);
-          }
-        }
-      }
-      if (W_GROUP && (number + 1) % max(GROUP_UNITS, 1) == 0) flush();
-    }
-  }
-  flush();
-  cp_async_wait<0>();
+  SUM sum[Block::MT][Block::NT][4] = {};
+  Block::run(smem, x_row, w_row, scale_of, begin, count, sum);
 
 #pragma unroll
-  for (int i = 0; i < MT; ++i) {
+  for (int i = 0; i < Block::MT; ++i) {
 #pragma unroll
-    for (int j = 0; j < NT; ++j) {
-      store_fragment(sum[i][j], out, blockIdx.z, m0 + warp_m + i * 16 + quad,
-                     n0 + warp_n + j * 8 + t * 2 ENDS);
+    for (int j = 0; j < Block::NT; ++j) {
+      store_fragment(sum[i][j], out, blockIdx.z, m0 + warp_m + i * 16 + lane / 4,
+                     n0 + warp_n + j * 8 + lane % 4 * 2 ENDS);
     }
   }
 }

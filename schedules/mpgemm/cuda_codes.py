@@ -53,7 +53,7 @@ class CudaCodes(CudaGemm):
         }  # fmt: skip
 
         def legal(c: CodesConfig) -> bool:
-            return _may_run(c, p, hardware) and worth(c, Ends(p, c.split), hardware)
+            return may_run(c, p, hardware) and worth(c, Ends(p, c.split), hardware)
 
         return Space(CodesConfig, knobs, _default(p, hardware, legal), legal)
 
@@ -72,7 +72,7 @@ class CudaCodes(CudaGemm):
             (tiles, 1, config.split),
             config.threads,
             ("x_operand", "codes", "scale", ends.out, *ends.operands),
-            _shared(config, p),
+            shared_bytes(config, p),
         )
         text = rendered(Path(__file__).with_suffix(".cu"), constants)
         expected = ("IMMA" if ends.int8 else "HMMA", "LDGSTS")
@@ -89,13 +89,13 @@ class CudaCodes(CudaGemm):
         return tiled_work(p, Ends(p, config.split), config.bm, config.bn, hardware, more)
 
 
-def _shared(c: CodesConfig, p: CudaProblem) -> int:
+def shared_bytes(c: CodesConfig, p: CudaProblem) -> int:
     """Return the bytes of shared memory of a block."""
     columns = c.depth // (1 if p.acts.is_int8 else 2)
     return c.stages * (c.bm * c.depth + c.bn * columns * p.weight.bits // 8)
 
 
-def _may_run(c: CodesConfig, p: CudaProblem, hardware: Hardware) -> bool:
+def may_run(c: CodesConfig, p: CudaProblem, hardware: Hardware) -> bool:
     """Say whether warps' tiles are whole fragments, and a GPU can launch such a block."""
     sums = c.bm * c.bn // c.threads
     steps = 8 // p.weight.bits // (2 if p.acts.is_int8 else 1)
@@ -105,7 +105,7 @@ def _may_run(c: CodesConfig, p: CudaProblem, hardware: Hardware) -> bool:
         c.bm % (16 * c.warps_m) == 0
         and c.bn % (8 * c.warps_n) == 0
         and registers <= min(MOST_REGISTERS, gpu_of(hardware).registers_per_sm // c.threads)
-        and fits(hardware, threads=c.threads, shared_bytes=_shared(c, p))
+        and fits(hardware, threads=c.threads, shared_bytes=shared_bytes(c, p))
     )
 
 

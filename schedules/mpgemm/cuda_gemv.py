@@ -1,8 +1,10 @@
-"""Codes of 2, 4 and 8 bits times few rows of activations on GPUs, without matrix units: memory is the limit.
+"""Few rows of activations on GPUs, without matrix units: memory is the limit. And floats that these round.
 
 float32 activations (``a16``; ``abf16`` and ``af16`` round them) are multiplied as such: codes become float32
 numbers by one ``lop3`` among the bits of a number that has them in its last place, and one subtraction. int8
-ones are multiplied four at a time by ``dp4a``, with sums that stay integers between scales.
+ones are multiplied four at a time by ``dp4a``, with sums that stay integers between scales. Float weights
+that matrix units would round, or whose activations they would (routers, above all), have this kernel for any
+number of tokens, 8 of them at a time.
 """
 
 from __future__ import annotations
@@ -20,9 +22,11 @@ from mimo_compile.schedules.cuda.limits import fits
 from mimo_compile.schedules.cuda.template import rendered
 from mimo_compile.schedules.mpgemm.cuda_base import CudaGemm, CudaProblem
 from mimo_compile.schedules.mpgemm.cuda_layout import PIECE, ROWS
+from mimo_compile.schedules.mpgemm.cuda_mma import takes_operands
 
 NEEDS = frozenset({"cuda"})
 MOST_TOKENS = 8
+"""Of a block."""
 _MOST_SUMS = 16
 """Sums of a lane: rows times tokens."""
 _MOST_WARPS = 16
@@ -48,16 +52,17 @@ class GemvConfig:
 
 
 class CudaGemv(CudaGemm):
-    """Up to 8 tokens; any GPU."""
+    """Up to 8 tokens, or any number of them with float weights; any GPU."""
 
     name = "mpgemm.cuda_gemv"
     config = GemvConfig
     needs = NEEDS
 
     def takes(self, p: CudaProblem) -> bool:
-        """Integer or ternary codes without zero points; with int8 activations sums within 32 bits."""
-        few = p.m <= MOST_TOKENS and not p.fmt.is_float
-        return few and (p.exact or not p.acts.is_int8)
+        """Codes without zero points, with int8 activations sums within 32 bits; floats but bfloat16 pairs."""
+        if p.fmt.is_float:
+            return not takes_operands(p)
+        return p.m <= MOST_TOKENS and (p.exact or not p.acts.is_int8)
 
     def space(self, workload: Workload, hardware: Hardware) -> Space:
         """Rows and warps of a block, how columns are shared, loads in flight."""
@@ -65,7 +70,7 @@ class CudaGemv(CudaGemm):
 
         def legal(c: GemvConfig) -> bool:
             return (
-                c.rows * p.m <= _MOST_SUMS
+                c.rows * _tokens(p) <= _MOST_SUMS
                 and c.rows <= ROWS
                 and c.rows * c.warps < 2 * max(p.n, 1)
                 and c.warps * c.split <= _MOST_WARPS
@@ -86,27 +91,31 @@ class CudaGemv(CudaGemm):
         p = CudaProblem.of(workload)
         acts = p.acts
         constants = p.constants() | {
+            "TOKENS": p.m,
+            "M": _tokens(p),
             "K_PADDED": p.weight.k_padded,
             "BITS": p.weight.bits,
             "W_GROUP": p.w_group,
+            "X_GROUP": p.x_group,
             "ROWS": config.rows,
             "WARPS": config.warps,
             "SPLIT": config.split,
             "UNROLL": config.unroll,
             "TOTAL": "int" if acts.is_int8 and not _grouped(p) else "float",
             "DOT": acts.is_int8,
-            "ALIGNED": p.k % 4 == 0,
+            "W_FLOAT": p.fmt.is_float,
+            "W_F16": p.fmt.name == "f16",
             "ROUND_BF16": acts.kind == "bf16",
             "ROUND_F16": acts.kind == "f16",
         }
-        if acts.is_int8:
-            constants["X_GROUP"] = p.x_group
         x = ("x_codes", "x_scale") if acts.is_int8 else ("x",)
+        # floats have no scales: none are looked at
+        weights = ("w", "x") if p.fmt.is_float else ("codes", "scale")
         main = Launch(
             "mpgemm_gemv",
-            (-(-p.n // (config.rows * config.warps)), 1, 1),
+            (-(-p.n // (config.rows * config.warps)), -(-p.m // _tokens(p)), 1),
             config.threads,
-            ("codes", "scale", *x, *(("bias",) if p.bias else ()), "y"),
+            (*weights, *x, *(("bias",) if p.bias else ()), "y"),
             _shared(p, config),
         )
         launches: tuple[Launch, ...] = (main,)
@@ -122,15 +131,14 @@ class CudaGemv(CudaGemm):
                 "x_scale": Arg("x_scale", "state", (p.m, groups), "float32"),
             }
         text = rendered(Path(__file__).with_suffix(".cu"), constants)
+        expected = ("IDP",) if acts.is_int8 else ("FFMA",) if p.fmt.is_float else ("LOP3", "FFMA")
         return Kernel(
             kernel_name(self, workload, config, hardware),
             None,
             p.args(),
             self.work(workload, config, hardware),
             features=NEEDS,
-            device=DeviceCode(
-                text, launches, scratch, expected=("IDP",) if acts.is_int8 else ("LOP3", "FFMA")
-            ),
+            device=DeviceCode(text, launches, scratch, expected=expected),
         )
 
     def work(self, workload: Workload, config: GemvConfig, hardware: Hardware) -> Counts:
@@ -141,8 +149,12 @@ class CudaGemv(CudaGemm):
         x = 4.0 * p.m * p.k
         others = p.bytes - x
         if not p.acts.is_int8:
-            ops = {"fma_f32": p.m * weights, "add_f32": weights, "int_op": weights}
-            return Counts(ops, {"dram": p.bytes, "l2": others + blocks * x})
+            ops = {"fma_f32": p.m * weights}
+            if not p.fmt.is_float:
+                ops |= {"add_f32": weights, "int_op": weights}
+            turns = -(-p.m // _tokens(p))  # of blocks at the weights
+            near = others + (turns - 1) * p.weight.bytes + blocks * x
+            return Counts(ops, {"dram": p.bytes, "l2": near})
         codes = p.m * (p.weight.k_padded + 4.0 * _x_groups(p))
         quantize = Counts(
             {"int_op": 6.0 * p.m * p.k}, {"dram": x, "l2": 2 * x + codes}, name="quantize"
@@ -160,6 +172,11 @@ def _vectors(p: CudaProblem) -> int:
     return p.weight.row_bytes // PIECE
 
 
+def _tokens(p: CudaProblem) -> int:
+    """Return the tokens of a block."""
+    return min(p.m, MOST_TOKENS)
+
+
 def _grouped(p: CudaProblem) -> bool:
     return bool(p.w_group or p.x_group)
 
@@ -170,12 +187,12 @@ def _x_groups(p: CudaProblem) -> int:
 
 def _shared(p: CudaProblem, config: GemvConfig) -> int:
     """Return the bytes of a block's sums."""
-    return 4 * config.warps * config.split * config.rows * p.m
+    return 4 * config.warps * config.split * config.rows * _tokens(p)
 
 
 def _default(p: CudaProblem, hardware: Hardware) -> GemvConfig:
     """Return a config whose blocks fill the GPU twice where rows are enough for it. Not measured."""
-    rows = next(r for r in (4, 2, 1) if r * p.m <= _MOST_SUMS)
+    rows = next(r for r in (4, 2, 1) if r * _tokens(p) <= _MOST_SUMS)
     split = max(s for s in (1, 2, 4) if s == 1 or 32 * s <= _vectors(p))
     config = GemvConfig(rows, 4, split)
     while config.rows * config.warps >= 2 * p.n or (

@@ -4,7 +4,7 @@
   zero point). Byte b of each four holds the columns b, b + 4, b + 8, ... of the 32 / bits that the four bytes
   have, the first in its lowest bits, so that one field of all four bytes is four neighbouring columns. 8 bits
   are plain int8.
-* Scales ``[N, G]``, bfloat16 weights ``[N, K]`` and the bias as they are.
+* Scales ``[N, G]``, float weights ``[N, K]`` and the bias as they are.
 
 Rows are padded to 8 (the most that a warp of `cuda_gemv` has), columns to 16 bytes. Pads are zeros and mean
 zeros.
@@ -40,7 +40,7 @@ class Rows:
     @staticmethod
     def takes(fmt: WeightFormat) -> bool:
         """Say whether weights of a format have this layout."""
-        if fmt.name == "bf16":
+        if fmt.is_float:
             return True
         return fmt.is_integer and fmt.bits in (2, 4, 8) and not fmt.has_zero and not fmt.dense
 
@@ -78,7 +78,8 @@ class Rows:
     def args(self) -> list[Arg]:
         """Return the packed arguments."""
         if self.fmt.is_float:
-            return [Arg("w", "weight", (self.n_padded, self.k_padded), "uint16")]
+            dtype = {"f32": "float32", "bf16": "uint16", "f16": "float16"}[self.fmt.name]
+            return [Arg("w", "weight", (self.n_padded, self.k_padded), dtype)]
         dtype = "float16" if self.scale_dtype == "f16" else "float32"
         return [
             Arg("codes", "weight", (self.n_padded, self.row_bytes), "uint8"),

@@ -23,7 +23,8 @@ from mimo_compile.search.measure.emulated import check_emulated
 
 A100, H200 = CUDA["cuda:sm_80"], CUDA["cuda:sm_90a"]
 NAMES = [n for n in names_for("mpgemm") if n.startswith("mpgemm.cuda")]
-FORMATS = ("w2g64", "w4g64", "w8", "w1.58", "w4grow", "w8g32", "w2gtensor", "w4g16", "bf16")
+FLOATS = ("bf16", "f16", "f32")
+FORMATS = ("w2g64", "w4g64", "w8", "w1.58", "w4grow", "w8g32", "w2gtensor", "w4g16", *FLOATS)
 emulated = pytest.mark.skipif(compiler() is None, reason="emulation needs a C++ compiler")
 
 
@@ -84,6 +85,7 @@ def test_kernels_of_cpus_and_gpus_refuse_each_other():
         ("m=1,n=64,k=256,w=w4zg64", "gemv"),
         ("m=1,n=64,k=140000,w=w8,a=a8", "gemv"),
         ("m=1,n=64,k=256,w=bf16", "mma"),
+        ("m=1,n=64,k=256,w=bf16,a=abf16", "gemv"),
         ("m=1,n=64,k=256,w=w8g64,a=a8", "mma"),
         ("m=1,n=64,k=256,w=w8,a=a8g64", "mma"),
         ("m=1,n=64,k=256,w=w4g16,a=abf16", "mma_codes"),
@@ -139,6 +141,7 @@ def test_legal_configs_can_be_launched_and_declare_what_the_op_needs(name, hardw
         ("mma", "m=19,n=33,k=72,w=bf16,a=abf16"),
         ("wgmma", "m=20,n=40,k=200,w=w8,a=a8,bias=1"),
         ("mma_codes", "m=18,n=34,k=160,w=w4g64,a=abf16"),
+        ("gemv", "m=11,n=9,k=131,w=f32"),  # two blocks of tokens
         # whole groups, pieces and tiles, as real layers have them
         ("gemv", "m=1,n=8,k=128,w=w4g64"),
         ("mma", "m=16,n=128,k=256,w=bf16,a=abf16"),
@@ -217,7 +220,7 @@ ACTS = {
     "mma_codes": ("abf16", "af16", "a8"),
 }
 WEIGHTS = (
-    "bf16",
+    *FLOATS,
     "w8",
     "w8g16",
     "w8gtensor",
@@ -246,11 +249,11 @@ def any_kernel(name: str, data: st.DataObject) -> None:
         (w, a)
         for w in WEIGHTS
         for a in ACTS[name]
-        if not (w == "bf16" and a.startswith("a8"))
+        if not (w in FLOATS and a.startswith("a8"))
         and schedule.supports(parse_workload(f"mpgemm:m={m},n={n},k={k},w={w},a={a}"), hardware)
     ]
     w, a = data.draw(st.sampled_from(weights))
-    more = data.draw(st.sampled_from(("", ",bias=1", ",s=f32" if w != "bf16" else "")))
+    more = data.draw(st.sampled_from(("", ",bias=1", ",s=f32" if w not in FLOATS else "")))
     workload = parse_workload(f"mpgemm:m={m},n={n},k={k},w={w},a={a}{more}")
     config = sample_config(schedule, workload, hardware, data.draw(st.integers(0, 1000)))
     orders, most = (0, data.draw(st.integers(1, 99))), ratio_of_kernels(workload)

@@ -68,6 +68,18 @@ __device__ __forceinline__ void round_rows(const float* x, uint16_t* out) {
                  pack_two<HALF>(value[4], value[4 + B]), pack_two<HALF>(value[4 + C], value[7]));
 }
 
+// A row of an operand in device memory. One that is not there counts as zeros; `bytes` is then some row's.
+struct Row {
+  const uint8_t* bytes;
+  bool there;
+};
+
+template <int ROWS, int ROW_BYTES>
+__device__ __forceinline__ Row row_of(const uint8_t* matrix, int row) {
+  const bool there = row < ROWS;
+  return {there ? matrix + size_t(row) * ROW_BYTES : matrix, there};
+}
+
 struct Tile {
   int m, n;  // which of the tiles of rows and of columns of y
 };
