@@ -97,8 +97,10 @@ SCHEDULES: dict[str, dict[str, str]] = {
         "moe.x86_float": "moe.x86_float:X86MoeFloat",
         "moe.x86_codebook": "moe.x86_codebook:X86MoeCodebook",
         "moe.x86_complex": "moe.x86_complex:X86MoeComplex",
+        "moe.cuda_gemv": "moe.cuda_gemv:CudaMoeGemv",
+        "moe.cuda_mma": "moe.cuda_mma:CudaMoeMma",
     },
-    "route": {"route.x86": "moe.x86_route:X86Route"},
+    "route": {"route.x86": "moe.x86_route:X86Route", "route.cuda": "moe.cuda_route:CudaRoute"},
     "rms_norm": {
         "rms_norm.x86": "elementwise.x86_rms_norm:X86RmsNorm",
         "rms_norm.cuda": "elementwise.cuda_rms_norm:CudaRmsNorm",

@@ -48,6 +48,18 @@ WORKLOADS: dict[str, tuple[str, ...]] = {
         "mpgemm:m=512,n=4096,k=4096,w=w8grow,a=a8",
         "mpgemm:m=512,n=4096,k=4096,w=w4g128,a=abf16",
         "mpgemm:m=7,n=200,k=384,w=w2g64,a=a8",
+        "mpgemm:m=60,n=256,k=4096,w=f32",
+    ),
+    "moe": (
+        "moe:t=1,e=128,k=8,d=2048,f=768,w=w4g64,a=a8",
+        "moe:t=512,e=128,k=8,d=2048,f=768,w=bf16,a=abf16",
+        "moe:t=512,e=128,k=8,d=2048,f=768,w=w8,a=a8",
+        "moe:t=64,e=128,k=8,d=2048,f=768,w=w4g64,a=abf16",
+        "moe:t=12,e=5,k=2,d=200,f=66,w=f32,a=a16",
+    ),
+    "route": (
+        "route:t=1,e=256,k=8,scoring=sigmoid,bias=1",
+        "route:t=64,e=160,k=6,groups=8,topgroups=3,factor=16.0",
     ),
 }
 """Of each op with CUDA schedules; what a schedule does not support is left out."""

@@ -31,9 +31,14 @@ RAGGED = {
         "mpgemm:m=70,n=199,k=1000,w=w4g64,a=abf16,bias=1",
         "mpgemm:m=5,n=199,k=1000,w=w8,a=a8",
         "mpgemm:m=5,n=199,k=11008,w=bf16,a=abf16",
-    )
+    ),
+    "moe": (
+        "moe:t=7,e=5,k=2,d=200,f=66,w=w4g32,a=a8",
+        "moe:t=70,e=5,k=2,d=200,f=66,w=w4g32,a=a8",
+        "moe:t=70,e=40,k=3,d=200,f=66,w=bf16,a=abf16",
+    ),
 }
-"""Extents that fill no tile, few tokens, bias."""
+"""Extents that fill no tile, few tokens, bias, experts without tokens."""
 PLACES = {DECODE.name: [(498, 2), (70, 1)], PREFILL.name: [(170, 33)]}
 """Where sequences begin, in rings that were passed, and how many tokens are valid: fewer than rows."""
 CASES = [
