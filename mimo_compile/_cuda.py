@@ -144,14 +144,14 @@ class Launch:
 class Driver:
     """The driver's library, and this machine's first GPU."""
 
-    def __init__(self, name: str = LIBRARY) -> None:
-        """Load it and find the GPU; `enter` makes it usable.
+    def __init__(self, name: str | None = None) -> None:
+        """Load it (None: this machine's) and find the GPU; `enter` makes it usable.
 
         Raises:
             MimoError: there is no driver, it is too old, it fails, or it finds no GPU.
         """
         try:
-            self._library: Any = ctypes.CDLL(name)
+            self._library: Any = ctypes.CDLL(name or LIBRARY)
         except OSError as error:
             raise MimoError(f"there is no NVIDIA driver: {error}") from error
         for function, kinds in _SIGNATURES.items():

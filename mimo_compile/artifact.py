@@ -30,6 +30,7 @@ from mimo_compile import _tvm
 from mimo_compile.errors import ArtifactError, MimoError
 from mimo_compile.runtime import check, dtypes, zipform
 from mimo_compile.runtime.container import MAX_MANIFEST, Parts, open_artifact
+from mimo_compile.runtime.machine import code_member
 from mimo_compile.runtime.memory import Bytes
 from mimo_compile.runtime.module import Module
 from mimo_compile.runtime.program import Manifest, Member, Programs
@@ -95,6 +96,7 @@ class Artifact:
         target = Path(path)
         header, tensors, spots = _weights_header(self.weights)
         check.check_programs(self.manifest, self.programs, spots, str(target))
+        check.check_code(self.manifest, self.programs, self.code, str(target))
         weights_bytes = len(header) + sum(nbytes for nbytes, _ in tensors)
         members = self._small_members()
         facts = {
@@ -141,7 +143,7 @@ class Artifact:
 
     def _small_members(self) -> dict[str, bytes]:
         found = {
-            zipform.CODE: self.code,
+            code_member(self.manifest, self.manifest.name): self.code,
             zipform.PROGRAMS: msgspec.json.encode(self.programs),
             "config.json": self.config,
             "tokenizer.json": self.tokenizer,
@@ -177,6 +179,7 @@ class Artifact:
         weights = _MemoryWeights(self.weights)
         where = f"{self.manifest.name}, not saved"
         check.check_programs(self.manifest, self.programs, weights.spots, where)
+        check.check_code(self.manifest, self.programs, self.code, where)
         parts = Parts(
             self.manifest,
             self.programs,

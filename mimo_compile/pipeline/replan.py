@@ -19,7 +19,7 @@ from mimo_compile.pipeline.choose import with_records
 from mimo_compile.pipeline.isolate import compile_isolated
 from mimo_compile.pipeline.orders import order_costs, rounded
 from mimo_compile.pipeline.plans import FROM_SOURCE, Problem
-from mimo_compile.runtime.container import series
+from mimo_compile.runtime.host import series
 from mimo_compile.runtime.program import Call, Entry, Programs
 from mimo_compile.schedules.base import Kernel
 from mimo_compile.search.database import Database

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 
 from mimo_compile.errors import ArtifactError
-from mimo_compile.runtime import dtypes
+from mimo_compile.runtime import device_code, dtypes
 from mimo_compile.runtime.program import (
     Buffer,
     Decoder,
@@ -17,12 +17,13 @@ from mimo_compile.runtime.program import (
     State,
 )
 from mimo_compile.runtime.weights import ALIGNMENT, Spot
+from mimo_compile.runtime.zipform import CODES
 
 ROLES = ("full", "window", "select", "reuse", "quantised")
 """What a layer may be, as `program.Layer` says."""
 MOST_SLOTS = 4096
 """Sequences that an artifact may have in progress."""
-FORMATS = ("f32", "bf16", "e4m3", "i8", "i4", "i2")
+FORMATS = ("f32", "bf16", "e4m3", "i8", "i4", "i2", "i1")
 """Formats of KV caches that can be in an artifact."""
 _LANES = 16
 """Tables are whole vectors of so many entries, and so are blocks of keys."""
@@ -54,7 +55,7 @@ def check_programs(
             f"a state of one of {batch} sequences does not end on a {ALIGNMENT}-byte boundary",
             where=where,
         )
-    pooled = _check_pool(manifest.decoder, manifest.states, where)
+    pooled = _check_pool(manifest, where)
     sizes = {"weight": {name: spot.end - spot.begin for name, spot in weights.items()}}
     for name, entry in programs.entries.items():
         sequences = batch if name == f"batch_{batch}" else 1
@@ -69,8 +70,26 @@ def check_programs(
             _check_tables(manifest.decoder.pool, programs.entries, where)
 
 
-def _check_pool(decoder: Decoder | None, states: Mapping[str, State], where: str) -> frozenset[str]:
+def check_code(manifest: Manifest, programs: Programs, code: bytes, where: str) -> None:
+    """Check that code of GPU kernels is whole, and takes what calls give; object code says nothing of it.
+
+    Raises:
+        ArtifactError: It does not, or is for another architecture than the manifest says.
+    """
+    target = manifest.target
+    if target.kind != "cuda":
+        return
+    found = device_code.decode(code, f"{CODES[target.kind]} of {where}")
+    if found.table.arch != device_code.arch_of(target.features):
+        raise ArtifactError(
+            f"its kernels are for {found.table.arch}, the manifest says {target.name}", where=where
+        )
+    device_code.check_calls(found, programs, where)
+
+
+def _check_pool(manifest: Manifest, where: str) -> frozenset[str]:
     """Check that pages and tables fit each other; returns the states that all sequences have together."""
+    decoder, states = manifest.decoder, manifest.states
     pool = None if decoder is None else decoder.pool
     if decoder is None or pool is None:
         return frozenset()
@@ -95,18 +114,21 @@ def _check_pool(decoder: Decoder | None, states: Mapping[str, State], where: str
     for name in () if problem else pool.states:
         shape = states[name].shape if name in states else ()
         whole = len(shape) in (3, 4) and min(shape) > 0 and not shape[1] % pool.pages
-        if not whole or pool.page * pool.pages != shape[1] * _together(states[name]):
+        if not whole or pool.page * pool.pages != shape[1] * _together(manifest, states[name]):
             problem = f"has {pool.pages} pages of {pool.page} in {name} {list(shape)}"
     if problem:
         raise ArtifactError(f"the pool of pages {problem}", where=where)
     return frozenset(pool.states)
 
 
-def _together(state: State) -> int:
+def _together(manifest: Manifest, state: State) -> int:
     """Return how many slots one entry of the second extent of a pool's state holds.
 
     Keys stand in blocks ``[heads, slots / 16, D, lanes]``, values in rows of float32 or in pairs of 16 bits.
+    On GPUs each slot is an entry.
     """
+    if manifest.target.kind == "cuda":
+        return 1
     return _LANES if len(state.shape) == 4 else 4 // min(dtypes.itemsize(state.dtype), 4)
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import mmap
 import os
-import re
 import stat
 import zlib
 from dataclasses import dataclass
@@ -15,9 +13,8 @@ from typing import Literal
 import msgspec
 import numpy as np
 
-from mimo_compile import _tvm
-from mimo_compile.errors import ArtifactError, EnvironmentMismatch, InputError, UsageError
-from mimo_compile.runtime import check, cpu, strict_json, zipform
+from mimo_compile.errors import ArtifactError, InputError, UsageError
+from mimo_compile.runtime import check, machine, strict_json, zipform
 from mimo_compile.runtime.program import SCHEMA, Manifest, Programs
 from mimo_compile.runtime.weights import MappedWeights, OpenFile, WeightSource
 
@@ -78,7 +75,7 @@ def open_artifact(
         raise _damaged(zipform.MANIFEST, where)
     manifest = read_manifest(text, where)
     if for_this_machine:
-        check_machine(manifest, where)
+        machine.check(manifest, where)
 
     if {name: end - begin for name, (begin, end) in spans.items()} != {
         name: member.bytes for name, member in manifest.members.items()
@@ -101,7 +98,12 @@ def open_artifact(
     check.check_programs(manifest, programs, weights.spots, where)
     if verify == "full":
         weights.prepare_all()
-    return Parts(manifest, programs, texts.pop(zipform.CODE), weights, texts, where)
+    name = machine.code_member(manifest, where)
+    if name not in texts:
+        raise ArtifactError(f"member {name} is missing", where=where)
+    code = texts.pop(name)
+    check.check_code(manifest, programs, code, where)
+    return Parts(manifest, programs, code, weights, texts, where)
 
 
 def _map(where: str) -> tuple[OpenFile, mmap.mmap]:
@@ -166,43 +168,3 @@ def read_programs(text: bytes, where: str) -> Programs:
         return msgspec.convert(strict_json.decode(text, place), Programs)
     except msgspec.ValidationError as error:
         raise ArtifactError(f"malformed programs: {error}", where=place) from error
-
-
-def check_machine(manifest: Manifest, where: str) -> None:
-    """Check that installed versions and this machine fit what the code was built for.
-
-    Raises:
-        EnvironmentMismatch: They do not; the message says what is missing, and the remedy.
-    """
-    again = f"Compile it for this machine: mimo-compile compile SRC --target cpu -o {where}"
-    _tvm.check_versions()
-    for name in ("apache-tvm", "apache-tvm-ffi"):
-        built, here = manifest.versions.get(name), importlib.metadata.version(name)
-        if built is None or series(built) != series(here):
-            raise EnvironmentMismatch(
-                f"the code was built with {name} {built or 'of unknown version'}, "
-                f"{here} is installed",
-                where=where,
-                remedy=f"Run: pip install '{name}=={built}'. Or: {again}" if built else again,
-            )
-    if manifest.target.kind != "cpu":
-        raise EnvironmentMismatch(
-            f"the artifact is for {manifest.target.kind} ({manifest.target.name}); this runtime "
-            "executes cpu artifacts",
-            where=where,
-            remedy=again,
-        )
-    missing = sorted(set(manifest.target.features) - cpu.features())
-    if missing:
-        raise EnvironmentMismatch(
-            f"the artifact was built for {manifest.target.name}; this CPU lacks "
-            f"{', '.join(missing)}",
-            where=where,
-            remedy=again,
-        )
-
-
-def series(version: str) -> str:
-    """Return major and minor number: within them compiled code and libraries fit."""
-    found = re.match(r"\d+\.\d+(?=\D|$)", version)
-    return found[0] if found else version

@@ -10,30 +10,18 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from mimo_compile import _tvm
 from mimo_compile.errors import ArtifactError, UsageError
-from mimo_compile.runtime import batch, cpu, generate, scores
+from mimo_compile.runtime import batch, generate, scores
 from mimo_compile.runtime.arguments import check_direct, whole
 from mimo_compile.runtime.container import Parts, Verify, open_artifact
-from mimo_compile.runtime.entry import (
-    Array,
-    BoundEntry,
-    Memory,
-    Signature,
-    Timing,
-    accept,
-    signature_of,
-)
-from mimo_compile.runtime.expert_memory import ExpertMemory, experts_of
+from mimo_compile.runtime.entry import Array, Signature, Timing, accept, signature_of
+from mimo_compile.runtime.expert_memory import ExpertMemory
 from mimo_compile.runtime.generate import Prompt, Stats
-from mimo_compile.runtime.memory import Zeroed
-from mimo_compile.runtime.pages import pool_of, pooled_states
+from mimo_compile.runtime.machine import Bound, machine_of
 from mimo_compile.runtime.program import Entry, Manifest
 from mimo_compile.runtime.sampling import Sampling
 from mimo_compile.runtime.session import Session
 from mimo_compile.runtime.speculate import Speculation
-from mimo_compile.runtime.store import States
-from mimo_compile.runtime.threads import thread_count, use_threads
 
 
 def load(
@@ -88,26 +76,18 @@ class Module:
         self._programs = parts.programs.entries
         self._texts = parts.texts
         self._where = parts.where
-        self.threads = thread_count(threads, self.manifest.target.threads)
-        cpu.check_object(parts.code, parts.where)
-        if "amx-tile" in self.manifest.target.features:
-            cpu.permit_amx()
-        code = _tvm.load_object(parts.code)
-        self.experts = None if expert_memory is None else experts_of(parts, expert_memory)
-        """Experts that come into memory of a given size as tokens need them; None: all are mapped."""
-        arena = Zeroed(max((e.arena_bytes for e in self._programs.values()), default=0), huge=True)
         decoder = self.manifest.decoder
         self.batch = 1 if decoder is None else decoder.batch
         """Sequences that may be in progress at once."""
-        shared = pooled_states(self.manifest)
-        self._states = States(self.manifest, self.batch, shared, kv_store)
-        states = self._states.bytes
-        self._memory = Memory(
-            arena.bytes, states, parts.weights, code, parts.where, self.batch, shared, self.experts
+        self._machine = machine_of(
+            parts, threads=threads, kv_store=kv_store, expert_memory=expert_memory
         )
-        self.pool = pool_of(self.manifest, states, self.batch, self._memory.copy_states)
+        self.threads = self._machine.threads
+        self.experts = self._machine.experts
+        """Experts that come into memory of a given size as tokens need them; None: all are mapped."""
+        self.pool = self._machine.pool
         """Pages that sequences take; None: each slot has caches of its own."""
-        self._bound: dict[tuple[str, int], BoundEntry] = {}
+        self._bound: dict[tuple[str, int], Bound] = {}
         self.lock = threading.RLock()
         """Held while an entry point runs and until its outputs are copied; one thread at a time."""
         self.rejected: list[Callable[[int, int], None]] = []
@@ -182,7 +162,7 @@ class Module:
             )
         return self.call("main", *inputs)
 
-    def bind(self, entry: str, slot: int = 0) -> BoundEntry:
+    def bind(self, entry: str, slot: int = 0) -> Bound:
         """Return an entry point ready to run on this thread; for those who fill the arena themselves.
 
         Nothing guards what is done with it against other threads.
@@ -197,10 +177,7 @@ class Module:
                 and this process was forked from the one that loaded the module.
             ArtifactError: Its weights differ from their hash, or a kernel is missing.
         """
-        self._states.check()
-        if self.experts is not None:
-            self.experts.check()
-        use_threads(self.threads)
+        self._machine.enter()
         bound = self._bound.get((entry, slot))
         if bound is None:
             with self.lock:
@@ -208,7 +185,7 @@ class Module:
                 slot = self._slot(slot)
                 if slot and entry.startswith("batch_"):
                     raise UsageError(f"{entry} works on all sequences, not on {slot} alone")
-                bound = BoundEntry(entry, program, self._memory, self._where, slot)
+                bound = self._machine.bound(entry, program, slot)
                 self._bound[entry, slot] = bound
         return bound
 
@@ -233,9 +210,7 @@ class Module:
         """Make all states zero, as they were after loading, and end sequences in progress."""
         with self.lock:
             self._owners = [0] * self.batch
-            self._states.clear()
-            if self.pool is not None:
-                self.pool.clear()
+            self._machine.clear()
 
     def profile(self, entry: str, *inputs: Any, repeat: int = 5) -> list[Timing]:
         """Call an entry point `repeat` times and return the median time of each kernel call.

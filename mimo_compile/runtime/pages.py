@@ -31,7 +31,7 @@ class PagePool:
         self,
         pool: Pool,
         tables: Array,
-        caches: Sequence[Array],
+        copy_page: Callable[[int, int], None],
         copy: Callable[[int, int], None] | None = None,
     ) -> None:
         """Begin with all pages free.
@@ -39,16 +39,13 @@ class PagePool:
         Args:
             pool: How many pages of how many positions there are.
             tables: int32 ``[slots, width]``, the block tables that kernels read.
-            caches: Arrays of all slots' caches; their second extents are the pages, one after the other.
+            copy_page: Copies what all caches hold in one page to another one.
             copy: Copies what a sequence keeps besides from one slot to another; None: there is nothing.
         """
         self._copy = copy
         self.page, self.pages = pool.page, pool.pages
         self._tables = tables
-        self._caches = [
-            cache.reshape(len(cache), pool.pages, cache.shape[1] // pool.pages, *cache.shape[2:])
-            for cache in caches
-        ]
+        self._copy_page = copy_page
         self.clear()
 
     def clear(self) -> None:
@@ -121,8 +118,7 @@ class PagePool:
     def _own(self, slot: int, at: int) -> None:
         """Let a sequence have a copy of a page that it shares."""
         shared, page = self._held[slot][at], self._free.pop()
-        for cache in self._caches:
-            cache[:, page] = cache[:, shared]
+        self._copy_page(shared, page)
         self._used[shared] -= 1
         self._used[page] = 1
         self._held[slot][at] = self._tables[slot, at] = page
@@ -169,6 +165,25 @@ def taken(pool: PagePool | None, wants: Sequence[Want]) -> Iterator[None]:
         raise
 
 
+def copier(pool: Pool, caches: Sequence[Array]) -> Callable[[int, int], None]:
+    """Return what copies a page to another one, of caches in memory.
+
+    Args:
+        pool: How many pages there are.
+        caches: Arrays of all slots' caches; their second extents are the pages, one after the other.
+    """
+    paged = [
+        cache.reshape(len(cache), pool.pages, cache.shape[1] // pool.pages, *cache.shape[2:])
+        for cache in caches
+    ]
+
+    def copy_page(source: int, page: int) -> None:
+        for cache in paged:
+            cache[:, page] = cache[:, source]
+
+    return copy_page
+
+
 def pool_of(
     manifest: Manifest,
     states: Mapping[str, Bytes],
@@ -191,7 +206,8 @@ def pool_of(
         first, *rest = manifest.states[name].shape
         return as_array(states[name], manifest.states[name].dtype, (more * first, *rest))
 
-    return PagePool(pool, view(pool.table, slots), [view(name) for name in pool.states], copy)
+    copy_page = copier(pool, [view(name) for name in pool.states])
+    return PagePool(pool, view(pool.table, slots), copy_page, copy)
 
 
 def pooled_bytes(manifest: Manifest) -> int:

@@ -19,7 +19,8 @@ import numpy.typing as npt
 from mimo_compile.errors import ArtifactError
 
 if TYPE_CHECKING:
-    from mimo_compile.runtime.entry import Array, BoundEntry
+    from mimo_compile.runtime.entry import Array
+    from mimo_compile.runtime.machine import Bound
     from mimo_compile.runtime.module import Module
     from mimo_compile.runtime.program import Manifest
 
@@ -153,7 +154,7 @@ def _then(
 
 
 def routers_of(
-    bound: BoundEntry, slot: int, rules: dict[str, Rule], layers: Sequence[str] = ()
+    bound: Bound, slot: int, rules: dict[str, Rule], layers: Sequence[str] = ()
 ) -> dict[int, Router]:
     """Return the routers of an entry point by the index of their call.
 

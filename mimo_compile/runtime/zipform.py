@@ -16,10 +16,13 @@ from mimo_compile.errors import ArtifactError
 
 MANIFEST = "manifest.json"
 PROGRAMS = "programs.json"
-CODE = "code.o"
+CODES = {"cpu": "code.o", "cuda": "code.cuda"}
+"""The member with the code of all kernels, by the kind of target; an artifact has one."""
 WEIGHTS = "weights.safetensors"
-REQUIRED = frozenset({MANIFEST, PROGRAMS, CODE, WEIGHTS})
+REQUIRED = frozenset({MANIFEST, PROGRAMS, WEIGHTS})
+"""Beside the code."""
 OPTIONAL = frozenset({"config.json", "records.jsonl", "tokenizer.json"})
+KNOWN = REQUIRED | OPTIONAL | frozenset(CODES.values())
 
 PAGE = 4096
 """Bytes: boundary of the file on which the weights member begins, so that it maps as it lies."""
@@ -134,6 +137,8 @@ def read(view: memoryview, where: str) -> tuple[list[Slot], list[int], str]:
     names = [slot.name for slot in slots]
     for name in sorted(REQUIRED.difference(names)):
         raise ArtifactError(f"member {name} is missing", where=where)
+    if sum(name in names for name in CODES.values()) != 1:
+        raise ArtifactError(f"it must have one of {', '.join(CODES.values())}", where=where)
     if names != member_order(names):
         raise _foreign("its members are not in their order", where)
     places = layout(slots)
@@ -160,7 +165,7 @@ def _slots(view: memoryview, end_at: int, where: str) -> list[Slot]:
         if stop < 0:
             raise _foreign("its directory is missing", where)
         count, size, start = _END64.unpack_from(view, stop)[7:]
-    if start + size != stop or not 0 < count <= len(REQUIRED | OPTIONAL):
+    if start + size != stop or not 0 < count <= len(KNOWN):
         raise _foreign(f"its directory of {count} members does not lie where it must", where)
     slots: list[Slot] = []
     at = start
@@ -182,7 +187,7 @@ def _entry(view: memoryview, at: int, stop: int, where: str) -> tuple[Slot, int]
     at += _CENTRAL.size
     raw = bytes(view[at : min(at + name_bytes, stop)])
     name = raw.decode("ascii", "replace")
-    if name not in REQUIRED | OPTIONAL:
+    if name not in KNOWN:
         raise ArtifactError(f"member {name[:80]!r} does not belong in an artifact", where=where)
     if flags & 0x2041:
         raise ArtifactError(f"member {name} is encrypted", where=where)

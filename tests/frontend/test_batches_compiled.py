@@ -46,7 +46,7 @@ def fresh(module, ids):
 
 def poison(module):
     """Leave NaN in every slot of every sequence; both cache formats read 0xFF.. so."""
-    for held in module._states.bytes.values():
+    for held in module._machine.states.values():
         held[:] = 0xFF
 
 
@@ -175,13 +175,13 @@ def test_verify_compares_batches_with_each_alone(saved, windowed, tmp_path, monk
         """Lose what one of the sequences that rest has at its first position, as a wrong kernel might."""
         hidden = append_each(module, sessions, tokens)
         resting = {*range(BATCH)} - {session.slot for session in sessions}
-        for name, data in module._memory._states.items():
+        for name, data in module._machine.states.items():
             if "k_cache" in name and len(sessions) > 1:
                 for slot in resting:
                     data.reshape(BATCH, -1)[slot, :64] = 0xFF
         return hidden
 
-    assert any("k_cache" in name for name in module._memory._states)
+    assert any("k_cache" in name for name in module._machine.states)
     monkeypatch.setattr(batch_check, "append_each", spoiling)
     assert not batch_check.compare_batch(module, eager, ids).ok
 

@@ -58,7 +58,7 @@ def eager(loaded, ids):
 
 def poison(module):
     """Leave NaN wherever anything may be kept."""
-    for data in module._memory._states.values():
+    for data in module._machine.states.values():
         data[:] = 0xFF
     module.pool.clear()
 

@@ -42,7 +42,7 @@ prompts = st.lists(st.integers(0, VOCAB - 2), min_size=1, max_size=CONTEXT)
 @given(st.lists(prompts, max_size=7), st.integers(0, 12), st.booleans())
 def test_each_text_is_what_it_is_alone(module, single, texts, count, to_the_end):
     texts = [text[: CONTEXT - count] for text in texts]
-    for held in module._states.bytes.values():
+    for held in module._machine.states.values():
         held[:] = 0xFF  # NaN wherever nothing was written
     how = {"stop_at_eos": not to_the_end}
     alone = [list(single.generate_ids(text, count, **how)) for text in texts]
@@ -97,7 +97,7 @@ def test_sequences_that_rest_are_not_touched(module):
     resting, other, third = (module.session(slot=slot) for slot in range(BATCH))
     for session, text in zip((resting, other, third), PROMPTS, strict=False):
         session.append(text)
-    (held,) = module._states.bytes.values()
+    (held,) = module._machine.states.values()
     mine = held[: CONTEXT * WIDTH * 4]
     before = mine.copy()
     hidden = append_each(module, [third, other], [1, 2])

@@ -216,6 +216,10 @@ def test_other_zips_are_refused(plain_file: Path, tmp_path: Path) -> None:
         members = members_of(plain_file)
         del members[gone]
         refused(pack(members), tmp_path, f"{gone} is missing")
+    members = members_of(plain_file)
+    code = members.pop("code.o")
+    refused(pack(members), tmp_path, "must have one of code.o, code.cuda")
+    refused(pack({**members, "code.o": code, "code.cuda": code}), tmp_path, "must have one of")
 
 
 @pytest.mark.usefixtures("no_link")
@@ -306,7 +310,7 @@ def test_another_machine_is_named_with_the_remedy(plain_file: Path, tmp_path: Pa
     )
     assert "mimo-compile compile SRC --target cpu" in text
     assert "sse2" not in text
-    wrong(lambda m: m["target"].update(kind="cuda", name="cuda:sm_90a"), "is for cuda")
+    wrong(lambda m: m["target"].update(kind="cuda", name="cuda:sm_90a"), "is for cuda:sm_90a")
     wrong(lambda m: m["versions"].update({"apache-tvm": "0.31.2"}), "built with apache-tvm 0.31.2")
     wrong(lambda m: m["versions"].pop("apache-tvm-ffi"), "apache-tvm-ffi of unknown version")
     # only running it needs the machine; looking at it does not

@@ -16,7 +16,7 @@ from mimo_compile.errors import ArtifactError, UsageError
 from mimo_compile.runtime import Module, Stats, load
 from mimo_compile.runtime.batch import append_each
 from mimo_compile.runtime.entry import BoundEntry
-from mimo_compile.runtime.pages import PagePool
+from mimo_compile.runtime.pages import PagePool, copier
 from mimo_compile.runtime.program import Buffer, Pool, State
 from mimo_compile.runtime.session import Session
 
@@ -41,7 +41,8 @@ class Watched:
     def __init__(self, page: int, pages: int) -> None:
         self.tables = np.full((SLOTS, 32), -1, np.int32)
         self.cache = np.full((2, pages * page, 3), -1, np.int64)
-        self.pool = PagePool(Pool(page, pages, (), ""), self.tables, [self.cache])
+        pool = Pool(page, pages, (), "")
+        self.pool = PagePool(pool, self.tables, copier(pool, [self.cache]))
         self.texts: list[list[int]] = [[] for _ in range(SLOTS)]
         self.next = 0
 
@@ -132,7 +133,7 @@ prompts = st.lists(st.integers(0, VOCAB - 2), min_size=1, max_size=CONTEXT)
 def test_texts_that_wait_for_pages_are_what_they_are_alone(module, single, texts, count):
     """Prompts begin alike; the pool holds one context and a third, so texts wait or are read again."""
     texts = [([*PROMPT[:common], *text])[: CONTEXT - count] for common, text in texts]
-    for data in module._memory._states.values():
+    for data in module._machine.states.values():
         data[:] = 0xFF  # NaN wherever nothing was written
     module.pool.clear()
     alone = [list(single.generate_ids(text, count, stop_at_eos=False)) for text in texts]
