@@ -3,25 +3,29 @@
 #include <cuda.h>
 #include <math.h>
 #include <stdio.h>
+#include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #define CONTEXT ((CUcontext)0x123456789ab0)
-#define MOST 64
+#define MOST 4096
 enum { COPY, FILL, LAUNCH };
 
 /* Types of a function's parameters: pointer, int, float, tensor map. */
 typedef struct { const char *name, *types; } Known;
 static const Known known[] = {{"gate", "ppi"}, {"up", "pppi"}, {"show", "mfpp"}, {"twice", "ppi"},
-    {"plus", "pppi"}, {"step", "ppppppiiiiii"}, {"head", "pppiii"}, {"wild", ""}, {"tired", ""}};
+    {"plus", "pppi"}, {"step", "ppppppiiiiii"}, {"head", "pppiii"}, {"wild", ""}, {"tired", ""},
+    {"beyond", "pi"}, {"sticky", ""}, {"hangs", ""}, {"dies", ""}, {"lost", ""}};
 typedef struct { const Known *known; unsigned shared, calls; } Function;
 typedef struct {
   int kind; void *to; const void *from; size_t size; int value;
-  Function *function; unsigned blocks, params; unsigned char data[12][128];
+  Function *function; unsigned blocks, threads, params; unsigned char data[12][128];
 } Work;
 typedef struct { int count; Work work[MOST]; } Graph;
 
-static int held, set_current, capability = 90, version = 13000, devices = 1;
+static int held, set_current, broken, capability = 90, version = 13000, devices = 1;
+static float last_ms = 0.25f; /* whatever lies between two events takes as long as its last launch */
 static size_t room = (size_t)1 << 40, used;
 static Graph *capturing;
 static CUstream captured;
@@ -51,9 +55,22 @@ CUresult cuDeviceGetName(char *name, int length, CUdevice device) {
   return device == 7 ? 0 : CUDA_ERROR_INVALID_DEVICE;
 }
 CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice device) {
-  if (attribute == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR) *value = capability / 10;
-  else if (attribute == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR) *value = capability % 10;
-  else return CUDA_ERROR_INVALID_VALUE;
+  switch (attribute) {
+    case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: *value = capability / 10; break;
+    case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR: *value = capability % 10; break;
+    case CU_DEVICE_ATTRIBUTE_CLOCK_RATE: *value = 1980000; break;
+    case CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT: *value = 132; break;
+    case CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE: *value = 3201000; break;
+    case CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH: *value = 6144; break;
+    case CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE: *value = 50 << 20; break;
+    case CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_MULTIPROCESSOR: *value = 2048; break;
+    case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR: *value = 228 << 10; break;
+    case CU_DEVICE_ATTRIBUTE_MAX_REGISTERS_PER_MULTIPROCESSOR: *value = 65536; break;
+    case CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN: *value = 227 << 10; break;
+    case CU_DEVICE_ATTRIBUTE_MAX_BLOCKS_PER_MULTIPROCESSOR: *value = 32; break;
+    case CU_DEVICE_ATTRIBUTE_RESERVED_SHARED_MEMORY_PER_BLOCK: *value = 1024; break;
+    default: return CUDA_ERROR_INVALID_VALUE;
+  }
   return device == 7 ? 0 : CUDA_ERROR_INVALID_DEVICE;
 }
 CUresult cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device) {
@@ -64,9 +81,12 @@ CUresult cuCtxSetCurrent(CUcontext context) {
   set_current = context == CONTEXT;
   return set_current ? 0 : CUDA_ERROR_INVALID_CONTEXT;
 }
-CUresult cuCtxSynchronize(void) { return set_current ? 0 : CUDA_ERROR_INVALID_CONTEXT; }
+CUresult cuCtxSynchronize(void) {
+  return broken ? CUDA_ERROR_ILLEGAL_ADDRESS : set_current ? 0 : CUDA_ERROR_INVALID_CONTEXT;
+}
 CUresult cuModuleLoadData(CUmodule *module, const void *image) {
-  if (memcmp(image, "\x7f" "ELF\0\1", 6)) return CUDA_ERROR_INVALID_IMAGE;
+  if (broken) return CUDA_ERROR_ILLEGAL_ADDRESS;
+  if (memcmp(image, "\x7f" "ELF", 4)) return CUDA_ERROR_INVALID_IMAGE;
   *module = malloc(1); held++;
   return 0;
 }
@@ -108,6 +128,7 @@ CUresult cuMemFreeHost(void *place) { free(place); held--; return 0; }
 /* Work: done at once, or noted in the graph that is captured. */
 static CUresult done(Work *work);
 static CUresult queued(Work *work, CUstream on) {
+  if (broken) return CUDA_ERROR_ILLEGAL_ADDRESS;
   if (on && *(char *)on != 'S') return CUDA_ERROR_INVALID_HANDLE;
   if (!capturing) return done(work);
   if (on != captured) return CUDA_ERROR_STREAM_CAPTURE_IMPLICIT;
@@ -140,7 +161,7 @@ CUresult cuMemsetD8Async(CUdeviceptr to, unsigned char value, size_t size, CUstr
 CUresult cuLaunchKernel(CUfunction f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
     unsigned shared, CUstream on, void **params, void **extra) {
   Function *function = (Function *)f;
-  Work work = {LAUNCH, NULL, NULL, 0, 0, function, gx};
+  Work work = {LAUNCH, NULL, NULL, 0, 0, function, gx, bx};
   if (gy != 1 || gz != 1 || by != 1 || bz != 1 || bx % 32 || extra || shared > function->shared)
     return CUDA_ERROR_INVALID_VALUE;
   for (const char *type = function->known->types; *type; type++, work.params++)
@@ -167,8 +188,9 @@ CUresult cuStreamEndCapture(CUstream on, CUgraph *graph) {
   return *graph && on == captured ? 0 : CUDA_ERROR_INVALID_VALUE;
 }
 CUresult cuGraphInstantiateWithFlags(CUgraphExec *made, CUgraph graph, unsigned long long flags) {
-  *made = malloc(sizeof(Graph)); held++;
-  memcpy(*made, graph, sizeof(Graph));
+  size_t size = offsetof(Graph, work) + ((Graph *)graph)->count * sizeof(Work);
+  *made = malloc(size); held++;
+  memcpy(*made, graph, size);
   tell("graph");
   return (CUresult)flags;
 }
@@ -188,10 +210,11 @@ CUresult cuEventDestroy(CUevent event) { free(event); held--; return 0; }
 CUresult cuEventRecord(CUevent event, CUstream on) { return event && !(on && capturing) ? 0 : CUDA_ERROR_INVALID_HANDLE; }
 CUresult cuEventSynchronize(CUevent event) { return event ? 0 : CUDA_ERROR_INVALID_HANDLE; }
 #undef cuEventElapsedTime
-CUresult cuEventElapsedTime(float *ms, CUevent begin, CUevent end) { *ms = 0.25f; return begin == end; }
+CUresult cuEventElapsedTime(float *ms, CUevent begin, CUevent end) { *ms = last_ms; return begin == end; }
 CUresult cuGetErrorName(CUresult error, const char **name) {
   *name = error == CUDA_ERROR_ILLEGAL_ADDRESS ? "CUDA_ERROR_ILLEGAL_ADDRESS"
-      : error == CUDA_ERROR_OUT_OF_MEMORY ? "CUDA_ERROR_OUT_OF_MEMORY" : NULL;
+      : error == CUDA_ERROR_OUT_OF_MEMORY ? "CUDA_ERROR_OUT_OF_MEMORY"
+      : error == CUDA_ERROR_ECC_UNCORRECTABLE ? "CUDA_ERROR_ECC_UNCORRECTABLE" : NULL;
   return *name ? 0 : CUDA_ERROR_INVALID_VALUE;
 }
 /* What a map was made of, in its own bytes. */
@@ -260,6 +283,7 @@ static CUresult done(Work *work) {
   if (work->kind != LAUNCH) return 0;
   const char *name = work->function->known->name;
   tell(name);
+  last_ms = work->threads < 1024 ? 0.25f : 0.125f;
   if (!strcmp(name, "gate")) gate(work);
   if (!strcmp(name, "up")) up(work);
   if (!strcmp(name, "show")) show(work);
@@ -267,6 +291,11 @@ static CUresult done(Work *work) {
   if (!strcmp(name, "head")) head(work);
   if (!strcmp(name, "twice")) for (int i = 0; i < I(2); i++) F(1)[i] = 2 * F(0)[i];
   if (!strcmp(name, "plus")) for (int i = 0; i < I(3); i++) F(2)[i] = F(0)[i] + F(1)[i];
+  if (!strcmp(name, "beyond")) F(0)[I(1)] = 0.0f;
+  if (!strcmp(name, "sticky")) broken = 1; /* found when it is waited for */
+  while (!strcmp(name, "hangs")) pause();
+  if (!strcmp(name, "dies")) abort();
+  if (!strcmp(name, "lost")) return CUDA_ERROR_ECC_UNCORRECTABLE;
   if (!strcmp(name, "wild")) return CUDA_ERROR_ILLEGAL_ADDRESS;
   if (!strcmp(name, "tired") && work->function->calls++) return CUDA_ERROR_ILLEGAL_ADDRESS; /* not the first time */
   return 0;
