@@ -121,6 +121,7 @@ SCHEDULES: dict[str, dict[str, str]] = {
         "tir.x86_rules": "generic.x86_rules:X86Rules",
         "tir.x86_trace": "generic.x86_trace:X86Trace",
         "tir.x86_meta": "generic.x86_meta:X86Meta",
+        "tir.cuda": "generic.cuda_tir:CudaTir",
     },
 }
 """Op -> schedule name -> where its class lives; modules are imported on use."""

@@ -38,6 +38,8 @@ class Cell:
                 return np.full(arg.shape, 0x7FC0 if dtype.itemsize == 2 else 0x7F, dtype)
             if dtype.kind == "f":
                 return np.full(arg.shape, np.nan, dtype)
+            if dtype.kind == "b":  # neither of the two
+                return np.full(arg.shape, 0xFF, np.uint8).view(dtype)
             # unsigned: all bits 1, a NaN where they hold floats; 0 would be what padding must be
             limits = np.iinfo(dtype)
             return np.full(arg.shape, limits.min if dtype.kind == "i" else limits.max, dtype)

@@ -87,7 +87,7 @@ def lower_tir(func: Any, name: str, config: TirConfig, hardware: Hardware) -> Ke
     schedule = tvm.s_tir.Schedule(tvm.IRModule({"main": vector}))
     threads = config.parallel and hardware.threads > 1
     notes: list[str] = []
-    schedule = _inline(schedule, notes)
+    schedule = inlined(schedule, notes)
     blocks = block_facts(schedule)
     wide = threads and sum(f.work for f in blocks) >= PARALLEL_WORK
     chained = _attempt(
@@ -167,11 +167,11 @@ def _attempt(schedule: Any, what: str, notes: list[str], rule: Callable[[Any], b
 def inlined_by_rule(schedule: Any) -> list[str]:
     """Return the names of the blocks that are inlined, in order."""
     names: list[str] = []
-    _inline(schedule, [], names)
+    inlined(schedule, [], names)
     return names
 
 
-def _inline(schedule: Any, notes: list[str], names: list[str] | None = None) -> Any:
+def inlined(schedule: Any, notes: list[str], names: list[str] | None = None) -> Any:
     """Inline producers into their only consumer, or into all of them when they are cheap.
 
     ``names`` takes the names of those that were inlined.

@@ -1,6 +1,6 @@
-"""Lets the tests of schedules write ``from harness import check``."""
+"""Lets the tests of schedules write ``from harness import check``, ``from generic_cases import Case``."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "generic")]

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from cuda_functions import parsed
 from cuda_sample import CudaSwiglu
 from test_cuda_every import WORKLOADS
 
@@ -306,7 +307,7 @@ def test_no_schedule_of_another_machine_takes_a_gpu() -> None:
     names = [n for entries in SCHEDULES.values() for n in entries]
     asked = 0
     for text in texts:
-        workload = parse_workload(text)
+        workload = parsed(text)
         here = [get_schedule(n) for n in names if n.startswith(f"{workload.op}.")]
         for schedule in here:
             on_gpu = ".cuda" in schedule.name

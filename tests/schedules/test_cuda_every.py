@@ -8,10 +8,10 @@ from __future__ import annotations
 import time
 
 import pytest
+from cuda_functions import FUNCTIONS, parsed
 from harness import sample_config
 
 from mimo_compile.ir.hardware import CUDA
-from mimo_compile.ir.ops import parse_workload
 from mimo_compile.schedules import SCHEDULES, get_schedule
 from mimo_compile.schedules.cuda.nvcc import compile_device, find_tool
 from mimo_compile.schedules.cuda.sass import instructions
@@ -33,6 +33,7 @@ WORKLOADS: dict[str, tuple[str, ...]] = {
         "kv_append:t=1,h=32,kv=8,d=128,dv=128,cap=4096,rot=128,c=bf16",
         "kv_append:t=16,h=6,kv=2,d=80,dv=72,cap=300,rot=40,norm=1,c=bf16",
     ),
+    "tir": FUNCTIONS,
     "embed": ("embed:t=64,v=32000,d=4096,w=bf16", "embed:t=3,v=100,d=37"),
     "rms_norm": (
         "rms_norm:t=64,d=4096,residual=1",
@@ -75,7 +76,7 @@ NAMES = [
 def test_compiles(name: str, target: str, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # so that seconds are those of compiling
     schedule, hardware = get_schedule(name), CUDA[target]
-    workloads = [parse_workload(text) for text in WORKLOADS.get(schedule.op, ())]
+    workloads = [parsed(text) for text in WORKLOADS.get(schedule.op, ())]
     assert any(schedule.supports(w, h) for w in workloads for h in CUDA.values()), "add a workload"
     supported = [w for w in workloads if schedule.supports(w, hardware)]
     if not supported:

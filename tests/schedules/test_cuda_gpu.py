@@ -10,6 +10,7 @@ from __future__ import annotations
 import statistics
 
 import pytest
+from cuda_functions import parsed
 from harness import sample_config
 from test_cuda_attention import DECODE, EXACT, PREFILL, QUICK, check_exact, made
 from test_cuda_every import NAMES, WORKLOADS
@@ -52,7 +53,7 @@ CASES = [
 @pytest.mark.gpu
 @pytest.mark.parametrize(("name", "text"), CASES, ids=lambda value: str(value).partition(",")[0])
 def test_right_on_the_gpu_and_how_fast(name: str, text: str) -> None:
-    schedule, workload, hardware = get_schedule(name), parse_workload(text), local_cuda()
+    schedule, workload, hardware = get_schedule(name), parsed(text), local_cuda()
     if not schedule.supports(workload, hardware):
         pytest.skip(f"no kernel for {hardware.name}")
     default = schedule.space(workload, hardware).default
