@@ -23,7 +23,7 @@ import mimo_compile as mc
 from mimo_compile.runtime.batch import append_each
 
 CELLS = (
-    "w4g64a8", "w4g64a8kv16", "w4g64a8kvfp8", "w4g64a8kv8", "w4g64a8kv4", "w4g64a8kv2",
+    "w4g64a8", "w4g64a8kv16", "w4g64a8kvfp8", "w4g64a8kv8", "w4g64a8kv4", "w4g64a8kv2", "w4g64a8kv1",
     "w4g64a8kv16/quest:budget=64,page=16,dense=0", "w4g64a8kv16/moba:block=64,k=2",
     "w4g64a8kv16/resa:p=0.1", "w4g64a8kv16/lessismore:budget=64,correct=3",
     "w4g64a8kv16/stream:sink=4,recent=124",

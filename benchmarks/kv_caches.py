@@ -55,7 +55,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--heads", default="h=32,kv=8,d=128,dv=128")
     parser.add_argument("--cap", type=int, default=32768)
-    parser.add_argument("--formats", nargs="*", default=["bf16", "e4m3", "i8", "i4", "i2"])
+    parser.add_argument("--formats", nargs="*", default=["bf16", "e4m3", "i8", "i4", "i2", "i1"])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--pairs", type=int, default=9, help="measurements of each, alternating")
     args = parser.parse_args()

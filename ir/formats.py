@@ -69,7 +69,7 @@ _WEIGHT = re.compile(
     r"(?:w(?P<ternary>1\.58)(?P<dense>d)?|w(?P<bits>[1-8])(?P<zero>z)?|(?P<book>a?(?:nf|fp)[34])"
     r"|(?P<fp8>fp8b128)|(?P<complex>complex2(?:wl2?)?))" + _GROUP
 )
-_KV = r"kv(?P<kv>16|8|4|2|fp8)"
+_KV = r"kv(?P<kv>16|8|4|2|1|fp8)"
 _SCHEME = re.compile(
     r"(?P<weight>(?P<plain>bf16)|" + _WEIGHT.pattern + rf")(?:a(?P<act>{_ACT}))?"
     rf"(?:{_KV})?\Z"
@@ -295,8 +295,8 @@ def parse_scheme(text: str) -> QuantScheme:
         raise UsageError(
             f"unknown quantisation {text!r} (--quant)",
             remedy="use none, WEIGHT[aACT][kvKV], or aACT or kvKV alone, but for a16, with ACT = 16, bf16, "
-            "f16, 8, 8g32 to 8g256 and KV = 16, 8, 4 or 2, for example w8a8, w4g64a8, w1.58a8, w4g64abf16, "
-            "w4g64a8kv16; "
+            "f16, 8, 8g32 to 8g256 and KV = 16, fp8, 8, 4, 2 or 1, for example w8a8, w4g64a8, w1.58a8, "
+            "w4g64abf16, w4g64a8kv16; "
             "`mimo-compile targets --formats` lists what has kernels",
         )
     weight = WeightFormat("bf16", "float", 16) if match["plain"] else _from_match(match)

@@ -8,8 +8,8 @@ were appended must be finite: a kernel may multiply what one of several tokens d
 The sink is a phantom key with logit ``sink[h]`` and zero value: it only adds to the softmax denominator.
 
 Caches are float32, or (``c=bf16``) bfloat16, or (``c=e4m3``) 8-bit floats with a power of two for each row
-(`ir.float8`), whose values are exact operands of float32 arithmetic, or (``c=i8``, ``i4``, ``i2``) groups of
-few bits with a float32 tail: see `ir.kv_groups`. In torch these have an op of their own,
+(`ir.float8`), whose values are exact operands of float32 arithmetic, or (``c=i8``, ``i4``, ``i2``, ``i1``)
+groups of few bits with a float32 tail: see `ir.kv_groups`. In torch these have an op of their own,
 ``grouped_attention``, since a schema fixes the tensors that an op takes; both are workloads of
 `CachedAttention`.
 

@@ -7,9 +7,9 @@ with ``first`` that many leading positions have slots of their own, before a rin
 the rotated q.
 
 Rows are rounded to the caches' format (``c``), half to even; those of caches in groups (``c=i8``, ``i4``,
-``i2``) go into a float32 tail and are quantised when a group fills up: see `ir.kv_groups`. In torch these
-have an op of their own, ``kv_append_groups``, since a schema fixes the tensors that an op changes; both are
-workloads of `KvAppend`.
+``i2``, ``i1``) go into a float32 tail and are quantised when a group fills up: see `ir.kv_groups`. In torch
+these have an op of their own, ``kv_append_groups``, since a schema fixes the tensors that an op changes; both
+are workloads of `KvAppend`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from mimo_compile.errors import UsageError
-from mimo_compile.ir import float8, kv_groups
+from mimo_compile.ir import float8, kv_bounds, kv_groups
 from mimo_compile.ir.caches import (
     SCALED,
     check_cache_format,
@@ -292,7 +292,7 @@ class KvAppend(OpDef):
 
         The reference is not rounded: a float32 product next to a tie may round to either neighbour, and each
         lies within half a step of it. Codes and scales of a group may be those of any rows within a few
-        roundings (`kv_groups.allowed`).
+        roundings (`kv_bounds.allowed`).
         """
         p = self.full(workload)
         biggest = float(np.abs(inputs["qkv"]).max()) * (
@@ -304,7 +304,7 @@ class KvAppend(OpDef):
         out: dict[str, Array] = {"q": np.full(expected["q"].shape, 2 * tol)}
         if fmt := kv_groups.grouped(p):
             start, valid = (int(n) for n in inputs["pos"])
-            return out | kv_groups.allowed(expected, start, valid, 2 * tol, fmt)
+            return out | kv_bounds.allowed(expected, start, valid, 2 * tol, fmt)
         stored = single_format(p["c"])
         for name in ("k_cache", "v_cache"):
             same = expected[name] == stored.decode(inputs[name])

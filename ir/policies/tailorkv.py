@@ -17,7 +17,7 @@ from mimo_compile.ir.policies.base import (
     arg,
 )
 
-BITS = (2, 4, 8)
+BITS = (1, 2, 4, 8)
 """Bits of caches that layers may be quantised to."""
 
 

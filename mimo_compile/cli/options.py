@@ -87,7 +87,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         default="none",
         metavar="Q",
         help="none (default) or WEIGHT[aACT][kvKV], e.g. w8a8, w4g64a8, w4g64abf16, w4g64a8kv16; abf16 or a8 "
-        "alone keep weights (see `targets --formats`); KV caches: kv16 (bfloat16), kvfp8, kv8, kv4, kv2",
+        "alone keep weights (see `targets --formats`); KV caches: kv16 (bfloat16), kvfp8, kv8, kv4, kv2, kv1",
     )
     parser.add_argument(
         "--attention",

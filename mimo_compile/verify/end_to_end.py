@@ -66,7 +66,8 @@ def logits_bound(manifest: Manifest) -> LogitsBound:
     a key or value of a bfloat16 cache, whose kernels may round queries and weights too. Where those over
     codes round, the eager model does as well (see `rounding`), but numbers next to a tie may go the other
     way. Int8 activations: a sum that is off by one rounding may fall on the other side of a code's boundary;
-    a step is 1/127 of the row's largest value. In a cache of 2 bits that is a third of a code's range.
+    a step is 1/127 of the row's largest value. In a cache of 2 bits that is a third of a code's range, in one
+    of 1 bit twice the mean distance from the mean: of normal numbers both are 1.6 standard deviations.
 
     Experts are those of the compiled model where its routers are within the bound (`routing`); a row whose
     router is not may get others, and then differs altogether. Layers that choose what they attend to may
@@ -77,7 +78,7 @@ def logits_bound(manifest: Manifest) -> LogitsBound:
     act = parse_act_format(f"a{scheme.act}")
     layers = manifest.decoder.layers if manifest.decoder is not None else ()
     if act.is_int8:
-        coarse = scheme.kv == "2" or any(layer.format == "i2" for layer in layers)
+        coarse = scheme.kv in ("1", "2") or any(layer.format in ("i1", "i2") for layer in layers)
         return LogitsBound(1e-1 if coarse else 5e-2, math.inf)
     codes = any(layer.format in GROUPED for layer in layers)
     if scheme.kv or codes or act.kind == "bf16":

@@ -18,7 +18,6 @@ from mimo_compile.schedules.attention import int8_dot
 from mimo_compile.schedules.attention.group_layout import BLOCKS
 from mimo_compile.schedules.attention.group_reach import GROUP, GroupReach
 from mimo_compile.schedules.attention.group_tile import GroupTile, line
-from mimo_compile.schedules.attention.layout import round_up
 from mimo_compile.schedules.attention.reach import Tiling
 from mimo_compile.schedules.emit.build import Register, T, bind, load, loop, store, workspace
 from mimo_compile.schedules.emit.unpack import field
@@ -94,7 +93,6 @@ class Integers(GroupTile):
         self, s: Tiling, fmt: GroupedFormat, k: Any, v: Any, head: Any, lead: Any = None
     ) -> None:
         super().__init__(s, fmt, k, v, head, lead)
-        self.wide = round_up(int(s.p["d"]))
         self.terms = fmt.query_terms
         self.q = workspace((s.height, self.wide), "float32")
         self.scratch = workspace((max(self.wide, GROUP),), "float32")

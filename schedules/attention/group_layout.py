@@ -35,6 +35,12 @@ def elements(fmt: GroupedFormat) -> int:
     return 32 // fmt.bits
 
 
+def key_channels(d: int, fmt: GroupedFormat) -> int:
+    """Return the channels of a key rounded up to whole vectors and whole lanes of codes."""
+    unit = max(LANES, elements(fmt))
+    return -(-d // unit) * unit
+
+
 def _up(n: int) -> int:
     return -(-n // LANES) * LANES
 

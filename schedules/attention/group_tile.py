@@ -13,7 +13,7 @@ from typing import Any
 
 from mimo_compile.ir.kv_groups import GroupedFormat
 from mimo_compile.schedules.attention.flash import Tile
-from mimo_compile.schedules.attention.group_layout import BLOCKS, elements
+from mimo_compile.schedules.attention.group_layout import BLOCKS, elements, key_channels
 from mimo_compile.schedules.attention.group_reach import GROUP, GroupReach
 from mimo_compile.schedules.attention.layout import round_up
 from mimo_compile.schedules.attention.reach import Tiling, fixed
@@ -47,13 +47,20 @@ class GroupTile(Tile):
         self.v_codes, self.v_scale, v_tail = v
         super().__init__(s, k_tail, v_tail, head, lead)
         self.fmt, self.per, d = fmt, elements(fmt), int(s.p["d"])
-        self.words = -(-d // self.per)
+        self.words, self.wide = -(-d // self.per), key_channels(d, fmt)
         self.ask = self.streams
         self.streams = False
         self.value_groups = fmt.value_groups(s.p["dv"])
         self.middle = float((fmt.levels + 1) // 2)
-        self.k_params = workspace((2, round_up(d)), "float32")
+        self.k_params = workspace((2, self.wide), "float32")
         self.v_params = workspace((2, self.value_groups, GROUP), "float32")
+
+    def begin(self, q: Any, first: Any, scale: float) -> None:
+        """Load the queries as `Tile.begin` does; scales that lanes of codes have beyond a key are zero."""
+        super().begin(q, first, scale)
+        for at in range(round_up(int(self.s.p["d"])), self.wide, LANES):
+            for half in (0, 1):
+                store(self.k_params, splat(0.0), half, at, lanes=LANES)
 
     def run(self, reach: Any, first: Any, begin: Any, end: Any) -> None:
         """Pass over the steps ``begin .. end-1``."""

@@ -5,6 +5,8 @@ One task is a KV head with its query heads, over all tokens of all sequences, as
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from functools import reduce
 from typing import Any
 
 from mimo_compile.ir.hardware import Hardware
@@ -16,6 +18,7 @@ from mimo_compile.schedules.attention.append_task import Task, magnitude, over
 from mimo_compile.schedules.attention.group_layout import BLOCKS, elements
 from mimo_compile.schedules.attention.layout import kernel_args, round_up
 from mimo_compile.schedules.attention.reach import fixed
+from mimo_compile.schedules.attention.score_common import across, add, reduced
 from mimo_compile.schedules.attention.sequences import parts_of, turns
 from mimo_compile.schedules.attention.x86_append import X86Append
 from mimo_compile.schedules.emit.build import (
@@ -59,58 +62,46 @@ class GroupTask(Task):
     def pack_keys(self, group: Any, block: Any) -> None:
         """Quantise a group's keys, which stand in the tail from ``block`` on, channel by channel."""
         d, h, tail = self.p["d"], self.head, self.args["k_tail"]
+        zeros, factors = (workspace((self.per,), "float32") for _ in range(2))
+        rest = d % self.per
         with loop(-(-d // self.per)) as w:
-            words = [Register("int32", LANES, splat(T.int32(0))) for _ in range(BLOCKS)]
 
-            def channel(place: int, w: Any = w, words: list[Register] = words) -> None:
+            def rows_of(place: Any, w: Any = w) -> list[Any]:
                 c = w * self.per + place
-                rows = [bind(load(tail, h, block + u, c, 0, lanes=LANES)) for u in range(BLOCKS)]
-                low, high = rows[0], rows[0]
-                for row in rows[1:]:
-                    low, high = T.min(low, row), T.max(high, row)
-                size = magnitude(rows[0])
-                for row in rows[1:]:
-                    size = T.max(size, magnitude(row))
-                zero, by = self._parameters(low, high, size, "k_scale", (h, group), (c,))
-                for u, row in enumerate(rows):
-                    words[u].set(T.bitwise_or(words[u].get(), self._code(row, zero, by, place)))
+                return [bind(load(tail, h, block + u, c, 0, lanes=LANES)) for u in range(BLOCKS)]
 
+            def real(place: Any, w: Any = w) -> AbstractContextManager[None]:
+                whole = not rest or (isinstance(place, int) and place < rest)
+                return nullcontext() if whole else when(w * self.per + place < d)
+
+            with loop(self.per) as place, real(place):
+                at = (bind(w * self.per + place),)
+                zero, by = self._parameters(rows_of(place), [LANES] * BLOCKS, "k_scale", group, at)
+                store(zeros, zero, place)
+                store(factors, by, place)
+            words = [Register("int32", LANES, splat(T.int32(0))) for _ in range(BLOCKS)]
             for place in range(self.per):
-                if d % self.per <= place and d % self.per:
-                    with when(w * self.per + place < d):
-                        channel(place)
-                else:
-                    channel(place)
+                with real(place):
+                    for word, row in zip(words, rows_of(place), strict=True):
+                        code = self._code(row, zeros[place], factors[place], place)
+                        word.set(T.bitwise_or(word.get(), code))
             for u, word in enumerate(words):
                 self._store_line(word.get(), self.args["k_cache"], h, group, u, w)
 
     def pack_values(self, group: Any, slot: Any) -> None:
         """Quantise a group's values, which stand in the tail from ``slot`` on, token by token."""
-        p, h, fmt, tail = self.p, self.head, self.fmt, self.args["v_tail"]
-        columns, wide = round_up(p["dv"]) // LANES, fmt.columns // LANES
+        dv, h, fmt, tail = self.p["dv"], self.head, self.fmt, self.args["v_tail"]
+        columns, wide = round_up(dv) // LANES, fmt.columns // LANES
         bias = 128 if fmt.bits == 8 else 0
         zeros, factors = (workspace((self.per,), "float32") for _ in range(2))
-        for g in range(fmt.value_groups(p["dv"])):
+        for g in range(fmt.value_groups(dv)):
             own = range(g * wide, min((g + 1) * wide, columns))
+            live = [min(LANES, dv - c * LANES) for c in own]
             with loop(fmt.group // self.per) as run:
                 with loop(self.per) as place:
                     token = bind(run * self.per + place)
-                    low, high = (
-                        Register("float32", LANES, splat(x)) for x in (F32_MOST, -F32_MOST)
-                    )
-                    size = Register("int32", LANES, splat(T.int32(0)))
-                    for c in own:
-                        value = bind(load(tail, h, slot + token, c * LANES, lanes=LANES))
-                        here = T.ramp(T.int32(c * LANES), 1, LANES) < splat(T.int32(p["dv"]))
-                        whole = (c + 1) * LANES <= p["dv"]
-                        for register, pick, x in (
-                            (low, T.min, value), (high, T.max, value), (size, T.max, magnitude(value)),
-                        ):  # fmt: skip
-                            new = pick(register.get(), x)
-                            register.set(new if whole else T.Select(here, new, register.get()))
-                    zero, by = self._parameters(
-                        low.get(), high.get(), size.get(), "v_scale", (h, group), (g, token)
-                    )
+                    rows = [bind(load(tail, h, slot + token, c * LANES, lanes=LANES)) for c in own]
+                    zero, by = self._parameters(rows, live, "v_scale", group, (g, token))
                     store(zeros, zero, place)
                     store(factors, by, place)
                 for c in own:
@@ -122,26 +113,26 @@ class GroupTask(Task):
                     self._store_line(word.get(), self.args["v_cache"], h, group, c, run)
 
     def _parameters(
-        self, low: Any, high: Any, size: Any, name: str, outer: tuple[Any, ...], at: tuple[Any, ...]
+        self, rows: list[Any], live: list[int], name: str, group: Any, at: tuple[Any, ...]
     ) -> tuple[Any, Any]:
-        """Store scale and zero point of what lies between lanes; return the zero and one over the scale.
+        """Store scale and zero point of what lies in some vectors; return the zero and one over the scale.
 
-        ``size`` are magnitudes of the same numbers (`magnitude`): comparisons of floats pass over a NaN.
-        Codes of a group whose parameters are NaN come out as zero, since a maximum with NaN is the other one.
+        ``live`` says how many lanes of each count. Codes of a group whose parameters are NaN come out as
+        zero, since a maximum with NaN is the other one.
         """
-        least = T.call_llvm_pure_intrin("float32", "llvm.vector.reduce.fmin", low)
-        most = T.call_llvm_pure_intrin("float32", "llvm.vector.reduce.fmax", high)
+        least, most = (_around_mean if self.fmt.bits == 1 else _extremes)(rows, live)
         limit = T.float32(F16_MOST)
-        least, most = fixed(least, "float32"), fixed(most, "float32")
-        largest = fixed(T.call_llvm_pure_intrin("int32", "llvm.vector.reduce.smax", size))
+        # magnitudes: comparisons of floats pass over a NaN
+        sizes = [_kept(magnitude(x), n, T.int32(0)) for x, n in zip(rows, live, strict=True)]
+        largest = fixed(reduced("smax", reduce(T.max, sizes)))
         lost, nan = largest >= T.int32(INFINITE), T.reinterpret("float32", T.int32(NAN))
         zero = T.max(T.min(least, limit), T.float32(-F16_MOST))
         zero = fixed(T.cast(T.if_then_else(lost, nan, zero), "float16"), "float16")
         real = fixed(T.cast(zero, "float32"), "float32")
         step = T.min(T.max((most - real) / T.float32(self.fmt.levels), T.float32(0)), limit)
         scale = fixed(T.cast(T.if_then_else(lost, nan, step), "float16"), "float16")
-        store(self.args[name], scale, *outer, 0, *at)
-        store(self.args[name], zero, *outer, 1, *at)
+        store(self.args[name], scale, self.head, group, 0, *at)
+        store(self.args[name], zero, self.head, group, 1, *at)
         wide = fixed(T.cast(scale, "float32"), "float32")
         some = wide > T.float32(0)
         return real, fixed(T.if_then_else(some, T.float32(1) / wide, T.float32(0)), "float32")
@@ -161,6 +152,36 @@ class GroupTask(Task):
         store(buffer, T.reinterpret(vector_type("uint8", lanes), words), *index, 0, lanes=lanes)
 
 
+def _kept(value: Any, count: int, other: Any) -> Any:
+    """Return 16 numbers of which the first ``count`` stay and ``other`` stands for the rest."""
+    if count == LANES:
+        return value
+    return T.Select(T.ramp(T.int32(0), 1, LANES) < splat(T.int32(count)), value, splat(other))
+
+
+def _extremes(rows: list[Any], live: list[int]) -> tuple[Any, Any]:
+    """Return the smallest and the largest number of the lanes that count."""
+    found = []
+    for kind, pick, other in (("fmin", T.min, F32_MOST), ("fmax", T.max, -F32_MOST)):
+        kept = [_kept(x, n, T.float32(other)) for x, n in zip(rows, live, strict=True)]
+        found.append(fixed(reduced(kind, reduce(pick, kept), "float32"), "float32"))
+    return found[0], found[1]
+
+
+def _around_mean(rows: list[Any], live: list[int]) -> tuple[Any, Any]:
+    """Return the mean of the lanes that count less, and plus, their mean distance from it."""
+    most, count = splat(F16_MOST), T.float32(float(sum(live)))
+    near = [bind(T.max(T.min(row, most), splat(-F16_MOST))) for row in rows]
+
+    def mean(parts: list[Any]) -> Any:
+        kept = [_kept(x, n, T.float32(0)) for x, n in zip(parts, live, strict=True)]
+        return fixed(across(add, reduce(add, kept)) / count, "float32")
+
+    middle = mean(near)
+    away = mean([T.abs(x - splat(middle)) for x in near])
+    return fixed(middle - away, "float32"), fixed(middle + away, "float32")
+
+
 F32_MOST = 3.4028234663852886e38
 INFINITE, NAN = 0x7F800000, 0x7FC00000
 """Bits of float32 infinity, and of a NaN."""
@@ -170,7 +191,7 @@ class X86AppendGroups(X86Append):
     """One KV head per task."""
 
     name = "kv_append.x86_groups"
-    version = 2
+    version = 3
 
     def supports(self, workload: Workload, hardware: Hardware) -> bool:
         """Every workload of the op with caches in groups, on any x86-64."""

@@ -17,10 +17,10 @@ from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.attention import int8_dot
 from mimo_compile.schedules.attention.group_integers import Madd, Vnni
-from mimo_compile.schedules.attention.group_layout import elements
+from mimo_compile.schedules.attention.group_layout import elements, key_channels
 from mimo_compile.schedules.attention.group_reach import GROUP, GroupReach, group_steps
 from mimo_compile.schedules.attention.group_tile import GroupTile, Real
-from mimo_compile.schedules.attention.layout import kernel_args, round_up
+from mimo_compile.schedules.attention.layout import kernel_args
 from mimo_compile.schedules.attention.phases import Turn, emit
 from mimo_compile.schedules.attention.reach import Tiling
 from mimo_compile.schedules.attention.work import spread
@@ -190,7 +190,8 @@ def groups_work(
     else:
         ops["dot_i8"] = heads * height * codes * (fmt.query_terms * packed_d + width)
         # scales folded into queries, once in a group, and into weights
-        folded = heads * height * codes * (round_up(p["d"]) / GROUP + fmt.value_groups(p["dv"]))
+        wide = key_channels(p["d"], fmt)
+        folded = heads * height * codes * (wide / GROUP + fmt.value_groups(p["dv"]))
         ops["fma_f32"] += 3.0 * folded
         # codes of fewer than 8 bits are moved and masked; integers are split into bytes
         ops["int_op"] = 6.0 * folded + (0.5 * row_tiles * numbers if fmt.bits < 8 else 0.0)

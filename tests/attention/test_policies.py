@@ -71,7 +71,7 @@ def test_every_name_has_a_policy_whose_text_comes_back() -> None:
         ("stream:recent=3000000000", "above"), ("stream:sink=3000000000", "above"),
         ("moba:block=3000000000", "above"), ("stream:rolling=5", "rolling=5 is above 1"),
         ("tailorkv:budget=60", "below sink \\+ recent = 64"),
-        ("tailorkv:bits=1", "bits=1 is none of 2, 4, 8"),
+        ("tailorkv:bits=3", "bits=3 is none of 1, 2, 4, 8"),
         ("tailorkv:classes=c.json,quantised=2", "quantised=2 does nothing beside classes=c.json"),
         ("sale:sink=40", "multiples of bk=32"), ("nsa:stride=12", "stride=12"),
     ],

@@ -98,7 +98,7 @@ def test_caches_in_groups_compiled_are_eager(saved, tmp_path):
 @pytest.mark.slow
 @pytest.mark.compile
 @pytest.mark.parametrize("case", ["llama-linear-mha", "mimo_v2_flash", "qwen3"])
-@pytest.mark.parametrize("quant", ["kv8", "w4g32a8kv4", "bf16abf16kv2"])
+@pytest.mark.parametrize("quant", ["kv8", "w4g32a8kv4", "bf16abf16kv2", "kv1"])
 def test_every_scheme_of_groups(saved, tmp_path, case, quant):
     prove(saved, tmp_path, case, quant, f"i{quant[-1]}")
 
