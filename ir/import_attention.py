@@ -99,10 +99,10 @@ class ListConverters:
                 remedy="use lay=rows in the whole layer",
             )
         k_cache, pos, copy, peak, span = imp.retrieve_args(node)
-        (cap, kv, d), t = extents(k_cache), self.appended[k_cache]
+        (cap, kv, d), t = extents(k_cache)[-3:], self.appended[k_cache]
         done = self.call(
             imp, "index_keys", [pos, k_cache, copy, peak], [([1], "int32")], t=t, kv=kv, d=d, cap=cap,
-            span=span, c=self.cache_format(k_cache, copy),
+            span=span, c=self.cache_format(k_cache, copy), b=sequences(pos),
         )  # fmt: skip
         self.effects.append(done)
 

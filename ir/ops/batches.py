@@ -47,10 +47,6 @@ def check_batch(op: str, p: Mapping[str, Any]) -> None:
         raise UsageError(
             f"{op}: b={p['b']} is for caches without pages", remedy="leave out page, or b"
         )
-    if p.get("kind") == "channels":
-        raise UsageError(
-            f"{op}: b={p['b']} is not for kind=channels", remedy="leave out b, or score by logits"
-        )
 
 
 def batched(args: Sequence[Arg], b: int) -> tuple[Arg, ...]:

@@ -7,7 +7,8 @@ is one line of memory, and for each ``span`` positions the greatest magnitude of
 and spans that hold one of them and are complete get their peaks from the cache. All else keeps its values, so
 that whoever goes back and writes positions again finds what those before them left.
 
-`score_keys` with ``kind=channels`` reads both.
+`score_keys` with ``kind=channels`` reads both. With ``b`` sequences each has keys and an index of its own:
+see `batches`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor
 from mimo_compile.errors import UsageError
 from mimo_compile.ir.caches import parse_cache_format
 from mimo_compile.ir.counts import Counts
+from mimo_compile.ir.ops import batches
 from mimo_compile.ir.ops.base import Arg, Array, OpDef, Param
 from mimo_compile.ir.ops.block_lists import blocks_of
 from mimo_compile.ir.ops.describe_blocks import touched
@@ -38,11 +40,17 @@ def index_keys(k_cache: Tensor, pos: Tensor, k_copy: Tensor, peak: Tensor, span:
         k_copy: ``[cap, KV, D]`` of the same type, written in place.
         peak: ``[ceil(cap / span), KV, D]`` of the same type, written in place.
         span: Positions of an entry of peaks.
+
+    Of B sequences: arrays ``[B, ...]``, ``pos [B, 2]``.
     """
-    start, end = int(pos[0]), int(pos[0]) + int(pos[1])
-    k_copy[start:end] = k_cache[start:end]
-    for e in touched(pos, peak.shape[0], span, span, whole=True):
-        peak[e] = k_cache[e * span : e * span + span].abs().amax(0)
+
+    def one(at: Tensor, keys: Tensor, copy: Tensor, peaks: Tensor) -> None:
+        start, end = int(at[0]), int(at[0]) + int(at[1])
+        copy[start:end] = keys[start:end]
+        for e in touched(at, peaks.shape[0], span, span, whole=True):
+            peaks[e] = keys[e * span : e * span + span].abs().amax(0)
+
+    batches.several(one, pos, (), (k_cache, k_copy, peak))
 
 
 @index_keys.register_fake
@@ -61,11 +69,13 @@ class IndexKeys(OpDef):
         Param("cap", int, low=1),
         Param("span", int, low=1),
         Param("c", str, "f32"),
+        Param("b", int, 1, low=1),
     )
 
     def check(self, p: Mapping[str, Any]) -> None:
         """Refuse formats without single numbers, and more tokens than slots."""
         parse_cache_format(p["c"])
+        batches.check_batch(self.name, p)
         if p["t"] > p["cap"]:
             raise UsageError(f"index_keys: t={p['t']} tokens do not fit cap={p['cap']} slots")
 
@@ -74,25 +84,37 @@ class IndexKeys(OpDef):
         p = self.full(workload)
         shape, stored = (p["cap"], p["kv"], p["d"]), parse_cache_format(p["c"]).dtype
         spans = blocks_of(p["cap"], p["span"])
-        return (
+        one = (
             Arg("pos", "input", (2,), "int32"),
             Arg("k_cache", "state", shape, stored),
             Arg("k_copy", "state", shape, stored, mutated=True),
             Arg("peak", "state", (spans, *shape[1:]), stored, mutated=True),
         )
+        return batches.batched(one, p["b"])
 
     def make_inputs(self, workload: Workload, rng: np.random.Generator) -> dict[str, Array]:
         """Draw keys up to the newest token, NaN in later slots, and another index.
 
         In half of the draws the newest tokens end where a span does, if one fits before: else spans of
-        many positions would be completed seldom.
+        many positions would be completed seldom. Of a batch see `batches.at_ends`.
         """
+        p = self.full(workload)
+        if p["b"] == 1:
+            return self._drawn(workload, rng, whole=bool(rng.integers(2)))
+        one, ends = batches.alone(workload), batches.at_ends(p["b"], rng)
+        return batches.join(self, workload, [self._drawn(one, rng, whole=end) for end in ends])
+
+    def _drawn(
+        self, workload: Workload, rng: np.random.Generator, *, whole: bool
+    ) -> dict[str, Array]:
+        """Draw inputs of one sequence; ``whole``: whose newest token ends a span, if one fits."""
         p = self.full(workload)
         fmt = parse_cache_format(p["c"])
         _, cache, _, peak = self.args(workload)
         end = int(rng.integers(p["t"], p["cap"] + 1))
-        if rng.integers(2):
-            end = max(end // p["span"] * p["span"], p["t"])
+        if whole:
+            least = -(-p["t"] // p["span"]) * p["span"]
+            end = max(end // p["span"] * p["span"], least if least <= p["cap"] else p["t"])
         keys = rng.standard_normal(cache.shape, dtype=np.float32)
         keys[end:] = np.nan
         copy, peaks = (
@@ -103,6 +125,7 @@ class IndexKeys(OpDef):
         pos = np.array([end - p["t"], p["t"]], np.int32)
         return {"pos": pos, **{name: fmt.encode(array) for name, array in arrays.items()}}
 
+    @batches.one_by_one
     def reference(self, workload: Workload, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Return the whole index in float64."""
         p = self.full(workload)
@@ -122,6 +145,6 @@ class IndexKeys(OpDef):
     def counts(self, workload: Workload) -> Counts:
         """New keys are read and written once; those of a span once more when it is complete."""
         p = self.full(workload)
-        numbers, size = float(p["t"] * p["kv"] * p["d"]), parse_cache_format(p["c"]).bytes
-        moved = size * numbers * (3 + 1 / p["span"]) + 8.0
+        numbers = float(p["b"] * p["t"] * p["kv"] * p["d"])
+        moved = parse_cache_format(p["c"]).bytes * numbers * (3 + 1 / p["span"]) + 8.0 * p["b"]
         return Counts({"int_op": numbers, "add_f32": numbers}, {"dram": moved})

@@ -152,13 +152,16 @@ def score_keys(
     Returns:
         ``[T, HS, ceil(cap / block)]``; HS is H with ``agg=none``, else KV.
 
-    Of B sequences, but for `channels`: ``q [B * T, H, D]``, ``k_cache [B, cap, KV, D]``, ``pos [B, 2]``.
+    Of B sequences: ``q [B * T, H, D]``, ``k_cache [B, cap, KV, D]``, ``pos [B, 2]``, ``peak [B, ...]``.
     """
 
-    def one(at: Tensor, mine: Tensor, chooser: Tensor | None, keys: Tensor) -> Tensor:
-        return key_scores(mine, keys, at, peak, chooser, kind, agg, block, channels, scale, span)
+    def one(
+        at: Tensor, mine: Tensor, chooser: Tensor | None, keys: Tensor, most: Tensor | None = None
+    ) -> Tensor:
+        return key_scores(mine, keys, at, most, chooser, kind, agg, block, channels, scale, span)
 
-    return torch.cat(batches.several(one, pos, (q, guess), (k_cache,)))
+    states = (k_cache,) if peak is None else (k_cache, peak)
+    return torch.cat(batches.several(one, pos, (q, guess), states))
 
 
 @score_keys.register_fake

@@ -2,6 +2,8 @@
 
 Float32 keys ``k16.c``: ``[KV, ceil(cap/16), D, 16]``; 16-bit ones ``k32.c``: ``[KV, ceil(cap/32), D, 32]``. A
 line of memory, 64 bytes, holds one channel of neighbouring slots, so that a few channels are a few lines.
+
+Peaks of spans stay in order, ``[E, KV, D]``. Those of a batch follow one another, as all states do.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from mimo_compile.ir.caches import parse_cache_format
-from mimo_compile.ir.ops.base import Array
+from mimo_compile.ir.ops.base import Arg, Array
 
 
 def slots_of(c: str) -> int:
@@ -26,9 +28,15 @@ def name(c: str) -> str:
 
 
 def shape(p: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return the packed shape for an op's ``cap``, ``kv``, ``d`` and ``c``."""
+    """Return the packed shape for an op's ``cap``, ``kv``, ``d``, ``c``, and ``b`` if any."""
     slots = slots_of(p["c"])
-    return (p["kv"], -(-p["cap"] // slots), p["d"], slots)
+    return (p["kv"] * p.get("b", 1), -(-p["cap"] // slots), p["d"], slots)
+
+
+def peaks(arg: Arg, b: int, stored: str) -> Arg:
+    """Return the argument of peaks of ``b`` sequences as kernels take it."""
+    shape = arg.shape if b == 1 else (b * arg.shape[1], *arg.shape[2:])
+    return Arg(arg.name, arg.role, shape, stored, arg.mutated)
 
 
 def pack(p: Mapping[str, Any], array: Array) -> Array:

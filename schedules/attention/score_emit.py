@@ -177,13 +177,13 @@ def emit(
     with turns(b, groups * splits, parallel=parallel) as (sequence, task):
         where = place_of(pos, sequence)
         span = (fixed(where[0]), fixed(where[1]))
-        queries, guesses, keys, scores = (
-            part_of(buffer, sequence, b) for buffer in (q, guess, k, score)
+        queries, guesses, peaks, keys, scores = (
+            part_of(buffer, sequence, b) for buffer in (q, guess, peak, k, score)
         )
         group, part = T.floordiv(task, T.int32(splits)), T.floormod(task, T.int32(splits))
         head = fixed(T.floordiv(group, T.int32(s.tiles)))
         first = fixed(T.floormod(group, T.int32(s.tiles)) * s.tile)
-        tile = _tile(s, keys, span, head, first, scale, queries, guesses, peak)
+        tile = _tile(s, keys, span, head, first, scale, queries, guesses, peaks)
         held, at = shared, (_of(sequence, groups, group), _of(sequence, groups * splits, task))
         if oracle and held is None:
             held, at = Held(s, 1, 1), (0, 0)

@@ -1,7 +1,7 @@
 """The index of keys by channels on x86: each number of a new key goes to the lane of its slot.
 
-A task is a KV head with all new tokens: neighbouring ones share the lines of the copy. Peaks of a span are
-those of its keys as the cache holds them, channel by channel in the lanes.
+A task is a KV head of a sequence with all new tokens: neighbouring ones share the lines of the copy. Peaks of
+a span are those of its keys as the cache holds them, channel by channel in the lanes.
 """
 
 from __future__ import annotations
@@ -21,6 +21,13 @@ from mimo_compile.schedules.attention import channel_layout, rows_layout
 from mimo_compile.schedules.attention.half import upper_half
 from mimo_compile.schedules.attention.reach import fixed
 from mimo_compile.schedules.attention.score_common import over, single
+from mimo_compile.schedules.attention.sequences import (
+    pack_each,
+    part_of,
+    place_of,
+    turns,
+    unpack_each,
+)
 from mimo_compile.schedules.base import Kernel, Schedule, Space
 from mimo_compile.schedules.elementwise.rows import PARALLEL_BYTES
 from mimo_compile.schedules.emit.build import Register, T, function, loop, store
@@ -41,6 +48,7 @@ class X86IndexKeys(Schedule):
 
     name = "index_keys.x86"
     op = "index_keys"
+    version = 2
     config = IndexKeysConfig
 
     def supports(self, workload: Workload, hardware: Hardware) -> bool:
@@ -49,7 +57,8 @@ class X86IndexKeys(Schedule):
 
     def space(self, workload: Workload, hardware: Hardware) -> Space:
         """Threads or not."""
-        may = get_op(self.op).full(workload)["kv"] > 1 and hardware.threads > 1
+        p = get_op(self.op).full(workload)
+        may = p["b"] * p["kv"] > 1 and hardware.threads > 1
         traffic = get_op(self.op).counts(workload).bytes["dram"]
         default = IndexKeysConfig(may and traffic >= PARALLEL_BYTES)
         return Space(IndexKeysConfig, {"parallel": (False, True) if may else (False,)}, default)
@@ -62,16 +71,19 @@ class X86IndexKeys(Schedule):
         shapes = {
             "k_cache": rows_layout.row_shapes(p)["k_cache"], "k_copy": channel_layout.shape(p),
         }  # fmt: skip
-        args = tuple(
-            Arg(a.name, a.role, shapes.get(a.name, a.shape), fmt.stored, a.mutated)
-            if a.role == "state"
-            else a
-            for a in get_op(self.op).args(workload)
-        )
+        pos, *states = get_op(self.op).args(workload)
+        args = (pos, *(
+            Arg(a.name, a.role, shapes[a.name], fmt.stored, a.mutated)
+            if a.name in shapes
+            else channel_layout.peaks(a, p["b"], fmt.stored)
+            for a in states
+        ))  # fmt: skip
 
-        def body(pos: Any, k: Any, copy: Any, peak: Any) -> None:
-            start, valid = fixed(pos[0]), fixed(T.min(pos[1], T.int32(p["t"])))
-            with loop(p["kv"], parallel=config.parallel) as head:
+        def body(pos: Any, *states: Any) -> None:
+            with turns(p["b"], p["kv"], parallel=config.parallel) as (sequence, head):
+                where = place_of(pos, sequence)
+                start, valid = fixed(where[0]), fixed(T.min(where[1], T.int32(p["t"])))
+                k, copy, peak = (part_of(buffer, sequence, p["b"]) for buffer in states)
                 _copy(p, k, copy, head, start, valid)
                 _peaks(p, fmt.bits, k, peak, head, start, valid)
 
@@ -80,10 +92,10 @@ class X86IndexKeys(Schedule):
     def work(self, workload: Workload, config: IndexKeysConfig, hardware: Hardware) -> Counts:
         """Return what the op cannot avoid."""
         p, need = get_op(self.op).full(workload), get_op(self.op).counts(workload)
-        threads = hardware.threads if config.parallel else 1
+        threads, tasks = hardware.threads if config.parallel else 1, p["b"] * p["kv"]
         return work(
             dict(need.ops), [Stream(need.bytes["dram"])], hardware,
-            tasks=p["kv"] if threads > 1 else 1, share=busiest(p["kv"], threads), useful=1.0,
+            tasks=tasks if threads > 1 else 1, share=busiest(tasks, threads), useful=1.0,
             tile=Tile(1, 1, 64.0 * p["d"]),
         )  # fmt: skip
 
@@ -96,7 +108,11 @@ class X86IndexKeys(Schedule):
         self, workload: Workload, config: IndexKeysConfig, arrays: Mapping[str, Array]
     ) -> dict[str, Array]:
         """Lay out cache and copy; peaks stay as they are."""
-        p, out = get_op(self.op).full(workload), dict(arrays)
+        return pack_each(workload, arrays, self._pack)
+
+    @staticmethod
+    def _pack(workload: Workload, arrays: Mapping[str, Array]) -> dict[str, Array]:
+        p, out = get_op(workload.op).full(workload), dict(arrays)
         if "k_cache" in out:
             out["k_cache"] = rows_layout.pack_rows(p, "k_cache", out["k_cache"])
         if "k_copy" in out:
@@ -107,7 +123,11 @@ class X86IndexKeys(Schedule):
         self, workload: Workload, config: IndexKeysConfig, arrays: Mapping[str, Array]
     ) -> dict[str, Array]:
         """Return all in order."""
-        p, out = get_op(self.op).full(workload), dict(arrays)
+        return unpack_each(workload, arrays, self._unpack)
+
+    @staticmethod
+    def _unpack(workload: Workload, arrays: Mapping[str, Array]) -> dict[str, Array]:
+        p, out = get_op(workload.op).full(workload), dict(arrays)
         if "k_cache" in out:
             out["k_cache"] = rows_layout.unpack_rows(p, "k_cache", out["k_cache"])
         if "k_copy" in out:

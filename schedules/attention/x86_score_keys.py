@@ -12,9 +12,9 @@ from typing import Any
 from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.ops import batches, get_op
-from mimo_compile.ir.ops.base import Arg, Array
+from mimo_compile.ir.ops.base import Array
 from mimo_compile.ir.workload import Workload
-from mimo_compile.schedules.attention import layout
+from mimo_compile.schedules.attention import channel_layout, layout
 from mimo_compile.schedules.attention.score_emit import emit
 from mimo_compile.schedules.attention.score_rows import by_lines
 from mimo_compile.schedules.attention.score_slots import Slots
@@ -100,7 +100,9 @@ class X86ScoreKeys(Schedule):
         p, factor = s.p, self._scale(workload)
         name = symbol(self.op, self.name, self.version, workload, config, hardware.has_avx512)
         args = tuple(
-            Arg(a.name, a.role, a.shape, s.format.stored) if a.name == "peak" and p["span"] else a
+            channel_layout.peaks(a, p["b"], s.format.stored if p["span"] else a.dtype)
+            if a.name == "peak"
+            else a
             for a in layout.kernel_args(workload)
         )
 

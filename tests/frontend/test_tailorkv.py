@@ -71,11 +71,11 @@ def test_quantised_layers_have_a_format_of_their_own(saved, tools):
     for quant, kept in (("none", "f32"), ("kv16", "bf16")):
         model = decoder(folder, f"tailorkv:quantised=2,bits=4,{SMALL}", quant)
         assert [m.caches.name for m in layers(model)] == ["i4", "i4", kept]
-    few, many = (decoder(folder, f"tailorkv:quantised=3,bits={n}") for n in (2, 8))
+    one, few, many = (decoder(folder, f"tailorkv:quantised=3,bits={n}") for n in (1, 2, 8))
     ids = tools.prompt(140)
     exact = decoder(folder, "model").prefill(ids)[1]
-    off = [float((m.prefill(ids)[1] - exact).norm()) for m in (few, many)]
-    assert off[0] > 4 * off[1] > 0
+    off = [float((m.prefill(ids)[1] - exact).norm()) for m in (one, few, many)]
+    assert off[0] > off[1] > 4 * off[2] > 0
 
 
 def test_windows_of_the_model_are_not_quantised(saved):
@@ -232,3 +232,28 @@ def test_compiled_is_eager_and_goes_back(saved, tools, tmp_path, monkeypatch, qu
     assert session.keep_prefix([*prompt, *got]) == 133
     session.rewind(40)
     assert list(module.generate_ids(prompt, 20, session=session, stop_at_eos=False)) == got
+
+
+@pytest.mark.compile
+@pytest.mark.slow
+def test_sequences_of_a_batch_are_what_they_are_alone(saved, tools, tmp_path):
+    """One layer in single bits, two that look for tokens; more prompts than places, and a file for keys."""
+    folder, text = saved("llama-linear-mha")[1], f"tailorkv:bits=1,{SMALL}"
+    artifact = mc.compile(
+        folder, quant="kv16", attention=text, db=tmp_path / "r.db", max_context=CONTEXT, batch=2
+    )
+    path = artifact.save(tmp_path / "m.mimo")
+    found = verify_artifact(path, source=folder, tokens=150)
+    assert found.ok and found.end_to_end is not None
+    kinds = [(x.role, x.format) for x in artifact.manifest.decoder.layers]
+    assert kinds[0] == ("quantised", "i1") and set(kinds[1:]) == {("select", "bf16")}
+    scored = [c for c in artifact.manifest.plan if c.workload.startswith("index_keys")]
+    assert any("b=2" in c.workload and set(c.calls) == {"batch_2"} for c in scored)
+    prompts = [tools.prompt(n, seed=n) for n in (133, 9, 64)]
+    module = load(path)
+    alone = [list(module.generate_ids(p, 20, stop_at_eos=False)) for p in prompts]
+    for place in (None, tmp_path):
+        got, module = [[] for _ in prompts], load(path, kv_store=place)
+        for index, token in module.generate_batch_ids(prompts, 20, stop_at_eos=False):
+            got[index].append(token)
+        assert got == alone

@@ -28,6 +28,8 @@ TEXTS = [
     "score_blocks:t=1,h=6,kv=2,d=20,cap=600,kind=quest,agg=query,block=16,b=3",
     "score_blocks:t=1,h=4,kv=2,d=16,cap=600,kind=gate,soft=1,block=16,b=3",
     "score_keys:t=1,h=4,kv=2,d=20,cap=100,kind=logits,lay=rows,b=3",
+    "index_keys:t=1,kv=2,d=20,cap=100,span=16,c=bf16,b=3",
+    "score_keys:t=1,h=4,kv=2,d=20,cap=100,kind=channels,agg=mean,channels=5,span=16,b=3",
     "select_blocks:t=1,hs=3,cap=200,block=1,k=20,merge=rank,last=2,b=3",
     f"{LISTS},cap=400,hs=4,block=16,kmax=6",
     f"{LISTS},cap=96,hs=1,block=4,kmax=1,first=16,window=40,sink=1",
@@ -40,6 +42,7 @@ MORE = [
     "select_blocks:t=1,hs=2,cap=900,block=16,k=9,first=1,last=1,b=3",
     f"{APPEND},cap=40,lay=rows,c=bf16",
     f"{ATTEND},cap=256,c=i2,sink=1",
+    f"{ATTEND},cap=256,c=i1",
     f"{APPEND},cap=64,first=16,c=bf16",
     f"{APPEND},cap=192,c=i2,norm=1".replace("t=1", "t=3"),
     f"{ATTEND},cap=300,c=e4m3,sink=1".replace("t=1", "t=4"),
@@ -50,6 +53,8 @@ MORE = [
     "score_blocks:t=3,h=4,kv=2,d=20,cap=300,kind=mean,block=16,b=3",
     "score_blocks:t=2,h=4,kv=2,d=16,cap=300,kind=compressed,agg=sum,block=32,size=32,stride=16,b=3",
     "score_keys:t=2,h=4,kv=2,d=20,cap=700,kind=oracle,agg=max,block=16,b=3,c=bf16",
+    "index_keys:t=3,kv=1,d=9,cap=40,span=8,b=4",
+    "score_keys:t=2,h=4,kv=2,d=20,cap=100,kind=channels,channels=3,guess=1,c=bf16,b=2",
     "select_blocks:t=2,hs=2,cap=900,block=16,rule=threshold,k=1,last=1,b=3",
     "select_blocks:t=2,hs=2,cap=900,block=16,rule=mass,b=3",
     f"{LISTS},cap=400,hs=2,block=4,kmax=9,window=20,c=bf16".replace("t=1", "t=3"),
@@ -88,7 +93,7 @@ def test_sequences_are_what_they_are_alone_in_other_configs(text):
 def test_groups_and_tails_are_those_of_each_sequence(data):
     """Whatever the lengths: groups that are codes, those in the tail, and rows of a running one."""
     draw = data.draw
-    c, t, b = draw(st.sampled_from(("i8", "i4", "i2"))), draw(st.sampled_from((1, 1, 3))), 3
+    c, t, b = draw(st.sampled_from(("i8", "i4", "i2", "i1"))), draw(st.sampled_from((1, 1, 3))), 3
     text = f"cached_attention:t={t},h=4,kv=2,d=12,dv=20,cap=256,c={c},b={b}"
     workload, op = parse_workload(text), get_op("cached_attention")
     rng = np.random.default_rng(draw(st.integers(0, 99)))
@@ -126,6 +131,7 @@ def test_states_of_sequences_follow_one_another(text):
         ("describe_blocks:t=1,kv=1,d=3,cap=512,kind=mean,size=16,whole=1,b=3", 16),
         ("describe_blocks:t=1,kv=1,d=3,cap=512,kind=mean,size=16,stride=8,whole=1,b=3", 8),
         ("gate_keys:t=1,kv=1,d=8,cap=512,size=64,g=8,rot=8,grot=8,b=4", 64),
+        ("index_keys:t=1,kv=1,d=3,cap=512,span=64,b=3", 64),
     ],
 )
 def test_fresh_inputs_find_a_kernel_that_completes_blocks_of_the_first_sequence_alone(text, size):
@@ -164,6 +170,7 @@ def test_shapes_of_groups_count_all_sequences():
         "score_blocks:t=1,h=4,kv=2,d=16,cap=256,kind=quest,agg=max,block=16",
         "select_blocks:t=1,hs=2,cap=256,block=16,k=4",
         "score_keys:t=1,h=4,kv=2,d=16,cap=256,kind=logits",
+        "score_keys:t=1,h=4,kv=2,d=16,cap=256,kind=channels,agg=mean,channels=3,span=32",
         "sparse_attention:t=1,h=4,kv=2,d=16,dv=16,cap=256,hs=2,block=16,kmax=4",
         "cached_attention:t=1,h=4,kv=2,d=64,dv=64,cap=256,c=i4",
     ],
@@ -190,10 +197,6 @@ def test_work_is_that_of_all_sequences(text):
     [
         ("cached_attention:t=1,h=2,kv=1,d=64,dv=64,cap=128,b=2,arith=int8", "b=2 is for float"),
         (f"{LISTS},cap=64,hs=2,block=16,kmax=2,page=16", "b=3 is for caches without pages"),
-        (
-            "score_keys:t=1,h=2,kv=1,d=8,cap=64,kind=channels,channels=2,b=2",
-            "not for kind=channels",
-        ),
     ],
 )
 def test_what_no_kernel_computes_for_several_is_refused(text, match):
