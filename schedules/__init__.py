@@ -98,6 +98,7 @@ SCHEDULES: dict[str, dict[str, str]] = {
         "moe.x86_codebook": "moe.x86_codebook:X86MoeCodebook",
         "moe.x86_complex": "moe.x86_complex:X86MoeComplex",
         "moe.cuda_gemv": "moe.cuda_gemv:CudaMoeGemv",
+        "moe.cuda_wgmma": "moe.cuda_wgmma:CudaMoeWgmma",
         "moe.cuda_mma": "moe.cuda_mma:CudaMoeMma",
     },
     "route": {"route.x86": "moe.x86_route:X86Route", "route.cuda": "moe.cuda_route:CudaRoute"},

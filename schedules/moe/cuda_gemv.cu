@@ -46,7 +46,7 @@ __device__ __forceinline__ TOTAL joined(const TOTAL* sums, int team, int r) {
   return sum;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     experts_up(const uint8_t* __restrict__ w, const SCALE* __restrict__ scale, X_PARAMETERS,
                const int* __restrict__ ids, float* __restrict__ hidden) {
   MIMO_SHARED(smem);
@@ -75,7 +75,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     experts_down(const uint8_t* __restrict__ w, const SCALE* __restrict__ scale, X_PARAMETERS,
                  const int* __restrict__ ids, const float* __restrict__ weights, float* __restrict__ y) {
   MIMO_SHARED(smem);

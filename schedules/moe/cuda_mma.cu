@@ -51,9 +51,9 @@ extern "C" __global__ void __launch_bounds__(experts::THREADS)
 }
 
 extern "C" __global__ void __launch_bounds__(experts::THREADS)
-    experts_place(const int* ids, const int* counts, int* order, int4* list, int* tile_count) {
+    experts_place(const int* ids, const int* counts, int* order, int4* list, int* totals) {
   MIMO_SHARED(smem);
-  experts::place<BM>(ids, counts, order, list, tile_count, reinterpret_cast<int*>(smem));
+  experts::place<BM>(ids, counts, order, list, totals, reinterpret_cast<int*>(smem));
 }
 
 // A block's tile: which expert, and in shared memory the slots of its rows, -1 where there are none.
@@ -63,15 +63,15 @@ struct Slots {
   bool there;
 };
 template <int COLUMN_TILES, int STAGE_BYTES>
-__device__ __forceinline__ Slots slots_of(uint8_t* smem, const int* order, const int4* list, const int* tile_count) {
-  const matmul::Tile tile = matmul::tile_of<MOST_TILES, COLUMN_TILES, GROUP_M>(blockIdx.x);
-  Slots slots = {0, tile.n, reinterpret_cast<int*>(smem + STAGES * STAGE_BYTES), tile.m < tile_count[0]};
-  if (slots.there) {
-    const int4 own = list[tile.m];
-    slots.expert = own.x;
-    for (int i = threadIdx.x; i < BM; i += THREADS) slots.rows[i] = own.y + i < own.z ? order[own.y + i] : -1;
-    block_sync();
-  }
+__device__ __forceinline__ Slots slots_of(uint8_t* smem, const int* order, const int4* list, const int* totals) {
+  const int count = totals[0], index = blockIdx.x;
+  Slots slots = {0, 0, reinterpret_cast<int*>(smem + STAGES * STAGE_BYTES), index < count * COLUMN_TILES};
+  if (!slots.there) return slots;
+  const matmul::Tile tile = matmul::tile_of<COLUMN_TILES, GROUP_M>(index, count);
+  const int4 own = list[tile.m];
+  slots.expert = own.x, slots.column_tile = tile.n;
+  for (int i = threadIdx.x; i < BM; i += THREADS) slots.rows[i] = own.y + i < own.z ? order[own.y + i] : -1;
+  block_sync();
   return slots;
 }
 
@@ -108,9 +108,9 @@ __device__ __forceinline__ void store_hidden(HIDDEN* hidden, int slot, int colum
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     experts_up(const uint8_t* __restrict__ x, const uint8_t* __restrict__ w, const SCALE* __restrict__ scale,
                const float* __restrict__ x_scale, const int* __restrict__ order, const int4* __restrict__ list,
-               const int* __restrict__ tile_count, HIDDEN* __restrict__ hidden) {
+               const int* __restrict__ totals, HIDDEN* __restrict__ hidden) {
   MIMO_SHARED(smem);
-  const Slots slots = slots_of<UP_TILES, Up::STAGE_BYTES>(smem, order, list, tile_count);
+  const Slots slots = slots_of<UP_TILES, Up::STAGE_BYTES>(smem, order, list, totals);
   if (!slots.there) return;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int warp_m = warp / WARPS_N * Up::WM, warp_n = warp % WARPS_N * Up::WN;
@@ -128,9 +128,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   };
   SUM sum[Up::MT][Up::NT][4] = {};
 #if CODES
+  const SCALE* own = scale + gate * UP_GROUPS;
   auto scale_of = [&](int row, int group) {
-    const size_t number = gate + (row / 8 % 2) * F_ROWS + column_of(row);
-    return column_of(row) < F && group < UP_GROUPS ? matmul::widen(scale[number * UP_GROUPS + group]) : 0.0f;
+    const int number = row / 8 % 2 * F_ROWS + column_of(row);
+    return column_of(row) < F && group < UP_GROUPS ? matmul::widen(own[number * UP_GROUPS + group]) : 0.0f;
   };
   Up::run(smem, x_row, w_row, scale_of, 0, Up::TILES_K, sum);
 #else
@@ -170,10 +171,10 @@ extern "C" __global__ void __launch_bounds__(experts::THREADS)
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     experts_down(const uint8_t* __restrict__ x, const uint8_t* __restrict__ w, const SCALE* __restrict__ scale,
-                 const int* __restrict__ order, const int4* __restrict__ list, const int* __restrict__ tile_count,
+                 const int* __restrict__ order, const int4* __restrict__ list, const int* __restrict__ totals,
                  SUM* __restrict__ parts) {
   MIMO_SHARED(smem);
-  const Slots slots = slots_of<DOWN_TILES, Down::STAGE_BYTES>(smem, order, list, tile_count);
+  const Slots slots = slots_of<DOWN_TILES, Down::STAGE_BYTES>(smem, order, list, totals);
   if (!slots.there) return;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int warp_m = warp / WARPS_N * Down::WM, warp_n = warp % WARPS_N * Down::WN;
@@ -187,9 +188,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   auto w_row = [&](int row) { return matmul::row_of<D, W_DOWN_BYTES>(w + first * W_DOWN_BYTES, n0 + row); };
   SUM sum[Down::MT][Down::NT][4] = {};
 #if CODES
+  const SCALE* own = scale + first * DOWN_GROUPS;
   auto scale_of = [&](int row, int group) {
     const bool there = n0 + row < D && group < DOWN_GROUPS;
-    return there ? matmul::widen(scale[(first + n0 + row) * DOWN_GROUPS + group]) : 0.0f;
+    return there ? matmul::widen(own[(n0 + row) * DOWN_GROUPS + group]) : 0.0f;
   };
   Down::run(smem, x_row, w_row, scale_of, begin, count, sum);
 #else

@@ -138,7 +138,7 @@ def _scratch(p: CudaExperts, tiles: Tiles) -> list[Arg]:
         Arg("counts", "state", (p.e,), "int32"),
         Arg("order", "state", (p.slots,), "int32"),
         Arg("tiles", "state", (tiles.most, 4), "int32"),
-        Arg("tile_count", "state", (1,), "int32"),
+        Arg("totals", "state", (2,), "int32"),
     ]
     if p.acts.is_int8:
         out += [
@@ -153,7 +153,7 @@ def _launches(p: CudaExperts, c: MoeMmaConfig, tiles: Tiles) -> tuple[Launch, ..
     """Return the launches; arrays that a kernel does not look at stand for those that there are not."""
     int8, small = p.acts.is_int8, 4 * 2 * SMALL_THREADS // 32
     shared = [_shared(c, bn, p) for bn in (c.bn13, c.bn2)]
-    lists = ("order", "tiles", "tile_count")
+    lists = ("order", "tiles", "totals")
     hidden, x_scale, hidden_scale = "hidden_operand", "weights", "weights"
     if int8:
         hidden, x_scale, hidden_scale = "hidden", "x_scale", "hidden_scale"

@@ -16,7 +16,7 @@ extern "C" __global__ void __launch_bounds__(Block::THREADS, 1)
   MIMO_SHARED(smem);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int warp_m = warp / WARPS_N * Block::WM, warp_n = warp % WARPS_N * Block::WN;
-  const matmul::Tile tile = matmul::tile_of<TILES_M, TILES_N, GROUP_M>(blockIdx.x);
+  const matmul::Tile tile = matmul::tile_of<TILES_N, GROUP_M>(blockIdx.x, TILES_M);
   const int m0 = tile.m * BM, n0 = tile.n * BN;
   const int begin = blockIdx.z * PIECE_TILES, count = min(Block::TILES_K - begin, PIECE_TILES);
 

@@ -23,9 +23,9 @@ from mimo_compile.schedules.mpgemm.cuda_work import tiled_work
 NEEDS = frozenset({"cuda", "sm_90a", "wgmma", "tma"})
 DEPTH = 128
 """Bytes along K of a stage: one row of the swizzle."""
-_ROWS = 64
+ROWS = 64
 """Of y, that one group of warps has."""
-_REGISTERS = {1: (40, 232), 2: (40, 232), 3: (32, 160)}
+REGISTERS = {1: (40, 232), 2: (40, 232), 3: (32, 160)}
 """Consumers -> registers of a producer's and of a consumer's thread: together at most 65536."""
 
 
@@ -47,7 +47,7 @@ class WgmmaConfig:
     @property
     def bm(self) -> int:
         """Tokens of a block's tile."""
-        return _ROWS * self.consumers
+        return ROWS * self.consumers
 
     @property
     def threads(self) -> int:
@@ -84,7 +84,7 @@ class CudaWgmma(CudaGemm):
             ends = Ends(p, c.split)
             return (
                 fits(hardware, threads=c.threads, shared_bytes=c.shared_bytes)
-                and c.bn // 2 <= _REGISTERS[c.consumers][1] - 56  # sums and addresses
+                and c.bn // 2 <= REGISTERS[c.consumers][1] - 56  # sums and addresses
                 and (c.consumers == 1 or c.bm < 2 * p.m)
                 and (c.bn == 64 or c.bn < 2 * p.n)
                 and (c.group_m == 1 or c.group_m < 2 * tiles_m)
@@ -100,7 +100,7 @@ class CudaWgmma(CudaGemm):
         p = CudaProblem.of(workload)
         ends = Ends(p, config.split)
         blocks = _blocks(p, config, hardware)
-        producer, consumer = _REGISTERS[config.consumers]
+        producer, consumer = REGISTERS[config.consumers]
         constants = ends.constants() | {
             "CONSUMERS": config.consumers, "BN": config.bn, "STAGES": config.stages,
             "GROUP_M": config.group_m, "BLOCKS": blocks, "PRODUCER_REGISTERS": producer,
@@ -139,9 +139,9 @@ def _blocks(p: CudaProblem, c: WgmmaConfig, hardware: Hardware) -> int:
 
 def _defaults(p: CudaProblem, hardware: Hardware) -> Iterator[WgmmaConfig]:
     """Return configs that give most SMs a tile, the preferred first. Not measured."""
-    consumers = 1 if p.m <= _ROWS else 2
+    consumers = 1 if p.m <= ROWS else 2
     for bn in (256, 128, 64):
-        tiles = -(-p.m // (_ROWS * consumers)) * -(-p.n // bn)
+        tiles = -(-p.m // (ROWS * consumers)) * -(-p.n // bn)
         if bn == 256 and tiles < 2 * hardware.cores:  # the last turn of some blocks would take long
             continue
         most = max(1, 2 * hardware.cores // tiles - 1)

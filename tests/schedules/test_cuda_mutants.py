@@ -39,7 +39,7 @@ LATE = re.compile(
     r"\b(mbarrier_wait|wgmma_fence|wgmma_commit|wgmma_wait<\w+>|fence_async_proxy)\([^;]*\);"
 )
 ANCHORS = re.compile(
-    r"\b(multiply|tma_load|mbarrier_arrive|wgmma_commit|wgmma_wait<\w+>)\([^;]*\);"
+    r"\b(multiply|tma_load|load|mbarrier_arrive|wgmma_commit|wgmma_wait<\w+>)\([^;]*\);"
 )
 CASES = [
     ("mpgemm.cuda_gemv", "mpgemm:m=2,n=9,k=150,w=w4g64,a=a8,bias=1", {}),
@@ -48,6 +48,12 @@ CASES = [
     (
         "mpgemm.cuda_wgmma", "mpgemm:m=80,n=100,k=900,w=w8,a=a8,bias=1",
         {"stages": 2, "split": 1, "bn": 64, "consumers": 2},
+    ),
+    ("moe.cuda_gemv", "moe:t=2,e=3,k=2,d=150,f=66,w=w4g64,a=a8", {}),
+    ("moe.cuda_mma", "moe:t=19,e=3,k=2,d=200,f=150,w=w8,a=a8", {}),
+    (
+        "moe.cuda_wgmma", "moe:t=70,e=2,k=2,d=200,f=150,w=bf16,a=abf16",
+        {"stages": 2, "bn13": 64, "bn2": 64, "consumers": 2},
     ),
     ("cached_attention.cuda_decode", "cached_attention:t=2,h=9,kv=1,d=24,dv=18,cap=300,sink=1,c=bf16", {}),
     ("cached_attention.cuda_prefill", "cached_attention:t=40,h=3,kv=1,d=24,dv=18,cap=220,len=200,c=bf16", {}),
@@ -154,7 +160,7 @@ def test_no_kernel_does_without_a_word_that_orders(
     assert seen.kernel.device is not None
     full = whole(seen.kernel.device.text)
     found = list(WORDS.finditer(full))
-    assert found
+    assert found and not found_wrong(full, workload, schedule, config)
     unnoticed = []
     for word in found:
         before, after = full[: word.start()], full[word.end() :]

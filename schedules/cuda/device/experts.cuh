@@ -40,9 +40,9 @@ __device__ __forceinline__ void count(const int* ids, int* counts, int expert, i
 }
 
 // Block e writes the slots of expert e to their places in `order`, expert by expert and in their own order, and cuts
-// them into tiles of at most ROWS: {expert, first place, one behind the last, 0}. `tile_count` says how many there are.
+// them into tiles of at most ROWS: {expert, first place, one behind the last, 0}. `totals`: of tiles, of slots in them.
 template <int ROWS>
-__device__ __forceinline__ void place(const int* ids, const int* counts, int* order, int4* tiles, int* tile_count,
+__device__ __forceinline__ void place(const int* ids, const int* counts, int* order, int4* tiles, int* totals,
                                       int* shared) {
   const int expert = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   int first = 0, tile = 0;
@@ -50,7 +50,7 @@ __device__ __forceinline__ void place(const int* ids, const int* counts, int* or
   first = block_sum(first, shared);
   tile = block_sum(tile, shared);
   const int own = counts[expert], own_tiles = matmul::up(own, ROWS);
-  if (expert == E - 1 && threadIdx.x == 0) tile_count[0] = tile + own_tiles;
+  if (expert == E - 1 && threadIdx.x == 0) totals[0] = tile + own_tiles, totals[1] = first + own;
   for (int i = threadIdx.x; i < own_tiles; i += THREADS) {
     tiles[tile + i] = make_int4(expert, first + i * ROWS, min(first + (i + 1) * ROWS, first + own), 0);
   }

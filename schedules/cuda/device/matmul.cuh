@@ -84,12 +84,12 @@ struct Tile {
   int m, n;  // which of the tiles of rows and of columns of y
 };
 
-// Tile number `index` when GROUP_M tiles of rows take turns at each tile of columns, so that blocks which run
-// at the same time read few different rows of both operands.
-template <int TILES_M, int TILES_N, int GROUP_M>
-__device__ __forceinline__ Tile tile_of(int index) {
+// Tile number `index`, when GROUP_M of the `tiles_m` tiles of rows take turns at each tile of columns, so that blocks
+// which run at the same time read few different rows of both operands.
+template <int TILES_N, int GROUP_M>
+__device__ __forceinline__ Tile tile_of(int index, int tiles_m) {
   const int group = index / (GROUP_M * TILES_N), within = index % (GROUP_M * TILES_N);
-  const int first = group * GROUP_M, size = min(TILES_M - first, GROUP_M);
+  const int first = group * GROUP_M, size = min(tiles_m - first, GROUP_M);
   return {first + within % size, within / size};
 }
 
