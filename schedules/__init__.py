@@ -74,15 +74,24 @@ SCHEDULES: dict[str, dict[str, str]] = {
         "kv_append.x86_pages": "attention.x86_append_pages:X86AppendPages",
         "kv_append.cuda": "attention.cuda_append:CudaAppend",
     },
-    "describe_blocks": {"describe_blocks.x86": "attention.x86_describe:X86Describe"},
+    "describe_blocks": {
+        "describe_blocks.x86": "attention.x86_describe:X86Describe",
+        "describe_blocks.cuda": "attention.cuda_describe:CudaDescribe",
+    },
     "index_keys": {"index_keys.x86": "attention.x86_index_keys:X86IndexKeys"},
     "key_mean": {"key_mean.x86": "attention.x86_key_mean:X86KeyMean"},
     "gate_queries": {"gate_queries.x86": "attention.x86_gates:X86GateQueries"},
     "gate_keys": {"gate_keys.x86": "attention.x86_gates:X86GateKeys"},
-    "score_blocks": {"score_blocks.x86": "attention.x86_score_blocks:X86ScoreBlocks"},
+    "score_blocks": {
+        "score_blocks.x86": "attention.x86_score_blocks:X86ScoreBlocks",
+        "score_blocks.cuda": "attention.cuda_score:CudaScore",
+    },
     "score_keys": {"score_keys.x86": "attention.x86_score_keys:X86ScoreKeys"},
     "score_lowbit": {"score_lowbit.x86": "attention.x86_score_lowbit:X86ScoreLowbit"},
-    "select_blocks": {"select_blocks.x86": "attention.x86_select:X86Select"},
+    "select_blocks": {
+        "select_blocks.x86": "attention.x86_select:X86Select",
+        "select_blocks.cuda": "attention.cuda_select:CudaSelect",
+    },
     "moe": {
         "moe.x86_planes": "moe.x86_dense:X86MoePlanes",
         "moe.x86_lut": "moe.x86_lut:X86MoeLut",

@@ -42,9 +42,10 @@ def slots_of(p: Mapping[str, Any]) -> int:
 
 
 def cache_shapes(p: Mapping[str, Any]) -> dict[str, tuple[int, int, int]]:
-    """Return the packed shapes for an op's parameters."""
+    """Return the packed shapes for an op's parameters; one without ``dv`` has keys alone."""
     heads = p["kv"] * (1 if paged(p) else p["b"])
-    return {n: (heads, slots_of(p), whole(p[w])) for n, w in (("k_cache", "d"), ("v_cache", "dv"))}
+    widths = (("k_cache", "d"), ("v_cache", "dv"))
+    return {n: (heads, slots_of(p), whole(p[w])) for n, w in widths if w in p}
 
 
 def kernel_args(workload: Workload) -> tuple[Arg, ...]:

@@ -34,6 +34,18 @@ WORKLOADS: dict[str, tuple[str, ...]] = {
         "kv_append:t=16,h=6,kv=2,d=80,dv=72,cap=300,rot=40,norm=1,c=bf16",
     ),
     "tir": FUNCTIONS,
+    "describe_blocks": (
+        "describe_blocks:t=1,kv=8,d=128,cap=65536,kind=bounds,size=16,c=bf16",
+        "describe_blocks:t=3,kv=2,d=25,cap=70,kind=pool3,size=12,stride=5,c=bf16,e=bf16",
+    ),
+    "score_blocks": (
+        "score_blocks:t=1,h=32,kv=8,d=128,cap=65536,kind=quest,agg=max,block=16",
+        "score_blocks:t=2,h=4,kv=1,d=25,cap=70,kind=mean,agg=query,block=8,e=bf16",
+    ),
+    "select_blocks": (
+        "select_blocks:t=1,hs=8,cap=65536,block=16,k=64,last=1",
+        "select_blocks:t=5,hs=2,cap=300,block=4,k=9,rows=2,first=1,last=2,b=2",
+    ),
     "embed": ("embed:t=64,v=32000,d=4096,w=bf16", "embed:t=3,v=100,d=37"),
     "rms_norm": (
         "rms_norm:t=64,d=4096,residual=1",
