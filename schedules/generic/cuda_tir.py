@@ -25,6 +25,7 @@ from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.base import Kernel, Schedule, Space, kernel_name
 from mimo_compile.schedules.cuda.code import DeviceCode
 from mimo_compile.schedules.cuda.limits import fits
+from mimo_compile.schedules.generic.blocks import extent
 from mimo_compile.schedules.generic.cuda_print import STORED, Place
 from mimo_compile.schedules.generic.cuda_stages import Stage, allocated, common_loops, stages_of
 from mimo_compile.schedules.generic.cuda_steps import Step, launch_text
@@ -98,12 +99,12 @@ def prepared(func: Any) -> Prepared:
     args, places, count = [], {}, {"in": 0, "out": 0}
     for buffer in whole.params:
         kind = "out" if hash(buffer) in outputs else "in"
-        name, shape = f"{kind}{count[kind]}", tuple(int(n) for n in buffer.shape)
+        name, shape = f"{kind}{count[kind]}", tuple(extent(n) for n in buffer.shape)
         count[kind] += 1
         args.append(Arg(name, "output" if kind == "out" else "input", shape, str(buffer.dtype)))
         places[hash(buffer)] = Place(name, str(buffer.dtype), shape)
     for index, buffer in enumerate(allocated(whole)):
-        shape = tuple(int(n) for n in buffer.shape)
+        shape = tuple(extent(n) for n in buffer.shape)
         places[hash(buffer)] = Place(f"between{index}", str(buffer.dtype), shape)
     for place in places.values():
         if place.dtype not in STORED:
@@ -119,15 +120,6 @@ def _rows(stages: tuple[Stage, ...], common: int) -> int:
     return math.prod(loop.extent for loop in stages[0].spatial[:common])
 
 
-def default_config(func: Any) -> BlocksConfig:
-    """Return the config that is used without tuning.
-
-    Raises:
-        ValueError: see `prepared`.
-    """
-    return _default(prepared(func))
-
-
 def _default(p: Prepared) -> BlocksConfig:
     longest = max(s.results * s.terms for s in p.stages) // p.rows
     rows = p.in_rows and longest <= _ROW * THREADS
@@ -139,21 +131,6 @@ def _default(p: Prepared) -> BlocksConfig:
     while shared and team < threads and (team < 32 or results * team < FULL):
         team *= 2
     return BlocksConfig(threads, team, rows)
-
-
-def lower_tir(func: Any, name: str, config: BlocksConfig, hardware: Hardware) -> Kernel:
-    """Make a kernel of a legalised PrimFunc.
-
-    Args:
-        func: Static shapes; written parameters become the outputs.
-        name: Symbol of the kernel.
-        config: Knobs.
-        hardware: A GPU.
-
-    Raises:
-        ValueError: A shape is not static, or the function does something that there is no text for.
-    """
-    return _lowered(prepared(func), name, config)
 
 
 def _lowered(p: Prepared, name: str, config: BlocksConfig) -> Kernel:

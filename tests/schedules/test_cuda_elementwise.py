@@ -39,11 +39,18 @@ def seen_with(schedule, text, config, inputs):
 
 
 @needs_compiler
-@pytest.mark.parametrize(("schedule", "text", "config"), QUICK, ids=[s.name for s, _, _ in QUICK])
+@pytest.mark.parametrize(
+    ("schedule", "text", "config"),
+    [
+        pytest.param(*q, marks=[pytest.mark.slow] * (q[0] in (EMBED, SWIGLU)), id=q[0].name)
+        for q in QUICK
+    ],
+)
 def test_results_are_within_the_op_s_bound(schedule, text, config):
     check_emulated(text, schedule, config, H200, seed=3)
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_ids_outside_of_a_table_read_its_ends():
     schedule, text, config = QUICK[0]
@@ -61,6 +68,7 @@ def test_angles_of_far_positions():
         check_emulated(text, schedule, config, H200, inputs={"pos": pos}, orders=(0,))
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_swiglu_has_both_tails_and_keeps_nan():
     schedule, text, config = QUICK[2]
