@@ -193,10 +193,13 @@ def _shared(p: CudaProblem, config: GemvConfig) -> int:
 def _default(p: CudaProblem, hardware: Hardware) -> GemvConfig:
     """Return a config whose blocks fill the GPU twice where rows are enough for it. Not measured."""
     rows = next(r for r in (4, 2, 1) if r * _tokens(p) <= _MOST_SUMS)
-    split = max(s for s in (1, 2, 4) if s == 1 or 32 * s <= _vectors(p))
-    config = GemvConfig(rows, 4, split)
+    turns = -(-p.m // _tokens(p))
+    split = max(s for s in (1, 2, 4) if s == 1 or (32 * s <= _vectors(p) and turns == 1))
+    # where tokens make blocks enough, those of many rows: each reads its tokens by itself
+    config = GemvConfig(rows, 4 if turns == 1 else 8, split)
     while config.rows * config.warps >= 2 * p.n or (
-        config.rows * config.warps > 1 and p.n < 2 * hardware.cores * config.rows * config.warps
+        config.rows * config.warps > 1
+        and p.n * turns < 2 * hardware.cores * config.rows * config.warps
     ):
         smaller = (
             replace(config, rows=config.rows // 2)
