@@ -100,6 +100,7 @@ def compile(
     """
     from mimo_compile.ir.hardware import resolve_target
     from mimo_compile.pipeline.build import Extras, build_artifact
+    from mimo_compile.pipeline.device import require_compiler
     from mimo_compile.pipeline.orders import check_scope
     from mimo_compile.pipeline.source import check_compilable, open_source, require_compile_extra
 
@@ -127,6 +128,7 @@ def compile(
         return _replanned(source, objective, trials, seconds, db, threads, seed, progress)
     scope = check_scope(reproducible)
     hardware = check_compilable(resolve_target(target, threads))
+    require_compiler(hardware)
     if isinstance(calibrate, str):
         calibrate = parse_calibration(calibrate, seed=seed)
     opened = open_source(
@@ -339,6 +341,11 @@ def _replanned(
             found = _tune(
                 problem.weights, problem.hardware, trials, seconds, None, objective, database, seed,
                 progress,
+    if artifact.manifest.target.kind != "cpu":
+        raise UsageError(
+            f"{source} is for {artifact.manifest.target.name}, and only artifacts for CPUs get other plans",
+            remedy="compile it from its source",
+        )
             )  # fmt: skip
             if found.failure is not None:
                 raise found.failure

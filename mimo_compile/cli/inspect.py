@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Show an artifact: entry points, plan, kernels, sizes; with --kernel why one kernel was chosen, or its
-code, generated again from its schedule and config; with --dot the calls of an entry point as a graph.
+code, generated again from its schedule and config (of a GPU, as the artifact has it); with --dot the calls of
+an entry point as a graph.
 With --plan compare the plans that other objectives would give, from records alone. With --op show the
 candidates of one workload: what was predicted, what was measured, and why the best one is it."""
 EXAMPLE = """
@@ -54,11 +55,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     form.add_argument("--tir", action="store_true", help="the kernel as TIR (needs [compile])")
     form.add_argument("--asm", action="store_true", help="the kernel as assembly (needs [compile])")
     form.add_argument(
-        "--ptx", action="store_true", help="kernels of --op as PTX (GPUs; needs nvcc)"
+        "--ptx",
+        action="store_true",
+        help="kernels of --op, or the kernel, as PTX (GPUs; needs nvcc)",
     )
     form.add_argument(
         "--sass", action="store_true", help="and as machine code (needs nvdisasm, too)"
     )
+    form.add_argument("--cuda", action="store_true", help="the kernel as CUDA text (GPUs)")
     form.add_argument(
         "--dot", action="store_true", help="the calls of an entry in Graphviz's language"
     )
@@ -118,29 +122,32 @@ def _check(args: argparse.Namespace) -> None:
     """Refuse options that do not go together."""
     if (args.artifact is None) == (args.op is None):
         raise UsageError("inspect needs either OUT.mimo or --op SPEC")
-    code = args.tir or args.asm
+    code = args.tir or args.asm or args.cuda
+    of_gpu = args.ptx or args.sass
     if args.op is not None and (args.kernel or code or args.dot or args.entry or args.plan):
         raise UsageError(
-            "--kernel, --tir, --asm, --dot, --entry and --plan go with OUT.mimo, not with --op"
+            "--kernel, --tir, --asm, --cuda, --dot, --entry and --plan go with OUT.mimo, not with --op"
         )
-    if args.plan and (args.kernel or code or args.dot or args.entry):
+    if args.plan and (args.kernel or code or of_gpu or args.dot or args.entry):
         raise UsageError("--plan is about all kernels: it goes with none of the other views")
-    if args.op is None and (args.ptx or args.sass):
-        raise UsageError("--ptx and --sass go with --op and a GPU as --target")
+    if args.op is None and of_gpu and not args.kernel:
+        raise UsageError(
+            "--ptx and --sass go with --op and a GPU as --target, or with --kernel NAME"
+        )
     if not args.plan and (args.quant is not None or args.max_context is not None):
         raise UsageError("--quant and --max-context go with --plan SRC")
     if not (args.plan or args.op) and (args.target != "cpu" or args.objective is not None):
         raise UsageError("--target and --objective go with --op or --plan, not with OUT.mimo")
     if args.op is None and args.limit != _LIMIT:
         raise UsageError("--limit goes with --op, not with OUT.mimo")
-    if args.db is not None and (code or not (args.plan or args.op or args.kernel)):
-        raise UsageError("--db goes with --op, --plan or --kernel without --tir and --asm")
+    if args.db is not None and (code or of_gpu or not (args.plan or args.op or args.kernel)):
+        raise UsageError("--db goes with --op, --plan or --kernel without the kernel's code")
     if args.dot and args.kernel:
         raise UsageError("--dot draws an entry: it does not go with --kernel")
     if args.entry is not None and not args.dot:
         raise UsageError("--entry goes with --dot")
     if code and not args.kernel:
-        raise UsageError("--tir and --asm need --kernel NAME")
+        raise UsageError("--tir, --asm and --cuda need --kernel NAME")
 
 
 def _artifact(args: argparse.Namespace, parts: Parts) -> int:
@@ -184,6 +191,10 @@ def _artifact(args: argparse.Namespace, parts: Parts) -> int:
     arena = max((e.arena_bytes for e in parts.programs.entries.values()), default=0)
     weights = manifest.members[WEIGHTS].bytes
     planned = {"weights": weights, "states": held, "arena": arena}
+    if manifest.target.kind == "cuda":
+        from mimo_compile.cli.inspect_device import scratch_bytes
+
+        planned["scratch"] = scratch_bytes(parts)
     console.say(
         f"\nmemory    {size(sum(planned.values()))} when all of it is in use: "
         + ", ".join(f"{name} {size(count)}" for name, count in planned.items())
@@ -222,6 +233,11 @@ def _artifact(args: argparse.Namespace, parts: Parts) -> int:
     console.say("\n" + table(lines, header, right="lllrr" + "r" * len(titles) + "l"))
     if title(None) in titles:
         console.say(NOTE)
+    device = None
+    if manifest.target.kind == "cuda":
+        from mimo_compile.cli.inspect_device import show_device
+
+        device = show_device(console, parts)
     console.result(
         {
             "ok": True, "path": args.artifact, **summary(manifest),
@@ -234,6 +250,7 @@ def _artifact(args: argparse.Namespace, parts: Parts) -> int:
             "state_bytes": held,
             "planned_bytes": planned,
             "layers": layers,
+            "device": device,
         }
     )  # fmt: skip
     return 0
@@ -320,6 +337,10 @@ def find_choice(parts: Parts, name: str) -> Choice:
 
 def _kernel(args: argparse.Namespace, parts: Parts) -> int:
     console: Console = args.console
+    if args.cuda or args.ptx or args.sass:
+        from mimo_compile.cli.inspect_device import show_code
+
+        return show_code(args, parts, _one_of(parts, args.kernel))
     if not (args.tir or args.asm):
         choice = find_choice(parts, args.kernel)
         from mimo_compile.cli.compile import plan_row
@@ -347,6 +368,11 @@ def _kernel(args: argparse.Namespace, parts: Parts) -> int:
         )
     if kernel.name != choice.kernel:  # which is made of all that shapes the code
         console.log(f"note: {choice.schedule} has changed since, {choice.kernel} was other code")
+    if kernel.func is None:
+        raise UsageError(
+            f"{choice.workload} is CUDA text: --tir and --asm show code of CPUs",
+            remedy="use --cuda, --ptx or --sass",
+        )
     text = kernel.func.script() if args.tir else assembly([kernel], hardware)
     console.say(f"# {choice.workload}\n# {choice.schedule} {_config(choice)}")
     console.say(text)

@@ -94,17 +94,14 @@ def _instructions(kernel: Kernel, hardware: Hardware, binary: Binary) -> dict[st
 
 def launches_of(kernel: Kernel, hardware: Hardware, binary: Binary | None) -> dict[str, Any]:
     """Return each launch with what it takes and how full an SM is, and the predicted time."""
-    from mimo_compile.cost_models.gpu import LaunchShape, occupancy, predict
+    from mimo_compile.cost_models.gpu import occupancy, predict
+    from mimo_compile.pipeline.device import launch_shape
     from mimo_compile.schedules.cuda.limits import array_bytes, code_of
 
     code, rows, shapes = code_of(kernel), [], []
     for launch in code.launches:
         usage = binary.usage[launch.symbol] if binary else None
-        x, y, z = launch.grid
-        shape = LaunchShape(
-            x * y * z, launch.threads, usage.registers if usage else 0,
-            launch.shared_bytes + (usage.shared_bytes if usage else 0),
-        )  # fmt: skip
+        shape = launch_shape(launch, usage)
         held = occupancy(shape, hardware)
         shapes.append(shape)
         rows.append(

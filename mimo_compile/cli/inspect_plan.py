@@ -61,7 +61,7 @@ def _problem(args: argparse.Namespace, db: Database | None) -> Problem:
 
     hardware = check_compilable(resolve_target(args.target, args.threads))
     opened = open_source(
-        str(args.artifact), quant=args.quant or "none", attention="model",
+        str(args.artifact), quant=args.quant or "none", attention="model", hardware=hardware,
         max_context=args.max_context,
     )  # fmt: skip
     return problem_of_model(opened.graphs, hardware, db)

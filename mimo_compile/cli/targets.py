@@ -111,7 +111,7 @@ def _show(console: Console, value: dict[str, Any]) -> None:
     here = f"cuda ({gpu['name']})" if gpu["name"] else gpu["reason"]
     console.say("GPUs      " + ", ".join(value["gpus"]) + "; " + here)
     console.say(
-        "          (kernels are compiled and inspected, not run: `inspect --op SPEC --target`)"
+        "          (compiled for without being there: `compile --target`, `inspect --op SPEC --target`)"
     )
     console.say("simulated " + ", ".join(s["name"] for s in value["simulated"]))
     console.say("          (machines on paper: `tune` ranks schedules by modelled time)")

@@ -24,6 +24,7 @@ from mimo_compile.frontend.models.family import Family, Fields
 from mimo_compile.frontend.models.kernels import (
     require_attention,
     require_kernels,
+    with_rounded_activations,
     without_groups,
 )
 from mimo_compile.frontend.weights import detect_format, open_checkpoint
@@ -164,6 +165,8 @@ def load_checkpoint(
     if gates is not None:
         gates.check(config)
     quant = _check_stored_formats(checkpoint, expected, quant)
+    if hardware is not None and hardware.kind == "cuda":
+        quant = with_rounded_activations(quant)
     if hardware is not None and hardware.kind == "cpu":
         require_kernels(config, quant, hardware)
         require_attention(config, scheme_cache_format(quant.kv).name, hardware)

@@ -16,6 +16,7 @@ from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.ops.pages import TABLE
 from mimo_compile.ir.workload import Workload
 from mimo_compile.pipeline.choose import GENERIC
+from mimo_compile.pipeline.device import compile_device_code, compiler_version
 from mimo_compile.pipeline.emit import Emitter, Lowered
 from mimo_compile.pipeline.graphs import DRAFT_STEPS, HEADS, ModelGraphs, within_context
 from mimo_compile.pipeline.isolate import Origin, compile_isolated
@@ -97,7 +98,7 @@ def lower_choice(
     try:
         return Lowered(schedule.lower(workload, config, hardware), schedule, config)
     except ValueError as error:
-        if not functions.is_function(workload) or schedule.name == GENERIC:
+        if not functions.is_function(workload) or schedule.name in GENERIC.values():
             values = json.dumps(schedule.config_to_json(config))
             raise MimoError(
                 f"no kernel for {workload}: {error}",
@@ -107,7 +108,7 @@ def lower_choice(
         _LOG.warning(
             "%s takes its default: %s refuses a record: %s", workload, schedule.name, error
         )
-    rules = get_schedule(GENERIC)
+    rules = get_schedule(GENERIC[hardware.kind])
     default = rules.space(workload, hardware).default
     return Lowered(rules.lower(workload, default, hardware), rules, default, stands_in=True)
 
@@ -143,7 +144,7 @@ def build_artifact(
         target=Target(
             hardware.kind, hardware.name, tuple(sorted(hardware.features)), hardware.threads
         ),
-        versions=built_with(),
+        versions=built_with() | compiler_version(hardware),
         quant=extras.quant,
         attention=extras.attention,
         objective=extras.objective,
@@ -159,7 +160,9 @@ def build_artifact(
     return Artifact(
         manifest,
         Programs(entries),
-        compile_isolated(kernels, origins, hardware),
+        (compile_device_code if hardware.kind == "cuda" else compile_isolated)(
+            kernels, origins, hardware
+        ),
         dict(emitter.weights),
         extras.config,
         extras.tokenizer,

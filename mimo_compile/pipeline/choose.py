@@ -26,8 +26,8 @@ from mimo_compile.search.space import JointSpace
 
 _LOG = logging.getLogger(__name__)
 
-GENERIC = "tir.x86_rules"
-"""Schedule of generic functions without records."""
+GENERIC = {"cpu": "tir.x86_rules", "cuda": "tir.cuda"}
+"""Schedule of generic functions without records, by the kind of hardware."""
 
 
 def entry_tokens(entry: str) -> int:
@@ -168,6 +168,7 @@ def choose(
             promise no order of their sums that all are to have.
         MimoError: they have no order in common.
     """
+    require_schedules(model, hardware)
     untuned = _defaults(model, hardware, workloads := planned(model, hardware, db))
     if not workloads:  # nothing to choose among
         parse_objective(objective)
@@ -196,17 +197,37 @@ def choose(
     return ModelPlan(untuned | chosen.choices, chosen.records, orders)
 
 
+def require_schedules(model: ModelGraphs, hardware: Hardware) -> None:
+    """Check that there are kernels for all that a model calls; on CPUs any generic function has one.
+
+    Raises:
+        UsageError: there are not; names all workloads without.
+    """
+    anyhow = model.functions() if hardware.kind == "cpu" else ()
+    calls = (w for w in model.workloads() if w not in anyhow)
+    if missing := sorted(str(w) for w in calls if not schedules_for(w, hardware)):
+        raise UsageError(
+            f"no schedule supports {'; '.join(missing)} on {hardware.name}",
+            remedy="`mimo-compile targets --formats` lists what has kernels where",
+        )
+
+
 def _defaults(
     model: ModelGraphs, hardware: Hardware, planned: Mapping[Workload, float]
 ) -> dict[Workload, Choice]:
     """Return the default of each generic function that is not planned, if a schedule supports it."""
-    schedule = get_schedule(GENERIC)
+    schedule = get_schedule(GENERIC[hardware.kind])
     out = {}
     for workload in model.functions():
         if workload not in planned and schedule.supports(workload, hardware):
             default = schedule.config_to_json(schedule.space(workload, hardware).default)
             out[workload] = Choice(
-                str(workload), GENERIC, default, "", "default", schedule_version=schedule.version
+                str(workload),
+                schedule.name,
+                default,
+                "",
+                "default",
+                schedule_version=schedule.version,
             )
     return out
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,12 +65,14 @@ def check_compilable(hardware: Hardware) -> Hardware:
             f"{hardware.name} is simulated: nothing can be compiled for it or run on it",
             remedy=f"`mimo-compile tune --target {hardware.name}` ranks schedules for it",
         )
-    if hardware.kind == "cuda":
-        raise UsageError(
-            f"an artifact cannot hold code for a GPU yet, and {hardware.name} is one",
-            remedy="compile for a CPU; `mimo-compile inspect --op SPEC` with this target shows its kernels",
-        )
     return hardware
+
+
+def with_caches(scheme: QuantScheme, hardware: Hardware | None) -> QuantScheme:
+    """Return a scheme that says how caches are stored: where it does not, those of GPUs are bfloat16."""
+    if hardware is None or hardware.kind != "cuda" or scheme.kv:
+        return scheme
+    return replace(scheme, kv="16")
 
 
 def open_source(
@@ -115,6 +117,8 @@ def open_source(
     scheme = parse_scheme(quant)
     policy = parse_policy(attention)
     decoder = not isinstance(source, torch.nn.Module) and Path(str(source)).suffix != ".pt2"
+    if decoder:
+        scheme = with_caches(scheme, hardware)
     if adapters and not decoder:
         raise UsageError("adapters are for model folders (--adapter)")
     if batch != 1 and not decoder:

@@ -9,13 +9,16 @@ from pathlib import Path
 
 import pytest
 
+from mimo_compile import _cuda
 from mimo_compile.ir import gpu
 from mimo_compile.schedules.cuda import nvcc
 from mimo_compile.search import space
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "schedules"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "runtime"))
 
 from cuda_sample import CudaSwiglu
+from gpu_samples import TEXT, plain_gpu
 
 pytestmark = pytest.mark.compile
 
@@ -67,27 +70,24 @@ def test_inspect_without_nvcc_shows_what_is_known(cli, sample, monkeypatch) -> N
 
 
 def test_what_cannot_be_done_yet_is_one_line(cli, tmp_path, monkeypatch) -> None:
-    out, db = tmp_path / "t.mimo", tmp_path / "records.db"
+    out = tmp_path / "t.mimo"
     target = ("--target", "cuda:sm_90a")
     for arguments, text in (
-        (("compile", "tiny", "-o", out, *target), "an artifact cannot hold code for a GPU yet"),
-        (("tune", "tiny", "--trials", 1, "--db", db, *target), "cannot be tuned yet"),
-        (("tune", "--op", SPEC, "--trials", 1, "--db", db, *target), "cannot be tuned yet"),
-        (("inspect", "tiny", "--plan", *target), "an artifact cannot hold code"),
         (("inspect", "--op", SPEC, "--objective", "energy", *target), "nothing was"),
         (
             ("inspect", "--op", SPEC, "--threads", 2, *target),
             "--threads means nothing to cuda:sm_90a",
         ),
         (("inspect", "--op", SPEC, "--sass"), "--ptx and --sass show code of GPUs"),
-        (("inspect", "x.mimo", "--ptx"), "go with --op"),
-        (("inspect", "--op", "embed:t=1,v=8,d=8", *target), "no schedule supports"),
+        (("inspect", "x.mimo", "--ptx"), "go with --op and a GPU as --target, or with --kernel"),
+        (("inspect", "x.mimo", "--cuda"), "need --kernel NAME"),
+        (("inspect", "--op", "key_mean:t=2,kv=1,d=6,cap=300", *target), "no schedule supports"),
         (("bench", "mpgemm", "--op", SPEC, *target), "--target must be cpu"),
         (("inspect", "--op", SPEC, "--target", "cuda:sm_75"), "cuda:sm_80, cuda:sm_90a"),
     ):
         done = cli(*arguments)
         assert done.code == 2 and text in done.error, done.err
-    assert not out.exists() and not db.exists()
+    assert not out.exists()
 
 
 def test_a_machine_without_gpu_says_so(cli, monkeypatch) -> None:
@@ -111,3 +111,36 @@ def test_a_machine_without_gpu_says_so(cli, monkeypatch) -> None:
         and "wgmma" in value["gpus"]["cuda:sm_90a"]
     )
     assert "GPUs      cuda:sm_80, cuda:sm_90a; this machine has no GPU" in shown
+
+
+def test_an_artifact_is_shown_and_not_run(cli, tmp_path, monkeypatch) -> None:
+    path = plain_gpu().save(tmp_path / "p.mimo")
+    text = cli("inspect", path).out
+    assert "cuda:sm_90a" in text and "code.cuda" in text and "No GPU has run this" in text
+    assert "sm_90a, by CUDA 13.0, 1 cubins for 2 kernels" in text and "scratch 512 B" in text
+    whole = json.loads(cli("inspect", path, "--json").out)
+    value = whole["device"]
+    assert value["arch"] == "sm_90a" and whole["planned_bytes"]["scratch"] == 512
+    add = next(row for row in value["kernels"] if row["kernel"] == "add")
+    assert [x["symbol"] for x in add["launches"]] == ["plus", "plus"]
+    assert [x["shared_bytes"] for x in add["launches"]] == [0, 1024] and add["predicted_us"] == 2.5
+    page = (Path(__file__).parents[2] / "docs" / "command-line.md").read_text()
+    told = re.findall(r"`(\w+)`", page[page.index("JSON of an artifact:") :].partition("\n\n")[0])
+    assert {*value, *add, *add["launches"][0]} <= set(told)
+    done = cli("inspect", path, "--kernel", "double", "--cuda")
+    assert done.code == 0 and TEXT in done.out
+    done = cli("inspect", path, "--kernel", "double", "--tir")
+    assert done.code == 2
+    monkeypatch.setattr(_cuda, "LIBRARY", "libcuda-that-is-not-there.so")
+    _cuda.driver.cache_clear()
+    done = cli("run", path, "--prompt", "x")
+    assert done.code == 3 and "is for cuda:sm_90a, and this machine has no GPU" in done.error
+    assert "compute capability 9.0 (H100, H200)" in done.error and "--target cpu" in done.error
+
+
+def test_compiling_needs_nvcc_before_all_else(cli, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(nvcc, "find_tool", lambda name: None)
+    out = tmp_path / "t.mimo"
+    done = cli("compile", tmp_path / "no-model", "-o", out, "--target", "cuda:sm_80")
+    assert done.code == 3 and "needs nvcc" in done.error and "mimo-compile[cuda]" in done.error
+    assert not out.exists()

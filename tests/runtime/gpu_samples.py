@@ -30,6 +30,7 @@ from mimo_compile.runtime.device_code import Argument, DeviceKernel, Made, Scrat
 from mimo_compile.runtime.program import (
     Buffer,
     Call,
+    Choice,
     Decoder,
     Entry,
     Layer,
@@ -120,7 +121,8 @@ def plain_gpu(**code: Made) -> Artifact:
     """`runtime_samples.plain` for a GPU."""
     cpu = plain(b"its code is of no use here")
     blob = encode("sm_90a", {**kernels(), **code})
-    return Artifact(target(cpu.manifest), cpu.programs, blob, cpu.weights)
+    plan = tuple(Choice(f"{name}:n={N}", "of.a_test", {}, name, "default") for name in kernels())
+    return Artifact(target(cpu.manifest, plan=plan), cpu.programs, blob, cpu.weights)
 
 
 def _step_args(n: int, apart: int, paged: bool) -> tuple[list[Argument], tuple[Any, ...]]:

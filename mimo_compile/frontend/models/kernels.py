@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from mimo_compile.errors import UsageError
@@ -72,6 +73,16 @@ def require_attention(config: DecoderConfig, caches: str, hardware: Hardware) ->
                 f"({workload})",
                 remedy="use --attention model, full or window, and float caches",
             )
+
+
+def with_rounded_activations(scheme: QuantScheme) -> QuantScheme:
+    """Return the scheme of a GPU: matrices that are not quantised here take activations in bfloat16.
+
+    Matrix units multiply 16-bit floats; a scheme that names codes, or other activations, is left as it is.
+    """
+    if scheme.act == "16" and scheme.codes is None:
+        return replace(scheme, act="bf16")
+    return scheme
 
 
 def without_groups(config: DecoderConfig, scheme: QuantScheme) -> str:
