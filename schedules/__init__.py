@@ -53,6 +53,8 @@ SCHEDULES: dict[str, dict[str, str]] = {
         "cached_attention.x86_flash_rows_half": "attention.x86_rows:X86FlashRowsHalf",
         "cached_attention.cuda_decode": "attention.cuda_decode:CudaDecode",
         "cached_attention.cuda_prefill": "attention.cuda_prefill:CudaPrefill",
+        "cached_attention.cuda_groups_decode": "attention.cuda_groups:CudaGroupsDecode",
+        "cached_attention.cuda_groups_prefill": "attention.cuda_groups:CudaGroupsPrefill",
     },
     "sparse_attention": {
         "sparse_attention.x86_lists": "attention.x86_lists:X86Lists",
@@ -73,6 +75,7 @@ SCHEDULES: dict[str, dict[str, str]] = {
         "kv_append.x86_float8": "attention.x86_append_float8:X86AppendFloat8",
         "kv_append.x86_pages": "attention.x86_append_pages:X86AppendPages",
         "kv_append.cuda": "attention.cuda_append:CudaAppend",
+        "kv_append.cuda_groups": "attention.cuda_append_groups:CudaAppendGroups",
     },
     "describe_blocks": {
         "describe_blocks.x86": "attention.x86_describe:X86Describe",

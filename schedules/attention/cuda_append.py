@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.hardware import Hardware
@@ -44,9 +45,8 @@ class CudaAppend(Schedule):
     def lower(self, workload: Workload, config: WarpsConfig, hardware: Hardware) -> Kernel:
         """Generate the kernel of one config."""
         p = get_op(self.op).full(workload)
-        constants = layout.constants(workload) | {
-            "B": p["b"], "FIRST": p["first"], "HALF": p["rot"] // 2, "NORM": bool(p["norm"]),
-            "EPS": layout.float32(p["eps"]), "GAIN": layout.float32(p["vscale"]), "WARPS": config.warps,
+        constants = layout.constants(workload) | append_constants(p) | {
+            "FIRST": p["first"], "WARPS": config.warps,
         }  # fmt: skip
         args = layout.kernel_args(workload)
         given = {a.name for a in args}
@@ -72,9 +72,14 @@ class CudaAppend(Schedule):
     def work(self, workload: Workload, config: WarpsConfig, hardware: Hardware) -> Counts:
         """Rows read once and written once, with their padding; angles once for each token's heads."""
         p = get_op(self.op).full(workload)
+        return self.rows_work(p, 2.0 * (layout.whole(p["d"]) + layout.whole(p["dv"])))
+
+    @staticmethod
+    def rows_work(p: Mapping[str, Any], row: float) -> Counts:
+        """Return the work of a step whose caches take so many bytes of a KV head for each token."""
         tokens, heads = float(p["b"] * p["t"]), p["h"] + p["kv"]
         width = heads * p["d"] + p["kv"] * p["dv"]
-        caches = 2.0 * p["kv"] * (layout.whole(p["d"]) + layout.whole(p["dv"]))
+        caches = p["kv"] * row
         far = tokens * (4.0 * (width + p["h"] * p["d"] + p["rot"]) + caches) + 8.0 * p["b"]
         if paged(p):
             far += table_bytes([p["t"]] * p["b"], p["page"])
@@ -88,7 +93,7 @@ class CudaAppend(Schedule):
 
     def layouts(self, workload: Workload, config: WarpsConfig) -> dict[str, str]:
         """Return the names of the cache layouts."""
-        return dict(layout.LAYOUTS)
+        return layout.layouts(workload)
 
     def pack(
         self, workload: Workload, config: WarpsConfig, arrays: Mapping[str, Array]
@@ -101,3 +106,11 @@ class CudaAppend(Schedule):
     ) -> dict[str, Array]:
         """Return canonical caches."""
         return layout.unpack(workload, arrays)
+
+
+def append_constants(p: Mapping[str, Any]) -> dict[str, int | float | bool]:
+    """Return what ``append.cuh`` is told of a workload besides the extents of its caches."""
+    return {
+        "B": p["b"], "HALF": p["rot"] // 2, "NORM": bool(p["norm"]), "EPS": layout.float32(p["eps"]),
+        "GAIN": layout.float32(p["vscale"]),
+    }  # fmt: skip

@@ -7,8 +7,9 @@
 // log2(e)), KEYS, STAGES, WARPS, PARTS, MERGE_THREADS.
 #include "flash.cuh"
 #include "kv_slots.cuh"
+#include "parts.cuh"
 
-constexpr int GROUP = H / KV, ROWS = T * GROUP, TILES = (ROWS + 15) / 16;
+constexpr int GROUP = parts::HEADS, ROWS = parts::ROWS, TILES = parts::TILES;
 constexpr int OWN = KEYS / WARPS;  // keys of a stage that a warp takes
 constexpr int K_BYTES = KEYS * flash::STRIDE<DK>, STAGE_BYTES = K_BYTES + KEYS * flash::STRIDE<DW>;
 
@@ -16,7 +17,7 @@ constexpr int K_BYTES = KEYS * flash::STRIDE<DK>, STAGE_BYTES = K_BYTES + KEYS *
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
     attend_part(const float* __restrict__ q, const int* __restrict__ pos, const float* __restrict__ sink,
                 const int* __restrict__ pages, const uint16_t* __restrict__ k_cache,
-                const uint16_t* __restrict__ v_cache, float* __restrict__ out, float* __restrict__ parts,
+                const uint16_t* __restrict__ v_cache, float* __restrict__ out, float* __restrict__ values,
                 float* __restrict__ states) {
   MIMO_SHARED(shared);
   const int unit = blockIdx.x, part = blockIdx.y;
@@ -77,41 +78,5 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
   cp_async_wait<0>();
   block_sync();
 
-  flash::merge_warps<WARPS, DW>(shared, rows, [&](int row, int column, float value, float top, float sum) {
-    if constexpr (PARTS > 1) {
-      const size_t place = (size_t(unit) * PARTS + part) * 16 + row;
-      if (from < to) parts[place * DW + column] = value;
-      if (column == 0) {
-        states[2 * place] = top;
-        states[2 * place + 1] = sum;
-      }
-    } else {
-      const int r = tile * 16 + row, token = r / GROUP, head = kv * GROUP + r % GROUP;
-      if (r < ROWS && column < DV) {
-        const float phantom = flash::sink_of<SINK>(sink, head);
-        const float factor = token < valid ? flash::closing(top, sum, phantom).factor : 0.0f;
-        out[(size_t(sequence * T + token) * H + head) * DV + column] = value * factor;
-      }
-    }
-  });
-}
-
-// Merges the parts of a token's head. Grid: heads of all tokens.
-extern "C" __global__ void __launch_bounds__(MERGE_THREADS)
-    merge(const int* __restrict__ pos, const float* __restrict__ sink, const float* __restrict__ parts,
-          const float* __restrict__ states, float* __restrict__ out) {
-  const int head = blockIdx.x % H, token = blockIdx.x / H % T, sequence = blockIdx.x / H / T;
-  float* to = out + size_t(blockIdx.x) * DV;
-  if (token >= pos[2 * sequence + 1]) {
-    for (int column = threadIdx.x; column < DV; column += MERGE_THREADS) to[column] = 0.0f;
-    return;
-  }
-  const int row = token * GROUP + head % GROUP;
-  const size_t unit = (size_t(sequence) * TILES + row / 16) * KV + head / GROUP;
-  const size_t place = unit * PARTS * 16 + row % 16;
-  const float phantom = flash::sink_of<SINK>(sink, head);
-  flash::merge_parts<PARTS, DV>(parts + place * DW, 16 * DW, states + 2 * place, 32,
-                                [&](int column, float value, float top, float sum) {
-                                  to[column] = value * flash::closing(top, sum, phantom).factor;
-                                });
+  flash::merge_warps<WARPS, DW>(shared, rows, parts::Leave{sink, out, values, states, unit, part, valid});
 }

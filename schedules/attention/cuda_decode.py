@@ -9,12 +9,10 @@ from typing import Any
 from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.ops import get_op
-from mimo_compile.ir.ops.pages import TABLE, paged
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.attention.cuda_flash import CudaParts, PartsConfig, merge_threads
 from mimo_compile.schedules.attention.cuda_work import (
     HEIGHT,
-    copied_counts,
     in_pages,
     spans,
     tiles_of,
@@ -54,7 +52,7 @@ class CudaDecode(CudaParts):
         p = get_op(self.op).full(workload)
         return super().constants(workload) | {"MERGE_THREADS": merge_threads(p)}
 
-    def launches(self, workload: Workload, config: PartsConfig) -> tuple[Launch, ...]:
+    def launches(self, workload: Workload, config: Any) -> tuple[Launch, ...]:
         """Return the launch over the parts, and the one that merges them."""
         p = get_op(self.op).full(workload)
         sink = "sink" if p["sink"] else "q"
@@ -63,7 +61,7 @@ class CudaDecode(CudaParts):
             "attend_part",
             (self.units(p), config.parts, 1),
             32 * config.warps,
-            ("q", "pos", sink, TABLE if paged(p) else "pos", "k_cache", "v_cache", "out", parts, states),
+            ("q", "pos", sink, *self.given(p), "out", parts, states),
             self.shared_bytes(p, config),
         )  # fmt: skip
         if config.parts == 1:
@@ -80,7 +78,7 @@ class CudaDecode(CudaParts):
         """Return how many keys the rows of a tile may see."""
         return int(min(p["cap"], p["window"] + p["t"] - 1 if p["window"] else p["cap"]))
 
-    def work(self, workload: Workload, config: PartsConfig, hardware: Hardware) -> Counts:
+    def work(self, workload: Workload, config: Any, hardware: Hardware) -> Counts:
         """Return the kernel's work at the op's nominal KV lengths."""
         op: Any = get_op(self.op)
         p = op.full(workload)
@@ -91,7 +89,7 @@ class CudaDecode(CudaParts):
             copied += float((end - begin).sum())
             scored += float((-(-(end - begin) // own) * own).sum())
             held += float(end.max() - begin.min()) * p["kv"]
-        found = copied_counts(p, p["kv"], copied, held, scored, own, config.parts)
+        found = self.counted(p, copied, held, scored, own, config.parts)
         return with_merge(in_pages(found, p, op.lengths(p)), p, self.units(p), config.parts)
 
     @staticmethod

@@ -11,14 +11,16 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.hardware import Hardware, gpu_of
 from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.ops.base import Arg, Array
+from mimo_compile.ir.ops.pages import TABLE, paged
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.attention import cuda_layout as layout
-from mimo_compile.schedules.attention.cuda_work import HEIGHT, STATE
+from mimo_compile.schedules.attention.cuda_work import HEIGHT, STATE, copied_counts
 from mimo_compile.schedules.base import Kernel, Schedule, kernel_name
 from mimo_compile.schedules.cuda.code import DeviceCode, Launch
 from mimo_compile.schedules.cuda.limits import fits
@@ -56,9 +58,14 @@ class PartsConfig(StagesConfig):
 class CudaFlash(Schedule):
     """Base of attention on GPUs; a subclass says which launches, and what they do."""
 
+    caches: ClassVar[Any] = layout
+    """Module that lays out the caches: `takes`, `kernel_args`, `constants`, `layouts`, `pack`, `unpack`."""
+    expected: ClassVar[tuple[str, ...]] = ("HMMA", "LDSM", "LDGSTS")
+    """Prefixes of opcodes that must occur."""
+
     def supports(self, workload: Workload, hardware: Hardware) -> bool:
         """Workloads of the op with bfloat16 caches and float arithmetic, of heads that registers hold."""
-        if workload.op != self.op or not layout.takes(workload, hardware):
+        if workload.op != self.op or not self.caches.takes(workload, hardware):
             return False
         space = self.space(workload, hardware)
         return space.legal(space.default)
@@ -105,7 +112,8 @@ class CudaFlash(Schedule):
         """Return what the text is told of a workload."""
         op: Any = get_op(self.op)
         p = op.full(workload)
-        return layout.constants(workload) | {
+        found: dict[str, int | float | bool] = self.caches.constants(workload)
+        return found | {
             "WINDOW": p["window"],
             "SINK": bool(p["sink"]),
             "SCALE": layout.float32(op.softmax_scale(p) * LOG2_E),
@@ -119,6 +127,22 @@ class CudaFlash(Schedule):
     def launches(self, workload: Workload, config: Any) -> tuple[Launch, ...]:
         """Return the launches of a call."""
 
+    def given(self, p: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return the names of what launches take of the caches; where there are no pages `pos` stands in."""
+        return (TABLE if paged(p) else "pos", "k_cache", "v_cache")
+
+    def counted(
+        self,
+        p: Mapping[str, Any],
+        copied: float,
+        held: float,
+        scored: float,
+        own: int,
+        parts: int = 1,
+    ) -> Counts:
+        """Return the counts of passing over keys; see `copied_counts`."""
+        return copied_counts(p, p["kv"], copied, held, scored, own, parts)
+
     def scratch(self, workload: Workload, config: Any) -> dict[str, Arg]:
         """Return the arrays that the launches share."""
         return {}
@@ -128,34 +152,37 @@ class CudaFlash(Schedule):
         knobs = {name.upper(): value for name, value in self.config_to_json(config).items()}
         text = rendered(self.template(), self.constants(workload) | knobs)
         launches, scratch = self.launches(workload, config), self.scratch(workload, config)
-        code = DeviceCode(text, launches, scratch, expected=("HMMA", "LDSM", "LDGSTS"))
+        code = DeviceCode(text, launches, scratch, expected=self.expected)
         bytes_of_scratch = sum(4 * math.prod(a.shape) for a in scratch.values())
         return Kernel(
-            kernel_name(self, workload, config, hardware), None, layout.kernel_args(workload),
+            kernel_name(self, workload, config, hardware), None, self.caches.kernel_args(workload),
             self.work(workload, config, hardware), bytes_of_scratch, layout.NEEDS, device=code,
         )  # fmt: skip
 
     def layouts(self, workload: Workload, config: Any) -> dict[str, str]:
         """Return the names of the cache layouts."""
-        return dict(layout.LAYOUTS)
+        layouts: dict[str, str] = self.caches.layouts(workload)
+        return layouts
 
     def pack(
         self, workload: Workload, config: Any, arrays: Mapping[str, Array]
     ) -> dict[str, Array]:
         """Lay out the caches; the sink stays as it is."""
-        return layout.pack(workload, arrays)
+        packed: dict[str, Array] = self.caches.pack(workload, arrays)
+        return packed
 
     def unpack_state(
         self, workload: Workload, config: Any, arrays: Mapping[str, Array]
     ) -> dict[str, Array]:
         """Return canonical caches."""
-        return layout.unpack(workload, arrays)
+        canonical: dict[str, Array] = self.caches.unpack(workload, arrays)
+        return canonical
 
 
 class CudaParts(CudaFlash):
     """Base of attention of few rows, whose keys are split into parts."""
 
-    config = PartsConfig
+    config: ClassVar[type] = PartsConfig
 
     def registers(self, p: Mapping[str, Any], config: Any, own: int) -> int:
         """Return about how many registers a thread needs: more for each stage beyond two."""
@@ -170,11 +197,11 @@ class CudaParts(CudaFlash):
     def reach(self, p: Mapping[str, Any]) -> int:
         """Return how many keys the rows of a tile may see."""
 
-    def parts_of(self, p: Mapping[str, Any], config: PartsConfig, name: str) -> str:
+    def parts_of(self, p: Mapping[str, Any], config: Any, name: str) -> str:
         """Return the name of a scratch array, or where there are no parts any array, not looked at."""
         return name if config.parts > 1 else "out"
 
-    def scratch(self, workload: Workload, config: PartsConfig) -> dict[str, Arg]:
+    def scratch(self, workload: Workload, config: Any) -> dict[str, Arg]:
         """Return what the parts leave to be merged: weighted values, greatest logits and sums."""
         if config.parts == 1:
             return {}

@@ -24,6 +24,11 @@ NEEDS = frozenset({"mma", "cp_async"})
 _STEP = 16
 
 
+def layouts(workload: Workload) -> dict[str, str]:
+    """Return the name of the layout of each cache."""
+    return dict(LAYOUTS)
+
+
 def takes(workload: Workload, hardware: Hardware) -> bool:
     """Say whether a workload has caches of this layout, and float arithmetic, on a GPU with `NEEDS`."""
     p = get_op(workload.op).full(workload)

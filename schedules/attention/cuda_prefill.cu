@@ -84,17 +84,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
     const float phantom = flash::sink_of<SINK>(sink, head[half]);
     float factor = flash::closing(rows.top[half], rows.sum[half], phantom).factor;
     if (at[half] - start >= valid) factor = 0.0f;
-#pragma unroll
-    for (int j = 0; j < DW / 8; ++j) {
-      const int column = j * 8 + (lane & 3) * 2;
-      float* place = out + to[half] * DV + column;
-      if (DV % 2 == 0 && column < DV) {
-        *reinterpret_cast<float2*>(place) =
-            make_float2(rows.out[j][2 * half] * factor, rows.out[j][2 * half + 1] * factor);
-      } else {
-        if (column < DV) place[0] = rows.out[j][2 * half] * factor;
-        if (column + 1 < DV) place[1] = rows.out[j][2 * half + 1] * factor;
-      }
-    }
+    flash::store_row<DV, DW>(out + to[half] * DV, rows, half, factor);
   }
 }

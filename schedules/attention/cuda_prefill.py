@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.ops import get_op
-from mimo_compile.ir.ops.pages import TABLE, paged
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.attention.cuda_flash import CudaFlash, StagesConfig
 from mimo_compile.schedules.attention.cuda_work import (
     HEIGHT,
-    copied_counts,
     in_pages,
     spans,
     tiles_of,
@@ -30,18 +28,18 @@ class CudaPrefill(CudaFlash):
 
     name = "cached_attention.cuda_prefill"
     op = "cached_attention"
-    config = StagesConfig
+    config: ClassVar[type] = StagesConfig
 
     def space(self, workload: Workload, hardware: Hardware) -> Space:
         """Keys and number of stages, warps."""
         p = get_op(self.op).full(workload)
         knobs = {"keys": (16, 32, 64, 128), "stages": (2, 3, 4), "warps": (1, 2, 4, 8)}
-        tries = (StagesConfig(keys, 2, self._warps(p, hardware)) for keys in (64, 32, 16))
+        tries = (StagesConfig(keys, 2, self.warps_of(p, hardware)) for keys in (64, 32, 16))
         default = next((c for c in tries if self.legal(p, c, hardware)), StagesConfig(16, 2, 1))
         return Space(StagesConfig, knobs, default, lambda c: self.legal(p, c, hardware))
 
     @staticmethod
-    def _warps(p: Mapping[str, Any], hardware: Hardware) -> int:
+    def warps_of(p: Mapping[str, Any], hardware: Hardware) -> int:
         """Return warps of a block by default: many, so that keys are read seldom, but no SM has much more."""
         busiest = {}
         for warps in (1, 2, 4, 8):
@@ -62,16 +60,16 @@ class CudaPrefill(CudaFlash):
         """Return what the text is told of a workload."""
         return super().constants(workload) | {"B": get_op(self.op).full(workload)["b"]}
 
-    def launches(self, workload: Workload, config: StagesConfig) -> tuple[Launch, ...]:
+    def launches(self, workload: Workload, config: Any) -> tuple[Launch, ...]:
         """Return the one launch."""
         p = get_op(self.op).full(workload)
         tiles = tiles_of(p["t"], p["h"] // p["kv"], HEIGHT * config.warps)
-        sink, table = "sink" if p["sink"] else "q", TABLE if paged(p) else "pos"
-        given = ("q", "pos", sink, table, "k_cache", "v_cache", "out")
+        sink = "sink" if p["sink"] else "q"
+        given = ("q", "pos", sink, *self.given(p), "out")
         grid = (p["kv"] * p["b"] * tiles, 1, 1)
         return (Launch("attend", grid, 32 * config.warps, given, self.shared_bytes(p, config)),)
 
-    def work(self, workload: Workload, config: StagesConfig, hardware: Hardware) -> Counts:
+    def work(self, workload: Workload, config: Any, hardware: Hardware) -> Counts:
         """Return the kernel's work at the op's nominal KV lengths."""
         op: Any = get_op(self.op)
         p = op.full(workload)
@@ -81,7 +79,7 @@ class CudaPrefill(CudaFlash):
             copied += float((end - begin).sum())
             held += float(end.max() - begin.min()) * p["kv"]
             scored += float(self._steps(p, config, length, begin).sum()) * config.keys
-        found = copied_counts(p, p["kv"], copied, held, scored, config.keys)
+        found = self.counted(p, copied, held, scored, config.keys)
         return in_pages(found, p, op.lengths(p))
 
     @staticmethod

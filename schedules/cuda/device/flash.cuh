@@ -193,6 +193,22 @@ __device__ __forceinline__ Closing closing(float top, float sum, float sink) {
   return {own / total, most + log2f(total)};
 }
 
+// Writes row number `half` of a lane, times a factor, to `to`: its share of WIDTH columns, of which DV count.
+template <int DV, int WIDTH>
+__device__ __forceinline__ void store_row(float* to, const Rows<WIDTH>& rows, int half, float factor) {
+#pragma unroll
+  for (int j = 0; j < WIDTH / 8; ++j) {
+    const int column = j * 8 + (threadIdx.x & 3) * 2;
+    const float low = rows.out[j][2 * half] * factor, high = rows.out[j][2 * half + 1] * factor;
+    if (DV % 2 == 0 && column < DV) {
+      *reinterpret_cast<float2*>(to + column) = make_float2(low, high);
+    } else {
+      if (column < DV) to[column] = low;
+      if (column + 1 < DV) to[column + 1] = high;
+    }
+  }
+}
+
 // Floats from one row to the next while warps are merged: lanes of four rows then write to different banks.
 template <int WIDTH>
 constexpr int MERGE_STRIDE = WIDTH + 8;
