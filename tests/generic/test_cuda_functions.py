@@ -88,13 +88,13 @@ def test_any_function_with_its_default_and_any_knobs(name):
     rng = np.random.default_rng(0)
     for workload in workloads(name):
         default = CUDA_TIR.space(workload, H200).default
-        for config in dict.fromkeys([default, drawn(workload, rng), drawn(workload, rng)]):
+        for config in dict.fromkeys([default, drawn(workload, rng)]):
             check_emulated(workload, CUDA_TIR, config, H200, orders=(1,))
 
 
 @pytest.mark.slow
 @needs_compiler
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     rows=st.integers(1, 9), columns=st.integers(1, 200), team=st.sampled_from((1, 8, 32, 64)),
     together=st.booleans(), how=st.sampled_from((R.nn.softmax, R.nn.log_softmax, R.argmax)),

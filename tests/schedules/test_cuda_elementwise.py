@@ -102,7 +102,7 @@ TEXTS = st.one_of(
 
 @pytest.mark.slow
 @needs_compiler
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(text=TEXTS, seed=st.integers(0, 99))
 def test_any_extents_and_knobs(text, seed):
     workload = parse_workload(text)
