@@ -189,6 +189,7 @@ def tune(
     progress: Callable[[Any], None] | None = None,
     on: str | None = None,
     gates: str | os.PathLike[str] | None = None,
+    device_batch: str | os.PathLike[str] | None = None,
 ) -> TuningResult:
     """Search the best kernels of a model, or of one op, and keep every measurement in the database.
 
@@ -217,6 +218,8 @@ def tune(
         on: where candidates are built and measured: None is this machine, ``"ray"`` a Ray cluster of this
             machine alone, ``"ray:HOST:PORT"`` one that runs and of which this machine is a node.
         gates: as for `compile`.
+        device_batch: folder of a batch for a GPU that is elsewhere: results that are there are stored, and
+            when none is missing the next candidates are compiled into it.
 
     Returns:
         What is known afterwards: ``.best`` and ``.pareto`` by workload. Ctrl-C ends the search and
@@ -227,7 +230,7 @@ def tune(
         InputError: an input file is missing, damaged or not supported.
         MissingExtra: the ``[compile]`` packages are not installed, or Ray for ``on``.
         DeviceLost: no measuring node is left; what was measured is kept.
-        EnvironmentMismatch: a plug-in that is used is broken.
+        EnvironmentMismatch: a plug-in that is used is broken, or the target is a GPU that this machine lacks.
     """
     from mimo_compile.ir.hardware import resolve_target
     from mimo_compile.pipeline.choose import tunable
@@ -246,13 +249,16 @@ def tune(
             f"batch ({batch}) and pages ({pages}) are for models, and {source} is one workload",
             remedy="write b=, page= and pool= into the workload of an op that has them",
         )
-    hardware = check_tunable(resolve_target(target, threads))
+    if on is not None and device_batch is not None:
+        raise UsageError("candidates are measured on a farm (on) or as a device batch, not both")
+    hardware = check_tunable(resolve_target(target, threads), elsewhere=device_batch is not None)
     get_strategy(strategy)  # wrong names are refused before a model is loaded
     if on is not None:
         from mimo_compile.search.farm.tuning import check_on
 
         meter = check_on(on, hardware, objective, joules, meter)
-    local = on is None and meter not in (AUTO, MODELLED)
+    here = on is None and device_batch is None
+    local = here and meter not in (AUTO, MODELLED)
     counter = open_meter(hardware, meter) if local else meter
     workloads: dict[Workload, float]
     if is_op_spec(source):
@@ -270,6 +276,8 @@ def tune(
             workloads = _supported(workloads, hardware)
     with _database(db) as database, _farm(on, hardware, meter) as farm:
         how = {"meter": counter} if farm is None else farm.how()
+        if device_batch is not None:
+            how["device_batch"] = Path(device_batch)
         with _tallied(farm, database) as workers:
             found = _tune(
                 workloads, hardware, trials, seconds, joules, objective, database, seed, progress,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from mimo_compile.errors import MimoError
@@ -73,19 +73,37 @@ class WorkloadResult:
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceBatch:
+    """Where a search stands that measures elsewhere."""
+
+    folder: str
+    number: int
+    """Batches so far."""
+    units: int
+    """Pieces of work in the last one: a candidate each, or several to be timed against each other."""
+    open: int
+    """Those of them without a result."""
+    merged: int
+    """Those whose results were stored now."""
+
+
+@dataclass(frozen=True, slots=True)
 class TuningResult:
     """What came of a search over one or many workloads."""
 
     workloads: tuple[WorkloadResult, ...]
     objective: Objective
     stopped: str
-    """Why it ended: ``trials``, ``seconds``, ``joules``, ``exhausted``, ``interrupted`` or ``database``."""
+    """Why it ended: ``trials``, ``seconds``, ``joules``, ``exhausted``, ``interrupted``, ``database``, or
+    ``batch``: a device batch has to be run."""
     seconds: float
     joules: float | None
     failure: MimoError | None = None
     """Why the database took no more records; what is here was found before."""
     workers: tuple[Worker, ...] = ()
     """What the workers of the farm did, where the search ran on one."""
+    device_batch: DeviceBatch | None = None
+    """Where it stands, if it measures elsewhere."""
 
     @property
     def simulated(self) -> bool:
@@ -124,6 +142,7 @@ class TuningResult:
             "joules": self.joules, "trials": self.trials, "new_trials": self.new_trials,
             "workloads": [w.to_json() for w in self.workloads],
             "workers": [w.to_json() for w in self.workers],
+            "device_batch": None if self.device_batch is None else asdict(self.device_batch),
         }  # fmt: skip
 
 

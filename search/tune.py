@@ -4,22 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from mimo_compile.cost_models.analytic import DeviceModel
-from mimo_compile.errors import UsageError
+from mimo_compile.errors import EnvironmentMismatch, UsageError
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.base import Schedule
 from mimo_compile.search.budget import Budget, Clock
 from mimo_compile.search.database import Database
-from mimo_compile.search.measure import Measurer, Measures, Timing, runnable_here
-from mimo_compile.search.meters import AUTO, MODELLED, Meter, open_meter
+from mimo_compile.search.measure import Measurer, Measures, Timing, runnable_here, unfit_gpu
+from mimo_compile.search.meters import AUTO, MODELLED, Meter, meter_names, open_meter
 from mimo_compile.search.objective import Objective, parse_objective
 from mimo_compile.search.progress import Progress
 from mimo_compile.search.result import TuningResult
 from mimo_compile.search.strategies import DEFAULT, Options, get_strategy
 from mimo_compile.search.tuner import Tuner
 from mimo_compile.search.warm import find_prior
+
+GPU_METER = "nvml"
+"""What reads the joules of GPUs that are elsewhere, where joules decide."""
 
 
 def _counter(meter: Meter | str | None, hardware: Hardware, *, own: bool) -> Meter | None:
@@ -29,16 +34,23 @@ def _counter(meter: Meter | str | None, hardware: Hardware, *, own: bool) -> Met
     return open_meter(hardware, meter) if meter is None or isinstance(meter, str) else meter
 
 
-def check_tunable(hardware: Hardware) -> Hardware:
-    """Return the target of a search.
+def check_tunable(hardware: Hardware, *, elsewhere: bool = False) -> Hardware:
+    """Return the target of a search; ``elsewhere``: it is not this machine that measures.
 
     Raises:
-        UsageError: its kernels cannot be measured by anything yet.
+        EnvironmentMismatch: it is a GPU that this machine does not have.
+        UsageError: it is no GPU, and only those are measured elsewhere.
     """
     if hardware.kind == "cuda":
+        if not elsewhere and (why := unfit_gpu(hardware)):
+            raise EnvironmentMismatch(
+                f"kernels for {hardware.name} cannot be measured here: {why}",
+                remedy="With --device-batch DIR candidates are compiled here, and measured where one is",
+            )
+    elif elsewhere:
         raise UsageError(
-            f"kernels for {hardware.name} cannot be tuned yet: a search measures nothing on GPUs",
-            remedy="`mimo-compile inspect --op SPEC` with this target compiles them and predicts their time",
+            f"--device-batch is for GPUs, and {hardware.name} is none",
+            remedy="give --target cuda:sm_80 or cuda:sm_90a",
         )
     return hardware
 
@@ -62,6 +74,7 @@ def tune_workloads(
     timing: Timing | None = None,
     options: Options | None = None,
     warm_start: bool = True,
+    device_batch: Path | None = None,
 ) -> TuningResult:
     """Search the best kernel of each workload; every measurement is stored as soon as it is taken.
 
@@ -86,6 +99,8 @@ def tune_workloads(
         options: Settings of the strategy.
         warm_start: Begin with a cost model trained on records of other shapes and machines, see
             `warm.find_prior`.
+        device_batch: Folder in which candidates are put to be measured elsewhere, and from which their
+            results are taken (GPUs only), see `device_batch.flow`.
 
     Returns:
         All that is known, also after Ctrl-C, or when the database could not be written any more (see
@@ -102,6 +117,12 @@ def tune_workloads(
         raise UsageError("nothing to tune: no workloads were given")
     budget = Budget(trials, seconds, joules)
     goal = parse_objective(objective) if isinstance(objective, str) else objective
+    if device_batch is not None:
+        return _batched(
+            dict(pairs), check_tunable(hardware, elsewhere=True), device_batch, budget, goal, meter,
+            schedules, timing,
+            {"db": db, "seed": seed, "strategy": strategy, "progress": progress, "options": options},
+        )  # fmt: skip
     if measurer is None and hardware.kind == "sim":
         if goal.needs_energy or joules is not None:
             raise UsageError(
@@ -139,3 +160,44 @@ def tune_workloads(
     finally:
         if measurer is None:
             own.close()
+
+
+def _batched(
+    workloads: dict[Workload, float],
+    hardware: Hardware,
+    folder: Path,
+    budget: Budget,
+    goal: Objective,
+    meter: Meter | str | None,
+    schedules: Sequence[Schedule] | None,
+    timing: Timing | None,
+    tuner: dict[str, Any],
+) -> TuningResult:
+    """Take one step of a search that measures elsewhere.
+
+    Raises:
+        UsageError: a limit that only a search here can keep.
+    """
+    from mimo_compile.search.device_batch.flow import device_batch
+
+    if budget.seconds is not None or budget.joules is not None:
+        raise UsageError(
+            "a device batch has no limit of time or joules", remedy="give --trials, or none at all"
+        )
+    name = meter if isinstance(meter, str) or meter is None else meter.name
+    if name in (None, AUTO):
+        name = GPU_METER if goal.needs_energy else MODELLED
+    if name not in meter_names():
+        raise UsageError(f"unknown meter {name!r}", remedy=f"Use one of {', '.join(meter_names())}")
+    (only, *others) = workloads.values()
+    return replace(
+        device_batch(
+            workloads, hardware, folder, schedules=schedules, trials=budget.trials, timing=timing,
+            meter="" if name == MODELLED else str(name),
+            tuner={
+                **tuner, "objective": goal if others else goal.for_one(only), "meter": name,
+                "device": DeviceModel.guess(hardware),
+            },
+        ),
+        objective=goal,
+    )  # fmt: skip

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mimo_compile.cli.options import (
@@ -27,6 +29,8 @@ EXAMPLE = """
 mimo-compile tune tiny --quant w4g64a8 --time 1m
 mimo-compile tune --op mpgemm:m=1,n=4096,k=4096,w=w4g64,a=a8 --trials 64 --json
 mimo-compile tune --op mpgemm:m=16,n=3200,k=3200,w=w1.58,a=a8 --target sim:roma --trials 16
+mimo-compile tune --op mpgemm:m=1,n=4096,k=4096,w=w4g128 --target cuda:sm_90a --device-batch batch
+mimo-compile tune --run-batch batch
 """
 _DEFAULT_SECONDS = 60.0
 
@@ -68,12 +72,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="build and measure on a Ray cluster: ray (one of this machine alone), or ray:HOST:PORT "
         "(one that runs, and of which this machine is a node)",
     )
+    parser.add_argument(
+        "--device-batch",
+        type=Path,
+        metavar="DIR",
+        help="for a GPU that is elsewhere: store the results in DIR and compile the next candidates into it",
+    )
+    parser.add_argument(
+        "--run-batch",
+        type=Path,
+        metavar="DIR",
+        help="run what is left of such a DIR on the GPU of this machine",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Tune and report; return 0 (the caller turns an interruption into 130 or 143)."""
-    need_extra("tune")
     console: Console = args.console
+    if args.run_batch is not None:
+        return _run_batch(args, console)
+    need_extra("tune")
     if (args.source is None) == (args.op is None):
         raise UsageError(
             "tune needs either SRC or --op SPEC", remedy="See mimo-compile tune --help"
@@ -82,7 +100,8 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--quant goes with SRC; in --op SPEC formats are given by w= and a=")
     if args.op is not None and args.gates is not None:
         raise UsageError("--gates goes with SRC, not with --op SPEC")
-    if args.trials is None and args.time is None and args.joules is None:
+    limits = (args.trials, args.time, args.joules)
+    if limits == (None, None, None) and args.device_batch is None:
         args.time = _DEFAULT_SECONDS
     from mimo_compile.api import tune
     from mimo_compile.search.database import default_path
@@ -99,12 +118,14 @@ def run(args: argparse.Namespace) -> int:
             db=args.db, threads=args.threads, seed=args.seed, max_context=args.max_context,
             batch=args.batch, pages=args.pages,
             strategy=args.strategy, meter=args.meter, progress=progress, on=args.on,
-            gates=args.gates,
+            gates=args.gates, device_batch=args.device_batch,
         )  # fmt: skip
     path = args.db or default_path()
     show(console, result)
     if result.failure is not None:
         raise result.failure
+    if result.device_batch is not None:
+        _tell_batch(console, result.device_batch)
     if result.simulated and args.op is None:
         console.say(f"kernels that {args.target} has no units for are left out")
     console.say(f"records in {path}")
@@ -162,3 +183,40 @@ def show(console: Console, result: Any) -> None:
         console.say(f"{NOTE} (`mimo-compile targets` says why)")
     if result.simulated:
         console.say("all times are simulated: a model's cycles of a machine that does not exist")
+
+
+def _tell_batch(console: Console, batch: Any) -> None:
+    """Say what came back of a device batch, and what is to be done next."""
+    if batch.merged:
+        console.say(f"results of {batch.merged} units of work were stored")
+    if batch.open:
+        console.say(
+            f"batch {batch.number} in {batch.folder}: {batch.open} of {batch.units} units to be run.\n"
+            f"Where the GPU is: mimo-compile tune --run-batch {shlex.quote(batch.folder)}\n"
+            "Then bring the folder back, and give this command again"
+        )
+    else:
+        console.say("nothing is left to measure")
+
+
+def _run_batch(args: argparse.Namespace, console: Console) -> int:
+    """Run a device batch; it brings its target, its timing and all else with it."""
+    given = {
+        "--op": args.op,
+        "SRC": args.source,
+        "--device-batch": args.device_batch,
+        "--on": args.on,
+    }
+    if other := [name for name, value in given.items() if value is not None]:
+        raise UsageError(f"--run-batch takes all from its folder, and {other[0]} is given as well")
+    from dataclasses import asdict
+
+    from mimo_compile.search.device_batch.runner import run_batch
+
+    done = run_batch(args.run_batch, console.log)
+    console.say(
+        f"batch {done.number}: {done.new} units were run, {done.open} of {done.units} are left"
+        + (f", {done.failed} ended badly" if done.failed else "")
+    )
+    console.result({"ok": True, "folder": str(args.run_batch), **asdict(done)})
+    return 0

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
+from mimo_compile.cost_models.analytic import DeviceModel
+from mimo_compile.cost_models.features import ANALYTIC, Extractor
 from mimo_compile.cost_models.gpu import RATES, LaunchShape, occupancy, predict, roofline_s
-from mimo_compile.ir.counts import OP_KINDS, Counts
+from mimo_compile.ir.counts import OP_KINDS, Counts, in_turn
 from mimo_compile.ir.hardware import CUDA, PRESETS, gpu_of
+from mimo_compile.ir.ops import parse_workload
+from mimo_compile.schedules import get_schedule
 
 A100, H200 = CUDA["cuda:sm_80"], CUDA["cuda:sm_90a"]
 
@@ -114,3 +120,31 @@ def test_the_roofline_of_necessary_work() -> None:
             assert roofline_s(work, hardware) == pytest.approx(times * 1e-3 + 2e-6)
         both = Counts({"fma_f32": rate * 1e-3, "tile_bf16": rate * 1e-3})
         assert roofline_s(both, hardware) == pytest.approx(4e-3 + 2e-6)
+
+
+def test_searches_rank_by_the_same_rates() -> None:
+    for hardware in CUDA.values():
+        model, even = DeviceModel.guess(hardware), LaunchShape(hardware.cores, 256, 32, 0)
+        works = [
+            Counts({}, {"dram": 1e9}), Counts({"tile_bf16": 1e12}), Counts({}, {"l2": 1e9, "dram": 1e3}),
+            Counts({"dot_i8": 1e11}, {"dram": 1e5}),
+        ]  # fmt: skip
+        for work in [*works, in_turn(*works)]:
+            shapes = [even] * max(1, len(work.parts))
+            seconds = predict(work, shapes, hardware).seconds
+            assert model.latency_us(work, hardware) == pytest.approx(1e6 * seconds)
+        assert model.floor_us(works[0], hardware) is None
+        assert model.energy_mj(works[0], 1e3) > model.energy_mj(works[2], 1e3) > 0
+
+
+def test_features_of_candidates_for_gpus() -> None:
+    workload = parse_workload("mpgemm:m=1,n=4096,k=4096,w=w4g128")
+    schedule = get_schedule("mpgemm.cuda_gemv")
+    config = schedule.space(workload, H200).default
+    counts = schedule.work(workload, config, H200)
+    extract = Extractor(workload, H200, DeviceModel.guess(H200))
+    row = extract(counts, schedule.name, schedule.config_to_json(config))
+    assert math.exp(row[ANALYTIC]) == pytest.approx(
+        DeviceModel.guess(H200).latency_us(counts, H200)
+    )
+    assert any(name.startswith("knobs.mpgemm.cuda_gemv.") for name in row)

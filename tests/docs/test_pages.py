@@ -274,7 +274,8 @@ def test_limits_that_pages_state() -> None:
     """Numbers in prose go stale first."""
     from mimo_compile.runtime import container, weights
     from mimo_compile.search import ahead, budget, task, tuner
-    from mimo_compile.search.measure import Limits, Timing
+    from mimo_compile.search.device_batch import flow
+    from mimo_compile.search.measure import Limits, Timing, gpu_slot
     from mimo_compile.search.measure.buffers import GUARD
     from mimo_compile.search.meters.base import MIN_STEPS
 
@@ -288,6 +289,8 @@ def test_limits_that_pages_state() -> None:
         f"a first round of up to {ahead.FIRST} candidates", f"the next round of up to {tuner.BATCH}",
     ):  # fmt: skip
         assert part in text, part
+    batch = f"up to {flow.ROUND} candidates of each workload ({flow.FIRST} in its first), at most {flow.MOST}"
+    assert batch in text and gpu_slot.GUARD == GUARD
     assert (task.CONFIRM, timing.budget_s) == (4, 0.5)
     assert [budget.patience(n, 1) for n in (20, 20 * 50, 20 * 1000)] == [32, 50, 128]
     assert "as a twentieth of its space (32 at least, 128 at most)" in text
