@@ -8,6 +8,7 @@ from typing import Any
 from mimo_compile.errors import UsageError
 from mimo_compile.ir.caches import FORMATS
 from mimo_compile.ir.ops import get_op
+from mimo_compile.ir.ops.pages import rows_in_page
 from mimo_compile.ir.workload import Value
 
 MEASURED_KV = 16384
@@ -37,6 +38,13 @@ def measured(cap: int, t: int) -> int:
 def factor(scale: float, d: int) -> float:
     """Return the parameter ``scale``; 0 is ``1/sqrt(d)``."""
     return 0.0 if abs(float(scale) * d**0.5 - 1) < 1e-6 else float(scale)
+
+
+def in_pages(table: Any, cap: int, page: int, slots: int) -> dict[str, int]:
+    """Return the parameters of a workload over pages of a pool of so many slots; none without tables."""
+    if table is None:
+        return {}
+    return {"cap": cap, "b": extents(table)[0], "page": page, "pool": slots // page}
 
 
 class ListConverters:
@@ -81,13 +89,15 @@ class ListConverters:
     def describe_blocks(self, node: Any, imp: Any) -> None:
         """Update descriptors of the tokens that the call appended."""
         self._refuse_order("describe_blocks")
-        k_cache, pos, desc, kind, size, stride, *whole = imp.retrieve_args(node)
+        k_cache, pos, desc, kind, size, stride, *more = imp.retrieve_args(node)
+        whole, *where = more or [False]
+        table, most, page = where or (None, 0, 0)
         (cap, kv, d), t = extents(k_cache)[-3:], self.appended[k_cache]
+        p = {"cap": cap, "b": sequences(pos)} | in_pages(table, most, page, cap)
         done = self.call(
-            imp, "describe_blocks", [pos, k_cache, desc], [([1], "int32")], t=t, kv=kv, d=d, cap=cap,
-            kind=kind, size=size, stride=0 if stride == size else stride, len=measured(cap, t),
-            c=self.cache_format(k_cache), whole=int(bool(whole and whole[0])), e=_format(desc),
-            b=sequences(pos),
+            imp, "describe_blocks", [pos, table, k_cache, desc], [([1], "int32")], t=t, kv=kv, d=d,
+            kind=kind, size=size, stride=0 if stride == size else stride, len=measured(p["cap"], t),
+            c=self.cache_format(k_cache), whole=int(bool(whole)), e=_format(desc), **p,
         )  # fmt: skip
         self.effects.append(done)
 
@@ -120,34 +130,40 @@ class ListConverters:
     def gate_keys(self, node: Any, imp: Any) -> None:
         """Compress the blocks that the tokens of the call complete."""
         self._refuse_order("gate_keys")
-        k_cache, pos, inv_freq, gate_freq, weight, norm, desc, size, last, eps = imp.retrieve_args(
-            node
+        k_cache, pos, inv_freq, gate_freq, weight, norm, desc, size, last, eps, *where = (
+            imp.retrieve_args(node)
         )
+        table, most, page = where or (None, 0, 0)
         (cap, kv, d), t = extents(k_cache)[-3:], self.appended[k_cache]
+        p = {"cap": cap, "b": sequences(pos)} | in_pages(table, most, page, cap)
         done = self.call(
-            imp, "gate_keys", [pos, inv_freq, gate_freq, weight, norm, k_cache, desc],
-            [([1], "int32")], t=t, kv=kv, d=d, cap=cap, size=size, g=extents(weight)[2],
+            imp, "gate_keys", [pos, inv_freq, gate_freq, weight, norm, table, k_cache, desc],
+            [([1], "int32")], t=t, kv=kv, d=d, size=size, g=extents(weight)[2],
             rot=2 * extents(inv_freq)[0], grot=2 * extents(gate_freq)[0], norm=int(norm is not None),
-            last=int(last), eps=float(eps), len=measured(cap, t), c=self.cache_format(k_cache),
-            w=_format(weight), b=sequences(pos),
+            last=int(last), eps=float(eps), len=measured(p["cap"], t), c=self.cache_format(k_cache),
+            w=_format(weight), **p,
         )  # fmt: skip
         self.effects.append(done)
 
     def score_blocks(self, node: Any, imp: Any) -> Any:
         """Score blocks by descriptors."""
-        q, desc, weight, pos, kind, agg, soft, block, rows, blocks, size, stride, scale = (
+        q, desc, weight, pos, kind, agg, soft, block, rows, blocks, size, stride, scale, *where = (
             imp.retrieve_args(node)
         )
-        (r, h, d), kv, b = extents(q), extents(desc)[-3], sequences(pos)
-        t, cap = r // b * rows, blocks * block
+        table, most, page = where or (None, 0, 0)
+        (r, h, d), kv = extents(q), extents(desc)[-3]
+        p = {"cap": blocks * block, "b": sequences(pos)}
+        if table is not None:
+            p |= in_pages(table, most, page, extents(desc)[0] // rows_in_page(page, size) * page)
+        t = r // p["b"] * rows
         heads = h if agg == "none" else kv
         sizes: dict[str, Value] = {"size": size, "stride": stride} if kind == "compressed" else {}
         ones = kind == "indexer"
         return self.call(
-            imp, "score_blocks", [q, pos, weight, desc], [([r, heads, blocks], "float32")], t=t, h=h,
-            kv=kv, d=d, cap=cap, kind=kind, agg=agg, block=block, rows=rows, soft=int(soft),
-            scale=0.0 if ones and scale == 1 else factor(scale, d), len=measured(cap, t),
-            e=_format(desc), b=b, **sizes,
+            imp, "score_blocks", [q, pos, weight, table, desc], [([r, heads, blocks], "float32")], t=t,
+            h=h, kv=kv, d=d, kind=kind, agg=agg, block=block, rows=rows, soft=int(soft),
+            scale=0.0 if ones and scale == 1 else factor(scale, d), len=measured(p["cap"], t),
+            e=_format(desc), **sizes, **p,
         )  # fmt: skip
 
     def score_keys(self, node: Any, imp: Any) -> Any:
@@ -155,13 +171,16 @@ class ListConverters:
         q, k_cache, pos, peak, guess, kind, agg, block, channels, scale, *more = imp.retrieve_args(
             node
         )
-        (r, h, d), (cap, kv, _), b = extents(q), extents(k_cache)[-3:], sequences(pos)
-        t, out = r // b, [r, h if agg == "none" else kv, -(-cap // block)]
+        (r, h, d), (cap, kv, _) = extents(q), extents(k_cache)[-3:]
+        span, *where = more or [0]
+        table, most, page = where or (None, 0, 0)
+        p = {"cap": cap, "b": sequences(pos)} | in_pages(table, most, page, cap)
+        t, out = r // p["b"], [r, h if agg == "none" else kv, -(-p["cap"] // block)]
         return self.call(
-            imp, "score_keys", [q, pos, guess, peak, k_cache], [(out, "float32")], t=t, h=h, kv=kv, d=d,
-            cap=cap, kind=kind, agg=agg, block=block, channels=channels, guess=int(guess is not None),
-            scale=factor(scale, d), len=measured(cap, t), c=self.cache_format(k_cache),
-            lay="" if kind == "channels" else self.lay, span=more[0] if more else 0, b=b,
+            imp, "score_keys", [q, pos, guess, peak, table, k_cache], [(out, "float32")], t=t, h=h,
+            kv=kv, d=d, kind=kind, agg=agg, block=block, channels=channels, guess=int(guess is not None),
+            scale=factor(scale, d), len=measured(p["cap"], t), c=self.cache_format(k_cache),
+            lay="" if kind == "channels" else self.lay, span=span, **p,
         )  # fmt: skip
 
     def key_mean(self, node: Any, imp: Any) -> Any:
@@ -209,19 +228,21 @@ class ListConverters:
 
     def sparse_attention(self, node: Any, imp: Any) -> Any:
         """Attend to lists."""
-        q, k_cache, v_cache, pos, idx, cnt, sink, table, block, rows, page, scale, window, *more = (
+        q, k_cache, v_cache, pos, idx, cnt, sink, block, rows, scale, window, *more = (
             imp.retrieve_args(node)
         )
-        first = more[0] if more else 0
+        first, *where = more or [0]
+        table, most, page = where or (None, 0, 0)
         (r, h, d), (cap, kv, _), dv = extents(q), extents(k_cache)[-3:], extents(v_cache)[-1]
-        (_, hs, kmax), b = extents(idx), sequences(pos)
-        t = r // b
+        _, hs, kmax = extents(idx)
+        p = {"cap": cap, "b": sequences(pos)} | in_pages(table, most, page, cap)
+        t = r // p["b"]
         return self.call(
-            imp, "sparse_attention", [q, pos, idx, cnt, table, sink, k_cache, v_cache],
-            [([r, h, dv], "float32"), ([r, h], "float32")], t=t, h=h, kv=kv, d=d, dv=dv, cap=cap, hs=hs,
-            block=block, kmax=kmax, rows=rows, window=window, sink=int(sink is not None), page=page,
-            scale=factor(scale, d), len=0 if first else measured(cap, t), first=first,
-            c=self.cache_format(k_cache, v_cache), lay=self.lay, b=b,
+            imp, "sparse_attention", [q, pos, idx, cnt, sink, table, k_cache, v_cache],
+            [([r, h, dv], "float32"), ([r, h], "float32")], t=t, h=h, kv=kv, d=d, dv=dv, hs=hs,
+            block=block, kmax=kmax, rows=rows, window=window, sink=int(sink is not None),
+            scale=factor(scale, d), len=0 if first else measured(p["cap"], t), first=first,
+            c=self.cache_format(k_cache, v_cache), lay=self.lay, **p,
         )  # fmt: skip
 
     def int8_attention(self, node: Any, imp: Any) -> Any:

@@ -109,7 +109,7 @@ class _Converters:
             "slice.Tensor": self.slice,
             "scaled_dot_product_attention.default": self.attention,
             **self.lists.table,
-            **PageConverters(self.call, _cache_format).table,
+            **PageConverters(self.call, _cache_format, self.lists.appended, lay).table,
         }
 
     def call(

@@ -16,7 +16,7 @@ import numpy as np
 from mimo_compile.errors import UsageError
 from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.kv_groups import GROUPED
-from mimo_compile.ir.ops import pages
+from mimo_compile.ir.ops import pages, pooled
 from mimo_compile.ir.ops.base import Arg, Array, OpDef
 from mimo_compile.ir.workload import Value, Workload
 
@@ -42,10 +42,6 @@ def check_batch(op: str, p: Mapping[str, Any]) -> None:
     if p.get("arith", "float") != "float":
         raise UsageError(
             f"{op}: b={p['b']} is for float arithmetic", remedy="leave out arith, or b"
-        )
-    if p.get("page") and "pool" not in p:
-        raise UsageError(
-            f"{op}: b={p['b']} is for caches without pages", remedy="leave out page, or b"
         )
 
 
@@ -99,11 +95,17 @@ def ended(
 
 
 def drawn(
-    op: OpDef, workload: Workload, rng: np.random.Generator, lengths: Sequence[int]
-) -> dict[str, Array]:
-    """Draw inputs of a batch: of each sequence those of its KV length alone."""
-    each = [alone(workload, len=n) for n in lengths]
-    return join(op, workload, [op.make_inputs(one, rng) for one in each])
+    op: OpDef, workload: Workload, rng: np.random.Generator, lengths: Sequence[int],
+    fill: Callable[[Arg], Array] = pooled.poison,
+) -> dict[str, Array]:  # fmt: skip
+    """Draw inputs of a batch, or over pages: of each sequence those of its KV length alone.
+
+    ``fill`` says what a pool holds where no sequence has a row, see `pooled.together`.
+    """
+    parts = [op.make_inputs(alone(workload, len=n), rng) for n in lengths]
+    if pages.paged(op.full(workload)):
+        return pooled.together(op, workload, parts, rng, fill)
+    return join(op, workload, parts)
 
 
 def counted(op: OpDef, workload: Workload, lengths: Sequence[int]) -> Counts:
@@ -187,7 +189,7 @@ def split(op: OpDef, workload: Workload, arrays: Mapping[str, Array]) -> Iterato
     p = op.full(workload)
     roles = {a.name: a.role for a in op.args(workload)}
     if pages.paged(p):
-        yield from pages.split(p, roles, arrays, arrays)
+        yield from pooled.split(p, roles, arrays, arrays)
         return
     for i in range(p["b"]):
         yield {
@@ -224,7 +226,7 @@ def one_by_one(method: Callable[..., dict[str, Array]]) -> Callable[..., dict[st
         p = op.full(workload)
         if pages.paged(p):
             roles = {a.name: a.role for a in op.args(workload)}
-            return pages.one_by_one(method, op, p, alone(workload), arrays, roles)
+            return pooled.one_by_one(method, op, p, alone(workload), arrays, roles)
         if p["b"] == 1:
             return method(op, workload, *arrays)
         one, parts = alone(workload), (split(op, workload, a) for a in arrays)

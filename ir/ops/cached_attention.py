@@ -214,7 +214,7 @@ class CachedAttention(OpDef):
         if not p["window"] and p["len"] > p["cap"]:
             raise UsageError("cached_attention: len is above cap, and only a window may wrap")
         kv_groups.check_groups(self.name, p)
-        pages.check_pages(self.name, p)
+        pages.check_pages(self.name, p, ring=p["window"])
 
     def kv_length(self, p: Mapping[str, Any]) -> int:
         """Return the KV length (including the new tokens) that inputs are made for."""
@@ -256,10 +256,7 @@ class CachedAttention(OpDef):
         Values at the ends of what queries see are heavy where kernels may round; see `edge_keys`.
         """
         p = self.full(workload)
-        if pages.paged(p):
-            parts = [self.make_inputs(batches.alone(workload, len=n), rng) for n in self.lengths(p)]
-            return pages.together(self, workload, parts, rng, lambda shape: np.full(shape, np.nan))
-        if p["b"] > 1:
+        if p["b"] > 1 or pages.paged(p):
             return batches.drawn(self, workload, rng, self.lengths(p))
         length = self.kv_length(p)
         if fmt := kv_groups.grouped(p):

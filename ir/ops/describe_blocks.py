@@ -10,7 +10,8 @@ the running one, which would cost a pass over its keys at every step.
 Kinds and their parts: ``bounds`` (least, greatest), ``mean``, ``peak`` (greatest magnitude), ``pool3``
 (greatest, least, mean: what SeerAttention's gates compress).
 
-``b`` sequences have a cache, descriptors and a ``pos`` each: see `batches`.
+``b`` sequences have a cache, descriptors and a ``pos`` each: see `batches`; or pages of a pool, which the
+descriptors of their blocks lie in, too: see `pages`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import Tensor
 from mimo_compile.errors import UsageError
 from mimo_compile.ir.caches import parse_cache_format
 from mimo_compile.ir.counts import Counts
-from mimo_compile.ir.ops import batches
+from mimo_compile.ir.ops import batches, pages, pooled
 from mimo_compile.ir.ops.base import Arg, Array, OpDef, Param
 from mimo_compile.ir.ops.block_lists import blocks_of
 from mimo_compile.ir.ops.numerics import U32
@@ -63,7 +64,7 @@ def touched(pos: Tensor, entries: int, size: int, stride: int, whole: bool = Fal
 @torch.library.custom_op("mimo::describe_blocks", mutates_args=("desc",))
 def describe_blocks(
     k_cache: Tensor, pos: Tensor, desc: Tensor, kind: str, size: int, stride: int,
-    whole: bool = False,
+    whole: bool = False, table: Tensor | None = None, cap: int = 0, page: int = 0,
 ) -> None:  # fmt: skip
     """Update descriptors in place.
 
@@ -75,8 +76,12 @@ def describe_blocks(
         size: Positions of an entry.
         stride: Positions from one entry to the next.
         whole: Leave entries alone until they are complete.
+        table: Block tables, int32 ``[B, width]``, of pages that all caches and descriptors lie in; or None.
+        cap: With them, most positions of a sequence.
+        page: Likewise, positions in a page.
 
-    Of B sequences: ``k_cache [B, cap, KV, D]``, ``pos [B, 2]``, ``desc [B, entries, KV, parts, D]``.
+    Of B sequences: ``k_cache [B, cap, KV, D]``, ``pos [B, 2]``, ``desc [B, entries, KV, parts, D]``; in pages
+    ``k_cache [slots, KV, D]``, ``desc [entries of the pool, KV, parts, D]``.
     """
     wide = torch.promote_types(desc.dtype, torch.float32)
 
@@ -86,13 +91,16 @@ def describe_blocks(
             keys = cache[e * stride : min(e * stride + size, end)]
             entries[e] = describe(keys.to(wide), kind).to(entries.dtype)
 
-    batches.several(one, pos, (), (k_cache, desc))
+    if table is None:
+        batches.several(one, pos, (), (k_cache, desc))
+    else:
+        pooled.described(one, pos, k_cache, desc, table, page, size)
 
 
 @describe_blocks.register_fake
 def _(
     k_cache: Tensor, pos: Tensor, desc: Tensor, kind: str, size: int, stride: int,
-    whole: bool = False,
+    whole: bool = False, table: Any = None, cap: int = 0, page: int = 0,
 ) -> None:  # fmt: skip
     return None
 
@@ -118,11 +126,13 @@ class DescribeBlocks(OpDef):
         Param("whole", int, 0),
         Param("e", str, "f32"),
         Param("b", int, 1, low=1),
+        *pages.PARAMS,
     )
 
     def check(self, p: Mapping[str, Any]) -> None:
-        """Refuse unknown kinds and lengths beyond the cache."""
+        """Refuse unknown kinds, lengths beyond the cache, and entries that pages cannot hold."""
         batches.check_batch(self.name, p)
+        pages.check_entries(self.name, p)
         if parse_cache_format(p["e"]).bits < parse_cache_format(p["c"]).bits:
             raise UsageError(
                 f"describe_blocks: e={p['e']} entries would round c={p['c']} keys: there are none",
@@ -134,6 +144,12 @@ class DescribeBlocks(OpDef):
             )
         if not p["t"] <= int(p["len"] or p["cap"]) <= p["cap"]:
             raise UsageError("describe_blocks: len (KV length) must lie between t and cap")
+        apart = p["kind"] in ("bounds", "mean") and p["stride"] in (0, p["size"])
+        if p["page"] and not (p["whole"] and apart):
+            raise UsageError(
+                f"describe_blocks: page={p['page']} is for bounds or means of complete blocks that are apart",
+                remedy="use whole=1, kind=bounds or mean, and leave out stride",
+            )
 
     def _sizes(self, workload: Workload) -> tuple[int, int, int]:
         """Return entries, size and stride."""
@@ -150,7 +166,7 @@ class DescribeBlocks(OpDef):
             Arg("k_cache", "state", (p["cap"], p["kv"], p["d"]), parse_cache_format(p["c"]).dtype),
             Arg("desc", "state", shape, parse_cache_format(p["e"]).dtype, mutated=True),
         )
-        return batches.batched(one, p["b"])
+        return pages.paged_args(one, p) if pages.paged(p) else batches.batched(one, p["b"])
 
     def make_inputs(self, workload: Workload, rng: np.random.Generator) -> dict[str, Array]:
         """Draw keys, and wild descriptors that nothing may be merged with; later slots hold NaN.
@@ -159,19 +175,23 @@ class DescribeBlocks(OpDef):
         """
         p = self.full(workload)
         length = int(p["len"] or p["cap"])
-        if p["b"] > 1:
-            lengths = batches.lengths(length, p)
-            if p["whole"]:
-                lengths = batches.ended(lengths, *self._sizes(workload)[1:], p["t"], rng)
-            return batches.drawn(self, workload, rng, lengths)
+        lengths = batches.lengths(length, p)
+        if p["whole"] and p["b"] > 1:
+            lengths = batches.ended(lengths, *self._sizes(workload)[1:], p["t"], rng)
+
+        def wild(arg: Arg) -> Array:
+            found = 100 * rng.standard_normal(arg.shape, dtype=np.float32)
+            return parse_cache_format(p["e"]).encode(found)
+
+        if p["b"] > 1 or pages.paged(p):
+            fill = {"k_cache": pooled.poison, "desc": wild}
+            return batches.drawn(self, workload, rng, lengths, lambda arg: fill[arg.name](arg))
         _, cache, desc = self.args(workload)
         keys = rng.standard_normal(cache.shape, dtype=np.float32)
         keys[length:] = np.nan
         keys = parse_cache_format(p["c"]).encode(keys)
-        wild = parse_cache_format(p["e"]).encode(
-            100 * rng.standard_normal(desc.shape, dtype=np.float32)
-        )
-        return {"pos": np.array([length - p["t"], p["t"]], np.int32), "k_cache": keys, "desc": wild}
+        where = np.array([length - p["t"], p["t"]], np.int32)
+        return {"pos": where, "k_cache": keys, "desc": wild(desc)}
 
     @batches.one_by_one
     def reference(self, workload: Workload, inputs: Mapping[str, Array]) -> dict[str, Array]:
@@ -208,6 +228,10 @@ class DescribeBlocks(OpDef):
         p = self.full(workload)
         entries, size, stride = self._sizes(workload)
         length = int(p["len"] or p["cap"])
+        if pages.paged(p):
+            lengths = batches.lengths(length, p)
+            each = batches.counted(self, workload, lengths)
+            return pages.counted(p, each, [min(n, p["t"]) for n in lengths], 0.0)
         if p["b"] > 1:
             return batches.counted(self, workload, batches.lengths(length, p))
         pos = torch.tensor([length - p["t"], p["t"]])

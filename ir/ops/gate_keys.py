@@ -7,7 +7,7 @@ first position, or its last one (see `seer_gates`). Nothing is kept of a running
 the cache; so after going back, a block that is completed again gets the entry of its new keys. Other entries
 keep their values.
 
-``b`` sequences have a cache, entries and a ``pos`` each: see `batches`.
+``b`` sequences have a cache, entries and a ``pos`` each: see `batches`; or both lie in pages: see `pages`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from mimo_compile.errors import UsageError
 from mimo_compile.ir.caches import parse_cache_format
 from mimo_compile.ir.counts import Counts
-from mimo_compile.ir.ops import batches, seer_gates
+from mimo_compile.ir.ops import batches, pages, pooled, seer_gates
 from mimo_compile.ir.ops.base import Arg, Array, OpDef, Param
 from mimo_compile.ir.ops.describe_blocks import describe, entries_of, touched
 from mimo_compile.ir.ops.kv_append import turn_back
@@ -46,6 +46,7 @@ def _block(k_cache: Tensor, e: int, size: int, inv_freq: Tensor, dtype: torch.dt
 def gate_keys(
     k_cache: Tensor, pos: Tensor, inv_freq: Tensor, gate_freq: Tensor, weight: Tensor,
     norm: Tensor | None, desc: Tensor, size: int, last: bool, eps: float,
+    table: Tensor | None = None, cap: int = 0, page: int = 0,
 ) -> None:  # fmt: skip
     """Update compressed keys in place.
 
@@ -60,8 +61,12 @@ def gate_keys(
         size: Positions of a block.
         last: Rotate at a block's last position instead of its first.
         eps: Of the norm.
+        table: Block tables, int32 ``[B, width]``, of pages that all caches and entries lie in; or None.
+        cap: With them, most positions of a sequence.
+        page: Likewise, positions in a page.
 
-    Of B sequences: ``k_cache [B, cap, KV, D]``, ``pos [B, 2]``, ``desc [B, entries, KV, 1, G]``.
+    Of B sequences: ``k_cache [B, cap, KV, D]``, ``pos [B, 2]``, ``desc [B, entries, KV, 1, G]``; in pages
+    ``k_cache [slots, KV, D]``, ``desc [entries of the pool, KV, 1, G]``.
     """
     dtype = desc.dtype
 
@@ -69,17 +74,21 @@ def gate_keys(
         for e in made(where, entries.shape[0], size):
             pools = describe(_block(cache, e, size, inv_freq, dtype), "pool3")
             at = torch.tensor([e * size + (size - 1) * last])
-            table = seer_gates.angles(at, gate_freq, dtype)
-            key = seer_gates.gate_keys(pools[None], weight.to(dtype), norm, table, eps)
+            turned = seer_gates.angles(at, gate_freq, dtype)
+            key = seer_gates.gate_keys(pools[None], weight.to(dtype), norm, turned, eps)
             entries[e] = key[0][:, None]
 
-    batches.several(one, pos, (), (k_cache, desc))
+    if table is None:
+        batches.several(one, pos, (), (k_cache, desc))
+    else:
+        pooled.described(one, pos, k_cache, desc, table, page, size)
 
 
 @gate_keys.register_fake
 def _(
     k_cache: Tensor, pos: Tensor, inv_freq: Tensor, gate_freq: Tensor, weight: Tensor, norm: Any,
     desc: Tensor, size: int, last: bool, eps: float,
+    table: Any = None, cap: int = 0, page: int = 0,
 ) -> None:  # fmt: skip
     return None
 
@@ -107,6 +116,7 @@ class GateKeys(OpDef):
         Param("c", str, "f32"),
         Param("w", str, "f32"),
         Param("b", int, 1, low=1),
+        *pages.PARAMS,
     )
 
     def check(self, p: Mapping[str, Any]) -> None:
@@ -114,6 +124,7 @@ class GateKeys(OpDef):
         parse_cache_format(p["c"])
         seer_gates.check_gates(self.name, p)
         batches.check_batch(self.name, p)
+        pages.check_entries(self.name, p)
         if not p["t"] <= int(p["len"] or p["cap"]) <= p["cap"]:
             raise UsageError("gate_keys: len (KV length) must lie between t and cap")
 
@@ -127,7 +138,7 @@ class GateKeys(OpDef):
             Arg("k_cache", "state", (p["cap"], p["kv"], p["d"]), parse_cache_format(p["c"]).dtype),
             Arg("desc", "state", (entries, p["kv"], 1, p["g"]), "float32", mutated=True),
         )
-        return batches.batched(one, p["b"])
+        return pages.paged_args(one, p) if pages.paged(p) else batches.batched(one, p["b"])
 
     def make_inputs(self, workload: Workload, rng: np.random.Generator) -> dict[str, Array]:
         """Draw keys, and wild entries that none may be merged with; later slots hold NaN.
@@ -136,10 +147,16 @@ class GateKeys(OpDef):
         """
         p = self.full(workload)
         length = int(p["len"] or p["cap"])
+        lengths = batches.lengths(length, p)
         if p["b"] > 1:
-            lengths = batches.lengths(length, p)
             lengths = batches.ended(lengths, p["size"], p["size"], p["t"], rng)
-            return batches.drawn(self, workload, rng, lengths)
+
+        def wild(arg: Arg) -> Array:
+            return 100 * rng.standard_normal(arg.shape, dtype=np.float32)
+
+        if p["b"] > 1 or pages.paged(p):
+            fill = {"k_cache": pooled.poison, "desc": wild}
+            return batches.drawn(self, workload, rng, lengths, lambda arg: fill[arg.name](arg))
         *_, cache, desc = self.args(workload)
         keys = rng.standard_normal(cache.shape, dtype=np.float32)
         keys[length:] = np.nan
@@ -147,7 +164,7 @@ class GateKeys(OpDef):
             "pos": np.array([length - p["t"], p["t"]], np.int32),
             **seer_gates.draw_weights(p, 3 * p["d"], rng),
             "k_cache": parse_cache_format(p["c"]).encode(keys),
-            "desc": 100 * rng.standard_normal(desc.shape, dtype=np.float32),
+            "desc": wild(desc),
         }
 
     @batches.one_by_one
@@ -200,4 +217,6 @@ class GateKeys(OpDef):
             "add_f32": 3 * rows * p["d"],
             "exp_f32": float(blocks * (p["size"] * p["rot"] + p["grot"])),
         }
-        return Counts(ops, {"dram": moved + 8.0 * p["b"]})
+        found = Counts(ops, {"dram": moved + 8.0 * p["b"]})
+        tokens = [min(p["t"], p["cap"])] * p["b"]
+        return pages.counted(p, found, tokens, 0.0) if pages.paged(p) else found

@@ -32,7 +32,7 @@ from mimo_compile.ir.caches import (
     slot_of,
 )
 from mimo_compile.ir.counts import Counts
-from mimo_compile.ir.ops import batches, pages
+from mimo_compile.ir.ops import batches, pages, pooled
 from mimo_compile.ir.ops.base import Arg, Array, OpDef, Param
 from mimo_compile.ir.ops.numerics import U32
 from mimo_compile.ir.workload import Workload
@@ -177,7 +177,7 @@ class KvAppend(OpDef):
             raise UsageError("kv_append: rot must be even and at most d, and t at most cap - first")
         kv_groups.check_groups(self.name, p)
         batches.check_batch(self.name, p)
-        pages.check_pages(self.name, p)
+        pages.check_pages(self.name, p, ring=p["first"])
 
     def args(self, workload: Workload) -> tuple[Arg, ...]:
         """Return qkv, table, pos, norms, the caches' arrays (all written), q."""
@@ -214,7 +214,12 @@ class KvAppend(OpDef):
             parts = [self.make_inputs(batches.alone(workload), rng) for _ in range(p["b"])]
             for one in parts:
                 one["pos"] = pages.drawn_place(p, int(one["pos"][1]), rng)
-            return pages.together(self, workload, parts, rng, rng.standard_normal)
+            stored = single_format(p["c"])
+
+            def fill(arg: Arg) -> Array:
+                return stored.encode(rng.standard_normal(arg.shape, dtype=np.float32))
+
+            return pooled.together(self, workload, parts, rng, fill)
         if p["b"] > 1:
             each = [self.make_inputs(batches.alone(workload), rng) for _ in range(p["b"])]
             self._apart(p, each, rng)

@@ -7,21 +7,25 @@ the same page: then it holds positions of an equal beginning, and none of them a
 holds behind the page of its sequence's newest position is not looked at. The method is that of PagedAttention
 (Kwon et al., 2023).
 
+A row of another state may stand for several positions, a *span* of them: the bounds of 16 keys, the scales of
+64. It lies in the page that holds its last position, so that pages of an equal beginning have it once it is
+complete. With n rows in a page (one, where a span is longer), row r of sequence i is that of number
+``pages[i, ((r + 1) * span - 1) // page] * n + r % n`` in the pool.
+
 So an op over pages is defined by the op over what each sequence's pages hold.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from mimo_compile.errors import UsageError
-from mimo_compile.ir.caches import FORMATS, parse_cache_format
+from mimo_compile.ir.caches import FORMATS, SCALED
 from mimo_compile.ir.counts import Counts
-from mimo_compile.ir.ops.base import Arg, Array, OpDef, Param
-from mimo_compile.ir.workload import Workload
+from mimo_compile.ir.ops.base import Arg, Array, Param
 
 PARAMS = (Param("page", int, 0), Param("pool", int, 0))
 TABLE = "pages"
@@ -30,6 +34,29 @@ CACHES = ("k_cache", "v_cache")
 _LANES = 16
 _ENTRY = 4
 """Bytes of an entry of a table."""
+
+
+def rows_in_page(page: int, span: int) -> int:
+    """Return how many rows of a state lie in a page, each of which stands for so many positions."""
+    return max(page // span, 1)
+
+
+def row_of(table: Any, page: int, span: int, row: Any) -> Any:
+    """Return where rows of a sequence lie in a pool: integers, arrays or tensors; ``table`` is its own."""
+    each = rows_in_page(page, span)
+    return table[((row + 1) * span - 1) // page] * each + row % each
+
+
+def span_of(p: Mapping[str, Any], name: str) -> int:
+    """Return the positions that a row of a state stands for; 0: each sequence has its own."""
+    if name in CACHES:
+        return 1
+    return int(p.get("size") or p["block"]) if name == "desc" else 0
+
+
+def in_pool(p: Mapping[str, Any], name: str) -> bool:
+    """Say whether a state is one that all sequences have together."""
+    return paged(p) and span_of(p, name) > 0
 
 
 def pages_of(positions: int, page: int) -> int:
@@ -53,8 +80,13 @@ def paged(p: Mapping[str, Any]) -> bool:
     return bool(p.get("pool"))
 
 
-def check_pages(op: str, p: Mapping[str, Any]) -> None:
+def check_pages(op: str, p: Mapping[str, Any], ring: int = 0) -> None:
     """Refuse pages that kernels have no layout for, and pools that are too small.
+
+    Args:
+        op: The op.
+        p: Its parameters.
+        ring: Positions that its caches are a ring for; 0: they hold whole contexts.
 
     Raises:
         UsageError: naming the op.
@@ -66,12 +98,12 @@ def check_pages(op: str, p: Mapping[str, Any]) -> None:
         raise UsageError(
             f"{op}: page={page} is not a multiple of {_LANES} positions", remedy="use page=64"
         )
-    if p["c"] not in FORMATS or p["lay"] or p.get("arith", "float") != "float":
+    if p.get("c", "f32") not in (*FORMATS, *SCALED) or p.get("arith", "float") != "float":
         raise UsageError(
-            f"{op}: page={page} is for caches of float numbers in their usual order, and float arithmetic",
-            remedy="leave out c, lay and arith, or use c=bf16",
+            f"{op}: page={page} is for caches of single numbers, and float arithmetic",
+            remedy="leave out c and arith, or use c=bf16",
         )
-    if p.get("window") or p.get("first"):
+    if ring:
         raise UsageError(
             f"{op}: page={page} is for caches of whole contexts; a ring has no pages",
             remedy="leave out page and pool, or window and first",
@@ -83,20 +115,36 @@ def check_pages(op: str, p: Mapping[str, Any]) -> None:
         )
 
 
+def check_entries(op: str, p: Mapping[str, Any]) -> None:
+    """Refuse entries of blocks that do not fit pages, beside what `check_pages` refuses.
+
+    Raises:
+        UsageError: naming the op.
+    """
+    check_pages(op, p)
+    page, span = p["page"], span_of(p, "desc")
+    if page and page % span and span % page:
+        raise UsageError(
+            f"{op}: blocks of {span} positions are neither parts of a page of {page} nor whole pages",
+            remedy="use blocks of 1, 2, 4, 8, 16, ... positions",
+        )
+
+
 def paged_args(args: Sequence[Arg], p: Mapping[str, Any]) -> tuple[Arg, ...]:
-    """Return the arguments of ``b`` sequences over a pool from those of one with a cache of its own."""
-    b, slots = p["b"], p["pool"] * p["page"]
+    """Return the arguments of ``b`` sequences over a pool from those of one with states of its own."""
+    b, page, named = p["b"], p["page"], False
     out = []
     for a in args:
-        shape = a.shape
-        if a.name in CACHES:
-            shape = (slots, *shape[1:])
-        elif a.name == "pos":
+        shape, span = a.shape, span_of(p, a.name) if a.role == "state" else 0
+        if span:
+            shape = (p["pool"] * rows_in_page(page, span), *shape[1:])
+        elif a.role == "state" or a.name == "pos":
             shape = (b, *shape) if b > 1 else shape
-        elif a.role in ("input", "output"):
+        elif a.role != "weight":
             shape = (b * shape[0], *shape[1:])
-        if a.name == CACHES[0]:
-            out.append(Arg(TABLE, "state", (b, width_of(p["cap"], p["page"])), "int32"))
+        if span and not named:
+            out.append(Arg(TABLE, "state", (b, width_of(p["cap"], page)), "int32"))
+            named = True
         out.append(Arg(a.name, a.role, shape, a.dtype, a.mutated))
     return tuple(out)
 
@@ -137,150 +185,6 @@ def drawn_place(p: Mapping[str, Any], valid: int, rng: np.random.Generator) -> A
     edge = p["page"] * int(rng.integers(pages_of(p["cap"], p["page"]) + 1))
     start = min(edge - int(rng.integers(valid + 1)), p["cap"] - valid)
     return np.array([max(start, 0), valid], np.int32)
-
-
-def together(
-    op: OpDef, workload: Workload, parts: Sequence[Mapping[str, Array]], rng: np.random.Generator,
-    fill: Callable[[tuple[int, ...]], Array],
-) -> dict[str, Array]:  # fmt: skip
-    """Return inputs of all sequences from those of each alone, whose caches go where drawn tables say.
-
-    Args:
-        op: The op.
-        workload: Over pages.
-        parts: Inputs of each sequence, whose caches ``[cap, KV, D]`` count up to the newest position.
-        rng: Draws the tables.
-        fill: Returns numbers of a shape, for slots where no sequence has a position.
-    """
-    p, args = op.full(workload), {a.name: a for a in op.args(workload)}
-    encode = parse_cache_format(p["c"]).encode
-    pools = {n: encode(fill(args[n].shape).astype(np.float32)) for n in CACHES}
-    out: dict[str, Array] = {}
-    for name, first in parts[0].items():
-        if args[name].role == "weight":
-            out[name] = first
-        elif name in CACHES:
-            continue
-        elif name == "pos":
-            out[name] = np.stack([part[name] for part in parts]) if p["b"] > 1 else first
-        else:
-            out[name] = np.concatenate([part[name] for part in parts])
-    table = out[TABLE] = drawn_tables(p, places_of(out["pos"]), rng)
-    lengths = [start + valid for start, valid in places_of(out["pos"])]
-    for i in np.argsort(lengths):  # what is shared is the longest one's
-        for name, pool in pools.items():
-            for j in range(pages_of(lengths[i], p["page"])):
-                rows = parts[i][name][j * p["page"] : min((j + 1) * p["page"], lengths[i])]
-                first_slot = int(table[i, j]) * p["page"]
-                pool[first_slot : first_slot + len(rows)] = rows
-    return out | pools
-
-
-def gathered(p: Mapping[str, Any], arrays: Mapping[str, Array], i: int) -> dict[str, Array]:
-    """Return the caches ``[cap, KV, D]`` of sequence ``i``; NaN behind its newest position."""
-    pos, table, page = arrays["pos"].reshape(-1, 2), arrays[TABLE], p["page"]
-    length = int(pos[i].sum())
-    at = np.arange(length)
-    slots = table[i, at // page] * page + at % page
-    out = {}
-    for name in CACHES:
-        if name in arrays:
-            pool = arrays[name]
-            own = np.full((p["cap"], *pool.shape[1:]), 0x7FC0 if pool.dtype.kind == "u" else np.nan)
-            out[name] = own.astype(pool.dtype)
-            out[name][:length] = pool[slots]
-    return out
-
-
-def split(
-    p: Mapping[str, Any],
-    roles: Mapping[str, str],
-    inputs: Mapping[str, Array],
-    arrays: Mapping[str, Array],
-) -> Iterator[dict[str, Array]]:
-    """Yield the part of canonical arrays that belongs to each sequence, with caches of its own.
-
-    Args:
-        p: Parameters of the workload.
-        roles: Of its arguments.
-        inputs: Those that say where the sequences' pages are: ``pos`` and ``pages``.
-        arrays: Inputs, weights, states or outputs by name, those there are.
-    """
-    where = {name: inputs[name] for name in ("pos", TABLE)}
-    for i in range(p["b"]):
-        held = gathered(p, {**arrays, **where}, i)
-        out = {}
-        for name, a in arrays.items():
-            if name in held:
-                out[name] = held[name]
-            elif name == "pos":
-                out[name] = a.reshape(-1, 2)[i]
-            elif roles[name] == "weight":
-                out[name] = a
-            elif name != TABLE:
-                rows = len(a) // p["b"]
-                out[name] = a[i * rows : (i + 1) * rows]
-        yield out
-
-
-def joined(
-    p: Mapping[str, Any],
-    inputs: Mapping[str, Array],
-    parts: Sequence[Mapping[str, Array]],
-    kept: Callable[[str], Array],
-) -> dict[str, Array]:
-    """Inverse of `split` for results: rows one after the other, and caches where they were appended to.
-
-    Args:
-        p: Parameters of the workload.
-        inputs: ``pos`` and ``pages`` among them.
-        parts: Results of each sequence.
-        kept: Returns what a cache's results are in slots that no sequence appended to; a new array.
-    """
-    out: dict[str, Array] = {}
-    for name in parts[0]:
-        if name not in CACHES:
-            out[name] = np.concatenate([part[name] for part in parts])
-            continue
-        out[name] = kept(name)
-        for i, (start, valid) in enumerate(places_of(inputs["pos"])):
-            at = np.arange(start, start + valid)
-            slots = inputs[TABLE][i, at // p["page"]] * p["page"] + at % p["page"]
-            out[name][slots] = parts[i][name][at]
-    return out
-
-
-def one_by_one(
-    method: Callable[..., dict[str, Array]],
-    op: Any,
-    p: Mapping[str, Any],
-    alone: Any,
-    arrays: Sequence[Mapping[str, Array]],
-    roles: Mapping[str, str],
-) -> dict[str, Array]:
-    """Compute an op's results, or their bounds, sequence by sequence.
-
-    What no sequence appends to stays as it was, to the bit: it is what the inputs say, and its bound is 0.
-
-    Args:
-        method: Of the op, for ``alone`` and arrays.
-        op: The op.
-        p: Parameters of the workload.
-        alone: The workload of one sequence.
-        arrays: Inputs, and what else the method takes.
-        roles: Of the workload's arguments.
-    """
-    inputs = arrays[0]
-    parts = zip(*(split(p, roles, inputs, each) for each in arrays), strict=True)
-    made = [method(op, alone, *given) for given in parts]
-
-    def kept(name: str) -> Array:
-        if len(arrays) > 1:
-            return np.zeros(inputs[name].shape)
-        found: Array = parse_cache_format(p["c"]).decode(inputs[name]).astype(np.float64)
-        return found
-
-    return joined(p, inputs, made, kept)
 
 
 def counted(p: Mapping[str, Any], each: Counts, positions: Sequence[int], numbers: float) -> Counts:

@@ -17,7 +17,7 @@ of the queries scores (ReSA). A block counts once it is complete at the row's la
 later tokens can leak in; an incomplete one has -inf and has to be forced by the selection (``gate`` and
 ``compressed`` score it without looking at it). Later blocks, and rows of padding, have -inf.
 
-``b`` sequences have descriptors and a ``pos`` each: see `batches`.
+``b`` sequences have descriptors and a ``pos`` each: see `batches`; or descriptors lie in pages: see `pages`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from torch import Tensor
 from mimo_compile.errors import UsageError
 from mimo_compile.ir.caches import parse_cache_format
 from mimo_compile.ir.counts import Counts
-from mimo_compile.ir.ops import batches
+from mimo_compile.ir.ops import batches, pages, pooled
 from mimo_compile.ir.ops.base import Arg, Array, OpDef, Param
 from mimo_compile.ir.ops.block_lists import blocks_of, row_spans
 from mimo_compile.ir.ops.describe_blocks import entries_of
@@ -49,6 +49,8 @@ KINDS = {
     "indexer": ("sum",),
 }
 """Kinds and the ways in which each brings heads together."""
+PAGED = ("quest", "mean", "gate")
+"""Kinds whose descriptors may lie in pages: one for each block."""
 
 
 def shares(entries: int, blocks: int, block: int, size: int, stride: int) -> Tensor:
@@ -107,6 +109,7 @@ def block_scores(
 def score_blocks(
     q: Tensor, desc: Tensor, weight: Tensor | None, pos: Tensor, kind: str, agg: str, soft: bool,
     block: int, rows: int, blocks: int, size: int, stride: int, scale: float,
+    table: Tensor | None = None, cap: int = 0, page: int = 0,
 ) -> Tensor:  # fmt: skip
     """Score blocks by their descriptors.
 
@@ -124,12 +127,18 @@ def score_blocks(
         size: Positions of an entry.
         stride: Positions from one entry to the next.
         scale: Factor.
+        table: Block tables, int32 ``[B, width]``, of pages that all descriptors lie in; or None.
+        cap: With them, most positions of a sequence.
+        page: Likewise, positions in a page.
 
     Returns:
         ``[R, HS, blocks]``; HS is H, or KV where heads are brought together, or 1 for `indexer`.
 
-    Of B sequences: R times B rows, ``desc [B, entries, KV, parts, D]``, ``pos [B, 2]``.
+    Of B sequences: R times B rows, ``desc [B, entries, KV, parts, D]``, ``pos [B, 2]``; in pages
+    ``desc [entries of the pool, KV, parts, D]``.
     """
+    if table is not None:
+        (desc,) = pooled.of_each(pos, (desc,), (size,), table, page, cap)
 
     def one(at: Tensor, mine: Tensor, own: Tensor | None, entries: Tensor) -> Tensor:
         return block_scores(
@@ -143,6 +152,7 @@ def score_blocks(
 def _(
     q: Tensor, desc: Tensor, weight: Any, pos: Tensor, kind: str, agg: str, soft: bool,
     block: int, rows: int, blocks: int, size: int, stride: int, scale: float,
+    table: Any = None, cap: int = 0, page: int = 0,
 ) -> Tensor:  # fmt: skip
     heads = q.shape[1] if agg == "none" else desc.shape[-3]
     return q.new_empty((q.shape[0], heads, blocks))
@@ -172,12 +182,14 @@ class ScoreBlocks(OpDef):
         Param("len", int, 0),
         Param("e", str, "f32"),
         Param("b", int, 1, low=1),
+        *pages.PARAMS,
     )
 
     def check(self, p: Mapping[str, Any]) -> None:
         """Refuse unknown kinds, heads that do not group, sizes that mean nothing."""
         parse_cache_format(p["e"])
         batches.check_batch(self.name, p)
+        pages.check_entries(self.name, p)
         if p["kind"] not in KINDS or p["agg"] not in KINDS[p["kind"]]:
             ways = "; ".join(f"{kind}: {', '.join(aggs)}" for kind, aggs in KINDS.items())
             raise UsageError(f"score_blocks: no kind={p['kind']}, agg={p['agg']}", remedy=ways)
@@ -193,6 +205,11 @@ class ScoreBlocks(OpDef):
             raise UsageError("score_blocks: soft goes with kind=gate only")
         if p["kind"] == "indexer" and (p["kv"], p["block"]) != (1, 1):
             raise UsageError("score_blocks: an indexer has kv=1 and block=1")
+        if p["page"] and p["kind"] not in PAGED:
+            raise UsageError(
+                f"score_blocks: page={p['page']} is for kind={' and '.join(PAGED)}",
+                remedy="leave out page and pool",
+            )
 
     def heads(self, p: Mapping[str, Any]) -> tuple[int, int]:
         """Return the heads of q and of the scores."""
@@ -225,13 +242,13 @@ class ScoreBlocks(OpDef):
             Arg("desc", "state", (entries, p["kv"], parts, p["d"]), stored),
             Arg("score", "output", (rows, scored, blocks_of(p["cap"], p["block"])), "float32"),
         ]
-        return batches.batched(out, p["b"])
+        return pages.paged_args(out, p) if pages.paged(p) else batches.batched(out, p["b"])
 
     def make_inputs(self, workload: Workload, rng: np.random.Generator) -> dict[str, Array]:
         """Draw normal values, bounds in order; entries that no row may see hold NaN."""
         p = self.full(workload)
         length, (size, stride) = int(p["len"] or p["cap"]), self.sizes(p)
-        if p["b"] > 1:
+        if p["b"] > 1 or pages.paged(p):
             return batches.drawn(self, workload, rng, batches.lengths(length, p))
         out: dict[str, Array] = {
             a.name: rng.standard_normal(a.shape, dtype=np.float32)
@@ -300,8 +317,13 @@ class ScoreBlocks(OpDef):
     def counts(self, workload: Workload) -> Counts:
         """Descriptors once, a product for each query head and entry, scores written once."""
         p = self.full(workload)
+        lengths = batches.lengths(int(p["len"] or p["cap"]), p)
+        if pages.paged(p):
+            parts = 2 if p["kind"] == "quest" else 1
+            numbers = parse_cache_format(p["e"]).bytes * p["kv"] * p["d"] * parts
+            each = batches.counted(self, workload, lengths)
+            return pages.counted(p, each, lengths, numbers / self.sizes(p)[0])
         if p["b"] > 1:
-            lengths = batches.lengths(int(p["len"] or p["cap"]), p)
             return batches.counted(self, workload, lengths)
         filled = float(p["len"] or p["cap"]) / p["cap"]
         sizes = {a.name: float(math.prod(a.shape)) for a in self.args(workload)}

@@ -30,7 +30,7 @@ from torch import Tensor
 from mimo_compile.errors import UsageError
 from mimo_compile.ir.caches import check_cache_order, parse_cache_format
 from mimo_compile.ir.counts import Counts
-from mimo_compile.ir.ops import batches
+from mimo_compile.ir.ops import batches, pages, pooled
 from mimo_compile.ir.ops.base import Arg, Array, OpDef, Param
 from mimo_compile.ir.ops.block_lists import blocks_of
 from mimo_compile.ir.ops.edge_keys import spike_spans
@@ -132,6 +132,7 @@ def key_scores(
 def score_keys(
     q: Tensor, k_cache: Tensor, pos: Tensor, peak: Tensor | None, guess: Tensor | None,
     kind: str, agg: str, block: int, channels: int, scale: float, span: int = 0,
+    table: Tensor | None = None, cap: int = 0, page: int = 0,
 ) -> Tensor:  # fmt: skip
     """Score blocks of keys.
 
@@ -148,12 +149,18 @@ def score_keys(
         channels: Number of channels.
         scale: Factor on q.k.
         span: Positions of an entry of peaks; 0: there is one for all.
+        table: Block tables, int32 ``[B, width]``, of pages that all keys lie in; or None. Not for `channels`.
+        cap: With them, most positions of a sequence.
+        page: Likewise, positions in a page.
 
     Returns:
         ``[T, HS, ceil(cap / block)]``; HS is H with ``agg=none``, else KV.
 
-    Of B sequences: ``q [B * T, H, D]``, ``k_cache [B, cap, KV, D]``, ``pos [B, 2]``, ``peak [B, ...]``.
+    Of B sequences: ``q [B * T, H, D]``, ``k_cache [B, cap, KV, D]``, ``pos [B, 2]``, ``peak [B, ...]``; in
+    pages ``k_cache [slots, KV, D]``.
     """
+    if table is not None:
+        (k_cache,) = pooled.of_each(pos, (k_cache,), (1,), table, page, cap)
 
     def one(
         at: Tensor, mine: Tensor, chooser: Tensor | None, keys: Tensor, most: Tensor | None = None
@@ -167,10 +174,11 @@ def score_keys(
 @score_keys.register_fake
 def _(
     q: Tensor, k_cache: Tensor, pos: Tensor, peak: Any, guess: Any,
-    kind: str, agg: str, block: int, channels: int, scale: float, span: int = 0,
+    kind: str, agg: str, block: int, channels: int, scale: float, span: int = 0, table: Any = None,
+    cap: int = 0, page: int = 0,
 ) -> Tensor:  # fmt: skip
     heads = q.shape[1] if agg == "none" else k_cache.shape[-2]
-    return q.new_empty((q.shape[0], heads, blocks_of(k_cache.shape[-3], block)))
+    return q.new_empty((q.shape[0], heads, blocks_of(cap or k_cache.shape[-3], block)))
 
 
 class ScoreKeys(OpDef):
@@ -197,6 +205,7 @@ class ScoreKeys(OpDef):
         Param("lay", str, ""),
         Param("span", int, 0),
         Param("b", int, 1, low=1),
+        *pages.PARAMS,
     )
 
     def check(self, p: Mapping[str, Any]) -> None:
@@ -204,6 +213,12 @@ class ScoreKeys(OpDef):
         parse_cache_format(p["c"])
         check_cache_order(self.name, p)
         batches.check_batch(self.name, p)
+        pages.check_pages(self.name, p)
+        if p["page"] and p["kind"] == "channels":
+            raise UsageError(
+                f"score_keys: kind=channels reads a copy of keys, which has no pages (page={p['page']})",
+                remedy="leave out page and pool",
+            )
         if p["kind"] not in KINDS or p["agg"] not in KINDS[p["kind"]]:
             ways = "; ".join(f"{kind}: {', '.join(aggs)}" for kind, aggs in KINDS.items())
             raise UsageError(f"score_keys: no kind={p['kind']}, agg={p['agg']}", remedy=ways)
@@ -243,7 +258,7 @@ class ScoreKeys(OpDef):
             Arg("k_cache", "state", (p["cap"], p["kv"], p["d"]), stored),
             Arg("score", "output", (p["t"], heads, blocks_of(p["cap"], p["block"])), "float32"),
         ]
-        return batches.batched(out, p["b"])
+        return pages.paged_args(out, p) if pages.paged(p) else batches.batched(out, p["b"])
 
     def make_inputs(self, workload: Workload, rng: np.random.Generator) -> dict[str, Array]:
         """Draw normal queries and keys, channels of unequal size; slots beyond the length hold NaN.
@@ -253,7 +268,7 @@ class ScoreKeys(OpDef):
         p = self.full(workload)
         fmt = parse_cache_format(p["c"])
         length, span = int(p["len"] or p["cap"]), int(p["span"])
-        if p["b"] > 1:
+        if p["b"] > 1 or pages.paged(p):
             return batches.drawn(self, workload, rng, batches.lengths(length, p))
         shapes = {a.name: a.shape for a in self.args(workload) if a.role != "output"}
         out: dict[str, Array] = {
@@ -368,8 +383,12 @@ class ScoreKeys(OpDef):
     def counts(self, workload: Workload) -> Counts:
         """Keys (of ``channels``: those channels, and peaks) once for each KV head, scores written once."""
         p = self.full(workload)
+        lengths = batches.lengths(int(p["len"] or p["cap"]), p)
+        if pages.paged(p):
+            each = batches.counted(self, workload, lengths)
+            numbers = parse_cache_format(p["c"]).bytes * p["kv"] * p["d"]
+            return pages.counted(p, each, lengths, numbers)
         if p["b"] > 1:
-            lengths = batches.lengths(int(p["len"] or p["cap"]), p)
             return batches.counted(self, workload, lengths)
         length = float(p["len"] or p["cap"])
         heads = p["kv"] if p["kind"] == "channels" and p["agg"] == "mean" else p["h"]

@@ -3,7 +3,7 @@
 Token i of the call stands at position ``start + i`` (``pos = [start, valid]``; tokens ``i >= valid`` are
 padding) and sees the keys at positions up to its own that lie in a listed block or among the last
 ``window`` positions, each once. A list that names every block gives dense attention. The cache never
-wraps; with pages (``page > 0``) position j lives in slot ``table[j // page] * page + j % page``.
+wraps; where it lies in pages of a pool (see `pages`), lists name positions all the same.
 With ``first`` it is a ring behind slots of the first positions, which alone may be listed (`caches.slot_of`).
 
 The sink is a phantom key with logit ``sink[h]`` and zero value. ``lse`` is the logarithm, base e, of the
@@ -27,7 +27,7 @@ from torch import Tensor
 from mimo_compile.errors import UsageError
 from mimo_compile.ir.caches import check_cache_order, check_first, parse_cache_format, slot_of
 from mimo_compile.ir.counts import Counts
-from mimo_compile.ir.ops import batches, edge_keys
+from mimo_compile.ir.ops import batches, edge_keys, pages, pooled
 from mimo_compile.ir.ops.base import Arg, Array, OpDef, Param
 from mimo_compile.ir.ops.block_lists import blocks_of, check_lists, listed_keys, row_spans, to_lists
 from mimo_compile.ir.ops.cached_attention import DRAWS
@@ -37,8 +37,7 @@ from mimo_compile.ir.workload import Workload
 
 def attend_lists(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, pos: Tensor, idx: Tensor, cnt: Tensor,
-    sink: Tensor | None, table: Tensor | None,
-    block: int, rows: int, page: int, scale: float, window: int, first: int = 0,
+    sink: Tensor | None, block: int, rows: int, scale: float, window: int, first: int = 0,
     disturb: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gather what each row sees and attend to it, in q's dtype; see `sparse_attention` for shapes.
@@ -60,8 +59,6 @@ def attend_lists(
             row, mine = (i // rows, g * lists // groups), slice(g * per, (g + 1) * per)
             keys = listed_keys(idx[row][: int(cnt[row])], start + i, block, window)
             slots = slot_of(keys, cap, first)
-            if table is not None:
-                slots = table[keys // page] * page + keys % page
             kv = g * kv_heads // groups
             logits = q[i, mine] @ k_cache[slots, kv].to(q.dtype).T * scale
             if sink is not None:  # the phantom key stands first; its value is left out below
@@ -83,8 +80,8 @@ def attend_lists(
 @torch.library.custom_op("mimo::sparse_attention", mutates_args=())
 def sparse_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, pos: Tensor, idx: Tensor, cnt: Tensor,
-    sink: Tensor | None, table: Tensor | None,
-    block: int, rows: int, page: int, scale: float, window: int, first: int = 0,
+    sink: Tensor | None, block: int, rows: int, scale: float, window: int, first: int = 0,
+    table: Tensor | None = None, cap: int = 0, page: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attend to listed blocks.
 
@@ -96,41 +93,33 @@ def sparse_attention(
         idx: int32 ``[ceil(T / rows), HS, kmax]``, HS one of 1, KV, H.
         cnt: int32 ``[ceil(T / rows), HS]``.
         sink: ``[H]`` or None.
-        table: int32 ``[cap / page]``, the page that holds each page of positions, or None.
         block: Positions in a block.
         rows: Tokens that share a list.
-        page: Positions in a page; 0 without a table.
         scale: Factor on q.k.
         window: Last positions that are always seen; 0: none.
         first: Positions that stay, where the rest of the cache is a ring; 0: it is none.
+        table: Block tables, int32 ``[B, width]``, of pages that all caches lie in; or None.
+        cap: With them, most positions of a sequence.
+        page: Likewise, positions in a page.
 
     Returns:
         ``out [T, H, DV]`` and ``lse [T, H]`` (base e).
 
-    Of B sequences: rows of one after the other, ``pos [B, 2]``, caches ``[B, cap, KV, D/DV]``; no table.
+    Of B sequences: rows of one after the other, ``pos [B, 2]``, caches ``[B, cap, KV, D/DV]``; in pages
+    ``[slots, KV, D/DV]``.
     """
+    held = [k_cache, v_cache]
+    if table is not None:
+        held = pooled.of_each(pos, held, (1, 1), table, page, cap)
 
     def one(
         at: Tensor, mine: Tensor, ids: Tensor, counts: Tensor, keys: Tensor, values: Tensor
     ) -> tuple[Tensor, Tensor]:
         return attend_lists(
-            mine,
-            keys,
-            values,
-            at,
-            ids,
-            counts,
-            sink,
-            table,
-            block,
-            rows,
-            page,
-            scale,
-            window,
-            first,
+            mine, keys, values, at, ids, counts, sink, block, rows, scale, window, first
         )
 
-    parts = batches.several(one, pos, (q, idx, cnt), (k_cache, v_cache))
+    parts = batches.several(one, pos, (q, idx, cnt), held)
     out, lse = zip(*parts, strict=True)
     return torch.cat(out), torch.cat(lse)
 
@@ -138,7 +127,8 @@ def sparse_attention(
 @sparse_attention.register_fake
 def _(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, pos: Tensor, idx: Tensor, cnt: Tensor, sink: Any,
-    table: Any, block: int, rows: int, page: int, scale: float, window: int, first: int = 0,
+    block: int, rows: int, scale: float, window: int, first: int = 0, table: Any = None, cap: int = 0,
+    page: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return q.new_empty((q.shape[0], q.shape[1], v_cache.shape[-1])), q.new_empty(q.shape[:2])
 
@@ -163,17 +153,17 @@ class SparseAttention(OpDef):
         Param("rows", int, 1, low=1),
         Param("window", int, 0),
         Param("sink", int, 0),
-        Param("page", int, 0),
         Param("scale", float, 0.0),
         Param("len", int, 0),
         Param("c", str, "f32"),
         Param("lay", str, ""),
         Param("first", int, 0),
         Param("b", int, 1, low=1),
+        *pages.PARAMS,
     )
 
     def check(self, p: Mapping[str, Any]) -> None:
-        """Refuse heads that do not group, lengths beyond the cache, pages that do not divide it."""
+        """Refuse heads that do not group, lengths beyond the cache, pages of a ring."""
         parse_cache_format(p["c"])
         check_cache_order(self.name, p)
         if p["h"] % p["kv"]:
@@ -182,6 +172,7 @@ class SparseAttention(OpDef):
             raise UsageError(f"sparse_attention: hs={p['hs']} is none of 1, kv and h")
         check_first(self.name, p)
         batches.check_batch(self.name, p)
+        pages.check_pages(self.name, p, ring=p["first"])
         length, ring = self.kv_length(p), p["cap"] - p["first"]
         if length < p["t"] or (length > p["cap"] and not p["first"]):
             raise UsageError("sparse_attention: len (KV length) must lie between t and cap")
@@ -189,8 +180,6 @@ class SparseAttention(OpDef):
             raise UsageError(
                 "sparse_attention: first must hold a block, and the ring behind it window + t - 1"
             )
-        if p["page"] and p["cap"] % p["page"]:
-            raise UsageError("sparse_attention: cap is not a multiple of page")
 
     def kv_length(self, p: Mapping[str, Any]) -> int:
         """Return the KV length (including the new tokens) that inputs are made for."""
@@ -201,7 +190,7 @@ class SparseAttention(OpDef):
         return float(p["scale"] or p["d"] ** -0.5)
 
     def args(self, workload: Workload) -> tuple[Arg, ...]:
-        """Return q, pos, idx, cnt, table, sink, k_cache, v_cache, out, lse."""
+        """Return q, pos, idx, cnt, sink, k_cache, v_cache, out, lse."""
         p = self.full(workload)
         stored = parse_cache_format(p["c"]).dtype
         lists = (blocks_of(p["t"], p["rows"]), p["hs"])
@@ -211,8 +200,6 @@ class SparseAttention(OpDef):
             Arg("idx", "input", (*lists, p["kmax"]), "int32"),
             Arg("cnt", "input", lists, "int32"),
         ]
-        if p["page"]:
-            out.append(Arg("table", "input", (p["cap"] // p["page"],), "int32"))
         if p["sink"]:
             out.append(Arg("sink", "weight", (p["h"],), "float32"))
         out += [
@@ -221,7 +208,7 @@ class SparseAttention(OpDef):
             Arg("out", "output", (p["t"], p["h"], p["dv"]), "float32"),
             Arg("lse", "output", (p["t"], p["h"]), "float32"),
         ]
-        return batches.batched(out, p["b"])
+        return pages.paged_args(out, p) if pages.paged(p) else batches.batched(out, p["b"])
 
     def lengths(self, p: Mapping[str, Any]) -> list[int]:
         """Return the KV length of each sequence that inputs are made for, the longest first."""
@@ -233,7 +220,7 @@ class SparseAttention(OpDef):
         Values at the ends of runs that are seen are heavy where kernels may round; see `edge_keys`.
         """
         p = self.full(workload)
-        if p["b"] > 1:
+        if p["b"] > 1 or pages.paged(p):
             return batches.drawn(self, workload, rng, self.lengths(p))
         length = self.kv_length(p)
         out: dict[str, Array] = {
@@ -254,18 +241,13 @@ class SparseAttention(OpDef):
                 chosen[row, head, rng.permutation(seen)[:most]] = True
         idx, cnt = to_lists(torch.from_numpy(chosen), p["kmax"])
         out["idx"], out["cnt"] = idx.numpy(), cnt.numpy()
-        if p["page"]:
-            out["table"] = rng.permutation(p["cap"] // p["page"]).astype(np.int32)
         read = np.zeros(max(p["cap"], length), bool)
         listed = np.repeat(chosen.any((0, 1)), p["block"])[: p["cap"]]
         read[: len(listed)] = listed
         read[length:] = False
         if p["window"]:
             read[max(0, length - p["t"] + 1 - p["window"]) : length] = True
-        slots = np.arange(len(read))
-        if p["page"]:
-            slots = out["table"][slots // p["page"]] * p["page"] + slots % p["page"]
-        slots = slot_of(slots, p["cap"], p["first"])
+        slots = slot_of(np.arange(len(read)), p["cap"], p["first"])
         unread = np.setdiff1d(np.arange(p["cap"]), slots[read])
         out["k_cache"][unread], out["v_cache"][unread] = np.nan, np.nan
         if parse_cache_format(p["c"]).unit:
@@ -302,8 +284,8 @@ class SparseAttention(OpDef):
         t = {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()}
         out, lse = attend_lists(
             t["q"].to(dtype), t["k_cache"], t["v_cache"], t["pos"], t["idx"], t["cnt"],
-            t["sink"] if p["sink"] else None, t["table"] if p["page"] else None,
-            p["block"], p["rows"], p["page"], self.softmax_scale(p), p["window"], p["first"], disturb,
+            t["sink"] if p["sink"] else None, p["block"], p["rows"], self.softmax_scale(p), p["window"],
+            p["first"], disturb,
         )  # fmt: skip
         return out.double().numpy(), lse.double().numpy()
 
@@ -374,6 +356,11 @@ class SparseAttention(OpDef):
     def counts(self, workload: Workload) -> Counts:
         """Listed keys and values once for each KV head, as if its lists agreed; q, out and lists once."""
         p = self.full(workload)
+        if pages.paged(p):
+            lengths = self.lengths(p)
+            each = batches.counted(self, workload, lengths)
+            named = [min(n, p["kmax"] * p["block"] + p["window"]) for n in lengths]
+            return pages.counted(p, each, named, 0.0)
         if p["b"] > 1:
             return batches.counted(self, workload, self.lengths(p))
         length = self.kv_length(p)

@@ -195,7 +195,7 @@ class _EntryBuilder:
                 buffer = Buffer("weight", arg.shape, arg.dtype, source=packed[arg.name])
                 args.append(self._add(buffer))
             elif arg.role == "state":
-                pooled = pages.paged(p) and arg.name in pages.CACHES
+                pooled = pages.in_pool(p, arg.name)
                 sequences = 1 if pooled else p.get("b", 1)
                 source = self.emitter.state(arg, given[arg.name], sequences)
                 if pooled:

@@ -8,7 +8,7 @@ from operator import index
 from typing import TYPE_CHECKING
 
 from mimo_compile.errors import UsageError
-from mimo_compile.ir.caches import FORMATS, scheme_cache_format
+from mimo_compile.ir.caches import FORMATS, SCALED, scheme_cache_format
 from mimo_compile.ir.formats import QuantScheme
 from mimo_compile.ir.ops.pages import least_pool, pages_of
 from mimo_compile.ir.policies import AttentionPolicy
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from mimo_compile.frontend.models.kv import Paging
     from mimo_compile.frontend.models.stages import LayerCore
 
-POLICIES = ("model", "full", "window")
-"""Whose layers attend to all that their windows leave: the others' kernels read no tables."""
+POLICIES = ("model", "full", "window", "quest", "seer", "lessismore", "moba", "resa")
+"""All of whose kernels find keys by block tables."""
 
 
 def check_pages(
@@ -37,6 +37,8 @@ def check_pages(
     Raises:
         UsageError: it is neither, or such caches have no pages.
     """
+    from mimo_compile.frontend.models.kv import PAGE
+
     if asked is None:
         return None
     _parsed(asked)
@@ -45,15 +47,21 @@ def check_pages(
             f"--pages {asked} is for several sequences, which share a pool",
             remedy="use --batch 2 or more, or leave out --pages",
         )
-    if scheme_cache_format(scheme.kv).name not in FORMATS:
+    if scheme_cache_format(scheme.kv).name not in (*FORMATS, *SCALED):
         raise UsageError(
             f"--pages {asked} has no kernels for caches in kv{scheme.kv}",
-            remedy="use kv16, or leave kv... out of --quant for float32 caches",
+            remedy="use kv16 or kvfp8, or leave kv... out of --quant for float32 caches",
         )
     if policy.name not in POLICIES or policy.arithmetic != "float":
         raise UsageError(
             f"--pages {asked} has no kernels for --attention {policy}",
             remedy=f"use {', '.join(POLICIES)}, or leave out --pages",
+        )
+    if policy.select is not None and PAGE % policy.block and policy.block % PAGE:
+        raise UsageError(
+            f"--pages {asked}: blocks of {policy.block} tokens (--attention {policy}) are neither parts of "
+            f"a page of {PAGE} nor whole pages",
+            remedy=f"use blocks that divide {PAGE} or are a multiple of it, or leave out --pages",
         )
     return asked
 
@@ -117,17 +125,28 @@ def paging_of(decoder: Decoder, asked: int | str | None, batch: int) -> Paging |
 
 
 def bytes_of(layer: LayerCore, page: int) -> int:
-    """Return the bytes of a page of a layer's keys and values, as kernels keep them."""
-    return int(sum(math.prod(s) for s in _shapes(layer, page)) * FORMATS[layer.caches.name].bytes)
+    """Return the bytes of a page of a layer's keys, values and what describes them, as kernels keep them."""
+    return int(sum(numbers * each for numbers, each in _numbers(layer, page)))
 
 
-def _shapes(layer: LayerCore, slots: int) -> list[tuple[int, ...]]:
+def _numbers(layer: LayerCore, page: int) -> list[tuple[int, float]]:
+    """Return how many numbers of each state of a layer a page has, and the bytes of one."""
+    from mimo_compile.frontend.models.kv import rows_of_page
+    from mimo_compile.ir.ops.pages import CACHES
+    from mimo_compile.schedules.attention import descriptors
     from mimo_compile.schedules.attention.layout import cache_shapes
 
-    (_, kv, d), dv = layer.k_cache.shape, layer.v_cache.shape[2]
-    return list(
-        cache_shapes({"cap": slots, "kv": kv, "d": d, "dv": dv, "c": layer.caches.name}).values()
-    )
+    (_, kv, d), dv, fmt = layer.k_cache.shape, layer.v_cache.shape[2], layer.caches
+    sizes = {"cap": page, "kv": kv, "d": d, "dv": dv, "c": fmt.name, "lay": layer.attend.lay}
+    out = [(math.prod(shape), fmt.bits / 8) for shape in cache_shapes(sizes).values()]
+    for name, rows in rows_of_page(layer, page).items():
+        if name not in CACHES:
+            state = layer.get_buffer(name)
+            stored = next(f for f in FORMATS.values() if f.torch_dtype == state.dtype)
+            _, kv, parts, d = state.shape
+            shape = descriptors.shape(rows, kv, parts, d, stored, rows)
+            out.append((math.prod(shape), stored.bytes))
+    return out
 
 
 def _layers(decoder: Decoder) -> dict[str, LayerCore]:
@@ -149,7 +168,7 @@ def _check_size(layers: dict[str, LayerCore], count: int) -> None:
     from mimo_compile.schedules.emit.build import MOST
 
     for name, layer in layers.items():
-        each = max(math.prod(shape) for shape in _shapes(layer, PAGE))
+        each = max(numbers for numbers, _ in _numbers(layer, PAGE))
         if each * count > MOST:
             raise UsageError(
                 f"--pages: {count} pages of {name} would have {each * count} numbers, and kernels index at "

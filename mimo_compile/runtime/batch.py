@@ -216,7 +216,8 @@ def _like(module: Module, ask: Ask, running: Sequence[_Running]) -> tuple[int, S
     """Return how many tokens a text has in common with one in progress, a page at least, and that one."""
     if module.pool is None:
         return 0, None
-    found = [(r.session.prefix(ask.ids), r) for r in running if r.ask.adapter == ask.adapter]
+    mine = _prompt(module, ask)
+    found = [(r.session.prefix(mine), r) for r in running if r.ask.adapter == ask.adapter]
     kept, like = max(found, key=lambda pair: pair[0], default=(0, None))
     return (0, None) if like is None or kept < module.pool.page else (kept, like.session)
 
@@ -271,6 +272,23 @@ def _again(one: _Running) -> Ask:
     return replace(one.ask, ids=ids, made=one.made)
 
 
+def _prompt(module: Module, ask: Ask) -> Array:
+    """Return what of a text is read as a prompt: what was given; all, where tokens are decoded as it is."""
+    made = ask.made if decoder_of(module).decode else 0
+    return ask.ids[: len(ask.ids) - made]
+
+
+def _read(module: Module, session: Session, ask: Ask) -> Array:
+    """Append what a sequence does not hold yet of a text; returns the last hidden state.
+
+    Tokens that it made before it was set aside attend as they did then.
+    """
+    prompt = _prompt(module, ask)
+    hidden = session.append(prompt[session.position :])
+    rest = ask.ids[len(prompt) :]
+    return session.append(rest, decode=True) if len(rest) else hidden
+
+
 def _begin(
     module: Module, ask: Ask, slot: int, running: Sequence[_Running], stats: Stats
 ) -> _Running:
@@ -281,7 +299,7 @@ def _begin(
         session = module.session(ask.adapter, slot) if like is None else like.fork(slot)
         try:
             session.rewind(kept)
-            (logits,) = session.logits(session.append(ask.ids[kept:]))
+            (logits,) = session.logits(_read(module, session, ask))
         except BaseException:
             session.end()
             raise

@@ -113,23 +113,30 @@ def _check_pool(manifest: Manifest, where: str) -> frozenset[str]:
         problem = "has no states"
     for name in () if problem else pool.states:
         shape = states[name].shape if name in states else ()
-        whole = len(shape) in (3, 4) and min(shape) > 0 and not shape[1] % pool.pages
-        if not whole or pool.page * pool.pages != shape[1] * _together(manifest, states[name]):
+        whole = len(shape) in (3, 4, 5) and min(shape) > 0 and not shape[1] % pool.pages
+        slots = (
+            [shape[1] * n for n in _together(manifest, states[name], pool.page)] if whole else []
+        )
+        if pool.page * pool.pages not in slots:
             problem = f"has {pool.pages} pages of {pool.page} in {name} {list(shape)}"
     if problem:
         raise ArtifactError(f"the pool of pages {problem}", where=where)
     return frozenset(pool.states)
 
 
-def _together(manifest: Manifest, state: State) -> int:
-    """Return how many slots one entry of the second extent of a pool's state holds.
+def _together(manifest: Manifest, state: State, page: int) -> tuple[int, ...]:
+    """Return for how many slots one entry of the second extent of a pool's state may be.
 
-    Keys stand in blocks ``[heads, slots / 16, D, lanes]``, values in rows of float32 or in pairs of 16 bits.
-    On GPUs each slot is an entry.
+    Keys stand in blocks ``[heads, slots / 16, D, lanes]``, values in rows of float32, in pairs of 16 bits or
+    in blocks of bytes; in caches that keep each by itself, both in rows. What describes the keys of a page
+    lies together, ``[heads, pages, parts, D, lanes]``. On GPUs each slot is an entry.
     """
     if manifest.target.kind == "cuda":
-        return 1
-    return _LANES if len(state.shape) == 4 else 4 // min(dtypes.itemsize(state.dtype), 4)
+        return (1,)
+    if len(state.shape) == 5:
+        return (page,)
+    size = dtypes.itemsize(state.dtype)
+    return (_LANES,) if len(state.shape) == 4 or size == 1 else (1, 4 // min(size, 4))
 
 
 def _check_tables(pool: Pool, entries: Mapping[str, Entry], where: str) -> None:

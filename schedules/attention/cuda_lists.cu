@@ -5,8 +5,8 @@
 // list, and its window as such, so that each key counts once. Where the keys of a stage lie is looked up one
 // stage before they are copied. Blocks may have any number of positions, single tokens too: each row is
 // copied by itself. Constants: T, H, KV, HS, D, DV, DK, DW (widths of the caches' rows), CAP, SLOTS, FIRST,
-// PAGE, BLOCK, KMAX, LIST (tokens that share a list), WINDOW, SINK, SCALE (with log2(e)), KEYS, STAGES,
-// WARPS, PARTS, MERGE_THREADS.
+// PAGE, TABLE (see cuda_append.cu), BLOCK, KMAX, LIST (tokens that share a list), WINDOW, SINK, SCALE (with
+// log2(e)), KEYS, STAGES, WARPS, PARTS, MERGE_THREADS.
 #include "flash.cuh"
 #include "kv_slots.cuh"
 
@@ -20,7 +20,7 @@ constexpr int RING = STAGES + 1;  // stages whose places are known
 // Grid: tiles of rows (of each group of each tile of each list), parts.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
     attend_lists(const float* __restrict__ q, const int* __restrict__ pos, const int* __restrict__ idx,
-                 const int* __restrict__ cnt, const int* __restrict__ table, const float* __restrict__ sink,
+                 const int* __restrict__ cnt, const int* __restrict__ pages, const float* __restrict__ sink,
                  const uint16_t* __restrict__ k_cache, const uint16_t* __restrict__ v_cache,
                  float* __restrict__ out, float* __restrict__ lse, float* __restrict__ parts,
                  float* __restrict__ states) {
@@ -41,7 +41,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
   const int from = int((long long)steps * part / PARTS), to = int((long long)steps * (part + 1) / PARTS);
 
   const int* ids = idx + size_t(line) * KMAX;
-  const size_t cache = (size_t(sequence) * KV + group * KV / GROUPS) * SLOTS;
+  const size_t cache = ((PAGE ? 0 : size_t(sequence) * KV) + group * KV / GROUPS) * SLOTS;
+  const int* table = pages + size_t(sequence) * TABLE;
   const uint32_t base = smem_address(shared);
   int* places = reinterpret_cast<int*>(shared + STAGES * STAGE_BYTES);  // [RING][2][KEYS]: positions, slots
   auto look_up = [&](int step) {

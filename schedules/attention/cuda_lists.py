@@ -15,6 +15,7 @@ from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.ops.block_lists import blocks_of
+from mimo_compile.ir.ops.pages import TABLE, paged, table_bytes
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.attention import cuda_layout as layout
 from mimo_compile.schedules.attention.cuda_flash import CudaParts, PartsConfig, merge_threads
@@ -53,14 +54,12 @@ class CudaLists(CudaParts):
         p = get_op(self.op).full(workload)
         names = {"HS": "hs", "FIRST": "first", "BLOCK": "block", "KMAX": "kmax", "LIST": "rows"}
         own = {name: int(p[n]) for name, n in names.items()}
-        found = super().constants(workload) | own | {"MERGE_THREADS": merge_threads(p)}
-        del found["TABLE"]  # a sequence by itself has pages
-        return found
+        return super().constants(workload) | own | {"MERGE_THREADS": merge_threads(p)}
 
     def launches(self, workload: Workload, config: PartsConfig) -> tuple[Launch, ...]:
         """Return the launch over the parts, and the one that merges them."""
         p = get_op(self.op).full(workload)
-        sink, table = "sink" if p["sink"] else "q", "table" if p["page"] else "pos"
+        sink, table = "sink" if p["sink"] else "q", TABLE if paged(p) else "pos"
         parts, states = (self.parts_of(p, config, n) for n in ("parts", "states"))
         first = Launch(
             "attend_lists",
@@ -111,8 +110,8 @@ class CudaLists(CudaParts):
         own = config.keys // config.warps
         found = copied_counts(p, groups, copied, held, scored, own, config.parts)
         named = 4.0 * (p["b"] * lists * p["hs"] * (p["kmax"] + 1) + p["b"] * p["t"] * p["h"])
-        if p["page"]:
-            named += 4.0 * p["cap"] / p["page"]
+        if paged(p):
+            named += table_bytes(op.lengths(p), p["page"])
         found = found + Counts({}, {"dram": named, "l2": named * tiles * groups / p["hs"]})
         return with_merge(found, p, self.units(p), config.parts)
 

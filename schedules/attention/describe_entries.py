@@ -9,9 +9,11 @@ from typing import Any
 from mimo_compile.ir.caches import CacheFormat, parse_cache_format
 from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.ops.describe_blocks import PARTS, entries_of
+from mimo_compile.ir.ops.pages import paged
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.attention import descriptors
 from mimo_compile.schedules.attention.half import upper_half
+from mimo_compile.schedules.attention.pages import Table
 from mimo_compile.schedules.attention.reach import fixed
 from mimo_compile.schedules.attention.score_common import NEVER, across, add, channels, lanes_of
 from mimo_compile.schedules.attention.sequences import part_of, place_of, turns
@@ -50,6 +52,11 @@ class Sizes:
         return bool(self.p["kind"] in descriptors.LANED)
 
     @property
+    def lanes(self) -> int:
+        """Entries of a vector, as they lie."""
+        return descriptors.lanes_of(self.p)
+
+    @property
     def groups(self) -> int:
         """Vectors of entries that a call touches at most."""
         most = min(self.entries, -(-(int(self.p["t"]) + self.size) // self.stride) + 1)
@@ -58,6 +65,9 @@ class Sizes:
     def shape(self) -> tuple[int, ...]:
         """Return the extents of the descriptors as they lie."""
         p, parts = self.p, PARTS[self.p["kind"]]
+        if paged(p):
+            rows = p["pool"] * self.lanes
+            return descriptors.shape(rows, p["kv"], parts, p["d"], self.format, self.lanes)
         if self.laned:
             return descriptors.shape(self.entries, p["b"] * p["kv"], parts, p["d"], self.format)
         return (p["b"] * self.entries, p["kv"], parts, p["d"])
@@ -79,14 +89,22 @@ def _folded(how: str, a: Any, b: Any) -> Any:
 class Entry:
     """One entry: its slots, and the channels that are folded over them."""
 
-    def __init__(self, s: Sizes, k: Any, desc: Any, head: Any, index: Any, end: Any) -> None:
+    def __init__(
+        self, s: Sizes, k: Any, desc: Any, head: Any, index: Any, end: Any, table: Table | None
+    ) -> None:
+        """``table``: of pages that keys and entries lie in; None: both are the sequence's own."""
         self.s, self.k, self.desc, self.head, self.index = s, k, desc, head, index
+        self.table = table
         self.begin = fixed(index * s.stride)
         self.end = fixed(T.min(self.begin + s.size, end))
         aligned = s.stride % LANES == 0 and s.size % LANES == 0
         self.most = s.size // LANES if aligned else (s.size + LANES - 2) // LANES + 1
         self.first = fixed(self.begin // LANES)
         self.count = fixed((self.end - 1) // LANES - self.first + 1)
+        if table is not None:
+            self.place = table.row(index, s.size)
+        elif s.laned:
+            self.place = index // LANES, index % LANES
 
     def emit(self) -> None:
         """Emit all channels."""
@@ -100,7 +118,8 @@ class Entry:
             place = bind(self.first + at)
             slots = bind(T.ramp(place * LANES, 1, LANES))
             inside = T.And(slots >= splat(self.begin), slots < splat(self.end))
-            found = lanes_of(self.k, self.head, place, i, bits=self.s.keys.bits, count=count)
+            held = place if self.table is None else self.table.block(place)
+            found = lanes_of(self.k, self.head, held, i, bits=self.s.keys.bits, count=count)
             for value, own in zip(found, acc, strict=True):
                 for how, register in zip(folds, own, strict=True):
                     # slots of other entries, and what was never written, take no part: NaN neither
@@ -133,7 +152,7 @@ class Entry:
             store(self.desc, value, self.index, self.head, part, channel)
             return
         wide = 32 // s.format.bits
-        vector, lane = self.index // LANES, self.index % LANES
+        vector, lane = self.place
         if wide == pair:
             at, place = i, lane * wide + half
         else:  # bfloat16 keys, float32 entries: each channel has a vector of its own
@@ -141,8 +160,8 @@ class Entry:
         store(self.desc, value, self.head, vector, part, at, place)
 
 
-def emit(s: Sizes, parallel: bool, pos: Any, k: Any, desc: Any) -> None:
-    """Emit the kernel."""
+def emit(s: Sizes, parallel: bool, pos: Any, pages: Any, k: Any, desc: Any) -> None:
+    """Emit the kernel; ``pages`` are block tables, or None."""
     b = s.p["b"]
     with turns(b, s.p["kv"] * s.groups, parallel=parallel) as (sequence, task):
         where = place_of(pos, sequence)
@@ -153,9 +172,12 @@ def emit(s: Sizes, parallel: bool, pos: Any, k: Any, desc: Any) -> None:
         stop = T.min(T.floordiv(last, T.int32(s.stride)) + 1, T.int32(s.entries))
         stop = fixed(T.if_then_else(valid > 0, stop, T.int32(0)))
         head = bind(task // s.groups) if s.groups > 1 else task
-        keys, entries = (part_of(buffer, sequence, b) for buffer in (k, desc))
+        table = None if pages is None else Table(pages, sequence, int(s.p["page"]))
+        keys, entries = k, desc
+        if table is None:
+            keys, entries = (part_of(buffer, sequence, b) for buffer in (k, desc))
         group = fixed(first // LANES + (task % s.groups if s.groups > 1 else 0))
         low = fixed(T.max(first, group * LANES))
         high = fixed(T.max(T.min(stop, group * LANES + LANES), low))
         with T.serial(0, high - low) as e:
-            Entry(s, keys, entries, head, fixed(low + e), end).emit()
+            Entry(s, keys, entries, head, fixed(low + e), end, table).emit()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from mimo_compile.schedules.attention.pages import Table
 from mimo_compile.schedules.attention.reach import fixed
 from mimo_compile.schedules.attention.score_common import (
     NEVER,
@@ -150,9 +151,13 @@ def turned_queries(
 class Pools:
     """Greatest, least and mean of a block's keys as they were before rotation: 16 slots in the lanes."""
 
-    def __init__(self, p: Params, bits: int, k: Any, inv_freq: Any, head: Any, entry: Any) -> None:
-        """Prepare a block ``entry`` of a KV head, over a cache ``k`` of so many bits."""
+    def __init__(
+        self, p: Params, bits: int, k: Any, inv_freq: Any, head: Any, entry: Any,
+        table: Table | None = None,
+    ) -> None:  # fmt: skip
+        """Prepare a block ``entry`` of a KV head, over a cache ``k`` of so many bits, or one in pages."""
         self.p, self.bits, self.k, self.inv_freq, self.head = p, bits, k, inv_freq, head
+        self.table = table
         size = p["size"]
         self.begin = fixed(entry * size)
         self.first = fixed(self.begin // LANES)
@@ -197,7 +202,8 @@ class Pools:
             place = bind(self.first + at)
             slots = bind(T.ramp(place * LANES, 1, LANES))
             inside = T.And(slots >= splat(self.begin), slots < splat(end))
-            values = [self._slots(place, i, offset) for offset in offsets]
+            held = place if self.table is None else self.table.block(place)
+            values = [self._slots(held, i, offset) for offset in offsets]
             if turned:
                 freq = self.inv_freq[2 * i + offsets[0]]
                 angle = Register("float32", LANES, T.cast(slots, "float32x16") * splat(freq))

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mimo_compile.schedules.attention.pages import table_of
 from mimo_compile.schedules.attention.phases import Turn
 from mimo_compile.schedules.attention.reach import Tiling, fixed
 from mimo_compile.schedules.attention.sequences import part_of
@@ -38,8 +39,8 @@ class ListTiling(Tiling):
 
     @property
     def chunk(self) -> int:
-        """Positions that lie in one block, one page and one part, as their slots do."""
-        return math.gcd(self.p["block"], self.p["page"] or LANES, LANES)
+        """Positions that lie in one block and one part, as their slots do: pages hold whole parts."""
+        return math.gcd(self.p["block"], LANES)
 
     @property
     def whole(self) -> bool:
@@ -55,9 +56,7 @@ class ListTiling(Tiling):
             most += (p["window"] + self.tokens - 2) // self.chunk + 2
         if p.get("first"):  # a block of slots at the ring's seam holds two parts
             return int(most)
-        most = min(most, -(-p["cap"] // self.chunk))
-        straight = p["page"] % LANES == 0
-        return int(min(most, self.cache_blocks) if straight else most)
+        return int(min(most, -(-p["cap"] // self.chunk), self.cache_blocks))
 
 
 class Row:
@@ -68,7 +67,7 @@ class Row:
     ) -> None:
         p, pos = s.p, turn.pos
         self.sizes = s
-        self.table: Any = lists.get("table")
+        self.table = table_of(p, lists, turn.sequence)
         self.start, self.valid = fixed(pos[0]), fixed(pos[1])
         self.low_query = fixed(self.start + first)
         last = fixed(self.start + self.valid - 1)
@@ -95,14 +94,14 @@ class Row:
 
     def slot(self, position: Any) -> Any:
         """Return the slot of a position."""
-        page, first = int(self.sizes.p["page"]), int(self.sizes.p.get("first", 0))
-        if not page and not first:
+        first = int(self.sizes.p.get("first", 0))
+        if self.table is not None:
+            return self.table.slot(fixed(position))
+        if not first:
             return position
         at = fixed(position)
-        if first:
-            ring = first + T.truncmod(at - first, int(self.sizes.p["cap"]) - first)
-            return fixed(T.if_then_else(at < first, at, ring))
-        return fixed(self.table[T.truncdiv(at, page)] * page + T.truncmod(at, page))
+        ring = first + T.truncmod(at - first, int(self.sizes.p["cap"]) - first)
+        return fixed(T.if_then_else(at < first, at, ring))
 
 
 class Parts(Row):
@@ -140,7 +139,7 @@ class Parts(Row):
 
 
 class Listed(Parts):
-    """Blocks of whole parts, in pages of whole parts, and no window: the list is what is visited."""
+    """Blocks of whole parts, and no window: the list is what is visited."""
 
     def __init__(
         self, s: ListTiling, turn: Turn, first: Any, group: Any, lists: Mapping[str, Any]
@@ -200,7 +199,7 @@ class Listed(Parts):
 
 
 class Gathered(Parts):
-    """Blocks and pages of any size, and a window, whose keys count once where they are listed, too.
+    """Blocks of any size, and a window, whose keys count once where they are listed, too.
 
     A part is 16 slots and the position that the first of them would have. Of its slots, bits say which ones
     some query of the tile may see, and which ones are listed: the others are seen by window alone.
@@ -342,7 +341,7 @@ def visiting(s: ListTiling, lists: Mapping[str, Any]) -> Callable[..., Any]:
 
     Args:
         s: Sizes.
-        lists: ``idx``, ``cnt``, and ``table`` with pages: parameters of the kernel.
+        lists: ``idx``, ``cnt``, and ``pages`` where caches lie in them: parameters of the kernel.
     """
     way: type[Parts] = Listed if s.whole else Gathered
     return lambda _, turn, first, group: way(s, turn, first, group, lists)

@@ -9,6 +9,7 @@ import numpy as np
 
 from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.hardware import Hardware
+from mimo_compile.ir.ops import pages
 from mimo_compile.schedules.attention.layout import by_rows
 from mimo_compile.schedules.attention.lists import ListTiling
 from mimo_compile.schedules.attention.work import products, spread
@@ -33,9 +34,7 @@ def visits(s: ListTiling, length: int) -> tuple[Any, Any]:
         pieces = LANES / s.chunk if p["block"] < LANES else 1.0
         held = np.ceil((newest + 1) / LANES)
         together = held * (1 - (1 - share) ** pieces)
-        apart = keys / s.chunk
-        parts = together if p["page"] % LANES == 0 else apart
-        parts = np.minimum(np.maximum(parts, keys / LANES), max(s.parts, 1))
+        parts = np.minimum(np.maximum(together, keys / LANES), max(s.parts, 1))
     own = np.minimum(p["window"] + (s.tokens - 1 if p["window"] else 0), newest + 1)
     keys = np.minimum(keys + own, newest + 1)
     if by_rows(p):  # keys stand alone, sixteen of them are a part
@@ -114,6 +113,9 @@ def _streams(
         Stream(4.0 * b * p["t"] * p["h"] * (p["dv"] + 1.0)),
         Stream(4.0 * b * -(-p["t"] // p["rows"]) * p["hs"] * (p["kmax"] + 1.0)),
     ]
+    if pages.paged(p):
+        named = [min(int(slots / b), int(p["cap"]))] * int(b)
+        out.append(Stream(pages.table_bytes(named, p["page"])))
     if splits > 1:
         parts = 4.0 * b * groups * tiles * splits * s.height * (width + 2)
         out.append(Stream(parts, ((2, 0.0),), made=True))

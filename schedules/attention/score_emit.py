@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from mimo_compile.schedules.attention.pages import Table
 from mimo_compile.schedules.attention.reach import fixed
 from mimo_compile.schedules.attention.score_common import NEVER, across, add, put
 from mimo_compile.schedules.attention.score_rows import WholeLines, by_lines
@@ -167,9 +168,9 @@ def _write_nothing(s: Slots, tile: Tile, run: Any, score: Any) -> None:
 
 def emit(
     s: Slots, splits: int, parallel: bool, scale: float,
-    q: Any, pos: Any, guess: Any, peak: Any, k: Any, score: Any,
+    q: Any, pos: Any, guess: Any, peak: Any, k: Any, score: Any, pages: Any = None,
 ) -> None:  # fmt: skip
-    """Emit the kernel."""
+    """Emit the kernel; ``pages`` are block tables."""
     splits, b = min(splits, s.runs), int(s.p["b"])
     oracle, groups = s.kind == "oracle", s.p["kv"] * s.tiles
     shared = Held(s, b * groups, splits) if oracle and splits > 1 else None
@@ -177,13 +178,15 @@ def emit(
     with turns(b, groups * splits, parallel=parallel) as (sequence, task):
         where = place_of(pos, sequence)
         span = (fixed(where[0]), fixed(where[1]))
-        queries, guesses, peaks, keys, scores = (
-            part_of(buffer, sequence, b) for buffer in (q, guess, peak, k, score)
+        queries, guesses, peaks, scores = (
+            part_of(buffer, sequence, b) for buffer in (q, guess, peak, score)
         )
+        table = None if pages is None else Table(pages, sequence, int(s.p["page"]))
+        keys = part_of(k, sequence, b) if table is None else k
         group, part = T.floordiv(task, T.int32(splits)), T.floormod(task, T.int32(splits))
         head = fixed(T.floordiv(group, T.int32(s.tiles)))
         first = fixed(T.floormod(group, T.int32(s.tiles)) * s.tile)
-        tile = _tile(s, keys, span, head, first, scale, queries, guesses, peaks)
+        tile = _tile(s, keys, span, head, first, scale, queries, guesses, peaks, table)
         held, at = shared, (_of(sequence, groups, group), _of(sequence, groups * splits, task))
         if oracle and held is None:
             held, at = Held(s, 1, 1), (0, 0)
@@ -217,14 +220,14 @@ def _of(sequence: Any | None, each: int, index: Any) -> Any:
 
 def _tile(
     s: Slots, k: Any, span: tuple[Any, Any], head: Any, first: Any, scale: float, q: Any, guess: Any,
-    peak: Any,
+    peak: Any, table: Table | None,
 ) -> Tile:  # fmt: skip
     """Return a tile with its queries loaded."""
     if s.kind == "channels":
-        chosen = Chosen(s, k, span, head, first)
+        chosen = Chosen(s, k, span, head, first, table)
         chosen.begin(q, guess, peak)
         return chosen
-    whole = (WholeLines if by_lines(s) else Whole)(s, k, span, head, first)
+    whole = (WholeLines if by_lines(s) else Whole)(s, k, span, head, first, table)
     # probabilities are powers of two
     whole.begin(q, scale * LOG2E if s.kind == "oracle" else scale)
     return whole

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +11,10 @@ from mimo_compile.ir.caches import CacheFormat, parse_cache_format
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.ops import batches, get_op
 from mimo_compile.ir.ops.block_lists import blocks_of
+from mimo_compile.ir.ops.pages import paged
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.attention import descriptors
+from mimo_compile.schedules.attention.pages import Table
 from mimo_compile.schedules.attention.reach import fixed
 from mimo_compile.schedules.attention.score_common import (
     NEVER,
@@ -113,8 +116,11 @@ class Entries:
 
     def shape(self) -> tuple[int, ...]:
         """Return the extents of the descriptors as they lie."""
-        heads = self.p["b"] * self.p["kv"]
-        return descriptors.shape(self.entries, heads, self.parts, self.p["d"], self.format)
+        p, heads, lanes = self.p, self.p["kv"], descriptors.lanes_of(self.p)
+        if paged(p):
+            rows = p["pool"] * lanes
+            return descriptors.shape(rows, heads, self.parts, p["d"], self.format, lanes)
+        return descriptors.shape(self.entries, p["b"] * heads, self.parts, p["d"], self.format)
 
     def filled_groups(self, length: int) -> int:
         """Return the register tiles that hold an entry that has begun at a length."""
@@ -167,13 +173,20 @@ class Rows:
 class Products:
     """Products of one row's heads with the entries of one register tile, brought together."""
 
-    def __init__(self, s: Entries, config: Any, desc: Any, tile: Rows) -> None:
-        self.s, self.config, self.desc, self.tile = s, config, desc, tile
+    def __init__(
+        self, s: Entries, config: Any, desc: Any, tile: Rows, near: Near | None = None
+    ) -> None:
+        """``near`` holds the entries of a register tile where they lie in pages."""
+        self.s, self.config, self.tile, self.near = s, config, tile, near
+        self.desc: Any = desc if near is None else near.held
+        self.head: Any = tile.head if near is None else 0
 
     def emit(self, group: Any, row: Any, weight: Any, out: Any) -> None:
         """Emit them; ``out(head, u, value)`` takes unscaled scores of vector u of the group."""
         s = self.s
-        vectors = [bind(T.min(group * s.wide + u, T.int32(s.vectors - 1))) for u in range(s.wide)]
+        vectors = list(range(s.wide))
+        if self.near is None:
+            vectors = [bind(T.min(group * s.wide + u, T.int32(s.vectors - 1))) for u in vectors]
         size = min(self.config.rows, s.heads)
         full, rest = divmod(s.heads, size)
         start = splat(NEVER if s.fold == "max" else 0.0)
@@ -210,14 +223,14 @@ class Products:
         bits = s.format.bits
         pair = 32 // bits
         acc = [[Register("float32", LANES, splat(0.0)) for _ in vectors] for _ in range(rows)]
-        ahead = self.config.ahead * s.wide if s.tile == 1 else 0
+        ahead = self.config.ahead * s.wide if s.tile == 1 and self.near is None else 0
 
         def step(i: Any, count: int) -> None:
             for part in range(s.parts):
                 for u, vector in enumerate(vectors):
                     if ahead:
-                        prefetch(self.desc, tile.head, vector + ahead, part, i, 0)
-                    found = lanes_of(self.desc, tile.head, vector, part, i, bits=bits, count=count)
+                        prefetch(self.desc, self.head, vector + ahead, part, i, 0)
+                    found = lanes_of(self.desc, self.head, vector, part, i, bits=bits, count=count)
                     for r in range(rows):
                         for half, value in enumerate(found):
                             by = splat(tile.coef[row + r, part, i * pair + half])
@@ -227,16 +240,44 @@ class Products:
         return acc
 
 
+class Near:
+    """The entries of a register tile, which lie in pages, put together in vectors of 16."""
+
+    def __init__(self, s: Entries, desc: Any, tile: Rows, table: Table) -> None:
+        self.s, self.desc, self.tile, self.table = s, desc, tile, table
+        self.pair = 32 // s.format.bits
+        self.depth = -(-int(s.p["d"]) // self.pair)
+        shape = (1, s.wide, s.parts, self.depth, LANES * self.pair)
+        self.held = workspace(shape, s.format.stored)
+
+    def fill(self, group: Any) -> None:
+        """Copy a register tile; behind the last entry that its rows may see, that one's neighbours again."""
+        s, each = self.s, descriptors.lanes_of(self.s.p)
+        run = math.gcd(each, LANES)  # entries that lie in one page
+        last = fixed(T.truncdiv(T.max(self.tile.most - 1, T.int32(0)), run) * run)
+        with loop(s.wide) as u, loop(LANES // run) as n:
+            first = fixed(T.min((group * s.wide + u) * LANES + n * run, last))
+            page, place = self.table.row(first, s.size)
+            with loop(s.parts) as part, loop(self.depth) as i:
+                lanes = run * self.pair
+                found = load(
+                    self.desc, self.tile.head, page, part, i, place * self.pair, lanes=lanes
+                )
+                store(self.held, found, 0, u, part, i, n * lanes, lanes=lanes)
+
+
 def emit(
-    s: Entries, config: Any, scale: float, q: Any, pos: Any, weight: Any, desc: Any, score: Any
-) -> None:
-    """Emit the kernel."""
+    s: Entries, config: Any, scale: float, q: Any, pos: Any, weight: Any, pages: Any, desc: Any, score: Any
+) -> None:  # fmt: skip
+    """Emit the kernel; ``pages`` are block tables, or None."""
     tiles = -(-s.count // s.tile)
     splits = min(config.splits, s.groups)
     b, held = s.p["b"], None
     if s.raw:
         held = workspace((b * s.count, s.p["kv"] * s.heads, s.vectors * LANES), "float32")
-    whole = {"q": q, "weight": weight, "desc": desc, "score": score, "held": held}
+    whole = {"q": q, "weight": weight, "score": score, "held": held}
+    if pages is None:
+        whole["desc"] = desc
     share = -(-s.groups // splits)
     with turns(b, s.p["kv"] * tiles * splits, parallel=config.parallel) as (sequence, task):
         where = place_of(pos, sequence)
@@ -246,13 +287,18 @@ def emit(
         first = fixed(T.floormod(T.floordiv(task, T.int32(splits)), T.int32(tiles)) * s.tile)
         part = T.floormod(task, T.int32(splits))
         rows = Rows(s, own["q"], span, head, first)
-        products = Products(s, config, own["desc"], rows)
+        near = None
+        if pages is not None:
+            near = Near(s, desc, rows, Table(pages, sequence, int(s.p["page"])))
+        products = Products(s, config, own.get("desc"), rows, near)
         used = fixed(T.floordiv(rows.most + (LANES * s.wide - 1), T.int32(LANES * s.wide)))
         # the entries that there are now are what is shared out, so that no part is idle
         each = fixed(T.floordiv(used + (splits - 1), T.int32(splits)))
         begin = fixed(T.min(part * each, used))
         with T.serial(0, fixed(T.min(begin + each, used) - begin)) as step:
             group = fixed(begin + step)
+            if near is not None:
+                near.fill(group)
             with loop(s.tile) as row, when(first + row < s.count):
                 _score(
                     s, products, rows, group, row, scale, own["weight"], own["held"], own["score"]

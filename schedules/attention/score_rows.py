@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 from mimo_compile.schedules.attention.lines import added_up, powers, widened
-from mimo_compile.schedules.attention.reach import fixed
 from mimo_compile.schedules.attention.score_slots import Slots, Tile, Whole
 from mimo_compile.schedules.emit.build import Register, T, bind, load, loop, store, workspace
 from mimo_compile.schedules.emit.vector import LANES, splat
@@ -36,7 +35,7 @@ class Lines(Tile):
         """See `Tile.fill`; parts are loops, since their sums together would not stay in registers."""
         s = self.s
         with loop(s.run // LANES) as v:
-            vector = fixed(T.min(run * (s.run // LANES) + v, T.int32(s.vectors - 1)))
+            vector = self.held(run * (s.run // LANES) + v)
             for base, rows, count in powers(s.height, 4):
                 with loop(count) as i, loop(rows) as part:
                     self._sixteen(vector, bind(i * rows + base), rows, part, v)

@@ -17,6 +17,7 @@ from mimo_compile.ir.ops.block_lists import blocks_of
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.attention.channel_layout import slots_of
 from mimo_compile.schedules.attention.layout import round_up
+from mimo_compile.schedules.attention.pages import Table
 from mimo_compile.schedules.attention.reach import fixed
 from mimo_compile.schedules.attention.score_common import (
     NEVER,
@@ -127,8 +128,11 @@ class Slots:
 class Tile:
     """Queries of one tile, and the logits of one run."""
 
-    def __init__(self, s: Slots, k: Any, pos: tuple[Any, Any], head: Any, first: Any) -> None:
-        self.s, self.k, self.head, self.first = s, k, head, first
+    def __init__(
+        self, s: Slots, k: Any, pos: tuple[Any, Any], head: Any, first: Any, table: Table | None
+    ) -> None:
+        """``table``: of pages that the keys lie in; None: they are the sequence's own."""
+        self.s, self.k, self.head, self.first, self.table = s, k, head, first, table
         self.start, self.valid = pos
         self.logits = workspace((s.height, s.run), "float32")
         last = T.min(first + s.tile, self.valid) - 1
@@ -167,7 +171,7 @@ class Tile:
         wide = s.side_by_side()
         with loop(s.run // (LANES * wide)) as part:
             at = bind((run * (s.run // LANES)) + part * wide)
-            vectors = [fixed(T.min(at + u, T.int32(s.vectors - 1))) for u in range(wide)]
+            vectors = [self.held(at + u) for u in range(wide)]
             full, rest = divmod(s.height, s.rows)
             for base, rows, count in ((0, s.rows, full), (s.rows * full, rest, 1)):
                 if rows and count:
@@ -178,6 +182,13 @@ class Tile:
                                 place = (part * wide + u) * LANES
                                 store(self.logits, register.get(), row + r, place, lanes=LANES)
         self._mask(run)
+
+    def held(self, vector: Any) -> Any:
+        """Return where a vector of slots lies; behind what is seen, in pages, that is the last one."""
+        if self.table is None:
+            return fixed(T.min(vector, T.int32(self.s.vectors - 1)))
+        last = T.max(T.truncdiv(self.seen - 1, LANES), T.int32(0))
+        return self.table.block(fixed(T.min(vector, last)))
 
     def products(self, vectors: list[Any], row: Any, rows: int) -> list[list[Register]]:
         """Return the products of ``rows`` rows with the keys of some vectors of slots."""
@@ -231,7 +242,7 @@ class Whole(Tile):
         s, bits = self.s, self.s.format.bits
         pair = 32 // bits
         acc = [[Register("float32", LANES, splat(0.0)) for _ in vectors] for _ in range(rows)]
-        ahead = s.ahead * len(vectors) if s.height <= s.rows else 0
+        ahead = s.ahead * len(vectors) if s.height <= s.rows and self.table is None else 0
 
         def step(i: Any, count: int) -> None:
             for u, vector in enumerate(vectors):

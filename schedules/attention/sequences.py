@@ -14,6 +14,7 @@ import numpy as np
 
 from mimo_compile.ir.ops import batches, get_op
 from mimo_compile.ir.ops.base import Array
+from mimo_compile.ir.ops.pages import TABLE, in_pool, paged
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.emit.build import Part, bind, loop
 
@@ -45,22 +46,25 @@ def part_of(buffer: Any, sequence: Any | None, batch: int) -> Any:
 def parts_of(
     workload: Workload, buffers: Mapping[str, Any], sequence: Any | None
 ) -> dict[str, Any]:
-    """Return a kernel's buffers by name as one sequence has them; weights are those of all."""
+    """Return a kernel's buffers by name as one sequence has them; weights and pools are those of all."""
     op = get_op(workload.op)
-    roles, b = {a.name: a.role for a in op.args(workload)}, int(op.full(workload)["b"])
+    p, roles = op.full(workload), {a.name: a.role for a in op.args(workload)}
     out = {}
     for name, buffer in buffers.items():
+        together = name == TABLE or (roles[name] == "state" and in_pool(p, name))
         if name == "pos":
             out[name] = place_of(buffer, sequence)
         else:
-            out[name] = buffer if roles[name] == "weight" else part_of(buffer, sequence, b)
+            whole = together or roles[name] == "weight"
+            out[name] = buffer if whole else part_of(buffer, sequence, int(p["b"]))
     return out
 
 
 def pack_each(workload: Workload, arrays: Mapping[str, Array], pack: Packing) -> dict[str, Array]:
-    """Lay out canonical arrays, those of each sequence by ``pack``, which knows one alone."""
+    """Lay out canonical arrays, those of each sequence by ``pack``, which knows one alone, or a pool."""
     op = get_op(workload.op)
-    if op.full(workload).get("b", 1) == 1:
+    p = op.full(workload)
+    if p.get("b", 1) == 1 or paged(p):
         return pack(workload, arrays)
     one, states = batches.alone(workload), _states(workload)
     parts = [pack(one, part) for part in batches.split(op, workload, arrays)]
@@ -74,8 +78,9 @@ def unpack_each(
     workload: Workload, arrays: Mapping[str, Array], unpack: Packing
 ) -> dict[str, Array]:
     """Inverse of `pack_each`, for states; other arrays are those of all."""
-    b = get_op(workload.op).full(workload).get("b", 1)
-    if b == 1:
+    p = get_op(workload.op).full(workload)
+    b = p.get("b", 1)
+    if b == 1 or paged(p):
         return unpack(workload, arrays)
     one, states = batches.alone(workload), _states(workload)
     parts = [

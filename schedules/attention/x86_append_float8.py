@@ -14,6 +14,7 @@ from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.attention.append_task import Task, magnitude, over
 from mimo_compile.schedules.attention.layout import kernel_args, round_up
+from mimo_compile.schedules.attention.pages import table_of
 from mimo_compile.schedules.attention.reach import fixed
 from mimo_compile.schedules.attention.sequences import parts_of, turns
 from mimo_compile.schedules.attention.x86_append import X86Append
@@ -137,12 +138,14 @@ class X86AppendFloat8(X86Append):
                 given = parts_of(workload, whole, sequence)
                 start, valid = fixed(given["pos"][0]), fixed(given["pos"][1])
                 task = Float8Task(p, given, h)
+                table = table_of(p, whole, sequence)
                 with loop(p["t"]) as i:
                     with loop(group) as g:
                         task.prepare(i, (h * group + g) * p["d"], given.get("q_norm"))
                         task.write_q(i, h * group + g)
                     with when(i < valid):
-                        slot = fixed((start + i) % p["cap"])
+                        position = fixed(start + i)
+                        slot = fixed(position % p["cap"]) if table is None else table.slot(position)
                         task.prepare(i, (p["h"] + h) * p["d"], given.get("k_norm"))
                         task.write_key(slot)
                         task.write_value(i, slot)

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from mimo_compile.ir.caches import FORMATS
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.ops.pages import TABLE, paged
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.attention.append_task import Task, over
 from mimo_compile.schedules.attention.half import every_other, upper_half
-from mimo_compile.schedules.attention.layout import kernel_args
-from mimo_compile.schedules.attention.pages import slot_of
+from mimo_compile.schedules.attention.layout import by_rows, cache_shapes, kernel_args
+from mimo_compile.schedules.attention.pages import Table
 from mimo_compile.schedules.attention.reach import fixed
 from mimo_compile.schedules.attention.x86_append import X86Append
 from mimo_compile.schedules.emit.build import T, bind, function, load, loop, store, when
@@ -55,16 +56,44 @@ class PageTask(Task):
         over(p["dv"], step)
 
 
+class RowTask(PageTask):
+    """The same for caches that keep each key by itself."""
+
+    def write_key(self, slot: Any) -> None:
+        """Write ``row`` as a key, with zeros behind it."""
+        d, cache, wide = self.p["d"], self.args["k_cache"], cache_shapes(self.p)["k_cache"][2]
+        over(d, lambda j, n: self._put(cache, load(self.row, j, lanes=n), slot, j, n))
+        for j in range(d, wide):
+            self._put(cache, T.float32(0), slot, j, 1)
+
+    def write_value(self, i: Any, slot: Any) -> None:
+        """Write the value of row ``i``."""
+        p, cache = self.p, self.args["v_cache"]
+        first = (p["h"] + p["kv"]) * p["d"] + self.head * p["dv"]
+
+        def step(j: Any, lanes: int) -> None:
+            value = load(self.args["qkv"], i, first + j, lanes=lanes) * splat(p["vscale"], lanes)
+            self._put(cache, value, slot, j, lanes)
+
+        over(p["dv"], step)
+
+    def _put(self, cache: Any, value: Any, slot: Any, at: Any, lanes: int) -> None:
+        """Store numbers of a row as the cache keeps them."""
+        kept = value if self.p["c"] == "f32" else upper_half(value, lanes)
+        store(cache, kept, self.head, slot, at, lanes=lanes)
+
+
 class X86AppendPages(X86Append):
     """One KV head per task."""
 
     name = "kv_append.x86_pages"
 
     def supports(self, workload: Workload, hardware: Hardware) -> bool:
-        """Every workload of the op over a pool, on any x86-64."""
+        """Every workload of the op over a pool whose caches hold each number by itself, on any x86-64."""
         if workload.op != self.op or hardware.kind != "cpu":
             return False
-        return paged(get_op(self.op).full(workload))
+        p = get_op(self.op).full(workload)
+        return paged(p) and p["c"] in FORMATS
 
     def make(self, p: dict[str, Any], rows: Any, unroll: int) -> Any:
         """Return the PrimFunc (qkv, table, pos, [q_norm, k_norm], pages, k_cache, v_cache, q)."""
@@ -75,17 +104,18 @@ class X86AppendPages(X86Append):
             given = {a.name: b for a, b in zip(args, buffers, strict=True)}
             pos = given["pos"]
             with loop(p["kv"], parallel=parallel) as h:
-                task = PageTask(p, given, h)
+                task = (RowTask if by_rows(p) else PageTask)(p, given, h)
                 with loop(p["b"]) as sequence:
                     at = (sequence,) if p["b"] > 1 else ()
                     start, valid = fixed(pos[(*at, 0)]), fixed(pos[(*at, 1)])
+                    table = Table(given[TABLE], sequence, p["page"])
                     with loop(t) as token:
                         i = fixed(sequence * t + token) if p["b"] * t > 1 else 0
                         with loop(group) as g:
                             task.prepare(i, (h * group + g) * p["d"], given.get("q_norm"))
                             task.write_q(i, h * group + g)
                         with when(token < valid):
-                            slot = slot_of(given[TABLE], sequence, p["page"], fixed(start + token))
+                            slot = table.slot(fixed(start + token))
                             task.prepare(i, (p["h"] + h) * p["d"], given.get("k_norm"))
                             task.write_key(slot)
                             task.write_value(i, slot)

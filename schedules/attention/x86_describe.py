@@ -15,6 +15,7 @@ from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.ops.base import Arg, Array
 from mimo_compile.ir.ops.describe_blocks import PARTS
+from mimo_compile.ir.ops.pages import paged
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.attention import descriptors, layout, sequences
 from mimo_compile.schedules.attention.describe_entries import emit, sizes_of
@@ -66,8 +67,8 @@ class X86Describe(Schedule):
             for a in get_op(self.op).args(workload)
         )
 
-        def body(pos: Any, k: Any, desc: Any) -> None:
-            emit(s, config.parallel, pos, k, desc)
+        def body(pos: Any, *rest: Any) -> None:
+            emit(s, config.parallel, pos, rest[0] if paged(s.p) else None, *rest[-2:])
 
         return Kernel(name, function(name, args, body), args, self.work(workload, config, hardware))
 
@@ -91,7 +92,7 @@ class X86Describe(Schedule):
         s = sizes_of(workload)
         out = {"k_cache": layout.layouts(workload)["k_cache"]}
         if s.laned:
-            out["desc"] = descriptors.layout_name(s.format)
+            out["desc"] = descriptors.layout_name(s.format, s.lanes)
         return out
 
     def pack(
@@ -105,7 +106,7 @@ class X86Describe(Schedule):
         s = sizes_of(workload)
         out = layout.pack_caches(workload, arrays)
         if "desc" in out and s.laned:
-            out["desc"] = descriptors.laid_out(out["desc"], s.format)
+            out["desc"] = descriptors.laid_out(out["desc"], s.format, s.lanes)
         return out
 
     def unpack_state(
@@ -119,5 +120,6 @@ class X86Describe(Schedule):
         s = sizes_of(workload)
         out = dict(layout.unpack_caches(workload, arrays))
         if "desc" in out and s.laned:
-            out["desc"] = descriptors.canonical(out["desc"], s.entries, s.p["d"], s.format)
+            rows = s.p["pool"] * s.lanes if paged(s.p) else s.entries
+            out["desc"] = descriptors.canonical(out["desc"], rows, s.p["d"], s.format, s.lanes)
         return out

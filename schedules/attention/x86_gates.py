@@ -18,9 +18,11 @@ from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.ops.base import Arg, Array
 from mimo_compile.ir.ops.describe_blocks import entries_of
+from mimo_compile.ir.ops.pages import paged
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.attention import descriptors, layout, sequences
 from mimo_compile.schedules.attention.gate_emit import Pools, finish, project, turned_queries
+from mimo_compile.schedules.attention.pages import Table
 from mimo_compile.schedules.attention.reach import fixed
 from mimo_compile.schedules.attention.score_common import over
 from mimo_compile.schedules.base import Kernel, Schedule, Space
@@ -174,7 +176,10 @@ class X86GateKeys(_Gates):
             norm = rest[0] if p["norm"] else None
             with sequences.turns(p["b"], 1) as (sequence, _):
                 where = sequences.place_of(pos, sequence)
-                k, desc = (sequences.part_of(held, sequence, p["b"]) for held in rest[-2:])
+                table = Table(rest[-3], sequence, p["page"]) if paged(p) else None
+                k, desc = rest[-2:]
+                if table is None:
+                    k, desc = (sequences.part_of(held, sequence, p["b"]) for held in (k, desc))
                 start = fixed(where[0])
                 first = fixed(start // size)
                 stop = fixed(T.min((start + where[1]) // size, T.int32(entries)))
@@ -182,30 +187,38 @@ class X86GateKeys(_Gates):
                 with when(first < stop), loop(self.tasks(p), parallel=config.parallel) as task:
                     head, entry = bind(task // most), fixed(first + task % most)
                     with when(entry < stop):
-                        x = Pools(p, keys.bits, k, inv_freq, head, entry).emit()
+                        x = Pools(p, keys.bits, k, inv_freq, head, entry, table).emit()
                         y = workspace((p["g"],), "float32")
                         project(p, 3 * p["d"], x, weight, head, y, config.wide, config.chains)
                         position = entry * size + (size - 1 if p["last"] else 0)
                         finish(p, y, norm, bind(T.cast(position, "float32")), gate_freq)
+                        vector, lane = entry // LANES, entry % LANES
+                        if table is not None:
+                            vector, lane = table.row(entry, size)
                         with loop(p["g"]) as at:
-                            store(desc, y[at], head, entry // LANES, 0, at, entry % LANES)
+                            store(desc, y[at], head, vector, 0, at, lane)
 
         return Kernel(name, function(name, args, body), args, self.work(workload, config, hardware))
 
     def _shapes(self, workload: Workload) -> dict[str, tuple[int, ...]]:
         """Return the extents of the cache and the compressed keys as they lie."""
         p = get_op(self.op).full(workload)
-        entries = entries_of(p["cap"], p["size"], p["size"])
+        rows, heads, lanes = (
+            _rows(p),
+            p["kv"] * (1 if paged(p) else p["b"]),
+            descriptors.lanes_of(p),
+        )
         return {
             "k_cache": layout.cache_shapes(p)["k_cache"],
-            "desc": descriptors.shape(entries, p["b"] * p["kv"], 1, p["g"], ENTRIES),
+            "desc": descriptors.shape(rows, heads, 1, p["g"], ENTRIES, lanes),
         }
 
     def layouts(self, workload: Workload, config: GateConfig) -> dict[str, str]:
         """Return the names of the layouts of the cache and of the compressed keys."""
+        lanes = descriptors.lanes_of(get_op(workload.op).full(workload))
         return {
             "k_cache": layout.layouts(workload)["k_cache"],
-            "desc": descriptors.layout_name(ENTRIES),
+            "desc": descriptors.layout_name(ENTRIES, lanes),
         }
 
     def pack(
@@ -217,8 +230,9 @@ class X86GateKeys(_Gates):
     @staticmethod
     def _pack(workload: Workload, arrays: Mapping[str, Array]) -> dict[str, Array]:
         out = layout.pack_caches(workload, arrays)
+        lanes = descriptors.lanes_of(get_op(workload.op).full(workload))
         if "desc" in out:
-            out["desc"] = descriptors.laid_out(out["desc"], ENTRIES)
+            out["desc"] = descriptors.laid_out(out["desc"], ENTRIES, lanes)
         return out
 
     def unpack_state(
@@ -232,6 +246,13 @@ class X86GateKeys(_Gates):
         p = get_op(workload.op).full(workload)
         out = dict(layout.unpack_caches(workload, arrays))
         if "desc" in out:
-            entries = entries_of(p["cap"], p["size"], p["size"])
-            out["desc"] = descriptors.canonical(out["desc"], entries, p["g"], ENTRIES)
+            lanes = descriptors.lanes_of(p)
+            out["desc"] = descriptors.canonical(out["desc"], _rows(p), p["g"], ENTRIES, lanes)
         return out
+
+
+def _rows(p: Mapping[str, Any]) -> int:
+    """Return the compressed keys of a sequence, or of a pool."""
+    if paged(p):
+        return int(p["pool"]) * descriptors.lanes_of(p)
+    return entries_of(p["cap"], p["size"], p["size"])

@@ -17,6 +17,7 @@ from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.ops import batches, get_op
 from mimo_compile.ir.ops.base import Arg, Array
+from mimo_compile.ir.ops.pages import TABLE, paged, table_bytes
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.attention import descriptors, sequences
 from mimo_compile.schedules.attention.score_entries import Entries, emit
@@ -75,12 +76,15 @@ class X86ScoreBlocks(Schedule):
         heavy = get_op(self.op).counts(workload).ops["fma_f32"] >= PARALLEL_FMA
         crew = hardware.threads if heavy else 1
         part = next((n for n in splits if tasks * n >= crew and tasks * n % crew == 0), splits[-1])
-        default = BlocksConfig(tile, row, side, part, crew > 1 and tasks * part > 1, int(tile == 1))
+        # pages are put together before they are multiplied
+        steps = (0,) if paged(s.p) else (0, 1, 2, 4)
+        ahead = int(tile == 1 and len(steps) > 1)
+        default = BlocksConfig(tile, row, side, part, crew > 1 and tasks * part > 1, ahead)
         return Space(
             BlocksConfig,
             {
                 "tile": tiles, "rows": rows, "wide": wide, "splits": splits, "parallel": threads,
-                "ahead": (0, 1, 2, 4),
+                "ahead": steps,
             },
             default,
             lambda c: c.rows * c.wide <= most and (c.ahead == 0 or c.tile == 1),
@@ -96,13 +100,20 @@ class X86ScoreBlocks(Schedule):
             for a in op.args(workload)
         )
 
-        def body(q: Any, pos: Any, *rest: Any) -> None:
-            weight = rest[0] if s.kind == "indexer" else None
-            emit(s, config, op.softmax_scale(s.p), q, pos, weight, rest[-2], rest[-1])
+        names = [a.name for a in args]
+
+        def body(*buffers: Any) -> None:
+            given = dict(zip(names, buffers, strict=True))
+            emit(
+                s, config, op.softmax_scale(s.p), given["q"], given["pos"], given.get("weight"),
+                given.get(TABLE), given["desc"], given["score"],
+            )  # fmt: skip
 
         room = 0
         if s.raw:
             room = 4 * s.p["b"] * s.count * s.p["kv"] * s.heads * s.vectors * LANES
+        if paged(s.p):  # of each task
+            room += int(s.format.bytes * s.wide * s.parts * LANES * s.p["d"])
         counts = self.work(workload, config, hardware)
         return Kernel(name, function(name, args, body), args, counts, room)
 
@@ -130,6 +141,8 @@ class X86ScoreBlocks(Schedule):
             Stream(4.0 * b * s.count * p["h"] * p["d"]),
             Stream(4.0 * s.count * s.scored * s.blocks * sum(lengths) / p["cap"]),
         ]
+        if paged(p):
+            streams.append(Stream(table_bytes(lengths, p["page"])))
         if s.raw:
             streams.append(
                 Stream(4.0 * b * heads * s.vectors * LANES, ((3, 4.0 * entries),), made=True)
@@ -145,7 +158,8 @@ class X86ScoreBlocks(Schedule):
     def layouts(self, workload: Workload, config: BlocksConfig) -> dict[str, str]:
         """Return the name of the layout of the descriptors."""
         p = get_op(self.op).full(workload)
-        return {"desc": descriptors.layout_name(parse_cache_format(p["e"]))}
+        name = descriptors.layout_name(parse_cache_format(p["e"]), descriptors.lanes_of(p))
+        return {"desc": name}
 
     def pack(
         self, workload: Workload, config: BlocksConfig, arrays: Mapping[str, Array]
@@ -155,8 +169,11 @@ class X86ScoreBlocks(Schedule):
 
     @staticmethod
     def _pack(workload: Workload, arrays: Mapping[str, Array]) -> dict[str, Array]:
-        fmt = parse_cache_format(get_op(workload.op).full(workload)["e"])
-        return {n: descriptors.laid_out(a, fmt) if n == "desc" else a for n, a in arrays.items()}
+        p = get_op(workload.op).full(workload)
+        fmt, lanes = parse_cache_format(p["e"]), descriptors.lanes_of(p)
+        return {
+            n: descriptors.laid_out(a, fmt, lanes) if n == "desc" else a for n, a in arrays.items()
+        }
 
     def unpack_state(
         self, workload: Workload, config: BlocksConfig, arrays: Mapping[str, Array]
@@ -167,9 +184,10 @@ class X86ScoreBlocks(Schedule):
     @staticmethod
     def _unpack(workload: Workload, arrays: Mapping[str, Array]) -> dict[str, Array]:
         op = get_op(workload.op)
-        fmt = parse_cache_format(op.full(workload)["e"])
+        p = op.full(workload)
+        fmt, lanes = parse_cache_format(p["e"]), descriptors.lanes_of(p)
         entries, *_, d = next(a.shape for a in op.args(workload) if a.name == "desc")
         return {
-            n: descriptors.canonical(a, entries, d, fmt) if n == "desc" else a
+            n: descriptors.canonical(a, entries, d, fmt, lanes) if n == "desc" else a
             for n, a in arrays.items()
         }

@@ -13,6 +13,7 @@ from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.ops import batches, get_op
 from mimo_compile.ir.ops.base import Array
+from mimo_compile.ir.ops.pages import TABLE, paged, table_bytes
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.attention import channel_layout, layout
 from mimo_compile.schedules.attention.score_emit import emit
@@ -80,7 +81,7 @@ class X86ScoreKeys(Schedule):
         crew, tasks = hardware.threads if heavy else 1, p["b"] * p["kv"] * -(-p["t"] // tile)
         part = next((n for n in splits if tasks * n >= crew and tasks * n % crew == 0), splits[-1])
         run = max(n for n in runs if n * tile * heads <= 4096 or n == 16)
-        streams = tile * heads <= row or p["kind"] == "channels"
+        streams = (tile * heads <= row or p["kind"] == "channels") and not paged(p)
         default = KeysConfig(
             tile, run, row, side, part, crew > 1 and tasks * part > 1, 2 if streams else 0
         )
@@ -88,7 +89,7 @@ class X86ScoreKeys(Schedule):
             KeysConfig,
             {
                 "tile": tiles, "run": runs, "rows": rows, "wide": (1, 2, 4, 8), "splits": splits,
-                "parallel": threads, "ahead": (0, 1, 2, 4),
+                "parallel": threads, "ahead": (0,) if paged(p) else (0, 1, 2, 4),
             },
             default,
             lambda c: c.rows * c.wide <= most and c.rows <= c.tile * heads,
@@ -106,10 +107,14 @@ class X86ScoreKeys(Schedule):
             for a in layout.kernel_args(workload)
         )
 
-        def body(q: Any, pos: Any, *rest: Any) -> None:
-            guess = rest[0] if p["guess"] else None
-            peak = rest[-3] if p["kind"] == "channels" else None
-            emit(s, config.splits, config.parallel, factor, q, pos, guess, peak, *rest[-2:])
+        names = [a.name for a in args]
+
+        def body(*buffers: Any) -> None:
+            given = dict(zip(names, buffers, strict=True))
+            emit(
+                s, config.splits, config.parallel, factor, given["q"], given["pos"], given.get("guess"),
+                given.get("peak"), given["k_cache"], given["score"], given.get(TABLE),
+            )  # fmt: skip
 
         room = 4 * s.height * (s.run + p["d"])
         if p["span"]:
@@ -150,6 +155,8 @@ class X86ScoreKeys(Schedule):
             Stream(written),
             Stream(s.format.bytes * p["kv"] * p["d"] * (length // p["span"] if p["span"] else 0)),
         ]
+        if paged(p):
+            streams.append(Stream(table_bytes(lengths, p["page"])))
         tasks = b * p["kv"] * s.tiles * config.splits
         threads = hardware.threads if config.parallel else 1
         return work(

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from mimo_compile.errors import UsageError
 from mimo_compile.ir.caches import parse_cache_format
 from mimo_compile.ir.ops import get_op
+from mimo_compile.ir.ops.pages import row_of, width_of
 from mimo_compile.ir.workload import Workload
 
 Array = np.ndarray[Any, Any]
@@ -76,20 +77,23 @@ def cases(draw: Any, sink: bool | None = None, c: str = "f32", wide: bool = Fals
     length = draw(st.integers(1, either((40,), (300,))))
     t = draw(st.integers(1, min(either((5,), (1, 20)), length)))
     block = either((1, 2, 3, 4, 16), (16, 32, 64, 1, 8, 24))
-    page = either((0, 0, 4), (0, 0, 16, 32, 4))
+    page = either((0, 0, 16), (0, 0, 16, 32))
     unit = either((4,), (32,))
     cap = -(-(length + draw(st.integers(0, 9))) // unit) * unit
     blocks = -(-cap // block)
     p = dict(
         t=t, h=kv * group, kv=kv, d=either((1, 4, 9), (16, 33, 40)), dv=either((1, 3, 8), (16, 24, 48)),
         cap=cap, block=block, hs=pick(1, kv, kv * group), kmax=draw(st.integers(1, blocks + 2)),
-        rows=pick(1, 2, t), window=either((0, 0, 1, 3), (0, 0, 1, 17, 40)), page=page, len=length,
-        sink=int(draw(st.booleans()) if sink is None else sink), c=c,
+        rows=pick(1, 2, t), window=either((0, 0, 1, 3), (0, 0, 1, 17, 40)), len=length,
+        sink=int(draw(st.booleans()) if sink is None else sink), c=c, page=page,
+        pool=-(-cap // page) + pick(0, 2) if page else 0,
     )  # fmt: skip
     workload = OP.workload(**p)
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     inputs = OP.make_inputs(workload, rng)
     inputs["pos"][1] = draw(st.integers(1, t))
+    if page:  # a place for each position that the cache may hold
+        inputs["pages"] = table_of(p["pool"], cap, page, rng)
     rows = inputs["idx"].shape[0]
     mask = rng.random((rows, p["hs"], blocks)) < rng.random((rows, p["hs"], 1))
     mask &= np.cumsum(mask, -1) <= p["kmax"]
@@ -98,6 +102,20 @@ def cases(draw: Any, sink: bool | None = None, c: str = "f32", wide: bool = Fals
     shapes = {n: inputs[n].shape for n in ("k_cache", "v_cache")}  # poison is a check of its own
     values = {n: rng.standard_normal(shape, dtype=np.float32) for n, shape in shapes.items()}
     return Case(workload, inputs).storing(**values)
+
+
+def table_of(pool: int, cap: int, page: int, rng: Any) -> Array:
+    """Return the block table ``[1, width]`` of a sequence whose pages lie anywhere."""
+    table, count = np.zeros((1, width_of(cap, page)), np.int32), -(-cap // page)
+    table[0, :count] = rng.permutation(pool)[:count]
+    return table
+
+
+def unpaged(case: Case) -> Case:
+    """Return the case over a cache of its own."""
+    caches = {n.upper(): case.inputs[n][slots(case)] for n in ("k_cache", "v_cache")}
+    own = replace(case, inputs={n: a for n, a in case.inputs.items() if n != "pages"})
+    return own.having(page=0, pool=0, **caches)
 
 
 def visible(case: Case) -> Array:
@@ -120,7 +138,7 @@ def slots(case: Case) -> Array:
     p, at = case.p, np.arange(case.p["cap"])
     if not p["page"]:
         return at
-    return case.inputs["table"][at // p["page"]] * p["page"] + at % p["page"]
+    return row_of(case.inputs["pages"][0], p["page"], 1, at)
 
 
 def dense(case: Case, seen: Array | None = None) -> tuple[Array, Array, Array]:
@@ -213,16 +231,17 @@ def check_invariance(attend: Implementation, case: Case) -> None:
     p, inputs = case.p, case.inputs
     out, lse, _ = dense(case)
     rng = np.random.default_rng(0)
-    pages = rng.permutation(p["cap"] // 4).astype(np.int32)
-    moved = pages[np.arange(p["cap"]) // 4] * 4 + np.arange(p["cap"]) % 4
+    pool = -(-p["cap"] // 16) + 1
+    pages = table_of(pool, p["cap"], 16, rng)
+    moved = row_of(pages[0], 16, 1, np.arange(p["cap"]))
     caches = {}
     for name in ("k_cache", "v_cache"):
-        caches[name.upper()] = np.empty_like(inputs[name])
+        caches[name.upper()] = np.zeros((16 * pool, *inputs[name].shape[1:]), inputs[name].dtype)
         caches[name.upper()][moved] = inputs[name][slots(case)]
     idx = inputs["idx"]
     pad = np.full((*idx.shape[:2], 3), -1, np.int32)
     variants = [
-        case.having(page=4, TABLE=pages, **caches),
+        case.having(page=16, pool=pool, PAGES=pages, **caches),
         case.having(kmax=p["kmax"] + 3, IDX=np.concatenate([idx, pad], -1)),
     ]
     if p["block"] % 2 == 0:
@@ -247,7 +266,7 @@ def check_poison(attend: Implementation, case: Case) -> None:
     for name in ("k_cache", "v_cache"):
         held = case.cache(name)[slots(case)]
         held[~read] = np.nan
-        caches[name] = np.empty_like(held)
+        caches[name] = np.full_like(case.cache(name), np.nan)
         caches[name][slots(case)] = held
     bad = case.storing(**caches)
     agree(bad, attend(bad.workload, bad.inputs), *dense(case)[:2])

@@ -114,8 +114,4 @@ def case(text: str, layer: Layer) -> Case:
     pos = np.array([g.length - g.t, g.t], np.int32)
     inputs = {"q": a["q"], "pos": pos, "idx": lists["idx"], "cnt": lists["cnt"], "sink": a["sink"]}
     inputs |= {"k_cache": a["k"], "v_cache": a["v"]}
-    # invariance over pages wants a cache of whole ones
-    more = -g.cap % 4
-    for name in ("k_cache", "v_cache"):
-        inputs[name] = np.pad(inputs[name], ((0, more), (0, 0), (0, 0)))
-    return Case(policy.workloads(g).attend, inputs).having(cap=g.cap + more)
+    return Case(policy.workloads(g).attend, inputs)

@@ -100,10 +100,10 @@ def test_sink_identity() -> None:
 WAYS = [
     "t=1,cap=700,hs=2,block=64,kmax=4",
     "t=1,cap=700,hs=1,block=16,kmax=9,sink=1,len=650",
-    "t=1,cap=704,hs=8,block=32,kmax=6,page=32,len=700",
+    "t=1,cap=704,hs=8,block=32,kmax=6,page=32,pool=23,len=700",
     "t=3,cap=300,hs=2,block=16,kmax=40,window=20,len=291",
     "t=1,cap=300,hs=1,block=1,kmax=60,window=33",
-    "t=2,cap=320,hs=2,block=8,kmax=12,page=4",
+    "t=2,cap=320,hs=2,block=8,kmax=12,page=16,pool=50,b=2",
     "t=20,cap=300,hs=2,block=64,kmax=4,rows=8",
     "t=20,cap=200,hs=8,block=16,kmax=4,rows=64,window=5,sink=1",
 ]

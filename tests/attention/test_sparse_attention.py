@@ -24,8 +24,8 @@ def eager(workload, inputs):
         t |= {name: t[name].view(torch.bfloat16) for name in ("k_cache", "v_cache")}
     out, lse = torch.ops.mimo.sparse_attention(
         t["q"], t["k_cache"], t["v_cache"], t["pos"], t["idx"], t["cnt"],
-        t["sink"] if p["sink"] else None, t["table"] if p["page"] else None,
-        p["block"], p["rows"], p["page"], OP.softmax_scale(p), p["window"],
+        t["sink"] if p["sink"] else None, p["block"], p["rows"], OP.softmax_scale(p), p["window"], 0,
+        t.get("pages"), p["cap"], p["page"],
     )  # fmt: skip
     return {"out": out.numpy(), "lse": lse.numpy()}
 
@@ -59,7 +59,7 @@ def test_sink_identity_and_bad_lists(attend) -> None:
 @given(cases())
 def test_full_lists_equal_cached_attention(case: Case) -> None:
     """Dense attention is the special case, by the op that models use for it."""
-    full = contract.everything(case.having(page=0))
+    full = contract.everything(contract.unpaged(case) if case.p["page"] else case)
     got, i = OP.reference(full.workload, full.inputs), full.inputs
     sink = torch.from_numpy(i["sink"]) if full.p["sink"] else None
     q, k, v = (torch.from_numpy(i[n]).double() for n in ("q", "k_cache", "v_cache"))
@@ -95,16 +95,16 @@ def test_fake_rule_and_export() -> None:
         n: torch.from_numpy(a)
         for n, a in OP.make_inputs(workload, np.random.default_rng(0)).items()
     }
-    args = (i["q"], i["k_cache"], i["v_cache"], i["pos"], i["idx"], i["cnt"], None, None)
+    args = (i["q"], i["k_cache"], i["v_cache"], i["pos"], i["idx"], i["cnt"], None)
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(sparse_attention, (*args, 4, 1, 0, 0.5, 0), test_utils=tests)
+    torch.library.opcheck(sparse_attention, (*args, 4, 1, 0.5, 0), test_utils=tests)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ("h=3", "not a multiple of kv"), ("hs=3", "none of 1, kv and h"), ("len=40", "between t and"),
-        ("page=5", "not a multiple of page"), ("block=0", "block=0 is below 1"),
+        ("page=5", "page=5 is not a multiple of 16"), ("block=0", "block=0 is below 1"),
     ],
 )  # fmt: skip
 def test_bad_workloads(change, message) -> None:

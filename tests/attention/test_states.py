@@ -162,9 +162,7 @@ class Net:
             else:
                 chosen = torch.ones(n, 1, blocks, dtype=torch.bool)
             idx, cnt = to_lists(chosen, blocks)
-            out, _ = attend_lists(
-                q, self.k[i], self.v[i], pos, idx, cnt, None, None, b, 1, 0, 0.4, 0
-            )
+            out, _ = attend_lists(q, self.k[i], self.v[i], pos, idx, cnt, None, b, 1, 0.4, 0)
             x = x + torch.tanh(out.mean(1) @ w["o"])
         return int((x[-1] @ self.embed.T).argmax())
 

@@ -18,6 +18,7 @@ from mimo_compile.ir.ops.edge_keys import (
     weights_of_edges,
 )
 from mimo_compile.ir.ops.numerics import bf16_to_f32
+from mimo_compile.ir.ops.pages import row_of
 
 DENSE, SPARSE = get_op("cached_attention"), get_op("sparse_attention")
 LENGTHS = [64, 1024, pytest.param(16384, marks=pytest.mark.slow)]
@@ -106,6 +107,7 @@ def test_lists(length, lists):
     size = int(lists.split(",")[0].split("=")[1])
     heads = "" if "hs" in lists else "hs=4,"
     text = f"sparse_attention:{HEADS},{heads}{lists},c=bf16,cap={2 * length},page=16"
+    text += f",pool={length // 8 + 1}"
     p, inputs, want, bound = made(SPARSE, f"{text},kmax={length // size}")
     query = int(inputs["pos"][0])
     k, v = (bf16_to_f32(inputs[n]) for n in ("k_cache", "v_cache"))
@@ -115,7 +117,7 @@ def test_lists(length, lists):
         mine = head * p["hs"] // p["kv"]
         ids = torch.from_numpy(inputs["idx"][0, mine][: inputs["cnt"][0, mine]])
         seen = listed_keys(ids, query, size, p["window"]).numpy()
-        slots = inputs["table"][seen // 16] * 16 + seen % 16
+        slots = row_of(inputs["pages"][0], 16, 1, seen)
         if np.abs(v[slots, head]).max() < 8:  # every other head has plain values alone
             continue
         loud += 1

@@ -22,7 +22,7 @@ WORKLOADS = [
     "cached_attention:t=4,h=4,kv=2,d=32,dv=16,cap=64,sink=1,len=40",
     "cached_attention:t=4,h=4,kv=2,d=32,dv=16,cap=64,window=16,sink=1",
     "sparse_attention:t=3,h=4,kv=2,d=32,dv=16,cap=70,hs=2,block=8,kmax=4,sink=1,len=45",
-    "sparse_attention:t=5,h=4,kv=1,d=8,dv=8,cap=64,hs=1,block=1,kmax=9,rows=2,window=4,page=16",
+    "sparse_attention:t=5,h=4,kv=1,d=8,dv=8,cap=64,hs=1,block=1,kmax=9,rows=2,window=4,page=16,pool=6",
     "oracle_attention:t=3,h=4,kv=2,d=16,dv=8,cap=70,block=16,len=45",
     "select_blocks:t=3,hs=2,cap=200,block=8,k=6,first=1,last=2,len=150",
     "select_blocks:t=3,hs=4,cap=200,block=1,k=20,first=2,last=4,merge=rank",
@@ -167,7 +167,7 @@ def test_eager_ops_equal_their_references() -> None:
         elif workload.op == "sparse_attention":
             out, lse = mimo.sparse_attention(
                 t["q"], t["k_cache"], t["v_cache"], t["pos"], t["idx"], t["cnt"], t.get("sink"),
-                t.get("table"), p["block"], p["rows"], p["page"], p["d"] ** -0.5, p["window"],
+                p["block"], p["rows"], p["d"] ** -0.5, p["window"], 0, t.get("pages"), p["cap"], p["page"],
             )  # fmt: skip
             got, slack = {"out": out, "lse": lse}, 1
         elif workload.op == "score_keys":

@@ -196,7 +196,6 @@ def test_work_is_that_of_all_sequences(text):
     ("text", "match"),
     [
         ("cached_attention:t=1,h=2,kv=1,d=64,dv=64,cap=128,b=2,arith=int8", "b=2 is for float"),
-        (f"{LISTS},cap=64,hs=2,block=16,kmax=2,page=16", "b=3 is for caches without pages"),
     ],
 )
 def test_what_no_kernel_computes_for_several_is_refused(text, match):

@@ -159,7 +159,7 @@ QUICK = [
     (
         LISTS,
         "sparse_attention:t=3,h=4,kv=1,d=24,dv=18,cap=160,hs=1,block=4,kmax=24,rows=2,window=40,sink=1,page=16,"
-        "len=133,c=bf16",
+        "pool=12,len=133,c=bf16",
         PartsConfig(32, 2, 2, 2),
     ),
     (
@@ -309,12 +309,11 @@ def test_lists_of_any_shape(data):
     cap = draw(st.integers(8, 16)) * 16
     window = draw(st.integers(0, min(40, cap - first - t + 1)))
     page = 16 * draw(st.integers(0, 1)) * (not first)
-    length = draw(st.integers(t, 2 * cap if first else cap))
+    length, b = draw(st.integers(t, 2 * cap if first else cap)), draw(st.integers(1, 2))
     text = (
         f"sparse_attention:t={t},{heads},cap={cap},hs={hs},block={block},kmax={draw(st.integers(1, 30))},"
         f"rows={draw(st.integers(1, 6))},window={window},sink={draw(st.integers(0, 1))},page={page},"
-        f"len={length},"
-        f"first={first},c=bf16,b={1 if page else draw(st.integers(1, 2))}"
+        f"pool={b * cap // 16 + 1 if page else 0},len={length},first={first},c=bf16,b={b}"
     )
     hardware, seed = draw(st.sampled_from((A100, H200))), draw(st.integers(0, 99))
     config = sample_config(LISTS, parse_workload(text), hardware, seed)
@@ -506,7 +505,7 @@ COUNTED = [
     ),
     (
         LISTS,
-        "sparse_attention:t=3,h=16,kv=2,d=64,dv=40,cap=3000,hs=16,block=1,kmax=100,rows=2,c=bf16,page=8",
+        "sparse_attention:t=3,h=16,kv=2,d=64,dv=40,cap=3000,hs=16,block=1,kmax=100,rows=2,c=bf16,page=16,pool=300,b=2",
     ),
     (
         LISTS,

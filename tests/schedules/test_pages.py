@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mimo_compile.errors import UsageError
+from mimo_compile.ir.caches import single_format
 from mimo_compile.ir.hardware import PRESETS, local_cpu
 from mimo_compile.ir.ops import batches, get_op, load_all, pages, parse_workload
 from mimo_compile.schedules import get_schedule, schedules_for
@@ -20,8 +21,12 @@ FLASH = {
     "f32": get_schedule("cached_attention.x86_flash"),
     "bf16": get_schedule("cached_attention.x86_flash_pairs"),
 }
-APPEND = get_schedule("kv_append.x86_pages")
-NAN = {"f32": np.float32(np.nan), "bf16": np.uint16(0x7FC0)}
+NAN = {"f32": np.float32(np.nan), "bf16": np.uint16(0x7FC0), "e4m3": np.float32(np.nan)}
+
+
+def schedule_of(workload):
+    """Return the schedule that a workload gets without a plan."""
+    return schedules_for(workload, CPU)[0]
 
 
 def shape_of(draw, op):
@@ -31,8 +36,9 @@ def shape_of(draw, op):
     cap, d = draw(st.integers(t, 150)), draw(st.integers(2, 40))
     p = {
         "t": t, "h": kv * group, "kv": kv, "d": d, "dv": draw(st.integers(1, 40)), "cap": cap, "b": b,
-        "page": page, "c": draw(st.sampled_from(("f32", "bf16"))),
+        "page": page, "c": draw(st.sampled_from(("f32", "bf16", "bf16", "e4m3"))),
     }  # fmt: skip
+    p["lay"] = "" if p["c"] == "e4m3" else draw(st.sampled_from(("", "", "rows")))
     pool = pages.least_pool(p) + draw(st.sampled_from((0, 1, 7)))
     more = {"sink": draw(st.integers(0, 1))}
     if op == "kv_append":
@@ -54,12 +60,13 @@ def test_attention_of_each_sequence_is_that_over_a_cache_of_its_own(data):
     draw, op = data.draw, get_op("cached_attention")
     workload, seed = shape_of(draw, "cached_attention"), draw(st.integers(0, 999))
     p = op.full(workload)
-    config = sample_config(FLASH[p["c"]], workload, CPU, seed)
+    schedule = schedule_of(workload)
+    config = sample_config(schedule, workload, CPU, seed)
     arrays = op.make_inputs(workload, np.random.default_rng(seed))
-    found = check(FLASH[p["c"]], workload, config, seed, inputs=arrays)
+    found = check(schedule, workload, config, seed, inputs=arrays)
     mine = list(batches.split(op, workload, arrays))
     which = draw(st.integers(0, p["b"] - 1))
-    alone = check(FLASH[p["c"]], batches.alone(workload), config, seed, inputs=mine[which])
+    alone = check(schedule, batches.alone(workload), config, seed, inputs=mine[which])
     rows = slice(which * p["t"], (which + 1) * p["t"])
     assert np.array_equal(alone.outputs["out"], found.outputs["out"][rows])
 
@@ -80,11 +87,11 @@ def test_sequences_may_rest_and_share_what_is_equal(data):
         at = np.arange(start + valid)
         with_all[own[at // p["page"]] * p["page"] + at % p["page"]] = True
     for name in pages.CACHES:
-        fresh = rng.standard_normal(arrays[name].shape).astype(np.float32)
-        arrays[name] = fresh if p["c"] == "f32" else (fresh.view(np.uint32) >> 16).astype(np.uint16)
+        fresh = rng.standard_normal(arrays[name].shape, dtype=np.float32)
+        arrays[name] = single_format(p["c"]).encode(fresh)
         arrays[name][~with_all] = NAN[p["c"]]
-    config = sample_config(FLASH[p["c"]], workload, CPU, seed)
-    check(FLASH[p["c"]], workload, config, inputs={**arrays, "pos": pos, "pages": table})
+    config = sample_config(schedule_of(workload), workload, CPU, seed)
+    check(schedule_of(workload), workload, config, inputs={**arrays, "pos": pos, "pages": table})
 
 
 @settings(max_examples=3)
@@ -95,8 +102,9 @@ def test_append_writes_where_tables_say_and_nowhere_else(data):
     p = get_op("kv_append").full(workload)
     pos = places_in(draw, p)
     table = pages.drawn_tables(p, pages.places_of(pos), np.random.default_rng(seed))
-    config = sample_config(APPEND, workload, CPU, seed)
-    check(APPEND, workload, config, seed, inputs={"pos": pos, "pages": table})
+    schedule = schedule_of(workload)
+    config = sample_config(schedule, workload, CPU, seed)
+    check(schedule, workload, config, seed, inputs={"pos": pos, "pages": table})
 
 
 @given(data=st.data())
@@ -131,23 +139,24 @@ def test_eager_ops_over_pages_are_those_over_caches_of_their_own(data):
     caches = [torch.from_numpy(arrays[n].astype(np.float32)) for n in pages.CACHES]
     given_ = {n: torch.from_numpy(a) for n, a in arrays.items()}
     norms = (given_.get("q_norm"), given_.get("k_norm"))
-    tail = (p["h"], p["eps"], p["vscale"])
+    tail, named = (p["h"], p["eps"], p["vscale"]), p["c"] if p["c"] == "e4m3" else ""
     singles = list(batches.split(op, workload, {**arrays, **dict(zip(pages.CACHES, (
         c.numpy() for c in caches), strict=True))}))  # fmt: skip
     q = ops.kv_append_pages(
         given_["qkv"], given_["table"], given_["pos"], *norms, *caches, given_["pages"], *tail,
-        p["cap"], p["page"],
+        p["cap"], p["page"], named,
     )  # fmt: skip
     out = ops.paged_attention(
-        q, *caches, given_["pages"], given_["pos"], None, 0.3, p["cap"], p["page"]
+        q, *caches, given_["pages"], given_["pos"], None, 0.3, p["cap"], p["page"], named
     )
     for one, mine, got in zip(singles, q.chunk(p["b"]), out.chunk(p["b"]), strict=True):
         own = [torch.from_numpy(np.nan_to_num(one[n])) for n in pages.CACHES]
         pos = torch.from_numpy(one["pos"].copy())
         rows = [torch.from_numpy(one[n]) for n in ("qkv", "table")]
-        expected = ops.kv_append(*rows, pos, *norms, *own, *tail)
+        expected = ops.kv_append(*rows, pos, *norms, *own, *tail, 0, named)
         torch.testing.assert_close(mine, expected)
-        torch.testing.assert_close(got, ops.cached_attention(expected, *own, pos, None, 0.3, 0))
+        seen = ops.cached_attention(expected, *own, pos, None, 0.3, 0, named)
+        torch.testing.assert_close(got, seen)
 
 
 @pytest.mark.parametrize("wrong", ["no table", "another's table"])
@@ -172,13 +181,12 @@ def test_kernels_that_look_elsewhere_are_found(wrong, monkeypatch):
         ("page=16,pool=10", r"pool=10 pages are too few for cap=128 and b=4.*pool=11"),
         ("page=16", "pool=0 pages are too few"),
         ("page=16,pool=99,window=64", "a ring has no pages"),
-        ("page=16,pool=99,lay=rows", "is for caches of float numbers"),
-        ("page=64,pool=99,c=i8", "is for caches of float numbers"),
-        ("page=16,pool=99,c=e4m3", "is for caches of float numbers"),
+        ("page=64,pool=99,c=i8", "is for caches of single numbers"),
+        ("page=16,pool=99,arith=int8", "and float arithmetic"),
     ],
 )
 def test_pages_that_no_kernel_reads_are_refused(more, match):
-    b = "" if "c=" in more or "lay" in more else ",b=4"
+    b = "" if "c=" in more or "arith" in more else ",b=4"
     with pytest.raises(UsageError, match=match) as found:
         parse_workload(f"cached_attention:t=1,h=2,kv=1,d=64,dv=64,cap=128{b},{more}")
     assert found.value.remedy

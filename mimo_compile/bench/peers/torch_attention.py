@@ -22,7 +22,7 @@ from mimo_compile.bench.contest import Contestant
 from mimo_compile.bench.oracle import visible_keys
 from mimo_compile.bench.peers.base import Ask, LeftOut, Peer, Variant
 from mimo_compile.ir import kv_groups
-from mimo_compile.ir.ops import pages
+from mimo_compile.ir.ops import pages, pooled
 from mimo_compile.ir.ops.cached_attention import CachedAttention
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class Setting:
             rows = self._real(name, fmt)[None]
         else:
             if pages.paged(p):  # peers get each sequence's keys in their order
-                held = (pages.gathered(p, self.ask.inputs, i)[name] for i in range(self.b))
+                held = (pooled.gathered(p, self.ask.inputs, i)[name] for i in range(self.b))
                 stored = np.stack(list(held))
             each = stored.reshape(self.b, *stored.shape[-3:])
             if p["c"] == "bf16":

@@ -121,6 +121,10 @@ class Attending:
     """What a layer's graph depends on, beside its spec."""
     lay = ""
     """Order of the layer's caches (`ir.caches.CACHE_ORDERS`)."""
+    in_pages = True
+    """Its ops have kernels over pages of a pool."""
+    block = 1
+    """Positions that a row of each of its `states` stands for."""
 
     def states(self, spec: LayerSpec, cap: int, cache: torch.dtype) -> dict[str, Tensor]:
         """Return what the layer keeps beside its caches, on the meta device.
@@ -173,8 +177,8 @@ def listed(
     ``rows`` tokens share a list.
     """
     out: Lists = torch.ops.mimo.sparse_attention(
-        q, layer.k_cache, layer.v_cache, pos, *lists, layer.attention.sink if sink else None, None,
-        block, rows, 0, layer.spec.d**-0.5, window, layer.spec.stays,
+        q, layer.k_cache, layer.v_cache, pos, *lists, layer.attention.sink if sink else None, block,
+        rows, layer.spec.d**-0.5, window, layer.spec.stays, *kv.tables(layer),
     )  # fmt: skip
     return out
 
@@ -185,6 +189,7 @@ class Int8(Attending):
 
     arith: str
     """``int8`` or ``int8half``."""
+    in_pages = False
 
     @property
     def kind(self) -> str:  # type: ignore[override]
@@ -217,6 +222,11 @@ class Selecting(Attending):
     role: LayerRole
     lends: bool
     """Later layers follow the lists."""
+
+    @property
+    def block(self) -> int:  # type: ignore[override]
+        """Positions of a block."""
+        return self.policy.block
 
     @property
     def kind(self) -> str:  # type: ignore[override]
@@ -270,8 +280,9 @@ class Selecting(Attending):
         block = self.policy.block
         if self.described:
             torch.ops.mimo.describe_blocks(
-                layer.k_cache, pos, layer.get_buffer("desc"), self.described, block, block, True
-            )
+                layer.k_cache, pos, layer.get_buffer("desc"), self.described, block, block, True,
+                *kv.tables(layer),
+            )  # fmt: skip
 
     def choose(self, layer: LayerCore, q: Tensor, pos: Tensor) -> Lists:
         """Score blocks and make lists."""
@@ -279,18 +290,19 @@ class Selecting(Attending):
 
     def score(self, layer: LayerCore, q: Tensor, pos: Tensor) -> Tensor:
         """Score blocks: ``q [T, H, D]`` -> ``[T, HS, blocks]``."""
-        p, s, cap = self.policy, layer.spec, layer.k_cache.shape[-3]
+        p, s, cap, where = self.policy, layer.spec, kv.positions(layer), kv.tables(layer)
         source = p.score
         assert source is not None
         out: Tensor
         if source.op == "score_keys":
             out = torch.ops.mimo.score_keys(
-                q, layer.k_cache, pos, None, None, source.source, source.agg, p.block, 0, s.d**-0.5
-            )
+                q, layer.k_cache, pos, None, None, source.source, source.agg, p.block, 0, s.d**-0.5,
+                0, *where,
+            )  # fmt: skip
         else:
             out = torch.ops.mimo.score_blocks(
                 q, layer.get_buffer("desc"), None, pos, source.source, source.agg, False, p.block,
-                1, -(-cap // p.block), p.block, p.block, s.d**-0.5,
+                1, -(-cap // p.block), p.block, p.block, s.d**-0.5, *where,
             )  # fmt: skip
         return out
 
@@ -299,7 +311,7 @@ class Selecting(Attending):
         p, rule = self.policy, self.policy.select
         assert rule is not None
         level = layer.get_buffer("level") if rule.rule == "threshold" else None
-        length = list_length(p, layer.spec, layer.k_cache.shape[-3])
+        length = list_length(p, layer.spec, kv.positions(layer))
         out: Lists = torch.ops.mimo.select_blocks(
             score, pos, level, rule.rule, rule.k, rule.share, p.block, 1, rule.first, rule.last,
             rule.merge, length, rule.positive,

@@ -28,6 +28,8 @@ BORROWED = {"far_k": "k_cache", "far_v": "v_cache"}
 class Oracle(Selecting):
     """Attend to everything, and choose for the layers behind by what that gave the most weight."""
 
+    in_pages = False
+
     @property
     def lay(self) -> str:  # type: ignore[override]
         """The order that followers read."""
@@ -60,6 +62,7 @@ class Branches(Attending):
     """Number of that layer."""
     cap: int
     """Slots of its caches."""
+    in_pages = False
 
     @property
     def kind(self) -> str:  # type: ignore[override]
@@ -127,8 +130,8 @@ class BranchLayer(Layer):
     def listed(self, q: Tensor, pos: Tensor, lists: Lists) -> Tensor:
         """Attend to listed blocks of the lender's cache: ``q [T, H, D]`` -> ``[T, H, DV]``."""
         out: Tensor = torch.ops.mimo.sparse_attention(
-            q, self.far_k, self.far_v, pos, *lists, self.attention.listed_sink, None,
-            self.attend.policy.block, 1, 0, self.spec.d**-0.5, 0,
+            q, self.far_k, self.far_v, pos, *lists, self.attention.listed_sink, self.attend.policy.block,
+            1, self.spec.d**-0.5, 0,
         )[0]  # fmt: skip
         return out
 

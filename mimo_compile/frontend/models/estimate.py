@@ -46,6 +46,7 @@ class Estimating(Selecting):
     """Estimate and select for whole tiles of a prompt; calls of fewer tokens than a tile are dense."""
 
     policy: Sale
+    in_pages = False
 
     @property
     def thresholds(self) -> tuple[float, ...]:

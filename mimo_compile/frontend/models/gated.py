@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mimo_compile.frontend.models import kv
 from mimo_compile.frontend.models.attend import Selecting
 from mimo_compile.frontend.models.decoder import LayerSpec
 from mimo_compile.frontend.models.rotary import inverse_frequencies
@@ -98,19 +99,19 @@ class Gated(Selecting):
         torch.ops.mimo.gate_keys(
             layer.k_cache, pos, *self._angles(layer), layer.get_buffer("gate_k"),
             self._norm(layer, "gate_k_norm"), layer.get_buffer("desc"), p.block,
-            p.block_pos == "last", EPS,
+            p.block_pos == "last", EPS, *kv.tables(layer),
         )  # fmt: skip
 
     def score(self, layer: LayerCore, q: Tensor, pos: Tensor) -> Tensor:
         """Score blocks by the gate; with a threshold by the softmax of that."""
-        p, blocks = self.policy, -(-layer.k_cache.shape[-3] // self.policy.block)
+        p, blocks = self.policy, -(-kv.positions(layer) // self.policy.block)
         queries = torch.ops.mimo.gate_queries(
             q, pos, *self._angles(layer), layer.get_buffer("gate_q"),
             self._norm(layer, "gate_q_norm"), EPS,
         )  # fmt: skip
         out: Tensor = torch.ops.mimo.score_blocks(
             queries, layer.get_buffer("desc"), None, pos, "gate", "none", p.threshold > 0, p.block,
-            1, blocks, p.block, p.block, p.gate**-0.5,
+            1, blocks, p.block, p.block, p.gate**-0.5, *kv.tables(layer),
         )  # fmt: skip
         return out
 

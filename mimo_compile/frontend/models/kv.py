@@ -13,7 +13,7 @@ from torch import Tensor
 from mimo_compile.frontend.models.decoder import STEP_TOKENS, DecoderConfig, LayerSpec
 from mimo_compile.ir.caches import FORMATS, SCALED, CacheFormat, window_cache_format
 from mimo_compile.ir.kv_groups import GROUPED, STATES, GroupedFormat, state_shapes
-from mimo_compile.ir.ops.pages import CACHES, width_of
+from mimo_compile.ir.ops.pages import CACHES, rows_in_page, width_of
 
 if TYPE_CHECKING:
     from mimo_compile.frontend.models.stages import LayerCore
@@ -85,26 +85,47 @@ class Paging:
 
 
 def may_page(layer: LayerCore) -> bool:
-    """Say whether a layer's caches can be pages: single numbers of whole contexts, all of which is read."""
-    plain = not layer.attend.kind and not layer.attend.lay
-    return plain and not layer.spec.window and layer.caches.name in FORMATS
+    """Say whether a layer's caches can be pages: single numbers of whole contexts, read by tables."""
+    known = layer.caches.name in FORMATS or layer.caches.name in SCALED
+    return layer.attend.in_pages and not layer.spec.window and known
+
+
+def tables(layer: LayerCore) -> tuple[Tensor | None, int, int] | tuple[()]:
+    """Return what ops over pages take last: tables, positions of a sequence at most, positions of a page."""
+    if layer.paging is None:
+        return ()
+    return layer.pages, layer.paging.cap, layer.paging.page
+
+
+def positions(layer: LayerCore) -> int:
+    """Return how many positions of a sequence a layer's cache holds."""
+    return layer.k_cache.shape[-3] if layer.paging is None else layer.paging.cap
+
+
+def rows_of_page(layer: LayerCore, page: int) -> dict[str, int]:
+    """Return how many rows of each state that may lie in pages are in one of so many positions."""
+    return {
+        name: rows_in_page(page, 1 if name in CACHES else layer.attend.block)
+        for name in layer.states
+    }
 
 
 @contextmanager
 def paged(layer: LayerCore, paging: Paging, sequences: int) -> Iterator[None]:
-    """Let a layer have the caches of a pool, ``[slots, KV, D]``, and the tables of its sequences, on meta."""
-    own = {name: layer.get_buffer(name) for name in CACHES}
+    """Let a layer have the states of a pool, ``[rows, ...]``, and the tables of its sequences, on meta."""
+    own = {name: layer.get_buffer(name) for name in layer.states}
+    each = rows_of_page(layer, paging.page)
     try:
-        for name, cache in own.items():
-            slots = (paging.pages * paging.page, *cache.shape[1:])
-            setattr(layer, name, torch.empty(slots, dtype=cache.dtype, device="meta"))
+        for name, state in own.items():
+            shape = (paging.pages * each[name], *state.shape[1:])
+            setattr(layer, name, torch.empty(shape, dtype=state.dtype, device="meta"))
         table = (sequences, width_of(paging.cap, paging.page))
         layer.pages, layer.paging = torch.empty(table, dtype=torch.int32, device="meta"), paging
         yield
     finally:
         layer.pages = layer.paging = None
-        for name, cache in own.items():
-            setattr(layer, name, cache)
+        for name, state in own.items():
+            setattr(layer, name, state)
 
 
 def project(layer: LayerCore, normed: Tensor, adapter: Tensor | None = None) -> Tensor:
@@ -139,7 +160,7 @@ def append(layer: LayerCore, qkv: Tensor, table: Tensor, pos: Tensor) -> Tensor:
     if layer.paging is not None:
         made: Tensor = torch.ops.mimo.kv_append_pages(
             qkv, table, pos, *norms, layer.k_cache, layer.v_cache, layer.pages, s.heads,
-            layer.eps, s.v_scale, layer.paging.cap, layer.paging.page,
+            layer.eps, s.v_scale, layer.paging.cap, layer.paging.page, _named(layer),
         )  # fmt: skip
         return made
     plain: Tensor = torch.ops.mimo.kv_append(
@@ -169,7 +190,7 @@ def attend_all(layer: LayerCore, q: Tensor, pos: Tensor) -> Tensor:
     if layer.paging is not None:
         seen: Tensor = torch.ops.mimo.paged_attention(
             q, layer.k_cache, layer.v_cache, layer.pages, pos, sink, s.d**-0.5, layer.paging.cap,
-            layer.paging.page,
+            layer.paging.page, _named(layer),
         )  # fmt: skip
         return seen
     plain: Tensor = torch.ops.mimo.cached_attention(

@@ -29,6 +29,7 @@ class Retrieving(Selecting):
     """
 
     policy: TailorKV
+    in_pages = False
 
     @property
     def lay(self) -> str:  # type: ignore[override]

@@ -29,6 +29,7 @@ class Streaming(Attending):
     """
 
     policy: Stream
+    in_pages = False
 
     @property
     def kind(self) -> str:  # type: ignore[override]
