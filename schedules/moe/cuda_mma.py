@@ -203,7 +203,8 @@ def _may_run(c: MoeMmaConfig, p: CudaExperts, hardware: Hardware) -> bool:
     operands = c.bm // c.warps_m // 4 + 8
     if codes:
         steps = 8 // p.half.bits // (2 if p.acts.is_int8 else 1)
-        operands = c.bm // c.warps_m // 4 * steps + bn // c.warps_n // 4
+        # scales of a group and where they are
+        operands = c.bm // c.warps_m // 4 * steps + 2 * (bn // c.warps_n // 4)
     registers = (2 if p.w_group else 1) * sums + operands + _OTHER_REGISTERS[codes]
     return (
         c.bm % (16 * c.warps_m) == 0

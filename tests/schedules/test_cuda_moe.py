@@ -173,6 +173,32 @@ def test_router_is_right_and_what_is_equal_goes_to_the_lowest_index(text):
         assert (np.diff(np.sort(ids, axis=-1)) > 0).all()
 
 
+@emulated
+@pytest.mark.slow
+@given(data=st.data())
+@settings(
+    max_examples=8,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    phases=(Phase.explicit, Phase.reuse, Phase.generate),
+)
+def test_any_router_is_right(data):
+    groups = data.draw(st.sampled_from((1, 1, 2, 5, 8)))
+    size = data.draw(st.integers(1 if groups == 1 else 8, 300 // groups))
+    kept = data.draw(st.integers(1, groups))
+    k = data.draw(st.integers(1, min(32, size * kept)))
+    scoring = data.draw(st.sampled_from(("softmax", "sigmoid")))
+    bias, norm, t = (data.draw(st.integers(low, high)) for low, high in ((0, 1), (0, 1), (1, 9)))
+    text = (
+        f"route:t={t},e={groups * size},k={k},scoring={scoring},bias={bias},norm={norm},factor=2.5,"
+        f"groups={groups},topgroups={kept}"
+    )
+    config = sample_config(
+        get_schedule("route.cuda"), parse_workload(text), H200, data.draw(st.integers(0, 99))
+    )
+    check_emulated(text, "route.cuda", config, H200, orders=(0, data.draw(st.integers(1, 99))))
+
+
 CASES = [
     ("gemv", "t=2,e=5,k=3,d=40,f=24,w=w4g32,a=a8", "none"),
     ("mma", "t=19,e=5,k=3,d=72,f=40,w=bf16,a=abf16", "drawn"),
