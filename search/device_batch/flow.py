@@ -22,6 +22,7 @@ from mimo_compile.search.device_batch.merge import Merged, merge
 from mimo_compile.search.device_batch.writer import BatchWriter
 from mimo_compile.search.measure.base import Limits, Timing
 from mimo_compile.search.result import DeviceBatch, TuningResult
+from mimo_compile.search.space import Candidate
 from mimo_compile.search.task import Task
 from mimo_compile.search.tuner import Tuner
 
@@ -116,11 +117,12 @@ def propose(search: Tuner, writer: BatchWriter, trials: int | None, seed: int) -
     mark_heavy([task.share for task in search.tasks])
     search.train()
     for task in sorted(search.tasks, key=lambda t: -t.share.expected_gain_us()):
-        left = MOST - len(writer.units)
-        if trials is not None:
+        left, most = MOST - len(writer.units), ROUND if task.records else FIRST
+        if trials is not None:  # a small budget takes small steps
             left = min(left, trials - _known(search) - len(writer.units))
-        count = min(ROUND if task.records else FIRST, left)
-        if count >= 1 and (batch := task.strategy.ask(count)):
+            most = min(most, max(2, trials // (2 * len(search.tasks))))
+        count = min(most, left)
+        if batch := _asked(task, count):
             for m in writer.measure(task.space, batch, seed):
                 search.store(task, m, "search")
     for task in search.tasks:
@@ -128,6 +130,14 @@ def propose(search: Tuner, writer: BatchWriter, trials: int | None, seed: int) -
             candidates = [task.candidates[key] for key in chosen]
             for m in writer.confirm(task.space, candidates, seed):
                 search.store(task, m, "confirm")
+
+
+def _asked(task: Task, count: int) -> list[Candidate]:
+    """Return up to so many new candidates; strategies give few at a time, to learn from them."""
+    out: list[Candidate] = []
+    while len(out) < count and (more := task.strategy.ask(count - len(out))):
+        out += more
+    return out
 
 
 def _compared(task: Task) -> tuple[set[str], set[str]]:
