@@ -1,25 +1,31 @@
 """What it costs that experts stay in the artifact's file: beside all of them in memory, in turn, in one run.
 
-    python benchmarks/expert_memory.py --model wide.mimo --out memory.jsonl --write docs/experts.md
+    python benchmarks/expert_memory.py --model wide.mimo --gates gates.safetensors --out memory.jsonl
 
-The model is the built-in one whose experts are made `--factor` times as wide by rows of zeros: it computes
-the same and routes the same text alike, while its experts have the bytes, and take the time, of larger ones.
-Tokens of held-out text are appended one at a time, each with all ways in turn. Where others use the machine,
-times are long now and then: of each token and way the median of `--repeat` runs counts, and their sum is its
-time. Each run begins with nothing in the slots, so that a token finds the same experts there in every run but
-for what comes ahead. Counts are those of the timed tokens of all runs.
+The model is the built-in one whose experts are made `--factor` times as wide by rows of zeros, and its
+first layer, which has none, as wide as a token's experts: it computes the same and routes the same text
+alike, while its experts have the bytes, and take the time, of larger ones. Tokens of held-out text are
+appended one at a time. Of each token and way the median of `--repeat` runs counts, and their sum is the
+way's time. Each run begins with nothing in the slots, so that a token finds the same experts there in every
+run but for what comes ahead. Counts are those of the timed tokens of all runs.
+
+The file lies in the system's cache. What a slower one would do is a limit on reading: its bytes are copied,
+and whoever reads then waits until a link of that rate would have brought them, in pieces of 256 KiB. Gates
+are of the built-in model as it is (`expert_gates.py`): wider experts choose alike.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import shutil
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -30,10 +36,17 @@ from mimo_compile.runtime.module import Module
 BEGIN, END = "<!-- expert memory: begin -->", "<!-- expert memory: end -->"
 WARM = 32
 """Tokens before those that are timed."""
+WHOLE, ON_DEMAND = "all in slots", "on demand"
+COUNTS = frozenset(
+    ("needs", "hits", "ahead", "late", "misses", "bytes_read", "loaded_ahead", "dropped", "unused")
+)
 
 
 def widened(folder: Path, factor: int) -> Path:
-    """Write a checkpoint of the built-in model whose experts have `factor` times as many inner rows."""
+    """Write a checkpoint of the built-in model whose experts have `factor` times as many inner rows.
+
+    The first layer, which has none, gets as many as the experts of a token together.
+    """
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -44,12 +57,15 @@ def widened(folder: Path, factor: int) -> Path:
         shutil.copy(source / name, folder / name)
     config = json.loads((source / "config.json").read_text())
     inner = config["moe_intermediate_size"]
-    config["moe_intermediate_size"] = inner * factor
+    dense = config["intermediate_size"]
+    all_of_a_token = inner * factor * config["num_experts_per_tok"]
+    config |= {"moe_intermediate_size": inner * factor, "intermediate_size": all_of_a_token}
     (folder / "config.json").write_text(json.dumps(config))
     tensors = load_file(source / "model.safetensors")
     for name, tensor in tensors.items():
-        if ".experts." in name:
-            more = inner * (factor - 1)
+        first = name.startswith("model.layers.0.mlp.")
+        if first or ".experts." in name:
+            more = all_of_a_token - dense if first else inner * (factor - 1)
             pad = (0, more) if "down_proj" in name else (0, 0, 0, more)
             tensors[name] = torch.nn.functional.pad(tensor, pad)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -78,93 +94,168 @@ def text(module: Module, count: int) -> list[int]:
     raise SystemExit(f"there are not {count} tokens of held-out text")
 
 
-def timed(
-    path: Path, ways: Sequence[ExpertMemory | None], tokens: list[int], repeat: int
-) -> list[dict[str, float]]:
-    """Append tokens one by one, with each way in turn; returns figures for a token.
+Rates = list[tuple[float, float | None]]
+"""Pairs of a balance and its rate in bytes per second."""
 
-    Raises:
-        SystemExit: Two of them give other hidden states.
-    """
-    count = len(tokens) - WARM
-    seconds = np.empty((repeat, len(ways), count))
-    used: list[Counter[str]] = [Counter() for _ in ways]
-    for run in seconds:
-        modules = [load(path, threads=1, verify="full", expert_memory=how) for how in ways]
-        sessions = [module.session() for module in modules]
-        for token in tokens[:WARM]:
-            for session in sessions:
-                session.append([token])
-        before = [module.experts.facts() if module.experts else {} for module in modules]
-        for at, token in enumerate(tokens[WARM:]):
-            found = set()
-            for way, session in enumerate(sessions):
-                begin = time.perf_counter()
-                hidden = session.append([token])
-                run[way, at] = time.perf_counter() - begin
-                found.add(hidden.tobytes())
-            if len(found) > 1:
-                raise SystemExit("hidden states depend on where experts lie")
-        for module, first, counts in zip(modules, before, used, strict=True):
-            if module.experts:
-                last = module.experts.facts()
-                counts.update({name: last[name] - first[name] for name in last})
-    out = []
-    each = np.median(seconds, 0).sum(1)
-    for module, counts, total in zip(modules, used, each, strict=True):
-        row = {"tokens_per_s": count / total, "ms": 1e3 * total / count}
-        if module.experts:
-            needs = ("hits", "ahead", "late", "misses")
-            row |= {name: counts[name] / counts["needs"] for name in needs}
-            row["mb_read"] = counts["bytes_read"] / (repeat * count) / 1e6
-            row["unused"] = counts["unused"] / max(counts["loaded_ahead"], 1)
-            facts = module.experts.facts()
-            row |= {"slots": facts["slots"], "experts": facts["experts"]}
-        out.append(row)
+
+@dataclass(frozen=True)
+class Way:
+    """A way to have experts."""
+
+    mode: str
+    parts: int = 1
+    """Experts are so many times the memory for them."""
+    file: str = ""
+    """How fast the file can be read, for people."""
+    rate: float | None = None
+    """Bytes in a second; None: as fast as it goes."""
+    how: ExpertMemory | None = None
+    """None: all are mapped."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One pass over the tokens."""
+
+    number: int
+    mode: str
+    parts: int
+    file: str
+    seconds: list[float]
+    """Of each timed token."""
+    facts: dict[str, float]
+    """Counts of the timed tokens, and sizes."""
+    digest: str
+    """Of all hidden states."""
+
+
+def timed(path: Path, number: int, way: Way, tokens: list[int]) -> Run:
+    """Append tokens one by one, all with one way: what it loads between two of them is its own affair."""
+    module = load(path, threads=1, verify="full", expert_memory=way.how)
+    session, digest, seconds = module.session(), hashlib.sha256(), []
+    for token in tokens[:WARM]:
+        session.append([token])
+    first = module.experts.facts() if module.experts else {}
+    for token in tokens[WARM:]:
+        begin = time.perf_counter()
+        hidden = session.append([token])
+        seconds.append(time.perf_counter() - begin)
+        digest.update(hidden.tobytes())
+    last = module.experts.facts() if module.experts else {}
+    if module.experts:
+        module.experts.residency.forget()  # nothing goes on while another way is timed
+    facts = {name: last[name] - (first[name] if name in COUNTS else 0) for name in last}
+    return Run(number, way.mode, way.parts, way.file, seconds, facts, digest.hexdigest())
+
+
+def row_of(way: Way, runs: list[Run]) -> dict[str, Any]:
+    """Return the figures of a way: of each token the median of all runs counts."""
+    count = len(runs[0].seconds)
+    total = float(np.median([run.seconds for run in runs], 0).sum())
+    row: dict[str, Any] = {
+        "mode": way.mode, "parts": way.parts, "file": way.file, "rate": way.rate,
+        "tokens_per_s": count / total, "ms": 1e3 * total / count,
+    }  # fmt: skip
+    if way.how is not None:
+        sums = {name: sum(run.facts[name] for run in runs) for name in COUNTS}
+        row |= {n: sums[n] / sums["needs"] for n in ("hits", "ahead", "late", "misses")}
+        row["mb_read"] = sums["bytes_read"] / (len(runs) * count) / 1e6
+        row["begun"] = sums["loaded_ahead"] / (len(runs) * count)
+        row["dropped"], row["unused"] = (
+            sums[name] / max(sums["loaded_ahead"], 1) for name in ("dropped", "unused")
+        )
+        row |= {name: runs[0].facts[name] for name in ("slots", "experts")}
+    return row
+
+
+def ways_of(size: int, gates: Path | None, rates: dict[int, Rates]) -> list[Way]:
+    """Return the ways to have experts of so many bytes, for each part of them and each rate of the file."""
+    out = [Way("mapped"), Way(WHOLE, how=ExpertMemory(1 << 50))]
+    for parts, balance, rate in [(n, *pair) for n, pairs in rates.items() for pair in pairs]:
+        file = f"{rate / 1e9:.2f} GB/s ({balance:g})" if rate else "page cache"
+        asked: dict[str, dict[str, Any]] = {ON_DEMAND: {"ahead": 0}}
+        asked |= {f"routers, {n} ahead": {"ahead": n} for n in (1, 2)}
+        if gates is not None:
+            asked |= {f"gates, {n} ahead": {"ahead": n, "pre_gates": gates} for n in (1, 2)}
+        out += [
+            Way(mode, parts, file, rate, ExpertMemory(size // parts, bytes_per_s=rate, **more))
+            for mode, more in asked.items()
+        ]
     return out
 
 
-def ways_of(
-    path: Path, parts: int, balances: list[float], tokens: list[int]
-) -> Iterator[tuple[str, str, ExpertMemory | None]]:
-    """Name the ways to have experts, with the rate at which the file can be read.
+def rates_of(path: Path, size: int, balances: list[float], tokens: list[int]) -> Rates:
+    """Return the rate of each balance, by what a token takes and what it misses; both are measured first.
 
     A balance of 1 is the rate at which the bytes that a token needs, and that are not there, take as long to
-    read as the token takes where all experts are in memory; both are measured first.
+    read as the token takes where all experts are in slots.
     """
-    yield "mapped", "", None
-    everything = ExpertMemory(1 << 50)
-    yield "all in slots", "", everything
-    whole = load(path, threads=1, expert_memory=everything)
-    assert whole.experts is not None
-    size = int(whole.experts.facts()["expert_bytes"]) // parts
-    fast, slow = timed(path, [everything, ExpertMemory(size, ahead=0)], tokens, 5)
-    for balance in (0.0, *balances):
-        rate = 1e9 * slow["mb_read"] / fast["ms"] / balance if balance else None
-        name = f"{rate / 1e9:.2f} GB/s ({balance:g})" if rate else "page cache"
-        for ahead in (0, 1, 2):
-            what = f"{ahead} ahead" if ahead else "on demand"
-            yield what, name, ExpertMemory(size, ahead=ahead, bytes_per_s=rate)
+    whole, few = Way(WHOLE, how=ExpertMemory(1 << 50)), Way("", how=ExpertMemory(size, ahead=0))
+    runs = {way: [timed(path, n, way, tokens) for n in range(5)] for way in (whole, few)}
+    seconds = row_of(whole, runs[whole])["ms"] / 1e3
+    count = 1e6 * row_of(few, runs[few])["mb_read"]
+    return [(0.0, None), *((balance, count / seconds / balance) for balance in balances)]
 
 
-def table(rows: list[dict[str, object]]) -> str:
+def judged(rows: list[dict[str, Any]]) -> None:
+    """Add to each row how many times as fast as on demand it is, and could be at most.
+
+    On demand a token computes for C, as long as it takes where all is in slots, and reads for L, the
+    bytes over the rate. Who reads as much beside it takes the longer of both at least.
+    """
+    whole = next(row["ms"] for row in rows if row["mode"] == WHOLE)
+    base = {(row["parts"], row["file"]): row for row in rows if row["mode"] == ON_DEMAND}
+    for row in rows:
+        demand = base.get((row["parts"], row["file"]))
+        if demand is not None:
+            row["ratio"] = row["tokens_per_s"] / demand["tokens_per_s"]
+            if row["rate"]:
+                reading = 1e9 * demand["mb_read"] / row["rate"]
+                row["most"] = (whole + reading) / max(whole, reading)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
     """Return the figures as a table in Markdown."""
     lines = [
-        "| experts | file | tokens/s | times on demand | hits | of them ahead | late | misses | MB read |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| slots | file | experts | ms | times on demand | at most | hits | of them ahead | late | misses "
+        "| MB read | begun ahead | of them broken off |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-
-    def part(row: dict[str, object], name: str, form: str) -> str:
-        return format(row[name], form) if name in row else "–"
-
+    forms = {"ms": ".2f", "ratio": ".2f", "most": ".2f"}
+    forms |= dict.fromkeys(("hits", "ahead", "late", "misses"), ".1%")
+    forms |= {"mb_read": ".2f", "begun": ".2f", "dropped": ".0%"}
     for row in rows:
-        cells = [
-            str(row["mode"]), str(row["file"]) or "–", part(row, "tokens_per_s", ".0f"),
-            part(row, "ratio", ".2f"), *(part(row, n, ".1%") for n in ("hits", "ahead", "late", "misses")),
-            part(row, "mb_read", ".1f"),
-        ]  # fmt: skip
-        lines.append("| " + " | ".join(cells) + " |")
+        cells = [format(row[n], form) if n in row else "–" for n, form in forms.items()]
+        slots = f"{row['slots']:g} of {row['experts']:g}" if "slots" in row else "–"
+        lines.append(f"| {slots} | {row['file'] or '–'} | {row['mode']} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+class Kept:
+    """What was measured so far, in a file of JSON lines: a measurement that was broken off goes on there."""
+
+    def __init__(self, path: Path | None, asked: dict[str, Any]) -> None:
+        """Read what there is; it must have been ``asked`` for alike."""
+        self._path = path
+        lines = path.read_text().splitlines() if path and path.exists() else []
+        found = [json.loads(line) for line in lines]
+        if found and found[0]["asked"] != asked:
+            raise SystemExit(f"{path} was measured with other options: {found[0]['asked']}")
+        self.rates: dict[int, Rates] = {}
+        self.runs: list[Run] = []
+        for line in found[1:]:
+            if "rates" in line:
+                self.rates[line["parts"]] = [tuple(pair) for pair in line["rates"]]
+            else:
+                self.runs.append(Run(**line))
+        if not found:
+            self.add({"asked": asked})
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Write a line at the end."""
+        if self._path:
+            with self._path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
 
 
 def main() -> None:
@@ -175,30 +266,47 @@ def main() -> None:
     )
     parser.add_argument("--factor", type=int, default=64, help="how many times as wide experts are")
     parser.add_argument("--quant", default="w2g64")
-    parser.add_argument("--parts", type=int, default=4, help="experts are so many times the memory")
+    parser.add_argument(
+        "--parts", type=int, nargs="*", default=[4, 2], help="experts are so many times the memory"
+    )
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument(
         "--balance", type=float, nargs="*", default=[0.5, 1, 2],
         help="time to read what is missing over the time to compute, for each rate",
     )  # fmt: skip
+    parser.add_argument("--gates", type=Path, help="trained ones, of expert_gates.py")
     parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="write a JSON line for each way")
+    parser.add_argument(
+        "--out", type=Path, help="JSON lines of all runs; one that is there goes on"
+    )
     parser.add_argument("--write", type=Path, help="put the table between the marks of this page")
     args = parser.parse_args()
     path = model(args.model, args.factor, args.quant, WARM + args.tokens)
     tokens = text(load(path), WARM + args.tokens)
-    ways = list(ways_of(path, args.parts, args.balance, tokens))
-    found_of = timed(path, [how for _, _, how in ways], tokens, args.repeat)
-    rows: list[dict[str, object]] = []
-    for (mode, file, _), found in zip(ways, found_of, strict=True):
-        row: dict[str, object] = {"mode": mode, "file": file, **found}
-        base = next((r for r in rows if r["file"] == file and r["mode"] == "on demand"), row)
-        if file:
-            row["ratio"] = found["tokens_per_s"] / float(str(base["tokens_per_s"]))
-        rows.append(row)
+    whole = load(path, threads=1, expert_memory=1 << 50)
+    assert whole.experts is not None
+    size = int(whole.experts.facts()["expert_bytes"])
+    kept = Kept(args.out, {n: str(getattr(args, n)) for n in ("model", "tokens", "gates")})
+    for parts in args.parts:
+        if parts not in kept.rates:
+            kept.rates[parts] = rates_of(path, size // parts, args.balance, tokens)
+            kept.add({"parts": parts, "rates": kept.rates[parts]})
+    ways = ways_of(size, args.gates, kept.rates)
+    done = {(run.number, run.mode, run.parts, run.file) for run in kept.runs}
+    for number in range(args.repeat):
+        for way in ways[number % len(ways) :] + ways[: number % len(ways)]:
+            if (number, way.mode, way.parts, way.file) not in done:
+                run = timed(path, number, way, tokens)
+                kept.runs.append(run)
+                kept.add(asdict(run))
+    if len({run.digest for run in kept.runs}) > 1:
+        raise SystemExit("hidden states depend on where experts lie")
+    of: dict[tuple[str, int, str], list[Run]] = defaultdict(list)
+    for run in kept.runs:
+        of[run.mode, run.parts, run.file].append(run)
+    rows = [row_of(way, of[way.mode, way.parts, way.file]) for way in ways]
+    judged(rows)
     print(table(rows))
-    if args.out:
-        args.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
     if args.write:
         page = args.write.read_text()
         begin, rest = page.split(BEGIN)

@@ -1,133 +1,161 @@
 """What loading experts ahead of need saves: a model's own routing, with waits in place of kernels and reads.
 
-    python benchmarks/expert_timeline.py t.mimo
+    python benchmarks/expert_timeline.py t.mimo --gates gates.safetensors
 
-Held-out text is appended to the artifact token by token, and what its routers choose and foresee is noted.
-Then the experts of each layer are acquired in that order by the runtime's own slots and thread, where running
-a layer and reading an expert are waits. So the figures are those of slots, policy and foresight, whoever else
-uses the machine; a balance of 1 reads what is missing on demand in the time that a token computes. `perfect`
-foresees what comes.
+Held-out text is appended to the artifact token by token, and what its layers need and foresee is noted.
+Then the same is played to the runtime's own slots and thread, where running a layer and reading an expert
+are waits. So the figures are those of slots, policy and foresight, and hardly of who else uses the machine.
+With a balance of 1, what is missing on demand takes as long to read as a token takes to compute. `perfect`
+foresees what comes, that of the next token included.
+
+Reading on demand, a token takes C + L, computing and reading. Whoever reads the same beside computing takes
+the longer of the two at least, so that no foresight is faster than (C + L) / max(C, L) times: 1.5 with a
+balance of 0.5 or 2, 2 with a balance of 1, 1.25 with 0.25 or 4. That is the column `at most`.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from expert_memory import text
 
 from mimo_compile.runtime import ExpertMemory, load
-from mimo_compile.runtime.expert_calls import Foresight
+from mimo_compile.runtime.expert_bank import Bank, Key
+from mimo_compile.runtime.expert_calls import ExpertCall
 from mimo_compile.runtime.expert_file import Throttle
 from mimo_compile.runtime.expert_memory import share_banks
-from mimo_compile.runtime.residency import Bank, Key, Residency, Traffic
-from mimo_compile.runtime.routing import RoutingLog, recording
+from mimo_compile.runtime.residency import Residency, Traffic
 
 WARM = 40
 """Tokens that are not timed."""
 COMPUTE = 0.008
 """Seconds that a layer takes."""
-Plan = list[list[list[Key]]]
-"""What is foreseen: of each token, at each layer."""
+PIECES = 8
+"""Of an expert."""
+Event = tuple[str, Any]
+"""``need``: a layer and its experts; ``foresee``: keys; ``run``: nothing."""
 
 
-def noted(path: Path, count: int, ahead: int) -> tuple[RoutingLog, Plan]:
-    """Return what the routers choose for tokens of held-out text, and what they foresee."""
-    module = load(path, threads=1, expert_memory=ExpertMemory(1 << 50, ahead=ahead))
-    own, said = Foresight.__call__, []
+def noted(path: Path, count: int, how: ExpertMemory) -> tuple[list[Event], tuple[int, int, int]]:
+    """Return what happens to so many tokens of held-out text, and layers, experts and experts of a token."""
+    module = load(path, threads=1, expert_memory=how)
+    assert module.experts is not None
+    events: list[Event] = []
+    residency, stacks = module.experts.residency, module.experts.stacks
+    own = residency.acquire
 
-    def note(self: Foresight) -> list[Key]:
-        said.append(own(self))
-        return said[-1]
+    def acquire(layer: int, tokens: dict[int, int], met: Sequence[int] = ()) -> list[int]:
+        if layer == 0:
+            events.append(("run", None))  # of the first layer of all, which has no experts
+        events.append(("need", (layer, list(tokens))))
+        return own(layer, tokens, met)
 
-    Foresight.__call__ = note  # type: ignore[method-assign]
-    try:
-        with recording(module) as recorder:
-            session = module.session()
-            for token in text(module, count):
-                session.append([token])
-    finally:
-        Foresight.__call__ = own  # type: ignore[method-assign]
-    log, out, at = recorder.log(), [], iter(said)
-    layers = len(log.layers)
-    for _ in range(count):
-        out.append(
-            [
-                [k for _ in range(min(ahead, layers - 1 - i)) for k in next(at)]
-                for i in range(layers)
-            ]
-        )
-    return log, out
+    residency.acquire = acquire  # type: ignore[method-assign, assignment]
+    residency.foresee = lambda keys: events.append(("foresee", keys))  # type: ignore[method-assign]
+    for made, _ in module.bind("step_1").calls:
+        if isinstance(made, ExpertCall):
+            made._function = told(made._function, events)
+    session = module.session()
+    for token in text(module, count):
+        session.append([token])
+    return events, (len(stacks), stacks[0].shape.experts, stacks[0].chosen)
 
 
-def perfect(log: RoutingLog, ahead: int) -> Plan:
-    """Return what a foresight that is always right would say."""
-    layers = len(log.layers)
-    return [
-        [
-            [(n, int(e)) for n in range(i + 1, min(i + 1 + ahead, layers)) for e in row[n]]
-            for i in range(layers)
-        ]
-        for row in log.ids
-    ]
+def told(kernel: Any, events: list[Event]) -> Any:
+    """Make a kernel note that it runs."""
+
+    def run(*arguments: Any) -> None:
+        events.append(("run", None))
+        kernel(*arguments)
+
+    return run
 
 
-def played(log: RoutingLog, plan: Plan | None, slots: int, read: float) -> tuple[float, Traffic]:
-    """Return the seconds of a token where reading an expert takes so long, and the traffic of all."""
-    link, (_, layers, chosen) = Throttle(1e6), log.ids.shape
+def perfect(events: Sequence[Event], ahead: int) -> list[Event]:
+    """Return the same needs, each with a foresight of so many that come next."""
+    needs = [what for kind, what in events if kind == "need"]
+    out: list[Event] = []
+    for at, need in enumerate(needs):
+        keys: list[Key] = [(n, e) for n, experts in needs[at + 1 : at + 1 + ahead] for e in experts]
+        out += [("run", None)] * (need[0] == 0) + [("need", need), ("foresee", keys), ("run", None)]
+    return out
 
-    def load_one(key: Key, slot: int) -> int:
-        link.wait(round(1e6 * read), time.monotonic())
-        return 1
 
-    sizes = share_banks(layers, log.experts, slots, chosen)
+def played(
+    events: Sequence[Event], sizes: tuple[int, int, int], slots: int, read: float
+) -> tuple[float, Traffic]:
+    """Return the seconds of a token where reading an expert takes so long, and the traffic of those timed."""
+    link, (layers, experts, chosen) = Throttle(1.0), sizes
+
+    def load_one(key: Key, slot: int) -> Any:
+        end = time.monotonic()
+        for _ in range(PIECES):
+            end = link.wait(read / PIECES, end)
+            yield 1
+
+    shares = share_banks(layers, experts, slots, chosen)
     banks = [
-        Bank(size, "load", len(range(i, layers, len(sizes))), chosen)
-        for i, size in enumerate(sizes)
+        Bank(size, "load", len(range(i, layers, len(shares))), chosen)
+        for i, size in enumerate(shares)
     ]
-    residency = Residency(banks, [i % len(sizes) for i in range(layers)], load_one)
-    begin = 0.0
-    for token, row in enumerate(log.ids):
-        if token == WARM:
-            residency.traffic, begin = Traffic(), time.perf_counter()
-        for layer in range(layers):
-            residency.acquire(layer, {int(e): 1 for e in row[layer]})
-            if plan is not None:
-                residency.foresee(plan[token][layer])
+    residency = Residency(banks, [i % len(shares) for i in range(layers)], load_one)
+    begin, token = 0.0, -1
+    for kind, what in events:
+        if kind == "need":
+            layer, needed = what
+            token += layer == 0
+            if token == WARM and layer == 0:
+                residency.traffic, begin = Traffic(), time.perf_counter()
+            residency.acquire(layer, dict.fromkeys(needed, 1))
+        elif kind == "foresee":
+            residency.foresee(what)
+        else:
             time.sleep(COMPUTE)
-    return (time.perf_counter() - begin) / (len(log.ids) - WARM), residency.traffic
+    seconds = (time.perf_counter() - begin) / (token + 1 - WARM)
+    residency.forget()
+    return seconds, residency.traffic
 
 
 def main() -> None:
     """Note, play, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("artifact", type=Path)
+    parser.add_argument("--gates", type=Path, help="trained ones, of expert_gates.py")
     parser.add_argument("--tokens", type=int, default=60, help="timed ones")
     parser.add_argument("--slots", type=int, nargs="*", default=[10, 20])
     parser.add_argument("--balance", type=float, nargs="*", default=[0.5, 1, 2])
     args = parser.parse_args()
     count = WARM + args.tokens
-    notes = {f"{ahead} ahead": noted(args.artifact, count, ahead) for ahead in (1, 2)}
-    log = notes["1 ahead"][0]
-    plans = {"on demand": None} | {name: plan for name, (_, plan) in notes.items()}
-    plans["1 ahead, perfect"] = perfect(log, 1)
-    print("| slots | balance | experts | ms | times on demand | hits | late | misses | read |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    plans: dict[str, list[Event]] = {}
+    plans["on demand"], sizes = noted(args.artifact, count, ExpertMemory(1 << 50, ahead=0))
+    for name, file in (("routers", None), ("gates", args.gates)):
+        for ahead in (1, 2):
+            if name == "routers" or file is not None:
+                how = ExpertMemory(1 << 50, ahead=ahead, pre_gates=file)
+                plans[f"{name}, {ahead} ahead"] = noted(args.artifact, count, how)[0]
+    plans |= {f"perfect, {n} ahead": perfect(plans["on demand"], n) for n in (1, 2)}
+    print(
+        "| slots | balance | at most | experts | ms | times on demand | hits | late | misses | read |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for slots in args.slots:
-        missing = played(log, None, slots, 0.0)[1].misses / args.tokens
+        missing = played(plans["on demand"], sizes, slots, 0.0)[1].misses / args.tokens
         for balance in args.balance:
-            read = balance * COMPUTE * len(log.layers) / missing
-            found = {name: played(log, plan, slots, read) for name, plan in plans.items()}
+            read = balance * COMPUTE * (sizes[0] + 1) / missing
+            most = 1 + min(balance, 1 / balance)
+            found = {name: played(plan, sizes, slots, read) for name, plan in plans.items()}
             for name, (seconds, traffic) in found.items():
-                parts = (n / traffic.needs for n in (traffic.hits, traffic.late, traffic.misses))
-                shares = " | ".join(f"{part:.1%}" for part in parts)
-                gain = found["on demand"][0] / seconds
-                print(
-                    f"| {slots} | {balance:g} | {name} | {1e3 * seconds:.1f} | {gain:.2f} | {shares} "
-                    f"| {traffic.bytes_read / args.tokens:.2f} |",
-                    flush=True,
-                )
+                cells = [
+                    str(slots), f"{balance:g}", f"{most:g}", name, f"{1e3 * seconds:.1f}",
+                    f"{found['on demand'][0] / seconds:.2f}", f"{traffic.hits / traffic.needs:.1%}",
+                    f"{traffic.late / traffic.needs:.1%}", f"{traffic.misses / traffic.needs:.1%}",
+                    f"{traffic.bytes_read / PIECES / args.tokens:.2f}",
+                ]  # fmt: skip
+                print(f"| {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from mimo_compile.cli.run_drafts import (
     drafting,
     show_drafts,
 )
-from mimo_compile.cli.run_experts import add_experts, show_experts
+from mimo_compile.cli.run_experts import add_experts, asked_experts, show_experts
 from mimo_compile.cli.run_routing import add_routing, check_routing, routed, show_routing
 from mimo_compile.errors import UsageError
 
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     begin = time.perf_counter()
     module = load(
         args.artifact, threads=args.threads, kv_store=args.kv_store,
-        expert_memory=args.expert_memory,
+        expert_memory=asked_experts(args),
     )  # fmt: skip
     load_seconds = time.perf_counter() - begin
     stats = Stats()

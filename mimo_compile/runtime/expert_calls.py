@@ -3,72 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mimo_compile import _tvm
+from mimo_compile.runtime.foresight import Ahead, Argument, Rows, Says, foreseeing, in_order
 from mimo_compile.runtime.memory import as_tensor
 
 if TYPE_CHECKING:
     from mimo_compile.runtime.entry import Array, BoundEntry
-    from mimo_compile.runtime.program import Call
-    from mimo_compile.runtime.residency import Key, Residency
-
-Function = Callable[..., Any]
-Argument = tuple[Function, tuple[Any, ...]]
-
-
-class Rows:
-    """Which rows of a running entry point are of tokens; others are padding, or of a slot that rests."""
-
-    def __init__(self, pos: Array, count: int) -> None:
-        """Take the entry point's `pos` (int32 ``[2]``, of a batch ``[B, 2]``) and its number of rows."""
-        self._pos, self._places = pos, np.arange(count)
-        self.others: Array = np.zeros(count, bool)
-        """bool ``[T]``: those that do not count."""
-
-    def note(self) -> None:
-        """Look, before the first call: the place of `pos` in the arena may be taken by others later."""
-        if self._pos.ndim == 2:
-            np.equal(self._pos[:, 1], 0, out=self.others)
-        else:
-            np.greater_equal(self._places, self._pos[1], out=self.others)
-
-    def then(self, function: Function, *arguments: Any) -> None:
-        """Look, and call a function."""
-        self.note()
-        function(*arguments)
-
-
-class Foresight:
-    """What a layer's router says of rows that an earlier layer's router has seen.
-
-    The residual stream changes little from one layer to the next, so this is mostly what it will say of its
-    own rows. Where it is not, experts are loaded when they are needed.
-    """
-
-    def __init__(
-        self, layer: int, calls: Sequence[Argument], ids: Array, rows: Rows | None
-    ) -> None:
-        """Take the layer's number, the router's calls on memory of their own, and where they write ids.
-
-        Of ``rows`` only those that count are asked about; None: all of them.
-        """
-        self.layer, self._calls, self._ids, self._rows = layer, calls, ids, rows
-
-    def __call__(self) -> list[Key]:
-        """Return the layer's experts, those with most tokens first."""
-        for function, arguments in self._calls:
-            function(*arguments)
-        ids = self._ids if self._rows is None else self._ids[~self._rows.others]
-        experts = ids.ravel().tolist()
-        if len(ids) > 1:
-            counts = Counter(experts)
-            experts = sorted(counts, key=lambda expert: (-counts[expert], expert))
-        return [(self.layer, expert) for expert in experts]
+    from mimo_compile.runtime.residency import Residency
 
 
 class ExpertCall:
@@ -76,7 +23,7 @@ class ExpertCall:
 
     def __init__(
         self, kernel: Argument, ids: Array, slots: Array, y: Array, experts: int, layer: int,
-        residency: Residency, ahead: Sequence[Foresight], counting: Rows | None = None,
+        residency: Residency, ahead: Sequence[Says], counting: Rows | None = None,
     ) -> None:  # fmt: skip
         """Take what is called with what, and where it reads and writes.
 
@@ -140,7 +87,7 @@ class ExpertCall:
         """Have experts, let those of the next layers come, and run the kernel meanwhile."""
         self._have(tokens, met)
         if self._ahead:
-            self._residency.foresee([key for foresight in self._ahead for key in foresight()])
+            self._residency.foresee(in_order(self._ahead))
         self._function(*self._arguments)
 
     def _have(self, tokens: Mapping[int, int], met: Collection[int]) -> None:
@@ -186,8 +133,8 @@ def waves(rows: Sequence[Sequence[int]], room: int, first: Collection[int] = ())
 
 
 def limited(
-    bound: BoundEntry, layers: Mapping[int, int], experts: Mapping[int, int],
-    routers: frozenset[str], residency: Residency, ahead: int, apart: Collection[str],
+    bound: BoundEntry, layers: Mapping[int, int], experts: Mapping[int, int], residency: Residency,
+    ahead: Ahead, apart: Collection[str],
 ) -> None:  # fmt: skip
     """Make an entry point have the experts of each layer before it runs them.
 
@@ -195,32 +142,35 @@ def limited(
         bound: The entry point; its list of calls is changed.
         layers: Index of each call of an expert kernel whose experts come and go, to the layer's number.
         experts: E of each layer.
-        routers: Kernels that are routers.
         residency: Has the experts.
-        ahead: How many layers to look ahead.
+        ahead: How far to look ahead.
         apart: Kernels of experts in which no row's bits depend on other rows: there only rows that count have
             experts. In others padding has its own as well, as it has them where all are mapped.
     """
     order = sorted(layers)
-    counting = _counting(bound, layers)
+    if not order:
+        return
+    rows = _counting(bound, layers)
+    alone = {at: bound.program.calls[at].kernel in apart for at in order}
     for number, at in enumerate(order):
         call = bound.program.calls[at]
         function, arguments = bound.calls[at]
         ids, y = bound.array(call.args[1]), bound.array(call.args[-1])
         slots = _tvm.empty_aligned(ids.shape, "int32")
         taken = (arguments[0], as_tensor(slots), *arguments[2:])
-        next_ones = order[number + 1 : number + 1 + ahead]
-        of = {n: counting if bound.program.calls[n].kernel in apart else None for n in layers}
-        found = [_foresight(bound, at, n, layers[n], routers, of[n]) for n in next_ones]
-        foresights = [foresight for foresight in found if foresight is not None]
-        layer = layers[at]
+        says = ahead.behind(bound, number, order, layers, rows, alone)
+        layer, counting = layers[at], rows if alone[at] else None
         made = ExpertCall(
-            (function, taken), ids, slots, y, experts[layer], layer, residency, foresights, of[at]
+            (function, taken), ids, slots, y, experts[layer], layer, residency, says, counting
         )
         bound.calls[at] = made, ()
-    if counting is not None:
+    first, says = ahead.before(bound, order, layers, rows)
+    if says:
+        function, arguments = bound.calls[first]
+        bound.calls[first] = partial(foreseeing, residency, says, function), arguments
+    if rows is not None:
         function, arguments = bound.calls[0]
-        bound.calls[0] = partial(counting.then, function), arguments
+        bound.calls[0] = partial(rows.then, function), arguments
 
 
 def _counting(bound: BoundEntry, layers: Iterable[int]) -> Rows | None:
@@ -231,43 +181,3 @@ def _counting(bound: BoundEntry, layers: Iterable[int]) -> Rows | None:
         return None
     (count,) = counts
     return Rows(pos, count) if count > 1 and pos.shape in ((2,), (count, 2)) else None
-
-
-def _foresight(
-    bound: BoundEntry, at: int, following: int, layer: int, routers: frozenset[str],
-    rows: Rows | None,
-) -> Foresight | None:  # fmt: skip
-    """Return the router before the call `following`, on the rows of the call `at`; None if none is found.
-
-    It is the matmul that writes the logits from such rows and weights alone, and the call that chooses.
-    """
-    calls = bound.program.calls
-    ids = calls[following].args[1]
-    choose = _last(calls[:following], lambda c: c.kernel in routers and ids in c.args)
-    if choose is None:
-        return None
-    scratch = [i for i in calls[choose].args if bound.program.buffers[i].kind == "arena"]
-    logits = scratch[0]
-    score = _last(calls[:choose], lambda c: c.args[-1] == logits)
-    if score is None:
-        return None
-    seen, *constants = calls[score].args[:-1]
-    x = calls[at].args[0]
-    buffers = bound.program.buffers
-    alike = (buffers[seen].shape, buffers[seen].dtype) == (buffers[x].shape, buffers[x].dtype)
-    if not alike or any(buffers[i].kind != "weight" for i in constants):
-        return None
-    arrays = {i: _tvm.empty_aligned(buffers[i].shape, buffers[i].dtype) for i in scratch}
-    instead = {i: as_tensor(array) for i, array in arrays.items()}
-    instead[seen] = as_tensor(bound.array(x))
-    made: list[Argument] = []
-    for number in (score, choose):
-        function, arguments = bound.calls[number]
-        pairs = zip(calls[number].args, arguments, strict=True)
-        made.append((function, tuple(instead.get(i, argument) for i, argument in pairs)))
-    return Foresight(layer, made, arrays[ids], rows)
-
-
-def _last(calls: Sequence[Call], fits: Callable[[Call], bool]) -> int | None:
-    """Return the index of the last call that fits."""
-    return next((i for i in range(len(calls) - 1, -1, -1) if fits(calls[i])), None)

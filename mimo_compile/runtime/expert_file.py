@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mimo_compile.errors import ArtifactError
 from mimo_compile.runtime import dtypes
+from mimo_compile.runtime.expert_bank import Key
 from mimo_compile.runtime.memory import Zeroed, as_array, as_tensor
-from mimo_compile.runtime.residency import Key
 from mimo_compile.runtime.weights import MappedWeights
 
 if TYPE_CHECKING:
     from mimo_compile.runtime.entry import Array
+
+PIECE = 256 << 10
+"""Bytes that are read at a time: between two pieces a load may be broken off."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,19 +68,23 @@ class Slots:
         array = as_array(self.memory[part].bytes, dtype, (self._shape.experts, *extents))
         return array, as_tensor(array)
 
-    def fill(self, slot: int, expert: int, sources: Sequence[str], weights: MappedWeights) -> int:
-        """Read an expert into a slot; returns the bytes that were read.
+    def fill(
+        self, slot: int, expert: int, sources: Sequence[str], weights: MappedWeights
+    ) -> Iterator[int]:
+        """Read an expert into a slot, piece by piece; yields after each the bytes that were read.
 
         Raises:
             ArtifactError: It is not what was written.
             EOFError: The file is shorter than it was.
             OSError: It cannot be read.
         """
-        count = 0
         for source, size, memory in zip(sources, self._sizes, self.memory, strict=True):
-            into = memory.bytes[slot * size : (slot + 1) * size]
-            count += weights.read(source, expert * size, into)
-        return count
+            into, at = memory.bytes[slot * size : (slot + 1) * size], 0
+            while at < size:
+                first = expert * size + at
+                end = min(at + weights.piece(source, first, PIECE), size)
+                yield weights.read(source, first, into[at:end])
+                at = end
 
 
 class Throttle:
@@ -89,19 +96,23 @@ class Throttle:
         self._lock = threading.Lock()
         self._free = 0.0
 
-    def wait(self, count: int, begin: float) -> None:
+    def wait(self, count: int, begin: float) -> float:
         """Wait until the link would have carried so many bytes, which were asked for at `begin`.
 
         Args:
             count: Bytes.
             begin: Time by `time.monotonic`.
+
+        Returns:
+            When it had carried them: who reads on has asked for what follows by then.
         """
         if self._rate is None:
-            return
+            return begin
         with self._lock:
             self._free = end = max(self._free, begin) + count / self._rate
         if (left := end - time.monotonic()) > 0:
             time.sleep(left)
+        return end
 
 
 class ExpertFile:
@@ -123,8 +134,8 @@ class ExpertFile:
         self._stacks, self._slots, self._weights = stacks, slots, weights
         self._throttle, self._where = throttle, where
 
-    def __call__(self, key: Key, slot: int) -> int:
-        """Fill a slot with an expert; returns the bytes that were read.
+    def __call__(self, key: Key, slot: int) -> Iterator[int]:
+        """Fill a slot with an expert: see `residency.Load`.
 
         Raises:
             ArtifactError: It cannot be read, or is not what was written.
@@ -132,14 +143,14 @@ class ExpertFile:
         layer, expert = key
         stack, begin = self._stacks[layer], time.monotonic()
         try:
-            count = self._slots[layer].fill(slot, expert, stack.sources, self._weights)
+            for count in self._slots[layer].fill(slot, expert, stack.sources, self._weights):
+                begin = self._throttle.wait(count, begin)
+                yield count
         except (EOFError, OSError) as error:
             reason = getattr(error, "strerror", None) or error
             raise self._failure(stack, expert, f"the file cannot be read: {reason}") from error
         except ArtifactError as error:
             raise self._failure(stack, expert, error.what) from error
-        self._throttle.wait(count, begin)
-        return count
 
     def _failure(self, stack: Stack, expert: int, reason: str) -> ArtifactError:
         return ArtifactError(

@@ -12,6 +12,7 @@ of its experts while a generated token's layers have a few each.
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,9 +21,12 @@ from typing import TYPE_CHECKING, Any
 
 from mimo_compile.errors import UsageError
 from mimo_compile.runtime import routers
+from mimo_compile.runtime.expert_bank import POLICIES, Bank
 from mimo_compile.runtime.expert_calls import limited
 from mimo_compile.runtime.expert_file import ExpertFile, Shape, Slots, Stack, Throttle
-from mimo_compile.runtime.residency import POLICIES, Bank, Residency
+from mimo_compile.runtime.foresight import Ahead
+from mimo_compile.runtime.pregate import Gate, Pair, PreGates
+from mimo_compile.runtime.residency import Residency
 from mimo_compile.runtime.sizes import parse_size, spell_size
 from mimo_compile.runtime.weights import MappedWeights
 
@@ -58,6 +62,8 @@ class ExpertMemory:
     """Load what so many of the next layers will probably need while one runs; 0: nothing."""
     bytes_per_s: float | None = None
     """Read no faster than that from the file, to see what a slower one would do; None: as fast as it goes."""
+    pre_gates: str | os.PathLike[str] | None = None
+    """File of trained gates (see `PreGates`) that say what layers will need; None: their routers say it."""
 
     @property
     def budget(self) -> int:
@@ -103,6 +109,18 @@ class ExpertMemory:
             raise UsageError(
                 f"expert_memory: {rate!r} bytes per second are no rate",
                 remedy="give a positive number, or None",
+            )
+        if self.pre_gates is None:
+            return
+        if not isinstance(self.pre_gates, str | os.PathLike):
+            raise UsageError(
+                f"expert_memory: pre_gates is {self.pre_gates!r}, which names no file",
+                remedy="give the path of a file, or None",
+            )
+        if not self.ahead:
+            raise UsageError(
+                "expert_memory: pre_gates say what comes ahead of need, and ahead is 0",
+                remedy="leave pre_gates out, or look ahead 1 layer or more",
             )
 
 
@@ -210,6 +228,7 @@ class Experts:
 
         Raises:
             UsageError: The artifact has no experts, or the memory is less than a token needs.
+            InputError: The file of gates cannot be read, or is of another model.
         """
         how.check()
         self.how = how
@@ -247,7 +266,8 @@ class Experts:
             for part, source in enumerate(stack.sources)
         }
         self._layer_of = {stack.sources: layer for layer, stack in enumerate(self.stacks)}
-        self._routers = frozenset(routers.rules_of(manifest))
+        gates = _gates(how, self.stacks, programs)
+        self._ahead = Ahead(how.ahead, frozenset(routers.rules_of(manifest)), gates)
         self._apart = frozenset(c.kernel for c in manifest.plan if c.schedule in APART)
         self._decodes = manifest.decoder is not None
 
@@ -279,7 +299,7 @@ class Experts:
         }
         experts = {layer: self.stacks[layer].shape.experts for layer in layers.values()}
         apart = self._apart if self._decodes else ()  # others have no rows that do not count
-        limited(bound, layers, experts, self._routers, self.residency, self.how.ahead, apart)
+        limited(bound, layers, experts, self.residency, self._ahead, apart)
 
     def check(self) -> None:
         """Check that this process may use them.
@@ -297,9 +317,31 @@ class Experts:
             "experts": self.experts, "expert_bytes": self.bytes, "needs": traffic.needs,
             "hits": traffic.hits, "ahead": traffic.ahead, "late": traffic.late,
             "misses": traffic.misses, "loaded_ahead": traffic.loaded_ahead, "unused": traffic.unused,
-            "failed_ahead": traffic.failed_ahead, "waves": traffic.waves,
+            "dropped": traffic.dropped, "failed_ahead": traffic.failed_ahead, "waves": traffic.waves,
             "bytes_read": traffic.bytes_read, "stall_seconds": traffic.stall_seconds,
         }  # fmt: skip
+
+
+def _gates(
+    how: ExpertMemory, stacks: Sequence[Stack], programs: Mapping[str, Entry]
+) -> Mapping[Pair, Gate]:
+    """Return the trained gates that are asked for; none where none are.
+
+    Raises:
+        InputError: Their file cannot be read, or is of another model.
+    """
+    if how.pre_gates is None:
+        return {}
+    known = {stack.sources for stack in stacks}
+    widths = {
+        entry.buffers[call.args[0]].shape[-1]
+        for entry in programs.values()
+        for call in entry.calls
+        if packed(call, entry.buffers) in known
+    }
+    gates = PreGates.load(how.pre_gates)
+    gates.check(stacks, widths)
+    return gates.gates
 
 
 def experts_of(parts: Parts, asked: int | str | ExpertMemory) -> Experts:

@@ -1,30 +1,27 @@
-"""Which experts are in memory: slots that they take in turn, what leaves for what comes, loads ahead of need.
+"""Which experts are in memory: what layers need is loaded there and then, what is foreseen meanwhile.
 
 Nothing here knows kernels or files. Whoever runs a layer acquires its experts and gets their slots; what is
 missing is loaded there and then. What a layer will probably need may be foreseen, and is loaded by a thread
-of its own meanwhile. Which experts are there, and when they came, changes times and nothing else.
+of its own. That thread waits while somebody loads what is needed now, and breaks a load off as soon as it is
+no longer foreseen: what was foreseen wrongly costs no need its time. Which experts are there, and when they
+came, changes times and nothing else.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from mimo_compile.errors import UsageError
+from mimo_compile.runtime.expert_bank import Bank, Key
 
-Key = tuple[int, int]
-"""A layer's number and one of its experts."""
-POLICIES = ("load", "lru")
-"""What leaves first: the expert with the least recent load, or the one that was needed longest ago."""
-WINDOW = 8
-"""Tokens in which the weight of a choice in its layer's load falls to 1/e."""
+Load = Callable[[Key, int], Iterator[int]]
+"""Fills a slot (of the layer's bank) with an expert, piece by piece: yields after each the bytes that it
+read. Whoever drives it may leave it in between."""
 
 
 @dataclass(slots=True)
@@ -43,15 +40,17 @@ class Traffic:
     misses: int = 0
     """Needs of experts that were loaded then."""
     loaded_ahead: int = 0
-    """Loads ahead of need."""
+    """Loads ahead of need that were begun."""
     unused: int = 0
     """Of them, those that left without having been needed."""
+    dropped: int = 0
+    """Of them, those that were broken off, since what they were foreseen for did not need them."""
     failed_ahead: int = 0
     """Loads ahead of need that failed; they are tried again if there is need."""
     waves: int = 0
     """Times that a layer ran once more, since not all of its experts had room at once."""
     bytes_read: int = 0
-    """From the file, what is read only to be hashed included."""
+    """From the file, what is read only to be hashed and what was broken off included."""
     stall_seconds: float = 0.0
     """Time that layers waited for experts."""
 
@@ -61,161 +60,23 @@ class Traffic:
         return self.hits + self.late + self.misses
 
 
-class Claim(NamedTuple):
-    """A slot that was given to an expert."""
-
-    slot: int
-    vain: bool
-    """Whether one had to leave that came ahead of need, and was not needed."""
-
-
-class Bank:
-    """Slots that the experts of some layers take in turn; every method under the lock of its `Residency`.
-
-    What comes takes the place of an expert whose layer has more than its share of the slots, if there is one:
-    layers run in turn, and would otherwise leave each other nothing.
-    """
-
-    def __init__(self, slots: int, policy: str, layers: int = 1, chosen: int = 1) -> None:
-        """Begin with all slots free.
-
-        Args:
-            slots: Their number.
-            policy: One of `POLICIES`.
-            layers: How many layers share them.
-            chosen: Experts of a token.
-        """
-        self.slots, self._policy = slots, policy
-        self._share = slots / layers
-        self._keep = math.exp(-1 / (WINDOW * chosen))  # of a load, for each choice since
-        self._held: Counter[int] = Counter()  # slots of each layer
-        self._free = list(range(slots))[::-1]
-        self._slot: dict[Key, int] = {}
-        self._coming: dict[Key, bool] = {}  # whether ahead of need
-        self._awaited: set[Key] = set()  # of them, those that are needed by now
-        self._fresh: set[Key] = set()  # loaded ahead of need, and not needed since
-        self._load: dict[Key, tuple[float, int]] = {}  # and as of which choice of the layer
-        self._choices: Counter[int] = Counter()
-        self._last: dict[Key, int] = {}
-        self._tick = 0
-
-    def has(self, key: Key) -> bool:
-        """Whether an expert is there, complete."""
-        return key in self._slot and key not in self._coming
-
-    def coming(self, key: Key) -> bool:
-        """Whether an expert is on its way."""
-        return key in self._coming
-
-    def slot(self, key: Key) -> int:
-        """Return the slot of an expert that is there.
-
-        Raises:
-            KeyError: It is not: a kernel that went on would read other weights.
-        """
-        if key in self._coming:
-            raise KeyError(key)
-        return self._slot[key]
-
-    def need(self, layer: int, tokens: Mapping[int, int]) -> int:
-        """Note that a call of a layer needs experts, of which each has so many tokens.
-
-        Returns:
-            How many of them came ahead and are needed for the first time.
-        """
-        self._tick += 1
-        total = sum(tokens.values())
-        self._choices[layer] += total
-        met = 0
-        for expert, count in tokens.items():
-            key = layer, expert
-            share = (1 - self._keep**total) * count / total
-            self._load[key] = self._load_of(key) + share, self._choices[layer]
-            self._last[key] = self._tick
-            met += key in self._fresh
-            self._fresh.discard(key)
-            if key in self._coming:
-                self._awaited.add(key)
-        return met
-
-    def _load_of(self, key: Key) -> float:
-        """Return the share of its layer's choices that an expert has had of late."""
-        load, at = self._load.get(key, (0.0, 0))
-        return load * self._keep ** (self._choices[key[0]] - at)
-
-    def claim(self, key: Key, keep: Collection[Key], *, ahead: bool) -> Claim | None:
-        """Give an expert a free slot, or that of the one that the policy lets leave.
-
-        Args:
-            key: The expert, which is not there and not on its way.
-            keep: Those that stay.
-            ahead: Nobody needs it yet.
-
-        Returns:
-            The slot; None where all slots hold what stays or comes.
-        """
-        vain = False
-        if self._free:
-            slot = self._free.pop()
-        else:
-            leaving = [k for k in self._slot if k not in keep and k not in self._coming]
-            if not leaving:
-                return None
-            left = min(leaving, key=lambda k: (not self._above_share(k[0], key[0]), self._worth(k)))
-            slot, vain = self._slot.pop(left), left in self._fresh
-            self._fresh.discard(left)
-            self._held[left[0]] -= 1
-        self._slot[key] = slot
-        self._held[key[0]] += 1
-        self._coming[key] = ahead
-        return Claim(slot, vain)
-
-    def _above_share(self, layer: int, coming: int) -> bool:
-        """Whether a layer has more than its share of the slots, counting what comes for a layer."""
-        return self._held[layer] + (layer == coming) > self._share
-
-    def _worth(self, key: Key) -> tuple[float, int, Key]:
-        """Rank experts that may leave, the least first; no two are equal."""
-        load = self._load_of(key) if self._policy == "load" else 0.0
-        return load, self._last.get(key, 0), key
-
-    def arrived(self, key: Key) -> None:
-        """Note that an expert is complete."""
-        if self._coming.pop(key) and key not in self._awaited:
-            self._fresh.add(key)
-            self._last[key] = self._tick
-        self._awaited.discard(key)
-
-    def gone(self, key: Key) -> None:
-        """Note that an expert does not come after all."""
-        del self._coming[key]
-        self._awaited.discard(key)
-        self._held[key[0]] -= 1
-        self._free.append(self._slot.pop(key))
-
-    def abandoned(self) -> list[Key]:
-        """Return the experts whose load a caller has broken off: there is but one, and it asks now."""
-        return [key for key, ahead in self._coming.items() if not ahead]
-
-
 class Residency:
     """The banks of all layers, and the thread that loads ahead of need. One caller at a time."""
 
-    def __init__(
-        self, banks: Sequence[Bank], bank_of: Sequence[int], load: Callable[[Key, int], int]
-    ) -> None:
+    def __init__(self, banks: Sequence[Bank], bank_of: Sequence[int], load: Load) -> None:
         """Begin with nothing loaded.
 
         Args:
             banks: Of slots.
             bank_of: For each layer the number of its bank.
-            load: Fills a slot (of the layer's bank) with an expert, and returns the bytes that it read. It is
-                called from two threads, never for one slot at once.
+            load: Loads an expert. It is called from two threads, never for one slot at once.
         """
         self._banks, self._bank_of, self._read = banks, bank_of, load
         self._changed = threading.Condition()
         self._ahead: ThreadPoolExecutor | None = None
         self._busy = False
+        self._urgent = False
+        """Whether somebody loads what is needed now."""
         self._wishes: list[Key] = []
         self._foreseen: frozenset[Key] = frozenset()
         self._pinned: frozenset[Key] = frozenset()
@@ -250,6 +111,8 @@ class Residency:
     ) -> list[int]:
         """Have experts of a layer, and keep them until the next call.
 
+        What was foreseen of the layer, and is not among them, comes no more.
+
         Args:
             layer: Its number.
             tokens: How many tokens each of the experts has, at most as many experts as there is room for.
@@ -264,9 +127,11 @@ class Residency:
         bank = self._banks[self._bank_of[layer]]
         keys = [(layer, expert) for expert in tokens]
         with self._changed:
+            self._urgent = False
             for key in bank.abandoned():
                 bank.gone(key)
             self._wishes = [key for key in self._wishes if key[0] != layer]
+            self._foreseen = frozenset(key for key in self._foreseen if key[0] != layer)
             self._pinned = frozenset(keys)
             needed = {expert: count for expert, count in tokens.items() if expert not in met}
             first = bank.need(layer, needed)
@@ -279,6 +144,7 @@ class Residency:
             traffic.late += late
             traffic.misses += len(noted) - late
             missing.sort(key=bank.coming)  # what nobody brings comes first
+            self._changed.notify_all()
         if missing:
             begin = time.perf_counter()
             try:
@@ -312,6 +178,7 @@ class Residency:
                 if not bank.has(key) and not bank.coming(key):
                     wishes.append(key)
             self._foreseen, self._wishes = frozenset(foreseen), wishes
+            self._changed.notify_all()
             if not self._wishes or self._busy:
                 return
             self._busy = True
@@ -331,7 +198,8 @@ class Residency:
     def forget(self) -> None:
         """Load nothing more of what was foreseen: the call that it was foreseen for is broken off."""
         with self._changed:
-            self._wishes = []
+            self._wishes, self._foreseen, self._urgent = [], frozenset(), False
+            self._changed.notify_all()
 
     def _bring(self, bank: Bank, key: Key) -> None:
         """Have one expert, if need be by waiting until it or another one has come."""
@@ -341,10 +209,18 @@ class Residency:
                     return
                 found = None if bank.coming(key) else bank.claim(key, self._pinned, ahead=False)
                 if found is None:
+                    if not bank.coming(key):
+                        self.forget()  # what comes for others has taken all the room
                     self._changed.wait()
                     continue
                 self.traffic.unused += found.vain
-            self._fill(bank, key, found.slot)
+                self._urgent = True
+            try:
+                self._fill(bank, key, found.slot)
+            finally:
+                with self._changed:
+                    self._urgent = False
+                    self._changed.notify_all()
             return
 
     def _load_ahead(self) -> None:
@@ -360,6 +236,8 @@ class Residency:
     def _load_next(self) -> bool:
         """Load the first of what is wished for; returns whether there was any."""
         with self._changed:
+            while self._wishes and self._urgent:
+                self._changed.wait()
             if not self._wishes:
                 self._busy = False
                 return False
@@ -373,22 +251,47 @@ class Residency:
             self.traffic.unused += found.vain
             self.traffic.loaded_ahead += 1
         try:
-            self._fill(bank, key, found.slot)
+            complete = self._fill(bank, key, found.slot, lambda: self._still_wanted(key))
+            self.traffic.dropped += not complete
         except Exception:  # whoever needs it tries again, and says so
             with self._changed:
                 self.traffic.failed_ahead += 1
         return True
 
-    def _fill(self, bank: Bank, key: Key, slot: int) -> None:
-        """Load an expert into a slot that it has claimed."""
-        try:
-            count = self._read(key, slot)
-        except BaseException:
-            with self._changed:
-                bank.gone(key)
-                self._changed.notify_all()
-            raise
+    def _still_wanted(self, key: Key) -> bool:
+        """Whether a load ahead goes on, once nobody loads what is needed more urgently."""
         with self._changed:
-            bank.arrived(key)
-            self.traffic.bytes_read += count
-            self._changed.notify_all()
+            while key not in self._pinned:
+                if key not in self._foreseen:
+                    return False
+                if not self._urgent:
+                    return True
+                self._changed.wait()
+            return True
+
+    def _fill(
+        self, bank: Bank, key: Key, slot: int, wanted: Callable[[], bool] = lambda: True
+    ) -> bool:
+        """Load an expert into a slot that it has claimed, as long as it is wanted; returns if it came."""
+        complete = False
+        try:
+            pieces = self._read(key, slot)
+            while not complete and wanted():
+                complete = self._read_piece(pieces)
+        finally:
+            with self._changed:
+                if complete:
+                    bank.arrived(key)
+                else:
+                    bank.gone(key)
+                self._changed.notify_all()
+        return complete
+
+    def _read_piece(self, pieces: Iterator[int]) -> bool:
+        """Read the next piece of an expert; returns whether there was none left."""
+        read = next(pieces, None)
+        if read is None:
+            return True
+        with self._changed:
+            self.traffic.bytes_read += read
+        return False

@@ -171,6 +171,15 @@ class MappedWeights:
         spot = self._spots[name]
         return self._member[spot.begin : spot.end]
 
+    def piece(self, name: str, begin: int, most: int) -> int:
+        """Return how many bytes from a byte of a tensor on are best read at once, about `most`.
+
+        What is still to be hashed is read as a whole chunk whatever is asked of it.
+        """
+        at = self._spots[name].begin + begin
+        chunk = at // self._size
+        return most if self._good[chunk] else max(most, (chunk + 1) * self._size - at)
+
     def read(self, name: str, begin: int, into: Bytes) -> int:
         """Read a part of a tensor, from its byte `begin` on, past the mapping.
 

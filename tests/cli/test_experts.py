@@ -10,6 +10,7 @@ import pytest
 import routed_samples
 
 from mimo_compile.experts.synthetic import drifting
+from mimo_compile.runtime.pregate import Gate, PreGates
 from mimo_compile.runtime.routing import RoutingLog
 
 
@@ -119,3 +120,20 @@ def test_run_with_limited_expert_memory(cli, expert_file):
 def test_run_refuses_memory_that_is_none_or_too_little(cli, expert_file, size, text):
     done = cli("run", expert_file, "--prompt", "a", "--expert-memory", size)
     assert done.code == 2 and text in done.error and "--expert-memory" in done.error
+
+
+def test_run_with_trained_gates(cli, expert_file, tmp_path):
+    rng, path = np.random.default_rng(2), tmp_path / "g.safetensors"
+    layers = tuple(f"{layer}.experts" for layer in expert_samples.LAYERS)
+    shape = expert_samples.EXPERTS, expert_samples.WIDTH
+    made = [Gate(rng.standard_normal(shape, np.float32), np.zeros(shape[0], np.float32))] * 2
+    PreGates(layers, dict(zip([(0, 1), (1, 2)], made, strict=True))).save(path)
+    asked = ("run", expert_file, "--prompt", "abcdef", "--max-new-tokens", 12, "--ignore-eos")
+    whole = json.loads(cli(*asked, "--json").out)
+    given = ("--expert-memory", "20KiB", "--pre-gates", path, "--json")
+    found = json.loads(cli(*asked, *given).out)
+    assert found["text"] == whole["text"] and found["expert_memory"]["loaded_ahead"] > 0
+    done = cli(*asked, "--pre-gates", path)
+    assert done.code == 2 and "without --expert-memory all experts are mapped" in done.error
+    done = cli(*asked, "--expert-memory", "20KiB", "--pre-gates", expert_file)
+    assert done.code == 1 and str(expert_file) in done.error

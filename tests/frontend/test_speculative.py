@@ -16,7 +16,7 @@ import mimo_compile as mc
 from mimo_compile.errors import UsageError
 from mimo_compile.ir.hardware import local_cpu
 from mimo_compile.ir.workload import Workload
-from mimo_compile.runtime import Speculation, Stats, accept, drafting
+from mimo_compile.runtime import ExpertMemory, Speculation, Stats, accept, drafting
 from mimo_compile.runtime.routing import recording, replaying
 from mimo_compile.runtime.speculate import doubt
 from mimo_compile.schedules import get_schedule
@@ -175,6 +175,26 @@ def test_routing_logs_have_the_tokens_of_the_text_and_no_drafts(module, tools, o
     with replaying(module, log) as replay:
         again, _ = generate(module, prompt, speculative=Speculation(2))
     assert again == truth and replay.own == 0 and not module.rejected
+
+
+@pytest.mark.parametrize("experts", [2, 9, 24])
+def test_texts_with_drafts_do_not_depend_on_which_experts_are_in_memory(
+    artifact, module, tools, oracle, tmp_path, experts
+):
+    prompt = tools.prompt(7)
+    truth, _ = generate(module, prompt, 30)
+    oracle(prompt, truth, lambda position: position % 3 > 0)
+    sessions = [module.session()]
+    generate(module, prompt, 30, session=sessions[0], speculative=Speculation(2))
+    how = ExpertMemory(experts * 3 * 64 * 32 * 4, ahead=2)
+    limited = mc.load(artifact.save(tmp_path / "few.mimo"), threads=1, expert_memory=how)
+    sessions.append(limited.session())
+    found, stats = generate(limited, prompt, 30, session=sessions[1], speculative=Speculation(2))
+    assert found == truth and sum(stats.drafted) > sum(stats.accepted) > 0
+    assert np.array_equal(*(next_logits(session) for session in sessions))
+    facts = limited.experts.facts()
+    assert facts["slots"] == experts
+    assert facts["waves"] > 0 if experts < 8 else experts < 24 or not facts["waves"]
 
 
 def test_drawn_texts_are_those_of_the_seed(module, tools, oracle):

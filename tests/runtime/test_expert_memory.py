@@ -21,10 +21,11 @@ from mimo_compile.ir.hardware import local_cpu
 from mimo_compile.runtime import ExpertMemory, load, weights
 from mimo_compile.runtime.batch import append_each
 from mimo_compile.runtime.container import open_artifact
-from mimo_compile.runtime.expert_calls import ExpertCall, Foresight, Rows
+from mimo_compile.runtime.expert_bank import POLICIES
+from mimo_compile.runtime.expert_calls import ExpertCall
 from mimo_compile.runtime.expert_memory import APART, Experts, experts_of, share_banks
+from mimo_compile.runtime.foresight import Foresight, Rows
 from mimo_compile.runtime.memory import Zeroed
-from mimo_compile.runtime.residency import POLICIES
 from mimo_compile.runtime.routing import recording
 from mimo_compile.schedules import SCHEDULES, get_schedule
 from mimo_compile.schedules.base import Schedule
@@ -106,7 +107,7 @@ def test_tokens_do_not_depend_on_what_is_in_memory(
         right = own(self)
         if foresight == "router":
             return right
-        every = [(self.layer, e) for e in range(samples.EXPERTS)]
+        every = [((self.layer, e), 1.0) for e in range(samples.EXPERTS)]
         others = [key for key in every if key not in right]
         return others if foresight == "wrong" else draw.sample(every, 3)
 
@@ -150,7 +151,7 @@ def test_rows_of_padding_have_no_experts(files, wanted):
     for call, experts in zip(calls, chosen, strict=True):
         assert set(call._ids[3:].ravel()) == {-1} and set(call._ids[:3].ravel()) == experts
         for foresight in call._ahead:
-            said = {expert for _, expert in foresight()}
+            said = {expert for (_, expert), _ in foresight()}
             assert said == set(foresight._ids[:3].ravel().tolist())
     room = max(map(len, chosen)) * bytes_of_expert(files("float"))
     few = load(files("float"), threads=1, expert_memory=room)
@@ -227,8 +228,8 @@ def test_the_next_layers_routers_are_asked_with_the_rows_of_this_one(files, monk
 
     monkeypatch.setattr(Foresight, "__call__", noted)
     module.session().append(tokens)
-    assert [{layer for layer, _ in keys} for keys in seen] == [{1}, {2}, {2}]
-    first = [expert for _, expert in seen[0]]
+    assert [{layer for (layer, _), _ in pairs} for pairs in seen] == [{1}, {2}, {2}]
+    first = [expert for (_, expert), _ in seen[0]]
     assert sorted(first) == sorted(set(best.ravel().tolist()))
     counts = [int((best == expert).sum()) for expert in first]
     assert counts == sorted(counts, reverse=True)

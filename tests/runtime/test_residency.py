@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mimo_compile.errors import MimoError, UsageError
+from mimo_compile.runtime.expert_bank import POLICIES, WINDOW, Bank
 from mimo_compile.runtime.expert_calls import waves
-from mimo_compile.runtime.residency import POLICIES, WINDOW, Bank, Residency
+from mimo_compile.runtime.residency import Residency
 
 LAYERS, EXPERTS = 3, 5
 CALLS = st.lists(
@@ -38,9 +39,18 @@ class Disk:
         return 10
 
 
+def at_once(load):
+    """Make a function that loads an expert one that does so in one piece."""
+
+    def pieces(key, slot):
+        yield load(key, slot)
+
+    return pieces
+
+
 def single(slots: int, policy: str, load=None) -> Residency:
     """One bank that all layers share."""
-    return Residency([Bank(slots, policy, LAYERS)], [0] * LAYERS, load or Disk())
+    return Residency([Bank(slots, policy, LAYERS)], [0] * LAYERS, at_once(load or Disk()))
 
 
 def simulated(calls, slots: int, policy: str) -> list[tuple[int, int]]:
@@ -159,6 +169,115 @@ def test_what_is_on_its_way_is_waited_for_and_not_loaded_twice():
     assert (traffic.late, traffic.misses) == (1, 2) and traffic.stall_seconds > 0.02
     residency.acquire(0, {e: 1 for e in range(4)})
     assert traffic.unused == 0  # it was needed when it arrived
+
+
+class InPieces:
+    """Loads each expert in three pieces; those of some, each when it is told to."""
+
+    def __init__(self, *held: tuple[int, int]):
+        self.read: list[tuple[int, int]] = []
+        self.begun: list[tuple[int, int]] = []
+        self.go = {key: threading.Semaphore(0) for key in held}
+
+    def __call__(self, key, slot):
+        self.begun.append(key)
+        for _ in range(3):
+            if key in self.go:
+                assert self.go[key].acquire(timeout=20)
+            self.read.append(key)
+            yield 1
+
+
+def in_pieces(slots: int, *held: tuple[int, int]) -> tuple[Residency, InPieces]:
+    disk = InPieces(*held)
+    return Residency([Bank(slots, "load", LAYERS)], [0] * LAYERS, disk), disk
+
+
+def test_a_load_is_broken_off_once_its_layer_has_said_that_it_needs_others():
+    residency, disk = in_pieces(3, (1, 0))
+    residency.foresee([(1, 0), (1, 1)])
+    disk.go[1, 0].release()
+    wait_for(lambda: disk.read == [(1, 0)])
+    residency.acquire(1, {2: 1})
+    disk.go[1, 0].release()  # the piece that is being read comes
+    wait_for(lambda: not residency._busy)
+    assert disk.read == [(1, 0), (1, 2), (1, 2), (1, 2), (1, 0)]
+    traffic = residency.traffic
+    assert (traffic.loaded_ahead, traffic.dropped, traffic.unused) == (1, 1, 0)
+    assert traffic.bytes_read == 5 and residency.resident(1, range(EXPERTS)) == {2}
+    residency.acquire(0, {0: 1, 1: 1})  # its slot is free again
+    assert residency.resident(1, range(EXPERTS)) == {2}
+
+
+@pytest.mark.parametrize("end", ["another foresight", "the call is broken off"])
+def test_a_load_is_broken_off_when_it_is_foreseen_no_longer(end):
+    residency, disk = in_pieces(4, (1, 0))
+    residency.foresee([(1, 0)])
+    disk.go[1, 0].release()
+    wait_for(lambda: disk.read == [(1, 0)])
+    if end == "another foresight":
+        residency.foresee([(2, 3)])
+    else:
+        residency.forget()
+    disk.go[1, 0].release()
+    wait_for(lambda: not residency._busy)
+    assert disk.read.count((1, 0)) == 2 and residency.traffic.dropped == 1
+    assert residency.resident(2, range(EXPERTS)) == ({3} if end == "another foresight" else set())
+
+
+def test_a_load_ahead_waits_for_what_is_needed_now_and_goes_on_then():
+    residency, disk = in_pieces(4, (2, 0), (1, 3))
+    residency.foresee([(2, 0)])
+    disk.go[2, 0].release()
+    wait_for(lambda: disk.read == [(2, 0)])
+    layer = threading.Thread(target=residency.acquire, args=(1, {3: 1}))
+    layer.start()
+    wait_for(lambda: disk.begun == [(2, 0), (1, 3)])
+    disk.go[2, 0].release(2)
+    wait_for(lambda: disk.read == [(2, 0)] * 2)
+    threading.Event().wait(0.02)
+    assert disk.read == [(2, 0)] * 2  # it might go on, and waits
+    disk.go[1, 3].release(3)
+    layer.join(20)
+    wait_for(lambda: not residency._busy)
+    assert disk.read == [(2, 0)] * 2 + [(1, 3)] * 3 + [(2, 0)]
+    assert residency.resident(2, [0]) == {0} and residency.traffic.dropped == 0
+
+
+def test_what_is_needed_does_not_wait_though_it_came_ahead_of_need():
+    residency, disk = in_pieces(4, (1, 0), (1, 3))
+    residency.foresee([(1, 0)])
+    disk.go[1, 0].release()
+    wait_for(lambda: disk.read == [(1, 0)])
+    layer = threading.Thread(target=residency.acquire, args=(1, {0: 1, 3: 1}))
+    layer.start()
+    wait_for(lambda: disk.begun == [(1, 0), (1, 3)])
+    disk.go[1, 0].release(2)
+    wait_for(lambda: residency.resident(1, [0]) == {0})  # beside the other one
+    disk.go[1, 3].release(3)
+    layer.join(20)
+    assert residency.traffic.late == residency.traffic.misses == 1
+
+
+def test_what_is_loaded_ahead_gives_way_where_there_is_no_room_for_what_is_needed():
+    residency, disk = in_pieces(2, (2, 0))
+    residency.acquire(0, {0: 1})
+    residency.foresee([(2, 0)])
+    wait_for(lambda: disk.begun[-1] == (2, 0))
+    threading.Timer(0.05, disk.go[2, 0].release).start()
+    residency.acquire(1, {0: 1, 1: 1})
+    wait_for(lambda: not residency._busy)
+    assert residency.traffic.dropped == 1 and disk.read.count((2, 0)) == 1
+
+
+def test_a_call_that_is_broken_off_at_any_point_lets_the_thread_go_on():
+    residency, _ = in_pieces(4)
+    residency._urgent = True  # as if an interrupt had come right behind it
+    residency.foresee([(1, 0)])
+    residency.forget()
+    wait_for(lambda: not residency._busy)
+    residency.foresee([(1, 1)])
+    wait_for(lambda: residency.resident(1, [1]) == {1})
 
 
 def test_experts_of_the_layer_that_runs_never_leave_for_what_is_foreseen():
