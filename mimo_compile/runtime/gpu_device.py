@@ -100,7 +100,8 @@ class CudaDevice:
             )
         self._on.enter()
         if self._stream is None:
-            weakref.finalize(self, _left, self._on, self._process, self._cleanup)
+            gone = weakref.finalize(self, _left, self._on, self._process, self._cleanup)
+            gone.atexit = False  # a process that ends gives everything back
             stream = c_void_p()
             self._on("cuStreamCreate", byref(stream), 0)
             self._cleanup.callback(self._on.release, "cuStreamDestroy_v2", stream)
@@ -130,7 +131,10 @@ class CudaDevice:
         place = c_void_p()
         self._on("cuMemAllocHost_v2", byref(place), max(size, 1))
         memory = (ctypes.c_ubyte * max(size, 1)).from_address(place.value or 0)
-        weakref.finalize(memory, self._on.release, "cuMemFreeHost", place)  # with the last view
+        gone = weakref.finalize(
+            memory, _free_host, self._on, self._process, place
+        )  # with the last view
+        gone.atexit = False
         made: Bytes = np.frombuffer(memoryview(memory), np.uint8, size)
         return made
 
@@ -219,6 +223,11 @@ def _left(on: _cuda.Driver, process: int, cleanup: ExitStack) -> None:
         with suppress(MimoError):
             on.enter()  # in whatever thread this is
         cleanup.close()
+
+
+def _free_host(on: _cuda.Driver, process: int, place: c_void_p) -> None:
+    if os.getpid() == process:
+        on.release("cuMemFreeHost", place)
 
 
 def open_device() -> Device:
