@@ -227,6 +227,8 @@ class GpuSlot:
         finally:
             self._on.release("cuGraphDestroy", graph)
         self._graphs[number, start] = ready
+        # else its first launch, which may be the one that is timed, would bring it to the GPU
+        self._on("cuGraphUpload", ready, self._stream)
         return ready
 
     def spin(self, seconds: float) -> tuple[int, float]:

@@ -194,6 +194,7 @@ CUresult cuGraphInstantiateWithFlags(CUgraphExec *made, CUgraph graph, unsigned 
   tell("graph");
   return (CUresult)flags;
 }
+CUresult cuGraphUpload(CUgraphExec made, CUstream on) { return made && on && !capturing ? 0 : CUDA_ERROR_INVALID_VALUE; }
 CUresult cuGraphDestroy(CUgraph graph) { free(graph); held--; return 0; }
 CUresult cuGraphExecDestroy(CUgraphExec made) { free(made); held--; return 0; }
 CUresult cuGraphLaunch(CUgraphExec made, CUstream on) {
