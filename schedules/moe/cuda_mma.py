@@ -24,8 +24,8 @@ from mimo_compile.schedules.moe.cuda_base import CudaExperts, CudaMoe
 from mimo_compile.schedules.moe.cuda_work import SMALL_THREADS, Tiles, tiled_work
 from mimo_compile.schedules.mpgemm.cuda_mma import NEEDS, whole_pieces
 
-_OTHER_REGISTERS = {False: 56, True: 64}
-"""Of a thread, besides sums and operands, with operands as they lie and with codes; see `mpgemm.cuda_mma`."""
+_OTHER_REGISTERS = 56
+"""Of a thread, besides sums and operands; a guess, as that of `mpgemm.cuda_mma`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,14 +198,14 @@ def _shared(c: MoeMmaConfig, bn: int, p: CudaExperts) -> int:
 
 def _may_run(c: MoeMmaConfig, p: CudaExperts, hardware: Hardware) -> bool:
     """Say whether warps' tiles are whole pairs of fragments, and a GPU can launch such blocks."""
-    bn, codes = max(c.bn13, c.bn2), unpacks(p)
+    bn = max(c.bn13, c.bn2)
     sums = c.bm * bn // c.threads
     operands = c.bm // c.warps_m // 4 + 8
-    if codes:
+    if unpacks(p):
         steps = 8 // p.half.bits // (2 if p.acts.is_int8 else 1)
-        # scales of a group and where they are
-        operands = c.bm // c.warps_m // 4 * steps + 2 * (bn // c.warps_n // 4)
-    registers = (2 if p.w_group else 1) * sums + operands + _OTHER_REGISTERS[codes]
+        # x and scales of a group, and where the next ones are
+        operands = 2 * (c.bm // c.warps_m // 4 * steps + bn // c.warps_n // 4)
+    registers = (2 if p.w_group else 1) * sums + operands + _OTHER_REGISTERS
     return (
         c.bm % (16 * c.warps_m) == 0
         and c.bn13 % (16 * c.warps_n) == 0

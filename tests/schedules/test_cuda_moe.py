@@ -254,11 +254,10 @@ def test_float_results_have_the_errors_of_float32_sums(name, text):
 
 def any_kernel(name: str, data: st.DataObject) -> None:
     """Emulate a kernel of any shape, formats, config and ids that it supports."""
-    schedule, hardware = get_schedule(name), data.draw(st.sampled_from((A100, H200)))
-    t, e = (
-        data.draw(st.integers(1, 8 if name.endswith("gemv") else 90)),
-        data.draw(st.integers(1, 40)),
-    )
+    schedule, kind = get_schedule(name), name.partition("_")[2]
+    hardware = H200 if kind == "wgmma" else data.draw(st.sampled_from((A100, H200)))
+    least, most, experts = {"gemv": (1, 8, 40), "mma": (1, 90, 40), "wgmma": (50, 200, 3)}[kind]
+    t, e = data.draw(st.integers(least, most)), data.draw(st.integers(1, experts))
     k = data.draw(st.integers(1, min(e, 6)))
     d, f = data.draw(st.integers(1, 200)), data.draw(st.integers(1, 150))
     if data.draw(st.booleans()):  # whole groups and pieces
