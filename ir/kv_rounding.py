@@ -8,7 +8,11 @@ error is ``(unit round(x / unit) - x) (code - middle)``, and follows from inputs
 parts of the keys change a group's largest number.
 
 What does not follow is where a number that lies next to the middle between two integers goes: queries and
-weights of a kernel are off by roundings of float32. `attend_rounded` moves such numbers on request.
+weights of a kernel are off by roundings of float32, and its weights also by what a query that goes another
+way changes in a logit: ``unit |code - middle|`` in that of its key, and as much in the largest of the group.
+Of 16-bit integers that is some hundredths of a weight's unit, hundreds of times what roundings are, and few
+queries lie near a tie; so it decides on weights that roundings leave alone. `attend_rounded` moves such
+numbers on request.
 """
 
 from __future__ import annotations
@@ -106,7 +110,7 @@ def _attend(
     """Return what some queries ``[T, KV, G, D]`` find among ``packed`` positions of codes and the tail."""
     logits = torch.einsum("tkgd,skd->kgts", rows, k) * scale
     if packed:
-        noise, doubt = _key_noise(rows, inputs, packed, fmt, draw)
+        noise, doubt, turns = _key_noise(rows, inputs, packed, fmt, draw)
         logits[..., :packed] += scale * noise
     logits = logits.masked_fill(~seen, -math.inf)
     top = logits.amax(-1, keepdim=True)
@@ -120,15 +124,15 @@ def _attend(
     out = torch.einsum("kgts,ske->kgte", weights, v)
     if packed:
         # here and in a kernel the logits of a weight and of the largest may be off, and powers of two
-        doubt = 4 * scale * doubt + 16 * U32
+        doubt = 4 * scale * doubt + 16 * U32 + scale * turns
         out = out + _value_noise(weights[..., :packed], doubt, inputs, packed, fmt, draw)
     return (out / total).permute(2, 0, 1, 3).flatten(1, 2)
 
 
 def _errors(
     x: Tensor, most: Tensor, levels: int, doubt: Tensor, draw: torch.Generator | None
-) -> Tensor:
-    """Return by how much numbers are off that become integers, of so many levels for the largest.
+) -> tuple[Tensor, Tensor]:
+    """Return by how much numbers are off that become integers, and what those that may go either way move by.
 
     Args:
         x: The numbers.
@@ -136,15 +140,19 @@ def _errors(
         levels: What that becomes.
         doubt: By how much of itself a number may be off in a kernel; broadcasts.
         draw: See `attend_rounded`. Moved numbers go up or down by a whole unit.
+
+    Returns:
+        What they are off by; and a unit for each that may go either way, 0 for others (and without ``draw``).
     """
     unit = most / levels
     ratio = x / torch.where(unit > 0, unit, 1.0)
     whole = ratio.round()
-    if draw is not None:
-        to_tie = 0.5 - (ratio - whole).abs()
-        signs = 2 * torch.randint(0, 2, x.shape, generator=draw).to(x.dtype) - 1
-        whole = torch.where(to_tie <= doubt * ratio.abs(), whole + signs, whole)
-    return (whole - ratio) * unit
+    if draw is None:
+        return (whole - ratio) * unit, torch.zeros(())
+    near = 0.5 - (ratio - whole).abs() <= doubt * ratio.abs()
+    signs = 2 * torch.randint(0, 2, x.shape, generator=draw).to(x.dtype) - 1
+    whole = torch.where(near, whole + signs, whole)
+    return (whole - ratio) * unit, torch.where(near, unit, 0.0)
 
 
 def _key_noise(
@@ -153,12 +161,13 @@ def _key_noise(
     packed: int,
     fmt: GroupedFormat,
     draw: torch.Generator | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return what logits are off by, before their scale.
 
     Returns:
-        By the integers, ``[KV, G, T, packed]``; and at most by roundings of float32, the same in a group:
-        a score is the sum of ``d`` terms, in lanes, and one of integers, which is exact.
+        By the integers, ``[KV, G, T, packed]``; at most by roundings of float32, the same in a group: a score
+        is the sum of ``d`` terms, in lanes, and one of integers, which is exact; and at most by queries that
+        go another way, beside any other logit of the group. 0 without ``draw``.
     """
     n, d = packed // fmt.group, rows.shape[-1]
     middle = (fmt.levels + 1) // 2
@@ -168,12 +177,17 @@ def _key_noise(
     scaled = rows[:, None] * step[None, :, :, None]
     most = scaled.abs().amax(-1, keepdim=True)
     # q times its scales, the largest, its inverse, their product
-    errors = _errors(scaled, most, fmt.query_levels, torch.tensor(8 * U32), draw)
+    errors, turned = _errors(scaled, most, fmt.query_levels, torch.tensor(8 * U32), draw)
     noise = torch.einsum("tnkgd,nckd->kgtnc", errors, codes)
     exact = torch.einsum("tkgd,nkd->tnkg", rows.abs(), (step * middle + zero).abs())
     size = exact + middle * scaled.abs().sum(-1)
     doubt = ((d / 16 + 8) * U32 * size).permute(2, 3, 0, 1)
-    return noise.reshape(*noise.shape[:3], packed), doubt.repeat_interleave(fmt.group, -1)
+    turns = torch.zeros(())
+    if turned.any():
+        turns = torch.einsum("tnkgd,nckd->kgtnc", turned, codes.abs())
+        turns = (turns + turns.amax(-1, keepdim=True)).reshape(*turns.shape[:3], packed)
+    noise = noise.reshape(*noise.shape[:3], packed)
+    return noise, doubt.repeat_interleave(fmt.group, -1), turns
 
 
 def _value_noise(
@@ -197,6 +211,6 @@ def _value_noise(
         step = inputs["v_scale"][:packed, :, i, 0].to(torch.float32).T[:, None, None]
         scaled = (weights * step).reshape(*weights.shape[:3], n, fmt.group)
         most = scaled.amax(-1, keepdim=True)
-        errors = _errors(scaled, most, fmt.weight_levels, doubt.reshape(scaled.shape), draw)
+        errors, _ = _errors(scaled, most, fmt.weight_levels, doubt.reshape(scaled.shape), draw)
         out.append(torch.einsum("kgts,ske->kgte", errors.reshape(weights.shape), part))
     return torch.cat(out, -1)
