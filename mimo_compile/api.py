@@ -341,6 +341,11 @@ def _replanned(
     from mimo_compile.pipeline.replan import check, replan
 
     artifact = Artifact.load(source)
+    if artifact.manifest.target.kind != "cpu":
+        raise UsageError(
+            f"{source} is for {artifact.manifest.target.name}, and only artifacts for CPUs get other plans",
+            remedy="compile it from its source",
+        )
     problem = problem_of_artifact(artifact, threads)
     check(artifact, problem, objective)
     tuning = trials is not None or seconds is not None
@@ -349,11 +354,6 @@ def _replanned(
             found = _tune(
                 problem.weights, problem.hardware, trials, seconds, None, objective, database, seed,
                 progress,
-    if artifact.manifest.target.kind != "cpu":
-        raise UsageError(
-            f"{source} is for {artifact.manifest.target.name}, and only artifacts for CPUs get other plans",
-            remedy="compile it from its source",
-        )
             )  # fmt: skip
             if found.failure is not None:
                 raise found.failure
