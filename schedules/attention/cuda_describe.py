@@ -11,6 +11,7 @@ from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.ops.base import Array
 from mimo_compile.ir.ops.describe_blocks import PARTS, entries_of
+from mimo_compile.ir.ops.pages import TABLE, paged, width_of
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.attention import cuda_layout as layout
 from mimo_compile.schedules.base import Kernel, Schedule, Space, kernel_name
@@ -58,17 +59,19 @@ class CudaDescribe(Schedule):
         entries = entries_of(p["cap"], p["size"], stride)
         most = min(entries, (p["t"] - 1 + p["size"]) // stride + 1)
         places = {n: _PLACES[p["kind"]].get(n, -1) for n in ("SUM", "LEAST", "GREATEST", "SPAN")}
+        table = width_of(p["cap"], p["page"]) if paged(p) else 0
         constants = places | {
             "B": p["b"], "KV": p["kv"], "D": p["d"], "DK": layout.whole(p["d"]), "CAP": p["cap"],
             "ENTRIES": entries, "SIZE": p["size"], "STRIDE": stride, "MOST": most,
-            "PARTS": PARTS[p["kind"]], "WHOLE": bool(p["whole"]), "THREADS": config.threads,
+            "SLOTS": layout.slots_of(p), "PAGE": p["page"], "TABLE": table, "PARTS": PARTS[p["kind"]],
+            "WHOLE": bool(p["whole"]), "THREADS": config.threads,
             "ENTRY": "unsigned short" if p["e"] == "bf16" else "float",
         }  # fmt: skip
         args = layout.kernel_args(workload)
         threads = p["b"] * most * p["kv"] * -(-p["d"] // 2)
         launch = Launch(
             "describe_blocks", (-(-threads // config.threads), 1, 1), config.threads,
-            tuple(a.name for a in args),
+            ("pos", TABLE if paged(p) else "pos", "k_cache", "desc"),
         )  # fmt: skip
         return Kernel(
             kernel_name(self, workload, config, hardware), None, args,

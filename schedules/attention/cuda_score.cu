@@ -3,8 +3,10 @@
 //
 // A block has some entries of one head of keys for one row; its queries are in shared memory. A warp has an entry at a
 // time, each lane every 32nd column. Constants: B, R (rows of a sequence), KV, GROUP (queries of a head of keys), D,
-// BLOCKS (entries), BLOCK, T, ROWS (tokens of a row), BOUNDS (entries are least and greatest), AGG (0 none, 1 greatest,
-// 2 mean, 3 sum, 4 the mean query), SCALE, ENTRY (type of an entry's numbers), EACH (entries of a warp), WARPS.
+// BLOCKS (entries), BLOCK, ROWS (tokens of a row), BOUNDS (entries are least and greatest), AGG (0 none, 1 greatest,
+// 2 mean, 3 sum, 4 the mean query), PAGE, TABLE (entries of a sequence's table), SCALE, ENTRY (type of an entry's
+// numbers), EACH (entries of a warp), WARPS.
+#include "kv_slots.cuh"
 #include "maps.cuh"
 
 constexpr int PARTS = BOUNDS ? 2 : 1, OWN = (D + 31) / 32, QUERIES = AGG == 4 ? 1 : GROUP;
@@ -14,8 +16,8 @@ __device__ __forceinline__ float wide(float x) { return x; }
 __device__ __forceinline__ float wide(uint16_t x) { return bf16_to_float(x); }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
-    score_blocks(const float* __restrict__ q, const int* __restrict__ pos, const ENTRY* __restrict__ desc,
-                 float* __restrict__ score) {
+    score_blocks(const float* __restrict__ q, const int* __restrict__ pos, const int* __restrict__ pages,
+                 const ENTRY* __restrict__ desc, float* __restrict__ score) {
   MIMO_SHARED(smem);
   float* const query = reinterpret_cast<float*>(smem);
   const int tile = blockIdx.x % TILES, head = blockIdx.x / TILES % KV, row = blockIdx.x / TILES / KV;
@@ -40,8 +42,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
     float together = AGG == 1 ? -infinity() : 0.0f;
     const bool complete = (entry + 1) * BLOCK - 1 <= end;
     float low[OWN], high[OWN];
-    const ENTRY* numbers = desc + ((size_t(sequence) * BLOCKS + entry) * KV + head) * PARTS * D;
-    if (complete) {
+    if (complete) {   // a table has no page for others
+      const size_t place = entry_of<BLOCKS, BLOCK, PAGE>(sequence, entry, pages + size_t(sequence) * TABLE);
+      const ENTRY* numbers = desc + (place * KV + head) * PARTS * D;
 #pragma unroll
       for (int i = 0; i < OWN; ++i) {
         const int column = lane + 32 * i;

@@ -9,6 +9,7 @@ from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.ops.block_lists import blocks_of
+from mimo_compile.ir.ops.pages import TABLE, paged, width_of
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.attention.cuda_layout import float32
 from mimo_compile.schedules.base import Kernel, Schedule, Space, kernel_name
@@ -71,18 +72,19 @@ class CudaScore(Schedule):
         op = get_op(self.op)
         p, rows = op.full(workload), blocks_of(op.full(workload)["t"], op.full(workload)["rows"])
         blocks, gate = blocks_of(p["cap"], p["block"]), p["kind"] == "gate"
+        table = width_of(p["cap"], p["page"]) if paged(p) else 0
         constants: dict[str, int | float | bool | str] = {
             "B": p["b"], "R": rows, "KV": p["kv"], "GROUP": 1 if gate else p["h"] // p["kv"],
             "D": p["d"], "BLOCKS": blocks, "BLOCK": p["block"], "ROWS": p["rows"],
             "BOUNDS": p["kind"] == "quest", "AGG": _AGGS.index(p["agg"]),
             "SCALE": float32(p["scale"] or p["d"] ** -0.5), "EACH": config.each, "WARPS": config.warps,
-            "ENTRY": "unsigned short" if p["e"] == "bf16" else "float",
+            "PAGE": p["page"], "TABLE": table, "ENTRY": "unsigned short" if p["e"] == "bf16" else "float",
         }  # fmt: skip
         tiles = -(-blocks // (config.warps * config.each))
         args = op.args(workload)
         launch = Launch(
             "score_blocks", (p["b"] * rows * p["kv"] * tiles, 1, 1), 32 * config.warps,
-            tuple(a.name for a in args), self._shared_bytes(workload),
+            ("q", "pos", TABLE if paged(p) else "pos", "desc", "score"), self._shared_bytes(workload),
         )  # fmt: skip
         return Kernel(
             kernel_name(self, workload, config, hardware), None, args,

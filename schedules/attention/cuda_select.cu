@@ -65,8 +65,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   const int head = min(FIRST, candidates), tail = LAST ? max(own - LAST + 1, head) : candidates;
   const int forced = head + max(candidates - tail, 0);
   const int begin = min(int(threadIdx.x) * RUN, candidates), end = min(begin + RUN, candidates);
+  // levels are looked for by the threads that wrote the keys; others read them behind those barriers
   for (int i = threadIdx.x; i < candidates; i += THREADS) keys[i] = ordered(score[size_t(list) * BLOCKS + i]);
-  block_sync();
 
   auto is_free = [&](int i) { return i >= head && i < tail; };
   // How many blocks reach a level: of those that are not forced, or of all.

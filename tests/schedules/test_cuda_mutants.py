@@ -57,6 +57,9 @@ CASES = [
     ),
     ("cached_attention.cuda_decode", "cached_attention:t=2,h=9,kv=1,d=24,dv=18,cap=300,sink=1,c=bf16", {}),
     ("cached_attention.cuda_prefill", "cached_attention:t=40,h=3,kv=1,d=24,dv=18,cap=220,len=200,c=bf16", {}),
+    ("rms_norm.cuda", "rms_norm:t=3,d=300", {"threads": 128, "team": 64}),
+    ("score_blocks.cuda", "score_blocks:t=2,h=6,kv=2,d=40,cap=90,kind=quest,agg=max,block=16", {"warps": 2}),
+    ("select_blocks.cuda", "select_blocks:t=2,hs=2,cap=300,block=4,k=9,last=1", {"threads": 64}),
     (
         "sparse_attention.cuda_lists",
         "sparse_attention:t=3,h=4,kv=1,d=24,dv=18,cap=160,hs=1,block=4,kmax=24,rows=2,window=40,c=bf16", {},

@@ -13,3 +13,15 @@ __device__ __forceinline__ int slot_of(int position, const int* table) {
     return position % CAP;
   }
 }
+
+// Row of the entry of a sequence that stands for SPAN positions, of ENTRIES for each; in pages that of the page with its
+// last position.
+template <int ENTRIES, int SPAN, int PAGE>
+__device__ __forceinline__ size_t entry_of(int sequence, int entry, const int* table) {
+  if constexpr (PAGE > 0) {
+    constexpr int EACH = PAGE > SPAN ? PAGE / SPAN : 1;
+    return size_t(table[((entry + 1) * SPAN - 1) / PAGE]) * EACH + entry % EACH;
+  } else {
+    return size_t(sequence) * ENTRIES + entry;
+  }
+}
