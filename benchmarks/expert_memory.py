@@ -33,7 +33,6 @@ import mimo_compile as mc
 from mimo_compile.runtime import ExpertMemory, load
 from mimo_compile.runtime.module import Module
 
-BEGIN, END = "<!-- expert memory: begin -->", "<!-- expert memory: end -->"
 WARM = 32
 """Tokens before those that are timed."""
 WHOLE, ON_DEMAND = "all in slots", "on demand"
@@ -200,18 +199,16 @@ def rates_of(path: Path, size: int, balances: list[float], tokens: list[int]) ->
 def judged(rows: list[dict[str, Any]]) -> None:
     """Add to each row how many times as fast as on demand it is, and could be at most.
 
-    On demand a token computes for C, as long as it takes where all is in slots, and reads for L, the
-    bytes over the rate. Who reads as much beside it takes the longer of both at least.
+    On demand a token computes for C, as long as it takes where all is in slots, and waits for L, the rest.
+    Who reads as much beside it takes the longer of both at least.
     """
     whole = next(row["ms"] for row in rows if row["mode"] == WHOLE)
-    base = {(row["parts"], row["file"]): row for row in rows if row["mode"] == ON_DEMAND}
+    base = {(row["parts"], row["file"]): row["ms"] for row in rows if row["mode"] == ON_DEMAND}
     for row in rows:
         demand = base.get((row["parts"], row["file"]))
         if demand is not None:
-            row["ratio"] = row["tokens_per_s"] / demand["tokens_per_s"]
-            if row["rate"]:
-                reading = 1e9 * demand["mb_read"] / row["rate"]
-                row["most"] = (whole + reading) / max(whole, reading)
+            row["ratio"] = demand / row["ms"]
+            row["most"] = demand / max(whole, demand - whole)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -229,6 +226,13 @@ def table(rows: list[dict[str, Any]]) -> str:
         slots = f"{row['slots']:g} of {row['experts']:g}" if "slots" in row else "–"
         lines.append(f"| {slots} | {row['file'] or '–'} | {row['mode']} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def put(page: Path, name: str, lines: str) -> None:
+    """Put a table between the marks of a page."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    before, rest = page.read_text().split(begin)
+    page.write_text(f"{before}{begin}\n\n{lines}\n\n{end}{rest.split(end)[1]}")
 
 
 class Kept:
@@ -308,9 +312,7 @@ def main() -> None:
     judged(rows)
     print(table(rows))
     if args.write:
-        page = args.write.read_text()
-        begin, rest = page.split(BEGIN)
-        args.write.write_text(f"{begin}{BEGIN}\n\n{table(rows)}\n\n{END}{rest.split(END)[1]}")
+        put(args.write, "expert memory", table(rows))
 
 
 if __name__ == "__main__":

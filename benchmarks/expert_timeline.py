@@ -4,9 +4,9 @@
 
 Held-out text is appended to the artifact token by token, and what its layers need and foresee is noted.
 Then the same is played to the runtime's own slots and thread, where running a layer and reading an expert
-are waits. So the figures are those of slots, policy and foresight, and hardly of who else uses the machine.
-With a balance of 1, what is missing on demand takes as long to read as a token takes to compute. `perfect`
-foresees what comes, that of the next token included.
+are waits: all ways wait side by side. So the figures are those of slots, policy and foresight, and hardly of
+who else uses the machine. With a balance of 1, what is missing on demand takes as long to read as a token
+takes to compute. `perfect` foresees what comes, that of the next token included.
 
 Reading on demand, a token takes C + L, computing and reading. Whoever reads the same beside computing takes
 the longer of the two at least, so that no foresight is faster than (C + L) / max(C, L) times: 1.5 with a
@@ -18,10 +18,12 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from expert_memory import text
+from expert_memory import put, text
 
 from mimo_compile.runtime import ExpertMemory, load
 from mimo_compile.runtime.expert_bank import Bank, Key
@@ -32,7 +34,7 @@ from mimo_compile.runtime.residency import Residency, Traffic
 
 WARM = 40
 """Tokens that are not timed."""
-COMPUTE = 0.008
+COMPUTE = 0.04
 """Seconds that a layer takes."""
 PIECES = 8
 """Of an expert."""
@@ -86,9 +88,9 @@ def perfect(events: Sequence[Event], ahead: int) -> list[Event]:
 
 
 def played(
-    events: Sequence[Event], sizes: tuple[int, int, int], slots: int, read: float
+    events: Sequence[Event], sizes: tuple[int, int, int], slots: int, read: float, compute: float
 ) -> tuple[float, Traffic]:
-    """Return the seconds of a token where reading an expert takes so long, and the traffic of those timed."""
+    """Return seconds of a token and its traffic, where an expert takes so long to read and a layer to run."""
     link, (layers, experts, chosen) = Throttle(1.0), sizes
 
     def load_one(key: Key, slot: int) -> Any:
@@ -114,7 +116,7 @@ def played(
         elif kind == "foresee":
             residency.foresee(what)
         else:
-            time.sleep(COMPUTE)
+            time.sleep(compute)
     seconds = (time.perf_counter() - begin) / (token + 1 - WARM)
     residency.forget()
     return seconds, residency.traffic
@@ -128,6 +130,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=60, help="timed ones")
     parser.add_argument("--slots", type=int, nargs="*", default=[10, 20])
     parser.add_argument("--balance", type=float, nargs="*", default=[0.5, 1, 2])
+    parser.add_argument("--write", type=Path, help="put the table between the marks of this page")
     args = parser.parse_args()
     count = WARM + args.tokens
     plans: dict[str, list[Event]] = {}
@@ -138,16 +141,19 @@ def main() -> None:
                 how = ExpertMemory(1 << 50, ahead=ahead, pre_gates=file)
                 plans[f"{name}, {ahead} ahead"] = noted(args.artifact, count, how)[0]
     plans |= {f"perfect, {n} ahead": perfect(plans["on demand"], n) for n in (1, 2)}
-    print(
-        "| slots | balance | at most | experts | ms | times on demand | hits | late | misses | read |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    lines = [
+        "| slots | balance | at most | experts | ms | times on demand | hits | late | misses | read |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
     for slots in args.slots:
-        missing = played(plans["on demand"], sizes, slots, 0.0)[1].misses / args.tokens
+        missing = played(plans["on demand"], sizes, slots, 0.0, 0.0)[1].misses / args.tokens
         for balance in args.balance:
             read = balance * COMPUTE * (sizes[0] + 1) / missing
             most = 1 + min(balance, 1 / balance)
-            found = {name: played(plan, sizes, slots, read) for name, plan in plans.items()}
+            with ThreadPoolExecutor(len(plans)) as side_by_side:  # they do nothing but wait
+                play = partial(played, sizes=sizes, slots=slots, read=read, compute=COMPUTE)
+                made = side_by_side.map(play, plans.values())
+                found = dict(zip(plans, made, strict=True))
             for name, (seconds, traffic) in found.items():
                 cells = [
                     str(slots), f"{balance:g}", f"{most:g}", name, f"{1e3 * seconds:.1f}",
@@ -155,7 +161,10 @@ def main() -> None:
                     f"{traffic.late / traffic.needs:.1%}", f"{traffic.misses / traffic.needs:.1%}",
                     f"{traffic.bytes_read / PIECES / args.tokens:.2f}",
                 ]  # fmt: skip
-                print(f"| {' | '.join(cells)} |", flush=True)
+                lines.append(f"| {' | '.join(cells)} |")
+                print(lines[-1], flush=True)
+    if args.write:
+        put(args.write, "expert timeline", "\n".join(lines))
 
 
 if __name__ == "__main__":
