@@ -141,7 +141,9 @@ def _check(args: argparse.Namespace) -> None:
     if args.op is None and args.limit != _LIMIT:
         raise UsageError("--limit goes with --op, not with OUT.mimo")
     if args.db is not None and (code or of_gpu or not (args.plan or args.op or args.kernel)):
-        raise UsageError("--db goes with --op, --plan or --kernel without --tir and --asm, or other code")
+        raise UsageError(
+            "--db goes with --op, --plan or --kernel without --tir and --asm, or other code"
+        )
     if args.dot and args.kernel:
         raise UsageError("--dot draws an entry: it does not go with --kernel")
     if args.entry is not None and not args.dot:
