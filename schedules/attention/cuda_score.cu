@@ -2,7 +2,7 @@
 // one vector.
 //
 // A block has some entries of one head of keys for one row; its queries are in shared memory. A warp has an entry at a
-// time, each lane every 32nd column. Constants: B, R (rows of a sequence), KV, GROUP (queries of a head of keys), D,
+// time, each lane every 32nd column. Constants: R (rows of a sequence), KV, GROUP (queries of a head of keys), D,
 // BLOCKS (entries), BLOCK, ROWS (tokens of a row), BOUNDS (entries are least and greatest), AGG (0 none, 1 greatest,
 // 2 mean, 3 sum, 4 the mean query), PAGE, TABLE (entries of a sequence's table), SCALE, ENTRY (type of an entry's
 // numbers), EACH (entries of a warp), WARPS.

@@ -74,7 +74,7 @@ class CudaScore(Schedule):
         blocks, gate = blocks_of(p["cap"], p["block"]), p["kind"] == "gate"
         table = width_of(p["cap"], p["page"]) if paged(p) else 0
         constants: dict[str, int | float | bool | str] = {
-            "B": p["b"], "R": rows, "KV": p["kv"], "GROUP": 1 if gate else p["h"] // p["kv"],
+            "R": rows, "KV": p["kv"], "GROUP": 1 if gate else p["h"] // p["kv"],
             "D": p["d"], "BLOCKS": blocks, "BLOCK": p["block"], "ROWS": p["rows"],
             "BOUNDS": p["kind"] == "quest", "AGG": _AGGS.index(p["agg"]),
             "SCALE": float32(p["scale"] or p["d"] ** -0.5), "EACH": config.each, "WARPS": config.warps,
