@@ -18,8 +18,9 @@ from mimo_compile.ir.formats import parse_weight_format
 from mimo_compile.ir.generic_ops import TABLE, generic_linear
 from mimo_compile.ir.generic_ops import rms_norm as generic_rms_norm
 from mimo_compile.ir.guard import Wide, check_arguments, check_operators, guarded
-from mimo_compile.ir.import_attention import ListConverters
+from mimo_compile.ir.import_attention import ListConverters, in_pages
 from mimo_compile.ir.import_pages import PageConverters
+from mimo_compile.ir.kv_groups import STATES
 from mimo_compile.ir.ops import get_op, load_all
 from mimo_compile.ir.workload import Value
 
@@ -76,10 +77,13 @@ def _named(more: list[Any]) -> str:
     return str(more[0]) if more else ""
 
 
-def _group_shape(states: list[Any]) -> dict[str, int]:
-    """Return the parameters of ops that a cache in groups decides on (`kv_groups.STATES`)."""
+def _group_shape(
+    states: list[Any], table: Any = None, most: int = 0, page: int = 0
+) -> dict[str, int]:
+    """Return the parameters of ops that a cache in groups (`kv_groups.STATES`), or its pages, decide on."""
     (cap, kv, d), dv, tail = _shape(states[0])[-3:], _shape(states[3])[-1], _shape(states[2])[-3]
-    return {"kv": kv, "d": d, "dv": dv, "cap": cap, "tail": tail, "b": _sequences(states[0])}
+    own = {"cap": cap, "b": _sequences(states[0])} | in_pages(table, most, page, cap)
+    return {"kv": kv, "d": d, "dv": dv, "tail": tail, **own}
 
 
 class _Converters:
@@ -265,22 +269,25 @@ class _Converters:
         )  # fmt: skip
 
     def kv_append_groups(self, node: Any, imp: Any) -> Any:
-        qkv, table, pos, q_norm, k_norm, *states, heads, eps, gain, c = imp.retrieve_args(node)
+        qkv, table, pos, q_norm, k_norm, *more = imp.retrieve_args(node)
+        states, (heads, eps, gain, c, *where) = more[: len(STATES)], more[len(STATES) :]
         norm = {"norm": 1, "eps": float(eps)} if q_norm is not None else {}
-        rows, shape = _shape(qkv)[0], _group_shape(states)
+        rows, shape = _shape(qkv)[0], _group_shape(states, *where)
         return self.call(
-            imp, "kv_append", [qkv, table, pos, q_norm, k_norm, *states],
+            imp, "kv_append", [qkv, table, pos, q_norm, k_norm, *where[:1], *states],
             [([rows, heads, shape["d"]], "float32")], t=rows // shape["b"], h=heads, rot=2 * _shape(table)[2],
             vscale=float(gain), c=c, **shape, **norm,
         )  # fmt: skip
 
     def grouped_attention(self, node: Any, imp: Any) -> Any:
-        q, *states, pos, sink, scale, c = imp.retrieve_args(node)
-        (rows, h, d), shape = _shape(q), _group_shape(states)
+        q, *more = imp.retrieve_args(node)
+        states, (pos, sink, scale, c, *where) = more[: len(STATES)], more[len(STATES) :]
+        (rows, h, d), shape = _shape(q), _group_shape(states, *where)
         t = rows // shape["b"]
         same, cap = abs(float(scale) * d**0.5 - 1) < 1e-6, shape["cap"]
         return self.call(
-            imp, "cached_attention", [q, pos, sink, *states], [([rows, h, shape["dv"]], "float32")],
+            imp, "cached_attention", [q, pos, sink, *where[:1], *states],
+            [([rows, h, shape["dv"]], "float32")],
             t=t, h=h, sink=int(sink is not None), scale=0.0 if same else float(scale),
             len=min(cap, max(t, MEASURED_KV)), c=c, **shape,
         )  # fmt: skip

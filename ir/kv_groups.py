@@ -106,6 +106,11 @@ GROUPED = {
 """Every format of caches in groups, by name."""
 
 
+def spans(c: str) -> tuple[int, ...]:
+    """Return for how many positions a row of each of the `STATES` is in pages; 0: tails do not lie there."""
+    return 1, GROUPED[c].group, 0, 1, 1, 0
+
+
 def grouped(p: Mapping[str, Any]) -> GroupedFormat | None:
     """Return the format in groups that an op's parameter ``c`` names, None if it is another."""
     return GROUPED.get(p["c"])

@@ -30,7 +30,7 @@ from mimo_compile.errors import UsageError
 from mimo_compile.ir import kv_groups, kv_rounding
 from mimo_compile.ir.caches import SCALED, check_cache_format, check_cache_order, single_format
 from mimo_compile.ir.counts import Counts
-from mimo_compile.ir.ops import batches, edge_keys, int8_attention, pages
+from mimo_compile.ir.ops import batches, edge_keys, int8_attention, pages, pooled
 from mimo_compile.ir.ops.base import Arg, Array, OpDef, Param
 from mimo_compile.ir.ops.numerics import U32
 from mimo_compile.ir.workload import Workload
@@ -146,11 +146,12 @@ def _(
 @torch.library.custom_op("mimo::grouped_attention", mutates_args=())
 def grouped_attention(
     q: Tensor, k_cache: Tensor, k_scale: Tensor, k_tail: Tensor, v_cache: Tensor, v_scale: Tensor,
-    v_tail: Tensor, pos: Tensor, sink: Tensor | None, scale: float, c: str,
+    v_tail: Tensor, pos: Tensor, sink: Tensor | None, scale: float, c: str, pages: Tensor | None = None,
+    cap: int = 0, page: int = 0,
 ) -> Tensor:  # fmt: skip
     """Attend over a cache in groups (`ir.kv_groups`, format ``c``): ``q [T, H, D]`` -> ``[T, H, DV]``.
 
-    Several sequences: as for `cached_attention`.
+    Several sequences: as for `cached_attention`; pages of a pool: as for `kv_append_groups`.
     """
 
     def one(at: Tensor, mine: Tensor, *held: Tensor) -> Tensor:
@@ -158,14 +159,17 @@ def grouped_attention(
         k, v, seen = kv_groups.visible(states, at, mine.shape[0], fmt, mine.dtype)
         return attend_seen(mine, k, v, seen, int(at[1]), sink, scale)
 
-    held = (k_cache, k_scale, k_tail, v_cache, v_scale, v_tail)
+    held = [k_cache, k_scale, k_tail, v_cache, v_scale, v_tail]
+    if pages is not None:
+        held = pooled.of_each(pos, held, kv_groups.spans(c), pages, page, cap)
     return torch.cat(batches.several(one, pos, (q,), held))
 
 
 @grouped_attention.register_fake
 def _(
     q: Tensor, k_cache: Tensor, k_scale: Tensor, k_tail: Tensor, v_cache: Tensor, v_scale: Tensor,
-    v_tail: Tensor, pos: Tensor, sink: Any, scale: float, c: str,
+    v_tail: Tensor, pos: Tensor, sink: Any, scale: float, c: str, pages: Any = None, cap: int = 0,
+    page: int = 0,
 ) -> Tensor:  # fmt: skip
     return q.new_empty((q.shape[0], q.shape[1], v_cache.shape[-1]))
 
@@ -392,7 +396,11 @@ class CachedAttention(OpDef):
         if pages.paged(p):
             lengths = self.lengths(p)
             each = (self.counts(batches.alone(workload, len=n)) for n in lengths)
-            numbers = single_format(p["c"]).bytes * p["kv"] * (p["d"] + p["dv"])
+            if fmt := kv_groups.grouped(p):
+                numbers = fmt.bytes_of(p["d"], keys=True) + fmt.bytes_of(p["dv"], keys=False)
+            else:
+                numbers = single_format(p["c"]).bytes * (p["d"] + p["dv"])
+            numbers *= p["kv"]
             return pages.counted(p, sum(each, Counts()), lengths, numbers)
         if p["b"] > 1:
             return batches.counted(self, workload, self.lengths(p))

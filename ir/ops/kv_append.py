@@ -113,31 +113,37 @@ def _(
 def kv_append_groups(
     qkv: Tensor, table: Tensor, pos: Tensor, q_norm: Tensor | None, k_norm: Tensor | None,
     k_cache: Tensor, k_scale: Tensor, k_tail: Tensor, v_cache: Tensor, v_scale: Tensor, v_tail: Tensor,
-    heads: int, eps: float, gain: float, c: str,
+    heads: int, eps: float, gain: float, c: str, pages: Tensor | None = None, cap: int = 0, page: int = 0,
 ) -> Tensor:  # fmt: skip
     """Append to a cache in groups (`ir.kv_groups`, format ``c``): ``qkv [T, ...]`` -> q ``[T, H, D]``.
 
-    ``gain`` multiplies the values. Several sequences: as for `kv_append`.
+    ``gain`` multiplies the values. Several sequences: as for `kv_append`. ``pages``: block tables int32
+    ``[B, width]`` of sequences of up to ``cap`` positions, whose codes and scales lie in pages of a pool.
     """
-    (cap, kv_heads, d), dv = k_cache.shape[-3:], v_cache.shape[-1]
+    (slots, kv_heads, d), dv = k_cache.shape[-3:], v_cache.shape[-1]
 
     def one(at: Tensor, mine: Tensor, angles: Tensor, *states: Tensor) -> Tensor:
         q, k, v, _ = prepare(
-            mine, angles, at, q_norm, k_norm, heads, kv_heads, d, dv, eps, gain, cap
+            mine, angles, at, q_norm, k_norm, heads, kv_heads, d, dv, eps, gain, cap or slots
         )
         named = dict(zip(kv_groups.STATES, states, strict=True))
         kv_groups.append_rows(named, k, v, int(at[0]), kv_groups.GROUPED[c])
         return q
 
     held = (k_cache, k_scale, k_tail, v_cache, v_scale, v_tail)
-    return torch.cat(batches.several(one, pos, (qkv, table), held))
+    if pages is None:
+        return torch.cat(batches.several(one, pos, (qkv, table), held))
+    own = pooled.of_each(pos, held, kv_groups.spans(c), pages, page, cap)
+    made = torch.cat(batches.several(one, pos, (qkv, table), own))
+    pooled.keep_each(pos, held, own, kv_groups.spans(c), pages, page)
+    return made
 
 
 @kv_append_groups.register_fake
 def _(
     qkv: Tensor, table: Tensor, pos: Tensor, q_norm: Any, k_norm: Any, k_cache: Tensor, k_scale: Tensor,
     k_tail: Tensor, v_cache: Tensor, v_scale: Tensor, v_tail: Tensor, heads: int, eps: float, gain: float,
-    c: str,
+    c: str, pages: Any = None, cap: int = 0, page: int = 0,
 ) -> Tensor:  # fmt: skip
     return qkv.new_empty((qkv.shape[0], heads, k_cache.shape[-1]))
 
@@ -214,10 +220,13 @@ class KvAppend(OpDef):
             parts = [self.make_inputs(batches.alone(workload), rng) for _ in range(p["b"])]
             for one in parts:
                 one["pos"] = pages.drawn_place(p, int(one["pos"][1]), rng)
-            stored = single_format(p["c"])
+            fmt = kv_groups.grouped(p)
 
             def fill(arg: Arg) -> Array:
-                return stored.encode(rng.standard_normal(arg.shape, dtype=np.float32))
+                if fmt and arg.dtype == "uint8":
+                    return rng.integers(0, fmt.levels + 1, arg.shape, np.uint8)
+                drawn = rng.standard_normal(arg.shape, dtype=np.float32)
+                return drawn.astype(np.float16) if fmt else single_format(p["c"]).encode(drawn)
 
             return pooled.together(self, workload, parts, rng, fill)
         if p["b"] > 1:

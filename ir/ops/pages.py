@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 
 from mimo_compile.errors import UsageError
-from mimo_compile.ir.caches import FORMATS, SCALED
 from mimo_compile.ir.counts import Counts
+from mimo_compile.ir.kv_groups import GROUPED
 from mimo_compile.ir.ops.base import Arg, Array, Param
 
 PARAMS = (Param("page", int, 0), Param("pool", int, 0))
@@ -49,8 +49,10 @@ def row_of(table: Any, page: int, span: int, row: Any) -> Any:
 
 def span_of(p: Mapping[str, Any], name: str) -> int:
     """Return the positions that a row of a state stands for; 0: each sequence has its own."""
-    if name in CACHES:
+    if name in (*CACHES, "v_scale"):
         return 1
+    if name == "k_scale":
+        return GROUPED[p["c"]].group
     return int(p.get("size") or p["block"]) if name == "desc" else 0
 
 
@@ -98,10 +100,12 @@ def check_pages(op: str, p: Mapping[str, Any], ring: int = 0) -> None:
         raise UsageError(
             f"{op}: page={page} is not a multiple of {_LANES} positions", remedy="use page=64"
         )
-    if p.get("c", "f32") not in (*FORMATS, *SCALED) or p.get("arith", "float") != "float":
+    if p.get("arith", "float") != "float":
+        raise UsageError(f"{op}: page={page} is for float arithmetic", remedy="leave out arith")
+    if (fmt := GROUPED.get(p.get("c", ""))) and page % fmt.group:
         raise UsageError(
-            f"{op}: page={page} is for caches of single numbers, and float arithmetic",
-            remedy="leave out c and arith, or use c=bf16",
+            f"{op}: page={page} does not hold whole groups of {fmt.group} positions, as c={fmt} has them",
+            remedy=f"use page={fmt.group}",
         )
     if ring:
         raise UsageError(

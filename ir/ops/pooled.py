@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mimo_compile.ir.caches import single_format
+from mimo_compile.ir.kv_groups import GROUPED
 from mimo_compile.ir.ops.base import Arg, Array, OpDef
 from mimo_compile.ir.ops.pages import (
     TABLE,
@@ -73,8 +74,9 @@ def poison(arg: Arg) -> Array:
 
 
 def _unknown(shape: tuple[int, ...], dtype: Any) -> Array:
-    """Return NaN, of bfloat16 as its bits."""
-    return np.full(shape, 0x7FC0 if dtype == np.uint16 else np.nan, dtype)
+    """Return NaN, of bfloat16 as its bits, and of codes the largest."""
+    wrong = {np.dtype(np.uint16): 0x7FC0, np.dtype(np.uint8): 255}
+    return np.full(shape, wrong.get(np.dtype(dtype), np.nan), dtype)
 
 
 def gathered(p: Mapping[str, Any], arrays: Mapping[str, Array], i: int) -> dict[str, Array]:
@@ -186,6 +188,8 @@ def one_by_one(
     def kept(name: str) -> Array:
         if len(arrays) > 1:
             return np.zeros(inputs[name].shape)
+        if p.get("c") in GROUPED:
+            return inputs[name].copy()
         fmt = single_format(p.get("e", "f32") if name == "desc" else p["c"])
         found: Array = fmt.decode(inputs[name]).astype(np.float64)
         return found
@@ -233,7 +237,7 @@ def of_each(
     Args:
         pos: int32 ``[2]`` or ``[B, 2]``, start and valid.
         states: In pages.
-        spans: Positions of a row of each.
+        spans: Positions of a row of each; 0: it is one that each sequence has for itself.
         table: Block tables, int32 ``[B, width]``.
         page: Positions in a page.
         cap: Most positions of a sequence; rows behind its own are zero.
@@ -243,9 +247,24 @@ def of_each(
     """
     out = []
     for state, span in zip(states, spans, strict=True):
+        if not span:
+            out.append(state)
+            continue
         each = [
             own_rows(state, own, page, span, int(at.sum()), pages_of(cap, span))
             for at, own in zip(pos.reshape(-1, 2), table, strict=True)
         ]
         out.append(torch.stack(each) if pos.dim() == 2 else each[0])
     return out
+
+
+def keep_each(
+    pos: Tensor, states: Sequence[Tensor], own: Sequence[Tensor], spans: Sequence[int], table: Tensor,
+    page: int,
+) -> None:  # fmt: skip
+    """Inverse of `of_each`: write the rows that sequences have to where they lie in the pool, in place."""
+    for state, rows, span in zip(states, own, spans, strict=True):
+        if span:
+            each = rows if pos.dim() == 2 else rows[None]
+            for at, mine, given in zip(pos.reshape(-1, 2), table, each, strict=True):
+                put_rows(state, mine, page, span, given[: int(at.sum()) // span])

@@ -8,8 +8,8 @@ from operator import index
 from typing import TYPE_CHECKING
 
 from mimo_compile.errors import UsageError
-from mimo_compile.ir.caches import FORMATS, SCALED, scheme_cache_format
-from mimo_compile.ir.formats import QuantScheme
+from mimo_compile.ir.caches import FORMATS
+from mimo_compile.ir.kv_groups import GroupedFormat
 from mimo_compile.ir.ops.pages import least_pool, pages_of
 from mimo_compile.ir.policies import AttentionPolicy
 from mimo_compile.runtime.sizes import parse_size
@@ -23,15 +23,12 @@ POLICIES = ("model", "full", "window", "quest", "seer", "lessismore", "moba", "r
 """All of whose kernels find keys by block tables."""
 
 
-def check_pages(
-    asked: int | str | None, batch: int, scheme: QuantScheme, policy: AttentionPolicy
-) -> int | str | None:
+def check_pages(asked: int | str | None, batch: int, policy: AttentionPolicy) -> int | str | None:
     """Refuse what cannot be, before a model is read; returns what was asked for, checked.
 
     Args:
         asked: Number of pages, or their memory in all layers (``"2GiB"``); None: there are none.
         batch: Sequences that are decoded together.
-        scheme: How weights and caches are stored.
         policy: What layers attend to.
 
     Raises:
@@ -46,11 +43,6 @@ def check_pages(
         raise UsageError(
             f"--pages {asked} is for several sequences, which share a pool",
             remedy="use --batch 2 or more, or leave out --pages",
-        )
-    if scheme_cache_format(scheme.kv).name not in (*FORMATS, *SCALED):
-        raise UsageError(
-            f"--pages {asked} has no kernels for caches in kv{scheme.kv}",
-            remedy="use kv16 or kvfp8, or leave kv... out of --quant for float32 caches",
         )
     if policy.name not in POLICIES or policy.arithmetic != "float":
         raise UsageError(
@@ -134,10 +126,15 @@ def _numbers(layer: LayerCore, page: int) -> list[tuple[int, float]]:
     from mimo_compile.frontend.models.kv import rows_of_page
     from mimo_compile.ir.ops.pages import CACHES
     from mimo_compile.schedules.attention import descriptors
+    from mimo_compile.schedules.attention.group_layout import group_shapes
     from mimo_compile.schedules.attention.layout import cache_shapes
 
     (_, kv, d), dv, fmt = layer.k_cache.shape, layer.v_cache.shape[2], layer.caches
     sizes = {"cap": page, "kv": kv, "d": d, "dv": dv, "c": fmt.name, "lay": layer.attend.lay}
+    if isinstance(fmt, GroupedFormat):
+        shapes = group_shapes({**sizes, "tail": page}, fmt)
+        kept = [n for n, rows in rows_of_page(layer, page).items() if rows]
+        return [(math.prod(shapes[n]), 2.0 if n.endswith("scale") else 1.0) for n in kept]
     out = [(math.prod(shape), fmt.bits / 8) for shape in cache_shapes(sizes).values()]
     for name, rows in rows_of_page(layer, page).items():
         if name not in CACHES:

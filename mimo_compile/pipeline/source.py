@@ -128,7 +128,7 @@ def open_source(
     if pages is not None and not decoder:
         raise UsageError("pages of caches are for model folders (--pages)")
     batch = check_batch(batch, policy)
-    pages = check_pages(pages, batch, scheme, policy)
+    pages = check_pages(pages, batch, policy)
     if isinstance(source, torch.nn.Module):
         _plain_only(scheme, quant, calibration, attention)
         graphs = module_graphs(

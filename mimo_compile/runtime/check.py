@@ -133,7 +133,7 @@ def _together(manifest: Manifest, state: State, page: int) -> tuple[int, ...]:
     """
     if manifest.target.kind == "cuda":
         return (1,)
-    if len(state.shape) == 5:
+    if len(state.shape) == 5 or state.dtype == "float16":  # scales
         return (page,)
     size = dtypes.itemsize(state.dtype)
     return (_LANES,) if len(state.shape) == 4 or size == 1 else (1, 4 // min(size, 4))

@@ -26,6 +26,7 @@ from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.kv_groups import STATES, GroupedFormat, grouped, tail_of
 from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.ops.base import Arg, Array
+from mimo_compile.ir.ops.pages import paged
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.attention.cuda_group_words import (
     DEPTH,
@@ -41,10 +42,13 @@ _BITS = (2, 4, 8)
 
 
 def takes(workload: Workload, hardware: Hardware) -> bool:
-    """Say whether a workload has caches in groups of such codes, on a GPU with matrix tiles."""
-    on_gpu = hardware.kind == "cuda" and not hardware.missing(NEEDS)
-    fmt = grouped(get_op(workload.op).full(workload))
-    return on_gpu and fmt is not None and fmt.bits in _BITS
+    """Say whether a workload has caches in groups of such codes, in no pool, on a GPU with matrix tiles."""
+    on_gpu, p = (
+        hardware.kind == "cuda" and not hardware.missing(NEEDS),
+        get_op(workload.op).full(workload),
+    )
+    fmt = grouped(p)
+    return on_gpu and fmt is not None and fmt.bits in _BITS and not paged(p)
 
 
 def format_of(p: Mapping[str, Any]) -> GroupedFormat:

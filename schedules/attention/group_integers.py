@@ -122,18 +122,18 @@ class Integers(GroupTile):
             with loop(self.value_groups) as g:
                 store(self.middles, splat(0.0), g, row, 0, lanes=LANES)
 
-    def old(self, reach: GroupReach, step: Any, first: Any) -> None:
+    def old(self, reach: GroupReach, step: Any, held: Any, first: Any) -> None:
         """See `GroupTile.old`."""
         with loop(self.s.height) as row:
-            self.round_query(step, row)
+            self.round_query(held, row)
         for base, rows, count in self._row_tiles():
             wide = self._side_by_side(self.terms * rows)
             with loop(BLOCKS // wide) as part, loop(count) as tile:
-                self.multiply_keys(step, part, wide, bind(tile * rows + base), rows)
+                self.multiply_keys(held, part, wide, bind(tile * rows + base), rows)
         self.hide(reach, step, first)
         self.weigh()
         with loop(self.s.height) as row, loop(self.value_groups) as g:
-            self.round_weights(step, row, g)
+            self.round_weights(held, row, g)
         for base, rows, count in self._row_tiles():
             wide = self._columns_at_once(rows)
             full, rest = divmod(self.s.columns, wide)
@@ -142,7 +142,7 @@ class Integers(GroupTile):
                     with loop(parts) as part, loop(count) as tile:
                         at = bind(part * width + column)
                         turn = part if width == wide else full + part
-                        self.multiply_values(step, at, width, turn, bind(tile * rows + base), rows)
+                        self.multiply_values(held, at, width, turn, bind(tile * rows + base), rows)
 
     def _side_by_side(self, sums: int) -> int:
         """Return how many vectors of codes are multiplied at once, for so many sums of each."""

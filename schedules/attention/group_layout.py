@@ -12,7 +12,8 @@ take them.
 - ``v_scale`` ``[KV, groups, 2, scales of a slot, 64]``: lanes are slots.
 - ``v_tail`` ``[KV, tail, 16 * ceil(DV/16)]``: as float32 caches (``v16``).
 
-A group is written at once, so that no line is ever read and changed.
+A group is written at once, so that no line is ever read and changed. Of a pool of pages these are all groups;
+tails are those of each sequence.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import numpy as np
 
 from mimo_compile.ir.kv_groups import STATES, GroupedFormat, tail_of
 from mimo_compile.ir.ops.base import Arg, Array
+from mimo_compile.ir.ops.pages import paged
 from mimo_compile.schedules.emit.vector import LANES
 
 BLOCKS = 4
@@ -48,15 +50,16 @@ def _up(n: int) -> int:
 def group_shapes(p: Mapping[str, Any], fmt: GroupedFormat) -> dict[str, tuple[int, ...]]:
     """Return the packed shapes for an op's parameters."""
     assert fmt.group == BLOCKS * LANES
-    kv, groups = p["kv"] * p.get("b", 1), p["cap"] // fmt.group
-    tail, per = tail_of(p, fmt), elements(fmt)
+    own = p["kv"] * p.get("b", 1)
+    kv, groups = (p["kv"], p["pool"] * p["page"]) if paged(p) else (own, p["cap"])
+    groups, tail, per = groups // fmt.group, tail_of(p, fmt), elements(fmt)
     return {
         "k_cache": (kv, groups, BLOCKS, -(-p["d"] // per), 4 * LANES),
         "k_scale": (kv, groups, 2, _up(p["d"])),
-        "k_tail": (kv, tail // LANES, p["d"], LANES),
+        "k_tail": (own, tail // LANES, p["d"], LANES),
         "v_cache": (kv, groups, _up(p["dv"]) // LANES, fmt.group // per, 4 * LANES),
         "v_scale": (kv, groups, 2, fmt.value_groups(p["dv"]), fmt.group),
-        "v_tail": (kv, tail, _up(p["dv"])),
+        "v_tail": (own, tail, _up(p["dv"])),
     }
 
 

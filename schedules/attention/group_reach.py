@@ -12,6 +12,7 @@ import numpy as np
 
 from mimo_compile.ir.kv_groups import GroupedFormat, tail_of
 from mimo_compile.schedules.attention.group_layout import BLOCKS
+from mimo_compile.schedules.attention.pages import Table
 from mimo_compile.schedules.attention.reach import Tiling, fixed
 from mimo_compile.schedules.emit.build import T, bind
 from mimo_compile.schedules.emit.vector import LANES, splat
@@ -22,8 +23,11 @@ GROUP = BLOCKS * LANES
 class GroupReach:
     """The steps of a tile of queries from token ``first`` on, as run-time expressions."""
 
-    def __init__(self, s: Tiling, fmt: GroupedFormat, pos: Any, first: Any) -> None:
-        self.sizes = s
+    def __init__(
+        self, s: Tiling, fmt: GroupedFormat, pos: Any, first: Any, table: Table | None = None
+    ) -> None:
+        """``table``: of pages that codes and scales lie in; None: they are the sequence's own."""
+        self.sizes, self.table = s, table
         self.start, self.valid = fixed(pos[0]), fixed(pos[1])
         self.last = fixed(self.start + self.valid - 1)
         self.low_query = fixed(self.start + first)
@@ -37,6 +41,24 @@ class GroupReach:
         self.steps = fixed(self.groups + recent)
         self.old: Any = Old(self)
         self.new: Any = Recent(self, tail_of(s.p, fmt) // GROUP)
+
+    def held(self, step: Any) -> Any:
+        """Return the group of codes of a step as it lies; behind the last one that is seen it is that one."""
+        if self.table is None:
+            return step
+        return self.table.flat(fixed(T.min(step, T.max(self.groups - 1, T.int32(0)))), GROUP)
+
+    def further(self, step: Any) -> Any:
+        """Return how many groups behind that of a step the one of ``ahead`` steps later lies."""
+        if self.table is None:
+            return self.sizes.ahead
+        return fixed(self.held(step + self.sizes.ahead) - self.held(step))
+
+    def head_of_tail(self, head: Any) -> Any:
+        """Return the head of a sequence's own tail for that of the codes."""
+        if self.table is None:
+            return head
+        return fixed(self.table.sequence * int(self.sizes.p["kv"]) + head)
 
 
 class Old:

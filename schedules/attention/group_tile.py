@@ -50,6 +50,8 @@ class GroupTile(Tile):
         self.words, self.wide = -(-d // self.per), key_channels(d, fmt)
         self.ask = self.streams
         self.streams = False
+        self.further: Any = s.ahead
+        """Groups from one to that which is prefetched with it, as they lie."""
         self.value_groups = fmt.value_groups(s.p["dv"])
         self.middle = float((fmt.levels + 1) // 2)
         self.k_params = workspace((2, self.wide), "float32")
@@ -66,9 +68,13 @@ class GroupTile(Tile):
         """Pass over the steps ``begin .. end-1``."""
         middle = fixed(T.max(begin, T.min(end, reach.groups)))
         with T.serial(begin, middle) as step:
-            self.widen_params(step)
-            self.old(reach, step, first)
+            held = reach.held(step)
+            if self.ask:
+                self.further = reach.further(step)
+            self.widen_params(held)
+            self.old(reach, step, held, first)
         self.finish()
+        self.head = reach.head_of_tail(self.head)
         with T.serial(middle, end) as step:
             self.scores(reach.new, step)
             self.mask(reach.new, step, first)
@@ -92,12 +98,12 @@ class GroupTile(Tile):
         if self.ask:
             head, step = outer
             for half in (0, 1):
-                prefetch(source, head, step + self.s.ahead, half, *inner, at)
+                prefetch(source, head, step + self.further, half, *inner, at)
         store(to, scale, 0, *inner, at, lanes=LANES)
         store(to, scale * splat(self.middle) + zero, 1, *inner, at, lanes=LANES)
 
-    def old(self, reach: GroupReach, step: Any, first: Any) -> None:
-        """Do a step over codes."""
+    def old(self, reach: GroupReach, step: Any, held: Any, first: Any) -> None:
+        """Do a step over the codes of the group that lies at ``held``."""
         raise NotImplementedError
 
     def finish(self) -> None:
@@ -111,12 +117,12 @@ class GroupTile(Tile):
     def ask_keys(self, step: Any, u: Any, w: Any) -> None:
         """Prefetch the line of codes that comes some steps later."""
         if self.ask:
-            prefetch(self.k_codes, self.head, step + self.s.ahead, u, w, 0, near=False)
+            prefetch(self.k_codes, self.head, step + self.further, u, w, 0, near=False)
 
     def ask_values(self, step: Any, column: Any, run: Any) -> None:
         """Prefetch the line of codes that comes some steps later."""
         if self.ask:
-            prefetch(self.v_codes, self.head, step + self.s.ahead, column, run, 0, near=False)
+            prefetch(self.v_codes, self.head, step + self.further, column, run, 0, near=False)
 
 
 class Real(GroupTile):
@@ -129,10 +135,10 @@ class Real(GroupTile):
         self.real_k = workspace((1, BLOCKS, self.words * self.per, LANES), "float32")
         self.real_v = workspace((1, GROUP, s.columns * LANES), "float32")
 
-    def old(self, reach: GroupReach, step: Any, first: Any) -> None:
+    def old(self, reach: GroupReach, step: Any, held: Any, first: Any) -> None:
         """See `GroupTile.old`."""
-        self.make_keys(step)
-        self.make_values(step)
+        self.make_keys(held)
+        self.make_values(held)
         kept = self.k, self.v, self.head
         self.k, self.v, self.head = self.real_k, self.real_v, 0
         self.scores(reach.old, step)

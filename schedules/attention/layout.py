@@ -30,7 +30,7 @@ from mimo_compile.ir.caches import SCALED, single_format
 from mimo_compile.ir.kv_groups import GROUPED, STATES, grouped
 from mimo_compile.ir.ops import batches, get_op
 from mimo_compile.ir.ops.base import Arg, Array
-from mimo_compile.ir.ops.pages import flat, paged
+from mimo_compile.ir.ops.pages import flat, in_pool, paged
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.attention import channel_layout, float8_layout, rows_layout, sequences
 from mimo_compile.schedules.attention.group_layout import group_args, pack_groups, unpack_groups
@@ -110,9 +110,23 @@ def _whole(workload: Workload) -> Workload:
     return batches.alone(workload, cap=p["pool"] * p["page"]) if paged(p) else workload
 
 
+def _tails(workload: Workload, arrays: Mapping[str, Array]) -> dict[str, Array]:
+    """Return the arrays that each sequence has for itself beside pages that all have together."""
+    p = get_op(workload.op).full(workload)
+    apart = paged(p) and grouped(p) is not None
+    return {n: a for n, a in arrays.items() if apart and n in STATES and not in_pool(p, n)}
+
+
 def pack_caches(workload: Workload, arrays: Mapping[str, Array]) -> dict[str, Array]:
     """Lay out canonical caches (those given); slots and lanes of padding are zero."""
-    return sequences.pack_each(_whole(workload), arrays, _pack)
+    tails = _tails(workload, arrays)
+    rest = {n: a for n, a in arrays.items() if n not in tails}
+    out = sequences.pack_each(_whole(workload), rest, _pack)
+    for name, array in tails.items():
+        each = array[None] if array.ndim == 3 else array
+        parts = [_pack(batches.alone(workload), {name: own})[name] for own in each]
+        out[name] = np.concatenate(parts)
+    return out
 
 
 def _pack(workload: Workload, arrays: Mapping[str, Array]) -> dict[str, Array]:
@@ -148,7 +162,13 @@ def _pack(workload: Workload, arrays: Mapping[str, Array]) -> dict[str, Array]:
 
 def unpack_caches(workload: Workload, arrays: Mapping[str, Array]) -> dict[str, Array]:
     """Inverse of `pack_caches`: canonical ``[cap, KV, D]`` and ``[cap, KV, DV]``, of a batch ``[B, ...]``."""
-    return sequences.unpack_each(_whole(workload), arrays, _unpack)
+    tails, b = _tails(workload, arrays), get_op(workload.op).full(workload).get("b", 1)
+    rest = {n: a for n, a in arrays.items() if n not in tails}
+    out = sequences.unpack_each(_whole(workload), rest, _unpack)
+    for name, array in tails.items():
+        own = [_unpack(batches.alone(workload), {name: a})[name] for a in np.split(array, b)]
+        out[name] = np.stack(own) if b > 1 else own[0]
+    return out
 
 
 def _unpack(workload: Workload, arrays: Mapping[str, Array]) -> dict[str, Array]:

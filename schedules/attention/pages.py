@@ -35,13 +35,16 @@ class Table:
 
     def slot(self, position: Any) -> Any:
         """Return the slot of a position."""
-        number, place = self.row(position, 1)
-        return fixed(number * self.page + place)
+        return self.flat(position, 1)
+
+    def flat(self, row: Any, span: int) -> Any:
+        """Return the number of a row among all of the pool."""
+        number, place = self.row(row, span)
+        return fixed(number * rows_in_page(self.page, span) + place)
 
     def block(self, block: Any) -> Any:
         """Return the pool's block of 16 slots that a block of the sequence's positions lies in."""
-        number, place = self.row(block, LANES)
-        return fixed(number * rows_in_page(self.page, LANES) + place)
+        return self.flat(block, LANES)
 
 
 def table_of(

@@ -17,6 +17,7 @@ from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.attention.append_task import Task, magnitude, over
 from mimo_compile.schedules.attention.group_layout import BLOCKS, elements
 from mimo_compile.schedules.attention.layout import kernel_args, round_up
+from mimo_compile.schedules.attention.pages import table_of
 from mimo_compile.schedules.attention.reach import fixed
 from mimo_compile.schedules.attention.score_common import across, add, reduced
 from mimo_compile.schedules.attention.sequences import parts_of, turns
@@ -211,6 +212,7 @@ class X86AppendGroups(X86Append):
                 given = parts_of(workload, whole, sequence)
                 start, valid = fixed(given["pos"][0]), fixed(given["pos"][1])
                 task = GroupTask(p, fmt, given, h)
+                table = table_of(p, whole, sequence)
                 with loop(p["t"]) as i:
                     with loop(group) as g:
                         task.prepare(i, (h * group + g) * p["d"], given.get("q_norm"))
@@ -222,6 +224,8 @@ class X86AppendGroups(X86Append):
                         task.write_rows(i, slot)
                         with when(position % fmt.group == fmt.group - 1):
                             full = fixed(position // fmt.group)
+                            if table is not None:
+                                full = table.flat(full, fmt.group)
                             first = fixed(slot - (fmt.group - 1))
                             task.pack_keys(full, first // LANES)
                             task.pack_values(full, first)

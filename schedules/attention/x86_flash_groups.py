@@ -14,6 +14,7 @@ from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.kv_groups import GROUPED, GroupedFormat, read_bytes
 from mimo_compile.ir.ops import get_op
+from mimo_compile.ir.ops.pages import paged, table_bytes
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.attention import int8_dot
 from mimo_compile.schedules.attention.group_integers import Madd, Vnni
@@ -21,6 +22,7 @@ from mimo_compile.schedules.attention.group_layout import elements, key_channels
 from mimo_compile.schedules.attention.group_reach import GROUP, GroupReach, group_steps
 from mimo_compile.schedules.attention.group_tile import GroupTile, Real
 from mimo_compile.schedules.attention.layout import kernel_args
+from mimo_compile.schedules.attention.pages import Table
 from mimo_compile.schedules.attention.phases import Turn, emit
 from mimo_compile.schedules.attention.reach import Tiling
 from mimo_compile.schedules.attention.work import spread
@@ -115,13 +117,14 @@ class X86FlashGroups(X86Flash):
 
         def body(q: Any, pos: Any, *rest: Any) -> None:
             sink, out, states = (rest[0] if p["sink"] else None), rest[-1], rest[-7:-1]
+            pages = rest[-8] if paged(p) else None
             frame: AbstractContextManager[None] = (
                 nullcontext() if arith == "real" else int8_dot.frame(arith)
             )
             with frame:
                 emit(
                     s, config.splits, config.parallel, scale, q, pos, sink, states[:3], states[3:],
-                    out, made, visit=partial(_visit, fmt),
+                    out, made, visit=partial(_visit, fmt, pages),
                 )  # fmt: skip
 
         workspace_bytes = 0
@@ -150,8 +153,11 @@ class X86FlashGroups(X86Flash):
         return config.arith
 
 
-def _visit(fmt: GroupedFormat, s: Tiling, turn: Turn, first: Any, head: Any) -> GroupReach:
-    return GroupReach(s, fmt, turn.pos, first)
+def _visit(
+    fmt: GroupedFormat, pages: Any, s: Tiling, turn: Turn, first: Any, head: Any
+) -> GroupReach:
+    table = None if pages is None else Table(pages, turn.sequence, int(s.p["page"]))
+    return GroupReach(s, fmt, turn.pos, first, table)
 
 
 def groups_work(
@@ -209,6 +215,8 @@ def groups_work(
         Stream(4.0 * b * p["t"] * p["h"] * p["d"]),
         Stream(4.0 * b * p["t"] * p["h"] * p["dv"]),
     ]
+    if paged(p):
+        streams.append(Stream(table_bytes(lengths, p["page"])))
     if splits > 1:
         parts = 4.0 * b * heads * s.tiles * splits * height * (width + 2)
         streams.append(Stream(parts, ((2, 0.0),), made=True))

@@ -197,7 +197,6 @@ def test_16_bit_caches_sinks_and_experts_lie_in_pages(saved, tmp_path):
         ({"pages": True}, "True is no number"),
         ({"pages": 2.5}, "2.5 is no number"),
         ({"pages": 8, "batch": 1}, "--pages 8 is for several sequences"),
-        ({"pages": 8, "quant": "w8a8kv8"}, "no kernels for caches in kv8"),
         ({"pages": 8, "attention": "sale"}, "no kernels for --attention sale"),
         (
             {"pages": 8, "attention": "quest:page=48"},

@@ -35,7 +35,7 @@ pytestmark = [
 KINDS = [
     ("quest:budget=16,page=4,dense=0,least=1", "none"), ("moba:block=32,k=2", "kv16"),
     ("resa:p=0.2,block=4,least=2,f=5", "kv16"), ("lessismore:budget=12,correct=4", "kv16"),
-    ("seer:budget=12,block=4,gate=12", "none"), ("full", "kvfp8"),
+    ("seer:budget=12,block=4,gate=12", "none"), ("full", "kvfp8"), ("full", "kv4"),
 ]  # fmt: skip
 
 
@@ -60,12 +60,13 @@ def pair(request, saved, tools, tmp_path_factory):
         source = tmp_path_factory.mktemp("deep")
         tools.make_model("llama", num_hidden_layers=5).save_pretrained(source)
     gates = gates_of(tmp_path_factory.mktemp("gates")) if text.startswith("seer") else None
+    paging = Paging(PAGES, CONTEXT, PAGE) if quant != "kv4" else Paging(5, 192, 64)
     decoder = load_checkpoint(
-        source, parse_scheme(quant), CONTEXT, attention=parse_policy(text), gate_file=gates
+        source, parse_scheme(quant), paging.cap, attention=parse_policy(text), gate_file=gates
     ).decoder
     hardware, made = local_cpu().with_threads(1), []
-    for paging in (Paging(PAGES, CONTEXT, PAGE), None):
-        graphs = decoder_graphs(decoder, steps=(1, 16), batch=BATCH, paging=paging)
+    for each in (paging, None):
+        graphs = decoder_graphs(decoder, steps=(1, 16), batch=BATCH, paging=each)
         choices = choose(graphs, hardware, "latency", None).choices
         made.append(build_artifact(graphs, choices, hardware, Extras()).module())
     return made
@@ -96,7 +97,8 @@ class Twins:
     def fits(self, counts: dict[int, int]) -> bool:
         wants = [(s, self.length(s), self.length(s) + n) for s, n in counts.items()]
         pool = self.pair[0].pool
-        return pool.needed(wants) <= pool.free and all(end <= CONTEXT for *_, end in wants)
+        most = self.pair[0].manifest.decoder.max_context
+        return pool.needed(wants) <= pool.free and all(end <= most for *_, end in wants)
 
     def append(self, slot: int, ids: list[int], decode: bool) -> None:
         if ids and self.fits({slot: len(ids)}):
@@ -160,7 +162,7 @@ def lived(pair, draw) -> None:
         if slot not in twins.sessions:
             continue
         if what == "a":
-            twins.append(slot, rng.integers(0, 257, draw(st.integers(1, 40))).tolist(), False)
+            twins.append(slot, rng.integers(0, 257, draw(st.integers(1, 70))).tolist(), False)
         elif what == "d":
             twins.append(slot, rng.integers(0, 257, draw(st.integers(1, 4))).tolist(), True)
         elif what == "b":

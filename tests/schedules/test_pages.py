@@ -46,6 +46,51 @@ def shape_of(draw, op):
     return get_op(op).workload(**p, pool=pool, **more)
 
 
+def groups_of(draw, op):
+    """Draw a workload over pages whose caches are in groups of few bits."""
+    kv, group, b, t = (draw(st.integers(1, n)) for n in (2, 3, 3, 20))
+    p = {
+        "t": t, "h": kv * group, "kv": kv, "d": draw(st.integers(2, 40)), "dv": draw(st.integers(1, 70)),
+        "cap": 64 * draw(st.integers(1, 3)), "b": b, "page": 64 * draw(st.integers(1, 2)),
+        "c": draw(st.sampled_from(("i8", "i4", "i2", "i1"))),
+    }  # fmt: skip
+    more = (
+        {"rot": p["d"] // 2 * 2} if op == "kv_append" else {"len": draw(st.integers(t, p["cap"]))}
+    )
+    return get_op(op).workload(**p, pool=pages.least_pool(p) + draw(st.integers(0, 3)), **more)
+
+
+@pytest.mark.parametrize("op", ["kv_append", "cached_attention"])
+def test_groups_lie_in_pages_and_tails_with_each_sequence(op):
+    run_groups(op, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", ["kv_append", "cached_attention"])
+def test_groups_in_pages_of_any_shape(op):
+    run_groups(op, 15)
+
+
+def run_groups(op, count):
+    """Check some kernels; attention of each sequence is that over a cache of its own, to the bit."""
+
+    @settings(max_examples=count)
+    @given(data=st.data())
+    def run(data):
+        definition, seed = get_op(op), data.draw(st.integers(0, 999))
+        workload = groups_of(data.draw, op)
+        schedule, p = schedule_of(workload), definition.full(workload)
+        config = sample_config(schedule, workload, CPU, seed)
+        arrays = definition.make_inputs(workload, np.random.default_rng(seed))
+        found = check(schedule, workload, config, seed, inputs=arrays)
+        if op == "cached_attention":
+            mine = list(batches.split(definition, workload, arrays))[-1]
+            alone = check(schedule, batches.alone(workload), config, seed, inputs=mine)
+            assert np.array_equal(alone.outputs["out"], found.outputs["out"][-p["t"] :])
+
+    run()
+
+
 def places_in(draw, p):
     """Draw start and valid of each sequence; some have no token that counts."""
     valid = [draw(st.integers(0, p["t"])) for _ in range(p["b"])]
@@ -181,8 +226,8 @@ def test_kernels_that_look_elsewhere_are_found(wrong, monkeypatch):
         ("page=16,pool=10", r"pool=10 pages are too few for cap=128 and b=4.*pool=11"),
         ("page=16", "pool=0 pages are too few"),
         ("page=16,pool=99,window=64", "a ring has no pages"),
-        ("page=64,pool=99,c=i8", "is for caches of single numbers"),
-        ("page=16,pool=99,arith=int8", "and float arithmetic"),
+        ("page=16,pool=99,c=i8", "does not hold whole groups of 64 positions"),
+        ("page=16,pool=99,arith=int8", "page=16 is for float arithmetic"),
     ],
 )
 def test_pages_that_no_kernel_reads_are_refused(more, match):

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from mimo_compile.frontend.models.decoder import STEP_TOKENS, DecoderConfig, LayerSpec
-from mimo_compile.ir.caches import FORMATS, SCALED, CacheFormat, window_cache_format
+from mimo_compile.ir.caches import SCALED, CacheFormat, window_cache_format
 from mimo_compile.ir.kv_groups import GROUPED, STATES, GroupedFormat, state_shapes
+from mimo_compile.ir.kv_groups import spans as group_spans
 from mimo_compile.ir.ops.pages import CACHES, rows_in_page, width_of
 
 if TYPE_CHECKING:
@@ -85,29 +86,31 @@ class Paging:
 
 
 def may_page(layer: LayerCore) -> bool:
-    """Say whether a layer's caches can be pages: single numbers of whole contexts, read by tables."""
-    known = layer.caches.name in FORMATS or layer.caches.name in SCALED
-    return layer.attend.in_pages and not layer.spec.window and known
+    """Say whether a layer's caches can be pages: those of whole contexts, read by tables."""
+    return layer.attend.in_pages and not layer.spec.window
 
 
 def tables(layer: LayerCore) -> tuple[Tensor | None, int, int] | tuple[()]:
     """Return what ops over pages take last: tables, positions of a sequence at most, positions of a page."""
     if layer.paging is None:
         return ()
-    return layer.pages, layer.paging.cap, layer.paging.page
+    return layer.pages, positions(layer), layer.paging.page
 
 
 def positions(layer: LayerCore) -> int:
-    """Return how many positions of a sequence a layer's cache holds."""
-    return layer.k_cache.shape[-3] if layer.paging is None else layer.paging.cap
+    """Return how many positions of a sequence a layer's cache holds, whole groups of them."""
+    if layer.paging is None:
+        return layer.k_cache.shape[-3]
+    cap = layer.paging.cap
+    return cap if isinstance(layer.caches, CacheFormat) else layer.caches.slots(cap)
 
 
 def rows_of_page(layer: LayerCore, page: int) -> dict[str, int]:
-    """Return how many rows of each state that may lie in pages are in one of so many positions."""
-    return {
-        name: rows_in_page(page, 1 if name in CACHES else layer.attend.block)
-        for name in layer.states
-    }
+    """Return how many rows of each state of a layer are in a page of so many positions; 0: none are."""
+    spans = dict.fromkeys(layer.states, layer.attend.block) | dict.fromkeys(CACHES, 1)
+    if layer.caches.name in GROUPED:
+        spans |= zip(STATES, group_spans(layer.caches.name), strict=True)
+    return {name: rows_in_page(page, span) if span else 0 for name, span in spans.items()}
 
 
 @contextmanager
@@ -118,6 +121,8 @@ def paged(layer: LayerCore, paging: Paging, sequences: int) -> Iterator[None]:
     try:
         for name, state in own.items():
             shape = (paging.pages * each[name], *state.shape[1:])
+            if not each[name]:
+                shape = (sequences, *state.shape) if sequences > 1 else state.shape
             setattr(layer, name, torch.empty(shape, dtype=state.dtype, device="meta"))
         table = (sequences, width_of(paging.cap, paging.page))
         layer.pages, layer.paging = torch.empty(table, dtype=torch.int32, device="meta"), paging
@@ -154,7 +159,7 @@ def append(layer: LayerCore, qkv: Tensor, table: Tensor, pos: Tensor) -> Tensor:
     if layer.caches.name in GROUPED:
         q: Tensor = torch.ops.mimo.kv_append_groups(
             qkv, table, pos, *norms, *(layer.get_buffer(n) for n in STATES), s.heads,
-            layer.eps, s.v_scale, layer.caches.name,
+            layer.eps, s.v_scale, layer.caches.name, *tables(layer),
         )  # fmt: skip
         return q
     if layer.paging is not None:
@@ -184,8 +189,9 @@ def attend_all(layer: LayerCore, q: Tensor, pos: Tensor) -> Tensor:
     s, sink = layer.spec, layer.attention.sink
     if layer.caches.name in GROUPED:
         out: Tensor = torch.ops.mimo.grouped_attention(
-            q, *(layer.get_buffer(n) for n in STATES), pos, sink, s.d**-0.5, layer.caches.name
-        )
+            q, *(layer.get_buffer(n) for n in STATES), pos, sink, s.d**-0.5, layer.caches.name,
+            *tables(layer),
+        )  # fmt: skip
         return out
     if layer.paging is not None:
         seen: Tensor = torch.ops.mimo.paged_attention(
