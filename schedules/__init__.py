@@ -55,6 +55,8 @@ SCHEDULES: dict[str, dict[str, str]] = {
         "cached_attention.cuda_prefill": "attention.cuda_prefill:CudaPrefill",
         "cached_attention.cuda_groups_decode": "attention.cuda_groups:CudaGroupsDecode",
         "cached_attention.cuda_groups_prefill": "attention.cuda_groups:CudaGroupsPrefill",
+        "cached_attention.cuda_float8_decode": "attention.cuda_float8:CudaFloat8Decode",
+        "cached_attention.cuda_float8_prefill": "attention.cuda_float8:CudaFloat8Prefill",
     },
     "sparse_attention": {
         "sparse_attention.x86_lists": "attention.x86_lists:X86Lists",
@@ -76,6 +78,7 @@ SCHEDULES: dict[str, dict[str, str]] = {
         "kv_append.x86_pages": "attention.x86_append_pages:X86AppendPages",
         "kv_append.cuda": "attention.cuda_append:CudaAppend",
         "kv_append.cuda_groups": "attention.cuda_append_groups:CudaAppendGroups",
+        "kv_append.cuda_float8": "attention.cuda_append_float8:CudaAppendFloat8",
     },
     "describe_blocks": {
         "describe_blocks.x86": "attention.x86_describe:X86Describe",

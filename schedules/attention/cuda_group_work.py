@@ -69,13 +69,16 @@ def visits(p: Mapping[str, Any], length: int, warps: int) -> Visits:
     )
 
 
-def group_counts(p: Mapping[str, Any], seen: Visits, parts: int = 1) -> Counts:
+def group_counts(
+    p: Mapping[str, Any], seen: Visits, parts: int = 1, folded: int = HEIGHT
+) -> Counts:
     """Return the counts of attention over codes and tail.
 
     Args:
         p: Parameters of the workload.
         seen: Of all sequences.
         parts: Of the keys; each reads the queries by itself.
+        folded: Rows of a tile that are multiplied by scales.
     """
     fmt, heads = layout.format_of(p), float(p["kv"])
     deep, keys, sums = layout.deep(p["d"]), whole(p["d"]), whole(p["dv"])
@@ -88,8 +91,10 @@ def group_counts(p: Mapping[str, Any], seen: Visits, parts: int = 1) -> Counts:
         "exp_f32": cells,
         "add_f32": 3.0 * cells,
         # queries and weights times scales, the largest, rounded; float parts; logits; sums, shrunk
-        "fma_f32": HEIGHT * (5.0 * deep + 2.0 * sums) + cells * (2.0 + 4.0 * shares),
-        "int_op": 2.0 * registers * few + 0.75 * (HEIGHT * deep * fmt.query_terms + cells * shares),
+        "fma_f32": folded * (5.0 * deep + 4.0 * fmt.group * shares)
+        + HEIGHT * 2.0 * (sums + fmt.group),
+        "int_op": 2.0 * registers * few
+        + 0.75 * folded * (deep * fmt.query_terms + fmt.group * shares),
     }
     numbers = float(RUN * (2 * keys + sums) + HEIGHT * RUN)
     run = {

@@ -122,7 +122,8 @@ class CudaGroupsDecode(GroupsFlash, CudaDecode):
         op: Any = get_op(self.op)
         p = op.full(workload)
         seen = sum((visits(p, length, 1) for length in op.lengths(p)), Visits())
-        found = group_counts(p, seen, config.parts)
+        few = p["t"] * (p["h"] // p["kv"]) <= HEIGHT // 2  # the lower half of a tile
+        found = group_counts(p, seen, config.parts, HEIGHT // 2 if few else HEIGHT)
         return with_merge(found, p, self.units(p), config.parts)
 
 

@@ -193,13 +193,15 @@ __device__ __forceinline__ Closing closing(float top, float sum, float sink) {
   return {own / total, most + log2f(total)};
 }
 
-// Writes row number `half` of a lane, times a factor, to `to`: its share of WIDTH columns, of which DV count.
+// Writes row number `half` of a lane, times a factor, to `to`: its share of WIDTH columns, of which DV count. Rows
+// that are no tokens have the factor 0, and may hold anything.
 template <int DV, int WIDTH>
 __device__ __forceinline__ void store_row(float* to, const Rows<WIDTH>& rows, int half, float factor) {
 #pragma unroll
   for (int j = 0; j < WIDTH / 8; ++j) {
     const int column = j * 8 + (threadIdx.x & 3) * 2;
-    const float low = rows.out[j][2 * half] * factor, high = rows.out[j][2 * half + 1] * factor;
+    const float low = factor == 0.0f ? 0.0f : rows.out[j][2 * half] * factor;
+    const float high = factor == 0.0f ? 0.0f : rows.out[j][2 * half + 1] * factor;
     if (DV % 2 == 0 && column < DV) {
       *reinterpret_cast<float2*>(to + column) = make_float2(low, high);
     } else {

@@ -27,8 +27,8 @@ struct Leave {
       const int r = tile * 16 + row, token = r / HEADS, head = kv * HEADS + r % HEADS;
       if (r < ROWS && column < DV) {
         const float phantom = flash::sink_of<SINK>(sink, head);
-        const float factor = token < valid ? flash::closing(top, sum, phantom).factor : 0.0f;
-        out[(size_t(sequence * T + token) * H + head) * DV + column] = value * factor;
+        const float result = value * flash::closing(top, sum, phantom).factor;
+        out[(size_t(sequence * T + token) * H + head) * DV + column] = token < valid ? result : 0.0f;
       }
     }
   }
