@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import mimo_compile as mc
 from mimo_compile.errors import EnvironmentMismatch, UsageError
+from mimo_compile.ir.hardware import CUDA
+from mimo_compile.ir.ops import parse_workload
 from mimo_compile.runtime import device_code, gpu_device, load
 from mimo_compile.schedules.cuda import nvcc
 from mimo_compile.schedules.cuda.emulate import compiler
@@ -120,17 +123,13 @@ def test_machine_code_is_in_the_artifact(tmp_path) -> None:
         assert all(u.registers >= 8 and not u.spill_bytes for u in kernel.usage.values())
 
 
-def test_all_that_is_missing_is_told_at_once(monkeypatch, tmp_path, texts_alone) -> None:
-    import torch
-
+def test_all_that_is_missing_is_told_at_once(monkeypatch) -> None:
     from mimo_compile.pipeline import choose
-    from mimo_compile.schedules import schedules_for
 
-    monkeypatch.setattr(
-        choose, "schedules_for", lambda w, h: [] if w.op == "tir" else schedules_for(w, h)
-    )
-    module = torch.nn.Sequential(torch.nn.Softmax(-1), torch.nn.Linear(48, 32), torch.nn.GELU())
-    with pytest.raises(UsageError, match=r"no schedule supports tir:.*; tir:.* on cuda:sm_90a"):
-        mc.compile(
-            module, target="cuda:sm_90a", example_inputs=(torch.zeros(5, 48),), db=tmp_path / "r.db"
-        )
+    texts = ("embed:t=1,v=8,d=8", "swiglu:t=1,f=8", "rms_norm:t=1,d=8,eps=1e-05")
+    calls = {parse_workload(text): {"step_1": 1} for text in texts}
+    model = SimpleNamespace(functions=dict, workloads=lambda: calls)
+    choose.require_schedules(model, CUDA["cuda:sm_90a"])
+    monkeypatch.setattr(choose, "schedules_for", lambda w, h: [w] if w.op == "embed" else [])
+    with pytest.raises(UsageError, match=rf"supports {texts[2]}; {texts[1]} on cuda:sm_90a"):
+        choose.require_schedules(model, CUDA["cuda:sm_90a"])
