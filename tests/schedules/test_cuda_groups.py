@@ -115,6 +115,8 @@ def test_gpus_and_cpus_do_not_get_each_other_s_kernels():
                 assert layouts == {str(APPEND.layouts(workload, None))}
             cpu = schedules_for(workload, PRESETS["sapphirerapids"])
             assert cpu and not any(".cuda" in s.name for s in cpu)
+    paged = "cached_attention:t=1,h=4,kv=2,d=16,dv=16,cap=128,c=i4,page=64,pool=9"
+    assert not schedules_for(parse_workload(paged), H200)
 
 
 @pytest.mark.parametrize("hardware", [A100, H200], ids=lambda h: h.name)
