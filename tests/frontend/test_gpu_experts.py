@@ -1,4 +1,4 @@
-"""A mixture of experts compiled for a GPU, with its router and experts, run from its CUDA text by emulation."""
+"""A mixture of experts compiled for a GPU, with its router, run from its CUDA text by emulation."""
 
 from __future__ import annotations
 
