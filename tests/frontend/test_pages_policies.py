@@ -26,7 +26,7 @@ from mimo_compile.pipeline.graphs import decoder_graphs
 from mimo_compile.runtime import batch
 from mimo_compile.runtime.batch import append_each
 
-BATCH, CONTEXT, PAGE, PAGES = 3, 96, 16, 8
+BATCH, CONTEXT, PAGE, PAGES = 3, 128, 16, 10
 pytestmark = [
     pytest.mark.compile,
     pytest.mark.slow,
