@@ -18,6 +18,7 @@ from mimo_compile.ir.caches import SCALED
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.ops.base import Arg, Array
+from mimo_compile.ir.ops.pages import paged
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.attention.cuda_layout import NEEDS, whole
 
@@ -27,10 +28,11 @@ _PAIRED = np.arange(16).reshape(2, 8).T.reshape(-1)
 
 
 def takes(workload: Workload, hardware: Hardware) -> bool:
-    """Say whether a workload has caches of 8-bit floats, in whole blocks if they are rings, on such a GPU."""
+    """Say whether a workload has caches of 8-bit floats, in no pool, in whole blocks if they are rings."""
     p = get_op(workload.op).full(workload)
     on_gpu = hardware.kind == "cuda" and not hardware.missing(NEEDS)
-    return bool(on_gpu and p["c"] in SCALED and not (p.get("window") and p["cap"] % ROWS))
+    ring = p.get("window") and p["cap"] % ROWS
+    return bool(on_gpu and p["c"] in SCALED and not ring and not paged(p))
 
 
 def layouts(workload: Workload) -> dict[str, str]:
