@@ -29,6 +29,7 @@ class X86FlashAmx(X86Flash):
 
     name = "cached_attention.x86_flash_amx"
     stored = "bf16"
+    streamed = 128
     order = Schedule.order  # nothing is promised
     tile_class: ClassVar[type[AmxTile]] = AmxTile
 

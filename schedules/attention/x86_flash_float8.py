@@ -16,6 +16,7 @@ class X86FlashFloat8(X86Flash):
 
     name = "cached_attention.x86_flash_float8"
     stored = "e4m3"
+    streamed = 128
 
     def registers(self, config: FlashConfig, hardware: Hardware) -> int:
         """Return how many accumulator vectors are in flight: codes need registers beside them."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from mimo_compile.ir.hardware import Hardware
@@ -14,9 +14,6 @@ from mimo_compile.schedules.attention.pairs import EXACT, TILES, chains_of, impo
 from mimo_compile.schedules.attention.x86_flash import FlashConfig, X86Flash
 from mimo_compile.schedules.base import Space
 from mimo_compile.schedules.emit.bf16 import NEEDS
-
-SHORT = 32
-"""Slots of a step over caches that are read once: so far ahead, lines stay in the first-level cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +38,6 @@ class X86FlashPairs(X86Flash):
         dots = hardware.features >= NEEDS
         kinds = tuple(TILES) if dots else ("widen",)
         default = PairsConfig(**self.config_to_json(base.default), arith="widen")
-        if default.ahead and SHORT in base.knobs["block"]:
-            default = replace(default, block=SHORT)
         return Space(PairsConfig, {**base.knobs, "arith": kinds}, default, base.legal)
 
     def registers(self, config: FlashConfig, hardware: Hardware) -> int:

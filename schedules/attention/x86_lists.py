@@ -45,6 +45,7 @@ class X86Lists(X86Flash):
 
     name = "sparse_attention.x86_lists"
     op = "sparse_attention"
+    streamed = 128
 
     def visit(self, s: ListTiling, buffers: Mapping[str, Any]) -> Callable[..., Any]:
         """Return what a tile visits, see `phases.emit`."""
@@ -71,7 +72,7 @@ class X86Lists(X86Flash):
         height = tile * group
         stream = height == group and height in rows
         row = height if stream else max(n for n in rows if n <= 4 and (height % n == 0 or n == 1))
-        step = max(n for n in blocks if n <= (128 if stream else 64))
+        step = max(n for n in blocks if n <= (self.streamed if stream else 64))
         tasks = p["b"] * groups * -(-p["t"] // tile)
         work = float(p["b"] * p["t"] * p["h"] * _reach(p) * (p["d"] + p["dv"]))
         threads = hardware.threads if work >= PARALLEL_FMA else 1
@@ -139,6 +140,7 @@ class X86ListsPairs(X86FlashPairs, X86Lists):
 
     name = "sparse_attention.x86_lists_pairs"
     op = "sparse_attention"
+    streamed = 32
 
     def space(self, workload: Workload, hardware: Hardware) -> Space:
         """Return the space of dense attention; steps that are prefetched leave room in the nearest cache."""

@@ -37,6 +37,7 @@ class X86Oracle(X86Flash):
 
     name = "oracle_attention.x86_fused"
     op = "oracle_attention"
+    streamed = 128
     version = 2
 
     def supports(self, workload: Workload, hardware: Hardware) -> bool:

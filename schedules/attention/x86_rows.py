@@ -15,7 +15,7 @@ from mimo_compile.schedules.attention.lists import ListTiling
 from mimo_compile.schedules.attention.rows import EXACT_ROWS, ROWS
 from mimo_compile.schedules.attention.tokens import following
 from mimo_compile.schedules.attention.x86_flash import FlashConfig, X86Flash
-from mimo_compile.schedules.attention.x86_flash_pairs import SHORT, PairsConfig
+from mimo_compile.schedules.attention.x86_flash_pairs import PairsConfig
 from mimo_compile.schedules.attention.x86_lists import X86Lists, short_step
 from mimo_compile.schedules.base import Schedule, Space
 from mimo_compile.schedules.emit.bf16 import NEEDS, imported
@@ -45,6 +45,7 @@ class X86FlashRows(X86Flash):
 
     name = "cached_attention.x86_flash_rows"
     lay = "rows"
+    streamed = 128
     order = Schedule.order  # nothing is promised
 
     def tile(self, config: FlashConfig) -> tuple[type[Tile], AbstractContextManager[Any] | None]:
@@ -57,14 +58,16 @@ class Half(X86Flash):
 
     config = PairsConfig
     stored = "bf16"
+    streamed = 32
 
     def space(self, workload: Workload, hardware: Hardware) -> Space:
         """Return the space over float32 caches, and how keys are multiplied."""
         base = super().space(workload, hardware)
         kinds = ("widen", "dot") if hardware.features >= NEEDS else ("widen",)
         default = PairsConfig(**self.config_to_json(base.default), arith="widen")
-        if default.ahead and SHORT in base.knobs["block"]:
-            default = replace(default, block=short_step(get_op(self.op).full(workload), SHORT))
+        if default.ahead:
+            step = short_step(get_op(self.op).full(workload), default.block)
+            default = replace(default, block=step)
         return Space(PairsConfig, {**base.knobs, "arith": kinds}, default, base.legal)
 
     def tile(self, config: FlashConfig) -> tuple[type[Tile], AbstractContextManager[Any] | None]:
