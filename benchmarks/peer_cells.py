@@ -6,6 +6,7 @@ which a peer was ahead: the new line counts. Nothing is tuned unless ``--db`` ha
 
     python benchmarks/peer_cells.py mpgemm --suite llm:m=1,n=4096,k=4096 --threads 1 2 --out cells.jsonl
     python benchmarks/peer_cells.py attention --suite decode:c=bf16 --caches cold --out attention.jsonl
+    python benchmarks/peer_cells.py moe --suite layers --caches cold --out moe.jsonl
     python benchmarks/peer_cells.py mpgemm --again --out cells.jsonl
     python benchmarks/peer_cells.py mpgemm --show --out cells.jsonl
     python benchmarks/peer_cells.py mpgemm --write --out cells.jsonl
@@ -25,7 +26,7 @@ from mimo_compile.bench.suites import suite
 from mimo_compile.ir.hardware import local_cpu
 from mimo_compile.ir.ops import get_op, parse_workload
 
-PAGES = {"mpgemm": "lowbit-cells.md", "attention": "attention-cells.md"}
+PAGES = {"mpgemm": "lowbit-cells.md", "attention": "attention-cells.md", "moe": "moe-cells.md"}
 SAME_BITS = 0.75
 """Bits a weight that a peer may store more than we do, and still count as one of the same bits."""
 
@@ -61,8 +62,8 @@ def same_bits(line):
 
 
 def rival(kind, line):
-    """Return the peer that ours should be ahead of: of matmuls one of the same bits, else the fastest."""
-    return same_bits(line) if kind == "mpgemm" else next(iter(line["peers"]), None)
+    """Return the peer that ours should be ahead of: of weights one of the same bits, else the fastest."""
+    return next(iter(line["peers"]), None) if kind == "attention" else same_bits(line)
 
 
 def latest(lines):
@@ -74,6 +75,8 @@ def latest(lines):
         p = get_op(workload.op).full(workload)
         if workload.op == "mpgemm":
             extents = p["m"], p["n"], p["k"], -line["bits_per_weight"]
+        elif workload.op == "moe":
+            extents = p["e"], p["t"], -line["bits_per_weight"]
         else:
             shape = -p["kv"], p["d"], p["dv"], p["c"], p["b"], p["cap"]
             extents = p["window"], p["t"], *shape, p["arith"]
@@ -112,11 +115,23 @@ def attention_row(line, p, figures):
     ]  # fmt: skip
 
 
-ROWS = {"mpgemm": matmul_row, "attention": attention_row}
+def experts_row(line, p, figures):
+    """Return the cells of a row of routed experts."""
+    same, best = same_bits(line), line["peers"][0] if line["peers"] else None
+    wide = next((q for q in line["peers"] if q["bits_per_weight"] >= 16), None)
+    return [
+        p["t"], f"{p['k']} of {p['e']}, {p['d']} x {p['f']}", f"`{p['w']}`, `{p['a']}`", line["threads"],
+        *figures, versus(same), "the same" if best is same else versus(best),
+        "the same" if wide is same else versus(wide),
+    ]  # fmt: skip
+
+
+ROWS = {"mpgemm": matmul_row, "attention": attention_row, "moe": experts_row}
 FIGURES = ["kernel", "us", "roof"]
 COLUMNS = {
     "mpgemm": ["tokens", "N x K", "format", "threads", "weights", *FIGURES, "same bits", "all peers"],
     "attention": ["tokens", "keys", "heads", "caches", "threads", *FIGURES, "fastest peer", "SDPA, folded"],
+    "moe": ["tokens", "experts", "format", "threads", *FIGURES, "same bits", "all peers", "16 bits or more"],
 }  # fmt: skip
 
 
@@ -137,7 +152,7 @@ def table(kind, lines):
                 f"`{workload}`, {line['threads']} threads, {line['cache']}: {peer['impl']} takes "
                 f"{peer['ratio']:.2f} of our time{sure}"
             )
-    of = "of the same bits " if kind == "mpgemm" else ""
+    of = "" if kind == "attention" else "of the same bits "
     out.append(f"\nIn {len(behind)} of {len(lines)} cells a peer {of}is ahead.")
     out += [f"- {text}" for text in behind]
     return "\n".join(out) + "\n"
