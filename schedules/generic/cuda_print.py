@@ -224,7 +224,7 @@ class Printer:
         if name in ("abs", "fabs") and kind in _WHOLE:
             return f"larger<{COMPUTED[kind]}>({args[0]}, {COMPUTED[kind]}(-{args[0]}))"
         if real and name in _TURNS and not wide:
-            return f"turn_by({args[0]}).{_TURNS[name]}"
+            return f"turn_of({args[0]}).{_TURNS[name]}"
         found = _EITHER.get(name) or (_DOUBLE if wide else _FLOAT).get(name)
         if not real or found is None:
             raise ValueError(f"there is no text for the function {name} of {kind or 'nothing'}")

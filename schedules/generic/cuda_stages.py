@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -56,8 +56,8 @@ class Stage:
 
     @property
     def read(self) -> list[Any]:
-        """Reads of elements."""
-        return [load for s in self.body for load in loads(s)]
+        """Reads of elements, those of a reduction's start among them."""
+        return [load for s in (*self.start, *self.body) for load in loads(s)]
 
 
 def stages_of(func: Any) -> list[Stage]:
@@ -133,7 +133,40 @@ def _stage(realize: Any, loops: list[Any]) -> Stage:
         block.name_hint, block, values, tuple(x for x in own if x not in reduced), reduced, tuple(body),
         tuple(statements(block.init)) if reduced else (), joined, False,
     )  # fmt: skip
+    _each_its_own(stage)
     return _with_alongside(stage)
+
+
+def _each_its_own(stage: Stage) -> None:
+    """Refuse a block whose iterations may store to one element, or read what others start from: they race."""
+    stores = [s for s in (*stage.start, *stage.body) if hasattr(s, "buffer")]
+    written = {hash(s.buffer) for s in stores}
+    if any(hash(x.source) in written for s in stage.start for x in loads(s)):
+        raise Unsupported("a reduction that starts from its own results")
+    if len(written) < len(stage.written):
+        raise Unsupported("iterations that store several elements of an array")
+    for store in stores:
+        if any(loads(index) for index in store.indices):
+            raise Unsupported("iterations that store where numbers in memory say")
+        steady = {_steady(index, stage.values) for index in store.indices}
+        if any(loop.extent > 1 and loop.var not in steady for loop in stage.spatial):
+            raise Unsupported("iterations that may store to the same element")
+
+
+def _steady(index: Any, values: Mapping[int, Any]) -> int | None:
+    """Return the loop whose iterations each have another value of an index; None if no loop is known to."""
+    kind = type(index).__name__
+    if hash(index) in values:
+        return _steady(values[hash(index)], values)
+    if kind == "Var":
+        return hash(index)
+    if kind == "Cast":
+        return _steady(index.value, values)
+    if kind in ("Add", "Sub", "Mul"):
+        for part, other in ((index.a, index.b), (index.b, index.a)):
+            if type(other).__name__ == "IntImm" and (kind != "Mul" or int(other.value)):
+                return _steady(part, values)
+    return None
 
 
 def _with_alongside(stage: Stage) -> Stage:

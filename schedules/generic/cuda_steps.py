@@ -96,7 +96,7 @@ def _stage_text(step: Step, stage: Stage, places: Mapping[int, Place]) -> list[s
     team = team_of(stage, step.team)
     own = stage.spatial[step.common :]
     results = math.prod(loop.extent for loop in own)
-    count = "int" if results * team + step.threads < _MOST_INT else "long long"
+    count = "int" if results * team + step.threads < _MOST_INT else "int64_t"
     begin = "0" if step.common else f"{count}(blockIdx.x) * {step.threads // team}"
     indices = _divided("blockIdx.x", stage.spatial[: step.common], names)
     indices += _divided("at", own, names)
@@ -104,7 +104,7 @@ def _stage_text(step: Step, stage: Stage, places: Mapping[int, Place]) -> list[s
         return _team_lines(step, stage, printer, team, (count, begin, results), indices)
     lines = _one_lines(stage, printer)
     if step.common:
-        head = f"for (int at = threadIdx.x; at < {results}; at += {step.threads}) {{"
+        head = f"for ({count} at = threadIdx.x; at < {results}; at += {step.threads}) {{"
     else:
         head = f"if (const {count} at = {begin} + threadIdx.x; at < {results}) {{"
     return [head, *("  " + line for line in [*indices, *lines]), "}"]

@@ -3,8 +3,9 @@
 #include "angles.cuh"
 #include "warp.cuh"
 
-template <class T> MIMO_DEVICE T larger(T a, T b) { return a > b ? a : b; }
-template <class T> MIMO_DEVICE T smaller(T a, T b) { return a < b ? a : b; }
+// NaN if one of both is: which of many numbers comes last does not matter then.
+template <class T> MIMO_DEVICE T larger(T a, T b) { return a > b || a != a ? a : b; }
+template <class T> MIMO_DEVICE T smaller(T a, T b) { return a < b || a != a ? a : b; }
 template <class T> MIMO_DEVICE T added(T a, T b) { return T(a + b); }
 
 // Quotients of whole numbers rounded down, and what is left then.
