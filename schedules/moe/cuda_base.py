@@ -29,6 +29,8 @@ from mimo_compile.schedules.cuda.code import DeviceCode
 from mimo_compile.schedules.mpgemm.cuda_layout import Rows
 
 _MOST_INT = 2**31 - 1
+_MOST_ELEMENTS = _MOST_INT - 256
+"""Of an array that threads share: those behind its end, up to the end of their block, have numbers, too."""
 MOST_GRID = 65535
 """Blocks of a launch in y."""
 
@@ -123,12 +125,17 @@ class CudaExperts:
         """Return the names of a matrix's numbers and scales; of floats one that is not looked at."""
         return (f"{prefix}w", "x") if self.fmt.is_float else (f"{prefix}codes", f"{prefix}scale")
 
-    def constants(self) -> dict[str, int | float | str]:
+    def constants(self) -> dict[str, int]:
         """Return the constants that the text of every kernel has."""
         return {
             "T": self.t, "E": self.e, "TOPK": self.k, "SLOTS": self.slots, "D": self.d, "F": self.f,
             "D_PADDED": self.half.k_padded, "F_PADDED": self.w2.k_padded,
             "D_ROWS": self.w2.n_padded, "F_ROWS": self.half.n_padded,
+        }  # fmt: skip
+
+    def format_constants(self) -> dict[str, int | str]:
+        """Return the constants of kernels that read codes and scales."""
+        return {
             "BITS": self.half.bits, "W_GROUP": self.w_group,
             "SCALE": "unsigned short" if self.half.scale_dtype == "f16" else "float",
         }  # fmt: skip
@@ -150,7 +157,7 @@ class CudaMoe(Schedule):
         if hardware.kind != "cuda" or hardware.missing(self.needs) or workload.op != self.op:
             return False
         p = CudaExperts.of(workload)
-        if not Rows.takes(p.fmt) or p.slots * max(p.d, p.f) > _MOST_INT:
+        if not Rows.takes(p.fmt) or p.slots * max(p.d, p.f) > _MOST_ELEMENTS:
             return False
         return self.takes(p)
 

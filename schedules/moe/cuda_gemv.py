@@ -84,7 +84,7 @@ class CudaMoeGemv(CudaMoe):
         p = CudaExperts.of(workload)
         grouped = bool(p.w_group or p.x_group)
         int8 = p.acts.is_int8
-        constants = p.constants() | {
+        constants = p.constants() | p.format_constants() | {
             "M": 1, "X_GROUP": p.x_group, "ROWS": config.rows, "WARPS": config.warps,
             "SPLIT": config.split, "UNROLL": config.unroll,
             "TOTAL": "int" if int8 and not grouped else "float", "DOT": int8, "W_FLOAT": p.fmt.is_float,

@@ -96,10 +96,10 @@ class CudaMoeMma(CudaMoe):
         """Generate the kernel of one config."""
         p, tiles = CudaExperts.of(workload), _tiles(CudaExperts.of(workload), config)
         int8, codes = p.acts.is_int8, unpacks(p)
-        constants = p.constants() | {
+        constants = p.constants() | p.format_constants() | {
             "BM": config.bm, "BN_UP": config.bn13, "BN_DOWN": config.bn2, "DEPTH": config.depth,
             "WARPS_M": config.warps_m, "WARPS_N": config.warps_n, "STAGES": config.stages,
-            "SPLIT": config.split, "GROUP_M": config.group_m, "MOST_TILES": tiles.most,
+            "SPLIT": config.split, "GROUP_M": config.group_m,
             "X_BLOCKS": tiles.x_blocks, "ELEMENT": tiles.element, "SUM": "int" if tiles.integers else "float",
             "FACTOR": 2.0 ** (p.half.bits - 8) if int8 else 1.0,
             "W_UP_BYTES": p.half.row_bytes, "W_DOWN_BYTES": p.w2.row_bytes, "INT8": int8, "CODES": codes,

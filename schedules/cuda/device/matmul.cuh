@@ -43,11 +43,14 @@ __device__ __forceinline__ void quantize(const float* x, int8_t* codes, float* s
   if (threadIdx.x == 0) scale[blockIdx.x] = most / 127.0f;
 }
 
+// By comparison: NaN stays, where fminf and fmaxf return the other number.
+__device__ __forceinline__ float within_f16(float x) { return x > 65504.0f ? 65504.0f : x < -65504.0f ? -65504.0f : x; }
+
 // Two floats as bfloat16, or as float16 (HALF), whose largest take the place of what it cannot hold.
 template <bool HALF>
 __device__ __forceinline__ uint32_t pack_two(float low, float high) {
   if (!HALF) return pack_bf16(low, high);
-  return pack_f16(fminf(fmaxf(low, -65504.0f), 65504.0f), fminf(fmaxf(high, -65504.0f), 65504.0f));
+  return pack_f16(within_f16(low), within_f16(high));
 }
 
 // Rounds `x` [M, K] to 16 bits [M, K_PADDED], zero beyond K; a thread does 8 columns. SWAPPED: of each 4
