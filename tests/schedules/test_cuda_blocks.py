@@ -15,8 +15,8 @@ from mimo_compile.schedules.attention.cuda_describe import ThreadsConfig
 from mimo_compile.schedules.attention.cuda_score import EntriesConfig
 from mimo_compile.schedules.attention.cuda_select import ListConfig
 from mimo_compile.schedules.cuda import limits
-from mimo_compile.schedules.cuda.emulate import compiler
-from mimo_compile.search.measure.emulated import check_emulated
+from mimo_compile.schedules.cuda.emulate import compiler, emulate
+from mimo_compile.search.measure.emulated import check_emulated, device_arrays
 
 H200 = CUDA["cuda:sm_90a"]
 DESCRIBE, SCORE, SELECT = (
@@ -84,10 +84,63 @@ def test_lists_of_equal_and_of_no_scores():
     assert not seen.outputs["cnt"][2].any() and (seen.outputs["idx"][2] == -1).all()
 
 
+WILD = np.array(
+    [0, -0.0, 1, 2, -1, -2, np.inf, -np.inf, np.nan, 2**-126, 2**-127, 3e38, -3.4e38, 0.5],
+    np.float32,
+)
+VALUES = np.array([np.nan, np.inf, -np.inf, -1, -0.0, 2**-127], np.float32)
+
+
+@slow
+@needs_compiler
+@pytest.mark.parametrize(
+    "text",
+    [
+        "t=7,hs=6,cap=150,block=4,rule=threshold,k=11,first=2,last=2,rows=3,kmax=14,len=131",
+        "t=5,hs=6,cap=90,block=2,rule=threshold,k=50,first=1,last=1,rows=2,positive=1,len=90",
+        "t=5,hs=6,cap=90,block=2,rule=topk,k=20,first=3,last=2,rows=4,kmax=9,len=77,positive=1",
+        "t=4,hs=6,cap=90,block=2,rule=threshold,k=9,first=1,rows=2,kmax=9,len=70,b=2",
+    ],
+)
+def test_lists_of_any_scores_and_thresholds(text):
+    """Few different scores, most of them at the ends of what a float is; a threshold of each kind."""
+    op, workload = get_op("select_blocks"), parse_workload("select_blocks:" + text)
+    shapes = {a.name: a.shape for a in op.args(workload)}
+    for seed in range(4):
+        score = np.random.default_rng(seed).choice(WILD, shapes["score"])
+        inputs = {"score": score}
+        if "value" in shapes:
+            inputs["value"] = np.resize(np.roll(VALUES, seed), shapes["value"])
+        if seed == 3:  # most rows are no tokens
+            inputs["pos"] = np.resize(np.array([3, 2], np.int32), shapes["pos"])
+        check_emulated(workload, SELECT, ListConfig(32), H200, inputs=inputs, orders=(seed % 2,))
+
+
+@slow
+@needs_compiler
+@pytest.mark.parametrize("kind", ["bounds", "peak"])
+def test_a_key_that_is_nan_is_in_its_block_s_bounds_wherever_it_stands(kind):
+    workload = parse_workload(
+        f"describe_blocks:t=24,kv=1,d=9,cap=64,kind={kind},size=8,c=bf16,len=24"
+    )
+    op = get_op("describe_blocks")
+    inputs = op.make_inputs(workload, np.random.default_rng(0))
+    for key, column in ((0, 0), (11, 3), (23, 8)):
+        inputs["k_cache"][key, 0, column] = 0x7FC0
+    expected = op.reference(workload, inputs)["desc"]
+    assert np.isnan(expected).any()
+    config = ThreadsConfig(32)
+    kernel = DESCRIBE.lower(workload, config, H200)
+    got = emulate(kernel, H200, device_arrays(workload, DESCRIBE, config, inputs))["desc"]
+    np.testing.assert_array_equal(got.reshape(expected.shape), expected)
+
+
 TEXTS = st.builds(
-    "select_blocks:t={},hs={},cap={},block={},k={},first={},last={},rule={}".format, st.integers(1, 4),
+    "select_blocks:t={},hs={},cap={},block={},k={},first={},last={},rule={},rows={},positive={}"
+    .format, st.integers(1, 4),
     st.integers(1, 3), st.integers(10, 400), st.integers(1, 9), st.integers(0, 40), st.integers(0, 3),
-    st.integers(0, 3), st.sampled_from(("topk", "threshold")),
+    st.integers(0, 3), st.sampled_from(("topk", "threshold")), st.sampled_from((1, 1, 2, 16)),
+    st.integers(0, 1),
 ) | st.builds(
     "score_blocks:t={},h={},kv={},d={},cap={},kind=quest,agg={},block={}".format, st.integers(1, 4),
     st.sampled_from((2, 4)), st.integers(1, 2), st.integers(1, 70), st.integers(10, 90),
