@@ -8,13 +8,14 @@ so far (docs/gpu-validation.md).
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable, Sequence
 from ctypes import POINTER, byref, c_char_p, c_float, c_int, c_size_t, c_uint, c_uint64, c_void_p
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
-from mimo_compile.errors import MimoError
+from mimo_compile.errors import DeviceLost, MimoError
 
 LIBRARY = "libcuda.so.1"
 _U3 = (c_uint, c_uint, c_uint)
@@ -79,9 +80,11 @@ _SWIZZLES = {0: 0, 32: 1, 64: 2, 128: 3}
 _PROMOTE_256 = 3
 _MAP_BYTES, _MAP_ALIGNMENT = 128, 64
 OUT_OF_MEMORY = 2
-_LOST = frozenset({214, 220, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719, 721, 999})
+_LOST = frozenset({214, 220, 226, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719, 721, 999})
 """Errors after which the context answers everything with an error: memory that failed, and kernels that did
 something which they must not."""
+_RELAXED = 2
+"""Of CUstreamCaptureMode: a thread that captures may give memory back, as the collector does at any time."""
 
 
 class CudaError(MimoError):
@@ -91,8 +94,15 @@ class CudaError(MimoError):
         """Take the function that was called, CUresult, and its name."""
         super().__init__(f"the NVIDIA driver answers {function} with {name} ({code})")
         self.code = code
-        self.lost = code in _LOST
-        """Whether nothing can be done with the GPU any more in this process."""
+
+
+class CudaLost(CudaError, DeviceLost):
+    """The driver answered with an error after which nothing can be done with the GPU in this process."""
+
+    def __init__(self, function: str, code: int, name: str) -> None:
+        """See `CudaError`."""
+        super().__init__(function, code, name)
+        self.remedy = "The GPU answers nothing more in this process: start another one"
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +163,7 @@ class Driver:
         """
         try:
             self._library: Any = ctypes.CDLL(name or LIBRARY)
+            self.process = os.getpid()
         except OSError as error:
             raise MimoError(f"there is no NVIDIA driver: {error}") from error
         for function, kinds in _SIGNATURES.items():
@@ -176,12 +187,20 @@ class Driver:
 
         Raises:
             CudaError: it answers with an error.
+            CudaLost: it answers with one after which it answers nothing else.
+            MimoError: this process was forked from the one that began to use the driver.
         """
+        if os.getpid() != self.process:
+            raise MimoError(
+                f"the GPU belongs to process {self.process}, from which this one was forked",
+                remedy="Load the artifact in each process, and start processes by spawn.",
+            )
         error = int(getattr(self._library, function)(*arguments))
         if error:
             name = c_char_p()
             self._library.cuGetErrorName(error, byref(name))
-            raise CudaError(function, error, (name.value or b"an unknown error").decode())
+            kind = CudaLost if error in _LOST else CudaError
+            raise kind(function, error, (name.value or b"an unknown error").decode())
 
     def release(self, function: str, *arguments: Any) -> None:
         """Call a function that gives something back; after an error it fails as well, which tells no more."""
@@ -230,6 +249,37 @@ def driver() -> Driver:
         MimoError: as `Driver`.
     """
     return Driver()
+
+
+def captured(on: Driver, stream: c_void_p, work: Callable[[], None]) -> c_void_p:
+    """Return what some work queues on a stream as an executable graph on the GPU; nothing takes place now.
+
+    ``cuGraphExecDestroy`` gives it back.
+
+    Raises:
+        CudaError: the driver refuses to queue that into a graph, or there is no memory for one.
+    """
+    graph, made = c_void_p(), c_void_p()
+    try:
+        on("cuStreamBeginCapture_v2", stream, _RELAXED)
+        work()
+    except BaseException:
+        on.release("cuStreamEndCapture", stream, byref(graph))
+        if graph:
+            on.release("cuGraphDestroy", graph)
+        raise
+    on("cuStreamEndCapture", stream, byref(graph))
+    try:
+        on("cuGraphInstantiateWithFlags", byref(made), graph, 0)
+    finally:
+        on.release("cuGraphDestroy", graph)
+    try:
+        # else its first launch, which may be one that is timed, would bring it to the GPU
+        on("cuGraphUpload", made, stream)
+    except BaseException:
+        on.release("cuGraphExecDestroy", made)
+        raise
+    return made
 
 
 class Launches:

@@ -44,11 +44,15 @@ def show_device(console: Console, parts: Parts) -> dict[str, Any]:
         rows.append(
             {
                 "kernel": name, "workload": workloads.get(name), "launches": launches,
-                "scratch_bytes": kernel.scratch_bytes, "predicted_us": kernel.predicted_us,
+                "scratch_bytes": kernel.scratch_bytes, "predicted_us": kernel.predicted_us or None,
             }
         )  # fmt: skip
         for at, one in enumerate(launches):
-            first = (workloads.get(name, name), number(kernel.predicted_us)) if not at else ("", "")
+            first = (
+                (workloads.get(name, name), number(kernel.predicted_us or None))
+                if not at
+                else ("", "")
+            )
             lines.append(
                 (
                     *first, one["symbol"], _extents(one["grid"]), one["threads"],

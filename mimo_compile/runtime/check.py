@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from mimo_compile.errors import ArtifactError
 from mimo_compile.runtime import device_code, dtypes
+from mimo_compile.runtime.pages import page_extent
 from mimo_compile.runtime.program import (
     Buffer,
     Decoder,
@@ -113,26 +114,30 @@ def _check_pool(manifest: Manifest, where: str) -> frozenset[str]:
         problem = "has no states"
     for name in () if problem else pool.states:
         shape = states[name].shape if name in states else ()
-        whole = len(shape) in (3, 4, 5) and min(shape) > 0 and not shape[1] % pool.pages
-        slots = (
-            [shape[1] * n for n in _together(manifest, states[name], pool.page)] if whole else []
-        )
-        if pool.page * pool.pages not in slots:
+        whole = len(shape) in (3, 4, 5) and min(shape) > 0
+        entries = shape[page_extent(manifest.target.kind, shape)] if whole else 0
+        fits = entries and not entries % pool.pages
+        if not fits or pool.page * pool.pages not in [
+            entries * n for n in _together(manifest, states[name], pool)
+        ]:
             problem = f"has {pool.pages} pages of {pool.page} in {name} {list(shape)}"
     if problem:
         raise ArtifactError(f"the pool of pages {problem}", where=where)
     return frozenset(pool.states)
 
 
-def _together(manifest: Manifest, state: State, page: int) -> tuple[int, ...]:
-    """Return for how many slots one entry of the second extent of a pool's state may be.
+def _together(manifest: Manifest, state: State, pool: Pool) -> tuple[int, ...]:
+    """Return for how many slots one entry of a pool's state, in the extent of the pages, may be.
 
     Keys stand in blocks ``[heads, slots / 16, D, lanes]``, values in rows of float32, in pairs of 16 bits or
     in blocks of bytes; in caches that keep each by itself, both in rows. What describes the keys of a page
-    lies together, ``[heads, pages, parts, D, lanes]``. On GPUs each slot is an entry.
+    lies together, ``[heads, pages, parts, D, lanes]``. On GPUs each slot is an entry;
+    of descriptors a page has several that share its slots.
     """
+    page = pool.page
     if manifest.target.kind == "cuda":
-        return (1,)
+        described = page_extent("cuda", state.shape) == 0
+        return (page // max(state.shape[0] // pool.pages, 1),) if described else (1,)
     if len(state.shape) == 5 or state.dtype == "float16":  # scales
         return (page,)
     size = dtypes.itemsize(state.dtype)

@@ -8,16 +8,18 @@ is named; then the graph is recorded, and later runs are one launch each.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable, Mapping
+from math import prod
 from typing import TYPE_CHECKING
 
-from mimo_compile.errors import EnvironmentMismatch, MimoError, UsageError
+from mimo_compile.errors import ArtifactError, EnvironmentMismatch, MimoError, UsageError
 from mimo_compile.runtime import device_code, dtypes, gpu_device
 from mimo_compile.runtime.entry import state_spans
 from mimo_compile.runtime.gpu_entry import DeviceEntry
 from mimo_compile.runtime.memory import Bytes, as_array
-from mimo_compile.runtime.pages import PagePool, pooled_states
-from mimo_compile.runtime.program import Buffer, Entry, Manifest
+from mimo_compile.runtime.pages import PagePool, page_extent, pooled_states
+from mimo_compile.runtime.program import Buffer, Entry, Manifest, Pool
 
 if TYPE_CHECKING:
     from mimo_compile.runtime.container import Parts
@@ -128,9 +130,11 @@ class GpuMachine:
     def table(self, buffer: Buffer, slot: int) -> Bytes | None:
         """Return what is to be copied into a buffer before kernels read it: block tables of the pool."""
         pool = None if self._manifest.decoder is None else self._manifest.decoder.pool
-        if pool is None or self._tables is None or buffer.source != pool.table:
+        if pool is None or self._tables is None:
             return None
-        begin = self._each(pool.table) * slot
+        if buffer.kind != "state" or buffer.source != pool.table:
+            return None
+        begin = self._each(pool.table) * slot + buffer.offset
         return self._tables[begin : begin + dtypes.size(buffer.dtype, buffer.shape)]
 
     def _pages(self) -> PagePool | None:
@@ -140,26 +144,45 @@ class GpuMachine:
         state = self._manifest.states[pool.table]
         self._tables = self.device.host(self._states[pool.table][1])
         tables = as_array(self._tables, state.dtype, (self._batch, *state.shape[1:]))
-        return PagePool(pool, tables, self._copy_page, self._copy_states)
+        # not of the machine: it has the pool, and its memory is to go as soon as nobody has it
+        copy_page = _page_copier(self.device, self._manifest, pool, self._states)
+        alone = [
+            (start, self._each(n))
+            for n, (start, _) in self._states.items()
+            if n not in self._shared
+        ]
+        return PagePool(pool, tables, copy_page, _slot_copier(self.device, alone))
 
-    def _copy_page(self, source: int, page: int) -> None:
-        """Copy what all caches hold in one page to another one."""
-        decoder = self._manifest.decoder
-        assert decoder is not None and decoder.pool is not None
-        for name in decoder.pool.states:
-            start, size = self._states[name]
-            rows = self._manifest.states[name].shape[0]
-            each = size // rows // decoder.pool.pages
-            for row in range(rows):
-                first = start + row * (size // rows)
-                self.device.copy(first + page * each, first + source * each, each)
 
-    def _copy_states(self, source: int, slot: int) -> None:
-        """Copy what a sequence keeps by itself to another one's place."""
-        for name, (start, _) in self._states.items():
-            if name not in self._shared:
-                each = self._each(name)
-                self.device.copy(start + slot * each, start + source * each, each)
+def _page_copier(
+    device: gpu_device.Device, manifest: Manifest, pool: Pool, places: Mapping[str, tuple[int, int]]
+) -> Callable[[int, int], None]:
+    """Return what queues copies of a page to another one, of all caches; ``places``: addresses and bytes."""
+    strips = []  # address, bytes of a page
+    for name in pool.states:
+        (start, size), shape = places[name], manifest.states[name].shape
+        rows = prod(shape[: page_extent(manifest.target.kind, shape)])
+        strips += [(start + r * (size // rows), size // rows // pool.pages) for r in range(rows)]
+
+    def copy_page(source: int, page: int) -> None:
+        device.enter()
+        for first, each in strips:
+            device.copy(first + page * each, first + source * each, each)
+
+    return copy_page
+
+
+def _slot_copier(
+    device: gpu_device.Device, places: Iterable[tuple[int, int]]
+) -> Callable[[int, int], None]:
+    """Return what queues copies of a sequence's own states to another's; ``places``: addresses and bytes."""
+
+    def copy(source: int, slot: int) -> None:
+        device.enter()
+        for start, each in places:
+            device.copy(start + slot * each, start + source * each, each)
+
+    return copy
 
 
 def open_machine(
@@ -207,6 +230,15 @@ def _fitting(manifest: Manifest, where: str) -> gpu_device.Device:
             f"the artifact is for {target.name}, and this machine {why}", where=where, remedy=remedy
         )
 
+    built = manifest.versions.get("cuda", "")
+    release = re.fullmatch(r"([0-9]{1,4})\.[0-9]{1,4}", built)
+    if release is None:
+        raise ArtifactError(
+            f"the manifest says that the code was made by CUDA {built!r}, which is no release such as 13.0",
+            where=where,
+            remedy="Compile it again.",
+        )
+    major_release = int(release[1])
     try:
         device = gpu_device.open_device()
     except MimoError as error:
@@ -216,12 +248,11 @@ def _fitting(manifest: Manifest, where: str) -> gpu_device.Device:
     if device.capability != wanted:
         major, minor = device.capability
         raise misfit(f"has {device.name}, of compute capability {major}.{minor}")
-    built = manifest.versions.get("cuda", "0.0")
-    if device.cuda[0] < int(built.partition(".")[0]):
+    if device.cuda[0] < major_release:
         here = ".".join(map(str, device.cuda))
         raise misfit(
             f"has a driver of CUDA {here}; its code was made by CUDA {built}",
-            f"Install a driver of CUDA {built.partition('.')[0]} or later, or compile it again with nvcc "
+            f"Install a driver of CUDA {major_release} or later, or compile it again with nvcc "
             f"{device.cuda[0]}.",
         )
     return device

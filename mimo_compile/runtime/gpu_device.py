@@ -8,6 +8,7 @@ way to launch, and tensor maps, copies and fills need no nodes of their own maki
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import weakref
 from collections.abc import Callable, Mapping
@@ -23,8 +24,8 @@ from mimo_compile.errors import MimoError
 from mimo_compile.runtime.device_code import Code
 from mimo_compile.runtime.memory import Bytes
 
-_PER_THREAD = 1
-"""Of CUstreamCaptureMode: what other threads do meanwhile does not matter."""
+_NON_BLOCKING = 1
+"""Of CUstream_flags: others in this process may use the default stream, also while this one is captured."""
 
 Work = Callable[[], None]
 
@@ -52,7 +53,11 @@ class Device(Protocol):
         """
 
     def host(self, size: int) -> Bytes:
-        """Return memory of this process from and to which copies are fast and can be recorded."""
+        """Return memory of this process from and to which copies are fast and can be recorded.
+
+        Raises:
+            MimoError: There is not as much.
+        """
 
     def write(self, address: int, data: Bytes) -> None:
         """Queue a copy to the device; the data must stay until it has taken place."""
@@ -70,13 +75,17 @@ class Device(Protocol):
         """Return what queues a call of a kernel on arrays at these addresses, scratch arrays among them."""
 
     def record(self, work: Work) -> Work:
-        """Return what queues at once all that some work would queue; nothing takes place now."""
+        """Return what queues at once all that some work would queue; nothing takes place now.
+
+        Raises:
+            MimoError: It cannot be recorded; all else is as it was.
+        """
 
     def wait(self) -> None:
         """Wait for all that was queued."""
 
     def seconds(self, work: Work) -> float:
-        """Return how long it takes what some work queues."""
+        """Return how long what some work queues takes; without gaps between kernels if it was recorded."""
 
 
 class CudaDevice:
@@ -86,24 +95,18 @@ class CudaDevice:
         """Look at the GPU; its memory is not touched before `enter`."""
         self._on = on
         self.name, self.capability, self.cuda = on.name, on.capability, on.release_of_cuda
-        self._process = os.getpid()
         self._cleanup = ExitStack()
         self._stream: c_void_p | None = None
         self._modules: dict[str, c_void_p] = {}
 
     def enter(self) -> None:
         """Make the GPU's context current."""
-        if os.getpid() != self._process:
-            raise MimoError(
-                f"the GPU's memory belongs to process {self._process}, from which this one was forked",
-                remedy="Load the artifact in each process, and start processes by spawn.",
-            )
         self._on.enter()
         if self._stream is None:
-            gone = weakref.finalize(self, _left, self._on, self._process, self._cleanup)
+            gone = weakref.finalize(self, _left, self._on, self._cleanup)
             gone.atexit = False  # a process that ends gives everything back
             stream = c_void_p()
-            self._on("cuStreamCreate", byref(stream), 0)
+            self._on("cuStreamCreate", byref(stream), _NON_BLOCKING)
             self._cleanup.callback(self._on.release, "cuStreamDestroy_v2", stream)
             self._stream = stream
 
@@ -111,7 +114,7 @@ class CudaDevice:
         """Return device memory."""
         place = c_uint64()
         try:
-            self._on("cuMemAlloc_v2", byref(place), max(size, 1))
+            self._taken("cuMemAlloc_v2", place, size)
         except _cuda.CudaError as error:
             if error.code != _cuda.OUT_OF_MEMORY:
                 raise
@@ -126,14 +129,31 @@ class CudaDevice:
         self._cleanup.callback(self._on.release, "cuMemFree_v2", place)
         return place.value
 
+    def _taken(self, function: str, place: c_uint64 | c_void_p, size: int) -> None:
+        """Take memory; if there is none, once more without modules that nobody has any more."""
+        try:
+            self._on(function, byref(place), max(size, 1))
+        except _cuda.CudaError as error:
+            if error.code != _cuda.OUT_OF_MEMORY:
+                raise
+            gc.collect()
+            self._on(function, byref(place), max(size, 1))
+
     def host(self, size: int) -> Bytes:
         """Return memory that the system does not move."""
         place = c_void_p()
-        self._on("cuMemAllocHost_v2", byref(place), max(size, 1))
+        try:
+            self._taken("cuMemAllocHost_v2", place, size)
+        except _cuda.CudaError as error:
+            if error.code != _cuda.OUT_OF_MEMORY:
+                raise
+            raise MimoError(
+                f"{size / 2**20:.2f} MiB of this machine's memory are not to be had, from and to which "
+                f"{self.name} copies inputs and outputs",
+                remedy="End what else takes memory that the system must not move, or use a smaller --batch.",
+            ) from error
         memory = (ctypes.c_ubyte * max(size, 1)).from_address(place.value or 0)
-        gone = weakref.finalize(
-            memory, _free_host, self._on, self._process, place
-        )  # with the last view
+        gone = weakref.finalize(memory, _free_host, self._on, place)  # with the last view
         gone.atexit = False
         made: Bytes = np.frombuffer(memoryview(memory), np.uint8, size)
         return made
@@ -152,7 +172,8 @@ class CudaDevice:
 
     def zero(self, address: int, size: int) -> None:
         """Queue filling with zeros."""
-        self._on("cuMemsetD8Async", address, 0, size, self._stream)
+        if size:
+            self._on("cuMemsetD8Async", address, 0, size, self._stream)
 
     def kernel(self, name: str, code: Code, places: Mapping[str, int]) -> Work:
         """Load a kernel's code, and encode its tensor maps for these addresses."""
@@ -181,19 +202,8 @@ class CudaDevice:
 
     def record(self, work: Work) -> Work:
         """Capture what some work queues as a CUDA graph."""
-        graph, made = c_void_p(), c_void_p()
-        self._on("cuStreamBeginCapture_v2", self._stream, _PER_THREAD)
-        try:
-            work()
-        except BaseException:
-            self._on.release("cuStreamEndCapture", self._stream, byref(graph))
-            self._on.release("cuGraphDestroy", graph)
-            raise
-        self._on("cuStreamEndCapture", self._stream, byref(graph))
-        try:
-            self._on("cuGraphInstantiateWithFlags", byref(made), graph, 0)
-        finally:
-            self._on.release("cuGraphDestroy", graph)
+        assert self._stream is not None, "enter comes first"
+        made = _cuda.captured(self._on, self._stream, work)
         self._cleanup.callback(self._on.release, "cuGraphExecDestroy", made)
         return partial(self._on, "cuGraphLaunch", made, self._stream)
 
@@ -217,16 +227,19 @@ class CudaDevice:
         return passed.value * 1e-3
 
 
-def _left(on: _cuda.Driver, process: int, cleanup: ExitStack) -> None:
+def _left(on: _cuda.Driver, cleanup: ExitStack) -> None:
     """Give everything back; a process that was forked has nothing of it."""
-    if os.getpid() == process:
+    if os.getpid() == on.process:
         with suppress(MimoError):
             on.enter()  # in whatever thread this is
         cleanup.close()
 
 
-def _free_host(on: _cuda.Driver, process: int, place: c_void_p) -> None:
-    if os.getpid() == process:
+def _free_host(on: _cuda.Driver, place: c_void_p) -> None:
+    """Give back what `CudaDevice.host` returned; see `_left`."""
+    if os.getpid() == on.process:
+        with suppress(MimoError):
+            on.enter()
         on.release("cuMemFreeHost", place)
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
-from mimo_compile._cuda import CudaError
 from mimo_compile.errors import DeviceLost, MimoError, UsageError
 from mimo_compile.runtime import dtypes
 from mimo_compile.runtime.entry import Array, Timing
@@ -47,6 +47,7 @@ class DeviceEntry:
             ),
         ]
         self._replay: Work | None = None
+        self._timed: list[tuple[Call | None, Work]] | None = None
 
     def _staged(self, index: int) -> Array:
         buffer = self.program.buffers[index]
@@ -104,17 +105,26 @@ class DeviceEntry:
         """
         if self._replay is None:
             self._run_each()
-            if os.environ.get(GRAPHS) != "0":
-                try:
-                    self._replay = self._device.record(self._queue)
-                except MimoError as error:
-                    raise self._failure(None, error) from error
+            if _graphs():
+                self._record()
             return
         try:
             self._replay()
             self._device.wait()
         except MimoError as error:
             raise self._failure(None, error) from error
+
+    def _record(self) -> None:
+        """Make the graph of later runs; the run before has succeeded, so that a failure is no error."""
+        try:
+            self._replay = self._device.record(self._queue)
+        except MimoError as error:
+            warnings.warn(
+                f"entry {self.name} of {self._machine.where} still runs kernel by kernel: no graph of it "
+                f"could be made: {error}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def _queue(self) -> None:
         for _, work in self._steps:
@@ -129,13 +139,19 @@ class DeviceEntry:
                 raise self._failure(call, error) from error
 
     def timings(self, arrays: Sequence[Array], repeat: int) -> list[Timing]:
-        """Run `repeat` times on these inputs; returns the median time of each kernel call, by events."""
+        """Run `repeat` times on these inputs; returns the median time of each kernel call, by events.
+
+        Each call is a graph of its own, unless there are to be none: else events would tell how long it takes
+        to queue its launches.
+        """
         calls = self.program.calls
+        if self._timed is None:
+            self._timed = [(c, w if c is None else self._recorded(c, w)) for c, w in self._steps]
         times = np.empty((repeat, len(calls)))
         for row in times:
             self.fill(arrays)
             taken = []
-            for call, work in self._steps:
+            for call, work in self._timed:
                 try:
                     if call is None:
                         work()
@@ -150,9 +166,16 @@ class DeviceEntry:
             for call, seconds in zip(calls, np.median(times, 0), strict=True)
         ]
 
+    def _recorded(self, call: Call, work: Work) -> Work:
+        """Return a call as a graph."""
+        try:
+            return self._device.record(work) if _graphs() else work
+        except MimoError as error:
+            raise self._failure(call, error) from error
+
     def _failure(self, call: Call | None, error: MimoError) -> MimoError:
         """Return what to raise for an error in a call, or in what can be told of the entry alone."""
-        lost = isinstance(error, CudaError) and error.lost
+        lost = isinstance(error, DeviceLost)
         where, what = self._machine.where, f"entry {self.name}"
         if call is not None:
             at = next(i for i, one in enumerate(self.program.calls) if one is call)
@@ -162,10 +185,13 @@ class DeviceEntry:
         remedy = error.remedy
         if lost and call is None and self._replay is not None:
             remedy = f"Set {GRAPHS}=0 and try again: then kernels run one by one, and it is named"
-        elif lost:
-            remedy = "The GPU answers nothing more in this process: start another one"
         kind = DeviceLost if lost else MimoError
         return kind(f"{what} failed: {error.what}", where=where, remedy=remedy)
+
+
+def _graphs() -> bool:
+    """Return whether kernels are to be launched as graphs."""
+    return os.environ.get(GRAPHS) != "0"
 
 
 def _bytes(array: Array) -> Any:

@@ -165,6 +165,15 @@ def taken(pool: PagePool | None, wants: Sequence[Want]) -> Iterator[None]:
         raise
 
 
+def page_extent(kind: str, shape: Sequence[int]) -> int:
+    """Return which extent of a pooled state's shape goes over pages: 0 or 1.
+
+    Heads come first, but for descriptors on GPUs (``kind`` "cuda"), ``[entries of the pool, KV, parts, D]``;
+    all else there has three extents.
+    """
+    return 0 if kind == "cuda" and len(shape) == 4 else 1
+
+
 def copier(pool: Pool, caches: Sequence[Array]) -> Callable[[int, int], None]:
     """Return what copies a page to another one, of caches in memory.
 

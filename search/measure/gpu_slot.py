@@ -19,7 +19,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from mimo_compile._cuda import Driver, Launches
+from mimo_compile._cuda import Driver, Launches, captured
 from mimo_compile.runtime.device_code import DeviceKernel
 from mimo_compile.schedules.cuda.memory import carrier
 from mimo_compile.search.meters.nvml import NvmlMeter
@@ -34,8 +34,6 @@ GRAPHS = 16
 """Most graphs kept of one kernel."""
 _SPIN_S = 0.02
 """Least seconds of work that is queued at a time while joules are read."""
-_THREAD_LOCAL = 1
-"""Of CUstreamCaptureMode: what other threads call does not matter."""
 
 
 class DeviceArgument:
@@ -147,6 +145,7 @@ class GpuSlot:
         self._graphs: dict[tuple[int, int], c_void_p] = {}
         kernel = msgspec.convert(request["device"], DeviceKernel)
         try:
+            # a blocking stream: copies from and to arguments, of the default one, wait for it and it for them
             self._stream = self._made("cuStreamCreate", "cuStreamDestroy_v2", 0)
             self._events = [self._made("cuEventCreate", "cuEventDestroy_v2", 0) for _ in range(2)]
             self._module = c_void_p()
@@ -217,18 +216,13 @@ class GpuSlot:
             return self._graphs[number, start]
         if len(self._graphs) >= GRAPHS:
             self._on.release("cuGraphExecDestroy", self._graphs.pop(next(iter(self._graphs))))
-        self._on("cuStreamBeginCapture_v2", self._stream, _THREAD_LOCAL)
-        for i in range(number):
-            self._queue(start + i)
-        graph, ready = c_void_p(), c_void_p()
-        self._on("cuStreamEndCapture", self._stream, byref(graph))
-        try:
-            self._on("cuGraphInstantiateWithFlags", byref(ready), graph, 0)
-        finally:
-            self._on.release("cuGraphDestroy", graph)
+
+        def calls() -> None:
+            for i in range(number):
+                self._queue(start + i)
+
+        ready = captured(self._on, self._stream, calls)
         self._graphs[number, start] = ready
-        # else its first launch, which may be the one that is timed, would bring it to the GPU
-        self._on("cuGraphUpload", ready, self._stream)
         return ready
 
     def spin(self, seconds: float) -> tuple[int, float]:

@@ -8,20 +8,27 @@ import gc
 import os
 import shutil
 import subprocess
+import threading
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
-from gpu_samples import decoder_gpu, inputs, kernels, made, plain_gpu
+from gpu_samples import COLUMNS, PAGE, PAGES, decoder_gpu, inputs, kernels, made, plain_gpu
 from runtime_samples import BATCH, N, reference_logits
 
 from mimo_compile import _cuda
 from mimo_compile.artifact import Artifact
-from mimo_compile.errors import DeviceLost, EnvironmentMismatch, MimoError, UsageError
-from mimo_compile.runtime import load
+from mimo_compile.errors import (
+    ArtifactError,
+    DeviceLost,
+    EnvironmentMismatch,
+    MimoError,
+    UsageError,
+)
+from mimo_compile.runtime import gpu_device, load
 from mimo_compile.runtime.batch import append_each
-from mimo_compile.runtime.program import Call, Programs
+from mimo_compile.runtime.program import Buffer, Call, Programs, State
 from mimo_compile.runtime.routers import tapped
 
 ROOTS = [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")), Path("/usr/local/cuda")]
@@ -46,6 +53,10 @@ class Fake:
     def machine(self, capability=90, version=13000, devices=1, room=1 << 40) -> None:
         self.library.fake_machine(capability, version, devices, room)
 
+    def refuse(self, what: int) -> None:
+        """Of a graph the begin (1), the end (2), to make it (3) or to upload it (4); or pinned memory (5)."""
+        self.library.fake_refuse(what)
+
     @property
     def held(self) -> int:
         """Things that were not given back."""
@@ -68,6 +79,7 @@ def fake(library, monkeypatch) -> Fake:
     if found.held:
         gc.collect()  # modules of other tests
     found.machine()
+    found.refuse(0)
     found.told()
     monkeypatch.setattr(_cuda, "LIBRARY", str(library))
     _cuda.driver.cache_clear()
@@ -115,7 +127,13 @@ def test_without_graphs_each_kernel_is_waited_for(fake, files, monkeypatch) -> N
 
 
 def test_times_of_kernels_come_from_events(fake, files) -> None:
-    timings = load(files["plain"]).profile("main", inputs(), repeat=3)
+    module = load(files["plain"])
+    fake.told()
+    timings = module.profile("main", inputs(), repeat=3)
+    told = fake.told()
+    assert (
+        told.count("graph") == 3 and told.count("replay") == 9
+    )  # no time to queue launches one by one
     assert [(t.label, t.kernel, t.seconds) for t in timings] == [
         ("first", "double", 0.25e-3), ("bias", "add", 0.25e-3), ("second", "double", 0.25e-3),
     ]  # fmt: skip
@@ -183,6 +201,166 @@ def test_unsaved_artifacts_run_and_experts_or_threads_are_refused(fake, files) -
             look()
 
 
+@pytest.mark.parametrize("what", [1, 2, 3, 4], ids=["begin", "end", "make", "upload"])
+def test_a_graph_that_cannot_be_made_costs_no_run(fake, files, what) -> None:
+    module, x = load(files["plain"]), inputs()
+    fake.refuse(what)
+    with pytest.warns(
+        RuntimeWarning, match=r"entry accumulate of .*plain.mimo still runs kernel by"
+    ):
+        found, _ = module.call("accumulate", x)
+    assert np.array_equal(found, x)
+    fake.refuse(0)
+    for turn in (2, 3):
+        assert np.array_equal(module.call("accumulate", x)[0], turn * x)
+    assert "replay" in fake.told()
+    del module
+    gc.collect()
+    assert fake.held == 0
+
+
+def test_recording_bears_what_others_do(fake) -> None:
+    """Another device's memory goes, and the default stream is used, while one records."""
+    on = _cuda.driver()
+    others = [gpu_device.CudaDevice(on), gpu_device.CudaDevice(on)]
+    for other in others:
+        other.enter()
+    del other
+    second = others[0].allocate(64, "a test")
+    others[1].allocate(64, "a test")
+    device = gpu_device.CudaDevice(on)
+    device.enter()
+    place, data, back = device.allocate(64, "a test"), device.host(64), device.host(64)
+    data[:] = 7
+    back[:] = 0
+    before = fake.held
+
+    def work() -> None:
+        device.write(place, data)
+        del others[1]
+        gc.collect()
+        on("cuMemcpyHtoD_v2", second, data.ctypes.data, 64)
+        device.read(place, back)
+
+    replay = device.record(work)
+    assert fake.held == before - 2 + 1  # memory and stream of the other one; the graph
+    assert not back.any()
+    replay()
+    device.wait()
+    assert (back == 7).all()
+
+
+def test_memory_goes_with_the_module(fake, files) -> None:
+    gc.disable()
+    try:
+        for name in ("plain", "pages"):
+            module = load(files[name])
+            if name == "plain":
+                module(inputs())
+            else:
+                module.session(slot=0).append([1, 2, 3])
+            del module
+            assert fake.held == 0
+        for power in range(8, 24):  # enough for one, not for two
+            fake.machine(room=1 << power)
+            try:
+                one = [load(files["plain"])]
+                break
+            except MimoError:
+                continue
+        one.append(one)
+        del one
+        assert fake.held
+        load(files["plain"])(inputs())  # the collector is asked before memory is said to be short
+    finally:
+        gc.enable()
+
+
+def test_inputs_live_as_long_as_somebody_looks(fake, files) -> None:
+    bound = load(files["plain"]).bind("main")
+    kept = [*bound.inputs.values(), *bound.outputs.values()]
+    del bound
+    gc.collect()
+    assert fake.held == 2
+    thread = threading.Thread(target=kept.clear)
+    thread.start()
+    thread.join()
+    assert fake.held == 0
+    module = load(files["plain"])
+    fake.refuse(5)
+    with pytest.raises(MimoError, match=r"MiB of this machine's memory are not to be had.*--batch"):
+        module(inputs())
+
+
+def test_pages_and_states_are_copied_whole(fake, tmp_path) -> None:
+    """Of caches with several heads, of descriptors, and of what each sequence keeps by itself."""
+    artifact = decoder_gpu(BATCH, pages=True)
+    manifest = artifact.manifest
+    more = {"two": State((2, PAGES * PAGE, 4), "float32"), "own": State((1, 64), "int32"),
+            "described": State((4 * PAGES, 2, 2, 8), "bfloat16")}  # fmt: skip
+    pool = msgspec.structs.replace(manifest.decoder.pool, states=("cache", "described", "two"))
+    decoder = msgspec.structs.replace(manifest.decoder, pool=pool)
+    manifest = msgspec.structs.replace(
+        manifest, decoder=decoder, states={**manifest.states, **more}
+    )
+    module = load(dataclasses.replace(artifact, manifest=manifest).save(tmp_path / "more.mimo"))
+    machine, rng = module._machine, np.random.default_rng(0)
+    wanted = {}
+    for name in more:
+        at, size = machine._states[name]
+        wanted[name] = rng.integers(0, 256, size, np.uint8)
+        machine.device.write(at, wanted[name])
+    machine.device.wait()
+    module.pool.take([(0, 0, PAGE + 4)])
+    module.pool.share(0, 2, PAGE + 4)
+    source = module.pool.held(0)[1]
+    errors = []
+
+    def take() -> None:  # in a thread that has not used the GPU
+        try:
+            module.pool.take([(2, PAGE + 4, PAGE + 5)])
+        except MimoError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=take)
+    thread.start()
+    thread.join()
+    page = module.pool.held(2)[1]
+    assert not errors and page != source
+    wanted["two"].reshape(2, PAGES, -1)[:, page] = wanted["two"].reshape(2, PAGES, -1)[:, source]
+    wanted["described"].reshape(PAGES, -1)[page] = wanted["described"].reshape(PAGES, -1)[source]
+    wanted["own"].reshape(BATCH, -1)[2] = wanted["own"].reshape(BATCH, -1)[0]
+    for name, expected in wanted.items():
+        found = np.zeros_like(expected)
+        machine.device.read(machine._states[name][0], found)
+        machine.device.wait()
+        assert np.array_equal(found, expected), name
+    row = machine.table(Buffer("state", (1, COLUMNS - 1), "int32", 4, "table"), 2)
+    assert row.view(np.int32)[0] == page
+    assert machine.table(Buffer("weight", (1, COLUMNS), "int32", 0, "table"), 0) is None
+    for entries in (PAGES, 16 * PAGES, 3 * PAGES, 32 * PAGES, PAGES + 1):
+        states = manifest.states | {"described": State((entries, 2, 2, 8), "bfloat16")}
+        bad = dataclasses.replace(
+            artifact, manifest=msgspec.structs.replace(manifest, states=states)
+        )
+        if PAGE % (entries / PAGES):
+            with pytest.raises(ArtifactError, match="pages of 16 in described"):
+                bad.module()
+        else:
+            bad.module()
+
+
+def test_sequences_fork_in_other_threads(fake, files) -> None:
+    session = load(files["pages"]).session(slot=0)
+    session.append(list(range(100, 120)))
+    forked = []
+    thread = threading.Thread(target=lambda: forked.append(session.fork(2)))
+    thread.start()
+    thread.join()
+    (logits,) = forked[0].logits(forked[0].append([4]))
+    assert np.array_equal(logits[0], reference_logits([*range(100, 120), 4])[-1])
+
+
 def with_kernel(symbol: str) -> Artifact:
     """`plain_gpu` whose second call launches another function."""
     add = kernels()["add"].kernel
@@ -210,6 +388,13 @@ def test_a_kernel_that_fails_is_named(fake, tmp_path) -> None:
         MimoError, match=r"kernel add failed: .*cuModuleGetFunction.*500.*bias, call 1"
     ):
         load(with_kernel("absent").save(tmp_path / "absent.mimo"))(inputs())
+
+
+def test_a_lost_gpu_stays_lost(fake, files, tmp_path) -> None:
+    module = load(with_kernel("sticky").save(tmp_path / "sticky.mimo"))
+    for work in (lambda: module(inputs()), module.reset, lambda: load(files["plain"])):
+        with pytest.raises(DeviceLost, match=r"\(700\).*start another one"):
+            work()
 
 
 def test_memory_that_does_not_suffice_is_told(fake, files) -> None:
@@ -247,6 +432,17 @@ def test_machines_that_do_not_fit_are_refused(fake, files, facts, what, remedy) 
     assert fake.held == 0
 
 
+@pytest.mark.parametrize("release", ["x", "13", "", None])
+def test_a_release_of_cuda_must_be_one(fake, tmp_path, release) -> None:
+    artifact = plain_gpu()
+    versions = {k: v for k, v in artifact.manifest.versions.items() if k != "cuda"}
+    versions |= {} if release is None else {"cuda": release}
+    manifest = msgspec.structs.replace(artifact.manifest, versions=versions)
+    path = dataclasses.replace(artifact, manifest=manifest).save(tmp_path / "bad.mimo")
+    with pytest.raises(ArtifactError, match=f"made by CUDA '{release or ''}', which is no release"):
+        load(path)
+
+
 def test_a_machine_without_driver_is_refused(files, monkeypatch) -> None:
     monkeypatch.setattr(_cuda, "LIBRARY", "libcuda-that-is-not-there.so")
     _cuda.driver.cache_clear()
@@ -260,14 +456,15 @@ def test_a_machine_without_driver_is_refused(files, monkeypatch) -> None:
 def test_a_fork_is_refused(fake, files) -> None:
     module = load(files["plain"])
     module(inputs())
-    child = os.fork()
-    if child == 0:
-        try:
-            module(inputs())
-        except MimoError as error:
-            os._exit(7 * ("was forked" in str(error)))
-        os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    for work in (lambda: module(inputs()), lambda: load(files["plain"])):
+        child = os.fork()
+        if child == 0:
+            try:
+                work()
+            except MimoError as error:
+                os._exit(7 * ("was forked" in str(error) and "by spawn" in str(error)))
+            os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 
 
 def test_routing_is_not_looked_at(fake, files) -> None:

@@ -1,5 +1,6 @@
 /* Stands in for libcuda: device memory is the host's, and kernels are the functions below, by name. The
-   prototypes are those of cuda.h. What is queued takes place at once, but for what is captured. */
+   prototypes are those of cuda.h. What is queued on a stream takes place when somebody waits for it, what is
+   queued on the default one at once, after all that blocking streams have. */
 #include <cuda.h>
 #include <math.h>
 #include <stdio.h>
@@ -24,14 +25,23 @@ typedef struct {
 } Work;
 typedef struct { int count; Work work[MOST]; } Graph;
 
-static int held, set_current, broken, capability = 90, version = 13000, devices = 1;
+static _Thread_local int set_current;
+static int held, broken, capability = 90, version = 13000, devices = 1;
 static float last_ms = 0.25f; /* whatever lies between two events takes as long as its last launch */
 static size_t room = (size_t)1 << 40, used;
 static Graph *capturing;
 static CUstream captured;
+static CUstreamCaptureMode how; /* it captures */
+static int invalid; /* what is captured: something was done meanwhile that must not be */
+static int refused; /* of graphs: 1 begin, 2 end, 3 instantiate, 4 upload; 5: memory of the host */
+typedef struct { char kind; unsigned flags; } Stream;
+typedef struct Pending { struct Pending *next; CUstream on; Work work; } Pending;
+static Pending *pending, **last = &pending;
+static struct { char *begin; size_t size; } pinned[1024];
 static char told[1 << 16];
 
 int fake_held(void) { return held; }
+void fake_refuse(int what) { refused = what; }
 /* What the driver was asked since this was last asked. */
 const char *fake_told(void) {
   static char before[sizeof told];
@@ -41,6 +51,14 @@ const char *fake_told(void) {
 }
 void fake_machine(int new_capability, int new_version, int new_devices, long long new_room) {
   capability = new_capability; version = new_version; devices = new_devices; room = (size_t)new_room;
+  broken = 0;
+}
+static CUresult drained(CUstream on, int all);
+static int blocking(CUstream on) { return !(((Stream *)on)->flags & CU_STREAM_NON_BLOCKING); }
+/* Whether a call is one that threads must not make while they capture, but in the relaxed mode. */
+static int unsafe(void) {
+  if (!capturing || how == CU_STREAM_CAPTURE_MODE_RELAXED) return 0;
+  return invalid = 1;
 }
 static void tell(const char *what) {
   if (strlen(told) + strlen(what) + 2 < sizeof told) strcat(strcat(told, what), " ");
@@ -82,15 +100,22 @@ CUresult cuCtxSetCurrent(CUcontext context) {
   return set_current ? 0 : CUDA_ERROR_INVALID_CONTEXT;
 }
 CUresult cuCtxSynchronize(void) {
-  return broken ? CUDA_ERROR_ILLEGAL_ADDRESS : set_current ? 0 : CUDA_ERROR_INVALID_CONTEXT;
+  CUresult error = drained(NULL, 1);
+  return error ? error : broken ? CUDA_ERROR_ILLEGAL_ADDRESS : set_current ? 0 : CUDA_ERROR_INVALID_CONTEXT;
 }
 CUresult cuModuleLoadData(CUmodule *module, const void *image) {
   if (broken) return CUDA_ERROR_ILLEGAL_ADDRESS;
+  if (!set_current) return CUDA_ERROR_INVALID_CONTEXT;
   if (memcmp(image, "\x7f" "ELF", 4)) return CUDA_ERROR_INVALID_IMAGE;
   *module = malloc(1); held++;
   return 0;
 }
-CUresult cuModuleUnload(CUmodule module) { free(module); held--; return 0; }
+CUresult cuModuleUnload(CUmodule module) {
+  if (!set_current) return CUDA_ERROR_INVALID_CONTEXT;
+  if (unsafe()) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
+  free(module); held--;
+  return 0;
+}
 CUresult cuModuleGetFunction(CUfunction *function, CUmodule module, const char *name) {
   for (unsigned i = 0; module && i < sizeof known / sizeof *known; i++)
     if (!strcmp(known[i].name, name)) {
@@ -121,17 +146,85 @@ CUresult cuMemAlloc(CUdeviceptr *place, size_t size) {
   *place = set_current ? (CUdeviceptr)taken(size) : 0;
   return *place ? 0 : CUDA_ERROR_OUT_OF_MEMORY;
 }
-CUresult cuMemFree(CUdeviceptr place) { given_back((void *)place); return 0; }
-CUresult cuMemAllocHost(void **place, size_t size) { *place = malloc(size); held++; return 0; }
-CUresult cuMemFreeHost(void *place) { free(place); held--; return 0; }
+CUresult cuMemFree(CUdeviceptr place) {
+  if (!set_current) return CUDA_ERROR_INVALID_CONTEXT;
+  if (unsafe()) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
+  drained(NULL, 1);
+  given_back((void *)place);
+  return 0;
+}
+CUresult cuMemAllocHost(void **place, size_t size) {
+  int i = 0;
+  if (!set_current) return CUDA_ERROR_INVALID_CONTEXT;
+  while (pinned[i].begin)
+    if (++i == sizeof pinned / sizeof *pinned) return CUDA_ERROR_OUT_OF_MEMORY;
+  if (refused == 5) return CUDA_ERROR_OUT_OF_MEMORY;
+  pinned[i].begin = *place = malloc(size); pinned[i].size = size; held++;
+  return 0;
+}
+CUresult cuMemFreeHost(void *place) {
+  if (!set_current) return CUDA_ERROR_INVALID_CONTEXT;
+  if (unsafe()) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
+  for (size_t i = 0; i < sizeof pinned / sizeof *pinned; i++)
+    if (pinned[i].begin == place) pinned[i].begin = NULL;
+  free(place); held--;
+  return 0;
+}
+static int is_pinned(const void *place, size_t size) {
+  const char *begin = place;
+  for (size_t i = 0; i < sizeof pinned / sizeof *pinned; i++)
+    if (pinned[i].begin && begin >= pinned[i].begin && begin + size <= pinned[i].begin + pinned[i].size) return 1;
+  return 0;
+}
 
-/* Work: done at once, or noted in the graph that is captured. */
+/* Work: noted in the graph that is captured, or for when a stream is waited for; or done at once. */
 static CUresult done(Work *work);
+/* What a stream, or all of them, had to do is done; after an error the rest is left. */
+static CUresult drained(CUstream on, int all) {
+  CUresult error = 0;
+  for (Pending **at = &pending; *at;) {
+    Pending *one = *at;
+    if (!all && one->on != on) { at = &one->next; continue; }
+    *at = one->next;
+    if (!error) error = done(&one->work);
+    free(one);
+  }
+  for (last = &pending; *last;) last = &(*last)->next;
+  return error;
+}
+static CUresult drained_blocking(void) {
+  CUresult error = 0;
+  for (Pending *one = pending; one && !error;) {
+    CUstream on = one->on;
+    one = one->next;
+    if (!blocking(on)) continue;
+    error = drained(on, 0);
+    one = pending;
+  }
+  return error;
+}
+static void later(Work *work, CUstream on) {
+  Pending *one = malloc(sizeof *one);
+  one->next = NULL; one->on = on; one->work = *work;
+  *last = one; last = &one->next;
+}
 static CUresult queued(Work *work, CUstream on) {
   if (broken) return CUDA_ERROR_ILLEGAL_ADDRESS;
+  if (!set_current) return CUDA_ERROR_INVALID_CONTEXT;
   if (on && *(char *)on != 'S') return CUDA_ERROR_INVALID_HANDLE;
-  if (!capturing) return done(work);
-  if (on != captured) return CUDA_ERROR_STREAM_CAPTURE_IMPLICIT;
+  if (capturing && !on && blocking(captured)) {
+    invalid = 1;
+    return CUDA_ERROR_STREAM_CAPTURE_IMPLICIT;
+  }
+  if (!on) {
+    CUresult error = drained_blocking();
+    return error ? error : done(work);
+  }
+  if (!capturing || on != captured) {
+    later(work, on);
+    return 0;
+  }
+  if (invalid) return CUDA_ERROR_STREAM_CAPTURE_INVALIDATED;
   if (capturing->count == MOST) return CUDA_ERROR_OUT_OF_MEMORY;
   capturing->work[capturing->count++] = *work;
   return 0;
@@ -145,10 +238,12 @@ CUresult cuMemcpyHtoD(CUdeviceptr to, const void *from, size_t size) {
 CUresult cuMemcpyDtoH(void *to, CUdeviceptr from, size_t size) { return copied(to, (void *)from, size, NULL); }
 CUresult cuMemcpyHtoDAsync(CUdeviceptr to, const void *from, size_t size, CUstream on) {
   if (!capturing) tell("in");
+  else if (on == captured && !is_pinned(from, size)) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
   return copied((void *)to, from, size, on);
 }
 CUresult cuMemcpyDtoHAsync(void *to, CUdeviceptr from, size_t size, CUstream on) {
   if (!capturing) tell("out");
+  else if (on == captured && !is_pinned(to, size)) return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
   return copied(to, (void *)from, size, on);
 }
 CUresult cuMemcpyDtoDAsync(CUdeviceptr to, CUdeviceptr from, size_t size, CUstream on) {
@@ -170,46 +265,66 @@ CUresult cuLaunchKernel(CUfunction f, unsigned gx, unsigned gy, unsigned gz, uns
 }
 
 CUresult cuStreamCreate(CUstream *made, unsigned flags) {
-  *made = malloc(1); held++;
-  *(char *)*made = 'S';
-  return (CUresult)flags;
+  Stream *stream = malloc(sizeof *stream); held++;
+  stream->kind = 'S'; stream->flags = flags;
+  *made = (CUstream)stream;
+  return flags & ~CU_STREAM_NON_BLOCKING ? CUDA_ERROR_INVALID_VALUE : 0;
 }
-CUresult cuStreamDestroy(CUstream gone) { free(gone); held--; return 0; }
-CUresult cuStreamSynchronize(CUstream on) { return *(char *)on == 'S' && !capturing ? 0 : CUDA_ERROR_INVALID_HANDLE; }
+CUresult cuStreamDestroy(CUstream gone) { drained(gone, 0); free(gone); held--; return 0; }
+CUresult cuStreamSynchronize(CUstream on) {
+  if (*(char *)on != 'S' || (capturing && on == captured)) return CUDA_ERROR_INVALID_HANDLE;
+  CUresult error = drained(on, 0);
+  return error ? error : broken ? CUDA_ERROR_ILLEGAL_ADDRESS : 0;
+}
 CUresult cuStreamBeginCapture(CUstream on, CUstreamCaptureMode mode) {
-  if (capturing || !on || mode != CU_STREAM_CAPTURE_MODE_THREAD_LOCAL) return CUDA_ERROR_INVALID_VALUE;
+  if (capturing || !on || mode == CU_STREAM_CAPTURE_MODE_GLOBAL || refused == 1) return CUDA_ERROR_INVALID_VALUE;
   capturing = calloc(1, sizeof(Graph)); held++;
-  captured = on;
+  captured = on; how = mode; invalid = refused == 2;
   return 0;
 }
 CUresult cuStreamEndCapture(CUstream on, CUgraph *graph) {
+  if (capturing && invalid) {
+    free(capturing); held--;
+    capturing = NULL; *graph = NULL;
+    return CUDA_ERROR_STREAM_CAPTURE_INVALIDATED;
+  }
   *graph = (CUgraph)capturing;
   capturing = NULL;
   return *graph && on == captured ? 0 : CUDA_ERROR_INVALID_VALUE;
 }
 CUresult cuGraphInstantiateWithFlags(CUgraphExec *made, CUgraph graph, unsigned long long flags) {
   size_t size = offsetof(Graph, work) + ((Graph *)graph)->count * sizeof(Work);
+  if (refused == 3) return CUDA_ERROR_OUT_OF_MEMORY;
   *made = malloc(size); held++;
   memcpy(*made, graph, size);
   tell("graph");
   return (CUresult)flags;
 }
-CUresult cuGraphUpload(CUgraphExec made, CUstream on) { return made && on && !capturing ? 0 : CUDA_ERROR_INVALID_VALUE; }
-CUresult cuGraphDestroy(CUgraph graph) { free(graph); held--; return 0; }
+CUresult cuGraphUpload(CUgraphExec made, CUstream on) {
+  return made && on && !capturing && refused != 4 ? 0 : CUDA_ERROR_INVALID_VALUE; }
+CUresult cuGraphDestroy(CUgraph graph) { if (!graph) abort(); free(graph); held--; return 0; }
 CUresult cuGraphExecDestroy(CUgraphExec made) { free(made); held--; return 0; }
 CUresult cuGraphLaunch(CUgraphExec made, CUstream on) {
   tell("replay");
-  for (int i = 0; i < ((Graph *)made)->count; i++) {
-    CUresult error = done(&((Graph *)made)->work[i]);
-    if (error) return error;
-  }
-  return on ? 0 : CUDA_ERROR_INVALID_HANDLE;
+  if (!on) return CUDA_ERROR_INVALID_HANDLE;
+  if (broken) return CUDA_ERROR_ILLEGAL_ADDRESS;
+  if (!set_current) return CUDA_ERROR_INVALID_CONTEXT;
+  for (int i = 0; i < ((Graph *)made)->count; i++) later(&((Graph *)made)->work[i], on);
+  return 0;
 }
 
-CUresult cuEventCreate(CUevent *event, unsigned flags) { *event = malloc(1); held++; return (CUresult)flags; }
+CUresult cuEventCreate(CUevent *event, unsigned flags) { *event = calloc(1, sizeof(CUstream)); held++; return (CUresult)flags; }
 CUresult cuEventDestroy(CUevent event) { free(event); held--; return 0; }
-CUresult cuEventRecord(CUevent event, CUstream on) { return event && !(on && capturing) ? 0 : CUDA_ERROR_INVALID_HANDLE; }
-CUresult cuEventSynchronize(CUevent event) { return event ? 0 : CUDA_ERROR_INVALID_HANDLE; }
+CUresult cuEventRecord(CUevent event, CUstream on) {
+  if (!event || (on && capturing)) return CUDA_ERROR_INVALID_HANDLE;
+  *(CUstream *)event = on;
+  return on ? 0 : drained_blocking();
+}
+CUresult cuEventSynchronize(CUevent event) {
+  if (!event) return CUDA_ERROR_INVALID_HANDLE;
+  CUresult error = drained(*(CUstream *)event, 0);
+  return error ? error : broken ? CUDA_ERROR_ILLEGAL_ADDRESS : 0;
+}
 #undef cuEventElapsedTime
 CUresult cuEventElapsedTime(float *ms, CUevent begin, CUevent end) { *ms = last_ms; return begin == end; }
 CUresult cuGetErrorName(CUresult error, const char **name) {

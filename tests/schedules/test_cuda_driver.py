@@ -13,9 +13,11 @@ import pytest
 from cuda_sample import CudaSwiglu
 
 from mimo_compile.errors import MimoError, VerificationError
+from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.hardware import CUDA
 from mimo_compile.ir.ops import get_op, parse_workload
 from mimo_compile.ir.ops.base import Arg
+from mimo_compile.pipeline.device import predicted_us
 from mimo_compile.schedules.cuda import driver
 from mimo_compile.schedules.cuda.code import DeviceCode, Launch, TensorMap
 from mimo_compile.schedules.cuda.nvcc import USUAL, Binary, Usage, find_tool
@@ -127,3 +129,13 @@ def test_errors_are_named_and_nothing_stays_behind(on, library) -> None:
 def test_arrays_of_other_shapes_are_refused(on) -> None:
     with pytest.raises(ValueError, match="instead of float32"):
         driver.run(KERNEL, H200, {"x": np.ones((3, 99), np.float32)})
+
+
+def test_what_counts_do_not_tell_is_not_predicted() -> None:
+    """Such a kernel, of a plug-in, is compiled like any other; one that no SM can hold is not."""
+    usage = {name: Usage(8) for name in ("gate", "up")}
+    assert predicted_us(KERNEL, usage, H200) > 0
+    untold = dataclasses.replace(KERNEL, counts=Counts({}, {"dram": 1200.0}))
+    assert predicted_us(untold, usage, H200) == 0
+    with pytest.raises(ValueError, match="no SM of"):
+        predicted_us(KERNEL, {"gate": Usage(8), "up": Usage(8, shared_bytes=1 << 20)}, H200)
