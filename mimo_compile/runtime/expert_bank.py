@@ -29,6 +29,9 @@ class Claim(NamedTuple):
 class Bank:
     """Slots, and the experts that hold them; every method under the lock of its `Residency`.
 
+    A caller may be interrupted between any two steps. `_slot` alone says what is taken, and an expert is in
+    `_coming` before it has a slot and until it has none: at no time does one seem to be there that is not.
+
     What comes takes the place of an expert whose layer has more than its share of the slots, if there is one:
     layers run in turn, and would otherwise leave each other nothing.
     """
@@ -45,8 +48,6 @@ class Bank:
         self.slots, self._policy = slots, policy
         self._share = slots / layers
         self._keep = math.exp(-1 / (WINDOW * chosen))  # of a load, for each choice since
-        self._held: Counter[int] = Counter()  # slots of each layer
-        self._free = list(range(slots))[::-1]
         self._slot: dict[Key, int] = {}
         self._coming: dict[Key, bool] = {}  # whether ahead of need
         self._awaited: set[Key] = set()  # of them, those that are needed by now
@@ -112,24 +113,22 @@ class Bank:
             The slot; None where all slots hold what stays or comes.
         """
         vain = False
-        if self._free:
-            slot = self._free.pop()
+        taken = set(self._slot.values())
+        if len(taken) < self.slots:
+            slot = next(number for number in range(self.slots) if number not in taken)
         else:
             leaving = [k for k in self._slot if k not in keep and k not in self._coming]
             if not leaving:
                 return None
-            left = min(leaving, key=lambda k: (not self._above_share(k[0], key[0]), self._worth(k)))
-            slot, vain = self._slot.pop(left), left in self._fresh
+            held = Counter(k[0] for k in self._slot)  # with who comes: slots of each layer
+            held[key[0]] += 1
+            left = min(leaving, key=lambda k: (held[k[0]] <= self._share, self._worth(k)))
+            vain = left in self._fresh
             self._fresh.discard(left)
-            self._held[left[0]] -= 1
-        self._slot[key] = slot
-        self._held[key[0]] += 1
+            slot = self._slot.pop(left)
         self._coming[key] = ahead
+        self._slot[key] = slot
         return Claim(slot, vain)
-
-    def _above_share(self, layer: int, coming: int) -> bool:
-        """Whether a layer has more than its share of the slots, counting what comes for a layer."""
-        return self._held[layer] + (layer == coming) > self._share
 
     def _worth(self, key: Key) -> tuple[float, int, Key]:
         """Rank experts that may leave, the least first; no two are equal."""
@@ -145,10 +144,9 @@ class Bank:
 
     def gone(self, key: Key) -> None:
         """Note that an expert does not come after all."""
-        del self._coming[key]
+        self._slot.pop(key, None)
         self._awaited.discard(key)
-        self._held[key[0]] -= 1
-        self._free.append(self._slot.pop(key))
+        self._coming.pop(key, None)
 
     def abandoned(self) -> list[Key]:
         """Return the experts whose load a caller has broken off: there is but one, and it asks now."""

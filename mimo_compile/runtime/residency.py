@@ -3,8 +3,8 @@
 Nothing here knows kernels or files. Whoever runs a layer acquires its experts and gets their slots; what is
 missing is loaded there and then. What a layer will probably need may be foreseen, and is loaded by a thread
 of its own. That thread waits while somebody loads what is needed now, and breaks a load off as soon as it is
-no longer foreseen: what was foreseen wrongly costs no need its time. Which experts are there, and when they
-came, changes times and nothing else.
+no longer foreseen: what was foreseen wrongly is hardly waited for, though an expert has left for it that may
+be needed again. Which experts are there, and when they came, changes times and nothing else.
 """
 
 from __future__ import annotations
@@ -181,8 +181,8 @@ class Residency:
             self._changed.notify_all()
             if not self._wishes or self._busy:
                 return
-            self._busy = True
         try:
+            self._busy = True  # not before: an interrupt in between would leave it so
             if self._ahead is None:
                 self._ahead = ThreadPoolExecutor(1, "mimo-experts")
             self._ahead.submit(self._load_ahead)

@@ -157,7 +157,7 @@ class MappedWeights:
 
         def one(chunk: int) -> None:
             try:
-                self._read_hashed(chunk, 0, np.empty(0, np.uint8))
+                self._read_hashed(chunk, 0, np.empty(0, np.uint8), self._good)
             except (EOFError, OSError) as error:
                 reason = getattr(error, "strerror", None) or error
                 raise ArtifactError(
@@ -185,7 +185,7 @@ class MappedWeights:
 
         Chunks that were not hashed before are read as a whole, a block at a time, and what lies in `into`
         is of the very bytes that were hashed. If somebody has written to the file since, nothing counts as
-        hashed any more, and all is read once again.
+        hashed any more, and all is read again, until nobody writes meanwhile.
 
         Returns:
             How many bytes were read.
@@ -196,27 +196,34 @@ class MappedWeights:
             OSError: It cannot be read.
         """
         begin += self._spots[name].begin
-        stamp = self._stamp
-        total = self._read(begin, into)
-        with self._lock:
-            if (now := self._file.stamp()) != self._stamp:
-                self._stamp, self._good = now, bytearray(len(self._good))
-        return total if now == stamp else total + self._read(begin, into)
+        total = 0
+        while True:
+            with self._lock:
+                stamp, good = self._stamp, self._good
+            total += self._read(begin, into, good)
+            with self._lock:
+                if (now := self._file.stamp()) == stamp:
+                    return total
+                if self._stamp == stamp:  # else another thread has met the change
+                    self._stamp, self._good = now, bytearray(len(good))
 
-    def _read(self, begin: int, into: Bytes) -> int:
+    def _read(self, begin: int, into: Bytes, good: bytearray) -> int:
         end, total = begin + into.size, 0
         for chunk in range(begin // self._size, -(-end // self._size)):
             low, high = max(begin, chunk * self._size), min(end, (chunk + 1) * self._size)
             part = into[low - begin : high - begin]
-            if self._good[chunk]:
+            if good[chunk]:
                 self._file.read(self._start + low, part)
                 total += part.size
             else:
-                total += self._read_hashed(chunk, low, part)
+                total += self._read_hashed(chunk, low, part, good)
         return total
 
-    def _read_hashed(self, chunk: int, low: int, part: Bytes) -> int:
-        """Read and hash a chunk, and copy what it has from byte `low` on; returns the chunk's bytes."""
+    def _read_hashed(self, chunk: int, low: int, part: Bytes, good: bytearray) -> int:
+        """Read and hash a chunk, and copy what it has from byte `low` on; returns the chunk's bytes.
+
+        It is noted in `good`, which is of one stamp: what is hashed before a change does not count after it.
+        """
         first, end = chunk * self._size, min((chunk + 1) * self._size, self._member.size)
         digest, block = hashlib.sha256(), np.empty(min(_BLOCK, end - first), np.uint8)
         for at in range(first, end, _BLOCK):
@@ -226,7 +233,7 @@ class MappedWeights:
             begin, stop = max(at, low), min(at + piece.size, low + part.size)
             if begin < stop:
                 part[begin - low : stop - low] = piece[begin - at : stop - at]
-        self._take(chunk, digest.hexdigest())
+        self._take(chunk, digest.hexdigest(), good)
         return end - first
 
     def _check(
@@ -257,10 +264,10 @@ class MappedWeights:
     def _check_mapped(self, chunk: int) -> None:
         # hashlib lets other threads run meanwhile
         found = hashlib.sha256(self._member[chunk * self._size : (chunk + 1) * self._size].data)
-        self._take(chunk, found.hexdigest())
+        self._take(chunk, found.hexdigest(), self._good)
 
-    def _take(self, chunk: int, found: str) -> None:
-        """Note that a chunk was hashed.
+    def _take(self, chunk: int, found: str, good: bytearray) -> None:
+        """Note in `good` that a chunk was hashed.
 
         Raises:
             ArtifactError: Its hash is another one.
@@ -271,7 +278,7 @@ class MappedWeights:
                 where=self._where,
                 remedy="Copy the file again or compile it again.",
             )
-        self._good[chunk] = 1
+        good[chunk] = 1
 
 
 def chunk_bytes(total: int) -> int:

@@ -7,6 +7,7 @@ import mmap
 import os
 import re
 import shutil
+import threading
 from functools import cache
 from pathlib import Path
 
@@ -360,6 +361,36 @@ def test_damage_after_a_good_load_is_found(large, tmp_path):
         after = experts.facts()
     # nothing was written since the first round: in the second one nothing is hashed again
     assert after["bytes_read"] - before["bytes_read"] == each * (after["misses"] - before["misses"])
+
+
+def test_bytes_that_changed_while_two_threads_read_are_found(large, tmp_path, monkeypatch):
+    """One thread has hashed a chunk, somebody writes into it, another thread notices, the first goes on."""
+    path = Path(shutil.copy(large, tmp_path / "written.mimo"))
+    parts = open_artifact(path)
+    source = experts_of(parts, "1MiB").stacks[0].sources[0]
+    tensor = samples.weights("float", 2048)[0][source]
+    data = path.read_bytes()
+    at, each = data.index(tensor[1].tobytes()), tensor[1].nbytes
+    first, going, take = threading.current_thread(), [], parts.weights._take
+
+    def taken(chunk, *more):
+        if threading.current_thread() is first and not going:
+            going.append(chunk)
+            with path.open("r+b") as file:
+                file.seek(at + CHUNK)
+                file.write(bytes(byte ^ 1 for byte in data[at + CHUNK : at + CHUNK + 64]))
+            other = threading.Thread(
+                target=parts.weights.read, args=(source, 5 * each, np.empty(each, np.uint8))
+            )
+            other.start()
+            other.join(20)
+            assert not other.is_alive()
+        take(chunk, *more)
+
+    monkeypatch.setattr(parts.weights, "_take", taken)
+    with pytest.raises(ArtifactError, match="differs from its hash"):
+        parts.weights.read(source, each + CHUNK, np.empty(64, np.uint8))
+    assert going
 
 
 def test_hashing_everything_brings_no_pages_into_memory(large):

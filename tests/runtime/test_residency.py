@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import multiprocessing
+import sys
 import threading
 from collections import Counter
 
@@ -341,6 +343,90 @@ def test_loads_ahead_go_on_where_none_could_begin_once(error, monkeypatch):
     residency.foresee([(1, 2)])
     wait_for(lambda: not residency._busy)
     assert residency.resident(1, range(EXPERTS)) == {0, 2}
+
+
+def test_loads_ahead_go_on_after_an_interrupt_before_the_thread_is_asked():
+    residency = single(6, "load")
+
+    def interrupt(frame, event, _):
+        left = event == "return" and frame.f_code.co_name == "__exit__" and frame.f_back
+        if left and left.f_code is Residency.foresee.__code__:
+            raise KeyboardInterrupt
+
+    before = sys.getprofile()
+    sys.setprofile(interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            residency.foresee([(1, 0)])
+    finally:
+        sys.setprofile(before)
+    residency.foresee([(1, 1)])
+    wait_for(lambda: residency.resident(1, [1]) == {1})
+
+
+def interrupted_at(step, codes, call):
+    """Interrupt a call before instruction number `step` in some functions; returns whether there is one."""
+    steps = itertools.count()
+
+    def inside(frame, event, _):
+        if event == "opcode" and next(steps) == step:
+            raise KeyboardInterrupt
+        return inside
+
+    def entered(frame, event, _):
+        if frame.f_code not in codes:
+            return None
+        frame.f_trace_opcodes = True
+        return inside
+
+    before = sys.gettrace()
+    sys.settrace(entered)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    except OSError:
+        pass
+    finally:
+        sys.settrace(before)
+    return False
+
+
+@pytest.mark.parametrize("there", [(), (0, 1)])
+def test_no_expert_seems_to_be_there_after_an_interrupt_at_any_point(there):
+    """A load fails half-way, and its caller is interrupted as it takes a slot or gives it back."""
+    codes = {Bank.claim.__code__, Bank.gone.__code__}
+    for step in itertools.count():
+        held, bad = {}, []
+
+        def load(key, slot, held=held, bad=bad):
+            held[slot] = None
+            yield 1
+            if bad:
+                raise OSError
+            held[slot] = key
+
+        residency = Residency([Bank(2, "load")], [0], load)
+        if there:
+            residency.acquire(0, dict.fromkeys(there, 1))
+        bad.append(True)
+        more = interrupted_at(step, codes, lambda r=residency: r.acquire(0, {2: 1}))
+        bad.clear()
+        for experts in ((2,), (0, 1), (2, 1)):
+            slots = []
+            call = threading.Thread(
+                target=lambda r=residency, e=experts, s=slots: s.extend(
+                    r.acquire(0, dict.fromkeys(e, 1))
+                ),
+                daemon=True,
+            )
+            call.start()
+            call.join(20)
+            assert not call.is_alive(), (step, "it waits for a slot for ever")
+            assert [held[slot] for slot in slots] == [(0, e) for e in experts], (step, experts)
+        if not more:
+            break
+    assert step > 50
 
 
 def test_nothing_more_is_loaded_for_a_call_that_is_broken_off():
