@@ -228,11 +228,26 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def around(page: Path, name: str) -> tuple[str, str]:
+    """Return a page up to the first of two marks, and from the second one on."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    try:
+        text = page.read_text()
+    except OSError as error:
+        raise SystemExit(f"--write {page}: {error.strerror}; name a page that is there") from error
+    before, found, rest = text.partition(begin)
+    _, ends, after = rest.partition(end)
+    if not found or not ends:
+        raise SystemExit(
+            f"--write {page}: it has no lines {begin} and {end}; add them in this order"
+        )
+    return before + begin, end + after
+
+
 def put(page: Path, name: str, lines: str) -> None:
     """Put a table between the marks of a page."""
-    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    before, rest = page.read_text().split(begin)
-    page.write_text(f"{before}{begin}\n\n{lines}\n\n{end}{rest.split(end)[1]}")
+    before, after = around(page, name)
+    page.write_text(f"{before}\n\n{lines}\n\n{after}")
 
 
 class Kept:
@@ -285,12 +300,15 @@ def main() -> None:
     )
     parser.add_argument("--write", type=Path, help="put the table between the marks of this page")
     args = parser.parse_args()
+    if args.write:
+        around(args.write, "expert memory")  # before all the measuring
     path = model(args.model, args.factor, args.quant, WARM + args.tokens)
     tokens = text(load(path), WARM + args.tokens)
     whole = load(path, threads=1, expert_memory=1 << 50)
     assert whole.experts is not None
     size = int(whole.experts.facts()["expert_bytes"])
-    kept = Kept(args.out, {n: str(getattr(args, n)) for n in ("model", "tokens", "gates")})
+    told = ("model", "factor", "quant", "tokens", "balance", "gates")
+    kept = Kept(args.out, {name: str(getattr(args, name)) for name in told})
     for parts in args.parts:
         if parts not in kept.rates:
             kept.rates[parts] = rates_of(path, size // parts, args.balance, tokens)
