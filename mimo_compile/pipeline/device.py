@@ -78,7 +78,7 @@ def _made(kernel: Kernel, origin: Origin, hardware: Hardware) -> Made:
 
 
 def predicted_us(kernel: Kernel, usage: Mapping[str, Any], hardware: Hardware) -> float:
-    """Return the least microseconds of a call by `cost_models.gpu`; 0 where counts do not tell of its launches.
+    """Return the least microseconds of a call by `cost_models.gpu`; 0: counts do not tell of its launches.
 
     Args:
         kernel: One with CUDA code.
