@@ -1,4 +1,4 @@
-"""Generic functions on GPUs whose iterations meet: what is refused, what waits; numbers at the ends of types."""
+"""Generic functions on GPUs whose iterations meet: what is refused, what waits; ends of float types."""
 
 from __future__ import annotations
 

@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 from test_cuda_attention import EXACT, check_exact
 
+from mimo_compile._tvm import compiler as tvm_compiler
 from mimo_compile.errors import VerificationError
+from mimo_compile.ir import functions
 from mimo_compile.ir.hardware import CUDA, Hardware
 from mimo_compile.ir.ops import parse_workload
 from mimo_compile.ir.workload import Workload
@@ -23,6 +25,9 @@ from mimo_compile.schedules import get_schedule
 from mimo_compile.schedules.base import Kernel, Schedule
 from mimo_compile.schedules.cuda.emulate import DEVICE, compiler
 from mimo_compile.search.measure.emulated import check_emulated
+
+tvm_compiler()
+from tvm.script import tirx as T
 
 pytestmark = [
     pytest.mark.slow,
@@ -65,6 +70,29 @@ CASES = [
         "sparse_attention:t=3,h=4,kv=1,d=24,dv=18,cap=160,hs=1,block=4,kmax=24,rows=2,window=40,c=bf16", {},
     ),
 ]  # fmt: skip
+
+
+@T.prim_func(s_tir=True)
+def maxima_added(
+    x: T.Buffer((2, 70, 70), "float32"),
+    most: T.Buffer((2, 70), "float32"),
+    y: T.Buffer((2,), "float32"),
+):
+    """Two reductions, row by row: more results, and more terms, than a team of 64 threads has threads."""
+    for i, j, k in T.grid(2, 70, 70):
+        with T.sblock("most"):
+            vi, vj, vk = T.axis.remap("SSR", [i, j, k])
+            with T.init():
+                most[vi, vj] = T.float32(-1e30)
+            most[vi, vj] = T.max(most[vi, vj], x[vi, vj, vk])
+    for i, j in T.grid(2, 70):
+        with T.sblock("y"):
+            vi, vj = T.axis.remap("SR", [i, j])
+            with T.init():
+                y[vi] = T.float32(0)
+            y[vi] = y[vi] + most[vi, vj]
+
+
 NEEDLESS = {
     "registers_increase<CONSUMER_REGISTERS>();": "threads then keep the registers that they began with",
     "cp_async_wait<0>();": "behind the last tile: no copy that was not waited for is under way",
@@ -153,11 +181,16 @@ def test_a_softmax_scale_half_a_percent_off_is_found(
         check_exact(mutant(schedule, other), text, config, CUDA["cuda:sm_90a"])
 
 
-@pytest.mark.parametrize(("name", "text", "knobs"), CASES, ids=[name for name, _, _ in CASES])
+@pytest.mark.parametrize(
+    ("name", "text", "knobs"),
+    [*CASES, ("tir.cuda", "", {"threads": 64, "team": 64, "rows": True})],
+    ids=[*(name for name, _, _ in CASES), "tir.cuda"],
+)
 def test_no_kernel_does_without_a_word_that_orders(
     name: str, text: str, knobs: dict[str, Any]
 ) -> None:
-    schedule, workload = get_schedule(name), parse_workload(text)
+    schedule = get_schedule(name)
+    workload = parse_workload(text) if text else functions.workload_of(maxima_added)
     config = replace(schedule.space(workload, ONE_SM).default, **knobs)
     seen = check_emulated(workload, schedule, config, ONE_SM)
     assert seen.kernel.device is not None
