@@ -46,16 +46,20 @@ def part_of(buffer: Any, sequence: Any | None, batch: int) -> Any:
 def parts_of(
     workload: Workload, buffers: Mapping[str, Any], sequence: Any | None
 ) -> dict[str, Any]:
-    """Return a kernel's buffers by name as one sequence has them; weights and pools are those of all."""
+    """Return a kernel's buffers by name as one sequence has them; weights and pools are those of all.
+
+    What is empty, as the angles are where nothing is rotated, has no parts, and is passed as it is.
+    """
     op = get_op(workload.op)
-    p, roles = op.full(workload), {a.name: a.role for a in op.args(workload)}
+    p, args = op.full(workload), {a.name: a for a in op.args(workload)}
     out = {}
     for name, buffer in buffers.items():
-        together = name == TABLE or (roles[name] == "state" and in_pool(p, name))
+        role = args[name].role
+        together = name == TABLE or (role == "state" and in_pool(p, name))
         if name == "pos":
             out[name] = place_of(buffer, sequence)
         else:
-            whole = together or roles[name] == "weight"
+            whole = together or role == "weight" or not all(args[name].shape)
             out[name] = buffer if whole else part_of(buffer, sequence, int(p["b"]))
     return out
 
