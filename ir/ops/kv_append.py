@@ -213,14 +213,16 @@ class KvAppend(OpDef):
         """Draw rows, angles and a start that makes the call wrap around the end of the cache.
 
         A cache in groups never wraps; there one is to fill up, if the call is long enough for it. Of a batch
-        see `_apart`.
+        see `_apart`; over pages calls cross from page to page, but for some that fill up a group.
         """
         p = self.full(workload)
         if pages.paged(p):
             parts = [self.make_inputs(batches.alone(workload), rng) for _ in range(p["b"])]
-            for one in parts:
-                one["pos"] = pages.drawn_place(p, int(one["pos"][1]), rng)
             fmt = kv_groups.grouped(p)
+            filling = batches.at_ends(p["b"], rng) if fmt and p["b"] > 1 else [bool(fmt)] * p["b"]
+            for one, fills in zip(parts, filling, strict=True):
+                if not fills:
+                    one["pos"] = pages.drawn_place(p, int(one["pos"][1]), rng)
 
             def fill(arg: Arg) -> Array:
                 if fmt and arg.dtype == "uint8":

@@ -88,6 +88,19 @@ def test_sequences_are_what_they_are_alone_in_other_configs(text):
     prove(text, 1)
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        "cap=128,c=i4,page=64,pool=5",
+        "cap=48,c=e4m3",
+        pytest.param("cap=128,c=i4", marks=pytest.mark.slow),
+        pytest.param("cap=48,c=e4m3,page=16,pool=5", marks=pytest.mark.slow),
+    ],
+)
+def test_sequences_whose_keys_are_not_rotated(more):
+    prove(f"kv_append:t=1,h=2,kv=1,d=16,dv=16,b=2,{more}")
+
+
 @settings(max_examples=2)
 @given(data=st.data())
 def test_groups_and_tails_are_those_of_each_sequence(data):
@@ -128,6 +141,7 @@ def test_states_of_sequences_follow_one_another(text):
     [
         (f"{APPEND},cap=512,c=i4", 64),
         (f"{APPEND},cap=512,c=i8".replace("b=3", "b=2"), 64),
+        (f"{APPEND},cap=512,c=i4,page=64,pool=99", 64),
         ("describe_blocks:t=1,kv=1,d=3,cap=512,kind=mean,size=16,whole=1,b=3", 16),
         ("describe_blocks:t=1,kv=1,d=3,cap=512,kind=mean,size=16,stride=8,whole=1,b=3", 8),
         ("gate_keys:t=1,kv=1,d=8,cap=512,size=64,g=8,rot=8,grot=8,b=4", 64),

@@ -100,6 +100,7 @@ def test_each_sequence_gets_what_it_gets_alone_in_any_shape(op):
 
 
 WRONG = {
+    "kv_append": "kv_append:t=1,h=2,kv=1,d=16,dv=16,cap=256,rot=16,c=i4,b=2,page=64,pool=9",
     "describe_blocks": "describe_blocks:t=1,kv=1,d=8,cap=64,kind=bounds,size=4,whole=1,b=2,page=16,pool=9",
     "score_blocks": "score_blocks:t=1,h=2,kv=1,d=8,cap=64,kind=quest,agg=max,block=4,b=2,page=16,pool=9",
     "sparse_attention": "sparse_attention:t=1,h=2,kv=1,d=8,dv=8,cap=64,hs=1,block=16,kmax=3,b=2,page=16,"
