@@ -15,7 +15,6 @@ import numpy as np
 
 from mimo_compile.errors import UsageError
 from mimo_compile.ir.counts import Counts
-from mimo_compile.ir.kv_groups import GROUPED
 from mimo_compile.ir.ops import pages, pooled
 from mimo_compile.ir.ops.base import Arg, Array, OpDef
 from mimo_compile.ir.workload import Value, Workload
@@ -153,15 +152,11 @@ def shorter(
     """Return a workload whose inputs are of a KV length that is no multiple of 16, from half of theirs up.
 
     It is odd where theirs is even, and even where theirs is odd: `edge_keys` needs one of each.
-    None: the op has no such lengths, or none that fits its other parameters, or several KV heads have caches
-    in groups: now and then a number lies so near the middle between two integers that `kv_rounding.allowed`
-    does not see it, and refuses an honest kernel; more draws would make that more frequent.
+    None: the op has no such lengths, or none that fits its other parameters.
     """
     if "pos" not in inputs or all(p.name != "len" for p in op.params):
         return None
     longest, p = int(inputs["pos"].reshape(-1, 2).sum(1).max()), op.full(workload)
-    if p.get("c") in GROUPED and p["kv"] > 1:
-        return None
     fit = [n for n in range(max(p["t"], -(-longest // 2)), longest) if n % 16 and (longest - n) % 2]
     if not fit:
         return None

@@ -232,6 +232,7 @@ FURTHER = [
     "cached_attention:t=20,h=2,kv=1,d=4,dv=4,cap=256,len=128,page=64,pool=5",
     "cached_attention:t=1,h=2,kv=1,d=4,dv=4,cap=48,window=32",
     "cached_attention:t=1,h=2,kv=1,d=4,dv=4,cap=256,len=128,b=3,even=1",
+    "cached_attention:t=1,h=4,kv=2,d=4,dv=4,cap=256,len=128,c=i4",
     "sparse_attention:t=1,h=2,kv=1,d=4,dv=4,cap=256,hs=1,block=16,kmax=6,b=2",
     "select_blocks:t=1,hs=2,cap=256,block=16,k=4",
 ]

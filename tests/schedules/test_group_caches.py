@@ -16,15 +16,16 @@ from mimo_compile._tvm import from_numpy
 from mimo_compile.ir import kv_groups
 from mimo_compile.ir.hardware import PRESETS, local_cpu
 from mimo_compile.ir.kv_groups import GROUPED, STATES
-from mimo_compile.ir.ops import get_op, parse_workload
+from mimo_compile.ir.ops import batches, get_op, parse_workload
 from mimo_compile.schedules import get_schedule
 from mimo_compile.schedules.attention.group_integers import Asked
 from mimo_compile.schedules.attention.group_layout import group_shapes, pack_groups, unpack_groups
-from mimo_compile.schedules.attention.group_reach import GroupReach
+from mimo_compile.schedules.attention.group_reach import GroupReach, Recent
 from mimo_compile.schedules.attention.layout import kernel_args
 from mimo_compile.schedules.attention.x86_flash_groups import EXACT, TILES
 from mimo_compile.schedules.compile import assembly
 from mimo_compile.schedules.emit.build import function
+from mimo_compile.schedules.emit.vector import LANES
 
 CPU = local_cpu()
 FLASH = get_schedule("cached_attention.x86_flash_groups")
@@ -150,6 +151,19 @@ def test_loud_channels_and_tokens_stay_within_the_bound(c):
     for arith in FLASH.space(workload, CPU).knobs["arith"]:
         config = dataclasses.replace(FLASH.space(workload, CPU).default, arith=arith)
         proved(text, config, given_)
+
+
+def test_what_is_verified_further_finds_a_kernel_that_sees_a_whole_tail(monkeypatch):
+    """Several KV heads; what is timed fills the tail's last group, so that nothing is wrong there."""
+    workload = parse_workload("cached_attention:t=1,h=2,kv=2,d=8,dv=8,cap=256,len=128,c=i4")
+    timed = OP.make_inputs(workload, np.random.default_rng(3))
+    further = batches.further(OP, workload, timed, np.random.default_rng(4))
+    check(FLASH, workload, inputs=further)
+    monkeypatch.setattr(Recent, "live", lambda self, step, u: LANES)
+    monkeypatch.setattr(Recent, "sees", staticmethod(lambda at, limits: at >= limits[0]))
+    check(FLASH, workload, inputs=timed)
+    with pytest.raises(AssertionError, match="elements of out are off"):
+        check(FLASH, workload, inputs=further)
 
 
 @pytest.mark.parametrize("c", GROUPED)
