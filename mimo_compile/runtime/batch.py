@@ -48,6 +48,8 @@ def append_each(module: Module, sessions: Sequence[Session], tokens: Sequence[in
         if len(slots) == 1:  # what computes several rows takes longer for one
             return sessions[0].append(ids, decode=True)
         decoder = decoder_of(module)
+        if module.pool is not None:
+            module.pool.check([session.wanted(1, decoder.rerun) for session in sessions])
         for session in sessions:
             session.make_exact(decoder.rerun)
         bound = module.bind(f"batch_{module.batch}")
@@ -254,16 +256,11 @@ def _set_aside(module: Module, running: Sequence[_Running]) -> list[_Running]:
     if pool is None:
         return out
     with module.lock:
-        while len(kept) > 1 and pool.needed([_next_of(r) for r in kept]) > pool.free:
+        rerun = decoder_of(module).rerun
+        while len(kept) > 1 and pool.needed([r.session.wanted(1, rerun) for r in kept]) > pool.free:
             out.append(kept.pop())
             out[-1].session.end()
     return out
-
-
-def _next_of(one: _Running) -> tuple[int, int, int]:
-    """Return the slot and the place of a text's next token, as `PagePool` takes them."""
-    at = one.session.position
-    return one.session.slot, at, at + 1
 
 
 def _again(one: _Running) -> Ask:

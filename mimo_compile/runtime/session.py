@@ -10,7 +10,7 @@ import numpy as np
 from mimo_compile.errors import UsageError
 from mimo_compile.runtime.arguments import Array, adapter_index, check_ids, decoder_of, whole
 from mimo_compile.runtime.drafting import Drafts
-from mimo_compile.runtime.pages import taken
+from mimo_compile.runtime.pages import Want, taken
 from mimo_compile.runtime.rollback import Held
 from mimo_compile.runtime.steps import plan_steps
 
@@ -95,10 +95,12 @@ class Session:
         tokens = check_ids(ids, decoder)
         end = self.position + len(tokens)
         self._check_room(end)
+        apart = decode and bool(decoder.decode)
+        # rings hold one step more than the window: later they have forgotten too much
+        least = decoder.rerun if apart else 1
         if self._module.pool is not None:
             self._check_alive()
-            self._module.pool.check([(self.slot, self.position, end)])
-        apart = decode and bool(decoder.decode)
+            self._module.pool.check([self.wanted(len(tokens), least)])
         sizes, kind = (decoder.decode, "decode") if apart else (decoder.steps, "step")
         done, mark = 0, self.mark
         for count in plan_steps(len(tokens), sizes, decoder.max_context - end):
@@ -106,8 +108,7 @@ class Session:
             part = tokens[done : done + valid]
             with self.lock:
                 self.check_mark(mark)
-                # rings hold one step more than the window: later they have forgotten too much
-                self.make_exact(decoder.rerun if apart else 1)
+                self.make_exact(least)
                 if self.drafts is not None:
                     self.drafts.prepare(self._tokens, valid)
                 hidden = self._step(f"{kind}_{count}", part, self.position)
@@ -132,6 +133,15 @@ class Session:
             raise UsageError("this sequence is of another module")
         self._check_room(self.position + 1)
         return self.position, self._adapter
+
+    def wanted(self, count: int, least: int) -> Want:
+        """Return what is written while so many tokens are appended.
+
+        Those that `make_exact` runs again before or after one of them are among it.
+        """
+        end = self.position + count
+        again = self._decoder.rerun and end - self._exact >= least
+        return self.slot, self._exact if again else self.position, end
 
     def took(self, tokens: Sequence[int], *, decoded: bool = False) -> None:
         """Note tokens that an entry has appended to the states.

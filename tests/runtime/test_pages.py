@@ -224,6 +224,52 @@ def test_what_does_not_fit_is_said_and_changes_nothing(module, single):
         list(module.generate_batch_ids([[1] * 45], 1))  # who holds pages elsewhere keeps them
 
 
+@pytest.fixture(scope="module")
+def again(tmp_path_factory: pytest.TempPathFactory) -> Module:
+    """Like `module`, but every sixth generated token they are all run once more as a prompt."""
+    artifact = paged_samples.decoder()
+    entries = artifact.programs.entries
+    entries["decode_1"] = entries["step_1"]
+    decoder = msgspec.structs.replace(artifact.manifest.decoder, decode=(1,), rerun=6)
+    artifact.manifest = msgspec.structs.replace(
+        artifact.manifest, decoder=decoder, entries=tuple(entries)
+    )
+    return load(artifact.save(tmp_path_factory.mktemp("again") / "again.mimo"))
+
+
+@pytest.mark.parametrize("several", [True, False])
+def test_pages_of_tokens_that_run_once_more_are_there_before_anything_changes(
+    again, single, several
+):
+    """Two have four pages in common; six tokens lie in two of them, the next token in one."""
+    again.reset()
+    first = again.session(slot=0)
+    text = PROMPT[:10]
+    first.append(text)
+    for token in (1, 2, 3, 4, 5):
+        first.append([token], decode=True)
+        text = [*text, token]
+    second, other = first.fork(1), again.session(slot=2)
+    other.append([7] * 44)
+    assert again.pool.free == 1
+    before = [again.pool.held(slot) for slot in range(BATCH)]
+
+    def step():
+        if several:
+            return append_each(again, [first, second], [8, 9])
+        return first.append([8], decode=True)
+
+    with pytest.raises(UsageError, match="2 more pages of 4 positions are needed, 1 of 16 are"):
+        step()
+    assert (first.position, second.position) == (15, 15)
+    assert [again.pool.held(slot) for slot in range(BATCH)] == before
+    other.rewind(40)
+    hidden = step()
+    assert again.pool.free == 0 and first.position == 16
+    for row, token in zip(hidden, (8, 9), strict=False):
+        assert np.array_equal(row, single.session().append([*text, token])[0])
+
+
 @pytest.mark.parametrize(
     ("pool", "match"),
     [
