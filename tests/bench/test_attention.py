@@ -72,9 +72,13 @@ def test_every_form_of_torch_computes_the_op_in_both_types(text: str) -> None:
             assert c.bytes >= stored
 
 
-@pytest.mark.parametrize("c", ["i8", "i4", "i2", "i1"])
-def test_forms_of_torch_take_the_numbers_that_codes_stand_for(c: str) -> None:
-    asked = ask(f"cached_attention:t=1,h=4,kv=2,d=16,dv=80,cap=192,len=150,c={c}")
+@pytest.mark.parametrize(
+    "more",
+    ["c=i8", "c=i4", "c=i2", "c=i1", "c=i4,page=64,pool=9", "c=i4,b=2,even=1",
+     "c=i4,b=2,even=1,page=64,pool=9"],
+)  # fmt: skip
+def test_forms_of_torch_take_the_numbers_that_codes_stand_for(more: str) -> None:
+    asked = ask(f"cached_attention:t=1,h=4,kv=2,d=16,dv=80,cap=192,len=150,{more}")
     field, out = get_peer("torch-matmul").enter(asked)
     assert out == [] and len(field) == 2
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -22,7 +22,8 @@ from mimo_compile.bench.contest import Contestant
 from mimo_compile.bench.oracle import visible_keys
 from mimo_compile.bench.peers.base import Ask, LeftOut, Peer, Variant
 from mimo_compile.ir import kv_groups
-from mimo_compile.ir.ops import pages, pooled
+from mimo_compile.ir.ops import batches, pages, pooled
+from mimo_compile.ir.ops.base import Array
 from mimo_compile.ir.ops.cached_attention import CachedAttention
 
 if TYPE_CHECKING:
@@ -79,7 +80,10 @@ class Setting:
         length = CachedAttention().kv_length(p)
         slots = torch.arange(length - self.keys, length) % p["cap"]
         if fmt := kv_groups.grouped(p):
-            rows = self._real(name, fmt)[None]
+            given, op = self.ask.inputs, CachedAttention()
+            several = self.b > 1 or pages.paged(p)
+            parts = batches.split(op, self.ask.workload, given) if several else iter([given])
+            rows = torch.stack([self._real(name, fmt, part) for part in parts])
         else:
             if pages.paged(p):  # peers get each sequence's keys in their order
                 held = (pooled.gathered(p, self.ask.inputs, i)[name] for i in range(self.b))
@@ -92,14 +96,16 @@ class Setting:
         rows = torch.nn.functional.pad(rows.to(self.dtype), (0, width - rows.shape[-1]))
         return rows.transpose(1, 2).contiguous()
 
-    def _real(self, name: str, fmt: kv_groups.GroupedFormat) -> torch.Tensor:
-        """Return what the codes of a cache in groups stand for, and behind them the rows of its tail.
+    def _real(
+        self, name: str, fmt: kv_groups.GroupedFormat, arrays: Mapping[str, Array]
+    ) -> torch.Tensor:
+        """Return what the codes of a sequence's cache stand for, and behind them the rows of its tail.
 
         That is what one token sees. Of several some see codes of the rows.
         """
         import torch
 
-        given = {n: torch.from_numpy(self.ask.inputs[n]) for n in (*kv_groups.STATES, "pos")}
+        given = {n: torch.from_numpy(arrays[n]) for n in (*kv_groups.STATES, "pos")}
         start, valid = (int(n) for n in given["pos"])
         k, v, _ = kv_groups.visible(given, given["pos"], self.t, fmt, torch.float32)
         both = k if name == "k_cache" else v
