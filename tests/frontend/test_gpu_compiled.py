@@ -97,6 +97,38 @@ def test_a_model_emulated_is_what_it_is_on_a_cpu(
     assert set(device.launched) < set(table.kernels)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler")
+def test_forks_take_descriptors_of_their_pages_along(
+    saved, texts_alone, tmp_path, monkeypatch
+) -> None:
+    """A sequence that was forked in the middle of a page goes on as one that was not."""
+    artifact = mc.compile(
+        saved("llama")[1], target="cuda:sm_90a", attention="quest:budget=32,dense=1", max_context=128,
+        batch=2, pages=4, db=tmp_path / "r.db",
+    )  # fmt: skip
+    manifest = artifact.manifest
+    described = [n for n in manifest.decoder.pool.states if n.endswith(".desc")]
+    assert described and all(len(manifest.states[n].shape) == 4 for n in described)
+    monkeypatch.setattr(gpu_device, "open_device", EmulatedDevice)
+    module = load(artifact.save(tmp_path / "pages.mimo"))
+    prompt = prompts(manifest.decoder.vocab)[0] * 8
+    first = module.session(slot=0)
+    first.append(prompt)
+    forked = first.fork(1)
+    found = forked.append([5]), first.append([5])
+    assert module.pool.held(0) != module.pool.held(1)
+    assert np.array_equal(*found)
+    page, other = module.pool.held(0)[0], module.pool.held(1)[0]
+    machine = module._machine
+    for name in described:
+        at, size = machine._states[name]
+        bits = np.zeros(size, np.uint8)
+        machine.device.read(at, bits)
+        by_page = bits.reshape(manifest.decoder.pool.pages, -1)
+        assert by_page[page].any() and np.array_equal(by_page[page], by_page[other])
+
+
 @pytest.mark.gpu
 def test_a_model_on_a_gpu_is_what_it_is_on_a_cpu(saved, cpu, tmp_path) -> None:
     folder = saved("llama-tied-llama3")[1]
