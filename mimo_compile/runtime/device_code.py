@@ -24,8 +24,8 @@ ALIGNMENT = 64
 SCRATCH_ALIGNMENT = 256
 """Bytes: on which scratch arrays begin, as what ``cuMemAlloc`` returns does."""
 _SYMBOL = re.compile(r"[A-Za-z_]\w*\Z")
-_MOST_GRID = (2**31 - 1, 65535, 65535)
-_MOST_THREADS = 1024
+MOST_GRID = (2**31 - 1, 65535, 65535)
+MOST_THREADS = 1024
 
 
 class Argument(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -233,9 +233,9 @@ def _problem(kernel: DeviceKernel) -> str:
 def _launch_problem(launch: Launch, sizes: Mapping[str, int]) -> str:
     if not _SYMBOL.match(launch.symbol):
         return f"launches {launch.symbol[:80]!r}"
-    if any(not 1 <= n <= most for n, most in zip(launch.grid, _MOST_GRID, strict=True)):
+    if any(not 1 <= n <= most for n, most in zip(launch.grid, MOST_GRID, strict=True)):
         return f"launches a grid of {launch.grid}"
-    if not 1 <= launch.threads <= _MOST_THREADS or not 0 <= launch.shared_bytes < 1 << 20:
+    if not 1 <= launch.threads <= MOST_THREADS or not 0 <= launch.shared_bytes < 1 << 20:
         return f"launches blocks of {launch.threads} threads and {launch.shared_bytes} shared bytes"
     if launch.cluster != 1:
         return "launches clusters of blocks"

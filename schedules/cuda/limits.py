@@ -13,14 +13,14 @@ import numpy as np
 
 from mimo_compile.ir.hardware import Hardware, gpu_of
 from mimo_compile.ir.ops.base import Arg
+from mimo_compile.runtime import device_code
 from mimo_compile.schedules.base import Kernel
 from mimo_compile.schedules.cuda.code import DeviceCode, Launch, TensorMap
 
 WARP = 32
-MOST_THREADS = 1024
+MOST_THREADS = device_code.MOST_THREADS
 MOST_REGISTERS = 255
 """Of one thread."""
-_MOST_GRID = (2**31 - 1, 65535, 65535)
 _MOST_CLUSTER = 8
 _MOST_BOX = 256
 _ELEMENT_BYTES = {
@@ -103,8 +103,8 @@ def check(kernel: Kernel, hardware: Hardware) -> DeviceCode:
 
 
 def _problem(launch: Launch, arrays: dict[str, Arg], hardware: Hardware) -> str:
-    if any(not 1 <= n <= most for n, most in zip(launch.grid, _MOST_GRID, strict=True)):
-        return f"a grid of {launch.grid}, there may be 1 to {_MOST_GRID}"
+    if any(not 1 <= n <= most for n, most in zip(launch.grid, device_code.MOST_GRID, strict=True)):
+        return f"a grid of {launch.grid}, there may be 1 to {device_code.MOST_GRID}"
     if launch.grid[0] % launch.cluster:
         return f"{launch.grid[0]} blocks are no whole clusters of {launch.cluster}"
     if text := refusal(
