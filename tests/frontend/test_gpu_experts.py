@@ -23,8 +23,8 @@ def test_experts_emulated_are_what_they_are_on_a_cpu(
 
     ``w4g32a8kv16`` differs by 2.02 % of the largest hidden state, more than the 2 % that are allowed here.
     Int8 activations by themselves change as much: with the same weights and float32 activations hidden states
-    are 3.4 % from the CPU's and 3.2 % from the emulated GPU's (root mean squares: 2.8 % and 2.5 %), which is thus
-    no further from them. With ``w4g32abf16kv16`` the two differ by 0.76 %, so it is not the weights' codes.
+    are 3.4 % from the CPU's and 3.2 % from the emulated GPU's (root mean squares: 2.8 % and 2.5 %), which is
+    thus no further from them. With ``w4g32abf16kv16`` the two differ by 0.76 %, so weights are right.
     """
     folder = saved(case)[1]
     how = {"quant": quant, "max_context": CONTEXT, "batch": BATCH, "db": tmp_path / "r.db"}
