@@ -1,7 +1,7 @@
 // Attention of a few tokens over a KV cache of 8-bit floats: the keys are split over blocks, and over their warps.
 //
 // As cuda_decode.cu, but stages are whole blocks of 16 keys as they lie in the cache (float8.cuh), so that they
-// begin at multiples of 16; keys before the first one that is seen are masked. Constants: T, H, KV, D, DV, DK, DW,
+// begin at multiples of 16; keys before a row's window are masked. Constants: T, H, KV, D, DV, DK, DW,
 // CAP, SLOTS, WINDOW, SINK, SCALE (with log2(e)), KEYS, STAGES, WARPS, PARTS, MERGE_THREADS.
 #include "float8.cuh"
 #include "parts.cuh"
@@ -66,12 +66,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
     for (int block = warp * BLOCKS; block < (warp + 1) * BLOCKS; ++block) {
       const int position = aligned + step * KEYS + block * 16;
       if (position >= end) break;
-      const bool masked = position < begin || position + 15 > start + first ||
-                          (WINDOW > 0 && position <= start + last - WINDOW);
+      const bool masked =
+          position + 15 > start + first || (WINDOW > 0 && position <= start + last - WINDOW);
       float8::attend<DK, DW>(rows, queries, keys + block * float8::HELD<DK>,
                              keys + K_BYTES + block * float8::HELD<DW>, SCALE, masked, [&](int half, int key) {
                                const int behind = at[half] - (position + key);
-                               return position + key >= begin && behind >= 0 && (WINDOW == 0 || behind < WINDOW);
+                               return behind >= 0 && (WINDOW == 0 || behind < WINDOW);
                              });
     }
   }

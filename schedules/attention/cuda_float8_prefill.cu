@@ -1,7 +1,7 @@
 // Attention of many tokens over a KV cache of 8-bit floats: warps have query rows, and share the keys of a block.
 //
 // As cuda_prefill.cu, but stages are whole blocks of 16 keys as they lie in the cache (float8.cuh), so that they
-// begin at multiples of 16; keys before the first one that is seen are masked. Constants: as in
+// begin at multiples of 16; keys before a row's window are masked. Constants: as in
 // cuda_float8_decode.cu, without PARTS and MERGE_THREADS, and B (sequences).
 #include "float8.cuh"
 
@@ -52,7 +52,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
   float8::put_terms<D, DK, 32>(queries, lane, [&](int i) -> const float* {
     return row + i < ROWS && (row + i) / HEADS < valid ? q + result(row + i) * D : nullptr;
   });
-  warp_sync();
 
   const int at[2] = {start + (row + (lane >> 2)) / HEADS, start + (row + (lane >> 2) + 8) / HEADS};
   exact::Rows<DW> rows;
@@ -67,12 +66,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
       const int position = aligned + step * KEYS + block * 16;
       if (position > newest) break;
       if (WINDOW > 0 && position + 15 <= oldest - WINDOW) continue;
-      const bool masked =
-          position < begin || position + 15 > oldest || (WINDOW > 0 && position <= newest - WINDOW);
+      const bool masked = position + 15 > oldest || (WINDOW > 0 && position <= newest - WINDOW);
       float8::attend<DK, DW>(rows, queries, keys + block * float8::HELD<DK>,
                              keys + K_BYTES + block * float8::HELD<DW>, SCALE, masked, [&](int half, int key) {
                                const int behind = at[half] - (position + key);
-                               return position + key >= begin && behind >= 0 && (WINDOW == 0 || behind < WINDOW);
+                               return behind >= 0 && (WINDOW == 0 || behind < WINDOW);
                              });
     }
   }

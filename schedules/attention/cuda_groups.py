@@ -28,8 +28,8 @@ from mimo_compile.schedules.cuda.limits import MOST_REGISTERS, fits
 
 _SPARE = 84
 """Registers that nvcc gives heads of 64 to 192 numbers beside what a step holds."""
-_MOST_HELD, _MOST_SUMS = 180, 160
-"""Registers that a step may hold, and columns of values: of more, nvcc spills some."""
+_MOST_HELD, _MOST_SUMS, _MOST_KEY = 180, 160, 256
+"""Registers that a step may hold, columns of values and of keys: of more, nvcc spills some."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,8 @@ class GroupsFlash(CudaFlash):
 
     def legal(self, p: Mapping[str, Any], config: Any, hardware: Hardware) -> bool:
         """Say whether a config can be launched, and needs no registers that a thread lacks."""
-        held = whole(p["dv"]) <= _MOST_SUMS and self._held(p) <= _MOST_HELD
+        columns = whole(p["dv"]) <= _MOST_SUMS and p["d"] <= _MOST_KEY
+        held = columns and self._held(p) <= _MOST_HELD
         shared, threads = self.shared_bytes(p, config), 32 * config.warps
         return held and fits(
             hardware, threads=threads, shared_bytes=shared, registers=self.registers(p, config, 0)

@@ -28,6 +28,10 @@ WORKLOADS: dict[str, tuple[str, ...]] = {
         "cached_attention:t=3,h=6,kv=2,d=192,dv=160,cap=320,sink=1,c=i2",
         "cached_attention:t=1,h=32,kv=8,d=128,dv=128,cap=4096,c=e4m3",
         "cached_attention:t=512,h=32,kv=8,d=128,dv=128,cap=4096,c=e4m3",
+        # as wide as heads may be
+        "cached_attention:t=1,h=8,kv=2,d=256,dv=160,cap=4096,c=i4",
+        "cached_attention:t=3,h=8,kv=2,d=256,dv=144,cap=4096,c=i8",
+        "cached_attention:t=1,h=8,kv=2,d=576,dv=160,cap=4096,c=e4m3",
     ),
     "sparse_attention": (
         "sparse_attention:t=1,h=32,kv=8,d=128,dv=128,cap=8192,hs=8,block=64,kmax=32,c=bf16",

@@ -141,6 +141,42 @@ def test_any_shape_and_place(schedule, most):
     held()
 
 
+PRECISE = "cached_attention:t=1,h=4,kv=1,d=128,dv=128,cap=512,len=450,c=e4m3"
+
+
+def check_precise(schedule, text, config):
+    """Hold results to a part of the op's bound which sums of two bfloat16 numbers are beyond."""
+    check_emulated(text, schedule, config, H200, most_ratio=0.03)
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize("schedule", [DECODE, PREFILL])
+def test_queries_and_weights_have_24_bits(schedule):
+    check_precise(schedule, PRECISE, None)
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_a_value_that_is_no_number_shows_behind_a_weight_of_0():
+    text = "cached_attention:t=2,h=2,kv=2,d=16,dv=16,cap=192,len=150,c=e4m3"
+    workload = parse_workload(text)
+    for schedule in (DECODE, PREFILL):
+        seen = check_emulated(text, schedule, None, H200)
+        inputs = {n: a.copy() for n, a in seen.inputs.items()}
+        inputs["q"][...] = 0
+        inputs["q"][..., 0] = 40
+        inputs["k_cache"][...] = 0
+        inputs["k_cache"][0, 0, 0] = 40  # of head 0: all other weights are 2^-577 of its own
+        inputs["v_cache"][70, 0] = np.nan
+        inputs["v_cache"][149, 1] = np.nan  # seen by the second token alone
+        config = schedule.space(workload, H200).default
+        arrays = device_arrays(workload, schedule, config, inputs)
+        out = emulate(seen.kernel, H200, arrays)["out"]
+        assert np.isnan(out[:, 0]).all() and np.isnan(out[1, 1]).all(), schedule.name
+        assert np.isfinite(out[0, 1]).all(), schedule.name
+
+
 @pytest.mark.slow
 @needs_compiler
 def test_a_fault_stays_to_be_seen():

@@ -14,6 +14,10 @@ from typing import Any
 
 import pytest
 from test_cuda_attention import EXACT, check_exact
+from test_cuda_float8 import DECODE as FLOAT8
+from test_cuda_float8 import PRECISE, check_precise
+from test_cuda_groups import DECODE as GROUPS
+from test_cuda_groups import QUICK, TAIL, check_rounded, check_tail
 
 from mimo_compile._tvm import compiler as tvm_compiler
 from mimo_compile.errors import VerificationError
@@ -23,7 +27,7 @@ from mimo_compile.ir.ops import parse_workload
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules import get_schedule
 from mimo_compile.schedules.base import Kernel, Schedule
-from mimo_compile.schedules.cuda.emulate import DEVICE, compiler
+from mimo_compile.schedules.cuda.emulate import DEVICE, EmulationError, compiler
 from mimo_compile.search.measure.emulated import check_emulated
 
 tvm_compiler()
@@ -62,6 +66,24 @@ CASES = [
     ),
     ("cached_attention.cuda_decode", "cached_attention:t=2,h=9,kv=1,d=24,dv=18,cap=300,sink=1,c=bf16", {}),
     ("cached_attention.cuda_prefill", "cached_attention:t=40,h=3,kv=1,d=24,dv=18,cap=220,len=200,c=bf16", {}),
+    (
+        "cached_attention.cuda_groups_decode",
+        "cached_attention:t=2,h=9,kv=1,d=24,dv=18,cap=512,len=500,sink=1,c=i4", {},
+    ),
+    # rows of the first blocks see no group as codes
+    (
+        "cached_attention.cuda_groups_prefill",
+        "cached_attention:t=200,h=1,kv=1,d=24,dv=18,cap=256,len=200,c=i8", {"warps": 2},
+    ),
+    (
+        "cached_attention.cuda_float8_decode",
+        "cached_attention:t=2,h=9,kv=1,d=24,dv=18,cap=300,len=280,sink=1,c=e4m3", {},
+    ),
+    (
+        "cached_attention.cuda_float8_prefill",
+        "cached_attention:t=40,h=3,kv=1,d=24,dv=18,cap=220,len=200,c=e4m3", {},
+    ),
+    ("kv_append.cuda_groups", "kv_append:t=70,h=4,kv=2,d=24,dv=18,cap=192,rot=8,norm=1,c=i4", {}),
     ("rms_norm.cuda", "rms_norm:t=3,d=300", {"threads": 128, "team": 64}),
     ("score_blocks.cuda", "score_blocks:t=2,h=6,kv=2,d=40,cap=90,kind=quest,agg=max,block=16", {"warps": 2}),
     ("select_blocks.cuda", "select_blocks:t=2,hs=2,cap=300,block=4,k=9,last=1", {"threads": 64}),
@@ -179,6 +201,37 @@ def test_a_softmax_scale_half_a_percent_off_is_found(
     assert times == 1
     with pytest.raises((AssertionError, VerificationError)):
         check_exact(mutant(schedule, other), text, config, CUDA["cuda:sm_90a"])
+
+
+TWO_TERMS = r"(to\[i\] = )(pack_bf16\(x, y\);)", r"\1i == 2 ? 0u : \2"
+LARGER = r"(constexpr float SCALE = \S+)f;", r"\1f * 1.004f;"
+WORSE = [
+    (check_precise, FLOAT8, PRECISE, None, TWO_TERMS),
+    (check_precise, FLOAT8, PRECISE, None, (r"mma_bf16\(small\[n\], a\[2\], b0, b1\);", "")),
+    (check_precise, FLOAT8, PRECISE, None, (r"term = 2; (term >= 0; --term\) mma)", r"term = 1; \1")),
+    (check_precise, FLOAT8, PRECISE, None, LARGER),
+    (check_tail, GROUPS, TAIL, None, TWO_TERMS),
+    (check_tail, GROUPS, TAIL, None, (r"int order = 2; order", "int order = 1; order")),
+    (check_rounded, *QUICK[0], LARGER),
+    (check_rounded, *QUICK[1], LARGER),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("check", "schedule", "text", "config", "change"), WORSE)
+def test_arithmetic_that_is_a_little_worse_is_found(
+    check: Any, schedule: Schedule, text: str, config: Any, change: tuple[str, str]
+) -> None:
+    hardware = CUDA["cuda:sm_90a"]
+    workload = parse_workload(text)
+    kernel = schedule.lower(
+        workload, config or schedule.space(workload, hardware).default, hardware
+    )
+    assert kernel.device is not None
+    other, times = re.subn(*change, whole(kernel.device.text))
+    assert times == 1
+    with pytest.raises((AssertionError, VerificationError)) as found:
+        check(mutant(schedule, other), text, config)
+    assert not isinstance(found.value, EmulationError)  # it is compiled and runs
 
 
 @pytest.mark.parametrize(

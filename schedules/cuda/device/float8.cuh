@@ -4,6 +4,7 @@
 // more exponents, queries and weights are sums of three numbers of bfloat16, and powers multiply logits and weights.
 //
 // A block is 16 rows of W codes, then the 16 rows' bytes (power + 127; 255: the row is no number, its codes are 0).
+// In shared memory 16 bytes stand behind each row: 8 rows then lie in different banks if W / 16 is even.
 // In values the columns of 16 neighbours alternate, 0, 8, 1, 9, ...: a transposed load of pairs of codes gives a
 // lane one number for each of two matrix tiles.
 #pragma once
@@ -13,7 +14,7 @@ namespace float8 {
 
 constexpr int ROWS = 16;
 template <int W> constexpr int BLOCK = ROWS * W + ROWS;           // bytes in a cache
-template <int W> constexpr int STRIDE = W + 16;                   // of a row in shared memory: no bank conflicts
+template <int W> constexpr int STRIDE = W + 16;                   // of a row in shared memory
 template <int W> constexpr int HELD = ROWS * STRIDE<W> + ROWS;    // of a block there
 template <int DK> constexpr int TERMS_BYTES = 3 * (DK / 16) * 512;  // of 16 rows of queries in shared memory
 
@@ -100,20 +101,23 @@ __device__ __forceinline__ void score(float (&first)[4], float (&second)[4], con
 }
 
 // Adds weighted values of a block to the rows; `first` and `second` are the weights of its two tiles of keys.
-template <int DW>
+template <int DW, class Seen>
 __device__ __forceinline__ void add_values(exact::Rows<DW>& rows, const float (&first)[4], const float (&second)[4],
-                                           const uint8_t* block) {
+                                           const uint8_t* block, bool masked, Seen seen) {
   const int lane = threadIdx.x & 31;
-  const uint8_t* powers = block + ROWS * STRIDE<DW> + (lane & 3) * 2;
-  // of keys that are not seen the power may be anything
-  auto scaled = [](float weight, uint32_t byte) { return weight == 0.0f ? 0.0f : weight * power_of(byte); };
+  const int column = (lane & 3) * 2;
+  const uint8_t* powers = block + ROWS * STRIDE<DW>;
+  // of keys that are not seen the power may be anything; a value that is no number shows at a weight of 0, too
+  auto scaled = [&](float weight, int half, int key) {
+    return masked && !seen(half, key) ? 0.0f : weight * power_of(powers[key]);
+  };
   uint32_t a[3][4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const float(&weights)[4] = i < 2 ? first : second;
-    const uint8_t* own = powers + i / 2 * 8;
+    const int half = i % 2, key = i / 2 * 8 + column;
     uint32_t terms[3];
-    exact::split(terms, scaled(weights[i % 2 * 2], own[0]), scaled(weights[i % 2 * 2 + 1], own[1]));
+    exact::split(terms, scaled(weights[half * 2], half, key), scaled(weights[half * 2 + 1], half, key + 1));
 #pragma unroll
     for (int term = 0; term < 3; ++term) a[term][i] = terms[term];
   }
@@ -153,7 +157,7 @@ __device__ __forceinline__ void attend(exact::Rows<DW>& rows, const uint8_t* que
     }
   }
   exact::weigh<2>(logits, rows, scale);
-  add_values<DW>(rows, logits[0], logits[1], values);
+  add_values<DW>(rows, logits[0], logits[1], values, masked, seen);
 }
 
 }  // namespace float8
