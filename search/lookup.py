@@ -183,7 +183,7 @@ def kept_records(text: bytes | None) -> dict[str, list[Record]]:
 
 def results_for(
     workload: Workload | str, hardware: Hardware, db: Database | None = None, *, near: bool = False,
-    kept: Kept | None = None,
+    kept: Kept | None = None, within: Mapping[str, int] | None = None,
 ) -> list[Result]:  # fmt: skip
     """Return the results known for a workload on a target: own records first, else packaged ones.
 
@@ -196,6 +196,7 @@ def results_for(
     With ``near``, when nothing was measured on this very target, results of other machines whose code
     this one can run stand in for them, all of one machine and number of threads (the same number preferred,
     then the nearest).
+    ``within`` names the schedules that can be used there, with their versions: only their records stand in.
     """
     own = db.records(workload, hardware) if db is not None else []
     more = list((kept or {}).get(str(workload), ()))
@@ -222,7 +223,8 @@ def results_for(
     others = [*_joined(db.records(workload) if db is not None else (), more), *packaged]
     groups: dict[tuple[bool, str, int, int], list[Record]] = {}
     for r in others:
-        if r.versions == now and hardware.features.issuperset(r.requires):
+        usable = within is None or within.get(r.schedule) == r.schedule_version
+        if usable and r.versions == now and hardware.features.issuperset(r.requires):
             away = abs(r.threads - hardware.threads)
             groups.setdefault((away > 0, r.hardware, away, r.threads), []).append(r)
     for name in sorted(groups):
@@ -249,7 +251,9 @@ def known_results(
     results = sorted(
         (
             r
-            for r in results_for(space.workload, space.hardware, db, near=True, kept=kept)
+            for r in results_for(
+                space.workload, space.hardware, db, near=True, kept=kept, within=versions
+            )
             if versions.get(r.record.schedule) == r.record.schedule_version
         ),
         key=lambda r: r.latency_us,

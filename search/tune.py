@@ -15,7 +15,7 @@ from mimo_compile.schedules.base import Schedule
 from mimo_compile.search.budget import Budget, Clock
 from mimo_compile.search.database import Database
 from mimo_compile.search.measure import Measurer, Measures, Timing, runnable_here, unfit_gpu
-from mimo_compile.search.meters import AUTO, MODELLED, Meter, meter_names, open_meter
+from mimo_compile.search.meters import AUTO, MODELLED, Meter, check_meter, open_meter
 from mimo_compile.search.objective import Objective, parse_objective
 from mimo_compile.search.progress import Progress
 from mimo_compile.search.result import TuningResult
@@ -187,8 +187,7 @@ def _batched(
     name = meter if isinstance(meter, str) or meter is None else meter.name
     if name in (None, AUTO):
         name = GPU_METER if goal.needs_energy else MODELLED
-    if name not in meter_names():
-        raise UsageError(f"unknown meter {name!r}", remedy=f"Use one of {', '.join(meter_names())}")
+    check_meter(hardware, str(name))
     (only, *others) = workloads.values()
     return replace(
         device_batch(

@@ -18,7 +18,7 @@ import numpy as np
 from mimo_compile.cost_models.analytic import DeviceModel
 from mimo_compile.errors import DeviceLost, EnvironmentMismatch
 from mimo_compile.ir.counts import Counts
-from mimo_compile.ir.hardware import Hardware
+from mimo_compile.ir.hardware import Hardware, gpu_of, local_cpu, local_cuda
 from mimo_compile.search.measure.base import Limits, Measurement, Timing
 from mimo_compile.search.measure.builder import Builder, code_path
 from mimo_compile.search.measure.cases import Case, Scratch
@@ -28,6 +28,9 @@ from mimo_compile.search.measure.worker import Reply
 from mimo_compile.search.meters.base import Meter
 from mimo_compile.search.records import Record, Verdict
 from mimo_compile.search.space import Candidate, JointSpace
+
+_LIKE = 1.15
+"""By how much a GPU's memory may differ from the target's: one model is sold with several clocks."""
 
 
 class Measurer:
@@ -64,7 +67,8 @@ class Measurer:
         """Fastest so far by workload: what takes twice as long is timed only briefly."""
         self.twins = Twins()
         self._scratch = Scratch(scratch)
-        count = builders or max(1, min(4, hardware.cores))
+        cores = local_cpu().cores if hardware.kind == "cuda" else hardware.cores
+        count = builders or max(1, min(4, cores))
         self.builder = Builder(self.limits, self._scratch, count)
         self.runner = Runner(hardware, self.limits, self.timing, self.device, meter, self._scratch)
 
@@ -229,8 +233,6 @@ def _lost(message: str) -> DeviceLost:
 
 def runnable_here(hardware: Hardware) -> bool:
     """Say whether kernels for the target can run on this machine."""
-    from mimo_compile.ir.hardware import local_cpu
-
     if hardware.kind == "cuda":
         return not unfit_gpu(hardware)
     return (
@@ -243,10 +245,9 @@ def runnable_here(hardware: Hardware) -> bool:
 def unfit_gpu(hardware: Hardware) -> str:
     """Say why kernels for a GPU cannot be measured on that of this machine ("": they can).
 
-    It has to be of the same architecture and have as many SMs: times for another GPU would be stored.
+    It has to be of the same architecture, with as many SMs, and about as fast a memory and as large an L2
+    (`_LIKE`): times for another GPU would be stored, and an H100 is an H200 but for its memory.
     """
-    from mimo_compile.ir.hardware import gpu_of, local_cuda
-
     try:
         here = local_cuda()
     except EnvironmentMismatch as error:
@@ -257,4 +258,19 @@ def unfit_gpu(hardware: Hardware) -> str:
             f"the GPU of this machine, {here.name}, is {found[0]} with {found[1]} SMs, "
             f"{hardware.name} is {wanted[0]} with {wanted[1]}"
         )
+    sizes = (
+        (
+            gpu_of(here).memory_bytes_per_s,
+            gpu_of(hardware).memory_bytes_per_s,
+            1e12,
+            "TB/s of memory",
+        ),
+        (here.l3_bytes, hardware.l3_bytes, 1 << 20, "MiB of L2"),
+    )
+    for has, asked, unit, what in sizes:
+        if not asked / _LIKE <= has <= asked * _LIKE:
+            return (
+                f"the GPU of this machine, {here.name}, has {has / unit:.3g} {what}, "
+                f"{hardware.name} has {asked / unit:.3g}"
+            )
     return ""

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mimo_compile.errors import MimoError
+from mimo_compile.errors import DeviceLost, MimoError
 from mimo_compile.search.measure.strays import MARK, kill_marked, oom_kills
 
 OUTPUT_BYTES = 64 << 10
@@ -249,6 +249,12 @@ class Worker:
             if code < 0 and self._stillborn < _STARTS:  # the candidate has not been touched yet
                 self._send()
                 return None
+            if Reply("crash", {}, text).device_lost:  # before it could begin
+                raise DeviceLost(
+                    "the device stopped answering",
+                    where=text.splitlines()[-1],
+                    remedy="What was measured is kept: run again when the device is back",
+                )
             raise MimoError(
                 f"the measuring process does not start: it was {reason}"
                 if code < 0

@@ -72,11 +72,7 @@ def open_meter(hardware: Hardware, name: str | None = None) -> Meter | None:
     if name == MODELLED:
         return None
     if name is not None and name != AUTO:
-        cls = _meter_class(name)
-        if hardware.kind not in cls.measures:
-            raise UsageError(
-                f"the {name} meter reads {', '.join(cls.measures)}, the target is {hardware.kind}"
-            )
+        cls = _reader(hardware, name)
         try:
             return _opened(cls)
         except OSError as error:
@@ -94,6 +90,27 @@ def open_meter(hardware: Hardware, name: str | None = None) -> Meter | None:
     return None
 
 
+def check_meter(hardware: Hardware, name: str) -> None:
+    """Check that a meter, which is elsewhere, is one that reads a target's joules.
+
+    Raises:
+        UsageError: there is no such meter, or it reads other hardware.
+        EnvironmentMismatch: a plug-in's meter is broken.
+    """
+    if name != MODELLED:
+        _reader(hardware, name)
+
+
+def _reader(hardware: Hardware, name: str) -> Any:
+    """Return the class of a meter that reads a target's joules."""
+    cls = _meter_class(name)
+    if hardware.kind not in cls.measures:
+        raise UsageError(
+            f"the {name} meter reads {', '.join(cls.measures)}, the target is {hardware.kind}"
+        )
+    return cls
+
+
 def _opened(cls: Any) -> Meter:
     meter: Meter = cls()
     return meter
@@ -107,6 +124,7 @@ __all__ = [
     "Meter",
     "Reading",
     "available",
+    "check_meter",
     "measure_energy",
     "meter_names",
     "open_meter",

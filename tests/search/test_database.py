@@ -19,6 +19,8 @@ from hypothesis import strategies as st
 from sample_records import HW, WORKLOAD, record
 
 from mimo_compile.errors import InputError
+from mimo_compile.ir.hardware import CUDA
+from mimo_compile.ir.ops import parse_workload
 from mimo_compile.search import lookup
 from mimo_compile.search.database import Database, default_path
 from mimo_compile.search.exchange import (
@@ -31,6 +33,7 @@ from mimo_compile.search.exchange import (
 )
 from mimo_compile.search.objective import parse_objective
 from mimo_compile.search.records import decode, encode
+from mimo_compile.search.space import JointSpace
 
 
 def test_round_trip_and_order(tmp_path: Path) -> None:
@@ -380,6 +383,23 @@ def test_lookup(tmp_path: Path) -> None:
         bigger = replace(HW, name="another", features=HW.features | {"avx512f"}).with_threads(4)
         assert lookup.results_for(WORKLOAD, bigger, db) == []
         assert len(lookup.results_for(WORKLOAD, bigger, db, near=True)) == 4
+
+
+def test_records_of_other_kinds_do_not_hide_near_ones(tmp_path: Path) -> None:
+    a100, h200 = CUDA["cuda:sm_80"], CUDA["cuda:sm_90a"]
+    space = JointSpace(parse_workload(WORKLOAD), a100)
+    (name, schedule), config = next(iter(space.schedules.items())), space.defaults()[0].config
+    there = {
+        "schedule": name, "schedule_version": schedule.version, "config": config, "hardware": h200.id,
+        "features": tuple(sorted(h200.features)), "threads": h200.threads, "requires": ("cuda",),
+    }  # fmt: skip
+    with Database(tmp_path / "a.db") as db:
+        db.add(record(1, 4.0, **there))
+        assert [r.latency_us for _, r in lookup.known_results(space, db)] == [4.0]
+        db.add(record(2, 50.0, hardware="a-cpu.108c", threads=a100.threads))  # comes before it
+        stale = {**there, "schedule_version": schedule.version - 1}
+        db.add(record(3, 1.0, **{**stale, "hardware": "a-gpu", "threads": a100.threads}))
+        assert [r.latency_us for _, r in lookup.known_results(space, db)] == [4.0]
 
 
 def test_near_results_are_of_one_number_of_threads_and_of_this_compiler(tmp_path: Path) -> None:

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from mimo_compile.errors import EnvironmentMismatch, InputError, UsageError
-from mimo_compile.ir.hardware import PRESETS
+from mimo_compile.ir.hardware import CUDA, PRESETS
 from mimo_compile.search.meters import (
     METERS,
     available,
+    check_meter,
     measure_energy,
     meter_names,
     open_meter,
@@ -62,6 +63,12 @@ def test_every_meter_says_what_it_is_or_why_not() -> None:
         open_meter(HW, "wattmeter")
     with pytest.raises(UsageError, match="nvml meter reads cuda, the target is cpu"):
         open_meter(HW, "nvml")
+
+    target = CUDA["cuda:sm_90a"]
+    for name in ("nvml", "modelled"):  # which need not work here
+        check_meter(target, name)
+    with pytest.raises(UsageError, match="rapl meter reads cpu, the target is cuda"):
+        check_meter(target, "rapl")
 
 
 class Gauge:

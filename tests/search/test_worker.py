@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from mimo_compile.errors import DeviceLost, MimoError
-from mimo_compile.ir.hardware import local_cpu
+from mimo_compile.ir.hardware import CUDA, gpu_of, local_cpu
 from mimo_compile.ir.ops import parse_workload
 from mimo_compile.search.measure import Measurement, Measurer, Timing, worker
+from mimo_compile.search.measure import measurer as measurer_module
 from mimo_compile.search.measure.cases import Scratch, make_case, sweep
 from mimo_compile.search.measure.clock import spread
 from mimo_compile.search.measure.runner import failed
@@ -101,6 +102,34 @@ def test_a_child_that_never_starts_is_an_error(
     monkeypatch.setattr(worker.sys, "executable", str(tmp_path / "absent"))
     with pytest.raises(MimoError, match="cannot start a measuring process"):
         pool.call({"do": "drop"}, 5)
+
+
+def test_a_device_that_is_gone_when_a_child_starts_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = tmp_path / "python"
+    said = "CudaError: the NVIDIA driver answers cuInit with CUDA_ERROR_NO_DEVICE (100)"
+    python.write_text(f"#!/bin/sh\necho Traceback\necho '{said}'\nexit 1\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(worker.sys, "executable", str(python))
+    with pytest.raises(DeviceLost, match="CUDA_ERROR_NO_DEVICE") as caught:
+        Pool("gpu", 1, memory=0, env={"TMPDIR": str(tmp_path)}).call({"do": "drop"}, 5)
+    assert caught.value.exit_code == 6 and "Traceback" not in str(caught.value)
+
+
+def test_gpus_are_measured_on_their_like(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = CUDA["cuda:sm_90a"]
+
+    def here(**changed: Any) -> str:
+        memory = {"memory_bytes_per_s": changed.pop("memory", gpu_of(target).memory_bytes_per_s)}
+        mine = replace(target, name="NVIDIA here", gpu=replace(gpu_of(target), **memory), **changed)
+        monkeypatch.setattr(measurer_module, "local_cuda", lambda: mine)
+        return measurer_module.unfit_gpu(target)
+
+    assert here() == here(memory=4.917e12) == here(l3_bytes=52 << 20) == ""
+    assert "NVIDIA here, has 3.35 TB/s of memory, cuda:sm_90a has 4.8" in here(memory=3.35e12)
+    assert "has 30 MiB of L2" in here(l3_bytes=30 << 20)
+    assert "with 114 SMs" in here(cores=114, threads=114)
 
 
 def test_what_dead_searches_left_running_is_killed(tmp_path: Path) -> None:
