@@ -26,6 +26,7 @@ import msgspec
 
 from mimo_compile.errors import InputError, MimoError
 from mimo_compile.ir.hardware import Hardware
+from mimo_compile.search.device_batch.names import is_file, strange_name
 from mimo_compile.search.measure.base import Limits, Timing
 from mimo_compile.search.meters.base import Reading
 from mimo_compile.search.records import seal, unseal
@@ -35,7 +36,6 @@ SCHEMA = 1
 """Version of the folder; a reader refuses newer ones."""
 MANIFEST = "batch.jsonl"
 _AGAIN = "Transfer the folder again: what is whole is not touched"
-_CHUNK = 1 << 20
 T = TypeVar("T", bound=msgspec.Struct)
 
 
@@ -53,6 +53,8 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
     """What reads joules besides; "": nothing does."""
     version: str
     """Of mimo_compile."""
+    undecided: dict[str, int] = {}
+    """How often earlier comparisons were run of which no times came back, by `merge.comparison`."""
     format: str = FORMAT
     schema: int = SCHEMA
 
@@ -138,6 +140,11 @@ def files_of(unit: Unit) -> set[str]:
     return arrays | {job.code for job in unit.jobs}
 
 
+def files_left(result: Result) -> set[str]:
+    """Return the names of the files that kernels of a unit wrote."""
+    return {name for step in result.steps for name in step.files.values()}
+
+
 class Folder:
     """A device batch on disk."""
 
@@ -204,7 +211,19 @@ class Folder:
             whole = False
         if not whole:
             raise InputError("this device batch is not whole", file=path, remedy=_AGAIN)
-        return Batch(header, units)
+        batch = Batch(header, units)
+        try:
+            strange = strange_name(batch)
+        except msgspec.MsgspecError as error:
+            raise InputError(
+                f"a unit of this device batch has no arguments: {error}", file=path, remedy=_AGAIN
+            ) from error
+        if strange is not None:
+            raise InputError(
+                f"this device batch uses {strange!r} as a name", file=path,
+                remedy="Make the batch again with `mimo-compile tune --device-batch`",
+            )  # fmt: skip
+        return batch
 
     def write(self, batch: Batch) -> None:
         """Put a batch in the place of the one before, whose files and results go."""
@@ -248,7 +267,7 @@ class Folder:
         Raises:
             InputError: the name is none of a file here.
         """
-        if Path(name).name != name:
+        if not is_file(name):
             raise InputError(f"{name!r} names no file of a device batch", file=self.path)
         return self.path / "files" / name
 

@@ -18,13 +18,13 @@ from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.workload import Workload
 from mimo_compile.search.budget import Budget, Clock, mark_heavy
 from mimo_compile.search.device_batch.files import Batch, Folder, Header
-from mimo_compile.search.device_batch.merge import Merged, merge
+from mimo_compile.search.device_batch.merge import Merged, comparison, merge
 from mimo_compile.search.device_batch.writer import BatchWriter
 from mimo_compile.search.measure.base import Limits, Timing
 from mimo_compile.search.result import DeviceBatch, TuningResult
 from mimo_compile.search.space import Candidate
 from mimo_compile.search.task import Task
-from mimo_compile.search.tuner import Tuner
+from mimo_compile.search.tuner import CONFIRM_AGAIN, Tuner
 
 ROUND = 16
 """Candidates of a workload in one batch, fewer in its first: the way there and back is long."""
@@ -86,11 +86,14 @@ def device_batch(
                     raise merged.failure
             if not merged.open:
                 number = 1 if batch is None else batch.header.number + 1
-                propose(search, writer, trials, _seed(search.seed, number))
+                propose(
+                    search, writer, trials, _seed(search.seed, number), undecided=merged.undecided
+                )
                 if writer.units:
                     header = Header(
                         id=secrets.token_hex(8), number=number, hardware=hardware, limits=limits,
                         timing=timing, meter=meter, version=__version__,
+                        undecided=dict(merged.undecided),
                     )  # fmt: skip
                     batch = Batch(header, tuple(writer.units))
                     folder.sync()
@@ -108,14 +111,37 @@ def device_batch(
             writer.close()
 
 
-def propose(search: Tuner, writer: BatchWriter, trials: int | None, seed: int) -> None:
+def propose(
+    search: Tuner,
+    writer: BatchWriter,
+    trials: int | None,
+    seed: int,
+    *,
+    undecided: Mapping[str, int] | None = None,
+) -> None:
     """Ask each workload's strategy for candidates, those first from which most is expected.
 
     Leaders that were only read once are timed against each other besides. What is known without a GPU (a
-    build that fails) is stored at once.
+    build that fails) is stored at once; where it is all that was asked for, strategies are asked for more.
+
+    Args:
+        search: What is known.
+        writer: Where candidates go.
+        trials: Candidates in all.
+        seed: Of the batch's inputs.
+        undecided: How often comparisons were run of which no times came back, by `merge.comparison`.
     """
     mark_heavy([task.share for task in search.tasks])
-    search.train()
+    more = True
+    while more and not writer.units:
+        search.train()
+        more = _searched(search, writer, trials, seed)
+        more |= _confirmed(search, writer, seed, undecided or {})
+
+
+def _searched(search: Tuner, writer: BatchWriter, trials: int | None, seed: int) -> bool:
+    """Put new candidates into the batch; say whether there were any."""
+    any_new = False
     for task in sorted(search.tasks, key=lambda t: -t.share.expected_gain_us()):
         left, most = MOST - len(writer.units), ROUND if task.records else FIRST
         if trials is not None:  # a small budget takes small steps
@@ -123,13 +149,26 @@ def propose(search: Tuner, writer: BatchWriter, trials: int | None, seed: int) -
             most = min(most, max(2, trials // (2 * len(search.tasks))))
         count = min(most, left)
         if batch := _asked(task, count):
+            any_new = True
             for m in writer.measure(task.space, batch, seed):
                 search.store(task, m, "search")
+    return any_new
+
+
+def _confirmed(search: Tuner, writer: BatchWriter, seed: int, undecided: Mapping[str, int]) -> bool:
+    """Put comparisons of leaders into the batch; say whether one changed what is known, or is in it."""
+    changed = False
     for task in search.tasks:
-        if len(chosen := task.leaders(*_compared(task))) > 1:
-            candidates = [task.candidates[key] for key in chosen]
-            for m in writer.confirm(task.space, candidates, seed):
-                search.store(task, m, "confirm")
+        chosen = [task.candidates[key] for key in task.leaders(*_compared(task))]
+        tried = undecided.get(comparison(c.key for c in chosen), 0)
+        if len(chosen) < 2 or tried > CONFIRM_AGAIN:
+            continue
+        before = len(writer.units)
+        for m in writer.confirm(task.space, chosen, seed):
+            search.store(task, m, "confirm")
+            changed = True
+        changed |= len(writer.units) > before
+    return changed
 
 
 def _asked(task: Task, count: int) -> list[Candidate]:

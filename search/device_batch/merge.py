@@ -6,19 +6,29 @@ asked the child itself.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import shutil
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from mimo_compile.cost_models.analytic import DeviceModel
 from mimo_compile.errors import InputError, UsageError
-from mimo_compile.search.device_batch.files import Batch, Folder, Result, Step, Unit
+from mimo_compile.search.device_batch.files import (
+    Batch,
+    Folder,
+    Result,
+    Step,
+    Unit,
+    damage,
+    files_left,
+)
 from mimo_compile.search.measure.base import Measurement
 from mimo_compile.search.measure.measurer import Measurer
+from mimo_compile.search.measure.runner import arguments
 from mimo_compile.search.measure.worker import Reply
 from mimo_compile.search.meters.base import Meter, Reading
 from mimo_compile.search.space import Candidate, JointSpace
@@ -38,6 +48,8 @@ class Merged:
     """Units without a result, or with one that is damaged."""
     failure: InputError | None = None
     """What has to be transferred again."""
+    undecided: Mapping[str, int] = field(default_factory=dict)
+    """See `Header.undecided`; this batch's are counted."""
 
 
 class _Played:
@@ -83,6 +95,26 @@ class _Named:
 class _Replay(Measurer):
     """The measurer, with a unit's answers in the place of its children."""
 
+    def same_inputs(self, space: JointSpace, unit: Unit, candidates: Sequence[Candidate]) -> bool:
+        """Say whether a unit ran on what would be drawn and packed for it now: only that can be judged."""
+        cases = self.runner.cases.all_of(space.workload, unit.seed)
+        known: dict[str, str] = {}
+        for job, candidate in zip(unit.jobs, candidates, strict=True):
+            schedule, config = space.schedules[candidate.schedule], space.config(candidate)
+            if len(job.cases) != len(cases):
+                return False
+            for case, ran in zip(cases, job.cases, strict=True):
+                try:
+                    args = arguments(self.runner.cases, case, schedule, config, job.facts)
+                except ValueError:
+                    return False
+                files = {a["name"]: a["file"] for a in args if a["file"] is not None}
+                for file in set(files.values()) - set(known):
+                    known[file] = f"{_hash(file)}.npy"
+                if {name: known[file] for name, file in files.items()} != ran:
+                    return False
+        return True
+
     def play(self, folder: Folder, unit: Unit, result: Result) -> None:
         """Take up a unit."""
         played = _Played(folder, result)
@@ -120,17 +152,20 @@ def merge(tuner: Tuner, folder: Folder, batch: Batch, device: DeviceModel) -> Me
         )
     results, torn = folder.results(batch)
     new, problems = 0, [f"{torn} lines of results are not whole"] if torn else []
+    undecided = dict(header.undecided)
     measurer = _Replay(tuner.hardware, device=device, limits=header.limits, timing=header.timing)
     try:
         for index, result in sorted(results.items()):
             unit = batch.units[index]
-            if bad := [
-                p for step in result.steps for n in step.files.values() if (p := folder.problem(n))
-            ]:
+            if bad := damage(folder, files_left(result)):
                 problems += bad
                 del results[index]
                 continue
-            new += _stored(tuner, tasks[unit.workload], measurer, folder, unit, result)
+            task = tasks[unit.workload]
+            new += _stored(tuner, task, measurer, folder, unit, result)
+            if unit.phase == "confirm" and not _compared(tuner, task, unit, result):
+                name = comparison(job.slot for job in unit.jobs)
+                undecided[name] = undecided.get(name, 0) + 1
     finally:
         measurer.close()
     still_open = len(batch.units) - len(results)
@@ -141,7 +176,7 @@ def merge(tuner: Tuner, folder: Folder, batch: Batch, device: DeviceModel) -> Me
             f"results of this device batch are damaged: {problems[0]}{more}", file=folder.path,
             remedy="Transfer the folder from the GPU's machine again, or run the batch there again",
         )  # fmt: skip
-    return Merged(new, still_open, failure)
+    return Merged(new, still_open, failure, undecided)
 
 
 def _stored(
@@ -158,6 +193,11 @@ def _stored(
         candidates.append(found)
     if all(_stored_at(tuner, task, c, result.time) for c in candidates):
         return False
+    if not measurer.same_inputs(task.space, unit, candidates):
+        _LOG.warning(
+            "the inputs of %s have changed since this batch was made: not counted", unit.workload
+        )
+        return False
     measurer.play(folder, unit, result)
     new = False
     for m in list(_concluded(measurer, task.space, candidates, unit)):
@@ -170,9 +210,25 @@ def _stored(
     return new
 
 
+def comparison(slots: Iterable[str]) -> str:
+    """Return the name of a comparison of candidates."""
+    return " ".join(sorted(slots))
+
+
+def _compared(tuner: Tuner, task: Task, unit: Unit, result: Result) -> bool:
+    """Say whether anything came of a comparison."""
+    adopted = [task.space.adopt(job.schedule, job.config) for job in unit.jobs]
+    return any(c is not None and _stored_at(tuner, task, c, result.time) for c in adopted)
+
+
 def _stored_at(tuner: Tuner, task: Task, candidate: Candidate, time: float) -> bool:
     rows = task.records.get(tuner.key(task, candidate), ())
     return any(r.time == time for r in rows)
+
+
+def _hash(file: str) -> str:
+    with Path(file).open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _concluded(

@@ -26,10 +26,12 @@ from mimo_compile.search.device_batch.files import (
     Step,
     Unit,
     damage,
+    files_left,
     files_of,
     plain,
     torn,
 )
+from mimo_compile.search.measure.cases import Scratch
 from mimo_compile.search.measure.clock import Stopwatch
 from mimo_compile.search.measure.measurer import unfit_gpu
 from mimo_compile.search.measure.worker import Pool, Reply
@@ -80,7 +82,9 @@ def run_batch(path: str | Path, tell: Tell = lambda text: None) -> Summary:
             raise EnvironmentMismatch(
                 f"this device batch cannot be run here: {why}", where=folder.path
             )
-        done, _ = folder.results(batch)
+        found, _ = folder.results(batch)
+        # what a kernel wrote may have been lost since: such a unit is run again
+        done = {i: r for i, r in found.items() if not damage(folder, files_left(r))}
         todo = [unit for unit in batch.units if unit.index not in done]
         runner = cleanup.enter_context(_Runner(folder, batch))
         problems: list[str] = []
@@ -123,13 +127,13 @@ class _Runner:
     def __init__(self, folder: Folder, batch: Batch) -> None:
         self._folder = folder
         self._header = header = batch.header
-        self._watch = Stopwatch(header.timing, header.hardware.l3_bytes, header.limits.time_s)
+        self._watch = Stopwatch(header.timing, header.hardware, header.limits.time_s)
         self._meter: Meter | None = (
             open_meter(header.hardware, header.meter) if header.meter else None
         )
         self._device = local_cuda().name
-        self._scratch = Path(tempfile.mkdtemp(prefix="mimo-device-batch-"))
-        self._pool = Pool("gpu", 1, memory=0, env={"TMPDIR": str(self._scratch)})
+        self._scratch = Scratch()
+        self._pool = Pool("gpu", 1, memory=0, env={"TMPDIR": str(self._scratch.path)})
         self._steps: list[Step] = []
 
     def __enter__(self) -> _Runner:
@@ -137,7 +141,7 @@ class _Runner:
 
     def __exit__(self, *error: object) -> None:
         self._pool.close()
-        shutil.rmtree(self._scratch, ignore_errors=True)
+        self._scratch.close()
 
     def run(self, unit: Unit) -> Result:
         """Run a unit: load and check its kernels, time them, read joules, and look at them once more.
@@ -169,11 +173,12 @@ class _Runner:
             request = {
                 "do": "load", "slot": job.slot, "code": str(self._folder.file(job.code)),
                 "symbol": job.facts["symbol"], "threads": 1, "device": job.facts["device"],
+                "bytes": job.facts.get("bytes", {}),
                 "args": [{**a, "file": files.get(a["name"])} for a in job.facts["args"]],
             }  # fmt: skip
             if self._ask(request, self._header.limits.run_s).status != "ok":
                 return False
-            wrote = Path(tempfile.mkdtemp(dir=self._scratch))
+            wrote = Path(tempfile.mkdtemp(dir=self._scratch.path))
             check = {"do": "check", "slot": job.slot, "folder": str(wrote)}
             reply = self._ask(check, self._header.limits.run_s, wrote)
             shutil.rmtree(wrote, ignore_errors=True)

@@ -117,8 +117,7 @@ class BatchWriter:
         Raises:
             ValueError: arrays cannot be packed for a kernel.
         """
-        case = self._cases.case(space.workload, seed)
-        cases = [c for c in (self._cases.further(case), case) if c is not None]
+        cases = self._cases.all_of(space.workload, seed)
         jobs = tuple(self._job(space, candidate, built, cases) for candidate, built in pairs)
         self.units.append(
             Unit(

@@ -38,8 +38,8 @@ class Timing:
     """``cold``: weights and states rotate over more bytes than the last-level cache holds; ``hot``."""
     rotate_bytes: int = 0
     """Bytes to rotate over; 0 stands for twice the last-level cache."""
-    memory_bytes: int = 1 << 30
-    """Most bytes of rotating copies."""
+    memory_bytes: int = 0
+    """Most bytes of rotating copies; 0 stands for 1 GiB, on GPUs for 64 GiB (and half of what is free)."""
     energy_window_s: float = 2.0
     confirm_rounds: int = 3
 

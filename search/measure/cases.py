@@ -180,6 +180,11 @@ class CaseStore:
             self._shrink()
         return made
 
+    def all_of(self, workload: Workload, seed: int) -> list[Case]:
+        """Return what a kernel is run on, in order: what is verified besides, and the case that is timed."""
+        case = self.case(workload, seed)
+        return [c for c in (self.further(case), case) if c is not None]
+
     def bound(self, case: Case, exact: bool) -> dict[str, Array]:
         """Return the bound of a case, or that of kernels that round nothing beyond float32."""
         if not exact:

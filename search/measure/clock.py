@@ -8,9 +8,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mimo_compile.ir.hardware import Hardware
 from mimo_compile.search.measure.base import Timing
 from mimo_compile.search.measure.worker import Reply
 from mimo_compile.search.meters.base import Meter, Reading, measure_energy
+
+HOST_COPIES = 1 << 30
+GPU_COPIES = 64 << 30
+"""Most bytes of copies where nothing else is asked for: a kernel that reads a few rows or experts of its
+weights needs many to go beyond L2."""
 
 Call = Callable[[Mapping[str, Any], float], Reply]
 """Asks a running child something, with a limit of seconds."""
@@ -27,8 +33,7 @@ class Stopwatch:
     """How slots of a child are timed."""
 
     timing: Timing
-    cache_bytes: int
-    """Last-level cache of the device."""
+    hardware: Hardware
     limit_s: float
     """Longest that timing one slot may take."""
 
@@ -60,11 +65,12 @@ class Stopwatch:
         p = self.timing
         rotate = 0
         if p.cache == "cold":
-            rotate = p.rotate_bytes or 2 * self.cache_bytes
+            rotate = p.rotate_bytes or 2 * self.hardware.l3_bytes
+        most = GPU_COPIES if self.hardware.kind == "cuda" else HOST_COPIES
         request = {
             "do": "time", "slots": list(slots), "batches": p.batches * rounds, "batch_s": p.batch_s,
             "warm_up_s": p.warm_up_s, "budget_s": p.budget_s * rounds, "rotate_bytes": rotate,
-            "memory_bytes": p.memory_bytes, "stop_above_s": min(stop_above_us * 1e-6, 1e9),
+            "memory_bytes": p.memory_bytes or most, "stop_above_s": min(stop_above_us * 1e-6, 1e9),
         }  # fmt: skip
         return call(request, self.limit_s * rounds * len(slots))
 

@@ -1,7 +1,7 @@
 """A kernel in the child that owns the GPU: arguments in guarded device memory, calls timed by events.
 
 Calls are captured in graphs, so that the time is the GPU's and not that of whoever queues launches. Argument
-sets rotate as on CPUs: weights and states come from memory when all sets together exceed L2.
+sets rotate: weights and states come from memory when what calls read of all sets together exceeds L2.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import math
 import time
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from ctypes import byref, c_float, c_uint64, c_void_p
+from ctypes import byref, c_float, c_size_t, c_uint64, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -119,10 +120,16 @@ class DeviceArgument:
         """Return what the memory holds."""
         return self._read(self.address, self.nbytes).view(self._dtype).reshape(self._shape)
 
-    def copy(self) -> int:
-        """Return the address of a copy of the first contents, without guards (to have cold data)."""
+    def copy(self, like: int | None = None) -> int:
+        """Return the address of a copy of the first contents, without guards (to have cold data).
+
+        ``like``: another copy, which nothing has been run on.
+        """
         address = self._allocate(self.nbytes)
-        self._write(address)
+        if like is None:
+            self._write(address)
+        elif self.nbytes:
+            self._on("cuMemcpyDtoDAsync_v2", address, like, self.nbytes, None)
         return address
 
 
@@ -158,6 +165,7 @@ class GpuSlot:
             ]
             specs = [*request["args"], *scratch]
             self.buffers = [DeviceArgument(on, a, self._cleanup) for a in specs]
+            self._moved_bytes = _moved(self.buffers, request.get("bytes", {}))
             zeroed = {s.name for s in kernel.scratch if s.zeroed}
             self._zeroed = [a for a in self.buffers if a.name in zeroed]
             self._places = {a.name: a.address for a in self.buffers}
@@ -188,20 +196,42 @@ class GpuSlot:
         self._on("cuCtxSynchronize")
 
     def rotate(self, wanted_bytes: int, memory_bytes: int) -> int:
-        """Make argument sets whose weights and states together exceed the caches; return their bytes."""
+        """Make argument sets whose weights and states together exceed the caches.
+
+        Each set has the same indices in it, so that what a call does not read of one is never read: bytes
+        count that the kernel declares to move. Returns those of all sets.
+        """
         cold = [a for a in self.buffers if a.role in ("weight", "state")]
-        each = sum(a.nbytes for a in cold)
+        whole = sum(a.nbytes for a in cold)
+        each = min(whole, max(1, self._moved_bytes)) if whole else 0
         count = 1
         if each and wanted_bytes:
-            count = min(-(-wanted_bytes // each) + 1, SETS, max(1, memory_bytes // each))
+            most = max(1, self._room(memory_bytes) // whole)
+            count = min(-(-wanted_bytes // each) + 1, SETS, most)
+        like: dict[str, int] = {}  # copies to copy from: host memory is farther away
         while len(self._sets) < count:
-            self._sets.append(self._prepared(self._places | {a.name: a.copy() for a in cold}))
+            made = {a.name: a.copy(like.get(a.name)) for a in cold}
+            like = like or made
+            self._sets.append(self._prepared(self._places | made))
         return each * len(self._sets)
 
+    def _room(self, memory_bytes: int) -> int:
+        """Return how many of so many bytes there are for copies: half of what is free at most."""
+        free, total = c_size_t(), c_size_t()
+        self._on("cuMemGetInfo_v2", byref(free), byref(total))
+        held = sum(a.nbytes for a in self.buffers if a.role in ("weight", "state"))
+        return min(memory_bytes, held * len(self._sets) + free.value // 2)
+
     def batch(self, number: int, start: int) -> float:
-        """Return seconds per call over ``number`` calls, beginning with argument set ``start``."""
+        """Return seconds per call over ``number`` calls, beginning with argument set ``start``.
+
+        As many calls on the sets before it run first, untimed: the GPU is at work when the first event
+        comes, and what the host takes to launch a graph passes meanwhile.
+        """
+        before = self._graph(number, (start - number) % len(self._sets))
         graph = self._graph(number, start % len(self._sets))
         begin, end = self._events
+        self._on("cuGraphLaunch", before, self._stream)
         self._on("cuEventRecord", begin, self._stream)
         self._on("cuGraphLaunch", graph, self._stream)
         self._on("cuEventRecord", end, self._stream)
@@ -212,8 +242,9 @@ class GpuSlot:
 
     def _graph(self, number: int, start: int) -> c_void_p:
         """Return calls one after the other as one graph."""
-        if (number, start) in self._graphs:
-            return self._graphs[number, start]
+        if (ready := self._graphs.pop((number, start), None)) is not None:
+            self._graphs[number, start] = ready  # the last of them: those used longest ago go first
+            return ready
         if len(self._graphs) >= GRAPHS:
             self._on.release("cuGraphExecDestroy", self._graphs.pop(next(iter(self._graphs))))
 
@@ -261,6 +292,20 @@ class GpuSlot:
             self._on.release("cuGraphExecDestroy", ready)
         self._graphs.clear()
         self._cleanup.close()
+
+
+def _moved(arguments: Iterable[DeviceArgument], declared: Mapping[str, float]) -> int:
+    """Return how many bytes of weights and states a call moves, of those that its kernel declares.
+
+    Inputs and outputs are the same in each call: what is declared of them comes from no other set.
+    """
+    held = {kind: 0 for kind in ("cold", "other")}
+    for a in arguments:
+        if not a.scratch:
+            held["cold" if a.role in ("weight", "state") else "other"] += a.nbytes
+    if "dram" not in declared:
+        return held["cold"]
+    return int(declared["dram"]) - held["other"]
 
 
 @cache

@@ -100,7 +100,7 @@ class Runner:
         self.limits = limits
         self.device = device
         self.meter = meter
-        self.clock = Stopwatch(timing, hardware.l3_bytes, limits.time_s)
+        self.clock = Stopwatch(timing, hardware, limits.time_s)
         self.cases = CaseStore(scratch)
         self._scratch = scratch
         env = {
@@ -151,7 +151,7 @@ class Runner:
         request = {
             "do": "load", "slot": candidate.key, "code": str(code_path(self._scratch, candidate)),
             "symbol": facts["symbol"], "args": args, "threads": space.hardware.threads,
-            "device": facts.get("device"),
+            "device": facts.get("device"), "bytes": facts["bytes"],
         }  # fmt: skip
         if (reply := self.call(request, self.limits.run_s)).status != "ok":
             return failed(candidate, reply, case.seed, "load")

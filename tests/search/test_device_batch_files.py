@@ -164,3 +164,41 @@ def test_newer_folders_are_refused(tmp_path: Path) -> None:
         folder.write(Batch(msgspec.structs.replace(HEADER, schema=2), ()))
         with pytest.raises(InputError, match="schema 2, this version reads 1"):
             folder.read()
+
+
+@pytest.mark.parametrize("where", ["args", "cases", "id", "file"])
+@pytest.mark.parametrize("name", ["../../evil", "/tmp/evil", "", "..", "a.b", "a/b", "ä"])
+def test_names_lead_nowhere(tmp_path: Path, where: str, name: str) -> None:
+    import msgspec
+
+    folder = Folder(tmp_path)
+    with folder.locked(create=True):
+        batch = batch_in(folder, 1)
+        (unit,), header = batch.units, batch.header
+        (job,) = unit.jobs
+        if where == "args":
+            job = msgspec.structs.replace(job, facts={"args": [{"name": "x"}, {"name": name}]})
+        elif where == "cases":
+            job = msgspec.structs.replace(job, cases=({"x": job.cases[0]["x"]}, {name: job.code}))
+        elif where == "id":
+            header = msgspec.structs.replace(header, id=name)
+        else:
+            with pytest.raises(InputError, match="names no file"):
+                folder.file(name)
+            return
+        folder.write(Batch(header, (msgspec.structs.replace(unit, jobs=(job,)),)))
+        with pytest.raises(InputError, match="as a name"):
+            folder.read()
+
+
+def test_what_says_nothing_of_arguments_is_refused(tmp_path: Path) -> None:
+    import msgspec
+
+    folder = Folder(tmp_path)
+    with folder.locked(create=True):
+        batch = batch_in(folder, 1)
+        (unit,) = batch.units
+        job = msgspec.structs.replace(unit.jobs[0], facts={"args": [7]})
+        folder.write(Batch(HEADER, (msgspec.structs.replace(unit, jobs=(job,)),)))
+        with pytest.raises(InputError, match="has no arguments"):
+            folder.read()
