@@ -206,6 +206,10 @@ def _run_batch(args: argparse.Namespace, console: Console) -> int:
         "SRC": args.source,
         "--device-batch": args.device_batch,
         "--on": args.on,
+        "--trials": args.trials,
+        "--time": args.time,
+        "--joules": args.joules,
+        "--db": args.db,
     }
     if other := [name for name, value in given.items() if value is not None]:
         raise UsageError(f"--run-batch takes all from its folder, and {other[0]} is given as well")

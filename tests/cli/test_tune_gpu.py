@@ -37,6 +37,8 @@ def test_without_a_gpu_it_names_the_way_that_there_is(cli, tmp_path) -> None:
             "not both",
         ),
         (("--run-batch", "d", "--op", SPEC), 2, "--run-batch takes all from its folder, and --op"),
+        (("--run-batch", "d", "--trials", "3"), 2, "from its folder, and --trials"),
+        (("--run-batch", "d", "--db", "x"), 2, "from its folder, and --db"),
         (("--run-batch", "d"), 1, "the folder of a device batch cannot be used: No such file"),
     ],
 )
