@@ -85,7 +85,9 @@ def test_schedules(site: Any) -> None:
          "mpgemm.path = pathlib:Path"]
     )  # fmt: skip
     site.install(entries, s=SCHEDULE)
-    assert names_for("swiglu") == ["swiglu.x86", "swiglu.mine", "swiglu.unnamed"]
+    assert names_for("swiglu") == [
+        "swiglu.x86", "swiglu.cuda", "swiglu.mine", "swiglu.unnamed",
+    ]  # fmt: skip
     assert names_for("mpgemm")[-1] == "mpgemm.path" and names_for("no_op") == []
     assert get_schedule("swiglu.mine").name == "swiglu.mine"
     for name in ("swiglu.unnamed", "mpgemm.path"):

@@ -116,10 +116,10 @@ def split(
                 out[name] = held[name]
             elif name == "pos":
                 out[name] = a.reshape(-1, 2)[i]
+            elif name == TABLE or name not in roles:  # another workload's, a sink for instance
+                continue
             elif roles[name] == "weight":
                 out[name] = a
-            elif name == TABLE:
-                continue
             elif roles[name] == "state":
                 out[name] = a[i] if p["b"] > 1 else a
             else:

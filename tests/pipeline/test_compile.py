@@ -126,7 +126,7 @@ def test_workloads_weigh_by_the_tokens_that_need_them() -> None:
         ({"source": "tiny", "quant": "w9"}, UsageError),
         ({"source": "tiny", "attention": "seer"}, UsageError),
         ({"source": "tiny", "quant": "w4kv3"}, UsageError),
-        ({"source": "tiny", "target": "cuda:sm_90a"}, UsageError),
+        ({"source": "tiny", "target": "sim:roma"}, UsageError),
         ({"source": "tiny", "threads": 0}, UsageError),
         ({"source": torch.nn.Linear(2, 2)}, UsageError),
         ({"source": torch.nn.Linear(2, 2), "quant": "w4"}, UsageError),

@@ -310,7 +310,12 @@ def test_another_machine_is_named_with_the_remedy(plain_file: Path, tmp_path: Pa
     )
     assert "mimo-compile compile SRC --target cpu" in text
     assert "sse2" not in text
-    wrong(lambda m: m["target"].update(kind="cuda", name="cuda:sm_90a"), "is for cuda:sm_90a")
+    wrong(
+        lambda m: (
+            m["target"].update(kind="cuda", name="cuda:sm_90a"), m["versions"].update(cuda="13.0")
+        ),
+        "is for cuda:sm_90a",
+    )  # fmt: skip
     wrong(lambda m: m["versions"].update({"apache-tvm": "0.31.2"}), "built with apache-tvm 0.31.2")
     wrong(lambda m: m["versions"].pop("apache-tvm-ffi"), "apache-tvm-ffi of unknown version")
     # only running it needs the machine; looking at it does not

@@ -317,7 +317,7 @@ def test_counts_of_a_step_over_codes(c, arith):
         tile = TILES[arith](s, fmt, rest[:3], rest[3:6], 0)
         tile.hide = lambda *_: None  # memory decides on it
         tile.widen_params(0)
-        tile.old(GroupReach(s, fmt, pos, 0), 0, 0)
+        tile.old(GroupReach(s, fmt, pos, 0), 0, 0, 0)
 
     once = executed(function("step", kernel_args(w), body))
     declared = FLASH.work(w, config, v4)
