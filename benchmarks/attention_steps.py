@@ -1,9 +1,9 @@
-"""One token's attention with steps of 16, 32, ... slots, in turns: what the default length of a step rests on.
+"""One token's attention with steps of 16, 32, ... slots, in turns: what their default length rests on.
 
-    python benchmarks/attention_steps.py cached_attention:t=1,h=32,kv=8,d=128,dv=128,cap=32768,c=bf16 --threads 1 2
+    python benchmarks/attention_steps.py cached_attention:t=1,h=32,kv=8,d=128,dv=128,cap=32768,c=bf16
 
-Each config is checked first; caches come from memory. A line has the share of the read roof, and the time over that
-of the default: median, p10 and p90 over rounds.
+Each config is checked first; caches come from memory. A line has the share of the read roof, and the time
+over that of the default: median, p10 and p90 over rounds.
 """
 
 from __future__ import annotations
