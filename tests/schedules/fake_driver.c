@@ -38,7 +38,8 @@ typedef struct { char kind; unsigned flags; } Stream;
 typedef struct Pending { struct Pending *next; CUstream on; Work work; } Pending;
 static Pending *pending, **last = &pending;
 static struct { char *begin; size_t size; } pinned[1024];
-static char told[1 << 16];
+static char *told; /* words of some calls, or of a hundred thousand */
+static size_t told_length, told_room;
 static void *firsts[MOST];
 static int launched;
 
@@ -46,9 +47,11 @@ int fake_held(void) { return held; }
 void fake_refuse(int what) { refused = what; }
 /* What the driver was asked since this was last asked. */
 const char *fake_told(void) {
-  static char before[sizeof told];
-  strcpy(before, told);
-  told[0] = 0;
+  static char *before;
+  free(before);
+  before = told ? told : strdup("");
+  told = NULL;
+  told_length = told_room = 0;
   launched = 0;
   return before;
 }
@@ -66,7 +69,11 @@ static int unsafe(void) {
   return invalid = 1;
 }
 static void tell(const char *what) {
-  if (strlen(told) + strlen(what) + 2 < sizeof told) strcat(strcat(told, what), " ");
+  size_t length = strlen(what);
+  if (told_length + length + 2 > told_room) told = realloc(told, told_room = 2 * told_room + length + 256);
+  memcpy(told + told_length, what, length);
+  memcpy(told + told_length + length, " ", 2);
+  told_length += length + 1;
 }
 
 CUresult cuInit(unsigned flags) { return flags ? CUDA_ERROR_INVALID_VALUE : 0; }
