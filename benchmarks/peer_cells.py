@@ -67,8 +67,12 @@ def rival(kind, line):
 
 
 def latest(lines):
-    """Return the last line of each cell: by tokens, extents, formats, threads, caches."""
-    cells = {(line["op"], line["threads"], line["cache"]): line for line in lines}
+    """Return the last line of each cell, however its op is spelled: by tokens, extents, formats, threads, caches."""
+    cells = {}
+    for line in lines:
+        workload = parse_workload(line["op"])
+        extents = frozenset(get_op(workload.op).full(workload).items())
+        cells[workload.op, extents, line["threads"], line["cache"]] = line
 
     def order(line):
         workload = parse_workload(line["op"])
