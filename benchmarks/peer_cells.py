@@ -67,7 +67,7 @@ def rival(kind, line):
 
 
 def latest(lines):
-    """Return the last line of each cell, however its op is spelled: by tokens, extents, formats, threads, caches."""
+    """Return the last line of each cell, however its op is spelled, in the order of the table."""
     cells = {}
     for line in lines:
         workload = parse_workload(line["op"])
