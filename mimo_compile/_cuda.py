@@ -14,6 +14,7 @@ from ctypes import POINTER, byref, c_char_p, c_float, c_int, c_size_t, c_uint, c
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
+from uuid import UUID
 
 from mimo_compile.errors import DeviceLost, MimoError
 
@@ -26,6 +27,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuDeviceGetCount": (POINTER(c_int),),
     "cuDeviceGet": (POINTER(c_int), c_int),
     "cuDeviceGetName": (c_char_p, c_int, c_int),
+    "cuDeviceGetUuid_v2": (c_void_p, c_int),
     "cuDeviceGetAttribute": (POINTER(c_int), c_int, c_int),
     "cuDevicePrimaryCtxRetain": (POINTER(c_void_p), c_int),
     "cuCtxSetCurrent": (c_void_p,),
@@ -224,6 +226,13 @@ class Driver:
         text = ctypes.create_string_buffer(256)
         self("cuDeviceGetName", text, len(text), self._device)
         return text.value.decode(errors="replace")
+
+    @property
+    def uuid(self) -> str:
+        """Of the GPU, as NVML spells it, whose numbers count GPUs in another order than CUDA does."""
+        raw = (ctypes.c_ubyte * 16)()
+        self("cuDeviceGetUuid_v2", raw, self._device)
+        return f"GPU-{UUID(bytes=bytes(raw))}"
 
     @property
     def capability(self) -> tuple[int, int]:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mimo_compile._cuda import driver
+
 _POWERCAP = Path("/sys/class/powercap")
 _MIN_STEPS = 20  # a window of fewer counter steps says little about the energy in it
 
@@ -126,19 +128,18 @@ def _file_reader(path: Path) -> Callable[[], float]:
 
 
 def nvml_meter() -> Meter:
-    """Meter all NVIDIA GPUs, whose counters exist from Volta on and move every 100 ms or so."""
+    """Meter the GPU that artifacts run on; counters exist from Volta on and move every 100 ms or so.
+
+    NVML counts GPUs in another order than CUDA, and all of them: the driver says which one it is.
+    """
     try:
         nvml: Any = importlib.import_module("pynvml")  # of the package nvidia-ml-py, if installed
         nvml.nvmlInit()
-        handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
-        counters = [Counter(_gpu_reader(nvml, handle)) for handle in handles]
-        for counter in counters:
-            counter.read()
+        counter = Counter(_gpu_reader(nvml, nvml.nvmlDeviceGetHandleByUUID(driver().uuid)))
+        counter.read()
     except Exception as error:
         return Meter(None, [], 0.1, f"NVML does not work here: {error}")
-    if not counters:
-        return Meter(None, [], 0.1, "NVML sees no GPU")
-    return Meter("nvml", counters, 0.1)
+    return Meter("nvml", [counter], 0.1)
 
 
 def _gpu_reader(nvml: Any, handle: Any) -> Callable[[], float]:

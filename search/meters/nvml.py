@@ -9,6 +9,8 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from mimo_compile._cuda import driver
+from mimo_compile.errors import MimoError
 from mimo_compile.search.meters.watched import State, step_and_watts
 
 THROTTLES = {
@@ -27,7 +29,7 @@ class NvmlMeter:
 
     name = "nvml"
     measures = ("cuda",)
-    reads = "total energy counter of GPU 0"
+    reads = "total energy counter of the first GPU that CUDA shows"
     step_s = 0.1
     """Until `prepare` has measured it."""
     poll_s = 0.002
@@ -36,8 +38,13 @@ class NvmlMeter:
     longest_s = 3.0
     """Seconds in which an idle GPU's counter must have moved often enough."""
 
-    def __init__(self, index: int = 0, library: Any = None) -> None:
-        """Open a GPU's counter (``library`` stands in for pynvml in tests).
+    def __init__(self, uuid: str = "", library: Any = None) -> None:
+        """Open a GPU's counter.
+
+        Args:
+            uuid: Which GPU, e.g. ``GPU-00112233-4455-...``; empty: the one that kernels run on, the first
+                that the driver shows to this process (NVML's own numbers ignore CUDA_VISIBLE_DEVICES).
+            library: Stands in for pynvml in tests.
 
         Raises:
             OSError: no driver, no such GPU, or a GPU without the counter; the text says which.
@@ -46,10 +53,12 @@ class NvmlMeter:
         self.idle_w: float | None = None
         try:
             self._nvml.nvmlInit()
-            self._handle = self._nvml.nvmlDeviceGetHandleByIndex(index)
+            self._handle = self._nvml.nvmlDeviceGetHandleByUUID(uuid or driver().uuid)
             self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)
         except self._nvml.NVMLError as error:
             raise OSError(f"NVML: {error}") from error
+        except MimoError as error:
+            raise OSError(f"which GPU kernels run on is not known: {error}") from error
 
     def prepare(self) -> None:
         """Watch the counter for some steps while nothing runs.

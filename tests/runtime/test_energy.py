@@ -6,6 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from mimo_compile._cuda import Driver
+from mimo_compile.runtime import energy
 from mimo_compile.runtime.energy import Counter, Meter, nvml_meter, rapl_meter
 
 
@@ -114,20 +116,20 @@ def fake_nvml(**changes: object) -> SimpleNamespace:
     energy = iter(range(1000, 99999, 500))
     facts = {
         "nvmlInit": lambda: None,
-        "nvmlDeviceGetCount": lambda: 2,
-        "nvmlDeviceGetHandleByIndex": lambda i: i,
-        "nvmlDeviceGetTotalEnergyConsumption": lambda _: next(energy),
+        "nvmlDeviceGetHandleByUUID": {"GPU-1": 1}.__getitem__,
+        "nvmlDeviceGetTotalEnergyConsumption": lambda handle: handle * next(energy),
     }
     return SimpleNamespace(**{**facts, **changes})
 
 
-def test_nvml_adds_all_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nvml_reads_the_gpu_that_the_driver_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(energy, "driver", lambda: SimpleNamespace(uuid="GPU-1"))
     monkeypatch.setitem(sys.modules, "pynvml", fake_nvml())
     meter, clock = nvml_meter(), Clock()
     meter.clock = clock
     meter.start()
     clock.now += 5
-    assert meter.stop() == pytest.approx(2.0)  # two counters, 1 J later each
+    assert meter.stop() == pytest.approx(0.5)
     meter.start()
     clock.now += 1.9  # 19 steps of 100 ms
     assert meter.stop() is None
@@ -138,10 +140,12 @@ def test_nvml_that_does_not_work_has_a_reason(monkeypatch: pytest.MonkeyPatch) -
     def fails(*_: object) -> None:
         raise RuntimeError("Not Supported")
 
+    monkeypatch.setattr(energy, "driver", lambda: SimpleNamespace(uuid="GPU-1"))
     for changes in ({"nvmlInit": fails}, {"nvmlDeviceGetTotalEnergyConsumption": fails}):
         monkeypatch.setitem(sys.modules, "pynvml", fake_nvml(**changes))
         assert nvml_meter().reason == "NVML does not work here: Not Supported"
-    monkeypatch.setitem(sys.modules, "pynvml", fake_nvml(nvmlDeviceGetCount=lambda: 0))
-    assert nvml_meter().reason == "NVML sees no GPU"
+    monkeypatch.setattr(energy, "driver", lambda: Driver("libcuda-that-is-not-there.so"))
+    monkeypatch.setitem(sys.modules, "pynvml", fake_nvml())
+    assert "there is no NVIDIA driver" in nvml_meter().reason
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert "NVML does not work here" in nvml_meter().reason

@@ -84,6 +84,10 @@ CUresult cuDeviceGetName(char *name, int length, CUdevice device) {
   snprintf(name, length, "Stand-in");
   return device == 7 ? 0 : CUDA_ERROR_INVALID_DEVICE;
 }
+CUresult cuDeviceGetUuid_v2(CUuuid *uuid, CUdevice device) {
+  for (int i = 0; i < 16; ++i) uuid->bytes[i] = (char)(17 * i);
+  return device == 7 ? 0 : CUDA_ERROR_INVALID_DEVICE;
+}
 CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice device) {
   switch (attribute) {
     case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: *value = capability / 10; break;

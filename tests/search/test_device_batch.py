@@ -296,7 +296,7 @@ import time
 NVML_TEMPERATURE_GPU = NVML_CLOCK_SM = 0
 class NVMLError(Exception): pass
 def nvmlInit(): pass
-def nvmlDeviceGetHandleByIndex(index): return index
+def nvmlDeviceGetHandleByUUID(uuid): return {"GPU-00112233-4455-6677-8899-aabbccddeeff": 0}[uuid]
 def nvmlDeviceGetTotalEnergyConsumption(h): return 300e3 * (time.time() // 0.01 * 0.01)
 def nvmlDeviceGetPowerUsage(h): return 300000
 def nvmlDeviceGetTemperature(h, kind): return 41

@@ -38,6 +38,7 @@ def on(tmp_path_factory) -> Driver:
     made._library.fake_told.restype = ctypes.c_char_p
     made._library.fake_first.restype = ctypes.c_uint64
     made.enter()
+    assert made.uuid == "GPU-00112233-4455-6677-8899-aabbccddeeff"
     return made
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from mimo_compile.search.meters import measure_energy
+from mimo_compile._cuda import Driver
+from mimo_compile.search.meters import measure_energy, nvml
 from mimo_compile.search.meters.nvml import NvmlMeter
 from mimo_compile.search.meters.watched import State, Watched, step_and_watts, steps, unsound
 
+GPU = "GPU-00112233-4455-6677-8899-aabbccddeeff"
 WATTS, IDLE_W, STEP_S = 300.0, 80.0, 0.004
 
 
@@ -53,8 +56,10 @@ class FakeNvml:
         if not self.gpus:
             raise self.NVMLError("Driver Not Loaded")
 
-    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:  # noqa: N802
-        return index
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:  # noqa: N802
+        if uuid != GPU:
+            raise self.NVMLError("Not Found")
+        return uuid
 
     def nvmlDeviceGetTotalEnergyConsumption(self, handle: int) -> float:  # noqa: N802
         if self.energy is None:
@@ -91,29 +96,40 @@ def ramp(start: float, by: float) -> Callable[[], float]:
 
 def measured(window_s: float = 0.6, **changes: Any) -> Any:
     gpu = FakeNvml(**changes)
-    meter = NvmlMeter(library=gpu)
+    meter = NvmlMeter(GPU, gpu)
     meter.warm_s, meter.poll_s, meter.longest_s = 0.02, 0.001, 0.3
     return measure_energy(meter, gpu.spin, window_s)
 
 
 def test_a_gpu_without_a_counter_says_so() -> None:
-    assert NvmlMeter(library=FakeNvml()).read_mj() == 1e6
+    assert NvmlMeter(GPU, FakeNvml()).read_mj() == 1e6
     for broken, words in (
         (FakeNvml(gpus=0), "Driver Not Loaded"),
         (FakeNvml(energy=None), "Not Supported"),
     ):
         with pytest.raises(OSError, match=words):
-            NvmlMeter(library=broken)
+            NvmlMeter(GPU, broken)
+
+
+def test_the_gpu_is_the_one_that_the_driver_shows(monkeypatch) -> None:
+    monkeypatch.setattr(nvml, "driver", lambda: SimpleNamespace(uuid=GPU))
+    assert NvmlMeter(library=FakeNvml()).read_mj() == 1e6
+    monkeypatch.setattr(nvml, "driver", lambda: SimpleNamespace(uuid="GPU-of-another-machine"))
+    with pytest.raises(OSError, match="NVML: Not Found"):
+        NvmlMeter(library=FakeNvml())
+    monkeypatch.setattr(nvml, "driver", lambda: Driver("libcuda-that-is-not-there.so"))
+    with pytest.raises(OSError, match="which GPU kernels run on is not known: there is no NVIDIA"):
+        NvmlMeter(library=FakeNvml())
 
 
 def test_state() -> None:
     gpu = FakeNvml(clock=None, throttle=0x48, processes=2, power=250_000)
-    assert NvmlMeter(library=gpu).state() == State(
+    assert NvmlMeter(GPU, gpu).state() == State(
         55.0, None, 250.0, 2, ("hardware slowdown", "hardware thermal slowdown")
     )
     gpu.throttle = 0x1 | 0x2 | 0x4  # idle, set clocks, power cap: no reasons to refuse
-    assert NvmlMeter(library=gpu).state().throttled == ()
-    assert isinstance(NvmlMeter(library=gpu), Watched)
+    assert NvmlMeter(GPU, gpu).state().throttled == ()
+    assert isinstance(NvmlMeter(GPU, gpu), Watched)
 
 
 def test_energy_comes_from_the_steps_of_the_counter() -> None:
@@ -126,7 +142,7 @@ def test_energy_comes_from_the_steps_of_the_counter() -> None:
 
 def test_idle_power_is_measured_with_the_step() -> None:
     gpu = FakeNvml()
-    meter = NvmlMeter(library=gpu)
+    meter = NvmlMeter(GPU, gpu)
     meter.poll_s, meter.longest_s = 0.001, 0.3
     meter.prepare()
     assert meter.idle_w == pytest.approx(IDLE_W, rel=0.3) and meter.step_s >= STEP_S
@@ -143,7 +159,7 @@ def test_windows_are_stretched_to_the_steps_that_were_found() -> None:
             spun.append(seconds)
             return gpu.spin(seconds)
 
-        meter = NvmlMeter(library=gpu)
+        meter = NvmlMeter(GPU, gpu)
         meter.warm_s, meter.poll_s, meter.longest_s, meter.max_spread = 0.02, 0.001, 0.3, 10.0
         reading = measure_energy(meter, spin, 0.075)  # below 20 steps of 4 ms
         if "times only" not in reading.reason:
@@ -191,7 +207,7 @@ def test_no_number_rather_than_a_wrong_one(changes: dict[str, Any], words: str) 
 def test_windows_too_short_and_kernels_that_fail() -> None:
     assert "below 20 counter steps" in measured(window_s=0.01).reason
     gpu = FakeNvml()
-    meter = NvmlMeter(library=gpu)
+    meter = NvmlMeter(GPU, gpu)
     meter.warm_s, meter.longest_s = 0.02, 0.3
     assert "did not run" in measure_energy(meter, lambda s: (0, s), 1.0).reason
     gpu.energy = None
