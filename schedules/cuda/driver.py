@@ -1,10 +1,10 @@
-"""Kernels on the GPU of this machine, through the driver's own library: results, and times by its events."""
+"""Kernels on the GPU of this machine, through the driver's own library: what they compute."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from ctypes import byref, c_float, c_uint64, c_void_p
+from ctypes import byref, c_uint64, c_void_p
 
 import numpy as np
 
@@ -63,26 +63,6 @@ class Loaded:
         self._on("cuCtxSynchronize")
         return {c.name: self._read(c) for c in self._cells if c.written and not c.scratch}
 
-    def seconds(self, calls: int, flush_bytes: int) -> list[float]:
-        """Return the time of each of some calls, with that many other bytes written before it."""
-        self._on("cuCtxSynchronize")
-        begin, end = c_void_p(), c_void_p()
-        for event in (begin, end):
-            self._on("cuEventCreate", byref(event), 0)
-            self._cleanup.callback(self._on.release, "cuEventDestroy_v2", event)
-        other = self.allocate(flush_bytes)
-        out = []
-        for _ in range(calls):
-            self._on("cuMemsetD8Async", other, 0, flush_bytes, None)
-            self._on("cuEventRecord", begin, None)
-            self.call()
-            self._on("cuEventRecord", end, None)
-            self._on("cuEventSynchronize", end)
-            passed = c_float()
-            self._on("cuEventElapsedTime", byref(passed), begin, end)
-            out.append(passed.value * 1e-3)
-        return out
-
     def _read(self, cell: Cell) -> Array:
         host = np.empty(cell.arg.shape, carrier(cell.arg.dtype))
         self._on("cuMemcpyDtoH_v2", host.ctypes.data, self._place[cell.name], host.nbytes)
@@ -95,7 +75,7 @@ def loaded(kernel: Kernel, hardware: Hardware, on: Driver | None = None) -> Iter
 
     Raises:
         MimoError: there is no driver, or it answers with an error.
-        EnvironmentMismatch: there is no nvcc.
+        EnvironmentMismatch: there is neither nvcc nor NVRTC.
         ValueError: the GPU cannot do a launch of the kernel.
     """
     with ExitStack() as cleanup:

@@ -21,7 +21,9 @@ from mimo_compile.pipeline.device import predicted_us
 from mimo_compile.schedules.cuda import driver
 from mimo_compile.schedules.cuda.code import DeviceCode, Launch, TensorMap
 from mimo_compile.schedules.cuda.nvcc import USUAL, Binary, Usage, find_tool
+from mimo_compile.search.measure.base import Timing
 from mimo_compile.search.measure.emulated import check_emulated
+from mimo_compile.search.measure.gpu_times import times_of
 
 H200 = CUDA["cuda:sm_90a"]
 SAMPLE, WORKLOAD = CudaSwiglu(), parse_workload("swiglu:t=3,f=50")
@@ -95,12 +97,23 @@ def test_parameters_of_every_kind(on, library) -> None:
         ready.call()  # counters are zero again
         y = ready.results()["y"]
         assert held(library) == 4
-        seconds = ready.seconds(3, 1 << 20)
-    assert seconds == [0.25e-3] * 3 and held(library) == 0
+    assert held(library) == 0
     kind, rank, place, *rest = y[:28].view(np.int64).tolist()
     assert (kind, rank) == (9, 2) and place > 2**32
     # columns, rows, bytes of a row, box, steps, no interleave, 32 bytes of swizzle, 256 of L2, zeros outside
     assert rest == [64, 40, 128, 16, 32, 1, 1, 0, 1, 3, 0] and y[40] == 0.5
+
+
+def test_times_are_those_of_a_search(on, library) -> None:
+    """Twice L2 is rotated over where the stand-in, whose events are 0.25 ms apart, has such kernels."""
+    binary = driver.compile_device(KERNEL, H200)
+    on.enter()
+    timing = Timing(warm_up_s=0.0, batches=3, batch_s=0.25e-3)
+    seconds = times_of(KERNEL, binary, H200, {"x": np.ones((3, 100), np.float32)}, on, timing)
+    assert seconds == [0.25e-3] * 3 and held(library) == 0
+    with pytest.raises(ValueError, match="the kernel wants"):
+        times_of(KERNEL, binary, H200, {"x": np.ones((3, 99), np.float32)}, on, timing)
+    assert held(library) == 0
 
 
 def test_errors_are_named_and_nothing_stays_behind(on, library) -> None:

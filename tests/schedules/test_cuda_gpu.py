@@ -1,8 +1,8 @@
 """The command that validates CUDA kernels where there is a GPU: right on it, and how long they take there.
 
 ``pytest -m gpu tests/schedules/test_cuda_gpu.py -s -k NAME`` prints a line for each workload of the schedules
-whose name has NAME in it: the least time predicted beside what the GPU's events say, with L2 full of other
-things.
+whose name has NAME in it: the least time predicted beside what a search would measure: calls as
+a graph, over weights and states beyond L2.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from test_cuda_attention import DECODE, EXACT, PREFILL, QUICK, check_exact, made
 from test_cuda_every import NAMES, WORKLOADS
 from test_cuda_mpgemm import ratio_of_kernels
 
+from mimo_compile import _cuda
 from mimo_compile.cli.inspect_cuda import launches_of
 from mimo_compile.ir.hardware import CUDA, gpu_of, local_cuda
 from mimo_compile.ir.ops import parse_workload
@@ -23,8 +24,9 @@ from mimo_compile.schedules import get_schedule
 from mimo_compile.schedules.cuda import driver
 from mimo_compile.schedules.cuda.nvcc import compile_device
 from mimo_compile.search.measure.emulated import check_emulated, device_arrays
+from mimo_compile.search.measure.gpu_times import times_of
 
-RANDOM, CALLS = 3, 50
+RANDOM = 3
 RAGGED = {
     "mpgemm": (
         "mpgemm:m=70,n=199,k=1000,w=bf16,a=abf16,bias=1",
@@ -64,11 +66,10 @@ def test_right_on_the_gpu_and_how_fast(name: str, text: str) -> None:
         found = check_emulated(
             workload, schedule, config, hardware, run=driver.run, most_ratio=most
         )
-        with driver.loaded(found.kernel, hardware) as ready:
-            ready.fill(device_arrays(workload, schedule, config, found.inputs))
-            ready.call()  # the first one is slower
-            times = sorted(1e6 * t for t in ready.seconds(CALLS, 2 * hardware.l3_bytes))
         binary = compile_device(found.kernel, hardware)
+        arrays, on = device_arrays(workload, schedule, config, found.inputs), _cuda.driver()
+        on.enter()
+        times = sorted(1e6 * t for t in times_of(found.kernel, binary, hardware, arrays, on))
         # at the clock of docs/cuda.md, and at the highest that this GPU's driver names
         documented = CUDA[f"cuda:{gpu_of(hardware).arch}"]
         least, here = (
@@ -77,7 +78,7 @@ def test_right_on_the_gpu_and_how_fast(name: str, text: str) -> None:
         print(
             f"\n{hardware.name}: {name} {text} {config}: predicted {least:.2f} us at least "
             f"({here:.2f} at {1e-9 * gpu_of(hardware).clock_hz:.2f} GHz), measured "
-            f"{statistics.median(times):.2f} us ({times[CALLS // 10]:.2f} to {times[-CALLS // 10]:.2f}), "
+            f"{statistics.median(times):.2f} us ({times[0]:.2f} to {times[-1]:.2f}), "
             f"error {found.error_ratio:.2g} of its bound"
         )
 
