@@ -2,7 +2,7 @@
 
     python benchmarks/expert_memory.py --model wide.mimo --gates gates.safetensors --out memory.jsonl
 
-The model is the built-in one whose experts are made `--factor` times as wide by rows of zeros, and its
+The model is the built-in one whose experts are made `--factor` times as wide (`wide.py`), and its
 first layer, which has none, as wide as a token's experts: it computes the same and routes the same text
 alike, while its experts have the bytes, and take the time, of larger ones. Tokens of held-out text are
 appended one at a time. Of each token and way the median of `--repeat` runs counts, and their sum is the
@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import shutil
 import tempfile
 import time
 from collections import defaultdict
@@ -28,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from wide import Widths, widened
 
 import mimo_compile as mc
 from mimo_compile.runtime import ExpertMemory, load
@@ -41,34 +41,16 @@ COUNTS = frozenset(
 )
 
 
-def widened(folder: Path, factor: int) -> Path:
-    """Write a checkpoint of the built-in model whose experts have `factor` times as many inner rows.
+def widths_of(factor: int) -> Widths:
+    """Return the widths of experts with `factor` times as many inner rows.
 
     The first layer, which has none, gets as many as the experts of a token together.
     """
-    import torch
-    from safetensors.torch import load_file, save_file
-
     from mimo_compile.frontend.huggingface import resolve_source
 
-    source = resolve_source("tiny")
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-        shutil.copy(source / name, folder / name)
-    config = json.loads((source / "config.json").read_text())
-    inner = config["moe_intermediate_size"]
-    dense = config["intermediate_size"]
-    all_of_a_token = inner * factor * config["num_experts_per_tok"]
-    config |= {"moe_intermediate_size": inner * factor, "intermediate_size": all_of_a_token}
-    (folder / "config.json").write_text(json.dumps(config))
-    tensors = load_file(source / "model.safetensors")
-    for name, tensor in tensors.items():
-        first = name.startswith("model.layers.0.mlp.")
-        if first or ".experts." in name:
-            more = all_of_a_token - dense if first else inner * (factor - 1)
-            pad = (0, more) if "down_proj" in name else (0, 0, 0, more)
-            tensors[name] = torch.nn.functional.pad(tensor, pad)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
+    config = json.loads((resolve_source("tiny") / "config.json").read_text())
+    rows = config["moe_intermediate_size"] * factor * config["num_experts_per_tok"]
+    return Widths(experts=factor, inner=max(rows, config["intermediate_size"]))
 
 
 def model(path: Path | None, factor: int, quant: str, context: int) -> Path:
@@ -76,7 +58,7 @@ def model(path: Path | None, factor: int, quant: str, context: int) -> Path:
     if path is not None and path.exists():
         return path
     with tempfile.TemporaryDirectory() as folder:
-        source = widened(Path(folder), factor)
+        source = widened(Path(folder), widths_of(factor))
         made = mc.compile(source, quant=quant, max_context=context)
         return made.save(path or Path(tempfile.mkdtemp()) / "wide.mimo")
 
