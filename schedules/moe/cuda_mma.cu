@@ -3,12 +3,12 @@
 // prepare: x becomes an operand, and each expert's slots are counted. place: slots in the order of their experts, cut
 // into tiles of at most BM. up: a block has a tile of slots and BN_UP / 2 columns of the gate and of the up matrix,
 // eight rows of one and eight of the other in turns, so that a thread has both of an element, and stores
-// silu(gate) * up as an operand of the next matmul (INT8: as floats, which a launch of its own quantises). down: a tile
-// of slots and BN_DOWN columns, of a piece of K, one of SPLIT. combine: the pieces' sums, and the slots of each token,
-// in their order.
+// silu(gate) * up as an operand of the next matmul (INT8: as floats, which a launch of its own quantises), a row for
+// each place in that order. down: a tile of slots and BN_DOWN columns, of a piece of K, one of SPLIT. combine: the pieces'
+// sums, and the slots of each token, in their order (`expert_ends.cuh`).
 //
 // Grids are those of the most tiles that there can be; blocks beyond the tiles that there are end at once.
-#include "experts.cuh"
+#include "expert_ends.cuh"
 #if CODES
 #include "code_tiles.cuh"
 #else
@@ -28,81 +28,24 @@ constexpr int UP_COLUMNS = BN_UP / 2, DOWN_TILES = matmul::up(D, BN_DOWN);
 constexpr int UP_TILES = matmul::up(INT8 ? F : F_PADDED, UP_COLUMNS);  // columns behind the last are stored as zeros
 constexpr int PIECE_TILES = matmul::up(Down::TILES_K, SPLIT);
 constexpr int UP_GROUPS = W_GROUP ? matmul::up(D, W_GROUP) : 1, DOWN_GROUPS = W_GROUP ? matmul::up(F, W_GROUP) : 1;
-#if INT8
-using OPERAND = int8_t;
-using HIDDEN = float;
-#else
-using OPERAND = uint16_t;
-using HIDDEN = uint16_t;
-#endif
 
-extern "C" __global__ void __launch_bounds__(experts::THREADS)
-    experts_prepare(const float* x, OPERAND* operand, float* x_scale, const int* ids, int* counts) {
-  MIMO_SHARED(smem);
-  if (blockIdx.x >= X_BLOCKS) {
-    experts::count(ids, counts, blockIdx.x - X_BLOCKS, reinterpret_cast<int*>(smem));
-    return;
-  }
-#if INT8
-  matmul::quantize<D, D_PADDED, 0, experts::THREADS>(x, operand, x_scale, reinterpret_cast<float*>(smem));
-#else
-  matmul::round_rows<T, D, D_PADDED, CODES, X_F16, experts::THREADS>(x, operand);
-#endif
-}
-
-extern "C" __global__ void __launch_bounds__(experts::THREADS)
-    experts_place(const int* ids, const int* counts, int* order, int4* list, int* totals) {
-  MIMO_SHARED(smem);
-  experts::place<BM>(ids, counts, order, list, totals, reinterpret_cast<int*>(smem));
-}
-
-// A block's tile: which expert, and in shared memory the slots of its rows, -1 where there are none.
+// A block's tile: which expert, its first place, and in shared memory the slots of its rows, -1 where there are none.
 struct Slots {
-  int expert, column_tile;
+  int expert, first, column_tile;
   int* rows;
   bool there;
 };
 template <int COLUMN_TILES, int STAGE_BYTES>
 __device__ __forceinline__ Slots slots_of(uint8_t* smem, const int* order, const int4* list, const int* totals) {
   const int count = totals[0], index = blockIdx.x;
-  Slots slots = {0, 0, reinterpret_cast<int*>(smem + STAGES * STAGE_BYTES), index < count * COLUMN_TILES};
+  Slots slots = {0, 0, 0, reinterpret_cast<int*>(smem + STAGES * STAGE_BYTES), index < count * COLUMN_TILES};
   if (!slots.there) return slots;
   const matmul::Tile tile = matmul::tile_of<COLUMN_TILES, GROUP_M>(index, count);
   const int4 own = list[tile.m];
-  slots.expert = own.x, slots.column_tile = tile.n;
+  slots.expert = own.x, slots.first = own.y, slots.column_tile = tile.n;
   for (int i = threadIdx.x; i < BM; i += THREADS) slots.rows[i] = own.y + i < own.z ? order[own.y + i] : -1;
   block_sync();
   return slots;
-}
-
-// What sums of gate and up rows are multiplied by.
-__device__ __forceinline__ float scaled(SUM sum, const SCALE* scale, const float* x_scale, size_t row, int token) {
-  float value = float(sum) * FACTOR;  // a power of two
-#if INT8 && W_SCALED
-  value *= x_scale[token] * matmul::widen(scale[row]);
-#elif INT8
-  value *= x_scale[token];
-#elif W_SCALED
-  value *= matmul::widen(scale[row]);
-#endif
-  return value;
-}
-
-// Stores two neighbouring columns of a slot's row between the matmuls.
-__device__ __forceinline__ void store_hidden(HIDDEN* hidden, int slot, int column, float first, float second) {
-#if INT8
-  matmul::store_two<F>(hidden + size_t(slot) * F, column, first, second);
-#else
-  if (column >= F_PADDED) return;
-  const uint32_t both = matmul::pack_two<X_F16>(first, second);
-  HIDDEN* row = hidden + size_t(slot) * F_PADDED;
-#if CODES
-  HIDDEN* four = row + column / 4 * 4 + column % 4 / 2;  // of each 4 columns the middle two change places
-  four[0] = uint16_t(both), four[2] = uint16_t(both >> 16);
-#else
-  *reinterpret_cast<uint32_t*>(row + column) = both;
-#endif
-#endif
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
@@ -142,7 +85,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   for (int i = 0; i < Up::MT; ++i) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int slot = slots.rows[warp_m + i * 16 + half * 8 + lane / 4];
+      const int row = warp_m + i * 16 + half * 8 + lane / 4, slot = slots.rows[row], token = slot / TOPK;
       if (slot < 0) continue;
 #pragma unroll
       for (int j = 0; j < Up::NT; j += 2) {
@@ -150,24 +93,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         float value[2];
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const size_t row = gate + min(column + e, F - 1);
-          value[e] = experts::hidden_of(scaled(sum[i][j][2 * half + e], scale, x_scale, row, slot / TOPK),
-                                        scaled(sum[i][j + 1][2 * half + e], scale, x_scale, row + F_ROWS, slot / TOPK));
+          const size_t gate_row = gate + min(column + e, F - 1);
+          value[e] = experts::hidden_of(scaled(sum[i][j][2 * half + e], scale, x_scale, gate_row, token),
+                                        scaled(sum[i][j + 1][2 * half + e], scale, x_scale, gate_row + F_ROWS, token));
         }
-        store_hidden(hidden, slot, column, value[0], value[1]);
+        store_hidden(hidden, slots.first + row, column, value[0], value[1]);
       }
     }
   }
 }
-
-#if INT8
-extern "C" __global__ void __launch_bounds__(experts::THREADS)
-    experts_quantize_hidden(const int* ids, const float* hidden, int8_t* codes, float* scale) {
-  MIMO_SHARED(smem);
-  if (!experts::is_expert(ids[blockIdx.x])) return;
-  matmul::quantize<F, F_PADDED, 0, experts::THREADS>(hidden, codes, scale, reinterpret_cast<float*>(smem));
-}
-#endif
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     experts_down(const uint8_t* __restrict__ x, const uint8_t* __restrict__ w, const SCALE* __restrict__ scale,
@@ -182,8 +116,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   const int begin = blockIdx.z * PIECE_TILES, count = min(Down::TILES_K - begin, PIECE_TILES);
   const size_t first = size_t(slots.expert) * D_ROWS;
   auto x_row = [&](int row) {
-    const int slot = slots.rows[row];
-    return matmul::Row{slot < 0 ? x : x + size_t(slot) * DOWN_BYTES, slot >= 0};
+    const bool there = slots.rows[row] >= 0;
+    return matmul::Row{there ? x + size_t(slots.first + row) * DOWN_BYTES : x, there};
   };
   auto w_row = [&](int row) { return matmul::row_of<D, W_DOWN_BYTES>(w + first * W_DOWN_BYTES, n0 + row); };
   SUM sum[Down::MT][Down::NT][4] = {};
@@ -211,17 +145,4 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
       }
     }
   }
-}
-
-extern "C" __global__ void __launch_bounds__(experts::THREADS)
-    experts_combine(const SUM* __restrict__ parts, const SCALE* __restrict__ scale,
-                    const float* __restrict__ hidden_scale, const int* __restrict__ ids,
-                    const float* __restrict__ weights, float* __restrict__ y) {
-  const int index = blockIdx.x * experts::THREADS + threadIdx.x;
-  if (index >= T * D) return;
-  const int column = index % D;
-  y[index] = experts::combine(ids, weights, index / D, [&](int slot, int expert) {
-    const SUM sum = matmul::join<SPLIT, SLOTS, D>(parts, slot * D + column);
-    return scaled(sum, scale, hidden_scale, size_t(expert) * D_ROWS + column, slot);
-  });
 }

@@ -11,17 +11,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.hardware import Hardware, gpu_of
-from mimo_compile.ir.ops.base import Arg
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.base import Kernel, Space
 from mimo_compile.schedules.cuda.code import DeviceCode, Launch
 from mimo_compile.schedules.cuda.limits import MOST_REGISTERS, fits
 from mimo_compile.schedules.cuda.template import rendered
 from mimo_compile.schedules.moe.cuda_base import CudaExperts, CudaMoe
-from mimo_compile.schedules.moe.cuda_work import SMALL_THREADS, Tiles, tiled_work
+from mimo_compile.schedules.moe.cuda_ends import LISTS, ExpertEnds
+from mimo_compile.schedules.moe.cuda_work import Tiles, tiled_work
 from mimo_compile.schedules.mpgemm.cuda_mma import NEEDS, whole_pieces
 
 _OTHER_REGISTERS = 56
@@ -73,6 +74,7 @@ class CudaMoeMma(CudaMoe):
     name = "moe.cuda_mma"
     config = MoeMmaConfig
     needs = NEEDS
+    version: ClassVar[int] = 2
 
     def takes(self, p: CudaExperts) -> bool:
         """``w=bf16,a=abf16``; codes without zero points with 16-bit floats or ``a8`` (8 bits: by rows)."""
@@ -95,20 +97,17 @@ class CudaMoeMma(CudaMoe):
     def lower(self, workload: Workload, config: MoeMmaConfig, hardware: Hardware) -> Kernel:
         """Generate the kernel of one config."""
         p, tiles = CudaExperts.of(workload), _tiles(CudaExperts.of(workload), config)
-        int8, codes = p.acts.is_int8, unpacks(p)
-        constants = p.constants() | p.format_constants() | {
-            "BM": config.bm, "BN_UP": config.bn13, "BN_DOWN": config.bn2, "DEPTH": config.depth,
+        codes = unpacks(p)
+        ends = ExpertEnds(tiles, codes)
+        constants = ends.constants() | {
+            "BN_UP": config.bn13, "BN_DOWN": config.bn2, "DEPTH": config.depth,
             "WARPS_M": config.warps_m, "WARPS_N": config.warps_n, "STAGES": config.stages,
-            "SPLIT": config.split, "GROUP_M": config.group_m,
-            "X_BLOCKS": tiles.x_blocks, "ELEMENT": tiles.element, "SUM": "int" if tiles.integers else "float",
-            "FACTOR": 2.0 ** (p.half.bits - 8) if int8 else 1.0,
-            "W_UP_BYTES": p.half.row_bytes, "W_DOWN_BYTES": p.w2.row_bytes, "INT8": int8, "CODES": codes,
-            "X_F16": p.acts.kind == "f16", "W_SCALED": not p.fmt.is_float and not p.w_group,
+            "GROUP_M": config.group_m, "W_UP_BYTES": p.half.row_bytes, "W_DOWN_BYTES": p.w2.row_bytes,
         }  # fmt: skip
         text = rendered(Path(__file__).with_suffix(".cu"), constants)
-        expected = ("IMMA" if int8 else "HMMA", "LDGSTS", *(() if codes else ("LDSM",)))
-        scratch = {a.name: a for a in _scratch(p, tiles)}
-        code = DeviceCode(text, _launches(p, config, tiles), scratch, expected=expected)
+        expected = ("IMMA" if ends.int8 else "HMMA", "LDGSTS", *(() if codes else ("LDSM",)))
+        scratch = {a.name: a for a in ends.scratch()}
+        code = DeviceCode(text, _launches(p, config, ends), scratch, expected=expected)
         return self.kernel(workload, config, hardware, code)
 
     def work(self, workload: Workload, config: MoeMmaConfig, hardware: Hardware) -> Counts:
@@ -126,66 +125,18 @@ def _tiles(p: CudaExperts, c: MoeMmaConfig) -> Tiles:
     return Tiles(p, c.bm, c.bn13, c.bn2, c.warps_m, c.split)
 
 
-def _scratch(p: CudaExperts, tiles: Tiles) -> list[Arg]:
-    """Return what lies between launches."""
-    operand = "int8" if p.acts.is_int8 else "uint16"
-    out = [
-        Arg("x_operand", "state", (p.t, p.half.k_padded), operand),
-        Arg("hidden_operand", "state", (p.slots, p.w2.k_padded), operand),
-        Arg(
-            "parts", "state", (tiles.split, p.slots, p.d), "int32" if tiles.integers else "float32"
-        ),
-        Arg("counts", "state", (p.e,), "int32"),
-        Arg("order", "state", (p.slots,), "int32"),
-        Arg("tiles", "state", (tiles.most, 4), "int32"),
-        Arg("totals", "state", (2,), "int32"),
-    ]
-    if p.acts.is_int8:
-        out += [
-            Arg("x_scale", "state", (p.t,), "float32"),
-            Arg("hidden", "state", (p.slots, p.f), "float32"),
-            Arg("hidden_scale", "state", (p.slots,), "float32"),
-        ]
-    return out
-
-
-def _launches(p: CudaExperts, c: MoeMmaConfig, tiles: Tiles) -> tuple[Launch, ...]:
+def _launches(p: CudaExperts, c: MoeMmaConfig, ends: ExpertEnds) -> tuple[Launch, ...]:
     """Return the launches; arrays that a kernel does not look at stand for those that there are not."""
-    int8, small = p.acts.is_int8, 4 * 2 * SMALL_THREADS // 32
-    shared = [_shared(c, bn, p) for bn in (c.bn13, c.bn2)]
-    lists = ("order", "tiles", "totals")
-    hidden, x_scale, hidden_scale = "hidden_operand", "weights", "weights"
-    if int8:
-        hidden, x_scale, hidden_scale = "hidden", "x_scale", "hidden_scale"
-    w13, w2 = p.weight_names("w13_"), p.weight_names("w2_")
-    out = [
-        Launch(
-            "experts_prepare", (tiles.x_blocks + p.e, 1, 1), SMALL_THREADS,
-            ("x", "x_operand", x_scale if int8 else "parts", "ids", "counts"), small,
-        ),
-        Launch(
-            "experts_place", (p.e, 1, 1), SMALL_THREADS, ("ids", "counts", *lists), small
-        ),
-        Launch(
-            "experts_up", (tiles.most * tiles.up_columns, 1, 1), c.threads,
-            ("x_operand", *w13, x_scale, *lists, hidden), shared[0],
-        ),
-        Launch(
-            "experts_down", (tiles.most * tiles.down_columns, 1, c.split), c.threads,
-            ("hidden_operand", *w2, *lists, "parts"), shared[1],
-        ),
-        Launch(
-            "experts_combine", (-(-p.t * p.d // SMALL_THREADS), 1, 1), SMALL_THREADS,
-            ("parts", w2[1], hidden_scale, "ids", "weights", "y"),
-        ),
-    ]  # fmt: skip
-    if int8:
-        quantize = Launch(
-            "experts_quantize_hidden", (p.slots, 1, 1), SMALL_THREADS,
-            ("ids", "hidden", "hidden_operand", "hidden_scale"), small,
-        )  # fmt: skip
-        out.insert(3, quantize)
-    return tuple(out)
+    tiles, w13, w2 = ends.tiles, p.weight_names("w13_"), p.weight_names("w2_")
+    up = Launch(
+        "experts_up", (tiles.most * tiles.up_columns, 1, 1), c.threads,
+        ("x_operand", *w13, ends.x_scale, *LISTS, ends.hidden), _shared(c, c.bn13, p),
+    )  # fmt: skip
+    down = Launch(
+        "experts_down", (tiles.most * tiles.down_columns, 1, c.split), c.threads,
+        ("hidden_operand", *w2, *LISTS, "parts"), _shared(c, c.bn2, p),
+    )  # fmt: skip
+    return ends.around((up,), down)
 
 
 def _shared(c: MoeMmaConfig, bn: int, p: CudaExperts) -> int:

@@ -1,4 +1,4 @@
-"""bfloat16 experts of many tokens on Hopper GPUs: ``wgmma`` on tiles that tensor maps bring.
+"""bfloat16 or int8 experts of many tokens on Hopper GPUs: ``wgmma`` on tiles that tensor maps bring.
 
 As `moe.cuda_mma`, but rows are gathered by a launch of their own, since the tensor memory accelerator reads
 rows that lie one behind the other; blocks are persistent, as those of `mpgemm.cuda_wgmma`.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from mimo_compile.ir.counts import Counts, in_turn
 from mimo_compile.ir.hardware import Hardware
@@ -19,12 +20,11 @@ from mimo_compile.schedules.cuda.code import DeviceCode, Launch, TensorMap
 from mimo_compile.schedules.cuda.limits import fits
 from mimo_compile.schedules.cuda.template import rendered
 from mimo_compile.schedules.moe.cuda_base import CudaExperts, CudaMoe
+from mimo_compile.schedules.moe.cuda_ends import LISTS, ExpertEnds
+from mimo_compile.schedules.moe.cuda_mma import takes_tiles, unpacks
 from mimo_compile.schedules.moe.cuda_work import SMALL_THREADS, Tiles, tiled_work
 from mimo_compile.schedules.mpgemm.cuda_wgmma import DEPTH, NEEDS, REGISTERS, ROWS
 
-_BOX = DEPTH // 2
-"""Columns of a stage."""
-_SMALL_SHARED = 4 * 2 * SMALL_THREADS // 32
 _LEAST = 16
 """Slots of an expert in the mean, below which tiles of 64 are mostly padding."""
 
@@ -65,10 +65,11 @@ class CudaMoeWgmma(CudaMoe):
     name = "moe.cuda_wgmma"
     config = MoeWgmmaConfig
     needs = NEEDS
+    version: ClassVar[int] = 2
 
     def takes(self, p: CudaExperts) -> bool:
-        """``w=bf16,a=abf16``."""
-        return p.fmt.name == "bf16" and p.acts.kind == "bf16" and p.slots >= _LEAST * p.hit
+        """``w=bf16,a=abf16`` and ``w=w8,a=a8``."""
+        return takes_tiles(p) and not unpacks(p) and p.slots >= _LEAST * p.hit
 
     def space(self, workload: Workload, hardware: Hardware) -> Space:
         """Tiles, stages, order of the tiles."""
@@ -96,85 +97,67 @@ class CudaMoeWgmma(CudaMoe):
         """Generate the kernel of one config."""
         p, c = CudaExperts.of(workload), config
         tiles = _tiles(p, c)
+        ends = ExpertEnds(tiles, False)
         blocks = min(tiles.most * max(tiles.up_columns, tiles.down_columns), hardware.cores)
         producer, consumer = REGISTERS[c.consumers]
-        constants = p.constants() | {
+        constants = ends.constants() | {
             "CONSUMERS": c.consumers, "BN_UP": c.bn13, "BN_DOWN": c.bn2, "STAGES": c.stages,
             "GROUP_M": c.group_m, "BLOCKS": blocks, "PRODUCER_REGISTERS": producer,
             "CONSUMER_REGISTERS": consumer,
         }  # fmt: skip
         text = rendered(Path(__file__).with_suffix(".cu"), constants)
-        scratch = [
-            Arg("x_rows", "state", (p.slots, p.half.k_padded), "uint16"),
-            Arg("hidden", "state", (p.slots, p.w2.k_padded), "uint16"),
-            Arg("parts", "state", (p.slots, p.d), "float32"),
-            Arg("counts", "state", (p.e,), "int32"),
-            Arg("order", "state", (p.slots,), "int32"),
-            Arg("tiles", "state", (tiles.most, 4), "int32"),
-            Arg("totals", "state", (2,), "int32"),
-        ]
+        gathered = Arg("x_rows", "state", (p.slots, p.half.k_padded), ends.operand)
         code = DeviceCode(
             text,
-            _launches(p, c, blocks),
-            {a.name: a for a in scratch},
-            expected=("HGMMA", "UTMALDG", "USETMAXREG"),
+            _launches(c, ends, blocks),
+            {a.name: a for a in (*ends.scratch(), gathered)},
+            expected=("IGMMA" if ends.int8 else "HGMMA", "UTMALDG", "USETMAXREG"),
         )
         return self.kernel(workload, config, hardware, code)
 
     def work(self, workload: Workload, config: MoeWgmmaConfig, hardware: Hardware) -> Counts:
         """Whole tiles, under uniform routing; see `cuda_work`."""
         p = CudaExperts.of(workload)
-        _, place, up, down, combine = tiled_work(p, _tiles(p, config), False, hardware).parts
-        ids, x = 4.0 * p.slots, 4.0 * p.t * p.d
-        rows = 2.0 * p.slots * p.half.k_padded
-        count = Counts(
-            {"int_op": float(p.e * p.slots)}, {"dram": ids, "l2": p.e * ids}, name="count"
-        )
-        gather = Counts(
-            {"int_op": float(p.slots * p.half.k_padded)},
-            {"dram": x, "l2": 4.0 * p.slots * p.d + rows + ids},
-            name="gather",
-        )
-        return in_turn(count, place, gather, up, down, combine)
+        tiles = _tiles(p, config)
+        prepare, place, *rest = tiled_work(p, tiles, False, hardware).parts
+        rows = float(p.slots * p.half.k_padded * tiles.element)
+        gather = Counts({}, {"l2": 2 * rows + 4.0 * p.slots}, name="gather")
+        return in_turn(prepare, place, gather, *rest)
 
 
 def _tiles(p: CudaExperts, c: MoeWgmmaConfig) -> Tiles:
     return Tiles(p, c.bm, c.bn13, c.bn2, 1, 1)
 
 
-def _launches(p: CudaExperts, c: MoeWgmmaConfig, blocks: int) -> tuple[Launch, ...]:
-    columns13, columns2 = p.half.k_padded, p.w2.k_padded
-    gathered = -(-p.slots * (columns13 // 8) // SMALL_THREADS)
-    return (
-        Launch("experts_count", (p.e, 1, 1), SMALL_THREADS, ("ids", "counts"), _SMALL_SHARED),
-        Launch(
-            "experts_place", (p.e, 1, 1), SMALL_THREADS, ("ids", "counts", "order", "tiles", "totals"),
-            _SMALL_SHARED,
-        ),
-        Launch("experts_gather", (gathered, 1, 1), SMALL_THREADS, ("x", "order", "totals", "x_rows")),
-        Launch(
-            "experts_up", (blocks, 1, 1), c.threads,
-            (
-                TensorMap("x_rows", "bfloat16", p.slots, columns13, c.bm, _BOX),
-                TensorMap("w13_w", "bfloat16", 2 * p.e * p.half.n_padded, columns13, c.bn13 // 2, _BOX),
-                "tiles", "totals", "hidden",
-            ),
-            c.shared_bytes(c.bn13),
-        ),
-        Launch(
-            "experts_down", (blocks, 1, 1), c.threads,
-            (
-                TensorMap("hidden", "bfloat16", p.slots, columns2, c.bm, _BOX),
-                TensorMap("w2_w", "bfloat16", p.e * p.w2.n_padded, columns2, c.bn2, _BOX),
-                "order", "tiles", "totals", "parts",
-            ),
-            c.shared_bytes(c.bn2),
-        ),
-        Launch(
-            "experts_combine", (-(-p.t * p.d // SMALL_THREADS), 1, 1), SMALL_THREADS,
-            ("parts", "ids", "weights", "y"),
-        ),
+def _launches(c: MoeWgmmaConfig, ends: ExpertEnds, blocks: int) -> tuple[Launch, ...]:
+    p = ends.problem
+    dtype = "int8" if ends.int8 else "bfloat16"
+    (w13, scale), (w2, _) = p.weight_names("w13_"), p.weight_names("w2_")
+    columns13, columns2, box = p.half.k_padded, p.w2.k_padded, DEPTH // ends.tiles.element
+    pieces = p.slots * columns13 * ends.tiles.element // 16
+    gather = Launch(
+        "experts_gather", (-(-pieces // SMALL_THREADS), 1, 1), SMALL_THREADS,
+        ("x_operand", "order", "totals", "x_rows"),
     )  # fmt: skip
+    up = Launch(
+        "experts_up", (blocks, 1, 1), c.threads,
+        (
+            TensorMap("x_rows", dtype, p.slots, columns13, c.bm, box),
+            TensorMap(w13, dtype, 2 * p.e * p.half.n_padded, columns13, c.bn13 // 2, box),
+            scale, ends.x_scale, *LISTS, ends.hidden,
+        ),
+        c.shared_bytes(c.bn13),
+    )  # fmt: skip
+    down = Launch(
+        "experts_down", (blocks, 1, 1), c.threads,
+        (
+            TensorMap("hidden_operand", dtype, p.slots, columns2, c.bm, box),
+            TensorMap(w2, dtype, p.e * p.w2.n_padded, columns2, c.bn2, box),
+            *LISTS, "parts",
+        ),
+        c.shared_bytes(c.bn2),
+    )  # fmt: skip
+    return ends.around((gather, up), down)
 
 
 def _defaults(p: CudaExperts) -> Iterator[MoeWgmmaConfig]:

@@ -46,8 +46,8 @@ extern "C" __global__ void __launch_bounds__(Block::THREADS, 1)
   registers_increase<CONSUMER_REGISTERS>();
   for (int index = blockIdx.x; index < TILES; index += BLOCKS) {
     const Work work(index);
-    SUM sum[BN / 2] = {};
-    block.add(group, work.count, sum);
+    SUM sum[BN / 2];
+    block.multiply_all(group, work.count, sum);
     const int row = work.m0 + group * 64 + thread / 32 * 16 + thread % 32 / 4;
 #pragma unroll
     for (int j = 0; j < BN / 8; ++j) {

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.hardware import Hardware
@@ -66,6 +67,7 @@ class CudaWgmma(CudaGemm):
     name = "mpgemm.cuda_wgmma"
     config = WgmmaConfig
     needs = NEEDS
+    version: ClassVar[int] = 2
 
     def takes(self, p: CudaProblem) -> bool:
         """``w=bf16,a=abf16`` and ``w=w8,a=a8``."""

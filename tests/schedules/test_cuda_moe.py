@@ -115,11 +115,19 @@ def test_what_kernels_take(name, text, there):
     assert schedule.supports(workload, H200) == schedule.supports(workload, A100) == there
 
 
-def test_wgmma_has_tokens_enough_and_a_hopper():
+@pytest.mark.parametrize("formats", ["w=bf16,a=abf16", "w=w8,a=a8"])
+def test_wgmma_has_tokens_enough_and_a_hopper(formats):
     schedule = get_schedule("moe.cuda_wgmma")
-    many, few = (parse_workload(f"moe:t={t},e=8,k=2,d=64,f=32,w=bf16,a=abf16") for t in (64, 63))
+    many, few = (parse_workload(f"moe:t={t},e=8,k=2,d=64,f=32,{formats}") for t in (64, 63))
     assert schedule.supports(many, H200)
     assert not schedule.supports(many, A100) and not schedule.supports(few, H200)
+
+
+def test_wgmma_multiplies_operands_as_they_lie():
+    schedule = get_schedule("moe.cuda_wgmma")
+    for formats in ("w=w4g32,a=a8", "w=w8g32,a=a8", "w=w8,a=abf16", "w=w8,a=a8g32", "w=f32,a=a16"):
+        workload = parse_workload(f"moe:t=64,e=8,k=2,d=64,f=32,{formats}")
+        assert not schedule.supports(workload, H200), formats
 
 
 @pytest.mark.parametrize("name", [*NAMES, "route.cuda"])
@@ -231,6 +239,8 @@ CASES = [
     ("gemv", "t=1,e=5,k=2,d=30,f=17,w=f16,a=af16", "drawn"),
     ("gemv", "t=2,e=3,k=2,d=100,f=50,w=w8g16,a=a8g32", "drawn"),
     ("wgmma", "t=50,e=3,k=2,d=136,f=41,w=bf16,a=abf16", "none"),
+    ("wgmma", "t=50,e=3,k=2,d=136,f=41,w=w8,a=a8", "none"),
+    ("wgmma", "t=70,e=2,k=1,d=264,f=150,w=w8gtensor,a=a8", "one"),
     ("mma", "t=1,e=9,k=4,d=72,f=40,w=w8,a=a8", "drawn"),
     ("mma", "t=50,e=3,k=2,d=72,f=40,w=w8,a=a8", "one"),
     ("mma", "t=33,e=4,k=2,d=80,f=41,w=w4g32,a=af16", "twice"),

@@ -10,17 +10,13 @@ __device__ __forceinline__ float widen(float value) { return value; }
 
 __host__ __device__ constexpr int up(int value, int unit) { return (value + unit - 1) / unit; }
 
-// Quantises rows of `x` [., K] to int8 by their largest magnitude (`ir.ops.numerics.quantize_rows`), or each
-// GROUP columns apart: block b does group b % GROUPS of row b / GROUPS. `codes` has rows of K_PADDED columns, zero
-// beyond K; `shared` room for a float of each warp.
-template <int K, int K_PADDED, int GROUP, int THREADS>
-__device__ __forceinline__ void quantize(const float* x, int8_t* codes, float* scale, float* shared) {
-  constexpr int GROUPS = GROUP ? up(K, GROUP) : 1, WARPS = THREADS / 32;
-  const int row = blockIdx.x / GROUPS, group = blockIdx.x % GROUPS;
-  const int start = group * GROUP, stop = GROUP ? min(start + GROUP, K) : K;
-  const int end = group == GROUPS - 1 ? K_PADDED : stop;
-  x += size_t(row) * K;
-  codes += size_t(row) * K_PADDED;
+// Quantises columns `start` to `stop` of a row of x to int8 by their largest magnitude
+// (`ir.ops.numerics.quantize_rows`), by all threads of a block; codes behind them, up to `end`, are zero. `shared` has
+// room for a float of each warp.
+template <int THREADS>
+__device__ __forceinline__ void quantize_columns(const float* x, int8_t* codes, float* scale, float* shared, int start,
+                                                 int stop, int end) {
+  constexpr int WARPS = THREADS / 32;
   float most = 0.0f;
   for (int c = start + int(threadIdx.x); c < stop; c += THREADS) most = fmaxf(most, fabsf(x[c]));
 #pragma unroll
@@ -40,7 +36,19 @@ __device__ __forceinline__ void quantize(const float* x, int8_t* codes, float* s
     }
     *reinterpret_cast<uint32_t*>(codes + c) = four;
   }
-  if (threadIdx.x == 0) scale[blockIdx.x] = most / 127.0f;
+  if (threadIdx.x == 0) *scale = most / 127.0f;
+}
+
+// Quantises rows of `x` [., K], or each GROUP columns of them apart: block b does group b % GROUPS of row b / GROUPS.
+// `codes` has rows of K_PADDED columns, zero beyond K.
+template <int K, int K_PADDED, int GROUP, int THREADS>
+__device__ __forceinline__ void quantize(const float* x, int8_t* codes, float* scale, float* shared) {
+  constexpr int GROUPS = GROUP ? up(K, GROUP) : 1;
+  const int row = blockIdx.x / GROUPS, group = blockIdx.x % GROUPS;
+  const int start = group * GROUP, stop = GROUP ? min(start + GROUP, K) : K;
+  const int end = group == GROUPS - 1 ? K_PADDED : stop;
+  quantize_columns<THREADS>(x + size_t(row) * K, codes + size_t(row) * K_PADDED, scale + blockIdx.x, shared, start, stop,
+                            end);
 }
 
 // By comparison: NaN stays, where fminf and fmaxf return the other number.

@@ -14,12 +14,12 @@
 namespace tiles {
 
 template <int N>
-__device__ __forceinline__ void multiply(float (&sum)[N], uint64_t a, uint64_t b) {
-  wgmma_bf16<2 * N>(sum, a, b, 1);
+__device__ __forceinline__ void multiply(float (&sum)[N], uint64_t a, uint64_t b, int accumulate) {
+  wgmma_bf16<2 * N>(sum, a, b, accumulate);
 }
 template <int N>
-__device__ __forceinline__ void multiply(int (&sum)[N], uint64_t a, uint64_t b) {
-  wgmma_i8<2 * N>(sum, a, b, 1);
+__device__ __forceinline__ void multiply(int (&sum)[N], uint64_t a, uint64_t b, int accumulate) {
+  wgmma_i8<2 * N>(sum, a, b, accumulate);
 }
 
 template <int CONSUMERS, int BN, int STAGES>
@@ -60,9 +60,9 @@ struct Pipeline {
     }
   }
 
-  // By consumer `group`: adds the products of `count` stages.
+  // By consumer `group`: the sums of products of `count` stages, one at least, whatever was in `sum`.
   template <class Sum>
-  __device__ __forceinline__ void add(int group, int count, Sum (&sum)[BN / 2]) {
+  __device__ __forceinline__ void multiply_all(int group, int count, Sum (&sum)[BN / 2]) {
     const int lane = threadIdx.x % 32;
     int before = 0;
     for (int depth = 0; depth < count; ++depth) {
@@ -71,7 +71,7 @@ struct Pipeline {
       const uint64_t a = wgmma_descriptor(rows + group * 64 * DEPTH), b = wgmma_descriptor(rows + BM * DEPTH);
       wgmma_fence();
 #pragma unroll
-      for (int step = 0; step < DEPTH / 32; ++step) multiply(sum, a + 2 * step, b + 2 * step);
+      for (int step = 0; step < DEPTH / 32; ++step) multiply(sum, a + 2 * step, b + 2 * step, depth + step > 0);
       wgmma_commit();
       wgmma_wait<1>();  // for the products of the stage before
       if (depth > 0 && lane == 0) mbarrier_arrive(empty + before);
