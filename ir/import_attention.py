@@ -66,6 +66,7 @@ class ListConverters:
         return {
             "describe_blocks.default": self.describe_blocks,
             "index_keys.default": self.index_keys,
+            "append_entries.default": self.append_entries,
             "gate_queries.default": self.gate_queries,
             "gate_keys.default": self.gate_keys,
             "score_blocks.default": self.score_blocks,
@@ -113,6 +114,16 @@ class ListConverters:
         done = self.call(
             imp, "index_keys", [pos, k_cache, copy, peak], [([1], "int32")], t=t, kv=kv, d=d, cap=cap,
             span=span, c=self.cache_format(k_cache, copy), b=sequences(pos),
+        )  # fmt: skip
+        self.effects.append(done)
+
+    def append_entries(self, node: Any, imp: Any) -> None:
+        """Write the entries of the call's tokens."""
+        rows, pos, desc = imp.retrieve_args(node)
+        (tokens, kv, d), cap, b = extents(rows), extents(desc)[-4], sequences(pos)
+        done = self.call(
+            imp, "append_entries", [rows, pos, desc], [([1], "int32")], t=tokens // b, kv=kv, d=d,
+            cap=cap, e=_format(desc), b=b,
         )  # fmt: skip
         self.effects.append(done)
 

@@ -24,6 +24,7 @@ OPS: dict[str, str] = {
     "gate_keys": "GateKeys",
     "kv_append": "KvAppend",
     "index_keys": "IndexKeys",
+    "append_entries": "AppendEntries",
     "key_mean": "KeyMean",
     "moe": "Moe",
     "route": "Route",

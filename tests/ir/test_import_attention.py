@@ -27,6 +27,7 @@ def test_keys_are_indexed_where_caches_keep_each_by_itself() -> None:
     "text",
     [
         "index_keys:t=1,kv=2,d=8,cap=64,span=16",
+        "append_entries:t=3,kv=1,d=8,cap=64",
         "score_keys:t=2,h=4,kv=2,d=8,cap=64,kind=channels,agg=mean,block=1,channels=4,span=16",
         "cached_attention:t=1,h=4,kv=2,d=8,dv=8,cap=64,sink=1",
     ],

@@ -43,6 +43,8 @@ WORKLOADS = [
     "score_lowbit:t=21,h=4,kv=2,d=16,cap=70,block=4,rows=8,first=1,last=2,len=61,every=3",
     "index_keys:t=9,kv=2,d=8,cap=70,span=4",
     "index_keys:t=9,kv=2,d=8,cap=70,span=16,c=bf16",
+    "append_entries:t=9,kv=2,d=7,cap=70",
+    "append_entries:t=9,kv=1,d=8,cap=70,e=bf16",
     "key_mean:t=9,kv=2,d=8,cap=70,len=50",
     "key_mean:t=9,kv=2,d=8,cap=70,len=50,c=bf16",
     "describe_blocks:t=9,kv=2,d=8,cap=70,kind=pool3,size=16,len=50",
@@ -191,6 +193,9 @@ def test_eager_ops_equal_their_references() -> None:
         elif workload.op == "index_keys":
             mimo.index_keys(t["k_cache"], t["pos"], t["k_copy"], t["peak"], p["span"])
             got, slack = {n: t[n] for n in ("k_copy", "peak")}, 1
+        elif workload.op == "append_entries":
+            mimo.append_entries(t["rows"], t["pos"], t["desc"])
+            got, slack = {"desc": t["desc"]}, 1
         elif workload.op == "key_mean":
             got, slack = {"mean": mimo.key_mean(t["k_cache"], t["pos"])}, 1
         elif workload.op == "describe_blocks":

@@ -111,6 +111,7 @@ WORKLOADS = [
     "score_lowbit:t=50,h=4,kv=2,d=24,cap=300,block=16,rows=16,first=1,last=2,len=200,every=3",
     "key_mean:t=3,kv=2,d=24,cap=300,len=200,c=bf16",
     "index_keys:t=3,kv=2,d=24,cap=300,span=16",
+    "append_entries:t=3,kv=1,d=24,cap=300",
     "select_blocks:t=3,hs=4,cap=900,block=4,k=9",
     "select_blocks:t=3,hs=4,cap=900,block=4,k=9,merge=rank,len=500",
     "select_blocks:t=3,hs=4,cap=900,block=4,rule=threshold",
