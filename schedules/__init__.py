@@ -57,6 +57,8 @@ SCHEDULES: dict[str, dict[str, str]] = {
         "cached_attention.cuda_groups_prefill": "attention.cuda_groups:CudaGroupsPrefill",
         "cached_attention.cuda_float8_decode": "attention.cuda_float8:CudaFloat8Decode",
         "cached_attention.cuda_float8_prefill": "attention.cuda_float8:CudaFloat8Prefill",
+        "cached_attention.cuda_int8": "attention.cuda_int8:CudaInt8",
+        "cached_attention.cuda_int8half": "attention.cuda_int8:CudaInt8Half",
     },
     "sparse_attention": {
         "sparse_attention.x86_lists": "attention.x86_lists:X86Lists",

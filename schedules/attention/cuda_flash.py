@@ -6,7 +6,6 @@ weights are rounded to bfloat16, sums are float32: the op's `bound` for 16-bit c
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -23,7 +22,7 @@ from mimo_compile.schedules.attention import cuda_layout as layout
 from mimo_compile.schedules.attention.cuda_work import HEIGHT, STATE, copied_counts
 from mimo_compile.schedules.base import Kernel, Schedule, kernel_name
 from mimo_compile.schedules.cuda.code import DeviceCode, Launch
-from mimo_compile.schedules.cuda.limits import fits
+from mimo_compile.schedules.cuda.limits import array_bytes, fits
 from mimo_compile.schedules.cuda.template import rendered
 
 LOG2_E = 1.4426950408889634
@@ -153,7 +152,7 @@ class CudaFlash(Schedule):
         text = rendered(self.template(), self.constants(workload) | knobs)
         launches, scratch = self.launches(workload, config), self.scratch(workload, config)
         code = DeviceCode(text, launches, scratch, expected=self.expected)
-        bytes_of_scratch = sum(4 * math.prod(a.shape) for a in scratch.values())
+        bytes_of_scratch = sum(array_bytes(a) for a in scratch.values())
         return Kernel(
             kernel_name(self, workload, config, hardware), None, self.caches.kernel_args(workload),
             self.work(workload, config, hardware), bytes_of_scratch, layout.NEEDS, device=code,

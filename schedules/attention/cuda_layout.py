@@ -29,11 +29,11 @@ def layouts(workload: Workload) -> dict[str, str]:
     return dict(LAYOUTS)
 
 
-def takes(workload: Workload, hardware: Hardware) -> bool:
-    """Say whether a workload has caches of this layout, and float arithmetic, on a GPU with `NEEDS`."""
+def takes(workload: Workload, hardware: Hardware, arith: str = "float") -> bool:
+    """Say whether a workload has caches of this layout, and this arithmetic, on a GPU with `NEEDS`."""
     p = get_op(workload.op).full(workload)
     on_gpu = hardware.kind == "cuda" and not hardware.missing(NEEDS)
-    return bool(on_gpu and p["c"] == "bf16" and p.get("arith", "float") == "float")
+    return bool(on_gpu and p["c"] == "bf16" and p.get("arith", "float") == arith)
 
 
 def whole(width: int) -> int:

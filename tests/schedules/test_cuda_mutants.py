@@ -18,6 +18,7 @@ from test_cuda_float8 import DECODE as FLOAT8
 from test_cuda_float8 import PRECISE, check_precise
 from test_cuda_groups import DECODE as GROUPS
 from test_cuda_groups import QUICK, TAIL, check_rounded, check_tail
+from test_cuda_int8 import INT8
 
 from mimo_compile._tvm import compiler as tvm_compiler
 from mimo_compile.errors import VerificationError
@@ -66,6 +67,10 @@ CASES = [
     ),
     ("cached_attention.cuda_decode", "cached_attention:t=2,h=9,kv=1,d=24,dv=18,cap=300,sink=1,c=bf16", {}),
     ("cached_attention.cuda_prefill", "cached_attention:t=40,h=3,kv=1,d=24,dv=18,cap=220,len=200,c=bf16", {}),
+    (
+        "cached_attention.cuda_int8",
+        "cached_attention:t=40,h=3,kv=1,d=24,dv=18,cap=300,c=bf16,arith=int8", {"warps": 2},
+    ),
     (
         "cached_attention.cuda_groups_decode",
         "cached_attention:t=2,h=9,kv=1,d=24,dv=18,cap=512,len=500,sink=1,c=i4", {},
@@ -205,6 +210,13 @@ def test_a_softmax_scale_half_a_percent_off_is_found(
 
 TWO_TERMS = r"(to\[i\] = )(pack_bf16\(x, y\);)", r"\1i == 2 ? 0u : \2"
 LARGER = r"(constexpr float SCALE = \S+)f;", r"\1f * 1.004f;"
+INTEGERS = "cached_attention:t=20,h=3,kv=1,d=24,dv=18,cap=300,len=280,c=bf16,arith=int8"
+
+
+def check_integers(schedule: Schedule, text: str, config: Any) -> None:
+    check_emulated(text, schedule, config, CUDA["cuda:sm_90a"])
+
+
 WORSE = [
     (check_precise, FLOAT8, PRECISE, None, TWO_TERMS),
     (check_precise, FLOAT8, PRECISE, None, (r"mma_bf16\(small\[n\], a\[2\], b0, b1\);", "")),
@@ -214,6 +226,10 @@ WORSE = [
     (check_tail, GROUPS, TAIL, None, (r"int order = 2; order", "int order = 1; order")),
     (check_rounded, *QUICK[0], LARGER),
     (check_rounded, *QUICK[1], LARGER),
+    (check_integers, INT8, INTEGERS, None, LARGER),
+    (check_integers, INT8, INTEGERS, None, (r"(constexpr float LEVELS = )255", r"\g<1>250")),
+    (check_integers, INT8, INTEGERS, None, (r"logs\[slot\] = .*;", "logs[slot] = 0.0f;")),
+    (check_integers, INT8, INTEGERS, None, (r"127\.0f / most : 0\.0f", "126.0f / most : 0.0f")),
 ]  # fmt: skip
 
 
