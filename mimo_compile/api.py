@@ -84,7 +84,8 @@ def compile(
         adapters: low-rank adapters over the model's frozen weights: name -> folder in PEFT's format. Each
             request chooses one of them, or none.
         adapter_format: how adapters are stored: ``"exact"``, or rounded to ``"bf16"`` or ``"fp8"``.
-        gates: safetensors file of the gates that the policy ``"seer"`` chooses by; None: the model's own.
+        gates: safetensors file of what the policy ``"seer"`` (gates) or ``"dsa"`` (indexers) chooses by;
+            None: the model's own.
         reproducible: which entry points add up in one order, so that a token's logits do not depend on how
             many come with it: ``"drafts"`` (those that decode and verify drafts, where the model has draft
             layers and kernels can), ``"all"`` or ``"none"``; see docs/speculative.md.

@@ -248,7 +248,7 @@ class AttentionPolicy(ABC):
             raise UsageError(
                 f"--attention {self.name}: its layers share lists, so all must be global; "
                 f"layer {next(i for i, w in enumerate(windows) if w)} of this model has a window",
-                remedy="choose model, full, stream, quest, seer, moba, resa, sale or tailorkv",
+                remedy="choose model, full, stream, quest, seer, moba, resa, sale, tailorkv or dsa",
             )
         roles = self.roles(layers)
         if not windows:

@@ -16,7 +16,7 @@ class Dsa(AttentionPolicy):
     """
 
     name: ClassVar[str] = "dsa"
-    needs: ClassVar[tuple[str, ...]] = ("indexer",)
+    needs: ClassVar[tuple[str, ...]] = ("an indexer",)
 
     k: int = arg(2048, "tokens that are attended to", low=1)
     heads: int = arg(64, "heads of the indexer", low=1)

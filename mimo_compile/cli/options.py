@@ -167,7 +167,8 @@ def add_gates(parser: argparse.ArgumentParser) -> None:
         "--gates",
         type=Path,
         metavar="FILE",
-        help="safetensors file of the gates that --attention seer chooses by (default: the model's own)",
+        help="safetensors file of the gates that --attention seer chooses by, or the indexers of dsa "
+        "(default: the model's own)",
     )
 
 

@@ -8,27 +8,18 @@ trained for stands in ``config.json`` (``seerattn_gate_block_size``), or in ``ga
 
 from __future__ import annotations
 
-import hashlib
-import os
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
-import torch
-from torch import Tensor
-
-from mimo_compile.errors import ArtifactError, InputError, UsageError
+from mimo_compile.errors import InputError, UsageError
 from mimo_compile.frontend.models.attend import READY
-from mimo_compile.frontend.models.decoder import DecoderConfig, LayerSpec
+from mimo_compile.frontend.models.decoder import LayerSpec
 from mimo_compile.frontend.models.gated import GateWeights, rotated
-from mimo_compile.frontend.weights.checkpoint import Checkpoint, Entry
-from mimo_compile.frontend.weights.plain import read_header
-from mimo_compile.ir.policies import AttentionPolicy
+from mimo_compile.frontend.trained import Shapes, Trained, file_entries, file_says, positive
+from mimo_compile.frontend.weights.checkpoint import Checkpoint
 from mimo_compile.ir.policies.seer import Seer
-from mimo_compile.runtime.program import GateFile
-from mimo_compile.runtime.strict_json import decode
 
 TENSOR = re.compile(r"model\.layers\.\d+\.self_attn\.attn_gate\..+")
 """Everything that belongs to gates, whatever it is."""
@@ -41,56 +32,26 @@ _FIXED = {
 
 
 @dataclass(frozen=True)
-class Gates:
+class Gates(Trained):
     """Gates as their headers describe them."""
 
     policy: Seer
-    """The one that was asked for, with the gates' own blocks and width."""
-    entries: Mapping[str, Entry]
-    checkpoint: Checkpoint | None
-    """Where they are, unless in a file."""
-    file: Path
+    what: ClassVar[str] = "gate"
 
-    @property
-    def record(self) -> GateFile | None:
-        """Say which file they come from; None: from the checkpoint."""
-        return None if self.checkpoint is not None else gate_record(self.file)
+    def unfit(self, spec: LayerSpec) -> str:
+        """Rotated channels come in pairs."""
+        turned = rotated(spec, self.policy.gate)
+        if turned and turned % 2 == 0:
+            return ""
+        return (
+            f"gates of width {self.policy.gate} would rotate {turned} channels, as the layer rotates "
+            f"{spec.rotary_dim} of {spec.d}: not an even number"
+        )
 
-    def check(self, config: DecoderConfig) -> None:
-        """Check names, types and shapes of all layers that choose; those of other layers are left unread.
-
-        Raises:
-            InputError: a tensor is missing, is another one than the model needs, or has no place in it.
-        """
-        known = {name for i, spec in enumerate(config.layers) for name in self._shapes(i, spec)}
-        if odd := sorted(set(self.entries) - known):
-            raise self._wrong(
-                f"{odd[0]} belongs to no gate of this model of {len(config.layers)} layers"
-            )
-        for i, (spec, role) in enumerate(zip(config.layers, config.roles, strict=True)):
-            if role.kind != "select":
-                continue
-            if not rotated(spec, self.policy.gate) or rotated(spec, self.policy.gate) % 2:
-                raise self._wrong(
-                    f"gates of width {self.policy.gate} would rotate {rotated(spec, self.policy.gate)} "
-                    f"channels, as layer {i} rotates {spec.rotary_dim} of {spec.d}: not an even number"
-                )
-            for name, shapes in self._shapes(i, spec).items():
-                entry = self.entries.get(name)
-                if entry is None:
-                    raise self._wrong(f"{name} is missing, which layer {i} needs")
-                if entry.fmt is not None or entry.dtype not in ("F32", "BF16", "F16"):
-                    raise self._wrong(f"{name} is stored as {entry.dtype}, not as floats")
-                if entry.shape not in shapes:
-                    wanted = " or ".join(str(list(shape)) for shape in shapes)
-                    raise self._wrong(
-                        f"{name} has shape {list(entry.shape)}, this model needs {wanted}"
-                    )
-
-    def _shapes(self, layer: int, spec: LayerSpec) -> dict[str, tuple[tuple[int, ...], ...]]:
+    def shapes(self, layer: int, spec: LayerSpec, hidden: int) -> Shapes:
         """Return the shapes that each tensor of a layer may have, by name."""
         kv, group, d, width = spec.kv_heads, spec.heads // spec.kv_heads, spec.d, self.policy.gate
-        out: dict[str, tuple[tuple[int, ...], ...]] = {
+        out: Shapes = {
             _name(layer, _Q): ((kv, group * d, width), (kv, group, d, width)),
             _name(layer, _K): ((kv, 3 * d, width),),
         }
@@ -105,7 +66,7 @@ class Gates:
             InputError: it cannot be read, or holds what is no finite number.
         """
         layer = int(stage.rpartition(".")[2])
-        found = {name: self._read(name) for name in self._shapes(layer, spec)}
+        found = {name: self.read(name) for name in self.shapes(layer, spec, 0)}
         q, k = found[_name(layer, _Q)], found[_name(layer, _K)]
         norms = (found.get(_name(layer, norm)) for norm in _NORMS)
         q_norm, k_norm = (None if norm is None else norm.float() for norm in norms)
@@ -116,47 +77,9 @@ class Gates:
             k_norm,
         )
 
-    def _read(self, name: str) -> Tensor:
-        if self.checkpoint is not None:
-            tensor = self.checkpoint.tensor(name)
-        else:
-            from safetensors import SafetensorError, safe_open
 
-            try:
-                with safe_open(self.file, framework="pt") as file:
-                    tensor = file.get_tensor(name)
-            except (SafetensorError, OSError) as error:
-                raise self._wrong(f"{name} cannot be read: {error}") from error
-        if not bool(torch.isfinite(tensor.float()).all()):
-            raise self._wrong(f"{name} holds what is no finite number")
-        return tensor if tensor.dtype == torch.bfloat16 else tensor.float()
-
-    def _wrong(self, what: str) -> InputError:
-        return InputError(
-            what, file=self.file, remedy="Give gates that were trained for this model"
-        )
-
-
-def gate_record(file: Path) -> GateFile:
-    """Return what an artifact says of a file of gates.
-
-    Raises:
-        InputError: the file is missing or cannot be read.
-    """
-    try:
-        with file.open("rb") as opened:
-            return GateFile(file.name, hashlib.file_digest(opened, "sha256").hexdigest())
-    except OSError as error:
-        raise InputError(
-            f"the gates cannot be read: {error.strerror or error}", file=file,
-            remedy="Give the file of gates that was compiled with (--gates)",
-        ) from error  # fmt: skip
-
-
-def find_gates(
-    policy: AttentionPolicy | None, checkpoint: Checkpoint, file: str | os.PathLike[str] | None
-) -> Gates | None:
-    """Return the gates that a policy chooses by; None: it needs none.
+def find_gates(policy: Seer, checkpoint: Checkpoint, file: Path | None) -> Gates:
+    """Return the gates that a policy chooses by.
 
     Args:
         policy: What was asked for.
@@ -164,25 +87,19 @@ def find_gates(
         file: Safetensors file of gates, or None.
 
     Raises:
-        UsageError: there are none, a file is given to another policy, or they were trained for other blocks.
+        UsageError: there are none, or they were trained for other blocks.
         InputError: the file is missing, damaged, or holds no gates of a kind that can be compiled.
     """
-    if not isinstance(policy, Seer):
-        if file is not None:
-            raise UsageError(
-                f"--gates {os.fspath(file)} goes with --attention seer, which chooses by gates",
-                remedy="leave out --gates, or use --attention seer",
-            )
-        return None
-    place = checkpoint.config_file if file is None else Path(file)
+    place = checkpoint.config_file if file is None else file
     if file is None:
         every, said = checkpoint.entries, _said_by_config(checkpoint)
     else:
-        every, said = _file_entries(place), _said_by_file(place)
+        every = file_entries(place)
+        said = positive(file_says(place, "gates").get("block"), "block of its metadata", place)
     entries = {name: entry for name, entry in every.items() if TENSOR.fullmatch(name)}
     widths = sorted({e.shape[-1] for name, e in entries.items() if f".{_Q}." in name and e.shape})
     if not widths and file is None:
-        others = ", ".join(name for name in READY if name != "seer")
+        others = ", ".join(name for name in READY if name not in ("seer", "dsa"))
         raise UsageError(
             "--attention seer needs gates, which this model does not have",
             remedy=f"give a file of them by --gates FILE.safetensors, or use one of {others}",
@@ -226,41 +143,7 @@ def _said_by_config(checkpoint: Checkpoint) -> int | None:
                 file=checkpoint.config_file,
             )
     block = checkpoint.config.get("seerattn_gate_block_size")
-    return _block(block, "seerattn_gate_block_size", checkpoint.config_file)
-
-
-def _said_by_file(file: Path) -> int | None:
-    """Return the blocks that a file's metadata names, if any."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="pt") as opened:
-            text = (opened.metadata() or {}).get("gates", "{}")
-        said = decode(text.encode(), "gates")
-    except (SafetensorError, OSError, ArtifactError) as error:
-        raise InputError(f"its metadata cannot be read: {error}", file=file) from error
-    if not isinstance(said, dict):
-        raise InputError(f"gates of its metadata must be a JSON object, found {said!r}", file=file)
-    return _block(said.get("block"), "block of its metadata", file)
-
-
-def _block(value: Any, what: str, file: Path) -> int | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InputError(f"the {what} must be a number of tokens, found {value!r}", file=file)
-    return value
-
-
-def _file_entries(file: Path) -> dict[str, Entry]:
-    """Read the header of a file of gates."""
-    if file.suffix in (".pth", ".pt", ".bin"):
-        raise InputError(
-            "the file holds pickled tensors, which may run code when they are read", file=file,
-            remedy="Save them as safetensors: "
-            "safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'gates.safetensors')",
-        )  # fmt: skip
-    return read_header(file)
+    return positive(block, "seerattn_gate_block_size", checkpoint.config_file)
 
 
 def _name(layer: int | str, part: str) -> str:

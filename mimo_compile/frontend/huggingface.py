@@ -15,7 +15,8 @@ from typing import Any
 
 from mimo_compile.errors import CheckpointWarning, InputError, UsageError
 from mimo_compile.frontend.gates import TENSOR as GATE
-from mimo_compile.frontend.gates import find_gates
+from mimo_compile.frontend.indexers import TENSOR as INDEXER
+from mimo_compile.frontend.indexers import find_trained
 from mimo_compile.frontend.models import get_family
 from mimo_compile.frontend.models.attend import with_attention
 from mimo_compile.frontend.models.build import EMBED, HEAD, Builder, expected_tensors
@@ -56,7 +57,7 @@ class LoadReport:
     """Stored type -> numbers."""
     unused: tuple[str, ...]
     """Tensors that are not read with the model's own: derived from the configuration, a tied copy, gates,
-    draft layers that are left out."""
+    indexers, draft layers that are left out."""
     notes: tuple[str, ...] = ()
     """What is odd about the values, one sentence each."""
 
@@ -133,7 +134,7 @@ def load_checkpoint(
         hardware: what the model is for: a scheme that has no kernels there is refused before anything is
             quantised; None: do not look.
         attention: what layers attend to; None: what the checkpoint says.
-        gate_file: gates that `seer` chooses by; None: the checkpoint's own.
+        gate_file: gates that `seer` chooses by, or indexers of `dsa`; None: the checkpoint's own.
 
     Returns:
         The decoder and what generation needs.
@@ -152,7 +153,7 @@ def load_checkpoint(
     fields = Fields(checkpoint.config, checkpoint.config_file)
     family = get_family(fields.get("model_type"), fields.file)
     config = _configured(family, fields, checkpoint, max_context)
-    gates = find_gates(attention, checkpoint, gate_file)
+    gates = find_trained(attention, checkpoint, None if gate_file is None else os.fspath(gate_file))
     if attention is not None:
         config = with_attention(config, attention if gates is None else gates.policy)
     generation = checkpoint.generation()
@@ -292,6 +293,7 @@ def _unused(
         for name in extra
         if not _DERIVED.fullmatch(name)
         and not GATE.fullmatch(name)
+        and not INDEXER.fullmatch(name)
         and not (config.tied and name == HEAD)
         and not checkpoint.ignorable(name)
         and not name.startswith(config.left_out)

@@ -18,7 +18,7 @@ MOST_SEQUENCES = 256
 """Of a batch: as many rows as the longest step has."""
 POLICIES = (
     "model", "full", "window", "stream", "quest", "seer", "lessismore", "moba", "resa", "sale",
-    "tailorkv",
+    "tailorkv", "dsa",
 )  # fmt: skip
 """All of whose operations on one token have kernels for several sequences, in float arithmetic."""
 

@@ -265,7 +265,7 @@ def check_gates(manifest: Manifest, gates: str | os.PathLike[str] | None) -> Non
         UsageError: it is not, or there was none.
         InputError: the file cannot be read, or holds others.
     """
-    from mimo_compile.frontend.gates import gate_record
+    from mimo_compile.frontend.trained import gate_record
 
     record = manifest.gates
     if record is not None and gates is None:

@@ -140,7 +140,10 @@ def test_generation_decodes_and_makes_exact(deep, tools):
             "seer needs gates, which this model does not have.*--gates FILE.safetensors, or use one",
         ),
         ("hysparse", "needs trained sparse layers and branch gates"),
-        ("dsa", "needs indexer"),
+        (
+            "dsa",
+            "dsa needs an indexer, which this model does not have.*--gates FILE.safetensors, or use",
+        ),
         ("nsa", "needs trained branches and branch gates and compression weights"),
         ("quest+int8", r"\+int8 is for model, full, window.*use --attention quest, or full\+int8"),
     ],

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 import mimo_compile as mc
 from mimo_compile.errors import InputError, UsageError
-from mimo_compile.frontend.gates import gate_record
 from mimo_compile.frontend.huggingface import load_checkpoint
+from mimo_compile.frontend.trained import gate_record
 from mimo_compile.ir.formats import parse_scheme
 from mimo_compile.ir.policies import parse_policy
 from mimo_compile.verify import check_gates, verify_artifact

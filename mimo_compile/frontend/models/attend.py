@@ -25,6 +25,7 @@ from mimo_compile.frontend.models.thresholds import prepared
 from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.ops.describe_blocks import PARTS, entries_of
 from mimo_compile.ir.policies import AttentionPolicy, Geometry, LayerRole
+from mimo_compile.ir.policies.dsa import Dsa
 from mimo_compile.ir.policies.sale import Sale
 from mimo_compile.ir.policies.seer import Seer
 from mimo_compile.ir.policies.stream import Stream
@@ -40,6 +41,7 @@ DESCRIBED = {"quest": "bounds", "mean": "mean"}
 """Source of scores -> kind of the descriptors that it reads."""
 READY = (
     "model", "full", "window", "stream", "quest", "seer", "lessismore", "moba", "resa", "sale", "tailorkv",
+    "dsa",
 )  # fmt: skip
 """Policies that layers can follow here; the others are data so far."""
 WHOLE = ("model", "full", "window")
@@ -73,17 +75,10 @@ def with_attention(config: DecoderConfig, policy: AttentionPolicy) -> DecoderCon
             f"--attention {policy}: +{policy.arithmetic} is for {', '.join(WHOLE)} in this version",
             remedy=f"use --attention {policy.name}, or full+{policy.arithmetic}",
         )
-    ready = ", ".join(READY)
-    missing = [what for what in policy.needs if what not in RETRAINED.values()]
-    if policy.name not in READY and missing and policy.name not in RETRAINED:
-        raise UsageError(
-            f"--attention {policy.name} needs {' and '.join(missing)}, which this model does not have",
-            remedy=f"use one of {ready}",
-        )
     if policy.name not in READY:
         raise UsageError(
-            f"--attention {policy.name} has no kernels in this version",
-            remedy=f"use one of {ready}",
+            f"--attention {policy.name} needs {' and '.join(policy.needs)}, which this model does not have",
+            remedy=f"use one of {', '.join(READY)}",
         )
     windows = [spec.window for spec in config.layers]
     if isinstance(policy, TailorKV):
@@ -140,6 +135,10 @@ class Attending:
         """Return tensors that the layer's graph reads, by name."""
         return {}
 
+    def look(self, layer: LayerCore, normed: Tensor, table: Tensor, pos: Tensor) -> Lists | None:
+        """Return lists that are chosen by the layer's normed input ``[T, hidden]`` and its angles, if any."""
+        return None
+
     def __call__(
         self, layer: LayerCore, q: Tensor, pos: Tensor, lists: Lists | None
     ) -> tuple[Tensor, Lists | None]:
@@ -149,7 +148,7 @@ class Attending:
             layer: Its weights and caches; ``layer.chooses`` is false where even choosing layers are dense.
             q: Queries.
             pos: int32 [2], start and valid.
-            lists: Those of the layer that this one follows.
+            lists: Those that `look` gave, or of the layer that this one follows.
 
         Returns:
             ``[T, H, DV]``, and the lists that later layers follow.
@@ -368,6 +367,7 @@ def attending(config: DecoderConfig, name: str) -> tuple[Attending, str, str]:
     from mimo_compile.frontend.models.branches import Branches, Oracle
     from mimo_compile.frontend.models.estimate import Estimating
     from mimo_compile.frontend.models.gated import Gated
+    from mimo_compile.frontend.models.indexed import Indexed
     from mimo_compile.frontend.models.retrieving import Retrieving
     from mimo_compile.frontend.models.streaming import Streaming
 
@@ -377,12 +377,10 @@ def attending(config: DecoderConfig, name: str) -> tuple[Attending, str, str]:
         return Branches(policy, lender, role.cache_of, cap), source, ""
     if role.kind == "reuse":
         return Following(policy), f"layers.{role.list_of}", ""
-    if role.kind == "select" and isinstance(policy, Seer):
-        return Gated(policy, role, False), "", ""
-    if role.kind == "select" and isinstance(policy, Sale):
-        return Estimating(policy, role, False), "", ""
-    if role.kind == "select" and isinstance(policy, TailorKV):
-        return Retrieving(policy, role, False), "", ""
+    own: dict[type, type[Selecting]]
+    own = {Seer: Gated, Sale: Estimating, TailorKV: Retrieving, Dsa: Indexed}
+    if role.kind == "select" and type(policy) in own:
+        return own[type(policy)](policy, role, False), "", ""
     if role.kind == "select":
         lends = any(r.kind == "reuse" and r.list_of == at for r in config.roles)
         read = any(r.cache_of == at for r in config.roles[at + 1 :])

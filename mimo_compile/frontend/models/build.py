@@ -22,6 +22,7 @@ from mimo_compile.frontend.models.drafts import MtpLayer
 from mimo_compile.frontend.models.family import Family, Names
 from mimo_compile.frontend.models.feed import Feed
 from mimo_compile.frontend.models.gated import Gated
+from mimo_compile.frontend.models.indexed import Indexed
 from mimo_compile.frontend.models.stacking import pile, real, same_order, same_type, stack
 from mimo_compile.frontend.models.stages import (
     Attention,
@@ -43,7 +44,7 @@ from mimo_compile.ir.formats import QuantScheme, QuantTensor, WeightFormat
 from mimo_compile.quantize import head_format, quantize
 
 if TYPE_CHECKING:
-    from mimo_compile.frontend.gates import Gates
+    from mimo_compile.frontend.trained import Trained
 
 EMBED, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 """Names that all families share."""
@@ -135,8 +136,8 @@ class Builder:
     """Structural key of a layer -> the short kind it got."""
     ropes: dict[object, str] = field(default_factory=dict)
     """`LayerSpec.rope_key` -> the stage that makes these angles."""
-    gates: Gates | None = None
-    """Of layers that choose by gates."""
+    gates: Trained | None = None
+    """Gates or indexers of layers that choose by them."""
 
     def build(self) -> Decoder:
         """Read and quantise everything."""
@@ -252,7 +253,7 @@ class Builder:
         )
         attention = Attention(spec, qkv, self._linear([names["o"]]), small, gates)
         attend, follows, lends = attending(self.config, name)
-        if isinstance(attend, Gated):
+        if isinstance(attend, Gated | Indexed):
             assert self.gates is not None
             attend = replace(attend, weights=self.gates.of(name, spec))
         module = make(

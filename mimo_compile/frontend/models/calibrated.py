@@ -37,7 +37,7 @@ from mimo_compile.quantize.gptq import Gain, gptq
 from mimo_compile.quantize.moments import Moments
 
 if TYPE_CHECKING:
-    from mimo_compile.frontend.gates import Gates
+    from mimo_compile.frontend.trained import Trained
 
 _SMALL = 1024
 """Hidden sizes below this are run by one thread: waking others takes longer than the work."""
@@ -135,7 +135,7 @@ class CalibratedBuilder(Builder):
         scheme: QuantScheme,
         calibration: Calibration,
         ids: Tensor,
-        gates: Gates | None = None,
+        gates: Trained | None = None,
     ) -> None:
         """Prepare a build.
 
@@ -146,7 +146,7 @@ class CalibratedBuilder(Builder):
             scheme: a quantised weight format.
             calibration: method ``gptq`` or ``awq``.
             ids: ``[S, L]`` tokens of the calibration text, L at most the model's context.
-            gates: Of layers that choose by gates, which stay as they are.
+            gates: Gates or indexers of layers that choose by them, which stay as they are.
 
         Raises:
             UsageError: the method does not fit the format.

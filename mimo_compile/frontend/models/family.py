@@ -40,6 +40,7 @@ INERT = frozenset(
     num_return_sequences output_scores return_dict_in_generate remove_invalid_values suppress_tokens
     begin_suppress_tokens exponential_decay_length_penalty attn_implementation _attn_implementation
     _attn_implementation_autoset transformers.js_config unsloth_fixed unsloth_version
+    index_topk index_n_heads index_head_dim
     seerattn_gate_block_size seerattn_use_rope seerattn_k_seq_pooling_type seerattn_q_head_pooling_type
     """.split()
 )

@@ -287,8 +287,9 @@ class LayerCore(nn.Module):
         Returns:
             The residual after attention, the block's output, and the lists that it lends, if any.
         """
+        found = self.attend.look(self, normed, table, pos)
         q = kv.append(self, kv.project(self, normed, adapter), table, pos)
-        out, made = self.attend(self, q, pos, lists)
+        out, made = self.attend(self, q, pos, lists if found is None else found)
         return self.after_attention(out, x, adapter, made)
 
     def after_attention(
