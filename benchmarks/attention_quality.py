@@ -3,6 +3,7 @@
     python benchmarks/attention_quality.py --out quality.jsonl --folder models/tiny-4k
     python benchmarks/attention_quality.py --out quality.jsonl --folder models/tiny-4k \
         --gates models/tiny-4k-deltas/gates.safetensors
+    python benchmarks/attention_quality.py --out quality.jsonl --speed 32768
     python benchmarks/attention_quality.py --out quality.jsonl --write docs/attention-quality.md
 
 Each system runs as its definition says, in float32 (`mimo_compile/tiny/sparse.py`), on texts that no
@@ -25,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from attention_costs import decode_time, kept_bytes
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -35,8 +37,10 @@ from mimo_compile.tiny import corpus
 from mimo_compile.tiny.checkpoint import load
 from mimo_compile.tiny.gates import Gate, load_gates
 from mimo_compile.tiny.hysparse import load_hysparse
+from mimo_compile.tiny.indexers import Indexer, IndexerShape, load_indexers
+from mimo_compile.tiny.oracle import Oracle
 from mimo_compile.tiny.recall import Sample, Writer
-from mimo_compile.tiny.sparse import Cache, Oracle, Run, dense_caches, roles_of
+from mimo_compile.tiny.sparse import Cache, Run, dense_caches, roles_of
 from mimo_compile.tiny.training_model import TinyModel
 
 BUDGETS = (0.06, 0.12, 0.25, 0.5)
@@ -48,11 +52,21 @@ BINS = 4
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 
+Systems = dict[str, dict[float, AttentionPolicy]]
+
+
 def policies(
-    length: int, gate_block: int, gate_width: int, hysparse_block: int
-) -> dict[str, dict[float, AttentionPolicy]]:
-    """Return each system's policy at each budget, a share of `length` tokens (0: it has none)."""
-    found: dict[str, dict[float, AttentionPolicy]] = {"full": {0: parse_policy("full")}}
+    length: int,
+    gate_block: int,
+    gate_width: int,
+    hysparse_block: int,
+    indexer: tuple[int, int] = (4, 64),
+) -> Systems:
+    """Return each system's policy at each budget, a share of `length` tokens (0: it has none).
+
+    indexer: heads and width.
+    """
+    found: Systems = {"full": {0: parse_policy("full")}}
     for share in BUDGETS:
         b = round(share * length)
         texts = {
@@ -66,6 +80,7 @@ def policies(
             "moba": f"moba:block=64,k={max(1, b // 64)}",
             "tailorkv": f"tailorkv:budget={max(b, 64)},quantised=0",
             "hysparse": f"hysparse:budget={b},block={hysparse_block},every=6",
+            "dsa": f"dsa:k={b},heads={indexer[0]},width={indexer[1]}",
         }  # fmt: skip
         for name, text in texts.items():
             found.setdefault(name, {})[share] = parse_policy(text)
@@ -123,13 +138,13 @@ def told(model: TinyModel, text: Text, normed: Tensor) -> tuple[float, list[tupl
 
 def measure(
     model: TinyModel, policy: AttentionPolicy, gates: Mapping[int, Gate],
-    found: list[Text], caches: list[list[Cache]] | None,
+    indexers: Mapping[int, Indexer], found: list[Text], caches: list[list[Cache]] | None,
 ) -> dict[str, object]:  # fmt: skip
     """Run a policy on all texts of a task."""
     begin = time.perf_counter()
     losses, answers, seen, visible = [], [], 0.0, 0.0
     for i, text in enumerate(found):
-        run = Run(model, policy, text.prompt, gates)
+        run = Run(model, policy, text.prompt, gates, indexers)
         loss, right = told(model, text, run.rows(text.ids, None if caches is None else caches[i]))
         losses.append(loss)
         answers += right
@@ -192,12 +207,16 @@ def bench(args: argparse.Namespace) -> None:
     model = load(args.folder)
     gates = load_gates(model.config, args.gates) if args.gates else {}
     hybrid = load_hysparse(load(args.folder), args.hysparse) if args.hysparse else None
+    indexers = load_indexers(model.config, args.indexers) if args.indexers else {}
+    sizes = next(iter(indexers.values())).shape if indexers else IndexerShape()
     shape = next(iter(gates.values())).shape if gates else None
     systems = policies(
         args.length, shape.block if shape else 64, shape.width if shape else 64,
-        hybrid.shape.block if hybrid else 64,
+        hybrid.shape.block if hybrid else 64, (sizes.heads, sizes.width),
     )  # fmt: skip
     wanted = args.systems.split(",") if args.systems else list(systems)
+    if not any(r["task"] == "memory" for r in _read(args.out)):
+        memory(args, model, systems)
     tokenizer = Tokenizer.from_file(str(args.folder / "tokenizer.json"))
     held_out = corpus.encode(tokenizer, corpus.collect().held_out)
     base = args.folder / "model.safetensors"
@@ -206,9 +225,10 @@ def bench(args: argparse.Namespace) -> None:
         found = texts(Writer(tokenizer, [held_out], [1.0], 1), task, args.texts, args.length)
         caches = None
         for name in wanted:
-            if (name == "seer" and not gates) or (name == "hysparse" and hybrid is None):
+            own = {"seer": args.gates, "hysparse": args.hysparse, "dsa": args.indexers}
+            if name in own and own[name] is None:
                 continue
-            extra = {"seer": args.gates, "hysparse": args.hysparse}.get(name)
+            extra = own.get(name)
             runner = hybrid if name == "hysparse" and hybrid is not None else model
             for budget, policy in systems[name].items():
                 key = (_digest(base, extra), name, budget, task)
@@ -219,13 +239,49 @@ def bench(args: argparse.Namespace) -> None:
                 line = {
                     "weights": key[0], "system": name, "budget": budget, "task": task,
                     "policy": str(policy), "length": args.length,
-                    **measure(runner, policy, gates, found, None if name == "hysparse" else caches),
+                    **measure(
+                        runner, policy, gates, indexers, found, None if name == "hysparse" else caches
+                    ),
                     "bytes": None if name == "sale" or isinstance(policy, Oracle)
                     else decode_bytes(policy, runner, args.length),
                 }  # fmt: skip
-                with args.out.open("a") as file:
-                    file.write(json.dumps(line) + "\n")
-                print(json.dumps(line), flush=True)
+                note(args.out, line)
+
+
+def memory(args: argparse.Namespace, model: TinyModel, systems: Systems) -> None:
+    """Note what each system keeps; nothing is run."""
+    for name, budgets in systems.items():
+        for budget, policy in budgets.items():
+            if not isinstance(policy, Oracle):
+                note(args.out, {
+                    "weights": "any", "system": name, "budget": budget, "task": "memory",
+                    "policy": str(policy), "length": args.length,
+                    "keeps": kept_bytes(policy, model, args.length),
+                })  # fmt: skip
+
+
+def speed(args: argparse.Namespace) -> None:
+    """Time the kernels of each system at heads as models have them, over ``args.speed`` keys."""
+    systems = policies(args.speed, 64, 128, 64, (64, 128))
+    wanted = args.systems.split(",") if args.systems else list(systems)
+    known = {(r["system"], r["budget"]) for r in _read(args.out) if r["task"] == "speed"}
+    for name in wanted:
+        for budget, policy in systems[name].items():
+            if isinstance(policy, Oracle) or (name, budget) in known:
+                continue
+            if name != "resa, not rectified" and (found := decode_time(policy, args.speed)):
+                note(args.out, {
+                    "weights": "any", "system": name, "budget": budget, "task": "speed",
+                    "policy": str(policy), "length": args.speed, "time": found[0], "p10": found[1],
+                    "p90": found[2],
+                })  # fmt: skip
+
+
+def note(path: Path, line: dict[str, object]) -> None:
+    """Add a line to the file, and show it."""
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    print(json.dumps(line), flush=True)
 
 
 def _percent(value: object) -> str:
@@ -245,32 +301,36 @@ def tables(rows: list[dict[str, object]]) -> str:
         shown_rows = [(name, values) for name, values in body if any(values)]
         out.extend(f"| {name} | " + " | ".join(values) + " |" for name, values in shown_rows)
 
-    def shown(name: str, budget: float, task: str) -> str:
+    def shown(name: str, budget: float, task: str, what: str = "") -> str:
         row = cells.get((name, budget, task))
         if row is None:
             return ""
+        if what:
+            return _percent(row.get(what))
         return f"{float(str(row['perplexity'])):.3f}" if task == "code" else _percent(row["recall"])
 
-    columns = [f"{share:.0%}" for share in BUDGETS]
-    for task in TASKS:
-        if not any(t == task for _, _, t in cells):
-            continue
-        body = [("full", [shown("full", 0, task)] + [""] * (len(BUDGETS) - 1))]
-        body += [(name, [shown(name, share, task) for share in BUDGETS]) for name in names]
-        table(f"{'perplexity' if task == 'code' else 'recall'}: {task}", columns, body)
+    body = []
+    for name, budget in [("full", 0.0), *((n, share) for n in names for share in BUDGETS)]:
+        read = next((r["bytes"] for t in TASKS if (r := cells.get((name, budget, t)))), None)
+        found = [shown(name, budget, task) for task in TASKS]
+        costs = [shown(name, budget, "memory", "keeps"), _percent(read)]
+        costs.append(shown(name, budget, "speed", "time"))
+        if any(found):
+            body.append((name, [f"{budget:.0%}" if budget else "", *found, *costs]))
+    heads = [
+        "budget",
+        "perplexity",
+        *(f"{task} found" for task in TASKS[1:]),
+        "keeps",
+        "reads",
+        "time",
+    ]
+    table("system", heads, body)
     places = [f"{i / BINS:.0%} to {(i + 1) / BINS:.0%}" for i in range(BINS)]
     deep = {n: cells.get((n, 0 if n == "full" else 0.12, "needles")) for n in ("full", *names)}
     body = [(n, [_percent(x) for x in r["by_depth"]]) for n, r in deep.items() if r]  # type: ignore[attr-defined]
     if body:
         table("recall: needles by depth, budget 12 %", places, body)
-    body = []
-    for name in names:
-        read = [
-            next((r for t in TASKS if (r := cells.get((name, share, t)))), None)
-            for share in BUDGETS
-        ]
-        body.append((name, [_percent(r["bytes"]) if r else "" for r in read]))
-    table("bytes read at decode, of dense", columns, body)
     sale = sorted(b for n, b, t in cells if n == "sale" and t == "code")
     body = []
     for tau in sale:
@@ -298,6 +358,13 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="the trained model")
     parser.add_argument("--gates", type=Path, help="its SeerAttention gates")
     parser.add_argument("--hysparse", type=Path, help="its HySparse variant")
+    parser.add_argument("--indexers", type=Path, help="its DSA indexers")
+    parser.add_argument(
+        "--speed",
+        type=int,
+        metavar="KEYS",
+        help="time the kernels of each system over so many keys",
+    )
     parser.add_argument("--systems", help="names, by commas; all if left out")
     parser.add_argument("--budgets", type=float, nargs="*", help="some of 0.06 0.12 0.25 0.5")
     parser.add_argument("--tasks", default=",".join(TASKS))
@@ -307,6 +374,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.write:
         write(_read(args.out), args.write)
+        return
+    if args.speed:
+        speed(args)
         return
     if args.folder is None:
         parser.error("--folder is missing: the model to judge")

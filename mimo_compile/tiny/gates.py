@@ -10,6 +10,7 @@ a block that is not complete yet has the logit 0, as where the gates are used.
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,14 +39,41 @@ class GateShape:
     """Of a gate's query and key."""
 
 
-class Gate(nn.Module):
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """What one layer's attention starts from, before rotation, f32.
+
+    q: queries [tokens, heads, dim]; k: keys [tokens, kv, dim]; y: its input [tokens, hidden], normed.
+    """
+
+    q: Tensor
+    k: Tensor
+    y: Tensor
+
+
+class Chooser(nn.Module, ABC):
+    """What is distilled from one layer to choose for it: scores of blocks, and what they should say."""
+
+    block: int
+    """Tokens of a block."""
+
+    @abstractmethod
+    def told(self, seen: Observed, rows: range, soft: bool) -> Tensor:
+        """Scores [rows, heads of scores, blocks up to the last row's] (soft: their softmax over blocks)."""
+
+    @abstractmethod
+    def wanted(self, seen: Observed, rope: tuple[Tensor, Tensor], rows: range) -> Tensor:
+        """The target, of the same shape: sums of 1. rope: tables [tokens, rotary / 2] of the layer."""
+
+
+class Gate(Chooser):
     """The gate of one layer: a projection of each group's queries and of each block's pooled keys."""
 
     def __init__(self, config: TinyConfig, shape: GateShape) -> None:
         super().__init__()
         kv, d = config.num_key_value_heads, config.head_dim
         group = config.num_attention_heads // kv
-        self.shape, self.config = shape, config
+        self.shape, self.config, self.block = shape, config, shape.block
         self.attngate_linear_q = nn.Parameter(torch.empty(kv, group * d, shape.width))
         self.attngate_linear_k = nn.Parameter(torch.empty(kv, 3 * d, shape.width))
         self.attngate_qnorm = nn.Parameter(torch.ones(shape.width))
@@ -83,6 +111,14 @@ class Gate(nn.Module):
             size, self.shape.width**-0.5,
         )  # fmt: skip
 
+    def told(self, seen: Observed, rows: range, soft: bool) -> Tensor:
+        """See `Chooser`."""
+        return self.scores(seen.q[rows.start : rows.stop], self.keys(seen.k), rows.start, soft)
+
+    def wanted(self, seen: Observed, rope: tuple[Tensor, Tensor], rows: range) -> Tensor:
+        """See `Chooser`."""
+        return target(seen, rope, rows, self.block)
+
 
 def new_gates(model: TinyModel, shape: GateShape, seed: int) -> dict[int, Gate]:
     """Untrained gates of the model's global layers, by layer."""
@@ -98,14 +134,6 @@ def new_gates(model: TinyModel, shape: GateShape, seed: int) -> dict[int, Gate]:
     return gates
 
 
-@dataclass(frozen=True, slots=True)
-class Observed:
-    """Queries [tokens, heads, dim] and keys [tokens, kv, dim] of one layer, before rotation."""
-
-    q: Tensor
-    k: Tensor
-
-
 @torch.no_grad()
 def observe(model: TinyModel, ids: Tensor, layers: Iterable[int]) -> dict[int, Observed]:
     """Run the model densely on ids [tokens]; return what the layers' attention starts from, f32."""
@@ -115,8 +143,9 @@ def observe(model: TinyModel, ids: Tensor, layers: Iterable[int]) -> dict[int, O
     for i, layer in enumerate(model.layers):
         assert isinstance(layer, Layer)
         if i in wanted:
-            q, k, _ = layer.self_attn.project(layer.input_layernorm(x))
-            found[i] = Observed(*(y[0].transpose(0, 1).float() for y in (q, k)))
+            y = layer.input_layernorm(x)
+            q, k = (z[0].transpose(0, 1).float() for z in layer.self_attn.project(y)[:2])
+            found[i] = Observed(q, k, y[0].float())
         x, _ = layer(x, model.rope(time, layer.windowed))
     return found
 
@@ -127,34 +156,38 @@ def target(seen: Observed, rope: tuple[Tensor, Tensor], rows: range, block: int)
 
     rope: tables [all tokens, rotary / 2] of the layer.
     """
+    best = block_max(exact_weights(seen, rope, rows), block)
+    best = bring_together(best, seen.k.shape[1], "max")
+    return best / best.sum(-1, keepdim=True)
+
+
+@torch.no_grad()
+def exact_weights(seen: Observed, rope: tuple[Tensor, Tensor], rows: range) -> Tensor:
+    """The layer's own attention of the tokens `rows`: [tokens, heads, keys up to the last row]."""
     q, k = (rotate(x.transpose(0, 1), *rope).transpose(0, 1) for x in (seen.q, seen.k))
     end = rows.stop
     logits = dots(q[rows.start : end], k[:end]) * q.shape[-1] ** -0.5
     later = torch.arange(end)[None] > torch.arange(rows.start, end)[:, None]
-    weights = torch.softmax(logits.masked_fill(later[:, None], -torch.inf), -1)
-    best = bring_together(block_max(weights, block), k.shape[1], "max")
-    return best / best.sum(-1, keepdim=True)
+    return torch.softmax(logits.masked_fill(later[:, None], -torch.inf), -1)
 
 
-def divergence(gate: Gate, seen: Observed, rope: tuple[Tensor, Tensor], rows: range) -> Tensor:
-    """Mean Kullback-Leibler divergence (nats) of the gate from its target over the tokens `rows`."""
-    wanted = target(seen, rope, rows, gate.shape.block)
-    scored = gate.scores(seen.q[rows.start : rows.stop], gate.keys(seen.k), rows.start, soft=True)
+def divergence(gate: Chooser, seen: Observed, rope: tuple[Tensor, Tensor], rows: range) -> Tensor:
+    """Mean Kullback-Leibler divergence (nats) of a gate from its target over the tokens `rows`."""
+    wanted, scored = gate.wanted(seen, rope, rows), gate.told(seen, rows, soft=True)
     told = torch.log(scored.clamp(min=1e-30))
     return (torch.xlogy(wanted, wanted) - wanted * told).sum(-1).mean()
 
 
 @torch.no_grad()
 def coverage(
-    gate: Gate, seen: Observed, rope: tuple[Tensor, Tensor], rows: range, count: int
+    gate: Chooser, seen: Observed, rope: tuple[Tensor, Tensor], rows: range, count: int
 ) -> tuple[float, float]:
     """Share of the target that the gate's `count` best blocks (the running one among them) hold.
 
     Returns (of the gate's choice, of the best possible one), means over the tokens `rows`.
     """
-    wanted = target(seen, rope, rows, gate.shape.block)
-    scored = gate.scores(seen.q[rows.start : rows.stop], gate.keys(seen.k), rows.start, soft=False)
-    own = torch.arange(rows.start, rows.stop)[:, None, None] // gate.shape.block
+    wanted, scored = gate.wanted(seen, rope, rows), gate.told(seen, rows, soft=False)
+    own = torch.arange(rows.start, rows.stop)[:, None, None] // gate.block
     scored = scored.scatter(-1, own.expand(-1, scored.shape[1], 1), torch.inf)
     most = min(count, wanted.shape[-1])
     chosen = wanted.gather(-1, scored.topk(most, -1).indices).sum(-1).mean()

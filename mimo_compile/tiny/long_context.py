@@ -2,6 +2,7 @@
 
     python -m mimo_compile.tiny.long_context base --out tiny-4k --work work
     python -m mimo_compile.tiny.long_context gates --init tiny-4k --out gates.safetensors --work work
+    python -m mimo_compile.tiny.long_context indexers --init tiny-4k --out indexers.safetensors --work work
     python -m mimo_compile.tiny.long_context hysparse --init tiny-4k --out hysparse.safetensors \
         --work work
 
@@ -20,8 +21,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a plain file
@@ -35,7 +37,7 @@ from torch import Tensor
 from mimo_compile.tiny import corpus as text
 from mimo_compile.tiny.checkpoint import export, from_tensors, load, to_tensors
 from mimo_compile.tiny.gates import (
-    Gate,
+    Chooser,
     GateShape,
     coverage,
     divergence,
@@ -44,6 +46,7 @@ from mimo_compile.tiny.gates import (
     save_gates,
 )
 from mimo_compile.tiny.hysparse import HySparseShape, from_hybrid, save_hysparse
+from mimo_compile.tiny.indexers import IndexerShape, new_indexers, save_indexers
 from mimo_compile.tiny.recall import ANSWER, CODE, Mixture, Sample, Writer
 from mimo_compile.tiny.training_loop import Loop, Progress, Settings, mean_loss, run_or_stop, show
 from mimo_compile.tiny.training_model import TinyModel
@@ -53,6 +56,8 @@ SHARES = {"code": 0.4, "needles": 0.25, "pairs": 0.25, "copy": 0.1}
 """How often each kind of text is drawn."""
 STAGES = ((0.0, 1024), (0.25, 2048), (0.55, 4096))
 """From which share of the run on texts have how many tokens."""
+CHUNK, PIECE = 512, 256
+"""Tokens whose scores exist at a time while gates, or indexers, learn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,29 +196,41 @@ def train_decoder(
     return trainer
 
 
+def second_half(n: int, step: int) -> list[range]:
+    """What gates learn from: of a text of `n` tokens those that are far enough from its begin."""
+    return [range(at, min(n, at + CHUNK)) for at in range(n // 2, n, CHUNK)]
+
+
+def two_pieces(n: int, step: int) -> list[range]:
+    """What indexers learn from, which choose for prompts, too: pieces anywhere, others in each step."""
+    draw = np.random.default_rng(step).permutation(-(-n // PIECE))[:2]
+    return [range(at, min(n, at + PIECE)) for at in (PIECE * draw).tolist()]
+
+
 def train_gates(
-    model: TinyModel, gates: dict[int, Gate], writer: Writer, progress: Progress, steps: int,
+    model: TinyModel, gates: Mapping[int, Chooser], writer: Writer, progress: Progress, steps: int,
     n: int, rate: float, save: Callable[[], None],
+    pick: Callable[[int, int], Sequence[range]] = second_half,
 ) -> None:  # fmt: skip
-    """Distil gates from the frozen `model` on texts of `n` tokens; only second halves count.
+    """Distil gates or indexers from the frozen `model` on texts of `n` tokens, of which `pick` says some.
 
     The rate falls to zero along a line. Every twentieth step is logged and `save` called.
     """
     mixture = Mixture(writer, SHARES)
     parameters = [p for gate in gates.values() for p in gate.parameters()]
     adam = torch.optim.AdamW(parameters, rate, weight_decay=0.0)
-    rope, chunk = model.rope(n, False), 512
+    rope = model.rope(n, False)
     while progress.steps < steps:
         for group in adam.param_groups:
             group["lr"] = rate * (1.0 - progress.steps / steps)
         seen = observe(model, mixture.take(1, n).ids[0], gates)
         row: dict[str, float] = {"step": progress.steps}
+        pieces = pick(n, progress.steps)
         for i, gate in gates.items():
-            starts = range(n // 2, n, chunk)
-            for start in starts:
-                loss = divergence(gate, seen[i], rope, range(start, min(n, start + chunk)))
-                (loss / len(starts)).backward()
-                row[f"kl{i}"] = row.get(f"kl{i}", 0.0) + loss.item() / len(starts)
+            for rows in pieces:
+                loss = divergence(gate, seen[i], rope, rows)
+                (loss / len(pieces)).backward()
+                row[f"kl{i}"] = row.get(f"kl{i}", 0.0) + loss.item() / len(pieces)
         adam.step()
         adam.zero_grad(set_to_none=True)
         progress.steps += 1
@@ -221,7 +238,7 @@ def train_gates(
         if progress.steps % 20 == 0 or progress.steps == steps:
             for i, gate in gates.items():
                 for share in (16, 4):
-                    count = n // gate.shape.block // share
+                    count = n // gate.block // share
                     kept = coverage(gate, seen[i], rope, range(n - 256, n), count)
                     row[f"kept{i}_{share}"], row[f"best{i}_{share}"] = kept
             progress.log.append(row)
@@ -250,11 +267,18 @@ def _hysparse(args: argparse.Namespace, settings: LongSettings) -> None:
 
 
 def _gates(args: argparse.Namespace) -> None:
+    """Distil gates, or indexers."""
     tokenizer = Tokenizer.from_file(str(args.init / "tokenizer.json"))
     model = load(args.init)
     learn, _ = writers(tokenizer)
-    gates = new_gates(model, GateShape(args.block, args.width), args.seed)
-    progress, state = Progress(), args.work / "gates.state"
+    gates: Mapping[int, Chooser]
+    if args.what == "indexers":
+        made = new_indexers(model, IndexerShape(args.heads, args.width), args.seed)
+        gates, pick, write = made, two_pieces, partial(save_indexers, made)
+    else:
+        own = new_gates(model, GateShape(args.block, args.width), args.seed)
+        gates, pick, write = own, second_half, partial(save_gates, own)
+    progress, state = Progress(), args.work / f"{args.what}.state"
 
     def save() -> None:
         part = state.with_suffix(".part")
@@ -269,8 +293,8 @@ def _gates(args: argparse.Namespace) -> None:
             gate.load_state_dict(kept["gates"][i])
         progress.steps = kept["steps"]
     writer = learn(args.seed + 1000 + progress.steps)
-    train_gates(model, gates, writer, progress, args.steps, args.length, args.gate_rate, save)
-    save_gates(gates, args.out, args.init.name)
+    train_gates(model, gates, writer, progress, args.steps, args.length, args.gate_rate, save, pick)
+    write(args.out, args.init.name)
 
 
 def main() -> None:
@@ -279,7 +303,7 @@ def main() -> None:
         description=(__doc__ or "").splitlines()[0],
         epilog="example: python -m mimo_compile.tiny.long_context base --out tiny-4k --work work",
     )
-    parser.add_argument("what", choices=("base", "gates", "hysparse"))
+    parser.add_argument("what", choices=("base", "gates", "indexers", "hysparse"))
     parser.add_argument("--out", type=Path, required=True, help="folder (base) or file to write")
     parser.add_argument("--work", type=Path, required=True, help="folder for the state")
     parser.add_argument("--init", type=Path, help="model folder to start from (base: tiny)")
@@ -289,15 +313,16 @@ def main() -> None:
     )
     parser.add_argument("--rate", type=float, default=0.5, help="factor on tiny's learning rates")
     parser.add_argument(
-        "--gate-rate", type=float, default=3e-3, help="first learning rate of gates"
+        "--gate-rate", type=float, default=3e-3, help="first learning rate of gates and indexers"
     )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-compile", action="store_true", help="run without torch.compile")
     parser.add_argument("--block", type=int, default=32, help="tokens of a block (gates, hysparse)")
-    parser.add_argument("--width", type=int, default=64, help="of a gate's head")
-    parser.add_argument("--steps", type=int, default=200, help="texts that gates learn from")
-    parser.add_argument("--length", type=int, default=4096, help="tokens of a text for gates")
+    parser.add_argument("--width", type=int, default=64, help="of a gate's or an indexer's head")
+    parser.add_argument("--heads", type=int, default=4, help="of an indexer")
+    parser.add_argument("--steps", type=int, default=200, help="texts to distil from")
+    parser.add_argument("--length", type=int, default=4096, help="tokens of a text for them")
     parser.add_argument("--budget", type=int, default=256, help="tokens of hysparse's lists")
     args = parser.parse_args()
     if args.what != "base" and args.init is None:
@@ -319,7 +344,7 @@ def main() -> None:
         seed=args.seed,
         compiled=not args.no_compile,
     )
-    if args.what == "gates":
+    if args.what in ("gates", "indexers"):
         _gates(args)
     else:
         (_base if args.what == "base" else _hysparse)(args, settings)

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -30,8 +29,7 @@ from mimo_compile.ir.ops.score_blocks import block_scores
 from mimo_compile.ir.ops.score_keys import dots, key_scores
 from mimo_compile.ir.ops.score_lowbit import lowbit_scores
 from mimo_compile.ir.ops.select_blocks import choose
-from mimo_compile.ir.policies import AttentionPolicy, Geometry, LayerRole, Score, Select
-from mimo_compile.ir.policies.base import arg
+from mimo_compile.ir.policies import AttentionPolicy, Geometry, LayerRole
 from mimo_compile.ir.policies.hysparse import HySparse
 from mimo_compile.ir.policies.lessismore import LessIsMore
 from mimo_compile.ir.policies.resa import Resa
@@ -41,31 +39,11 @@ from mimo_compile.ir.policies.tailorkv import TailorKV
 from mimo_compile.ir.policies.window import Window
 from mimo_compile.tiny.gates import Gate
 from mimo_compile.tiny.hysparse import HySparseModel, SparseAttention
+from mimo_compile.tiny.indexers import Indexer
 from mimo_compile.tiny.training_model import Attention, Layer, TinyModel, rotate, sink_softmax
 
 CHUNK = 512
 """Rows whose scores exist at a time."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Oracle(AttentionPolicy):
-    """The blocks with the largest exact probability: no selector of blocks can do much better."""
-
-    name: ClassVar[str] = "oracle"
-    phases: ClassVar[tuple[str, ...]] = ("decode",)
-
-    budget: int = arg(1024, "tokens that are attended to", low=1)
-    block: int = arg(16, "tokens of a block", low=1)
-
-    @property
-    def score(self) -> Score:
-        """Exact probabilities."""
-        return Score("score_keys", "oracle", "group", "max")
-
-    @property
-    def select(self) -> Select:
-        """The best blocks and the token's own."""
-        return Select(k=max(1, self.budget // self.block))
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +119,7 @@ def roles_of(policy: AttentionPolicy, model: TinyModel) -> tuple[LayerRole, ...]
         return roles
     if isinstance(policy, TailorKV) and policy.quantised:
         raise UsageError("--attention tailorkv: there is no reference of low-bit caches here")
-    if len(policy.branches) > 1 or "indexer" in policy.needs or policy.name == "hysparse2":
+    if len(policy.branches) > 1 or policy.name == "hysparse2":
         raise UsageError(f"--attention {policy.name} needs a model that was trained with it")
     own = {i: LayerRole("window", False, None, i, w) for i, w in enumerate(windows) if w}
     if isinstance(policy, Window | Stream):
@@ -202,9 +180,12 @@ class Run:
     policy: AttentionPolicy
     prompt: int
     gates: Mapping[int, Gate] = field(default_factory=dict)
+    indexers: Mapping[int, Indexer] = field(default_factory=dict)
     seen: float = 0.0
     visible: float = 0.0
     _lists: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    _input: Tensor = field(default_factory=lambda: torch.empty(0))
+    """Of the layer that runs, normed: [tokens, hidden]."""
 
     @property
     def share(self) -> float:
@@ -219,8 +200,9 @@ class Run:
         """
         model, policy = self.model, self.policy
         roles = roles_of(policy, model)
-        if "gates" in policy.needs and not self.gates:
-            raise UsageError(f"--attention {policy.name} needs gates")
+        for what, found in (("gates", self.gates), ("an indexer", self.indexers)):
+            if what in policy.needs and not found:
+                raise UsageError(f"--attention {policy.name} needs {what}")
         first = 0 if "prefill" in policy.phases else self.prompt
         dense = dense_caches(model, ids) if dense is None and first else dense or []
         x = F.embedding(ids[None, first:], model.embed_tokens)
@@ -229,6 +211,7 @@ class Run:
             assert isinstance(layer, Layer)
             attention = layer.self_attn
             y = layer.input_layernorm(x)
+            self._input = y[0]
             queries, new = project(attention, y, model.rope(len(ids), layer.windowed), first)
             caches.append(dense[i].to(first).then(new) if first else new)
             parts = []
@@ -356,6 +339,8 @@ class Run:
         elif p["kind"] == "gate":
             gate = self.gates[i]
             score = gate.scores(rows.raw, gate.keys(own.raw), rows.start, bool(p["soft"]))
+        elif p["kind"] == "indexer":
+            score = self.indexers[i].scores(self._input, range(rows.start, rows.start + count))
         else:
             blocks = blocks_of(end, block)
 

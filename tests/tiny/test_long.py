@@ -15,6 +15,7 @@ from micro_models import FOLDER, HYBRID, untrained
 from mimo_compile.tiny import corpus as text
 from mimo_compile.tiny import gates as seer
 from mimo_compile.tiny import hysparse as hy
+from mimo_compile.tiny import indexers as dsa
 from mimo_compile.tiny import long_context as long
 from mimo_compile.tiny.recall import ANSWER, CODE, KINDS, Mixture, Writer
 from mimo_compile.tiny.training_loop import Progress, run, vars_of
@@ -303,6 +304,53 @@ def test_training_of_gates_goes_on_and_ends(tokenizer, code) -> None:
     assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters())
 
 
+# --- indexers -------------------------------------------------------------------------------
+
+
+def test_indexers_learn_what_attention_does() -> None:
+    """Their target is the mean of the heads' exact weights; single tokens are kept."""
+    model, seen = observed(192)
+    made = dsa.new_indexers(model, dsa.IndexerShape(heads=3, width=16), 0)
+    assert sorted(made) == [0, 3]
+    indexer, rope, rows = made[3], model.rope(192, False), range(128, 192)
+    wanted = indexer.wanted(seen[3], rope, rows)
+    torch.testing.assert_close(wanted.sum(-1), torch.ones(64, 1))
+    weights = seer.exact_weights(seen[3], rope, rows)
+    torch.testing.assert_close(wanted[:, 0], weights.sum(1) / weights.shape[1])
+    adam = torch.optim.Adam(indexer.parameters(), 1e-2)
+    losses, before = [], seer.coverage(indexer, seen[3], rope, rows, 12)
+    for _ in range(40):
+        loss = seer.divergence(indexer, seen[3], rope, rows)
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        losses.append(loss.item())
+    after = seer.coverage(indexer, seen[3], rope, rows, 12)
+    assert losses[-1] < 0.8 * losses[0] and min(losses) > 0
+    assert before[1] == after[1] and before[0] < after[0] <= after[1] + 1e-6
+
+
+def test_an_indexer_sees_no_later_token() -> None:
+    model, seen = observed(64)
+    indexer = dsa.new_indexers(model, dsa.IndexerShape(heads=2, width=16), 0)[0]
+    y = seen[0].y.clone()
+    y[41:] += 3.0
+    one, two = (indexer.scores(x, range(32, 44)) for x in (seen[0].y, y))
+    assert torch.equal(one[:9], two[:9]) and not torch.equal(one[9:], two[9:])
+    assert one.shape == (12, 1, 44) and (one[0, 0, 33:] == -torch.inf).all()
+
+
+def test_indexers_round_trip(tmp_path) -> None:
+    made = dsa.new_indexers(micro(), dsa.IndexerShape(heads=2, width=24), 0)
+    dsa.save_indexers(made, tmp_path / "indexers.safetensors", "tiny-4k")
+    again = dsa.load_indexers(CONFIG, tmp_path / "indexers.safetensors")
+    assert again.keys() == made.keys() and again[0].shape == made[0].shape
+    for i, indexer in made.items():
+        for name, value in indexer.state_dict().items():
+            want = value if "norm" in name else value.bfloat16().float()
+            assert torch.equal(want, again[i].state_dict()[name])
+
+
 # --- HySparse -------------------------------------------------------------------------------
 
 
@@ -409,10 +457,10 @@ def test_hysparse_needs_fitting_shapes() -> None:
 # --- the command ----------------------------------------------------------------------------
 
 
-def test_command_trains_all_three_from_small_weights(
+def test_command_trains_everything_from_small_weights(
     tokenizer, code, tmp_path, monkeypatch, capsys
 ) -> None:
-    """`base`, then `gates` and `hysparse` on it, each stopped and taken up again."""
+    """`base`, then `gates`, `indexers` and `hysparse` on it, each stopped and taken up again."""
     from mimo_compile.tiny.checkpoint import export, load
 
     make = lambda seed: Writer(tokenizer, [code], [1.0], seed)  # noqa: E731
@@ -441,6 +489,10 @@ def test_command_trains_all_three_from_small_weights(
     assert command(*gates, *more, "1")[-1]["step"] == 0
     assert command(*gates, *more, "2")[-1]["step"] == 1
     assert sorted(seer.load_gates(CONFIG, tmp_path / "g.safetensors")) == [0, 3]
+    found = ("indexers", "--init", str(tmp_path / "base"), "--out", str(tmp_path / "i.safetensors"))
+    assert command(*found, *more, "1")[-1]["step"] == 0
+    assert command(*found, *more, "2")[-1]["step"] == 1
+    assert sorted(dsa.load_indexers(CONFIG, tmp_path / "i.safetensors")) == [0, 3]
     sparse = (
         "hysparse",
         "--init",

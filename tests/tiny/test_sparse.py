@@ -18,9 +18,11 @@ from mimo_compile.ir.policies import parse_policy
 from mimo_compile.tiny import corpus as text
 from mimo_compile.tiny import gates as seer
 from mimo_compile.tiny import hysparse as hy
+from mimo_compile.tiny import indexers as dsa
 from mimo_compile.tiny.checkpoint import export
+from mimo_compile.tiny.oracle import Oracle
 from mimo_compile.tiny.recall import Answer, Sample
-from mimo_compile.tiny.sparse import Oracle, Run, dense_caches, roles_of
+from mimo_compile.tiny.sparse import Run, dense_caches, roles_of
 from mimo_compile.tiny.training_model import TinyModel
 
 pytestmark = pytest.mark.compile
@@ -34,14 +36,15 @@ SMALL = [
     "seer:budget=16,block=4,gate=16", "seer:threshold=0.1,block=4,gate=16", "lessismore:budget=16,sink=2",
     "resa:p=0.2,block=4,least=1,f=8", "resa:p=0.2,block=4,least=1,f=0,heads=max",
     "sale:tau=0.5,bq=8,bk=4,sink=4,local=4,bits=8,least=16", "moba:block=8,k=2",
-    "tailorkv:channels=3,budget=16,sink=2,recent=6,quantised=0,span=8",
+    "tailorkv:channels=3,budget=16,sink=2,recent=6,quantised=0,span=8", "dsa:k=16,heads=2,width=16",
 ]  # fmt: skip
-"""Every system without weights of its own (and seer), small enough to drop something."""
+"""Every system without weights of its own (and seer and dsa), small enough to drop something."""
 PLENTY = [
     "stream:recent=500,sink=2", "window:size=500,every=0", "quest:budget=500,page=4,dense=0",
     "quest:dense=6", "seer:budget=500,block=4,gate=16", "seer:threshold=1e-30,block=4,gate=16",
     "lessismore:budget=500", "resa:p=1,block=4,f=8", "sale:tau=0,bq=8,bk=4,sink=4,local=4,least=0",
     "moba:block=8,k=100", "tailorkv:channels=3,budget=500,quantised=0", "full",
+    "dsa:k=500,heads=2,width=16",
 ]  # fmt: skip
 
 
@@ -53,11 +56,12 @@ def micro(seed: int = 0, **changes) -> TinyModel:
 MODEL = micro()
 IDS = torch.randint(0, 64, (LENGTH,), generator=torch.Generator().manual_seed(2))
 GATES = seer.new_gates(MODEL, SHAPE, 0)
+INDEXERS = dsa.new_indexers(MODEL, dsa.IndexerShape(2, 16), 0)
 
 
 def run(policy, model=MODEL, ids=IDS, prompt=PROMPT) -> tuple[torch.Tensor, float]:
     policy = parse_policy(policy) if isinstance(policy, str) else policy
-    made = Run(model, policy, prompt, GATES)
+    made = Run(model, policy, prompt, GATES, INDEXERS)
     return made.rows(ids), made.share
 
 
@@ -173,8 +177,8 @@ def test_roles() -> None:
 @pytest.mark.parametrize(
     "policy, why",
     [
-        ("hysparse", "trained for another"), ("nsa", "needs a model"), ("dsa", "needs a model"),
-        ("hysparse2", "needs a model"), ("tailorkv", "low-bit"),
+        ("hysparse", "trained for another"), ("nsa", "needs a model"), ("hysparse2", "needs a model"),
+        ("tailorkv", "low-bit"),
     ],
 )  # fmt: skip
 def test_what_the_model_lacks_is_said(policy: str, why: str) -> None:
@@ -182,9 +186,10 @@ def test_what_the_model_lacks_is_said(policy: str, why: str) -> None:
         run(policy)
 
 
-def test_gates_are_needed() -> None:
-    with pytest.raises(UsageError, match="needs gates"):
-        Run(MODEL, parse_policy("seer"), PROMPT).rows(IDS)
+@pytest.mark.parametrize("policy, what", [("seer", "gates"), ("dsa", "an indexer")])
+def test_gates_and_indexers_are_needed(policy: str, what: str) -> None:
+    with pytest.raises(UsageError, match=f"needs {what}"):
+        Run(MODEL, parse_policy(policy), PROMPT).rows(IDS)
 
 
 def hysparse_model(budget: int) -> hy.HySparseModel:
@@ -254,6 +259,8 @@ def test_bench_goes_on_and_writes_its_tables(
     model = micro(vocab_size=4096)
     export(model, tokenizer.to_str(), tmp_path / "model")
     seer.save_gates(seer.new_gates(model, SHAPE, 0), tmp_path / "gates.safetensors", "model")
+    made = dsa.new_indexers(model, dsa.IndexerShape(2, 16), 0)
+    dsa.save_indexers(made, tmp_path / "indexers.safetensors", "model")
     hybrid = hy.from_hybrid(model, hy.HySparseShape(4, 16), torch.float32)
     hy.save_hysparse(hybrid, tmp_path / "hysparse.safetensors", "model")
     monkeypatch.setattr(tool, "policies", partial_policies(tool.policies))
@@ -261,20 +268,25 @@ def test_bench_goes_on_and_writes_its_tables(
     common = [
         "x", "--out", str(out), "--folder", str(tmp_path / "model"), "--texts", "1", "--length",
         "448", "--gates", str(tmp_path / "gates.safetensors"), "--hysparse",
-        str(tmp_path / "hysparse.safetensors"), "--budgets", "0.12", "0.008",
+        str(tmp_path / "hysparse.safetensors"), "--indexers", str(tmp_path / "indexers.safetensors"),
+        "--budgets", "0.12", "0.008",
     ]  # fmt: skip
+
+    kept: dict[tuple[str, float], dict] = {}
 
     def call(*more: str) -> list[dict]:
         monkeypatch.setattr("sys.argv", [*common, *more])
         tool.main()
         capsys.readouterr()
-        return [json.loads(line) for line in out.read_text().splitlines()]
+        every = [json.loads(line) for line in out.read_text().splitlines()]
+        kept.update({(r["system"], r["budget"]): r for r in every if r["task"] == "memory"})
+        return [r for r in every if r["task"] != "memory"]
 
     first = call("--tasks", "code", "--systems", "full,quest")
     assert [(r["system"], r["budget"]) for r in first] == [("full", 0), ("quest", 0.12)]
     rows = call("--tasks", "code,needles")
     assert rows[:2] == first, "what is known is not measured again"
-    assert len({(r["system"], r["task"]) for r in rows}) == len(rows) == 2 * 13 + 2
+    assert len({(r["system"], r["task"]) for r in rows}) == len(rows) == 2 * 14 + 2
     full, quest = rows[:2]
     assert full["perplexity"] > 1 and math.isfinite(quest["perplexity"]) and full["share"] == 1
     needles = next(r for r in rows if (r["system"], r["task"]) == ("moba", "needles"))
@@ -284,8 +296,11 @@ def test_bench_goes_on_and_writes_its_tables(
     call("--write", str(page))
     shown = page.read_text()
     assert "old" not in shown and shown.startswith("# Title") and shown.endswith("The end.\n")
-    assert f"| full | {full['perplexity']:.3f} |" in shown
-    assert "| hysparse |" in shown and "| perplexity: code | 6% |" in shown
+    assert f"| full |  | {full['perplexity']:.3f} |" in shown
+    assert "| hysparse | 12% |" in shown and "| system | budget | perplexity |" in shown
+    share = lambda name: kept[name, 0.12]["keeps"]  # noqa: E731
+    assert share("lessismore") == share("hysparse") == 1.0
+    assert share("window") < 1 < share("quest") < share("dsa") < 2 and share("tailorkv") > 1
     page.write_text("nothing")
     with pytest.raises(SystemExit, match="lacks the marks"):
         call("--write", str(page))
