@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from mimo_compile.ir.counts import Counts, in_turn
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.ops.base import Array
+from mimo_compile.ir.ops.pages import TABLE, paged
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.attention import cuda_group_layout as layout
 from mimo_compile.schedules.attention.cuda_append import CudaAppend, WarpsConfig, append_constants
@@ -33,6 +34,7 @@ class CudaAppendGroups(CudaAppend):
     """A warp for each head of each token; then a block for the keys, and one for the values, of a group."""
 
     name = "kv_append.cuda_groups"
+    version: ClassVar[int] = 2
     config = PackersConfig
 
     def supports(self, workload: Workload, hardware: Hardware) -> bool:
@@ -55,7 +57,8 @@ class CudaAppendGroups(CudaAppend):
         constants = layout.constants(workload) | append_constants(p) | {
             "WARPS": config.warps, "PACKERS": config.packers, "NEW": new,
         }  # fmt: skip
-        norms = ("q_norm", "k_norm") if p["norm"] else ("pos", "pos")  # the latter not looked at
+        table = TABLE if paged(p) else "pos"  # which is not looked at then, as for norms
+        norms = ("q_norm", "k_norm") if p["norm"] else ("pos", "pos")
         heads = p["b"] * p["t"] * (p["h"] + 2 * p["kv"])
         rows = Launch(
             "kv_append",
@@ -67,7 +70,7 @@ class CudaAppendGroups(CudaAppend):
             "quantise",
             (p["b"] * p["kv"] * new, 2, 1),
             config.packers,
-            ("pos", "k_tail", "v_tail", "k_cache", "k_scale", "v_cache", "v_scale"),
+            ("pos", table, "k_tail", "v_tail", "k_cache", "k_scale", "v_cache", "v_scale"),
             _shared_bytes(p),
         )
         text = rendered(Path(__file__).with_suffix(".cu"), constants)
@@ -113,4 +116,4 @@ def _filled(p: Mapping[str, Any]) -> int:
 
 def _shared_bytes(p: Mapping[str, Any]) -> int:
     """Return the shared memory of a block that quantises: a group's codes, one by one."""
-    return int(layout.format_of(p).group * max(layout.deep(p["d"]), whole(p["dv"])))
+    return int(layout.format_of(p).group * max(layout.key_channels(p), whole(p["dv"])))

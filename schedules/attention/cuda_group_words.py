@@ -16,9 +16,9 @@ def _chunk(words: int) -> int:
 
 
 def _joined(fields: Array, bits: int) -> Array:
-    """Join registers ``[..., 4, g, t, bytes]`` of two tiles or steps into ``[..., words, g, t, bytes]``."""
+    """Join registers ``[..., fours, 4, g, t, bytes]`` (tiles or steps) into ``[..., words, g, t, bytes]``."""
     per = 8 // bits
-    parts = fields.reshape(*fields.shape[:-4], 4 // per, per, *fields.shape[-3:])
+    parts = fields.reshape(*fields.shape[:-5], -1, per, *fields.shape[-3:])
     shifts = (np.arange(per, dtype=np.uint8) * np.uint8(bits)).reshape(per, 1, 1, 1)
     out: Array = np.bitwise_or.reduce(parts << shifts, axis=-4)
     return out
@@ -29,7 +29,7 @@ def _split(words: Array, bits: int) -> Array:
     per = 8 // bits
     shifts = (np.arange(per, dtype=np.uint8) * np.uint8(bits)).reshape(per, 1, 1, 1)
     fields: Array = (words[..., None, :, :, :] >> shifts) & np.uint8((1 << bits) - 1)
-    return np.reshape(fields, (*words.shape[:-4], 4, *words.shape[-3:]))
+    return np.reshape(fields, (*words.shape[:-4], -1, 4, *words.shape[-3:]))
 
 
 def _to_chunks(words: Array) -> Array:
@@ -68,7 +68,7 @@ def unpack_keys(packed: Array, keys: int, bits: int) -> Array:
     """Inverse of `pack_keys`."""
     steps = keys // DEPTH
     words = _from_chunks(packed.reshape(-1, 4, packed.shape[-1] // 4), steps * bits // 2)
-    parts = _split(words.reshape(len(words), 4, steps, -1, 8, 4, 4), bits)
+    parts = _split(words, bits)
     parts = parts.reshape(len(words), 4, steps, 2, 2, 8, 4, 4)
     order = np.argsort(_KEY_ORDER) + 1
     return parts.transpose(0, *order).reshape(*packed.shape[:-1], 64, keys)
@@ -88,7 +88,7 @@ def unpack_values(packed: Array, columns: int, bits: int) -> Array:
     """Inverse of `pack_values`."""
     tiles = columns // 8
     words = _from_chunks(packed.reshape(-1, packed.shape[-1]), tiles * bits // 2)
-    parts = _split(words.reshape(len(words), tiles, -1, 8, 4, 4), bits)
+    parts = _split(words, bits)
     parts = parts.reshape(len(words), tiles, 2, 2, 8, 4, 2, 2)
     order = np.argsort(_VALUE_ORDER) + 1
     return parts.transpose(0, *order).reshape(*packed.shape[:-1], 64, columns)

@@ -81,7 +81,7 @@ def group_counts(
         folded: Rows of a tile that are multiplied by scales.
     """
     fmt, heads = layout.format_of(p), float(p["kv"])
-    deep, keys, sums = layout.deep(p["d"]), whole(p["d"]), whole(p["dv"])
+    deep, keys, sums = layout.key_channels(p), whole(p["d"]), whole(p["dv"])
     shares, cells, few = fmt.value_groups(p["dv"]), float(HEIGHT * fmt.group), fmt.bits < 8
     # of codes below 8 bits the integers' sums are products with ones, eight columns wide
     totals = 8.0 * HEIGHT * (deep + fmt.group * shares) * few
@@ -118,3 +118,9 @@ def group_counts(
             + given * (parts * p["d"] + p["dv"]),
         },
     )
+
+
+def position_bytes(p: Mapping[str, Any]) -> float:
+    """Return the bytes of a position's codes in all KV heads, with its share of scales, without padding."""
+    fmt = layout.format_of(p)
+    return float(p["kv"] * (fmt.bytes_of(p["d"], keys=True) + fmt.bytes_of(p["dv"], keys=False)))

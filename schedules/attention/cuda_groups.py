@@ -15,14 +15,20 @@ from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.kv_groups import STATES
 from mimo_compile.ir.ops import get_op
+from mimo_compile.ir.ops.pages import TABLE, paged
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.attention import cuda_group_layout as layout
 from mimo_compile.schedules.attention.cuda_decode import CudaDecode
 from mimo_compile.schedules.attention.cuda_flash import CudaFlash
-from mimo_compile.schedules.attention.cuda_group_work import Visits, group_counts, visits
+from mimo_compile.schedules.attention.cuda_group_work import (
+    Visits,
+    group_counts,
+    position_bytes,
+    visits,
+)
 from mimo_compile.schedules.attention.cuda_layout import whole
 from mimo_compile.schedules.attention.cuda_prefill import CudaPrefill
-from mimo_compile.schedules.attention.cuda_work import HEIGHT, STATE, with_merge
+from mimo_compile.schedules.attention.cuda_work import HEIGHT, STATE, in_pages, with_merge
 from mimo_compile.schedules.base import Space
 from mimo_compile.schedules.cuda.limits import MOST_REGISTERS, fits
 
@@ -61,8 +67,8 @@ class GroupsFlash(CudaFlash):
         return {n: x for n, x in super().constants(workload).items() if n != "WINDOW"}
 
     def given(self, p: Mapping[str, Any]) -> tuple[str, ...]:
-        """Return the names of the cache's arrays."""
-        return STATES
+        """Return the names of the block tables (`pos` where there are none) and of the cache's arrays."""
+        return (TABLE if paged(p) else "pos", *STATES)
 
     def registers(self, p: Mapping[str, Any], config: Any, own: int) -> int:
         """Return about how many registers a thread needs."""
@@ -72,7 +78,7 @@ class GroupsFlash(CudaFlash):
     def _held(p: Mapping[str, Any]) -> int:
         """Return the registers of integers of queries, logits or weights of a group, and sums."""
         fmt = layout.format_of(p)
-        queries = fmt.query_terms * layout.deep(p["d"]) // 8
+        queries = fmt.query_terms * layout.key_channels(p) // 8
         return int(queries + fmt.group // 2 + whole(p["dv"]) // 2 + 2 * fmt.value_groups(p["dv"]))
 
     def legal(self, p: Mapping[str, Any], config: Any, hardware: Hardware) -> bool:
@@ -87,13 +93,14 @@ class GroupsFlash(CudaFlash):
 
 def _queries_bytes(p: Mapping[str, Any]) -> int:
     """Return the shared memory of 16 rows of queries."""
-    return 4 * HEIGHT * (layout.deep(p["d"]) + 4)
+    return 4 * HEIGHT * (layout.key_channels(p) + 4)
 
 
 class CudaGroupsDecode(GroupsFlash, CudaDecode):
     """Tiles of 16 rows; each warp has groups, and runs of the tail, of its own."""
 
     name = "cached_attention.cuda_groups_decode"
+    version: ClassVar[int] = 2
     config: ClassVar[type] = GroupPartsConfig
 
     def space(self, workload: Workload, hardware: Hardware) -> Space:
@@ -125,6 +132,7 @@ class CudaGroupsDecode(GroupsFlash, CudaDecode):
         seen = sum((visits(p, length, 1) for length in op.lengths(p)), Visits())
         few = p["t"] * (p["h"] // p["kv"]) <= HEIGHT // 2  # the lower half of a tile
         found = group_counts(p, seen, config.parts, HEIGHT // 2 if few else HEIGHT)
+        found = in_pages(found, p, op.lengths(p), position_bytes(p))
         return with_merge(found, p, self.units(p), config.parts)
 
 
@@ -132,6 +140,7 @@ class CudaGroupsPrefill(GroupsFlash, CudaPrefill):
     """Blocks of 16 rows for each warp, which share groups; each warp reads its own runs of the tail."""
 
     name = "cached_attention.cuda_groups_prefill"
+    version: ClassVar[int] = 2
     config: ClassVar[type] = GroupStagesConfig
 
     def space(self, workload: Workload, hardware: Hardware) -> Space:
@@ -155,4 +164,4 @@ class CudaGroupsPrefill(GroupsFlash, CudaPrefill):
         op: Any = get_op(self.op)
         p = op.full(workload)
         seen = sum((visits(p, length, config.warps) for length in op.lengths(p)), Visits())
-        return group_counts(p, seen)
+        return in_pages(group_counts(p, seen), p, op.lengths(p), position_bytes(p))

@@ -4,7 +4,8 @@
 // its warps take them in turn, each through STAGES stages of its own in shared memory. The float32 tail is cut
 // into runs of 16 positions, which go to the warps of all parts, from the last. At the end the warps, and in a
 // second launch the parts, are merged in their order. Constants: T, H, KV, D, DV, DK, DT, DW (columns of keys as
-// codes, of keys in the tail, of values), BITS, CAP, TAIL, SINK, SCALE (with log2(e)), STAGES, WARPS, PARTS,
+// codes, of keys in the tail, of values), BITS, GROUPS (of each KV head in the cache or the pool), PAGE
+// and TABLE (see kv_slots.cuh), TAIL, SINK, SCALE (with log2(e)), STAGES, WARPS, PARTS,
 // MERGE_THREADS.
 #include "groups.cuh"
 #include "parts.cuh"
@@ -15,6 +16,7 @@ constexpr int STAGE_BYTES = groups::BYTES<BITS, DK, DW>;
 // Grid: tiles of rows (of each KV head of each tile of each sequence), parts.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
     attend_part(const float* __restrict__ q, const int* __restrict__ pos, const float* __restrict__ sink,
+                const int* __restrict__ pages,
                 const uint8_t* __restrict__ k_cache, const uint8_t* __restrict__ k_scale,
                 const float* __restrict__ k_tail, const uint8_t* __restrict__ v_cache,
                 const uint8_t* __restrict__ v_scale, const float* __restrict__ v_tail, float* __restrict__ out,
@@ -38,7 +40,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
   auto load = [&](int i) {  // the warp's group number i
     const int group = from + warp + i * WARPS;
     if (group < to) {
-      const size_t place = size_t(cache) * (CAP / groups::SIZE) + group;
+      const size_t place = groups::place_of<GROUPS, KV, PAGE>(sequence, kv, group, pages + size_t(sequence) * TABLE);
       groups::copy_group<BITS, DK, DW, 32>(smem_address(stages + i % STAGES * STAGE_BYTES), codes, place, lane);
     }
     cp_async_commit();

@@ -13,7 +13,7 @@ constexpr int STAGE_BYTES = groups::BYTES<BITS, DK, DW>, QUERY_FLOATS = 16 * exa
 // Grid: KV heads of each sequence for each tile of rows, the last tile first.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
     attend(const float* __restrict__ q, const int* __restrict__ pos, const float* __restrict__ sink,
-           const uint8_t* __restrict__ k_cache, const uint8_t* __restrict__ k_scale,
+           const int* __restrict__ pages, const uint8_t* __restrict__ k_cache, const uint8_t* __restrict__ k_scale,
            const float* __restrict__ k_tail, const uint8_t* __restrict__ v_cache,
            const uint8_t* __restrict__ v_scale, const float* __restrict__ v_tail, float* __restrict__ out) {
   MIMO_SHARED(shared);
@@ -32,7 +32,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
   float* queries = reinterpret_cast<float*>(shared + STAGES * STAGE_BYTES) + warp * QUERY_FLOATS;
   auto load = [&](int group) {
     if (group < count) {
-      const size_t place = size_t(cache) * (CAP / groups::SIZE) + group;
+      const size_t place = groups::place_of<GROUPS, KV, PAGE>(sequence, kv, group, pages + size_t(sequence) * TABLE);
       groups::copy_group<BITS, DK, DW, WARPS * 32>(smem_address(shared + group % STAGES * STAGE_BYTES), codes,
                                                    place, threadIdx.x);
     }

@@ -100,11 +100,17 @@ def with_merge(main: Counts, p: Mapping[str, Any], units: int, parts: int) -> Co
     return in_turn(first, merged)
 
 
-def in_pages(counts: Counts, p: Mapping[str, Any], lengths: list[int]) -> Counts:
-    """Return counts with the block tables, and without pages that sequences share; see `pages.counted`."""
+def in_pages(
+    counts: Counts, p: Mapping[str, Any], lengths: list[int], position: float | None = None
+) -> Counts:
+    """Return counts with the block tables, and without pages that sequences share; see `pages.counted`.
+
+    ``position``: bytes of a position in the pages of all KV heads; None: of bfloat16 rows.
+    """
     if not paged(p):
         return counts
-    row = 2.0 * p["kv"] * (layout.whole(p["d"]) + layout.whole(p["dv"]))
-    twice = row * max(0, sum(lengths) - p["pool"] * p["page"])
+    if position is None:
+        position = 2.0 * p["kv"] * (layout.whole(p["d"]) + layout.whole(p["dv"]))
+    twice = position * max(0, sum(lengths) - p["pool"] * p["page"])
     table = table_bytes(lengths, p["page"])
     return counts + Counts({}, {"dram": table - twice, "l2": table})

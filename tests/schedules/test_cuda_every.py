@@ -29,6 +29,9 @@ WORKLOADS: dict[str, tuple[str, ...]] = {
         "cached_attention:t=1,h=32,kv=8,d=128,dv=128,cap=4096,c=i4",
         "cached_attention:t=512,h=32,kv=8,d=128,dv=128,cap=4096,c=i8",
         "cached_attention:t=3,h=6,kv=2,d=192,dv=160,cap=320,sink=1,c=i2",
+        "cached_attention:t=1,h=32,kv=8,d=128,dv=128,cap=4096,c=i1,page=64,pool=80",
+        "cached_attention:t=512,h=32,kv=8,d=128,dv=128,cap=4096,c=i4,page=64,pool=80",
+        "cached_attention:t=33,h=6,kv=2,d=96,dv=80,cap=320,c=i1",
         "cached_attention:t=1,h=32,kv=8,d=128,dv=128,cap=4096,c=e4m3",
         "cached_attention:t=512,h=32,kv=8,d=128,dv=128,cap=4096,c=e4m3",
         # as wide as heads may be
@@ -46,6 +49,7 @@ WORKLOADS: dict[str, tuple[str, ...]] = {
         "kv_append:t=16,h=6,kv=2,d=80,dv=72,cap=300,rot=40,norm=1,c=bf16",
         "kv_append:t=1,h=32,kv=8,d=128,dv=128,cap=4096,rot=128,c=i4",
         "kv_append:t=100,h=6,kv=2,d=80,dv=72,cap=320,rot=40,norm=1,c=i8",
+        "kv_append:t=1,h=32,kv=8,d=128,dv=128,cap=4096,rot=128,c=i1,page=64,pool=80",
         "kv_append:t=1,h=32,kv=8,d=128,dv=128,cap=4096,rot=128,c=e4m3",
     ),
     "tir": FUNCTIONS,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from mimo_compile.ir import kv_groups, kv_rounding
 from mimo_compile.ir.hardware import CUDA, PRESETS
 from mimo_compile.ir.ops import get_op, parse_workload
+from mimo_compile.runtime.pages import page_extent
 from mimo_compile.schedules import get_schedule, schedules_for
 from mimo_compile.schedules.attention import cuda_group_layout as layout
 from mimo_compile.schedules.attention.cuda_groups import GroupPartsConfig, GroupStagesConfig
@@ -22,7 +25,7 @@ A100, H200 = CUDA["cuda:sm_80"], CUDA["cuda:sm_90a"]
 APPEND = get_schedule("kv_append.cuda_groups")
 DECODE = get_schedule("cached_attention.cuda_groups_decode")
 PREFILL = get_schedule("cached_attention.cuda_groups_prefill")
-FORMATS = "i8", "i4", "i2"
+FORMATS = "i8", "i4", "i2", "i1"
 needs_compiler = pytest.mark.skipif(compiler() is None, reason="emulation needs a C++ compiler")
 
 
@@ -58,10 +61,13 @@ def made(text, places, seed=0):
 @settings(max_examples=25, deadline=None)
 @given(
     c=st.sampled_from(FORMATS), b=st.integers(1, 3), kv=st.integers(1, 3), d=st.integers(1, 150),
-    dv=st.integers(1, 150), groups=st.integers(1, 3), seed=st.integers(0, 99),
+    dv=st.integers(1, 150), groups=st.integers(1, 3), pages=st.sampled_from((0, 64, 128)),
+    seed=st.integers(0, 99),
 )  # fmt: skip
-def test_packing_is_undone_and_pads_with_zeros(c, b, kv, d, dv, groups, seed):
-    text = f"cached_attention:t=1,h={kv},kv={kv},d={d},dv={dv},cap={groups * 64},c={c},b={b}"
+def test_packing_is_undone_and_pads_with_zeros(c, b, kv, d, dv, groups, pages, seed):
+    where = f",page={pages},pool={-(-groups * 64 // pages) + b}" if pages else ""
+    heads = f"h={kv},kv={kv},d={d},dv={dv}"
+    text = f"cached_attention:t=1,{heads},cap={groups * 64},c={c},b={b}{where}"
     workload = parse_workload(text)
     inputs = get_op(workload.op).make_inputs(workload, np.random.default_rng(seed))
     caches = {n: inputs[n] for n in kv_groups.STATES}
@@ -69,17 +75,26 @@ def test_packing_is_undone_and_pads_with_zeros(c, b, kv, d, dv, groups, seed):
     args = {a.name: a for a in layout.kernel_args(workload)}
     for name, array in packed.items():
         assert array.shape == args[name].shape and array.dtype == args[name].dtype
-    assert not packed["k_scale"][..., d:, :].any() and not packed["v_tail"][..., dv:].any()
+    assert not packed["k_scale"][..., 2 * d :].any() and not packed["v_tail"][..., dv:].any()
     p = get_op(workload.op).full(workload)
     codes = sum(packed[n].nbytes for n in ("k_cache", "k_scale", "v_cache", "v_scale"))
-    assert codes == b * kv * groups * layout.group_bytes(p)
+    assert codes == kv * layout.groups_of(p) * layout.group_bytes(p) * (1 if pages else b)
+    for name in (
+        "k_cache",
+        "k_scale",
+        "v_cache",
+        "v_scale",
+    ):  # where a page is copied to another one
+        assert packed[name].shape[page_extent("cuda", packed[name].shape)] == layout.groups_of(p)
     back = layout.unpack(workload, packed)
-    assert all(back[n].tobytes() == caches[n].tobytes() for n in caches)
+    levels = np.uint8(kv_groups.GROUPED[c].levels)  # pages that no table names hold other bytes
+    kept = {n: a & levels if n.endswith("cache") else a for n, a in caches.items()}
+    assert all(back[n].tobytes() == kept[n].tobytes() for n in kept)
 
 
 def test_codes_of_a_lane_are_those_of_its_fragments():
     """One key's and one value's codes, where the PTX ISA's fragments of m16n8k32 have them."""
-    for c, bits in (("i8", 8), ("i4", 4), ("i2", 2)):
+    for c, bits in (("i8", 8), ("i4", 4), ("i2", 2), ("i1", 1)):
         workload = parse_workload(f"cached_attention:t=1,h=1,kv=1,d=128,dv=128,cap=64,c={c}")
         key, channel, token, column = 37, 32 + 8 * 3 + 4 + 2, 32 + 16 + 8 + 2 * 3 + 1, 77
         caches = {n: np.zeros((64, 1, 128), np.uint8) for n in ("k_cache", "v_cache")}
@@ -88,7 +103,7 @@ def test_codes_of_a_lane_are_those_of_its_fragments():
         caches["k_cache"][key, 0, channel] ^= 1
         caches["v_cache"][token, 0, column] ^= 1
         packed = layout.pack(workload, caches)
-        per = bits // 2  # words of a lane with two registers of two tiles or steps
+
         for name, major, lane, slot, byte in (
             # key 37: pair 2, tile 0, row g 5; channel: step 1, t 3, half 1, byte 2
             ("k_cache", 1, 5 * 4 + 3, 1, 2),
@@ -96,18 +111,19 @@ def test_codes_of_a_lane_are_those_of_its_fragments():
             ("v_cache", 9, 5 * 4 + 3, 3, 3),
         ):
             words = packed[name].reshape(-1).view(np.uint32)
-            word = major * per + slot * bits // 8
+            at = 4 * major + slot  # of the registers of two tiles or steps, two halves each
             if name == "k_cache":
                 words = words.reshape(4, -1)[2]
-            mine = words.reshape(-1, 32, 4)[word // 4, lane, word % 4]
-            assert mine == 1 << (8 * byte + slot * bits % 8), (c, name)
+            word, chunk = at * bits // 8, 2 if (c, name) == ("i1", "k_cache") else 4
+            mine = words.reshape(-1, 32, chunk)[word // chunk, lane, word % chunk]
+            assert mine == 1 << (8 * byte + at * bits % 8), (c, name)
             assert np.count_nonzero(packed[name]) == 1
 
 
 def test_gpus_and_cpus_do_not_get_each_other_s_kernels():
     for c in FORMATS:
-        for op in ("kv_append", "cached_attention"):
-            workload = parse_workload(f"{op}:t=2,h=4,kv=2,d=16,dv=16,cap=128,c={c}")
+        for op, where in product(("kv_append", "cached_attention"), ("", ",page=64,pool=9")):
+            workload = parse_workload(f"{op}:t=2,h=4,kv=2,d=16,dv=16,cap=128,c={c}{where}")
             for hardware in (A100, H200):
                 found = schedules_for(workload, hardware)
                 assert found and all(".cuda_groups" in s.name for s in found)
@@ -115,14 +131,6 @@ def test_gpus_and_cpus_do_not_get_each_other_s_kernels():
                 assert layouts == {str(APPEND.layouts(workload, None))}
             cpu = schedules_for(workload, PRESETS["sapphirerapids"])
             assert cpu and not any(".cuda" in s.name for s in cpu)
-    paged = "cached_attention:t=1,h=4,kv=2,d=16,dv=16,cap=128,c=i4,page=64,pool=9"
-    assert not schedules_for(parse_workload(paged), H200)
-    for text in (
-        "cached_attention:t=1,h=4,kv=2,d=16,dv=16,cap=128,c=i1",
-        "kv_append:t=1,h=4,kv=2,d=16,dv=16,cap=128,c=i1",
-        "kv_append:t=1,h=4,kv=2,d=16,dv=16,cap=128,c=i4,page=64,pool=9",
-    ):
-        assert not schedules_for(parse_workload(text), H200), text
 
 
 @pytest.mark.parametrize("hardware", [A100, H200], ids=lambda h: h.name)
@@ -157,6 +165,7 @@ def test_a_few_tokens_are_within_the_op_s_bound():
 QUICK = [
     (DECODE, "cached_attention:t=1,h=4,kv=1,d=128,dv=128,cap=512,len=450,c=i8", None),
     (DECODE, "cached_attention:t=4,h=8,kv=2,d=64,dv=96,cap=512,len=450,c=i4", None),
+    (DECODE, "cached_attention:t=2,h=6,kv=1,d=96,dv=80,cap=512,len=450,c=i1", None),
     (
         DECODE,
         "cached_attention:t=3,h=6,kv=1,d=40,dv=80,cap=384,len=331,c=i2",
@@ -216,6 +225,21 @@ def test_the_tail_is_exact():
     check_tail(DECODE, TAIL, None)
 
 
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize(
+    ("schedule", "text", "config"),
+    [
+        (DECODE, "t=3,h=6,kv=2,d=40,dv=24,cap=320,c=i4,page=64,pool=9,b=2", GroupPartsConfig(3, 2, 2)),
+        (PREFILL, "t=70,h=2,kv=2,d=24,dv=40,cap=384,c=i8,page=128,pool=8,b=2", GroupStagesConfig(2, 2)),
+        (PREFILL, "t=20,h=4,kv=1,d=72,dv=80,cap=256,len=250,c=i1,page=64,pool=6,b=1", None),
+    ],
+)  # fmt: skip
+def test_pages_of_a_pool(schedule, text, config):
+    """Pages lie in no order, sequences share some; what no table names is NaN."""
+    check_emulated(f"cached_attention:{text}", schedule, config, H200)
+
+
 def drawn(draw, tokens):
     """Return a workload of some tokens and the places of its sequences."""
     t, b, kv = draw(tokens), draw(st.integers(1, 2)), draw(st.integers(1, 2))
@@ -271,6 +295,7 @@ def test_append_of_any_shape(data):
     text = (
         f"kv_append:t={t},h={kv * draw(st.integers(1, 3))},kv={kv},d={d},dv={draw(st.integers(1, 140))},"
         f"cap=320,rot={2 * draw(st.integers(0, d // 2))},norm={draw(st.integers(0, 1))},vscale=0.5,"
+        f"{draw(st.sampled_from(('', 'page=64,pool=14,', 'page=128,pool=9,')))}"
         f"c={draw(st.sampled_from(FORMATS))},b={draw(st.integers(1, 2))}"
     )
     seed = draw(st.integers(0, 99))

@@ -13,6 +13,7 @@
 // Methods: KIVI (Liu et al., 2024), BitDecoding (Du et al., 2025), scales as in docs/kv-caches.md.
 #pragma once
 #include "exact.cuh"
+#include "kv_slots.cuh"
 
 namespace groups {
 
@@ -24,12 +25,14 @@ constexpr float WEIGHT_LEVELS = 255.0f;
 template <int BITS> constexpr int MIDDLE = 1 << (BITS - 1);
 template <int BITS> constexpr int TERMS = BITS == 8 ? 2 : 1;  // bytes of a query's integer
 template <int BITS> constexpr float QUERY_LEVELS = BITS == 8 ? 127.0f * 256.0f : 127.0f;
-template <int BITS> constexpr int PER = BITS / 2;             // words with two registers of two tiles or steps
+// Codes of a byte of a word, and the fours of registers (of two tiles or steps, two halves each) that WORDS words hold.
+template <int BITS> constexpr int FIELDS = 8 / BITS;
+template <int BITS, int WORDS> constexpr int FOURS = WORDS * 2 / BITS;
 constexpr int chunk_of(int words) { return words % 4 == 0 ? 4 : words % 2 == 0 ? 2 : 1; }
 
 // Words of a lane for 16 keys, and for all columns of the values; how many lie together.
-template <int BITS, int DK> constexpr int KEY_WORDS = DK / 32 * PER<BITS>;
-template <int BITS, int DW> constexpr int VALUE_WORDS = DW / 8 * PER<BITS>;
+template <int BITS, int DK> constexpr int KEY_WORDS = DK / 32 * BITS / 2;
+template <int BITS, int DW> constexpr int VALUE_WORDS = DW / 8 * BITS / 2;
 template <int WORDS> constexpr int CHUNK = chunk_of(WORDS);
 
 // Bytes of a group: of keys, their scales and zeros, values, theirs; all four are multiples of 128.
@@ -52,6 +55,14 @@ __device__ __forceinline__ void copy_bytes(uint32_t to, const uint8_t* from, int
 struct Cache {
   const uint8_t *k, *k_scale, *v, *v_scale;
 };
+
+// Number of group `group` of a sequence's KV head among those of a cache that has so many of each head: in pages of a pool
+// where PAGE is not 0, which `table` (the sequence's own) names; else each sequence has groups of its own.
+template <int GROUPS, int KV, int PAGE>
+__device__ __forceinline__ size_t place_of(int sequence, int kv, int group, const int* table) {
+  if constexpr (PAGE > 0) return size_t(kv) * GROUPS + entry_of<GROUPS, SIZE, PAGE>(sequence, group, table);
+  return size_t(sequence * KV + kv) * GROUPS + group;
+}
 
 // Copies group number `group` (of all heads) to shared memory.
 template <int BITS, int DK, int DW, int THREADS>
@@ -203,22 +214,21 @@ __device__ __forceinline__ void load_words(uint32_t (&to)[WORDS], const uint8_t*
   }
 }
 
-// The four registers that the words from `words` on hold: of two tiles, or of two steps, two halves each.
+// The registers of four number `u` that words hold.
 template <int BITS>
-__device__ __forceinline__ void unpack(uint32_t (&to)[4], const uint32_t* words) {
-  constexpr int FIELDS = 8 / BITS;
+__device__ __forceinline__ void unpack(uint32_t (&to)[4], const uint32_t* words, int u) {
   constexpr uint32_t MASK = ((1u << BITS) - 1u) * ONES;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const uint32_t word = words[i / FIELDS];
-    to[i] = BITS == 8 ? word : word >> (i % FIELDS * BITS) & MASK;
+    const uint32_t word = words[(4 * u + i) / FIELDS<BITS>];
+    to[i] = BITS == 8 ? word : word >> ((4 * u + i) % FIELDS<BITS> * BITS) & MASK;
   }
 }
 
 // Logits of a group's 64 keys before scaling: `logits[n]` has keys 8n ... 8n + 7.
 template <int BITS, int DK>
 __device__ __forceinline__ void score(float (&logits)[8][4], const Query<BITS, DK>& q, const uint8_t* codes) {
-  constexpr int WORDS = KEY_WORDS<BITS, DK>, V = CHUNK<WORDS>, STEPS = V / PER<BITS>;
+  constexpr int WORDS = KEY_WORDS<BITS, DK>, V = CHUNK<WORDS>, STEPS = FOURS<BITS, V>;
   const int lane = threadIdx.x & 31;
 #pragma unroll
   for (int pair = 0; pair < 4; ++pair) {
@@ -237,7 +247,7 @@ __device__ __forceinline__ void score(float (&logits)[8][4], const Query<BITS, D
 #pragma unroll
       for (int u = 0; u < STEPS; ++u) {
         uint32_t b[4];
-        unpack<BITS>(b, words + u * PER<BITS>);
+        unpack<BITS>(b, words, u);
 #pragma unroll
         for (int term = 0; term < TERMS<BITS>; ++term) {
           mma_i8(sums[term][0], q.part[term][chunk * STEPS + u], b[0], b[1]);
@@ -303,7 +313,7 @@ __device__ __forceinline__ void fold_weights(uint32_t (&whole)[2][4], float (&un
 template <int BITS, int DW, int HALVES>
 __device__ __forceinline__ void add_values(Rows<DW>& rows, const float (&weights)[8][4], const uint8_t* codes,
                                            const uint8_t* scales) {
-  constexpr int WORDS = VALUE_WORDS<BITS, DW>, V = CHUNK<WORDS>, TILES = V / PER<BITS>;
+  constexpr int WORDS = VALUE_WORDS<BITS, DW>, V = CHUNK<WORDS>, TILES = FOURS<BITS, V>;
   const int lane = threadIdx.x & 31;
 #pragma unroll
   for (int part = 0; part < PARTS<DW>; ++part) {
@@ -323,7 +333,7 @@ __device__ __forceinline__ void add_values(Rows<DW>& rows, const float (&weights
 #pragma unroll
       for (int u = 0; u < TILES; ++u) {
         uint32_t b[4];
-        unpack<BITS>(b, words + u * PER<BITS>);
+        unpack<BITS>(b, words, u);
         int sums[4];
 #pragma unroll
         for (int e = 0; e < 4; ++e) sums[e] = BITS < 8 ? -MIDDLE<BITS> * total[e / 2 * 2] : 0;
