@@ -51,6 +51,7 @@ def compile(
     adapter_format: str = "exact",
     gates: str | os.PathLike[str] | None = None,
     reproducible: str = "drafts",
+    shapes_only: bool = False,
 ) -> Artifact:
     """Compile a model to an artifact.
 
@@ -89,6 +90,8 @@ def compile(
         reproducible: which entry points add up in one order, so that a token's logits do not depend on how
             many come with it: ``"drafts"`` (those that decode and verify drafts, where the model has draft
             layers and kernels can), ``"all"`` or ``"none"``; see docs/speculative.md.
+        shapes_only: read the shapes of a model folder alone: its ``config.json`` does, and the artifact holds
+            zeros, which take no room on disk. For what a model needs before its weights are there.
 
     Returns:
         The artifact: ``.save(path)``, or ``.module()`` to run it in this process.
@@ -116,7 +119,7 @@ def compile(
     if is_artifact(source):
         asked = (
             quant, attention, target, max_context, batch, pages, example_inputs, calibrate,
-            adapter_format, gates, reproducible,
+            adapter_format, gates, reproducible, shapes_only,
         )  # fmt: skip
         if adapters or asked != (
             "none", "model", "cpu", None, 1, None, None, "rtn", "exact", None, "drafts"
@@ -136,6 +139,7 @@ def compile(
         source, quant=quant, attention=attention, max_context=max_context,
         example_inputs=example_inputs, calibration=calibrate, adapters=adapters,
         adapter_format=adapter_format, hardware=hardware, batch=batch, pages=pages, gates=gates,
+        shapes_only=shapes_only,
     )  # fmt: skip
     plan = _planned(opened.graphs, hardware, objective, trials, seconds, db, seed, progress, scope)
     extras = Extras(
@@ -143,6 +147,7 @@ def compile(
         tokenizer=opened.tokenizer, records=plan.records,
         calibrated=None if opened.loaded is None else opened.loaded.calibrated,
         gates=None if opened.loaded is None else opened.loaded.gates, orders=plan.orders,
+        shapes_only=shapes_only,
     )  # fmt: skip
     return build_artifact(opened.graphs, plan.choices, hardware, extras)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
-import itertools
 import os
 import uuid
 import zlib
@@ -127,9 +126,14 @@ class Artifact:
                     continue
                 sums = _Sums(weights_bytes)
                 with sums:
-                    for piece in itertools.chain([memoryview(header)], _pieces(tensors)):
+                    sums.add(header)
+                    file.write(header)
+                    for piece in self._data(tensors):
                         sums.add(piece)
-                        file.write(piece)
+                        if self.manifest.shapes_only:
+                            file.skip(len(piece))
+                        else:
+                            file.write(piece)
                 facts[slot.name], crcs[slot.name] = sums.result()
             manifest = _encode_manifest(self.manifest, facts)
             crcs[zipform.MANIFEST] = zlib.crc32(manifest)
@@ -140,6 +144,10 @@ class Artifact:
                     file.write_at(at, zipform.local_header(slot, at))
             file.write_at(places[zipform.MANIFEST][1], manifest)
         return target
+
+    def _data(self, tensors: list[tuple[int, Callable[[], Array]]]) -> Iterator[memoryview]:
+        """Give out the bytes of the tensors; of a model of shapes alone nothing is made."""
+        return _zeros(sum(n for n, _ in tensors)) if self.manifest.shapes_only else _pieces(tensors)
 
     def _small_members(self) -> dict[str, bytes]:
         found = {
@@ -300,6 +308,13 @@ def _pieces(tensors: list[tuple[int, Callable[[], Array]]]) -> Iterator[memoryvi
             yield data[begin : begin + _PIECE]
 
 
+def _zeros(count: int) -> Iterator[memoryview]:
+    """Give out so many zero bytes."""
+    piece = memoryview(bytes(min(count, _PIECE)))
+    for begin in range(0, count, _PIECE):
+        yield piece[: count - begin]
+
+
 class _Sums:
     """Hashes of a member, whole and by chunk, and its CRC: computed by two threads beside the writer."""
 
@@ -358,6 +373,10 @@ class _File:
         view = memoryview(data)
         while view:
             view = view[_some(os.write(self._descriptor, view)) :]
+
+    def skip(self, count: int) -> None:
+        """Leave so many zero bytes out, which take no room on file systems that know holes."""
+        os.lseek(self._descriptor, count, os.SEEK_CUR)
 
     def write_at(self, at: int, data: bytes) -> None:
         view = memoryview(data)

@@ -42,6 +42,7 @@ mimo-compile compile tiny --quant w3g64a8 --calibrate gptq -o t3.mimo
 mimo-compile compile path/to/checkpoint --quant w8a8 --time 10m -o model.mimo
 mimo-compile compile model.mimo --objective energy@latency:1.05 -o frugal.mimo
 mimo-compile compile path/to/checkpoint --quant w4g64a8 --adapter law=path/to/law -o q.mimo
+mimo-compile compile path/to/config --shapes-only --target cuda:sm_90a -o shapes.mimo
 """
 
 
@@ -60,6 +61,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_adapters(parser)
     add_gates(parser)
     add_reproducible(parser)
+    parser.add_argument(
+        "--shapes-only",
+        action="store_true",
+        help="read no weights, only config.json: for what a model needs before its weights are there; the "
+        "artifact holds zeros, which take no room on disk",
+    )
     budget = parser.add_mutually_exclusive_group()
     budget.add_argument(
         "--trials", type=positive, metavar="N", help="tune first: at most N candidates"
@@ -90,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
             pages=args.pages, progress=progress,
             calibrate=calibration(args) or "rtn", adapters=adapters(args),
             adapter_format=args.adapter_format, gates=args.gates, reproducible=args.reproducible,
+            shapes_only=args.shapes_only,
         )  # fmt: skip
         artifact.save(output)
     taken = time.perf_counter() - begin
@@ -132,6 +140,7 @@ def summary(manifest: Manifest) -> dict[str, Any]:
         "name": manifest.name,
         "quant": manifest.quant,
         "attention": manifest.attention,
+        "shapes_only": manifest.shapes_only,
         "calibrated": _plain(manifest.calibrated),
         "gates": _plain(manifest.gates),
         "objective": manifest.objective,
@@ -187,6 +196,8 @@ def _show(console: Console, facts: dict[str, Any]) -> None:
     how = "" if facts["attention"] == "model" else f", attention {facts['attention']}"
     console.say(f"{facts['path']}: {facts['name']}, {_quant(facts)}{how}, {size(facts['bytes'])}")
     console.say(f"  entries  {', '.join(facts['entries'])}")
+    if facts["shapes_only"]:
+        console.say("  weights  none were read (--shapes-only): zeros, which take no room on disk")
     console.say(f"  kernels  {len(facts['plan'])} ({chosen})")
     if costs := facts["order_costs"]:
         shown = ", ".join(f"{entry} {100 * cost:+.1f} %" for entry, cost in costs.items())

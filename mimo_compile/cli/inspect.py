@@ -169,6 +169,8 @@ def _artifact(args: argparse.Namespace, parts: Parts) -> int:
     if manifest.gates is not None:
         console.say(f"gates     {manifest.gates.file}, sha256 {manifest.gates.sha256}")
     console.say(f"objective {manifest.objective}")
+    if manifest.shapes_only:
+        console.say("weights   none were read (--shapes-only): all are zeros")
     if batch_of(manifest) > 1:
         console.say(f"batch     {batch_of(manifest)} sequences at a time")
     if pages := summary(manifest)["pages"]:

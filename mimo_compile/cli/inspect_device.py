@@ -10,6 +10,7 @@ from mimo_compile.errors import UsageError
 if TYPE_CHECKING:
     from mimo_compile.cli.console import Console
     from mimo_compile.runtime.container import Parts
+    from mimo_compile.runtime.device_code import Code
     from mimo_compile.runtime.program import Choice
 
 NOTE = "No GPU has run this: predicted times are the least that the work can take (docs/cuda.md)"
@@ -67,8 +68,27 @@ def show_device(console: Console, parts: Parts) -> dict[str, Any]:
         f"\ncode      {code.table.arch}, by CUDA {parts.manifest.versions.get('cuda', 'unknown')}, "
         f"{len(set(code.table.cubins.values()))} cubins for {len(rows)} kernels"
     )
+    least = predicted_entries(parts, code)
+    console.say(
+        "\n"
+        + table([(n, number(us)) for n, us in least.items()], ("entry", "us at least"), right="lr")
+    )
     console.say(NOTE)
-    return {"arch": code.table.arch, "kernels": rows}
+    return {"arch": code.table.arch, "kernels": rows, "predicted_us": least}
+
+
+def predicted_entries(parts: Parts, code: Code) -> dict[str, float | None]:
+    """Return the least microseconds of the kernels of each entry point; None: not predicted of all."""
+    out: dict[str, float | None] = {}
+    for name in parts.manifest.entries:
+        each = [
+            (count, code.table.kernels[c.kernel].predicted_us)
+            for c in parts.manifest.plan
+            if (count := c.calls.get(name, 0))
+        ]
+        known = bool(each) and all(us for _, us in each)
+        out[name] = sum(n * us for n, us in each) if known else None
+    return out
 
 
 def _extents(grid: Any) -> str:

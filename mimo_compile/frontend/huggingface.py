@@ -28,8 +28,10 @@ from mimo_compile.frontend.models.kernels import (
     with_rounded_activations,
     without_groups,
 )
+from mimo_compile.frontend.models.shaped import ShapedBuilder
 from mimo_compile.frontend.weights import detect_format, open_checkpoint
 from mimo_compile.frontend.weights.checkpoint import Checkpoint
+from mimo_compile.frontend.weights.shapes import Shapes
 from mimo_compile.ir.caches import scheme_cache_format
 from mimo_compile.ir.formats import QuantScheme, parse_act_format, parse_weight_format
 from mimo_compile.ir.hardware import Hardware
@@ -121,6 +123,7 @@ def load_checkpoint(
     hardware: Hardware | None = None,
     attention: AttentionPolicy | None = None,
     gate_file: str | os.PathLike[str] | None = None,
+    shapes_only: bool = False,
 ) -> LoadedModel:
     """Load a model folder and quantise its matrices.
 
@@ -135,6 +138,7 @@ def load_checkpoint(
             quantised; None: do not look.
         attention: what layers attend to; None: what the checkpoint says.
         gate_file: gates that `seer` chooses by, or indexers of `dsa`; None: the checkpoint's own.
+        shapes_only: read no weights: all are zeros that take no memory, of the types that they would have.
 
     Returns:
         The decoder and what generation needs.
@@ -149,7 +153,8 @@ def load_checkpoint(
         CheckpointWarning: values that are odd, a tokenizer that cannot be used, bits of caches without use.
     """
     check_scheme(quant)
-    checkpoint = open_checkpoint(Path(folder))
+    source = Path(folder)
+    checkpoint = Shapes.open(source) if shapes_only else open_checkpoint(source)
     fields = Fields(checkpoint.config, checkpoint.config_file)
     family = get_family(fields.get("model_type"), fields.file)
     config = _configured(family, fields, checkpoint, max_context)
@@ -161,6 +166,8 @@ def load_checkpoint(
         file = checkpoint.source / "generation_config.json"
         config = replace(config, eos=Fields(generation, file).eos(config.vocab))
     expected = expected_tensors(config, family, checkpoint)
+    if isinstance(checkpoint, Shapes):
+        checkpoint.expect(expected)
     unused = _unused(checkpoint, expected, config)
     checkpoint.require(expected)
     if gates is not None:
@@ -173,7 +180,8 @@ def load_checkpoint(
         require_attention(config, scheme_cache_format(quant.kv).name, hardware)
     if checkpoint.entries[EMBED].dtype == "BF16":
         config = replace(config, dtype="bf16")
-    builder, calibrated = Builder(config, family, checkpoint, quant, gates=gates), None
+    make: type[Builder] = ShapedBuilder if shapes_only else Builder
+    builder, calibrated = make(config, family, checkpoint, quant, gates=gates), None
     if calibration is not None and calibration.method != "rtn":
         builder, calibrated = _calibrated(builder, calibration, expected)
     decoder = builder.build()

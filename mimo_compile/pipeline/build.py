@@ -56,6 +56,8 @@ class Extras:
     gates: GateFile | None = None
     orders: Orders = field(default_factory=Orders)
     """Which entry points add up in one order."""
+    shapes_only: bool = False
+    """No weights were read."""
 
 
 def lower_model(
@@ -156,6 +158,7 @@ def build_artifact(
         modelled=any(c.source == "modelled" for c in plan),
         calibrated=extras.calibrated,
         gates=extras.gates,
+        shapes_only=extras.shapes_only,
     )
     return Artifact(
         manifest,

@@ -89,6 +89,7 @@ def open_source(
     batch: int = 1,
     pages: int | str | None = None,
     gates: str | os.PathLike[str] | None = None,
+    shapes_only: bool = False,
 ) -> Source:
     """Load, quantise, export and lower a model.
 
@@ -105,6 +106,7 @@ def open_source(
         batch: sequences to decode together (model folders).
         pages: pages that their caches have together, or the memory of these; None: each has its own.
         gates: file of the gates that ``seer`` chooses by; None: the model's own.
+        shapes_only: read no weights of a model folder (`frontend.weights.shapes`).
 
     Raises:
         UsageError: options that do not fit the source or have no kernels yet.
@@ -127,6 +129,8 @@ def open_source(
         raise UsageError("gates are for model folders (--gates)")
     if pages is not None and not decoder:
         raise UsageError("pages of caches are for model folders (--pages)")
+    if shapes_only:
+        _check_shapes_only(decoder, calibration, adapters, gates)
     batch = check_batch(batch, policy)
     pages = check_pages(pages, batch, policy)
     if isinstance(source, torch.nn.Module):
@@ -148,7 +152,7 @@ def open_source(
         return Source(program_graphs(program, Path(source).stem), scheme)
     return _open_checkpoint(
         source, scheme, max_context, calibration, adapters or {}, adapter_format, hardware, policy,
-        gates, batch, pages,
+        gates, batch, pages, shapes_only,
     )  # fmt: skip
 
 
@@ -164,6 +168,7 @@ def _open_checkpoint(
     gates: str | os.PathLike[str] | None,
     batch: int,
     pages: int | str | None,
+    shapes_only: bool,
 ) -> Source:
     from mimo_compile.frontend.huggingface import load_checkpoint, resolve_source
     from mimo_compile.frontend.models.attend import RETRAINED
@@ -174,8 +179,9 @@ def _open_checkpoint(
             remedy="use --calibrate gptq or rtn",
         )
     loaded = load_checkpoint(
-        resolve_source(source), scheme, max_context, calibration, hardware, attention, gates
-    )
+        resolve_source(source), scheme, max_context, calibration, hardware, attention, gates,
+        shapes_only,
+    )  # fmt: skip
     if attention.name in RETRAINED:
         warnings.warn(
             f"--attention {attention.name} is made for {RETRAINED[attention.name]}: other models write "
@@ -200,6 +206,31 @@ def _open_checkpoint(
         loaded=loaded,
         attention=str(loaded.decoder.config.attention),
     )
+
+
+def _check_shapes_only(decoder: bool, calibration: Any, adapters: Any, gates: Any) -> None:
+    """Refuse what needs weights, or no weights of a model folder, where only shapes are read.
+
+    Raises:
+        UsageError: names the option.
+    """
+    calibrated = calibration is not None and calibration.method != "rtn"
+    needs = [
+        option
+        for option, given in (
+            ("--calibrate", calibrated),
+            ("--adapter", adapters),
+            ("--gates", gates is not None),
+        )
+        if given
+    ]
+    if not decoder:
+        raise UsageError("shapes alone are for model folders (--shapes-only)")
+    if needs:
+        raise UsageError(
+            f"{needs[0]} needs weights, and --shapes-only reads none",
+            remedy=f"leave out {needs[0]}",
+        )
 
 
 def _unchanged(loaded: LoadedModel, make: Callable[[], torch.Tensor]) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -76,6 +77,13 @@ class Module:
         self._programs = parts.programs.entries
         self._texts = parts.texts
         self._where = parts.where
+        if self.manifest.shapes_only:
+            warnings.warn(
+                f"{parts.where} was compiled from shapes alone (--shapes-only): all weights are zeros. How "
+                "long it takes means something, what it says does not",
+                RuntimeWarning,
+                stacklevel=3,
+            )
         decoder = self.manifest.decoder
         self.batch = 1 if decoder is None else decoder.batch
         """Sequences that may be in progress at once."""

@@ -252,6 +252,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
     """Policy that the layers follow, as ``--attention`` spells it."""
     gates: GateFile | None = None
     """None: the policy has no gates, or they came with the model."""
+    shapes_only: bool = False
+    """True if no weights were read (``--shapes-only``): all tensors are zeros."""
 
 
 class Programs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -299,7 +299,12 @@ def dense_decoder(
 
 
 def stored_drafts(fields: Fields, checkpoint: Checkpoint, prefix: str) -> int:
-    """Return how many draft layers have tensors, whose names go on with a number behind ``prefix``."""
+    """Return how many draft layers have tensors, whose names go on with a number behind ``prefix``.
+
+    Where there are no tensors, as many as the configuration asks for.
+    """
+    if not checkpoint.has_tensors:
+        return fields.integer("num_nextn_predict_layers", 0, low=0, high=MOST)
     number = re.compile(re.escape(prefix) + r"(\d+)\.")
     found = sorted({int(m[1]) for name in checkpoint.entries if (m := number.match(name))})
     if found != list(range(len(found))):

@@ -92,6 +92,8 @@ class Checkpoint(ABC):
     """Values of ``quant_method`` in ``config.json`` that this format reads."""
     activations: int = 16
     """Bits of activations that the models of this format were trained with (8: int8, row by row)."""
+    has_tensors: ClassVar[bool] = True
+    """False: there are no tensors, only what a configuration says of them."""
     entries: dict[str, Entry]
     """Every tensor by the name that model families use, known before any data is read."""
 
