@@ -13,14 +13,18 @@ from pathlib import Path
 
 _NAME = re.compile(r"[A-Z][A-Z0-9_]*\Z")
 
+Constant = int | float | bool | str | tuple[int, ...]
+"""What a constant of a text may be."""
 
-def rendered(path: Path, constants: Mapping[str, int | float | bool | str]) -> str:
+
+def rendered(path: Path, constants: Mapping[str, Constant]) -> str:
     """Return the text of a file with its constants in front.
 
     Args:
         path: Of a ``.cu`` file beside a schedule.
         constants: Names in capitals. Numbers become ``constexpr`` (floats to the last bit), truth values
-            macros of 1 or 0 (for ``#if``), words the names of types.
+            macros of 1 or 0 (for ``#if``), words the names of types, tuples macros of numbers without signs,
+            with commas between them.
 
     Raises:
         ValueError: a name is not in capitals.
@@ -33,7 +37,9 @@ def rendered(path: Path, constants: Mapping[str, int | float | bool | str]) -> s
     return "\n".join(lines) + "\n\n" + _source(path)
 
 
-def _definition(name: str, value: int | float | bool | str) -> str:
+def _definition(name: str, value: Constant) -> str:
+    if isinstance(value, tuple):
+        return f"#define {name} {', '.join(f'{number}u' for number in value)}"
     if isinstance(value, bool):
         return f"#define {name} {int(value)}"
     if isinstance(value, int):

@@ -26,6 +26,7 @@ from mimo_compile.ir.ops.base import Arg, Array
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.base import Kernel, Schedule, kernel_name
 from mimo_compile.schedules.cuda.code import DeviceCode
+from mimo_compile.schedules.cuda.template import Constant
 from mimo_compile.schedules.mpgemm.cuda_layout import Rows
 
 _MOST_INT = 2**31 - 1
@@ -133,10 +134,10 @@ class CudaExperts:
             "D_ROWS": self.w2.n_padded, "F_ROWS": self.half.n_padded,
         }  # fmt: skip
 
-    def format_constants(self) -> dict[str, int | str]:
+    def format_constants(self) -> dict[str, Constant]:
         """Return the constants of kernels that read codes and scales."""
-        return {
-            "BITS": self.half.bits, "W_GROUP": self.w_group,
+        return self.half.constants(self.acts.kind) | {
+            "W_GROUP": self.w_group,
             "SCALE": "unsigned short" if self.half.scale_dtype == "f16" else "float",
         }  # fmt: skip
 
@@ -153,11 +154,13 @@ class CudaMoe(Schedule):
         """Say whether the kernel computes a problem, on any GPU that has what it needs."""
 
     def supports(self, workload: Workload, hardware: Hardware) -> bool:
-        """Weights in `Rows`, slots and rows that an int counts, on a GPU that has what is needed."""
+        """Weights in `Rows`, no zero points or books, on a GPU that can; an int counts slots and rows."""
         if hardware.kind != "cuda" or hardware.missing(self.needs) or workload.op != self.op:
             return False
         p = CudaExperts.of(workload)
-        if not Rows.takes(p.fmt) or p.slots * max(p.d, p.f) > _MOST_ELEMENTS:
+        if not Rows.takes(p.fmt, p.acts) or p.fmt.has_zero or p.half.is_book:
+            return False
+        if p.slots * max(p.d, p.f) > _MOST_ELEMENTS:
             return False
         return self.takes(p)
 

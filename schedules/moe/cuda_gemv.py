@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 from mimo_compile.ir.counts import Counts, in_turn
 from mimo_compile.ir.hardware import Hardware
@@ -49,6 +50,7 @@ class CudaMoeGemv(CudaMoe):
     """Up to 8 tokens, or any number of them with floats that `moe.cuda_mma` does not take; any GPU."""
 
     name = "moe.cuda_gemv"
+    version: ClassVar[int] = 2
     config = MoeGemvConfig
     needs = frozenset({"cuda"})
 
@@ -85,8 +87,8 @@ class CudaMoeGemv(CudaMoe):
         grouped = bool(p.w_group or p.x_group)
         int8 = p.acts.is_int8
         constants = p.constants() | p.format_constants() | {
-            "M": 1, "X_GROUP": p.x_group, "ROWS": config.rows, "WARPS": config.warps,
-            "SPLIT": config.split, "UNROLL": config.unroll,
+            "FACTOR": p.half.factor(p.acts.kind), "M": 1, "X_GROUP": p.x_group, "ROWS": config.rows,
+            "WARPS": config.warps, "SPLIT": config.split, "UNROLL": config.unroll,
             "TOTAL": "int" if int8 and not grouped else "float", "DOT": int8, "W_FLOAT": p.fmt.is_float,
             "W_F16": p.fmt.name == "f16", "ROUND_BF16": p.acts.kind == "bf16",
             "ROUND_F16": p.acts.kind == "f16",

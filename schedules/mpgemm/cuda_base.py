@@ -16,6 +16,7 @@ from mimo_compile.ir.ops.base import Arg, Array
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.base import Kernel, Schedule, kernel_name
 from mimo_compile.schedules.cuda.code import DeviceCode, Launch
+from mimo_compile.schedules.cuda.template import Constant
 from mimo_compile.schedules.mpgemm.cuda_layout import Rows
 from mimo_compile.schedules.mpgemm.problem import Problem
 
@@ -78,7 +79,7 @@ class CudaProblem:
             out.append(Arg("bias", "weight", (self.n,), "float32"))
         return (*out, Arg("y", "output", (self.m, self.n), "float32"))
 
-    def constants(self) -> dict[str, int | float | str]:
+    def constants(self) -> dict[str, Constant]:
         """Return the constants that the text of every kernel has."""
         return {
             "M": self.m,
@@ -87,6 +88,11 @@ class CudaProblem:
             "SCALE": "unsigned short" if self.weight.scale_dtype == "f16" else "float",
             "BIAS": self.bias,
         }
+
+    @property
+    def scale_names(self) -> tuple[str, ...]:
+        """Arguments behind the codes: scales, and zero points where there are some."""
+        return ("scale", "zero")[: 1 + self.fmt.has_zero]
 
     @property
     def bytes(self) -> float:
@@ -98,7 +104,7 @@ class CudaGemm(Schedule):
     """Base: one layout of the weights for all matmuls of GPUs."""
 
     op = "mpgemm"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     needs: ClassVar[frozenset[str]]
     """Features of a GPU."""
 
@@ -111,7 +117,7 @@ class CudaGemm(Schedule):
         if hardware.kind != "cuda" or hardware.missing(self.needs) or workload.op != self.op:
             return False
         p = CudaProblem.of(workload)
-        if not Rows.takes(p.fmt) or p.m * max(p.n, p.k) > _MOST_INT:
+        if not Rows.takes(p.fmt, p.acts) or p.m * max(p.n, p.k) > _MOST_INT:
             return False
         return self.takes(p)
 
@@ -142,7 +148,7 @@ class CudaGemm(Schedule):
     def pack(
         self, workload: Workload, config: Any, arrays: Mapping[str, Array]
     ) -> dict[str, Array]:
-        """Pack codes, scale or w (those given); the bias stays as it is."""
+        """Pack codes, scale, zero or w (those given); the bias stays as it is."""
         out = CudaProblem.of(workload).weight.pack(arrays)
         return out | {n: np.ascontiguousarray(arrays[n]) for n in ("bias",) if n in arrays}
 
@@ -185,8 +191,9 @@ class Ends:
 
     @property
     def row_scales(self) -> bool:
-        """True if the last step multiplies by the weights' scales: there is one for each row."""
-        return not self.problem.fmt.is_float and not self.problem.w_group
+        """True if the last step multiplies by the weights' scales: a row has one, and no zero point."""
+        fmt = self.problem.fmt
+        return not (fmt.is_float or fmt.has_zero or self.problem.w_group)
 
     @property
     def sum_dtype(self) -> str:
@@ -203,7 +210,7 @@ class Ends:
             out.append(Arg("parts", "state", (self.split, p.m, p.n), self.sum_dtype))
         return {arg.name: arg for arg in out}
 
-    def constants(self) -> dict[str, int | float | str]:
+    def constants(self) -> dict[str, Constant]:
         """Return the constants that `gemm_ends.cuh` reads."""
         return self.problem.constants() | {
             "ROW_BYTES": self.k_padded * self.element,
@@ -212,7 +219,7 @@ class Ends:
             "SPLIT": self.split,
             "SPLIT_K": self.split > 1,
             "INT8": self.int8,
-            "FACTOR": 2.0 ** (self.problem.weight.bits - 8) if self.int8 else 1.0,
+            "FACTOR": self.problem.weight.factor(self.problem.acts.kind),
             "W_SCALED": self.row_scales,
             "X_F16": self.problem.acts.kind == "f16",
             "X_PERMUTED": self.unpacked and not self.int8,

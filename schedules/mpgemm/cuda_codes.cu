@@ -1,4 +1,4 @@
-// y [M, N] = x [M, K] * w [N, K]^T (+ bias) by mma.sync; weights are codes of 2, 4 or 8 bits, unpacked in registers.
+// y [M, N] = x [M, K] * w [N, K]^T (+ bias) by mma.sync; weights are codes (`codes.cuh`), unpacked in registers.
 //
 // x is rounded to 16 bits, or quantised to int8 (INT8: 2 and 4 bits alone), by the first launch; the main one
 // (`code_tiles.cuh`) and the last are otherwise those of cuda_mma.cu.
@@ -11,7 +11,7 @@ constexpr int PIECE_TILES = matmul::up(Block::TILES_K, SPLIT);
 constexpr int GROUPS = W_GROUP ? matmul::up(K, W_GROUP) : 1;
 
 extern "C" __global__ void __launch_bounds__(Block::THREADS, 1)
-    mpgemm_codes(const uint8_t* __restrict__ x, const uint8_t* __restrict__ w, const SCALE* __restrict__ scales,
+    mpgemm_codes(const uint8_t* __restrict__ x, const uint8_t* __restrict__ w, SCALES_PARAMETERS,
                  OUT* __restrict__ out ENDS_PARAMETERS) {
   MIMO_SHARED(smem);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -24,7 +24,7 @@ extern "C" __global__ void __launch_bounds__(Block::THREADS, 1)
   auto w_row = [&](int row) { return matmul::row_of<N, Block::W_ROW_BYTES>(w, n0 + row); };
   auto scale_of = [&](int row, int group) {
     const bool there = n0 + row < N && group < GROUPS;
-    return there ? matmul::widen(scales[size_t(n0 + row) * GROUPS + group]) : 0.0f;
+    return there ? tiles::scaling_at(SCALES, size_t(n0 + row) * GROUPS + group) : tiles::Scaling{};
   };
   SUM sum[Block::MT][Block::NT][4] = {};
   Block::run(smem, x_row, w_row, scale_of, begin, count, sum);

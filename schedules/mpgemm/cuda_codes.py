@@ -1,7 +1,9 @@
 """Codes of 2, 4 and 8 bits times 16-bit floats or int8 on GPUs from the A100 on, unpacked into ``mma.sync``.
 
 The tiles, launches and knobs of `cuda_mma`; the weights stay codes up to the registers. Products with float
-activations are exact, since small integers are numbers of 16 bits; scales multiply float32 sums of a group.
+activations are exact, since small integers and E4M3 are numbers of 16 bits, and entries of codebooks sums of
+such numbers; scales multiply float32 sums of a group. Zero points multiply the sum of a group's activations,
+which matrix units find as the product with a column of ones.
 """
 
 from __future__ import annotations
@@ -37,12 +39,17 @@ class CudaCodes(CudaGemm):
     needs = NEEDS
 
     def takes(self, p: CudaProblem) -> bool:
-        """Codes without zero points, in groups of 16 bytes and more, with 16-bit floats or ``a8``."""
+        """Codes in groups of 16 bytes and more, with 16-bit floats or ``a8``; zero points not with float16.
+
+        float16 does not hold a code less a fractional zero point, and the op's bound is not for sums of both
+        apart, as that for bfloat16 is; int8 sums of a whole row are no float32 numbers.
+        """
         if p.fmt.is_float or p.w_group % (128 // p.weight.bits):
             return False
         if p.acts.is_int8:
-            return p.weight.bits < 8 and not p.x_group and p.exact
-        return p.acts.rounded
+            grouped = p.w_group or not p.fmt.has_zero
+            return p.weight.bits < 8 and not p.x_group and p.exact and bool(grouped)
+        return p.acts.kind == "bf16" or (p.acts.kind == "f16" and not p.fmt.has_zero)
 
     def space(self, workload: Workload, hardware: Hardware) -> Space:
         """Tiles of blocks and warps, stages, pieces of K, order of the tiles."""
@@ -61,8 +68,8 @@ class CudaCodes(CudaGemm):
         """Generate the kernel of one config."""
         p = CudaProblem.of(workload)
         ends = Ends(p, config.split)
-        constants = ends.constants() | {
-            "BITS": p.weight.bits, "W_GROUP": p.w_group, "BM": config.bm, "BN": config.bn,
+        constants = ends.constants() | p.weight.constants(p.acts.kind) | {
+            "W_GROUP": _group(p), "BM": config.bm, "BN": config.bn,
             "DEPTH": config.depth, "WARPS_M": config.warps_m, "WARPS_N": config.warps_n,
             "STAGES": config.stages, "GROUP_M": config.group_m,
         }  # fmt: skip
@@ -71,11 +78,15 @@ class CudaCodes(CudaGemm):
             "mpgemm_codes",
             (tiles, 1, config.split),
             config.threads,
-            ("x_operand", "codes", "scale", ends.out, *ends.operands),
+            ("x_operand", "codes", *p.scale_names, ends.out, *ends.operands),
             shared_bytes(config, p),
         )
         text = rendered(Path(__file__).with_suffix(".cu"), constants)
-        expected = ("IMMA" if ends.int8 else "HMMA", "LDGSTS")
+        expected = (
+            "IMMA" if ends.int8 else "HMMA",
+            "LDGSTS",
+            *(("PRMT",) if p.weight.is_book else ()),
+        )
         return self.kernel(workload, config, hardware, text, ends, main, expected)
 
     def work(self, workload: Workload, config: CodesConfig, hardware: Hardware) -> Counts:
@@ -84,9 +95,24 @@ class CudaCodes(CudaGemm):
         times = -(-p.m // config.bm) * config.warps_m
         rows = -(-p.n // config.bn) * config.bn
         unpacked = float(times * rows * p.weight.k_padded)
-        groups = p.m * rows * float(p.fmt.groups(p.k)) if p.w_group else 0.0
-        more = {"unpack_u8": unpacked * (1 if p.acts.is_int8 else 2), "fma_f32": groups}
-        return tiled_work(p, Ends(p, config.split), config.bm, config.bn, hardware, more)
+        groups = p.m * rows * float(p.fmt.groups(p.k)) if _group(p) else 0.0
+        each = _terms(p) * (4 if p.weight.is_book else 1) * (1 if p.acts.is_int8 else 2)
+        more = {"unpack_u8": unpacked * each, "fma_f32": groups * (2 if p.fmt.has_zero else 1)}
+        # zero points: of each warp's tile, 8 columns of ones
+        products = _terms(p) + (8 * config.warps_n / config.bn if p.fmt.has_zero else 0.0)
+        ends = Ends(p, config.split)
+        return tiled_work(p, ends, config.bm, config.bn, hardware, more, products=products)
+
+
+def _terms(p: CudaProblem) -> int:
+    """Return the products of matrix units that a weight takes."""
+    book = p.weight.book(p.acts.kind)
+    return book.terms if book else 1
+
+
+def _group(p: CudaProblem) -> int:
+    """Return the columns between two scales, and zero points; 0 where the last step does without these."""
+    return p.w_group or (p.weight.k_padded if p.fmt.has_zero else 0)
 
 
 def shared_bytes(c: CodesConfig, p: CudaProblem) -> int:
@@ -99,8 +125,10 @@ def may_run(c: CodesConfig, p: CudaProblem, hardware: Hardware) -> bool:
     """Say whether warps' tiles are whole fragments, and a GPU can launch such a block."""
     sums = c.bm * c.bn // c.threads
     steps = 8 // p.weight.bits // (2 if p.acts.is_int8 else 1)
-    operands = c.bm // c.warps_m // 4 * steps + c.bn // c.warps_n // 4  # x, and scales of a group
-    registers = (2 if p.w_group else 1) * sums + operands + _OTHER_REGISTERS
+    zeros = 1 + p.fmt.has_zero
+    operands = c.bm // c.warps_m // 4 * (steps + zeros - 1) + c.bn // c.warps_n // 4 * zeros
+    operands += 4 * (_terms(p) - 1) * steps  # x and its sums, scales of a group, terms of a weight
+    registers = (2 if _group(p) else 1) * sums + operands + _OTHER_REGISTERS
     return (
         c.bm % (16 * c.warps_m) == 0
         and c.bn % (8 * c.warps_n) == 0

@@ -1,5 +1,5 @@
-// y [TOKENS, N] = x [TOKENS, K] * w [N, K]^T (+ bias) without matrix units; weights are codes of 2, 4 or 8 bits, or
-// floats (`gemv.cuh`). A block has M tokens.
+// y [TOKENS, N] = x [TOKENS, K] * w [N, K]^T (+ bias) without matrix units; weights are codes or floats (`gemv.cuh`).
+// A block has M tokens.
 //
 // DOT: a first launch quantises x to int8.
 #include "gemv.cuh"
@@ -27,7 +27,7 @@ extern "C" __global__ void __launch_bounds__(QUANTIZE_THREADS)
 #endif
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    mpgemm_gemv(const uint8_t* __restrict__ w, const SCALE* __restrict__ scale, X_PARAMETERS, BIAS_PARAMETER
+    mpgemm_gemv(const uint8_t* __restrict__ w, SCALES_PARAMETERS, X_PARAMETERS, BIAS_PARAMETER
                 float* __restrict__ y) {
   // the last block may begin among the tokens of the one before
   const int token = min(int(blockIdx.y) * M, TOKENS - M);
@@ -40,7 +40,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, part = warp % SPLIT;
   const int first = (blockIdx.x * WARPS + warp / SPLIT) * ROWS;
   TOTAL total[ROWS][M] = {};
-  if (first < N) Rows::pass(w, scale, X, first, part, total);  // rows are padded to a multiple of ROWS
+  if (first < N) Rows::pass(w, SCALES, X, first, part, total);  // rows are padded to a multiple of ROWS
   if (lane == 0) {
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
@@ -56,7 +56,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
     for (int p = 0; p < SPLIT; ++p) sum += sums[(team * SPLIT + p) * ROWS * M + which];
     if (row < N && token + m >= int(blockIdx.y) * M) {
-      y[size_t(token + m) * N + row] = Rows::finish(sum, scale, X_SCALE row, m) + BIAS_OF(row);
+      y[size_t(token + m) * N + row] = Rows::finish(sum, SCALES, X_SCALE row, m) + BIAS_OF(row);
     }
   }
 }

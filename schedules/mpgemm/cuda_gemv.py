@@ -1,8 +1,9 @@
 """Few rows of activations on GPUs, without matrix units: memory is the limit. And floats that these round.
 
-float32 activations (``a16``; ``abf16`` and ``af16`` round them) are multiplied as such: codes become float32
-numbers by one ``lop3`` among the bits of a number that has them in its last place, and one subtraction. int8
-ones are multiplied four at a time by ``dp4a``, with sums that stay integers between scales. Float weights
+float32 activations (``a16``; ``abf16`` and ``af16`` round them) are multiplied as such: integer codes become
+float32 by one ``lop3`` among the bits of a number that has them in its last place, and one subtraction; bytes
+of codebooks' entries are looked up by ``prmt``; E4M3 numbers are moved to where bfloat16 has their bits. int8
+activations are multiplied four at a time by ``dp4a``, with sums that stay integers between scales. Floats
 that matrix units would round, or whose activations they would (routers, above all), have this kernel for any
 number of tokens, 8 of them at a time.
 """
@@ -59,10 +60,12 @@ class CudaGemv(CudaGemm):
     needs = NEEDS
 
     def takes(self, p: CudaProblem) -> bool:
-        """Codes without zero points, with int8 activations sums within 32 bits; floats but bfloat16 pairs."""
+        """Codes, with int8 activations sums within 32 bits; floats but bfloat16 pairs."""
         if p.fmt.is_float:
             return not takes_operands(p)
-        return p.m <= MOST_TOKENS and (p.exact or not p.acts.is_int8)
+        if p.acts.is_int8 and not (p.exact and (_grouped(p) or not p.fmt.has_zero)):
+            return False  # zero points: sums of a whole row are no float32 numbers
+        return p.m <= MOST_TOKENS
 
     def space(self, workload: Workload, hardware: Hardware) -> Space:
         """Rows and warps of a block, how columns are shared, loads in flight."""
@@ -90,27 +93,32 @@ class CudaGemv(CudaGemm):
         """Generate the kernel of one config."""
         p = CudaProblem.of(workload)
         acts = p.acts
-        constants = p.constants() | {
-            "TOKENS": p.m,
-            "M": _tokens(p),
-            "K_PADDED": p.weight.k_padded,
-            "BITS": p.weight.bits,
-            "W_GROUP": p.w_group,
-            "X_GROUP": p.x_group,
-            "ROWS": config.rows,
-            "WARPS": config.warps,
-            "SPLIT": config.split,
-            "UNROLL": config.unroll,
-            "TOTAL": "int" if acts.is_int8 and not _grouped(p) else "float",
-            "DOT": acts.is_int8,
-            "W_FLOAT": p.fmt.is_float,
-            "W_F16": p.fmt.name == "f16",
-            "ROUND_BF16": acts.kind == "bf16",
-            "ROUND_F16": acts.kind == "f16",
-        }
+        kind = "int8" if acts.is_int8 else "f32"
+        constants = (
+            p.constants()
+            | p.weight.constants(kind)
+            | {
+                "FACTOR": p.weight.factor(kind),
+                "TOKENS": p.m,
+                "M": _tokens(p),
+                "K_PADDED": p.weight.k_padded,
+                "W_GROUP": p.w_group,
+                "X_GROUP": p.x_group,
+                "ROWS": config.rows,
+                "WARPS": config.warps,
+                "SPLIT": config.split,
+                "UNROLL": config.unroll,
+                "TOTAL": "int" if acts.is_int8 and not _grouped(p) else "float",
+                "DOT": acts.is_int8,
+                "W_FLOAT": p.fmt.is_float,
+                "W_F16": p.fmt.name == "f16",
+                "ROUND_BF16": acts.kind == "bf16",
+                "ROUND_F16": acts.kind == "f16",
+            }
+        )
         x = ("x_codes", "x_scale") if acts.is_int8 else ("x",)
         # floats have no scales: none are looked at
-        weights = ("w", "x") if p.fmt.is_float else ("codes", "scale")
+        weights = ("w", "x") if p.fmt.is_float else ("codes", *p.scale_names)
         main = Launch(
             "mpgemm_gemv",
             (-(-p.n // (config.rows * config.warps)), -(-p.m // _tokens(p)), 1),
@@ -131,14 +139,13 @@ class CudaGemv(CudaGemm):
                 "x_scale": Arg("x_scale", "state", (p.m, groups), "float32"),
             }
         text = rendered(Path(__file__).with_suffix(".cu"), constants)
-        expected = ("IDP",) if acts.is_int8 else ("FFMA",) if p.fmt.is_float else ("LOP3", "FFMA")
         return Kernel(
             kernel_name(self, workload, config, hardware),
             None,
             p.args(),
             self.work(workload, config, hardware),
             features=NEEDS,
-            device=DeviceCode(text, launches, scratch, expected=expected),
+            device=DeviceCode(text, launches, scratch, expected=_expected(p)),
         )
 
     def work(self, workload: Workload, config: GemvConfig, hardware: Hardware) -> Counts:
@@ -151,7 +158,7 @@ class CudaGemv(CudaGemm):
         if not p.acts.is_int8:
             ops = {"fma_f32": p.m * weights}
             if not p.fmt.is_float:
-                ops |= {"add_f32": weights, "int_op": weights}
+                ops |= {kind: n * weights for kind, n in _unpacking(p).items()}
             turns = -(-p.m // _tokens(p))  # of blocks at the weights
             near = others + (turns - 1) * p.weight.bytes + blocks * x
             return Counts(ops, {"dram": p.bytes, "l2": near})
@@ -160,11 +167,32 @@ class CudaGemv(CudaGemm):
             {"int_op": 6.0 * p.m * p.k}, {"dram": x, "l2": 2 * x + codes}, name="quantize"
         )
         main = Counts(
-            {"dot_i8": p.m * weights, "unpack_u8": weights * (1 if p.weight.bits < 8 else 0)},
+            {
+                "dot_i8": p.m * weights,
+                "unpack_u8": weights * (4 if p.weight.is_book else 1 if p.weight.bits < 8 else 0),
+            },
             {"dram": others, "l2": others + blocks * codes},
             name="rows",
         )
         return in_turn(quantize, main)
+
+
+def _expected(p: CudaProblem) -> tuple[str, ...]:
+    if p.acts.is_int8:
+        return ("IDP", *(("PRMT",) if p.weight.is_book else ()))
+    if p.fmt.is_float:
+        return ("FFMA",)
+    return ("PRMT" if p.weight.is_book else "LOP3", "FFMA")
+
+
+def _unpacking(p: CudaProblem) -> dict[str, float]:
+    """Return the operations that make a float32 number of a code, as `device/codes.cuh` has them."""
+    if book := p.weight.book("f32"):
+        # of four columns: which half of the book, of each byte two lookups and a choice, bytes together
+        return {"int_op": (2 + 4 * book.planes + (8 if book.planes == 4 else 6)) / 4}
+    if p.fmt.family == "fp8":
+        return {"int_op": 3.0, "dot_bf16": 1.0}
+    return {"add_f32": 2.0 if p.fmt.has_zero else 1.0, "int_op": 1.0}
 
 
 def _vectors(p: CudaProblem) -> int:

@@ -62,7 +62,7 @@ def takes_operands(p: CudaProblem) -> bool:
     """Say whether, of weights in `Rows`, both operands are bfloat16, or int8 with one scale for each row."""
     if p.fmt.name == "bf16":
         return p.acts.kind == "bf16"
-    plain = p.weight.bits == 8 and not p.w_group
+    plain = p.fmt.is_integer and p.weight.bits == 8 and not (p.w_group or p.fmt.has_zero)
     return plain and p.acts.is_int8 and not p.x_group and p.exact
 
 

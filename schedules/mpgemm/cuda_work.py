@@ -17,6 +17,7 @@ def tiled_work(
     hardware: Hardware,
     more: Mapping[str, float] | None = None,
     blocks: int = 0,
+    products: float = 1.0,
 ) -> Counts:
     """Return the work in tiles of bm x bn of y, with a part for each launch of `Ends.around`.
 
@@ -31,6 +32,7 @@ def tiled_work(
         hardware: A GPU.
         more: Operations of the main launch besides the products.
         blocks: Of the main launch where they are persistent, 0: one for each tile and piece of K.
+        products: Multiply-adds for each weight and token of a tile.
     """
     tiles_m, tiles_n = -(-p.m // bm), -(-p.n // bn)
     operand, sums = float(p.m * ends.k_padded * ends.element), 4.0 * p.m * p.n * ends.split
@@ -44,10 +46,10 @@ def tiled_work(
         name="prepare",
     )
     kind = "tile_i8" if ends.int8 else "tile_bf16"
-    products = float(tiles_m * bm) * (tiles_n * bn) * ends.k_padded
+    done = products * (tiles_m * bm) * (tiles_n * bn) * ends.k_padded
     units = tiles_m * tiles_n * ends.split
     main = Counts(
-        {**(more or {}), kind: products},
+        {**(more or {}), kind: done},
         {
             "dram": p.weight.bytes + x_far + (sums_far if cut else y + bias),
             "l2": tiles_n * operand

@@ -81,6 +81,12 @@ WORKLOADS: dict[str, tuple[str, ...]] = {
         "mpgemm:m=512,n=4096,k=4096,w=w4g128,a=abf16",
         "mpgemm:m=7,n=200,k=384,w=w2g64,a=a8",
         "mpgemm:m=60,n=256,k=4096,w=f32",
+        "mpgemm:m=1,n=4096,k=4096,w=fp8b128",
+        "mpgemm:m=1,n=4096,k=4096,w=nf4",
+        "mpgemm:m=1,n=4096,k=4096,w=w4zg128,a=a8",
+        "mpgemm:m=512,n=4096,k=4096,w=fp8b128,a=abf16",
+        "mpgemm:m=512,n=4096,k=4096,w=nf4,a=abf16",
+        "mpgemm:m=512,n=4096,k=4096,w=w4zg128,a=abf16",
     ),
     "moe": (
         "moe:t=1,e=128,k=8,d=2048,f=768,w=w4g64,a=a8",
@@ -88,6 +94,7 @@ WORKLOADS: dict[str, tuple[str, ...]] = {
         "moe:t=512,e=128,k=8,d=2048,f=768,w=w8,a=a8",
         "moe:t=64,e=128,k=8,d=2048,f=768,w=w4g64,a=abf16",
         "moe:t=12,e=5,k=2,d=200,f=66,w=f32,a=a16",
+        "moe:t=1,e=128,k=8,d=2048,f=768,w=fp8b128,a=abf16",
     ),
     "route": (
         "route:t=1,e=256,k=8,scoring=sigmoid,bias=1",

@@ -15,16 +15,21 @@ from mimo_compile.errors import VerificationError
 from mimo_compile.ir.formats import parse_weight_format
 from mimo_compile.ir.hardware import CUDA, PRESETS, SIMULATED, local_cpu
 from mimo_compile.ir.ops import get_op, parse_workload
+from mimo_compile.ir.ops.numerics import bf16_to_f32
 from mimo_compile.schedules import get_schedule, names_for, schedules_for
 from mimo_compile.schedules.cuda import limits
 from mimo_compile.schedules.cuda.emulate import compiler
+from mimo_compile.schedules.mpgemm.cuda_books import book_of, takes_int8
 from mimo_compile.schedules.mpgemm.cuda_layout import Rows
 from mimo_compile.search.measure.emulated import check_emulated
 
 A100, H200 = CUDA["cuda:sm_80"], CUDA["cuda:sm_90a"]
 NAMES = [n for n in names_for("mpgemm") if n.startswith("mpgemm.cuda")]
 FLOATS = ("bf16", "f16", "f32")
-FORMATS = ("w2g64", "w4g64", "w8", "w1.58", "w4grow", "w8g32", "w2gtensor", "w4g16", *FLOATS)
+FORMATS = (
+    "w2g64", "w4g64", "w8", "w1.58", "w4grow", "w8g32", "w2gtensor", "w4g16", "w3g64", "w6zg32", "w4z",
+    "w2zgrow", "nf4", "fp3", "fp8b128", *FLOATS,
+)  # fmt: skip
 emulated = pytest.mark.skipif(compiler() is None, reason="emulation needs a C++ compiler")
 
 
@@ -47,7 +52,9 @@ def test_packed_weights_are_the_canonical_ones_again(data):
     n, k = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 300))
     workload = parse_workload(f"mpgemm:m=1,n={n},k={k},w={fmt},bias=1,s=f16")
     inputs = get_op("mpgemm").make_inputs(workload, np.random.default_rng(0))
-    weights = {name: inputs[name] for name in ("w", "codes", "scale", "bias") if name in inputs}
+    weights = {
+        name: inputs[name] for name in ("w", "codes", "scale", "zero", "bias") if name in inputs
+    }
     schedule = get_schedule(NAMES[0])
     packed = schedule.pack(workload, None, weights)
     again = schedule.unpack_weights(workload, None, packed)
@@ -57,7 +64,10 @@ def test_packed_weights_are_the_canonical_ones_again(data):
         np.testing.assert_array_equal(again[name], array)
 
 
-@pytest.mark.parametrize(("fmt", "zero"), [("w2g64", 2), ("w4g64", 8), ("w8", 128), ("w1.58", 1)])
+@pytest.mark.parametrize(
+    ("fmt", "zero"),
+    [("w2g64", 2), ("w4g64", 8), ("w8", 128), ("w1.58", 1), ("w3g64", 4), ("w5zg64", 16)],
+)
 def test_each_code_lies_where_the_layout_says(fmt, zero):
     rows = Rows(parse_weight_format(fmt), 3, 100, "f16")
     codes = np.full((3, 100), zero, np.uint8)
@@ -72,8 +82,54 @@ def test_each_code_lies_where_the_layout_says(fmt, zero):
         codes[1, column] = zero
 
 
+@pytest.mark.parametrize("fmt", ["nf4", "fp3"])
+def test_codes_of_books_lie_one_behind_the_other(fmt):
+    rows = Rows(parse_weight_format(fmt), 2, 100, "f16")
+    codes = np.zeros((2, 100), np.uint8)
+    for column in (0, 1, 6, 31, 98, 99):
+        codes[1, column] = 5
+        (packed,) = rows.pack({"codes": codes}).values()
+        expected = np.zeros_like(packed)
+        expected[1, column // 2] = 5 << 4 * (column % 2)
+        np.testing.assert_array_equal(packed, expected)
+        codes[1, column] = 0
+
+
+@pytest.mark.parametrize("fmt", ["nf4", "nf3", "fp4", "fp3"])
+@pytest.mark.parametrize("kind", ["int8", "bf16", "f16", "f32"])
+def test_planes_of_a_book_are_its_entries(fmt, kind):
+    fmt = parse_weight_format(fmt)
+    if kind == "int8" and not takes_int8(fmt):
+        with pytest.raises(ValueError, match="no integers"):
+            book_of(fmt, kind)
+        return
+    book = book_of(fmt, kind)
+    planes = np.array(book.words, "<u4").view(np.uint8).reshape(book.planes, 16)
+    width = {"int8": 1, "f32": 4}.get(kind, 2)
+    width = 2 if kind == "f32" and fmt.name.startswith("fp") else width
+    found = np.zeros(16)
+    for first in range(0, book.planes, width):
+        raw = np.ascontiguousarray(planes[first : first + width].T)
+        if width == 2 and kind != "f16":
+            found += bf16_to_f32(raw.view("<u2").ravel())
+        else:
+            found += raw.view({1: np.int8, 2: np.float16, 4: np.float32}[width]).ravel()
+    values = np.resize(fmt.values, 16)
+    # two terms of float16, three of bfloat16: as good as float32
+    np.testing.assert_allclose(found * book.unit, values, rtol=2**-22 if kind == "f16" else 2**-24)
+    assert book.planes == width * ({"bf16": 3, "f16": 2}.get(kind, 1) if "nf" in fmt.name else 1)
+
+
 def test_kernels_of_cpus_and_gpus_refuse_each_other():
-    for text in ("w=w4g64,a=a8", "w=w8,a=a8", "w=bf16,a=abf16", "w=w4g64", "w=bf16", "w=nf4"):
+    for text in (
+        "w=w4g64,a=a8",
+        "w=w8,a=a8",
+        "w=bf16,a=abf16",
+        "w=w4g64",
+        "w=bf16",
+        "w=nf4",
+        "w=fp8b128",
+    ):
         for m in (1, 100):
             workload = parse_workload(f"mpgemm:m={m},n=64,k=256,{text}")
             for hardware in (A100, H200):
@@ -82,7 +138,16 @@ def test_kernels_of_cpus_and_gpus_refuse_each_other():
                 assert not [s.name for s in schedules_for(workload, hardware) if s.name in NAMES]
     for text, refused in (
         ("m=9,n=64,k=256,w=w4g64", "gemv"),
-        ("m=1,n=64,k=256,w=w4zg64", "gemv"),
+        ("m=1,n=64,k=256,w=w1g64", "gemv"),
+        ("m=1,n=64,k=256,w=w1.58d", "gemv"),
+        ("m=1,n=64,k=256,w=anf4", "gemv"),
+        ("m=1,n=64,k=256,w=nf4,a=a8", "gemv"),
+        ("m=1,n=64,k=256,w=fp8b128,a=a8", "gemv"),
+        ("m=1,n=64,k=128,w=fp8b128,a=a8", "mma"),
+        ("m=1,n=64,k=256,w=w8z,a=a8", "gemv"),
+        ("m=1,n=64,k=256,w=w8z,a=a8", "mma"),
+        ("m=1,n=64,k=256,w=w4zgrow,a=a8", "mma_codes"),
+        ("m=1,n=64,k=256,w=w4zg64,a=af16", "mma_codes"),
         ("m=1,n=64,k=140000,w=w8,a=a8", "gemv"),
         ("m=1,n=64,k=256,w=bf16", "mma"),
         ("m=1,n=64,k=256,w=bf16,a=abf16", "gemv"),
@@ -110,6 +175,9 @@ def test_legal_configs_can_be_launched_and_declare_what_the_op_needs(name, hardw
             "w=w8,a=a8",
             "w=bf16,a=abf16,bias=1",
             "w=w4g64,a=af16",
+            "w=fp8b128,a=abf16",
+            "w=nf4,a=af16",
+            "w=w4z,a=abf16",
         ):
             workload = parse_workload(f"mpgemm:m={m},n={n},k={k},{text}")
             if not schedule.supports(workload, hardware):
@@ -154,6 +222,76 @@ def test_default_is_right(name, text):
     check_emulated(
         workload, f"mpgemm.cuda_{name}", None, H200, most_ratio=ratio_of_kernels(workload)
     )
+
+
+@emulated
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("gemv", "m=3,n=9,k=300,w=fp8b128"),
+        ("gemv", "m=2,n=9,k=300,w=nf4,bias=1"),
+        ("gemv", "m=2,n=9,k=150,w=fp4g16,a=a8"),
+        ("gemv", "m=2,n=9,k=150,w=fp3g32,a=abf16"),
+        ("gemv", "m=2,n=9,k=300,w=w4zg128,a=a8"),
+        ("gemv", "m=2,n=9,k=300,w=w2zg16,a=a8g32"),
+        ("gemv", "m=2,n=9,k=300,w=w3zg64"),
+        ("gemv", "m=2,n=9,k=300,w=w8z,a=af16"),
+        ("gemv", "m=2,n=9,k=300,w=w5g64,a=a8"),
+        ("mma_codes", "m=18,n=34,k=320,w=fp8b128,a=abf16,bias=1"),
+        ("mma_codes", "m=18,n=34,k=320,w=fp8b128,a=af16,s=f32"),
+        ("mma_codes", "m=18,n=34,k=320,w=nf4,a=abf16"),
+        ("mma_codes", "m=18,n=34,k=320,w=nf3grow,a=af16"),
+        ("mma_codes", "m=18,n=34,k=320,w=fp4,a=a8"),
+        ("mma_codes", "m=18,n=34,k=320,w=fp3g32,a=abf16"),
+        ("mma_codes", "m=18,n=34,k=320,w=w4zg128,a=a8"),
+        ("mma_codes", "m=18,n=34,k=320,w=w4zg32,a=abf16,bias=1"),
+        ("mma_codes", "m=18,n=34,k=320,w=w8z,a=abf16"),
+        ("mma_codes", "m=18,n=34,k=320,w=w3zg64,a=abf16"),
+        ("mma_codes", "m=18,n=34,k=320,w=w3g64,a=a8"),
+        ("mma_codes", "m=18,n=34,k=320,w=w6g64,a=af16"),
+    ],
+)
+def test_each_format_is_right(name, text):
+    """With fractional zero points, one of which is the middle of codes that hardly differ."""
+    workload, rng = parse_workload(f"mpgemm:{text}"), np.random.default_rng(1)
+    inputs = get_op("mpgemm").make_inputs(workload, rng)
+    if "zero" in inputs:
+        inputs["zero"] += rng.integers(-7, 8, inputs["zero"].shape).astype(np.float32) / 8
+        middle = 1 << (parse_weight_format(workload.text("w")).bits - 1)
+        inputs["codes"][:2] = middle + rng.integers(0, 2, inputs["codes"][:2].shape)
+        inputs["zero"][:2] = middle
+    most = ratio_of_kernels(workload)
+    check_emulated(workload, f"mpgemm.cuda_{name}", None, H200, inputs=inputs, most_ratio=most)
+
+
+@emulated
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("gemv", "w=fp8b128"),
+        ("gemv", "w=fp4"),
+        ("gemv", "w=fp4,a=a8"),
+        ("mma_codes", "w=fp8b128,a=abf16"),
+        ("mma_codes", "w=fp8b128,a=af16"),
+        ("mma_codes", "w=fp4,a=abf16"),
+        ("mma_codes", "w=fp3,a=af16"),
+    ],
+)
+def test_every_code_is_its_number(name, text):
+    """Row n has code n alone; a token with one number that is not zero sees one, and nothing is rounded."""
+    workload = parse_workload(f"mpgemm:m=8,n=256,k=128,{text}")
+    values = np.array(parse_weight_format(workload.text("w")).values)
+    codes = np.arange(256) % len(values)
+    codes[np.isnan(values[codes])] = 0  # no numbers: refused when weights are read
+    inputs = get_op("mpgemm").make_inputs(workload, np.random.default_rng(0))
+    inputs["codes"] = np.repeat(codes[:, None], 128, 1).astype(np.uint8)
+    inputs["scale"][:] = 0.25
+    inputs["x"] = np.zeros((8, 128), np.float32)
+    inputs["x"][np.arange(8), 17 * np.arange(8)] = 127.0
+    found = check_emulated(workload, f"mpgemm.cuda_{name}", None, H200, inputs=inputs, orders=(0,))
+    np.testing.assert_array_equal(found.outputs["y"], np.tile(values[codes] * 127 / 4, (8, 1)))
 
 
 def test_float16_results_pass_the_op_s_bound_but_not_the_kernels():
@@ -232,6 +370,17 @@ WEIGHTS = (
     "w2g64",
     "w2g128",
     "w1.58",
+    "w3g64",
+    "w5g32",
+    "w4zg32",
+    "w2zg64",
+    "w8zg128",
+    "w4zgrow",
+    "nf4",
+    "nf3g32",
+    "fp4g128",
+    "fp3grow",
+    "fp8b128",
 )
 
 

@@ -1,21 +1,25 @@
-// A block's tile of x * w^T by mma.sync, where w is codes of 2, 4 or 8 bits, unpacked in registers.
+// A block's tile of x * w^T by mma.sync, where w is codes of 2, 4 or 8 bits (`codes.cuh`), unpacked in registers.
 //
-// As `mma_tiles.cuh`, but for what follows. It reads the constants of the text that includes it: BITS, W_GROUP (columns
-// of w that share a scale; 0: all of a row, whose scale is applied last), ELEMENT (bytes of an element of x), and for
-// the preprocessor INT8 (x is int8: 2 and 4 bits alone; else 16-bit floats) and X_F16 (they are float16).
+// As `mma_tiles.cuh`, but for what follows. It reads the constants of the text that includes it: those of `codes.cuh`,
+// W_GROUP (columns of w that share a scale; 0: all of a row, whose scale is applied last), ELEMENT (bytes of an element
+// of x), and for the preprocessor INT8 (x is int8: 2 and 4 bits alone; else 16-bit floats), X_F16 (they are float16)
+// and ZEROS (groups have zero points; x is no float16).
 //
 // A unit is 16 bytes of a row of w: four words, one for each lane of a quad. Which column of x stands where along a
 // product's K is free, so that a lane unpacks its own word, and has its own columns of x, which lie side by side:
-// no word passes from lane to lane. Field f of a word's bytes is columns 4f to 4f + 3 of the word's.
-// INT8: a field moved to the top of its bytes is four codes times 2^(8 - BITS), one register of an operand.
-// Else: bytes 0 and 2, and 1 and 3, are two numbers of 16 bits each (of each 4 columns of x the middle two have changed
-// places), made by putting a code in the mantissa's last bits of a number whose last bit weighs 1.
+// no word passes from lane to lane. INT8: a field of four columns is one register of an operand. Else it is two,
+// columns 0 and 2, and 1 and 3: of each 4 columns of x the middle two have changed places. Where a codebook's numbers
+// are TERMS of 16 bits, there is a product of each.
 //
 // Sums of W_GROUP columns are multiplied by the group's scale in float32 and added up; int8 ones are exact before.
+// ZEROS: a product with ones gives each lane the sums of its own rows of x over the same columns, which the zero points
+// are multiplied with.
 #pragma once
 #include "async.cuh"
+#include "codes.cuh"
 #include "matmul.cuh"
 #include "mma.cuh"
+#include "scales.cuh"
 
 namespace tiles {
 
@@ -35,33 +39,49 @@ __device__ __forceinline__ void multiply(PART (&c)[4], const uint32_t (&a)[4], u
 }
 
 constexpr int FIELDS = 8 / BITS, STEPS = INT8 ? FIELDS / 2 : FIELDS;  // of a unit: products along K
+#if W_BOOK && !INT8
+constexpr int TERMS = PLANES / 2;
+#else
+constexpr int TERMS = 1;
+#endif
 
-// The registers of a word of codes for all steps of its unit.
-__device__ __forceinline__ void unpack(uint32_t word, uint32_t (&out)[2 * STEPS]) {
-#pragma unroll
-  for (int i = 0; i < 2 * STEPS; ++i) {
+// What a group of a row of w is multiplied by, and ZEROS its zero point.
+#if ZEROS
+struct Scaling {
+  float scale, zero;
+};
+__device__ __forceinline__ float factor_of(Scaling own) { return own.scale; }
+__device__ __forceinline__ Scaling scaling_at(Scales scales, size_t index) {
+  return {scale_at(scales, index), zero_at(scales, index)};
+}
+
+// A sum of codes less its zero point: `part` of codes less their middle one, `of_x` of x.
+__device__ __forceinline__ float less_zero(PART part, float zero, PART of_x) {
 #if INT8
-    constexpr uint32_t TOP = (0xffu << (8 - BITS) & 0xffu) * 0x01010101u;
-    out[i] = word << (8 - BITS - BITS * i) & TOP;
+  return ::less_zero(part, zero, of_x);
 #else
-    constexpr uint32_t MASK = ((1u << BITS) - 1u) * 0x00010001u, MIDDLE = 1u << (BITS - 1);
-    const uint32_t shifted = word >> (BITS * (i / 2) + 8 * (i % 2));
-#if X_F16
-    constexpr uint32_t ONE = 0x6400u;  // 1024
-    out[i] = f16x2_sub(lop3<0x6a>(shifted, MASK, (ONE | MIDDLE) * 0x00010001u), (ONE | MIDDLE) * 0x00010001u);
+  return fmaf(float(MIDDLE) - zero, of_x, part);
+#endif
+}
 #else
-    if (BITS == 8) {  // more than bfloat16's last bits: by way of float32
-      const float low = __uint_as_float(prmt(shifted ^ 0x80u, 0x4b000000u, 0x7440)) - 8388736.0f;
-      const float high = __uint_as_float(prmt((shifted >> 16) ^ 0x80u, 0x4b000000u, 0x7440)) - 8388736.0f;
-      out[i] = pack_bf16(low, high);
-    } else {
-      constexpr uint32_t ONE = 0x4300u, ONE_BF16 = 0x3f80u, MINUS = 0x8000u;  // 128, 1, the sign
-      out[i] = bf16x2_fma(lop3<0x6a>(shifted, MASK, (ONE | MIDDLE) * 0x00010001u), ONE_BF16 * 0x00010001u,
-                          (MINUS | ONE | MIDDLE) * 0x00010001u);
-    }
+using Scaling = float;
+__device__ __forceinline__ float factor_of(float own) { return own; }
+__device__ __forceinline__ float scaling_at(Scales scales, size_t index) { return scale_at(scales, index); }
 #endif
-#endif
+
+// The registers of a word of codes for all steps of its unit; of a codebook's numbers, a term.
+template <int TERM>
+__device__ __forceinline__ void unpack(uint32_t word, uint32_t (&out)[2 * STEPS]) {
+#if INT8
+#pragma unroll
+  for (int field = 0; field < FIELDS; ++field) out[field] = codes::bytes_of(word, field);
+#else
+#pragma unroll
+  for (int field = 0; field < FIELDS; ++field) {
+    const uint2 two = codes::pairs_of<X_F16, TERM>(word, field);
+    out[2 * field] = two.x, out[2 * field + 1] = two.y;
   }
+#endif
 }
 
 template <int BM, int BN, int DEPTH, int ROW_BYTES, int WARPS_M, int WARPS_N, int STAGES>
@@ -116,9 +136,9 @@ struct Codes {
     }
   }
 
-  // Adds the products of a unit of the tile's rows of both operands.
+  // Adds the products of a unit of the tile's rows of both operands; ZEROS: and those of x with ones.
   static __device__ __forceinline__ void products(const uint8_t* xs, const uint8_t* ws, int unit,
-                                                  PART (&part)[MT][NT][4]) {
+                                                  PART (&part)[MT][NT][4], PART (&of_x)[MT][4]) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int warp_m = warp / WARPS_N * WM, warp_n = warp % WARPS_N * WN;
     uint32_t a[MT][2][2 * STEPS];
@@ -126,21 +146,30 @@ struct Codes {
     for (int i = 0; i < MT; ++i) load_x(xs, warp_m + i * 16 + lane / 4, unit, a[i]);
 #pragma unroll
     for (int j = 0; j < NT; ++j) {
-      uint32_t b[2 * STEPS];
-      unpack(*reinterpret_cast<const uint32_t*>(ws + w_place(warp_n + j * 8 + lane / 4, unit) + lane % 4 * 4), b);
+      const int at = w_place(warp_n + j * 8 + lane / 4, unit) + lane % 4 * 4;
+      const uint32_t word = *reinterpret_cast<const uint32_t*>(ws + at);
+      uint32_t b[TERMS][2 * STEPS];
+      unpack<0>(word, b[0]);
+      if constexpr (TERMS > 1) unpack<1>(word, b[1]);
+      if constexpr (TERMS > 2) unpack<2>(word, b[2]);
 #pragma unroll
       for (int s = 0; s < STEPS; ++s) {
 #pragma unroll
         for (int i = 0; i < MT; ++i) {
           const uint32_t four[4] = {a[i][0][2 * s], a[i][1][2 * s], a[i][0][2 * s + 1], a[i][1][2 * s + 1]};
-          multiply(part[i][j], four, b[2 * s], b[2 * s + 1]);
+#pragma unroll
+          for (int t = 0; t < TERMS; ++t) multiply(part[i][j], four, b[t][2 * s], b[t][2 * s + 1]);
+#if ZEROS
+          constexpr uint32_t ONES = INT8 ? 0x01010101u : 0x3f803f80u;
+          if (j == 0) multiply(of_x[i], four, ONES, ONES);
+#endif
         }
       }
     }
   }
 
   // Adds the products of `count` tiles along K from tile `begin` on. `x_row` and `w_row` say where a row of the tile
-  // lies, `scale_of` what a group of a row of w is multiplied by (W_GROUP); all copies have arrived in the end.
+  // lies, `scale_of` the Scaling of a group of a row of w (W_GROUP); all copies have arrived in the end.
   template <class Sum, class X, class W, class Scale>
   static __device__ __forceinline__ void run(const uint8_t* smem, X x_row, W w_row, Scale scale_of, int begin,
                                              int count, Sum (&sum)[MT][NT][4]) {
@@ -157,8 +186,8 @@ struct Codes {
 #pragma unroll
     for (int depth = 0; depth < STAGES - 1; ++depth) copy(depth);
 
-    PART part[MT][NT][4] = {};
-    float scale[NT][2];
+    PART part[MT][NT][4] = {}, of_x[MT][4] = {};
+    Scaling own[NT][2];
     auto flush = [&] {
 #pragma unroll
       for (int i = 0; i < MT; ++i) {
@@ -166,10 +195,17 @@ struct Codes {
         for (int j = 0; j < NT; ++j) {
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
-            sum[i][j][e] += W_GROUP ? Sum(float(part[i][j][e]) * scale[j][e % 2]) : Sum(part[i][j][e]);
+#if ZEROS
+            const float value = less_zero(part[i][j][e], own[j][e % 2].zero, of_x[i][e / 2 * 2]);
+#else
+            const PART value = part[i][j][e];
+#endif
+            sum[i][j][e] += W_GROUP ? Sum(float(value) * factor_of(own[j][e % 2])) : Sum(value);
             part[i][j][e] = 0;
           }
         }
+#pragma unroll
+        for (int e = 0; e < 4; ++e) of_x[i][e] = 0;
       }
     };
     for (int depth = 0; depth < count; ++depth) {
@@ -183,11 +219,11 @@ struct Codes {
         if (W_GROUP && (number % GROUP_UNITS == 0 || depth + unit == 0)) {
 #pragma unroll
           for (int j = 0; j < NT; ++j) {
-            scale[j][0] = scale_of(first + j * 8, number / GROUP_UNITS);
-            scale[j][1] = scale_of(first + j * 8 + 1, number / GROUP_UNITS);
+            own[j][0] = scale_of(first + j * 8, number / GROUP_UNITS);
+            own[j][1] = scale_of(first + j * 8 + 1, number / GROUP_UNITS);
           }
         }
-        products(xs, xs + BM * DEPTH, unit, part);
+        products(xs, xs + BM * DEPTH, unit, part, of_x);
         if (W_GROUP && (number + 1) % GROUP_UNITS == 0) flush();
       }
     }

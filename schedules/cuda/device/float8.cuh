@@ -8,6 +8,7 @@
 // In values the columns of 16 neighbours alternate, 0, 8, 1, 9, ...: a transposed load of pairs of codes gives a
 // lane one number for each of two matrix tiles.
 #pragma once
+#include "e4m3.cuh"
 #include "exact.cuh"
 
 namespace float8 {
@@ -61,9 +62,7 @@ __device__ __forceinline__ void put_terms(uint8_t* to, int thread, Row row) {
 // Two codes of a word, number LOW and number HIGH, as numbers of bfloat16.
 template <int LOW, int HIGH>
 __device__ __forceinline__ uint32_t widen(uint32_t codes) {
-  const uint32_t top = prmt(codes, 0u, HIGH << 12 | 4 << 8 | LOW << 4 | 4);  // each in the upper byte of its half
-  const uint32_t placed = (top >> 4 & 0x07f007f0u) | (top & 0x80008000u);    // 2^120 times too small
-  return bf16x2_fma(placed, 0x7b807b80u, 0u);
+  return widen_e4m3<false>(prmt(codes, 0u, HIGH << 12 | 4 << 8 | LOW << 4 | 4));  // in the upper bytes of both halves
 }
 
 __device__ __forceinline__ float power_of(uint32_t byte) { return __uint_as_float(byte << 23); }

@@ -1,21 +1,24 @@
-// Rows of a matrix times few rows of activations, without matrix units: codes of 2, 4 or 8 bits, or floats.
+// Rows of a matrix times few rows of activations, without matrix units: codes (`codes.cuh`), or floats.
 //
 // A warp has ROWS rows. Its lanes hold 16 bytes of each (VECTOR columns), and pass over K in turns with the
-// SPLIT - 1 other warps that have the same rows. Codes are two's complement. Byte b of a word holds columns b,
-// b + 4, b + 8, ... of the word's, from its lowest bits on: field f of all four bytes are columns 4f to 4f + 3.
+// SPLIT - 1 other warps that have the same rows.
 //
-// DOT: x is int8, and four products are one dp4a. A field is moved to the top of its byte, which is then
-// the code times 2^(8 - BITS) without extending a sign. Sums stay integers for all columns that share both
-// scales (RUN of them, in LANES neighbouring lanes), and are exact.
+// DOT: x is int8, and four products are one dp4a. Sums stay integers for all columns that share both scales (RUN of
+// them, in LANES neighbouring lanes), and are exact; they count FACTOR. Zero points (ZEROS; only where RUN is not 0)
+// multiply the sum of the same columns of x, which is an integer, too.
 //
-// Else x is float32. A field at bit p of a word is put among the mantissa's bits of 2^(23 - p), where its
-// lowest bit weighs 1; less 2^(23 - p) the number is the code, exactly. Float weights are widened.
+// Else x is float32, and codes become float32, less their zero point. Float weights are widened.
 //
-// It reads the constants of the text that includes it: BITS, ROWS, M (rows of x), SPLIT, UNROLL (turns whose loads may
-// be on their way together), SCALE (of a stored scale), TOTAL (type of a sum over all columns), and for the
-// preprocessor DOT, W_FLOAT, W_F16 (of 16 bits: float16, else bfloat16), ROUND_BF16 and ROUND_F16 (of x).
+// It reads the constants of the text that includes it: those of `codes.cuh`, ROWS, M (rows of x), SPLIT, UNROLL (turns
+// whose loads may be on their way together), SCALE (of a stored scale), FACTOR, TOTAL (type of a sum over all
+// columns), and for the preprocessor DOT, W_FLOAT, W_F16 (of 16 bits: float16, else bfloat16), ROUND_BF16 and
+// ROUND_F16 (of x), ZEROS.
 #pragma once
 #include "matmul.cuh"
+#include "scales.cuh"
+#if !W_FLOAT
+#include "codes.cuh"
+#endif
 #include "warp.cuh"
 
 __device__ __forceinline__ uint32_t pick(const uint4& four, int i) {
@@ -47,15 +50,14 @@ struct Gemv {
   static constexpr int LANES = RUN > VECTOR ? RUN / VECTOR : 1;
 
   // Adds the products of a lane's columns to its totals: integers while no scale comes between.
-  static __device__ __forceinline__ void accumulate(const uint4 (&w)[ROWS], const SCALE* scale, const int8_t* x,
+  static __device__ __forceinline__ void accumulate(const uint4 (&w)[ROWS], Scales scale, const int8_t* x,
                                                     const float* x_scale, int vector, int row,
                                                     TOTAL (&total)[ROWS][M]) {
-    constexpr uint32_t TOP = (0xffu << (8 - BITS) & 0xffu) * 0x01010101u;
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int segment = 0; segment < SEGMENTS; ++segment) {
       const int column = vector * VECTOR + segment * (VECTOR / SEGMENTS);
-      int sum[ROWS][M] = {};
+      int sum[ROWS][M] = {}, of_x[M] = {};
 #pragma unroll
       for (int sixteen = 0; sixteen < VECTOR / 16 / SEGMENTS; ++sixteen) {
         uint4 q[M];
@@ -67,15 +69,25 @@ struct Gemv {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int at = segment * (VECTOR / SEGMENTS) + 16 * sixteen + 4 * i;  // in the lane's columns
-          const int shift = 8 - BITS - BITS * (at % WORD / 4);
+#if ZEROS
+#pragma unroll
+          for (int m = 0; m < M; ++m) of_x[m] = dp4a(0x01010101, int(pick(q[m], i)), of_x[m]);
+#endif
 #pragma unroll
           for (int r = 0; r < ROWS; ++r) {
-            const int four = int(pick(w[r], at / WORD) << shift & TOP);
+            const int four = int(codes::bytes_of(pick(w[r], at / WORD), at % WORD / 4));
 #pragma unroll
             for (int m = 0; m < M; ++m) sum[r][m] = dp4a(four, int(pick(q[m], i)), sum[r][m]);
           }
         }
       }
+#if ZEROS
+#pragma unroll
+      for (int m = 0; m < M; ++m) {
+#pragma unroll
+        for (int mask = 1; mask < LANES; mask <<= 1) of_x[m] += shfl_xor(of_x[m], mask);
+      }
+#endif
 #pragma unroll
       for (int r = 0; r < ROWS; ++r) {
 #pragma unroll
@@ -88,10 +100,14 @@ struct Gemv {
 #pragma unroll
           for (int mask = 1; mask < LANES; mask <<= 1) whole += shfl_xor(whole, mask);
           if (lane % LANES == 0 && column < K) {
-            const float both =
-                matmul::widen(scale[size_t(row + r) * W_GROUPS + (W_GROUP ? column / max(W_GROUP, 1) : 0)]) *
-                x_scale[m * X_GROUPS + (X_GROUP ? column / max(X_GROUP, 1) : 0)];
+            const size_t group = size_t(row + r) * W_GROUPS + (W_GROUP ? column / max(W_GROUP, 1) : 0);
+            const int x_group = m * X_GROUPS + (X_GROUP ? column / max(X_GROUP, 1) : 0);
+            const float both = scale_at(scale, group) * x_scale[x_group];
+#if ZEROS
+            total[r][m] += TOTAL(less_zero(whole, zero_at(scale, group), of_x[m]) * both);
+#else
             total[r][m] += TOTAL(float(whole) * both);
+#endif
           }
         }
       }
@@ -99,21 +115,13 @@ struct Gemv {
   }
 
   // What a row's total is multiplied by: a power of two, and the scales where there is one of each for all columns.
-  static __device__ __forceinline__ float finish(TOTAL sum, const SCALE* scale, const float* x_scale, int row, int m) {
-    const float value = float(sum) * (1.0f / float(1 << (8 - BITS)));
-    return RUN == 0 ? value * (matmul::widen(scale[row]) * x_scale[m]) : value;
+  static __device__ __forceinline__ float finish(TOTAL sum, Scales scale, const float* x_scale, int row, int m) {
+    const float value = float(sum) * FACTOR;
+    return RUN == 0 ? value * (scale_at(scale, row) * x_scale[m]) : value;
   }
 
 #else
   static constexpr int SEGMENTS = W_GROUP && W_GROUP < VECTOR ? VECTOR / W_GROUP : 1;
-
-  // The code of BITS bits at bit p of a word, p + BITS <= 16.
-  static __device__ __forceinline__ float code_at(uint32_t word, int p) {
-    const uint32_t field = ((1u << BITS) - 1u) << p, middle = 1u << (BITS - 1 + p);
-    const uint32_t one = uint32_t(150 - p) << 23;  // 2^(23 - p), whose bit p weighs 1
-    const float shifted = __uint_as_float(lop3<0x6a>(word, field, one | middle));  // (word & field) ^ c
-    return shifted - (float(1 << (23 - p)) + float(1 << (BITS - 1)));
-  }
 
   // Four weights of a lane's 16 bytes, from column `at` of them on.
   static __device__ __forceinline__ float4 weights_at(const uint4& w, int at) {
@@ -130,9 +138,7 @@ struct Gemv {
 #endif
     }
 #else
-    const int p = BITS * (at % WORD / 4);
-    const uint32_t low = pick(w, at / WORD), high = low >> 16;
-    return make_float4(code_at(low, p), code_at(low, p + 8), code_at(high, p), code_at(high, p + 8));
+    return codes::floats_of(pick(w, at / WORD), at % WORD / 4);
 #endif
   }
 
@@ -164,12 +170,18 @@ struct Gemv {
   }
 
   // Adds the products of a lane's columns to its totals, those of a group multiplied by its scale.
-  static __device__ __forceinline__ void accumulate(const uint4 (&w)[ROWS], const SCALE* scale, const float* x,
+  static __device__ __forceinline__ void accumulate(const uint4 (&w)[ROWS], Scales scale, const float* x,
                                                     int vector, int row, float (&total)[ROWS][M]) {
 #pragma unroll
     for (int segment = 0; segment < SEGMENTS; ++segment) {
       const int column = vector * VECTOR + segment * (VECTOR / SEGMENTS);
       float sum[ROWS][M] = {};
+      const size_t group = size_t(row) * W_GROUPS + (W_GROUP ? column / max(W_GROUP, 1) : 0);  // of the first row
+#if ZEROS
+      float zero[ROWS];
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r) zero[r] = column < K ? zero_at(scale, group + r * W_GROUPS) : 0.0f;
+#endif
 #pragma unroll
       for (int four = 0; four < VECTOR / 4 / SEGMENTS; ++four) {
         float4 v[M];
@@ -177,7 +189,10 @@ struct Gemv {
         for (int m = 0; m < M; ++m) v[m] = four_of(x + size_t(m) * ROW_COLUMNS, column + 4 * four);
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
-          const float4 a = weights_at(w[r], segment * (VECTOR / SEGMENTS) + 4 * four);
+          float4 a = weights_at(w[r], segment * (VECTOR / SEGMENTS) + 4 * four);
+#if ZEROS
+          a.x -= zero[r], a.y -= zero[r], a.z -= zero[r], a.w -= zero[r];
+#endif
 #pragma unroll
           for (int m = 0; m < M; ++m) {
             sum[r][m] = fmaf(a.x, v[m].x, sum[r][m]);
@@ -190,26 +205,24 @@ struct Gemv {
 #pragma unroll
       for (int r = 0; r < ROWS; ++r) {
         float factor = 1.0f;
-        if (W_GROUP) {
-          factor = column < K ? matmul::widen(scale[size_t(row + r) * W_GROUPS + column / max(W_GROUP, 1)]) : 0.0f;
-        }
+        if (W_GROUP) factor = column < K ? scale_at(scale, group + r * W_GROUPS) : 0.0f;
 #pragma unroll
         for (int m = 0; m < M; ++m) total[r][m] = fmaf(sum[r][m], factor, total[r][m]);
       }
     }
   }
 
-  static __device__ __forceinline__ float finish(float sum, const SCALE* scale, int row, int m) {
+  static __device__ __forceinline__ float finish(float sum, Scales scale, int row, int m) {
 #if W_FLOAT
-    return sum;
+    return FACTOR * sum;
 #else
-    return W_GROUP ? sum : sum * matmul::widen(scale[row]);
+    return FACTOR * (W_GROUP ? sum : sum * scale_at(scale, row));
 #endif
   }
 #endif
 
   // Totals of a warp's rows, from `first` on, over the columns that are its share, `part` of SPLIT; all lanes get them.
-  static __device__ __forceinline__ void pass(const uint8_t* w_rows, const SCALE* scale, X_PARAMETERS, int first,
+  static __device__ __forceinline__ void pass(const uint8_t* w_rows, Scales scale, X_PARAMETERS, int first,
                                               int part, TOTAL (&total)[ROWS][M]) {
     const int lane = threadIdx.x % 32;
 #pragma unroll UNROLL
