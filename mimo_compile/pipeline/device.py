@@ -1,4 +1,4 @@
-"""Code of GPU kernels for an artifact: nvcc for each, several at a time, and what it says of them."""
+"""Code of GPU kernels for an artifact: each compiled by itself, several at a time, and what that tells."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ def require_compiler(hardware: Hardware) -> None:
     """Check that code for a target can be made here.
 
     Raises:
-        EnvironmentMismatch: it is a GPU, and there is no nvcc.
+        EnvironmentMismatch: it is a GPU, and there is neither nvcc nor NVRTC.
     """
     if hardware.kind == "cuda":
-        from mimo_compile.schedules.cuda.nvcc import find_nvcc
+        from mimo_compile.schedules.cuda.nvcc import find_compiler
 
-        find_nvcc()
+        find_compiler()
 
 
 def compiler_version(hardware: Hardware) -> dict[str, str]:
     """Return the release of CUDA whose compiler makes a target's code, by its name in a manifest."""
     if hardware.kind != "cuda":
         return {}
-    from mimo_compile.schedules.cuda.nvcc import find_nvcc, release
+    from mimo_compile.schedules.cuda.nvcc import find_compiler, release
 
-    return {"cuda": ".".join(map(str, release(find_nvcc())))}
+    return {"cuda": ".".join(map(str, release(find_compiler())))}
 
 
 def compile_device_code(
@@ -50,7 +50,7 @@ def compile_device_code(
         hardware: A GPU.
 
     Raises:
-        EnvironmentMismatch: there is no nvcc.
+        EnvironmentMismatch: there is neither nvcc nor NVRTC.
         MimoError: it refuses a kernel, or the GPU cannot launch it; names workload, schedule and config.
     """
     distinct = {k.name: (k, o) for k, o in zip(kernels, origins, strict=True)}

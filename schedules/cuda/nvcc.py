@@ -1,4 +1,4 @@
-"""CUDA text to machine code with nvcc, on machines with a GPU and on those without.
+"""CUDA text to machine code with nvcc, or with NVRTC where there is none; with a GPU and without.
 
 What a kernel computes is in its text: no fast mathematics is asked of the compiler, and approximate
 instructions are written out where an error bound allows for them. Multiply-adds may be fused, as by default.
@@ -22,7 +22,7 @@ from typing import Literal
 from mimo_compile.errors import EnvironmentMismatch, MimoError
 from mimo_compile.ir.hardware import Hardware, gpu_of
 from mimo_compile.schedules.base import Kernel
-from mimo_compile.schedules.cuda import kept, limits
+from mimo_compile.schedules.cuda import kept, limits, nvrtc
 from mimo_compile.schedules.cuda.cubin import most_threads
 
 HEADERS = Path(__file__).with_name("device")
@@ -34,9 +34,11 @@ OPTIONS = (
 USUAL = Path("/usr/local/cuda")
 """Where toolkits are installed by default."""
 LEAST = (12, 0)
-"""Release of nvcc that knows sm_90a."""
+"""Release of CUDA whose compilers know sm_90a."""
 LIMIT_S = 300.0
 """After which a compiler is given up."""
+_NVRTC = (sys.executable, "-I", nvrtc.__file__)
+"""NVRTC is a library: a process of its own has it."""
 
 Kind = Literal["cubin", "ptx"]
 _LOG = logging.getLogger(__name__)
@@ -96,45 +98,67 @@ def find_tool(name: str) -> Path | None:
     folders = [Path(os.environ[v], "bin") for v in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(v)]
     on_path = shutil.which(name)
     found = [f / name for f in folders] + ([Path(on_path)] if on_path else [])
-    found.append(USUAL / "bin" / name)
-    for entry in sys.path:
-        found += sorted(Path(entry or ".").glob(f"nvidia/*/bin/{name}"))
+    found += [USUAL / "bin" / name, *_packaged(f"bin/{name}")]
     return next((p for p in found if p.is_file() and os.access(p, os.X_OK)), None)
 
 
-def find_nvcc() -> Path:
-    """Return nvcc.
+def find_library() -> Path | None:
+    """Return where NVRTC is, or None; looked at as for `find_tool`, but for the ``PATH``."""
+    roots = [Path(os.environ[v]) for v in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(v)]
+    for name in nvrtc.NAMES:
+        found = [root / "lib64" / name for root in (*roots, USUAL)] + _packaged(f"lib/{name}")
+        if (path := next((p for p in found if p.is_file()), None)) is not None:
+            return path
+    return None
+
+
+def _packaged(name: str) -> list[Path]:
+    """Return the files of a name that NVIDIA's packages for Python have."""
+    found = (sorted(Path(entry or ".").glob(f"nvidia/*/{name}")) for entry in sys.path)
+    return [path for each in found for path in each]
+
+
+def find_compiler() -> Path:
+    """Return nvcc, or NVRTC's library where there is no nvcc that is new enough.
 
     Raises:
-        EnvironmentMismatch: there is none, or it is too old.
+        EnvironmentMismatch: there is neither, or what there is is too old.
     """
-    path = find_tool("nvcc")
+    found = [path for path in (find_tool("nvcc"), find_library()) if path is not None]
     remedy = "Run: pip install 'mimo-compile[cuda]'. Or set CUDA_HOME to a CUDA toolkit"
-    if path is None:
+    if not found:
         raise EnvironmentMismatch(
-            "compiling CUDA kernels needs nvcc, which is in none of CUDA_HOME, CUDA_PATH, PATH, "
+            "compiling CUDA kernels needs nvcc or NVRTC, which are in none of CUDA_HOME, CUDA_PATH, PATH, "
             "/usr/local/cuda and NVIDIA's packages for Python",
             remedy=remedy,
         )
-    if release(path) < LEAST:
-        text = ".".join(str(n) for n in release(path))
-        raise EnvironmentMismatch(
-            f"nvcc of CUDA {text} is too old", where=path, remedy=f"{remedy} of 12.0 or later"
-        )
-    return path
+    if (usable := next((path for path in found if release(path) >= LEAST), None)) is not None:
+        return usable
+    text = ".".join(str(n) for n in release(found[0]))
+    raise EnvironmentMismatch(
+        f"{name_of(found[0])} of CUDA {text} is too old",
+        where=found[0],
+        remedy=f"{remedy} of 12.0 or later",
+    )
+
+
+def name_of(compiler: Path) -> str:
+    """Return what a compiler is called in messages."""
+    return "NVRTC" if compiler.name in nvrtc.NAMES else "nvcc"
 
 
 @cache
 def version_text(path: Path) -> str:
-    """Return what an nvcc says of itself."""
+    """Return what a compiler says of itself."""
+    command = [*_NVRTC, str(path)] if path.name in nvrtc.NAMES else [str(path)]
     done = subprocess.run(
-        [path, "--version"], capture_output=True, text=True, check=False, timeout=LIMIT_S
+        [*command, "--version"], capture_output=True, text=True, check=False, timeout=LIMIT_S
     )
     return done.stdout
 
 
 def release(path: Path) -> tuple[int, int]:
-    """Return the release of CUDA that an nvcc belongs to; (0, 0) if it does not say."""
+    """Return the release of CUDA that a compiler belongs to; (0, 0) if it does not say."""
     match = re.search(r"release (\d+)\.(\d+)", version_text(path))
     return (int(match[1]), int(match[2])) if match else (0, 0)
 
@@ -143,7 +167,7 @@ def compile_device(kernel: Kernel, hardware: Hardware) -> Binary:
     """Compile a kernel for a GPU, or take what is kept of the same text, headers, options and compiler.
 
     Raises:
-        EnvironmentMismatch: there is no nvcc.
+        EnvironmentMismatch: there is neither nvcc nor NVRTC.
         MimoError: it refuses the text, or gives it more registers or shared memory than can be launched; or
             a launch has more threads than the function's ``__launch_bounds__``.
         ValueError: the GPU cannot do a launch of the kernel (`limits.check`).
@@ -179,13 +203,14 @@ def ptx_of(kernel: Kernel, hardware: Hardware) -> str:
 
 
 def _made(kernel: Kernel, hardware: Hardware, kind: Kind) -> _Made:
-    """Return what nvcc makes of a kernel's text, now or when it was last asked."""
-    text, arch, nvcc = limits.code_of(kernel).text, gpu_of(hardware).arch, find_nvcc()
+    """Return what the compiler makes of a kernel's text, now or when it was last asked."""
+    text, arch, compiler = limits.code_of(kernel).text, gpu_of(hardware).arch, find_compiler()
     headers = [f"{path.name}\n{path.read_text()}" for path in sorted(HEADERS.glob("*.cuh"))]
-    key = kept.digest([version_text(nvcc), arch, kind, *OPTIONS, text, *headers])
+    options = [*nvrtc.OPTIONS, *nvrtc.HEADERS.values()] if compiler.name in nvrtc.NAMES else OPTIONS
+    key = kept.digest([version_text(compiler), arch, kind, *options, text, *headers])
     made = kept.load(key, _Made)
     if made is None:
-        made = _run(nvcc, text, arch, kind, kernel.name)
+        made = _run(compiler, text, arch, kind, kernel.name)
         kept.store(key, made)
     return made
 
@@ -214,30 +239,40 @@ def warnings_of(log: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(line for line in lines if _WARNING.search(line)))
 
 
-def _run(nvcc: Path, text: str, arch: str, kind: Kind, what: str) -> _Made:
-    """Run nvcc on a text."""
+def _command(compiler: Path, source: Path, out: Path, arch: str, kind: Kind) -> list[str]:
+    """Return how a file is compiled."""
     number = arch.removeprefix("sm_")
     # the long spelling: with -arch=sm_90a alone some releases also compile for plain sm_90
     code = f"compute_{number}" if kind == "ptx" else arch
+    if compiler.name in nvrtc.NAMES:
+        options = [*nvrtc.OPTIONS, f"-arch={code}", f"-I{HEADERS}"]
+        return [*_NVRTC, str(compiler), str(source), str(out), kind, *options]
+    return [
+        str(compiler), f"--{kind}", *OPTIONS, "-gencode", f"arch=compute_{number},code={code}",
+        f"-I{HEADERS}", "-o", str(out), str(source),
+    ]  # fmt: skip
+
+
+def _run(compiler: Path, text: str, arch: str, kind: Kind, what: str) -> _Made:
+    """Run a compiler on a text."""
     env = {k: v for k, v in os.environ.items() if not re.fullmatch("NVCC_(AP|PRE)PEND_FLAGS", k)}
     with tempfile.TemporaryDirectory(prefix="mimo-") as folder:
         source, out = Path(folder, "kernel.cu"), Path(folder, f"kernel.{kind}")
         source.write_text(text)
-        command = [
-            str(nvcc), f"--{kind}", *OPTIONS, "-gencode", f"arch=compute_{number},code={code}",
-            f"-I{HEADERS}", "-o", str(out), str(source),
-        ]  # fmt: skip
+        command = _command(compiler, source, out, arch, kind)
         try:
             done = subprocess.run(
                 command, capture_output=True, text=True, check=False, timeout=LIMIT_S, env=env
             )
         except subprocess.TimeoutExpired:
-            raise MimoError(f"nvcc took more than {LIMIT_S:g} s for {what}") from None
+            raise MimoError(
+                f"{name_of(compiler)} took more than {LIMIT_S:g} s for {what}"
+            ) from None
         log = done.stdout + done.stderr
         _LOG.debug("%s", log)
         if done.returncode:
             raise MimoError(
-                f"nvcc refuses {what} for {arch}: {_errors(log) or 'it does not say why'}"
+                f"{name_of(compiler)} refuses {what} for {arch}: {_errors(log) or 'it does not say why'}"
             )
         return _Made(out.read_bytes(), log)
 

@@ -62,6 +62,7 @@ def test_inspect_compiles_and_predicts(cli, sample) -> None:
 
 def test_inspect_without_nvcc_shows_what_is_known(cli, sample, monkeypatch) -> None:
     monkeypatch.setattr(nvcc, "find_tool", lambda name: None)
+    monkeypatch.setattr(nvcc, "find_library", lambda: None)
     text = cli("inspect", "--op", SPEC, "--target", "cuda:sm_80").out
     assert "not compiled: compiling CUDA kernels needs nvcc" in text and "256x1x1" in text
     for flag in ("--ptx", "--sass"):
@@ -140,6 +141,7 @@ def test_an_artifact_is_shown_and_not_run(cli, tmp_path, monkeypatch) -> None:
 
 def test_compiling_needs_nvcc_before_all_else(cli, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(nvcc, "find_tool", lambda name: None)
+    monkeypatch.setattr(nvcc, "find_library", lambda: None)
     out = tmp_path / "t.mimo"
     done = cli("compile", tmp_path / "no-model", "-o", out, "--target", "cuda:sm_80")
     assert done.code == 3 and "needs nvcc" in done.error and "mimo-compile[cuda]" in done.error

@@ -34,7 +34,7 @@ def texts_alone(monkeypatch) -> None:
         return nvcc.Binary(hardware.gpu.arch, b"\x7fELF no machine code", usage)
 
     monkeypatch.setattr(nvcc, "compile_device", binary)
-    monkeypatch.setattr(nvcc, "find_nvcc", lambda: Path("nvcc"))
+    monkeypatch.setattr(nvcc, "find_compiler", lambda: Path("nvcc"))
     monkeypatch.setattr(nvcc, "release", lambda path: (13, 0))
 
 

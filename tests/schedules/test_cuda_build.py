@@ -53,6 +53,7 @@ def toolkit(tmp_path, monkeypatch):
     folder = tmp_path / "toolkit"
     (folder / "bin").mkdir(parents=True)
     monkeypatch.setenv("CUDA_HOME", str(folder))
+    monkeypatch.setattr(nvcc, "find_library", lambda: None)
 
     def install(release="13.0", *, log=LOG, code=0, name="nvcc"):
         calls, words = folder / "calls", folder / "log"
@@ -89,7 +90,7 @@ def test_tools_are_found_where_toolkits_and_packages_put_them(tmp_path, monkeypa
     for place in places:
         assert nvcc.find_tool("nvcc") == tmp_path / place / "nvcc"
         (tmp_path / place / "nvcc").chmod(0o644)  # what cannot be executed is not it
-    assert nvcc.find_tool("nvcc") is None
+    assert nvcc.find_tool("nvcc") is None is nvcc.find_library()
     with pytest.raises(EnvironmentMismatch, match=r"needs nvcc.*CUDA_HOME.*mimo-compile\[cuda\]"):
         nvcc.compile_device(KERNEL, H200)
 
@@ -97,7 +98,7 @@ def test_tools_are_found_where_toolkits_and_packages_put_them(tmp_path, monkeypa
 def test_an_old_one_is_refused(toolkit) -> None:
     toolkit("11.8")
     with pytest.raises(EnvironmentMismatch, match=r"CUDA 11\.8 is too old .*toolkit/bin/nvcc"):
-        nvcc.find_nvcc()
+        nvcc.find_compiler()
 
 
 # -- what it says and what is kept ---------------------------------------------------------------

@@ -10,12 +10,12 @@ from test_cuda_tensor import GROUP, MMA
 from mimo_compile.errors import EnvironmentMismatch
 from mimo_compile.ir.hardware import CUDA
 from mimo_compile.schedules.cuda.code import Launch
-from mimo_compile.schedules.cuda.nvcc import compile_device, find_nvcc, ptx_of
+from mimo_compile.schedules.cuda.nvcc import compile_device, find_compiler, ptx_of
 
 
 def _has_nvcc() -> bool:
     try:
-        find_nvcc()
+        find_compiler()
     except EnvironmentMismatch:
         return False
     return True

@@ -15,7 +15,7 @@ namespace flash {
 constexpr float LN2 = 0.693147180559945f;
 constexpr float LOG2E = 1.442695040888963f;
 
-__device__ __forceinline__ float infinity() { return __builtin_inff(); }
+__device__ __forceinline__ float infinity() { return __uint_as_float(0x7f800000u); }
 
 // Bytes from one row of WIDTH 16-bit numbers in shared memory to the next.
 template <int WIDTH>
