@@ -122,7 +122,7 @@ def compile(
             adapter_format, gates, reproducible, shapes_only,
         )  # fmt: skip
         if adapters or asked != (
-            "none", "model", "cpu", None, 1, None, None, "rtn", "exact", None, "drafts"
+            "none", "model", "cpu", None, 1, None, None, "rtn", "exact", None, "drafts", False
         ):  # fmt: skip
             raise UsageError(
                 "an artifact keeps target, formats, context, batch, adapters and what is reproducible: only "
