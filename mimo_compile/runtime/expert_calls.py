@@ -1,16 +1,27 @@
-"""Calls of expert kernels whose experts come and go: have them, number them by their slots, look ahead."""
+"""Calls of expert kernels whose experts come and go: have them, number them by their slots, look ahead.
+
+Where all are there, calls are told at least which rows are no tokens.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mimo_compile import _tvm
-from mimo_compile.runtime.foresight import Ahead, Argument, Rows, Says, foreseeing, in_order
+from mimo_compile.runtime.foresight import (
+    Ahead,
+    Argument,
+    Function,
+    Rows,
+    Says,
+    foreseeing,
+    in_order,
+)
 from mimo_compile.runtime.memory import as_tensor
 
 if TYPE_CHECKING:
@@ -145,7 +156,7 @@ def limited(
         residency: Has the experts.
         ahead: How far to look ahead.
         apart: Kernels of experts in which no row's bits depend on other rows: there only rows that count have
-            experts. In others padding has its own as well, as it has them where all are mapped.
+            experts. In others padding has its own as well.
     """
     order = sorted(layers)
     if not order:
@@ -171,6 +182,32 @@ def limited(
     if rows is not None:
         function, arguments = bound.calls[0]
         bound.calls[0] = partial(rows.then, function), arguments
+
+
+def spare(bound: BoundEntry, apart: Collection[str]) -> None:
+    """Give rows that do not count no experts, where all are mapped: their weights need not be read.
+
+    Args:
+        bound: The entry point; its list of calls is changed.
+        apart: Kernels of experts in which no row's bits depend on other rows; others are left alone.
+    """
+    order = [at for at, call in enumerate(bound.program.calls) if call.kernel in apart]
+    rows = _counting(bound, order)
+    if rows is None:
+        return
+    for at in order:
+        function, arguments = bound.calls[at]
+        ids = bound.array(bound.program.calls[at].args[1])
+        bound.calls[at] = partial(_without, function, ids, rows), arguments
+    function, arguments = bound.calls[0]
+    bound.calls[0] = partial(rows.then, function), arguments
+
+
+def _without(function: Function, ids: Array, rows: Rows, *arguments: Any) -> None:
+    """Call an expert kernel; the rows that do not count get ids of no expert."""
+    if rows.some:
+        ids[rows.others] = -1
+    function(*arguments)
 
 
 def _counting(bound: BoundEntry, layers: Iterable[int]) -> Rows | None:

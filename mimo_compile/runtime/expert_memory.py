@@ -135,6 +135,15 @@ def rules_of(manifest: Manifest) -> dict[str, tuple[int, int]]:
     return out
 
 
+def apart_of(manifest: Manifest) -> frozenset[str]:
+    """Return the kernels of a plan in which only rows that count need have experts (`APART`).
+
+    None of a model that is no decoder: all of its rows count.
+    """
+    plan = manifest.plan if manifest.decoder is not None else ()
+    return frozenset(choice.kernel for choice in plan if choice.schedule in APART)
+
+
 def stacks_of(manifest: Manifest, programs: Mapping[str, Entry]) -> list[Stack]:
     """Return the experts of all layers, in the order in which entry points run them.
 
@@ -268,8 +277,7 @@ class Experts:
         self._layer_of = {stack.sources: layer for layer, stack in enumerate(self.stacks)}
         gates = _gates(how, self.stacks, programs)
         self._ahead = Ahead(how.ahead, frozenset(routers.rules_of(manifest)), gates)
-        self._apart = frozenset(c.kernel for c in manifest.plan if c.schedule in APART)
-        self._decodes = manifest.decoder is not None
+        self._apart = apart_of(manifest)
 
     @property
     def experts(self) -> int:
@@ -298,8 +306,7 @@ class Experts:
             if (sources := packed(call, bound.program.buffers)) in self._layer_of
         }
         experts = {layer: self.stacks[layer].shape.experts for layer in layers.values()}
-        apart = self._apart if self._decodes else ()  # others have no rows that do not count
-        limited(bound, layers, experts, self.residency, self._ahead, apart)
+        limited(bound, layers, experts, self.residency, self._ahead, self._apart)
 
     def check(self) -> None:
         """Check that this process may use them.

@@ -37,6 +37,8 @@ class Rows:
         self._pos, self._places = pos, np.arange(count)
         self.others: Array = np.zeros(count, bool)
         """bool ``[T]``: those that do not count."""
+        self.some = False
+        """Whether there are any."""
 
     def note(self) -> None:
         """Look, before the first call: the place of `pos` in the arena may be taken by others later."""
@@ -44,6 +46,7 @@ class Rows:
             np.equal(self._pos[:, 1], 0, out=self.others)
         else:
             np.greater_equal(self._places, self._pos[1], out=self.others)
+        self.some = bool(self.others.any())
 
     def then(self, function: Function, *arguments: Any) -> None:
         """Look, and call a function."""

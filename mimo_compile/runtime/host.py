@@ -11,7 +11,8 @@ from mimo_compile import _tvm
 from mimo_compile.errors import EnvironmentMismatch
 from mimo_compile.runtime import cpu
 from mimo_compile.runtime.entry import BoundEntry, Memory
-from mimo_compile.runtime.expert_memory import ExpertMemory, experts_of
+from mimo_compile.runtime.expert_calls import spare
+from mimo_compile.runtime.expert_memory import ExpertMemory, apart_of, experts_of
 from mimo_compile.runtime.memory import Zeroed
 from mimo_compile.runtime.pages import pool_of, pooled_states
 from mimo_compile.runtime.program import Entry, Manifest
@@ -41,6 +42,7 @@ class Host:
             cpu.permit_amx()
         code = _tvm.load_object(parts.code)
         self.experts = None if expert_memory is None else experts_of(parts, expert_memory)
+        self._apart = apart_of(manifest) if self.experts is None else frozenset()
         arena = Zeroed(max((e.arena_bytes for e in entries.values()), default=0), huge=True)
         batch = 1 if manifest.decoder is None else manifest.decoder.batch
         shared = pooled_states(manifest)
@@ -61,7 +63,9 @@ class Host:
 
     def bound(self, name: str, program: Entry, slot: int) -> BoundEntry:
         """Bind an entry point's buffers and kernels."""
-        return BoundEntry(name, program, self._memory, self._where, slot)
+        made = BoundEntry(name, program, self._memory, self._where, slot)
+        spare(made, self._apart)
+        return made
 
     def clear(self) -> None:
         """Give the states' memory back."""
