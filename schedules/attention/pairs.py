@@ -122,11 +122,17 @@ class Widened(Tile):
             for b, far in zip(blocks, later, strict=True):
                 prefetch(self.k, self.head, b + far, i, 0)
 
-    def ask_values(self, pair: Any, far: Any, columns: list[Any]) -> None:
-        """Prefetch the lines of values that come some steps later, ``far`` blocks on."""
+    def ask_values(self, block: Any, i: Any, far: Any, columns: list[Any]) -> None:
+        """Prefetch the lines of values that come some steps later, ``far`` blocks on, with pair ``i`` of one.
+
+        As many lines as are read, but in the order in which they lie: where columns are read in turns, lines
+        asked for in those turns would leave gaps, and blocks that lie alone take 1.3 times as long.
+        """
         if self.streams:
-            for j in columns:
-                prefetch(self.v, self.head, pair + far * (LANES // 2), 2 * j)
+            first = bind(columns[0] * (LANES // 2) + i * (len(columns) * LANES))
+            for n in range(len(columns)):
+                at = 2 * (first + n * LANES)
+                prefetch(self.v, self.head, (block + far) * (LANES // 2), at)
 
     def _values(self, reach: Reach, step: Any, first: Any, rows: int, columns: list[Any]) -> None:
         acc: list[list[Register]] = []
@@ -139,33 +145,35 @@ class Widened(Tile):
             kept, far = reach.kept(step, u), self.later(reach, step, u, 1)[0]
             whole = fixed(T.shift_right(live + int(kept is not None), T.int32(1)))
             with T.serial(0, whole) as i:
-                at = (fixed(block * (LANES // 2) + i), far, u * LANES + 2 * i)
+                at = (block, i, far, u * LANES + 2 * i)
                 halves = None if kept is None else _halves(kept, 2 * i)
                 with only(kept, 2 * i, 2):
                     self._value_pair(at, True, halves, first, acc, columns)
             if kept is None:
                 # a slot that was never written may hold anything, beside one that was
                 with when(2 * whole < live):
-                    at = (fixed(block * (LANES // 2) + whole), far, u * LANES + 2 * whole)
+                    at = (block, whole, far, u * LANES + 2 * whole)
                     self._value_pair(at, False, None, first, acc, columns)
         for r in range(rows):
             for at, register in zip(columns, acc[r], strict=True):
                 store(self.out, register.get(), first + r, at, lanes=LANES)
 
     def _value_pair(
-        self, at: tuple[Any, Any, Any], both: bool, halves: Any, first: Any, acc: list[list[Register]],
+        self, at: tuple[Any, Any, Any, Any], both: bool, halves: Any, first: Any, acc: list[list[Register]],
         columns: list[Any],
     ) -> None:  # fmt: skip
-        """Add a pair of slots: ``at`` says where it lies, how far on to prefetch, and where its weights lie.
+        """Add a pair of slots.
 
-        ``both``: the second slot counts, too; or ``halves`` masks a word.
+        ``at``: its block, which pair of it, how far on to prefetch, and where its weights lie. ``both``: the
+        second slot counts, too; or ``halves`` masks a word.
         """
-        pair, far, slot = at
+        block, i, far, slot = at
+        pair = fixed(block * (LANES // 2) + i)
         mask = splat(T.int32(UPPER if both or halves is not None else 0))
         words = [paired(self.v, self.head, pair, 2 * j) for j in columns]
         if halves is not None:
             words = [bind(T.bitwise_and(w, splat(halves))) for w in words]
-        self.ask_values(pair, far, columns)
+        self.ask_values(block, i, far, columns)
         values = [(_first(w), _second(w, mask)) for w in words]
         for r, row in enumerate(acc):
             for half in (0, 1):
@@ -249,15 +257,16 @@ class Dots(Widened):
         return bind(T.reinterpret("float32x16", bits))
 
     def _value_pair(
-        self, at: tuple[Any, Any, Any], both: bool, halves: Any, first: Any, acc: list[list[Register]],
+        self, at: tuple[Any, Any, Any, Any], both: bool, halves: Any, first: Any, acc: list[list[Register]],
         columns: list[Any],
     ) -> None:  # fmt: skip
-        pair, far, slot = at
+        block, i, far, slot = at
+        pair = fixed(block * (LANES // 2) + i)
         words = [paired(self.v, self.head, pair, 2 * j) for j in columns]
         if halves is not None or not both:
             mask = splat(T.int32(0xFFFF) if halves is None else halves)
             words = [bind(T.bitwise_and(w, mask)) for w in words]
-        self.ask_values(pair, far, columns)
+        self.ask_values(block, i, far, columns)
         for r, row in enumerate(acc):
             weights = _pair(self.weights, first + r, slot)
             for values, register in zip(words, row, strict=True):

@@ -29,6 +29,7 @@ class X86FlashPairs(X86Flash):
     """The same tiles, parts and masks; caches of half the bytes."""
 
     name = "cached_attention.x86_flash_pairs"
+    version = 4
     config = PairsConfig
     stored = "bf16"
 

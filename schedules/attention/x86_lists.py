@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any
 
 from mimo_compile.ir.caches import parse_cache_format
@@ -140,17 +139,6 @@ class X86ListsPairs(X86FlashPairs, X86Lists):
 
     name = "sparse_attention.x86_lists_pairs"
     op = "sparse_attention"
-    streamed = 32
-
-    def space(self, workload: Workload, hardware: Hardware) -> Space:
-        """Return the space of dense attention; steps that are prefetched leave room in the nearest cache."""
-        base = super().space(workload, hardware)
-        short = short_step(get_op(self.op).full(workload), base.default.block)
-        return (
-            base
-            if not base.default.ahead
-            else replace(base, default=replace(base.default, block=short))
-        )
 
 
 def short_step(p: Mapping[str, Any], most: int) -> int:

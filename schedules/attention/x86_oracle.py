@@ -121,7 +121,7 @@ class X86OraclePairs(X86FlashPairs, X86Oracle):
 
     name = "oracle_attention.x86_fused_pairs"
     op = "oracle_attention"
-    version = 2
+    version = 3
 
     def space(self, workload: Workload, hardware: Hardware) -> Space:
         """Return the space over float32 caches: products of bfloat16 would round queries."""

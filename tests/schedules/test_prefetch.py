@@ -17,6 +17,7 @@ from mimo_compile.ir.hardware import local_cpu
 from mimo_compile.ir.ops import parse_workload
 from mimo_compile.ir.ops.base import Arg
 from mimo_compile.schedules import get_schedule, schedules_for
+from mimo_compile.schedules.attention import pairs
 from mimo_compile.schedules.base import Kernel
 from mimo_compile.schedules.compile import assembly, compile_kernel
 from mimo_compile.schedules.emit import tile
@@ -131,3 +132,29 @@ def test_greatest_caches_are_asked_for(name, more):
 def test_caches_whose_indices_would_wrap_around_are_refused(name, more):
     with pytest.raises(UsageError, match=r"k_cache .* more than 2\^31 elements"):
         big(name, more, 2**21 + 16)
+
+
+@pytest.mark.parametrize("dv", [32, 80])
+def test_pairs_of_values_are_asked_for_once_whatever_columns_are_read_in_turns(dv):
+    schedule = get_schedule("cached_attention.x86_flash_pairs")
+    workload = parse_workload(f"cached_attention:t=1,h=4,kv=1,d=32,dv={dv},cap=80,c=bf16")
+    config = dataclasses.replace(
+        schedule.space(workload, CPU).default, block=16, ahead=1, parallel=False
+    )
+
+    def record(buffer, *index, near=True):
+        store(buffer, buffer[tuple(index)] + T.cast(T.int32(1), buffer.dtype), *index)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pairs, "prefetch", record)
+        kernel = schedule.lower(workload, config, CPU)
+    arrays = {a.name: empty_aligned(a.shape, a.dtype) for a in kernel.args}
+    for array in arrays.values():
+        array.reshape(-1).view(np.uint8)[...] = 0
+    arrays["pos"][...] = 47, 1  # three of the five blocks
+    code = load_object(compile_kernel(kernel, CPU))
+    code[kernel.name](*(from_numpy(arrays[a.name]) for a in kernel.args))
+    for cache in ("k_cache", "v_cache"):
+        lines = arrays[cache].view(np.uint16).reshape(5, -1, 32)
+        # a step asks for the block behind its own, which begins with all zeros
+        assert (lines[1:4, :, 0] == 1).all() and lines.sum() == lines[1:4, :, 0].sum()
