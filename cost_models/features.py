@@ -16,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from mimo_compile.cost_models.analytic import DeviceModel
+from mimo_compile.cost_models.gpu import LaunchShape, occupancy
 from mimo_compile.errors import MimoError
-from mimo_compile.ir.counts import LEVELS, OP_KINDS, Counts
+from mimo_compile.ir.counts import LAUNCH, LEVELS, OP_KINDS, Counts
 from mimo_compile.ir.formats import parse_act_format, parse_weight_format
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.ops import get_op
@@ -41,6 +42,7 @@ GROUPS: dict[str, str] = {
     "vector": "lanes, accumulators, loads for each multiply-add",
     "parallel": "threads, tasks, evenness, the last wave",
     "launch": "cost of the call",
+    "sm": "of GPUs: launches, threads and shared memory of a block, how many blocks an SM holds, waves",
     "knobs": "the config as it is",
     "hardware": "cores, caches, ISA, rates",
 }
@@ -94,6 +96,7 @@ class Extractor:
         self._traffic(counts, out)
         self._roof(counts, out)
         self._traits(counts, out)
+        self._launch(counts, out)
         for name, value in knobs.items():
             key = schedule, name, type(value), value
             if key not in self._knobs:
@@ -176,6 +179,8 @@ class Extractor:
         """Add what a kernel says of how it works; absent where it says nothing."""
         traits, threads = counts.traits, self.hardware.threads
         for name, value in traits.items():
+            if name in LAUNCH:
+                continue
             out[_TRAITS[name]] = math.log2(value) if value > 0 else 0.0
         if tile := traits.get("tile_bytes"):
             for (_, one), size in zip(_TILES, self._caches, strict=True):
@@ -189,6 +194,36 @@ class Extractor:
             out["parallel.tail"] = 1.0 - tasks / (waves * threads)
         if share := traits.get("share"):
             out["parallel.uneven"] = math.log2(max(share * threads, 1.0))
+
+    def _launch(self, counts: Counts, out: Features) -> None:
+        """Add how a launch fills the SMs of a GPU; of a kernel of several, the one that takes longest.
+
+        Registers limit it as well, but are not known before a kernel is compiled: what is told is how many a
+        thread may have without fewer blocks.
+        """
+        if self.hardware.gpu is None:
+            return
+        out["sm.launches"] = math.log2(max(len(counts.parts), 1))
+        longest = max(
+            counts.parts or (counts,), key=lambda part: self.device.latency_us(part, self.hardware)
+        )
+        traits = longest.traits
+        if not all(name in traits for name in LAUNCH):
+            return
+        blocks, threads, shared = (int(traits[name]) for name in LAUNCH)
+        held = occupancy(LaunchShape(blocks, threads, 0, shared), self.hardware)
+        if not held.blocks:
+            return
+        waves = max(held.waves, 1e-6)
+        out["sm.blocks"] = math.log2(blocks)
+        out["sm.threads"] = math.log2(threads)
+        out["sm.shared"] = math.log2(1.0 + shared)
+        out["sm.held"] = math.log2(held.blocks)
+        out["sm.warps"] = held.share
+        out["sm.waves"] = math.log2(waves)
+        out["sm.tail"] = 1.0 - waves / math.ceil(waves)
+        out["sm.registers"] = self.hardware.gpu.registers_per_sm / (threads * held.blocks)
+        out[f"sm.limit={held.limit}"] = 1.0
 
 
 _TRAITS = {

@@ -28,10 +28,13 @@ the busiest thread does. useful: part of the arithmetic that is not padding. lan
 vector. sums: accumulators in flight in the inner loop. loads: vectors and scalars it loads for each
 vector multiply-add. tile_bytes: bytes that one run of the inner loop touches."""
 
+LAUNCH = ("blocks", "threads", "shared_bytes")
+"""Traits of a launch on a GPU: its blocks, and of each of them the threads and the dynamic shared memory."""
+
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """Operations by kind (`OP_KINDS`), bytes by memory level (`LEVELS`), and `TRAITS` of a kernel."""
+    """Operations by kind (`OP_KINDS`), bytes by level (`LEVELS`); `TRAITS` and `LAUNCH` of a kernel."""
 
     ops: Mapping[str, float] = field(default_factory=dict)
     bytes: Mapping[str, float] = field(default_factory=dict)
@@ -44,7 +47,7 @@ class Counts:
     def __post_init__(self) -> None:
         """Refuse unknown kinds, so that a misspelt count cannot pass as zero."""
         unknown = (set(self.ops) - set(OP_KINDS)) | (set(self.bytes) - set(LEVELS))
-        unknown |= set(self.traits) - set(TRAITS)
+        unknown |= set(self.traits) - {*TRAITS, *LAUNCH}
         if unknown:
             raise ValueError(f"unknown counts {sorted(unknown)}")
 

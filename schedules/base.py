@@ -14,7 +14,7 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from typing import Any, ClassVar
 
@@ -112,6 +112,31 @@ class Schedule(ABC):
         Override it where that needs no code generation: the search ranks many candidates by it.
         """
         return self.lower(workload, config, hardware).counts
+
+    def told(self, workload: Workload, config: Any, hardware: Hardware) -> Counts:
+        """Return `work` as cost models see it: of CUDA kernels with what each launch asks an SM for.
+
+        Registers are not in it: they are known when a kernel is compiled, and models rank what is not.
+        """
+        counts = self.work(workload, config, hardware)
+        if hardware.kind != "cuda" or type(self).work is Schedule.work:
+            return counts
+        device = self.lower(workload, config, hardware).device
+        launches = () if device is None else device.launches
+        parts = counts.parts or (counts,)
+        if len(launches) != len(parts):
+            return counts
+        with_launches = tuple(
+            replace(
+                part,
+                traits={
+                    **part.traits, "blocks": float(math.prod(launch.grid)),
+                    "threads": float(launch.threads), "shared_bytes": float(launch.shared_bytes),
+                },
+            )
+            for part, launch in zip(parts, launches, strict=True)
+        )  # fmt: skip
+        return replace(counts, parts=with_launches) if counts.parts else with_launches[0]
 
     def exact(self, config: Any) -> bool:
         """Say whether kernels of a config are held to the op's `exact_bound`."""

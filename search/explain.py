@@ -86,7 +86,7 @@ def work_of(space: JointSpace, candidate: Candidate, result: Result | None) -> C
     schedule = space.schedules[candidate.schedule]
     if result is not None and type(schedule).work is Schedule.work:
         return Counts(result.record.ops, result.record.bytes)
-    return schedule.work(space.workload, space.config(candidate), space.hardware)
+    return schedule.told(space.workload, space.config(candidate), space.hardware)
 
 
 @dataclass(frozen=True, slots=True)

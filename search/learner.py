@@ -163,7 +163,7 @@ class Learner:
                     if (ranked := self._ranked.get(candidate.key)) is not None:
                         self._known[key] = ranked
                         continue
-                    counts = schedule.work(space.workload, space.config(candidate), self.hardware)
+                    counts = schedule.told(space.workload, space.config(candidate), self.hardware)
                 pairs.append((candidate, counts))
                 keys.append(key)
             if pairs:

@@ -66,7 +66,7 @@ def work_of(record: Record, workload: Workload, hardware: Hardware) -> Counts | 
             return None
         if type(schedule).work is Schedule.work:
             return Counts(record.ops, record.bytes)
-        return schedule.work(workload, schedule.config_from_json(record.config), hardware)
+        return schedule.told(workload, schedule.config_from_json(record.config), hardware)
     except (MimoError, ValueError, TypeError, KeyError):
         return None
 

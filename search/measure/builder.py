@@ -69,7 +69,7 @@ class Builder:
             if type(schedule).work is Schedule.work:  # must generate code to tell
                 costly.append(c)
             else:
-                out[c.key] = schedule.work(c.workload, space.config(c), space.hardware)
+                out[c.key] = schedule.told(c.workload, space.config(c), space.hardware)
         requests = [self._request(space, c, "describe") for c in costly]
         for c, r in zip(costly, self._all(requests, self._limits.build_s), strict=True):
             out[c.key] = Counts(r.value["ops"], r.value["bytes"]) if r.status == "ok" else None

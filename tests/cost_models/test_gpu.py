@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from mimo_compile.cost_models.analytic import DeviceModel
-from mimo_compile.cost_models.features import ANALYTIC, Extractor
+from mimo_compile.cost_models.features import ANALYTIC, Extractor, without
 from mimo_compile.cost_models.gpu import RATES, LaunchShape, occupancy, predict, roofline_s
+from mimo_compile.cost_models.learned import LatencyModel, Sample
 from mimo_compile.ir.counts import OP_KINDS, Counts, in_turn
 from mimo_compile.ir.hardware import CUDA, PRESETS, gpu_of
 from mimo_compile.ir.ops import parse_workload
@@ -148,3 +151,70 @@ def test_features_of_candidates_for_gpus() -> None:
         DeviceModel.guess(H200).latency_us(counts, H200)
     )
     assert any(name.startswith("knobs.mpgemm.cuda_gemv.") for name in row)
+
+
+def law_us(counts: Counts, rng: np.random.Generator) -> float:
+    """A GPU on paper: waves are whole, and few warps on an SM hide little of what memory takes."""
+    total = 0.0
+    for part in counts.parts or (counts,):
+        shape = LaunchShape(*(int(part.traits[name]) for name in ("blocks", "threads")), 64,
+                            int(part.traits["shared_bytes"]))  # fmt: skip
+        held = occupancy(shape, H200)
+        whole = math.ceil(held.waves) / held.waves if held.waves > 1 else 1.0
+        alone = predict(replace(part, traits={}), [shape], H200).seconds
+        total += 1e6 * alone * whole**0.5 * (1.0 + 0.2 / held.share)
+    return total * math.exp(rng.normal(0.0, 0.01))
+
+
+def simulated(extract: Extractor, schedule, space: list, rng: np.random.Generator) -> list[Sample]:
+    out = []
+    for config in space:
+        counts = schedule.told(extract.workload, config, H200)
+        rows = extract.blocks(counts, schedule.name, schedule.config_to_json(config))
+        out.append(Sample(rows, law_us(counts, rng), str(extract.workload)))
+    return out
+
+
+def test_launches_are_learned_from() -> None:
+    """Times by a law of waves and occupancy: what launches tell is finite, used, and makes others known."""
+    pytest.importorskip("xgboost")
+    schedule, rng = get_schedule("mpgemm.cuda_mma_codes"), np.random.default_rng(0)
+    samples: list[list[Sample]] = []
+    for n, k in ((4096, 4096), (11008, 4096), (4096, 11008), (6144, 4096)):
+        workload = parse_workload(f"mpgemm:m=64,n={n},k={k},w=w4g128,a=abf16")
+        configs = list(schedule.space(workload, H200))
+        chosen = [configs[i] for i in rng.permutation(len(configs))[:48]]
+        extract = Extractor(workload, H200, DeviceModel.guess(H200))
+        samples.append(simulated(extract, schedule, chosen, rng))
+    *known, asked = samples
+    for sample in (s for each in samples for s in each):
+        for row in sample.blocks:
+            told = {name for name in row if name.startswith("sm.")}
+            assert {"sm.threads", "sm.shared", "sm.held", "sm.waves", "sm.registers"} <= told
+            assert all(math.isfinite(row[name]) for name in told)
+    errors = {}
+    for groups in ((), ("sm",)):
+        given = [
+            replace(s, blocks=tuple(without(row, groups) for row in s.blocks))
+            for each in known for s in each
+        ]  # fmt: skip
+        model = LatencyModel(seed=0)
+        model.fit(given)
+        assert any(c.startswith("sm.") for c in model.columns) == (not groups)
+        rows = [tuple(without(row, groups) for row in s.blocks) for s in asked]
+        logs = np.log(model.predict(rows).value / [s.value for s in asked])
+        errors[groups] = float(np.abs(logs - np.median(logs)).mean())
+        used = {name for b in model._boosters for name in b.get_score()}
+        names = {model.columns[int(name.removeprefix("f"))] for name in used}
+        assert any(name.startswith("sm.") for name in names) == (not groups)
+    assert errors[()] < errors["sm",]
+
+
+def test_kernels_of_generic_functions_and_cpus_tell_of_no_launches() -> None:
+    workload = parse_workload("mpgemm:m=1,n=256,k=256,w=w4g64,a=a8")
+    schedule, cpu = get_schedule("mpgemm.x86_portable"), PRESETS["x86-64-v3"]
+    config = schedule.space(workload, cpu).default
+    counts = schedule.told(workload, config, cpu)
+    assert counts == schedule.work(workload, config, cpu)
+    row = Extractor(workload, cpu, DeviceModel.guess(cpu))(counts, schedule.name, {})
+    assert not any(name.startswith("sm.") for name in row)
