@@ -72,6 +72,7 @@ SCHEDULES: dict[str, dict[str, str]] = {
         "oracle_attention.x86_fused_pairs": "attention.x86_oracle:X86OraclePairs",
         "oracle_attention.x86_twice": "attention.x86_oracle:X86OracleTwice",
         "oracle_attention.x86_twice_pairs": "attention.x86_oracle:X86OracleTwicePairs",
+        "oracle_attention.cuda": "attention.cuda_oracle:CudaOracle",
     },
     "kv_append": {
         "kv_append.x86": "attention.x86_append:X86Append",

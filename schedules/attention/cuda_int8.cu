@@ -31,21 +31,30 @@ extern "C" __global__ void __launch_bounds__(CODERS)
   const int low = WINDOW > 0 ? max(0, start - WINDOW + 1) : 0;
   if (end == start || !places.meets<int8::TILE>(tile * int8::TILE, low, end - 1)) return;
   auto place = [&](int slot) { return tile * int8::TILE + slot < places.slots() ? tile * int8::TILE + slot : -1; };
+  const bool writes = threadIdx.x % 32 == 0;
   if (blockIdx.y == 0) {
+    const uint16_t* rows = k_cache + size_t(cache) * CAP * DK;
     float* scales = k_scale + size_t(blockIdx.x) * int8::TILE;
-    int8::encode<DK, DEEP, CODERS>(shared, k_cache + size_t(cache) * CAP * DK, place,
-                                   [&](int slot, float most) { scales[slot] = most / 127.0f; });
+    int8::encode<DEEP, CODERS>(
+        shared, int8::MOST_CODE, [&](int slot, int column) { return int8::four_of<DK>(rows, place(slot), column); },
+        [&](int slot, float most, const auto&) {
+          if (writes) scales[slot] = most / int8::MOST_CODE;
+        });
     block_sync();
     int8::put_keys<DEEP, CODERS>(k_codes + size_t(blockIdx.x) * int8::TILE * DEEP, shared);
   }
 #if !HALF
   if (blockIdx.y == 1) {
+    const uint16_t* rows = v_cache + size_t(cache) * CAP * DW;
     float* logs = v_scale + size_t(blockIdx.x) * 2 * int8::TILE;
-    int8::encode<DW, DW, CODERS>(shared, v_cache + size_t(cache) * CAP * DW, place, [&](int slot, float most) {
-      const float scale = fmaxf(most / 127.0f, int8::LEAST);
-      logs[slot] = place(slot) < 0 ? 0.0f : log2f(scale);
-      logs[int8::TILE + slot] = place(slot) < 0 ? 0.0f : 1.0f / scale;
-    });
+    int8::encode<DW, CODERS>(
+        shared, int8::MOST_CODE, [&](int slot, int column) { return int8::four_of<DW>(rows, place(slot), column); },
+        [&](int slot, float most, const auto&) {
+          const float scale = fmaxf(most / int8::MOST_CODE, int8::LEAST);
+          const bool there = place(slot) >= 0;
+          if (writes) logs[slot] = there ? log2f(scale) : 0.0f;
+          if (writes) logs[int8::TILE + slot] = there ? 1.0f / scale : 0.0f;
+        });
     block_sync();
     int8::put_values<DW, CODERS>(v_codes + size_t(blockIdx.x) * int8::TILE * DW, shared);
   }
@@ -118,9 +127,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
   // each lane reads what it has written itself
   uint8_t* queries = shared + STAGES * STAGE_BYTES + warp * int8::QUERY_BYTES<DEEP>;
   float unit[2];
-  int8::put_queries<D, DEEP>(queries, unit, SCALE, [&](int half) -> const float* {
+  const float* from[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
     const int own = row + (lane >> 2) + 8 * half;
-    return own < ROWS && own / GROUP < valid ? q + result(own) * D : nullptr;
+    from[half] = own < ROWS && own / GROUP < valid ? q + result(own) * D : nullptr;
+  }
+  int8::put_queries<DEEP>(queries, unit, int8::MOST_CODE, SCALE, [&](int half, int column) {
+    return from[half] != nullptr && column < D ? from[half][column] : 0.0f;
   });
   const int at[2] = {start + (row + (lane >> 2)) / GROUP, start + (row + (lane >> 2) + 8) / GROUP};
   flash::Rows<DW> rows;

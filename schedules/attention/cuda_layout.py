@@ -48,7 +48,7 @@ def slots_of(p: Mapping[str, Any]) -> int:
 
 def cache_shapes(p: Mapping[str, Any]) -> dict[str, tuple[int, int, int]]:
     """Return the packed shapes for an op's parameters; one without ``dv`` has keys alone."""
-    heads = p["kv"] * (1 if paged(p) else p["b"])
+    heads = p["kv"] * (1 if paged(p) else p.get("b", 1))
     widths = (("k_cache", "d"), ("v_cache", "dv"))
     return {n: (heads, slots_of(p), whole(p[w])) for n, w in widths if w in p}
 
@@ -101,7 +101,7 @@ def constants(workload: Workload) -> dict[str, int | float | bool]:
     """Return the extents by which kernels over these caches find their rows and slots."""
     p = get_op(workload.op).full(workload)
     names = ("t", "h", "kv", "d", "dv", "cap", "page")
-    found: dict[str, int | float | bool] = {n.upper(): p[n] for n in names}
+    found: dict[str, int | float | bool] = {n.upper(): p.get(n, 0) for n in names}
     in_pool = width_of(p["cap"], p["page"]) if paged(p) else 0
     return found | {
         "DK": whole(p["d"]),

@@ -44,6 +44,10 @@ WORKLOADS: dict[str, tuple[str, ...]] = {
         "sparse_attention:t=2,h=6,kv=2,d=80,dv=72,cap=512,hs=2,block=16,kmax=6,c=bf16",
         "sparse_attention:t=2,h=12,kv=4,d=256,dv=256,cap=4096,hs=1,block=16,kmax=64,window=100,sink=1,c=bf16,page=16,pool=256",
     ),
+    "oracle_attention": (
+        "oracle_attention:t=512,h=32,kv=8,d=128,dv=128,cap=4096,block=64,c=bf16",
+        "oracle_attention:t=1,h=32,kv=8,d=128,dv=128,cap=8192,block=64,c=bf16",
+    ),
     "kv_append": (
         "kv_append:t=1,h=32,kv=8,d=128,dv=128,cap=4096,rot=128,c=bf16",
         "kv_append:t=16,h=6,kv=2,d=80,dv=72,cap=300,rot=40,norm=1,c=bf16",

@@ -16,6 +16,7 @@ namespace int8 {
 
 constexpr int TILE = 128;            // slots whose weights share a largest one
 constexpr float LEVELS = 255.0f;     // what that one becomes
+constexpr float MOST_CODE = 127.0f;
 constexpr float LEAST = 0x1p-60f;    // scales of values are not below it
 constexpr int ZERO = 0x4b400000;     // bits of groups::WHOLE
 
@@ -54,7 +55,8 @@ struct Places {
 
 // ---- codes ---------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ float inverse_of(float most) { return most > 0.0f ? 127.0f / most : 0.0f; }
+// Of a row whose largest magnitude becomes the code `levels`.
+__device__ __forceinline__ float inverse_of(float most, float levels) { return most > 0.0f ? levels / most : 0.0f; }
 
 // A code in the lowest byte. The product is rounded before it becomes an integer, as the op says.
 __device__ __forceinline__ uint32_t code(float x, float inverse) {
@@ -65,36 +67,43 @@ __device__ __forceinline__ uint32_t code(float x, float inverse) {
 template <int WIDTH>
 constexpr int STRIDE = WIDTH + 16;
 
-// Codes of the TILE rows of a cache, WIDTH numbers wide, in shared memory, CODES wide. `place(slot)` is which row it
-// is; where negative, codes are 0. `done(slot, most)`, by one lane, gets the largest magnitude.
-template <int WIDTH, int CODES, int THREADS, class Place, class Done>
-__device__ __forceinline__ void encode(uint8_t* codes, const uint16_t* rows, Place place, Done done) {
+// Codes of TILE rows of numbers in shared memory, CODES wide. `load(slot, column)` are four of a row's numbers from a
+// column on, zeros behind its end; `done(slot, most, numbers)`, by all lanes, gets the largest magnitude and the lane's
+// numbers: those from column 128i + 4 lane on.
+template <int CODES, int THREADS, class Load, class Done>
+__device__ __forceinline__ void encode(uint8_t* codes, float levels, Load load, Done done) {
   constexpr int STEPS = (CODES + 127) / 128;
   const int lane = threadIdx.x & 31;
   for (int slot = threadIdx.x >> 5; slot < TILE; slot += THREADS / 32) {
-    const int row = place(slot);
-    uint2 pairs[STEPS];
+    float4 x[STEPS];
     float most = 0.0f;
 #pragma unroll
     for (int i = 0; i < STEPS; ++i) {
-      const int column = (i * 32 + lane) * 4;
-      pairs[i] = make_uint2(0u, 0u);
-      if (row >= 0 && column < WIDTH) pairs[i] = load8(rows + size_t(row) * WIDTH + column);
-      most = fmaxf(most, fmaxf(fabsf(bf16_low(pairs[i].x)), fabsf(bf16_high(pairs[i].x))));
-      most = fmaxf(most, fmaxf(fabsf(bf16_low(pairs[i].y)), fabsf(bf16_high(pairs[i].y))));
+      x[i] = load(slot, (i * 32 + lane) * 4);
+      most = fmaxf(most, fmaxf(fmaxf(fabsf(x[i].x), fabsf(x[i].y)), fmaxf(fabsf(x[i].z), fabsf(x[i].w))));
     }
 #pragma unroll
     for (int away = 16; away > 0; away /= 2) most = fmaxf(most, shfl_xor(most, away));
-    const float inverse = inverse_of(most);
+    const float inverse = inverse_of(most, levels);
 #pragma unroll
     for (int i = 0; i < STEPS; ++i) {
       const int column = (i * 32 + lane) * 4;
-      const uint32_t x[4] = {code(bf16_low(pairs[i].x), inverse), code(bf16_high(pairs[i].x), inverse),
-                             code(bf16_low(pairs[i].y), inverse), code(bf16_high(pairs[i].y), inverse)};
-      if (column < CODES) *reinterpret_cast<uint32_t*>(codes + slot * STRIDE<CODES> + column) = groups::bytes_of<0>(x);
+      const uint32_t four[4] = {code(x[i].x, inverse), code(x[i].y, inverse), code(x[i].z, inverse),
+                                code(x[i].w, inverse)};
+      if (column < CODES) {
+        *reinterpret_cast<uint32_t*>(codes + slot * STRIDE<CODES> + column) = groups::bytes_of<0>(four);
+      }
     }
-    if (lane == 0) done(slot, most);
+    done(slot, most, x);
   }
+}
+
+// Four numbers of a row of a cache, WIDTH wide, from a column on; zeros behind its end, and where `row` is negative.
+template <int WIDTH>
+__device__ __forceinline__ float4 four_of(const uint16_t* rows, int row, int column) {
+  uint2 pairs = make_uint2(0u, 0u);
+  if (row >= 0 && column < WIDTH) pairs = load8(rows + size_t(row) * WIDTH + column);
+  return make_float4(bf16_low(pairs.x), bf16_high(pairs.x), bf16_low(pairs.y), bf16_high(pairs.y));
 }
 
 // Writes a tile's codes of keys where they belong.
@@ -140,32 +149,28 @@ __device__ __forceinline__ void copy_keys(uint32_t to, const uint8_t* codes, int
 template <int DEEP>
 constexpr int QUERY_BYTES = 16 * DEEP;
 
-// Leaves them in `codes`; `unit` is what one step of a row's integers is worth. `row(half)` is where the lane's row
-// number `half` begins, D float32 numbers, or null: zeros. `factor`: on q.k.
-template <int D, int DEEP, class Row>
-__device__ __forceinline__ void put_queries(uint8_t* codes, float (&unit)[2], float factor, Row row) {
+// Leaves them in `codes`; `unit` is what one step of a row's integers is worth. `number(half, column)` is of the lane's
+// row number `half`, zero behind its end. `factor`: on q.k.
+template <int DEEP, class Number>
+__device__ __forceinline__ void put_queries(uint8_t* codes, float (&unit)[2], float levels, float factor, Number number) {
   const int lane = threadIdx.x & 31;
   uint32_t* mine = reinterpret_cast<uint32_t*>(codes) + lane * 4;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const float* x = row(half);
-    auto number = [&](int run, int i) {  // 16 channels are a run, of which the lane has four
-      const int column = run * 16 + (lane & 3) * 4 + i;
-      return x != nullptr && column < D ? x[column] : 0.0f;
-    };
+    auto own = [&](int run, int i) { return number(half, run * 16 + (lane & 3) * 4 + i); };  // of 16 channels
     float most = 0.0f;
     for (int run = 0; run < DEEP / 16; ++run) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) most = fmaxf(most, fabsf(number(run, i)));
+      for (int i = 0; i < 4; ++i) most = fmaxf(most, fabsf(own(run, i)));
     }
     most = fmaxf(most, shfl_xor(most, 1));
     most = fmaxf(most, shfl_xor(most, 2));
-    const float inverse = inverse_of(most);
-    unit[half] = most / 127.0f * factor;
+    const float inverse = inverse_of(most, levels);
+    unit[half] = most / levels * factor;
     for (int run = 0; run < DEEP / 16; ++run) {
       uint32_t four[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) four[i] = code(number(run, i), inverse);
+      for (int i = 0; i < 4; ++i) four[i] = code(own(run, i), inverse);
       mine[run / 2 * 128 + half + run % 2 * 2] = groups::bytes_of<0>(four);
     }
   }
