@@ -28,6 +28,7 @@ from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.ops.base import Array
 from mimo_compile.ir.ops.block_lists import to_lists
 from mimo_compile.ir.policies import Geometry, parse_policy
+from mimo_compile.ir.policies.dsa import Dsa
 from mimo_compile.ir.policies.seer import Seer
 from mimo_compile.ir.policies.tailorkv import TailorKV
 from mimo_compile.ir.workload import Value, Workload
@@ -137,6 +138,11 @@ def parts(cell: Cell) -> dict[str, Workload]:
         out |= _gates(policy, g)
     elif isinstance(policy, TailorKV):
         out["describe"] = get_op("index_keys").workload(**shape, span=policy.span)
+    elif isinstance(policy, Dsa):
+        out["describe"] = get_op("append_entries").workload(
+            t=g.t, kv=1, d=policy.width, cap=g.cap, e=g.c
+        )
+        score = score.replace(e=g.c)
     # nothing scores these keys
     apart = score.op == "score_blocks" or not policy.alone or isinstance(policy, TailorKV)
     if policy.block < 16 and apart:

@@ -16,6 +16,7 @@ from mimo_compile.cli import main
 from mimo_compile.errors import UsageError
 from mimo_compile.frontend.models.decoder import LayerSpec
 from mimo_compile.frontend.models.gated import Gated
+from mimo_compile.frontend.models.indexed import Indexed
 from mimo_compile.ir.hardware import local_cpu
 from mimo_compile.ir.ops import get_op, parse_workload
 from mimo_compile.ir.ops.block_lists import check_lists
@@ -50,6 +51,14 @@ def test_parts_are_workloads_with_a_tenth_of_the_keys() -> None:
         assert found["dense"]["c"] == found["attend"]["c"] == "bf16"
 
 
+def test_keys_of_indexers_are_what_a_model_keeps() -> None:
+    (cell,) = cells("sparse:policy=dsa,cap=65536")
+    g, policy = cell.geometry, parse_policy(cell.policy)
+    layer = LayerSpec(g.h, g.kv, g.d, g.dv, rotary_dim=g.d)
+    indexed = Indexed(policy, policy.role_alone(0), False)
+    assert (parts(cell)["describe"],) == indexed.describing(layer, g.cap, g.t, g.c)
+
+
 def test_parts_of_gates_are_what_a_model_runs() -> None:
     (cell,) = cells("sparse:policy=seer,block=64,cap=65536")
     g, policy = cell.geometry, parse_policy(cell.policy)
@@ -60,11 +69,12 @@ def test_parts_of_gates_are_what_a_model_runs() -> None:
     assert found["score"] == policy.workloads(g).score
 
 
-def test_entries_are_floats_unless_they_are_bounds_of_keys() -> None:
+def test_entries_are_floats_unless_they_are_keys_or_bounds_of_keys() -> None:
     for cell in all_cells():
         score = get_op((w := parts(cell)["score"]).op).full(w)
         if w.op == "score_blocks":
-            assert score["e"] == ("bf16" if score["kind"] == "quest" else "f32"), str(cell)
+            as_keys = score["kind"] in ("quest", "indexer")
+            assert score["e"] == ("bf16" if as_keys else "f32"), str(cell)
 
 
 def test_conditions_keep_a_part() -> None:
