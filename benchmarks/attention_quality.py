@@ -269,6 +269,8 @@ def speed(args: argparse.Namespace) -> None:
         for budget, policy in systems[name].items():
             if isinstance(policy, Oracle) or (name, budget) in known:
                 continue
+            if args.budgets and budget not in args.budgets:
+                continue
             if name != "resa, not rectified" and (found := decode_time(policy, args.speed)):
                 note(args.out, {
                     "weights": "any", "system": name, "budget": budget, "task": "speed",

@@ -12,6 +12,7 @@ from mimo_compile.tiny import long_context as long
 from mimo_compile.tiny.checkpoint import load
 from mimo_compile.tiny.gates import load_gates
 from mimo_compile.tiny.hysparse import load_hysparse
+from mimo_compile.tiny.indexers import load_indexers
 
 pytestmark = pytest.mark.compile
 
@@ -21,7 +22,7 @@ FOLDER = MODELS / "tiny-4k"
 
 def test_weights_outside_the_wheel_stay_small() -> None:
     assert {"README.md", "config.json", "model.safetensors"} <= {f.name for f in FOLDER.iterdir()}
-    deltas = {"README.md", "gates.safetensors", "hysparse.safetensors"}
+    deltas = {"README.md", "gates.safetensors", "hysparse.safetensors", "indexers.safetensors"}
     assert deltas == {f.name for f in (MODELS / "tiny-4k-deltas").iterdir()}
     assert sum(f.stat().st_size for f in MODELS.glob("tiny-4k*/*")) < 25_000_000
 
@@ -29,6 +30,7 @@ def test_weights_outside_the_wheel_stay_small() -> None:
 def test_deltas_belong_to_these_weights() -> None:
     base, deltas = load(FOLDER), MODELS / "tiny-4k-deltas"
     assert sorted(load_gates(base.config, deltas / "gates.safetensors")) == [0, 5]
+    assert sorted(load_indexers(base.config, deltas / "indexers.safetensors")) == [0, 5]
     model = load_hysparse(base, deltas / "hysparse.safetensors")
     assert (model.shape.block, model.shape.budget) == (32, 256)
 
