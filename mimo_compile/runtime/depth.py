@@ -31,8 +31,8 @@ class Depth:
         self._fixed = fixed
         self._passes = 0
         self._kept, self._tried = [_PRIOR] * most, [1.0] * most
-        self._passing = [_Times(), _Times()]
-        """Of passes without drafts, and with some."""
+        self._passing = [_Times() for _ in range(most + 1)]
+        """Of passes with so many drafts: more tokens choose more experts."""
         self._heads = [_Times() for _ in range(most)]
         self._last: list[int] = [0] * (most + 1)
         """Pass in which each depth, or a greater one, was tried; of depth 0, the very one."""
@@ -56,7 +56,8 @@ class Depth:
         if not self._passing[0].count:
             stale = [0]
         if stale:
-            depth = self._repeat = stale[-1]
+            untimed = (k for k in stale if not self._passing[k].count)
+            depth = self._repeat = next(untimed, stale[-1])
             for tried in range(min(depth, 1), depth + 1):  # lesser ones are tried with it
                 self._wait[tried] = min(2 * self._wait[tried], _SELDOM)
             return depth
@@ -78,7 +79,7 @@ class Depth:
             self._kept[head] = _MEMORY * self._kept[head] + (head < kept)
             self._tried[head] = _MEMORY * self._tried[head] + 1
         if self._before >= 0 and (self._before > 0) == (drafted > 0):
-            self._passing[drafted > 0].add(seconds)
+            self._passing[drafted].add(seconds)
         for times, took in zip(self._heads[: max(self._before, 0)], heads, strict=False):
             times.add(took)
         self._before = drafted
@@ -97,8 +98,25 @@ class Depth:
 
     def _worth(self, depth: int) -> float:
         """Return the tokens per second that are expected of a depth; 0 if it was never timed."""
-        seconds = self._passing[depth > 0].usual + sum(h.usual for h in self._heads[:depth])
-        return self.expected(depth) / seconds if seconds else 0.0
+        passing = self._usual(depth)
+        seconds = passing + sum(head.usual for head in self._heads[:depth])
+        return self.expected(depth) / seconds if passing else 0.0
+
+    def _usual(self, depth: int) -> float:
+        """Return what a pass with so many drafts takes without drafting; 0 if nothing is known.
+
+        What was never timed is thought to lie between its neighbours that were; taken then, it is timed.
+        """
+        times = self._passing
+        timed = [k for k in range(self.most + 1) if times[k].count]
+        if times[depth].count or depth == 0 or timed in ([], [0]):
+            return times[depth].usual
+        below = max((k for k in timed if k < depth), default=None)
+        above = min((k for k in timed if k > depth), default=below)
+        if below is None or above is None or below == above:
+            return times[timed[0] if below is None else below].usual
+        part = (depth - below) / (above - below)
+        return times[below].usual + part * (times[above].usual - times[below].usual)
 
 
 class _Times:

@@ -11,7 +11,8 @@ from mimo_compile.runtime.depth import Depth
 def settle(rates, plain, verify, head, passes=400, seed=0, room=9, cold=1.0):
     """Return how often each depth was taken in the second half of some passes with these rates and costs.
 
-    ``cold``: times its cost that what the last pass did not run takes.
+    ``verify``: cost of a pass with drafts, or costs by their number; ``cold``: times its cost that what the
+    last pass did not run takes.
     """
     rng, depth = np.random.default_rng(seed), Depth(len(rates))
     taken, before = np.zeros(len(rates) + 1, int), -1
@@ -23,7 +24,8 @@ def settle(rates, plain, verify, head, passes=400, seed=0, room=9, cold=1.0):
         slow = 20.0 if rng.random() < 0.02 else 1.0  # others take the processor now and then
         slow *= cold if before < 0 or (before > 0) != (drafts > 0) else 1.0
         heads = [head * (1.0 if k < before else cold) for k in range(drafts)]
-        depth.learn(drafts, kept, slow * (verify if drafts else plain), heads)
+        costs = (plain, *(verify if isinstance(verify, tuple) else [verify] * len(rates)))
+        depth.learn(drafts, kept, slow * costs[drafts], heads)
         before = drafts
         taken[drafts] += number >= passes // 2
     return taken / taken.sum()
@@ -36,6 +38,9 @@ def settle(rates, plain, verify, head, passes=400, seed=0, room=9, cold=1.0):
         ((0.9, 0.3, 0.3), 1.0, 1.2, 0.3, 1),
         ((0.1, 0.1, 0.1), 1.0, 1.2, 0.1, 0),
         ((0.95, 0.95, 0.95), 1.0, 5.0, 0.1, 0),
+        ((0.6, 0.5, 0.3), 1.0, (1.2, 2.0, 2.3), 0.05, 1),  # experts: each token reads more
+        ((0.9, 0.9, 0.2), 1.0, (1.8, 1.9, 2.6), 0.05, 2),
+        ((0.3, 0.3, 0.3), 1.0, (1.5, 1.9, 2.3), 0.05, 0),
     ],
 )
 @pytest.mark.parametrize("cold", [1.0, 6.0])
