@@ -16,6 +16,9 @@ from mimo_compile.schedules.attention.layout import round_up
 from mimo_compile.schedules.emit.build import Register, T, bind
 from mimo_compile.schedules.emit.vector import LANES, splat
 
+NEAR_BYTES = 36 << 10
+"""Of what is read and what arrives meanwhile, which a first-level cache of 48 KiB holds beside all else."""
+
 
 @dataclass(frozen=True, slots=True)
 class Tiling:

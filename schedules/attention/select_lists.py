@@ -10,7 +10,7 @@ from typing import Any
 from mimo_compile.ir.ops import batches, get_op
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.attention.reach import fixed
-from mimo_compile.schedules.attention.score_common import reduced, row_end
+from mimo_compile.schedules.attention.score_common import row_end
 from mimo_compile.schedules.attention.select_order import (
     LEAST,
     MOST,
@@ -38,7 +38,8 @@ from mimo_compile.schedules.emit.build import (
     when,
     workspace,
 )
-from mimo_compile.schedules.emit.vector import LANES
+from mimo_compile.schedules.emit.compress import append, counted, flags, packed
+from mimo_compile.schedules.emit.vector import LANES, splat
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,14 +186,10 @@ class List:
         """Copy the keys that reach ``floor``, with their ids."""
         assert self.kept is not None
         keys, ids, count = self.kept
-        least = fixed(floor)
+        least = bind(splat(fixed(floor)))
         with T.serial(0, self.vectors) as j:
             key = bind(load(self.keys, j * LANES, lanes=LANES))
-            with when(reduced("smax", key) >= least), T.serial(0, LANES) as i:
-                own = bind(self.keys[j * LANES + i])
-                store(keys, own, count.get())
-                store(ids, j * LANES + i, count.get())
-                count.set(count.get() + T.Select(own >= least, T.int32(1), T.int32(0)))
+            append((keys, ids), (key, _ids(j)), flags(key >= least), count)
 
     def by_rule(self, value: Any) -> None:
         """Set the level of ``threshold`` or ``mass``, forced blocks in the order; then leave them out."""
@@ -262,23 +259,44 @@ class List:
 
     # -- what is taken -----------------------------------------------------------------------------
 
-    def each_taken(self, step: Callable[[Any, Any], None]) -> None:
-        """Emit ``step(id, key)`` for every block that is taken, ascending."""
-        level = fixed(self.level.get())
+    def taken(self) -> tuple[Any, Any, Any]:
+        """Return keys and ids of what is taken, ascending, and how many; they overwrite the list."""
+        level = bind(splat(fixed(self.level.get())))
+        if self.kept is None:
+            held = self.keys, workspace((self.s.room,), "int32")
+            vectors = self.vectors
+        else:
+            keys, ids, some = self.kept
+            held = keys, ids
+            vectors = fixed(T.floordiv(some.get() + (LANES - 1), T.int32(LANES)))
+        lanes, places = bind(_ids(0)), workspace((LANES,), "int32")
+        count = Register("int32", 1, T.int32(0))
+        with T.serial(0, vectors) as j:
+            key = bind(load(held[0], j * LANES, lanes=LANES))
+            index = _ids(j) if self.kept is None else bind(load(held[1], j * LANES, lanes=LANES))
+            tie = flags(key == level)
+            left, equal = fixed(self.ties.get()), counted(tie)
 
-        def judge(key: Any, index: Any) -> None:
-            tie = T.And(key == level, self.ties.get() > 0)
-            with when(T.Or(key > level, tie)):
-                step(index, key)
-                with when(key == level):
-                    self.ties.set(self.ties.get() - 1)
+            def above(key: Any = key, index: Any = index) -> None:
+                append(held, (key, index), flags(key > level), count)
 
-        if self.kept is not None:
-            keys, ids, count = self.kept
-            with T.serial(0, fixed(count.get())) as i:
-                judge(bind(keys[i]), bind(ids[i]))
-            return
-        with T.serial(0, self.vectors) as j:
-            key = bind(load(self.keys, j * LANES, lanes=LANES))
-            with when(reduced("smax", key) >= level), T.serial(0, LANES) as i:
-                judge(bind(self.keys[j * LANES + i]), j * LANES + i)
+            def some_ties(
+                key: Any = key,
+                index: Any = index,
+                tie: Any = tie,
+                left: Any = left,
+                equal: Any = equal,
+            ) -> None:
+                store(places, packed(lanes, tie), 0, lanes=LANES)
+                last = bind(splat(fixed(places[T.min(left, equal) - 1])))
+                stays = T.Or(key > level, T.And(key == level, lanes <= last))
+                append(held, (key, index), flags(stays), count)
+                self.ties.set(T.max(left - equal, T.int32(0)))
+
+            choose(T.Or(left == 0, equal == 0), above, some_ties)
+        return (*held, fixed(count.get()))
+
+
+def _ids(vector: Any) -> Any:
+    """Return the ids of a vector of keys."""
+    return bind(T.ramp(T.int32(0) + vector * LANES, 1, LANES))

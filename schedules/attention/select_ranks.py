@@ -50,17 +50,12 @@ class Ranking:
         own = List(s, frame, score, row, head)
         own.without_forced()
         own.best(frame.room)
-        pairs = [[workspace((s.kmax,), "int32") for _ in range(2)] for _ in range(2)]
-        count = Register("int32", 1, T.int32(0))
-
-        def keep(index: Any, key: Any) -> None:
+        keys, ids, total = own.taken()
+        with T.serial(0, fixed(T.floordiv(total + (LANES - 1), T.int32(LANES)))) as j:
             # greater keys first, as unsigned numbers in ascending order
-            store(pairs[0][0], T.bitwise_xor(key, T.int32(MOST)), count.get())
-            store(pairs[0][1], index, count.get())
-            count.set(count.get() + 1)
-
-        own.each_taken(keep)
-        total = fixed(count.get())
+            key = T.bitwise_xor(load(keys, j * LANES, lanes=LANES), splat(T.int32(MOST)))
+            store(keys, key, j * LANES, lanes=LANES)
+        pairs = [[keys, ids], [workspace((s.kmax,), "int32") for _ in range(2)]]
         store(self.counts, total, task)
         for digit in range(32 // BITS):
             last = digit == 32 // BITS - 1

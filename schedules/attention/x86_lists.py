@@ -24,6 +24,7 @@ from mimo_compile.schedules.attention.layout import kernel_args, round_up
 from mimo_compile.schedules.attention.lists import ListTiling, visiting
 from mimo_compile.schedules.attention.lists_work import lists_work
 from mimo_compile.schedules.attention.phases import emit
+from mimo_compile.schedules.attention.reach import NEAR_BYTES
 from mimo_compile.schedules.attention.x86_flash import (
     FEW_BLOCKS,
     PARALLEL_FMA,
@@ -34,9 +35,6 @@ from mimo_compile.schedules.attention.x86_flash_pairs import X86FlashPairs
 from mimo_compile.schedules.base import Kernel, Space
 from mimo_compile.schedules.emit.build import function
 from mimo_compile.schedules.emit.vector import LANES, symbol
-
-NEAR_BYTES = 36 << 10
-"""Of keys and values at once, which a first-level cache of 48 KiB holds beside all else."""
 
 
 class X86Lists(X86Flash):

@@ -20,6 +20,7 @@ from mimo_compile.ir.ops.base import Arg, Array
 from mimo_compile.ir.ops.pages import TABLE, paged, table_bytes
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.attention import descriptors, sequences
+from mimo_compile.schedules.attention.reach import NEAR_BYTES
 from mimo_compile.schedules.attention.score_entries import Entries, emit
 from mimo_compile.schedules.base import Kernel, Schedule, Space
 from mimo_compile.schedules.emit.build import function
@@ -71,14 +72,21 @@ class X86ScoreBlocks(Schedule):
         most = 24 if hardware.has_avx512 else 8
         tile = max(n for n in tiles if n <= 16)
         row = max(n for n in rows if n <= 4)
-        side = max(n for n in wide if n * row <= (16 if hardware.has_avx512 else 4) or n == 1)
+        # pages are put together before they are multiplied
+        steps = (0,) if paged(s.p) else (0, 1, 2, 4)
+        ahead = int(tile == 1 and len(steps) > 1)
+        # a register tile is read while the next one arrives
+        vector = s.format.bytes * LANES * s.parts * s.p["d"]
+        room = NEAR_BYTES // (2 * vector) if ahead else wide[-1]
+        side = max(
+            n
+            for n in wide
+            if (n * row <= (16 if hardware.has_avx512 else 4) and n <= room) or n == 1
+        )
         tasks = s.p["b"] * s.p["kv"] * -(-count // tile)
         heavy = get_op(self.op).counts(workload).ops["fma_f32"] >= PARALLEL_FMA
         crew = hardware.threads if heavy else 1
         part = next((n for n in splits if tasks * n >= crew and tasks * n % crew == 0), splits[-1])
-        # pages are put together before they are multiplied
-        steps = (0,) if paged(s.p) else (0, 1, 2, 4)
-        ahead = int(tile == 1 and len(steps) > 1)
         default = BlocksConfig(tile, row, side, part, crew > 1 and tasks * part > 1, ahead)
         return Space(
             BlocksConfig,

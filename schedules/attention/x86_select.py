@@ -19,7 +19,8 @@ from mimo_compile.schedules.attention.select_lists import Choice, Frame, List
 from mimo_compile.schedules.attention.select_ranks import Ranking, finish
 from mimo_compile.schedules.attention.sequences import part_of, place_of, turns
 from mimo_compile.schedules.base import Kernel, Schedule, Space
-from mimo_compile.schedules.emit.build import Register, T, function, store
+from mimo_compile.schedules.emit.build import T, function, load, store
+from mimo_compile.schedules.emit.compress import imported
 from mimo_compile.schedules.emit.vector import LANES, symbol
 from mimo_compile.schedules.work import Stream, Tile, busiest, work
 
@@ -44,7 +45,7 @@ class X86Select(Schedule):
 
     name = "select_blocks.x86"
     op = "select_blocks"
-    version = 2
+    version = 3
     config = SelectConfig
 
     def supports(self, workload: Workload, hardware: Hardware) -> bool:
@@ -74,9 +75,10 @@ class X86Select(Schedule):
 
         def body(score: Any, pos: Any, *rest: Any) -> None:
             value, (idx, cnt) = (rest[0] if len(rest) == 3 else None), rest[-2:]
-            _emit(s, config.parallel, score, pos, value, idx, cnt)
+            with imported():
+                _emit(s, config.parallel, score, pos, value, idx, cnt)
 
-        room = 4 * (s.room * (3 if config.run else 1) + (4 * s.kmax if _ranked(s) else 0))
+        room = 4 * (s.room * (3 if config.run else 2) + (2 * s.kmax if _ranked(s) else 0))
         threads = hardware.threads if config.parallel else 1
         if _ranked(s):
             room = room * threads + 4 * s.p["b"] * s.rows * s.p["hs"] * s.kmax
@@ -148,15 +150,17 @@ def _one(
         own.best(frame.room)
     else:
         own.by_rule(value[head])
-    out = Register("int32", 1, T.int32(0))
-
-    def take(index: Any, _: Any = None) -> None:
-        store(idx, index, row, head, out.get())
-        out.set(out.get() + 1)
-
+    _, ids, count = own.taken()
     with T.serial(0, frame.first) as i:
-        take(i)
-    own.each_taken(take)
+        store(idx, i, row, head, i)
+    whole = fixed(T.floordiv(count, T.int32(LANES)))
+    with T.serial(0, whole) as j:
+        some = load(ids, j * LANES, lanes=LANES)
+        store(idx, some, row, head, frame.first + j * LANES, lanes=LANES)
+    with T.serial(0, fixed(count - whole * LANES)) as i:
+        at = fixed(whole * LANES + i)
+        store(idx, ids[at], row, head, frame.first + at)
+    before = fixed(frame.first + count)
     with T.serial(0, fixed(frame.seen - frame.last)) as i:
-        take(frame.last + i)
-    finish(s, idx, cnt, (row, head), fixed(out.get()))
+        store(idx, frame.last + i, row, head, before + i)
+    finish(s, idx, cnt, (row, head), fixed(before + (frame.seen - frame.last)))
