@@ -22,6 +22,8 @@ from mimo_compile.schedules.moe.work import expert_work
 
 _FEW = 8
 """Slots of an expert up to which reading weights takes longer than multiplying with them."""
+_ROOM = 4
+"""Slots in a tile from which on there is something between powers of two."""
 
 
 class Experts(Schedule):
@@ -64,7 +66,7 @@ class Experts(Schedule):
         knobs: dict[str, tuple[KnobValue, ...]] = {
             "rows13": tuple(r for r in (1, 2, 3, 4) if blocks13 % r == 0),
             "rows2": tuple(r for r in (1, 2, 3, 4, 6, 8) if blocks2 % r == 0),
-            "tokens": tuple(t for t in (1, 2, 4, 8) if t <= problem.t),
+            "tokens": tuple(t for t in (1, 2, 4, 6, 8) if t <= problem.t),
             "prefetch": (0, 8, 16, 32, 128),
             "unroll": self.unrolls(problem),
             "parallel": (False, True) if hardware.threads > 1 else (False,),
@@ -72,6 +74,7 @@ class Experts(Schedule):
             "apart": (False, True)[: problem.halves],
             "dot": self.dots(problem, hardware),
             "share": (False, True) if problem.t > 1 else (False,),
+            "once": (False, True) if problem.t >= _ROOM else (False,),
         }
 
         def legal(config: MoeConfig) -> bool:
@@ -80,6 +83,10 @@ class Experts(Schedule):
             if config.unroll > 1 and not multiply.unrolls:
                 return False
             if config.share and config.prefetch:
+                return False
+            if config.once and config.tokens < _ROOM:
+                return False
+            if not config.once and config.tokens & (config.tokens - 1):
                 return False
             size = most * config.tokens * multiply.cost * config.unroll
             return most * config.tokens <= 28 and (size <= 256 or most * config.tokens <= 2)
@@ -99,6 +106,8 @@ class Experts(Schedule):
         """Return a good config without a measurement: about as many slots as an expert gets."""
         if (stream := self.stream(space, problem, hardware, parallel)) is not None:
             return stream
+        if (many := self.many(space, problem, hardware, parallel)) is not None:
+            return many
         per_expert = 2 * problem.slots / problem.e
         sizes = [t for t in (4, 2, 1) if t in space.knobs["tokens"] and t <= max(1, per_expert)]
         dot = self.dots(problem, hardware)[0]
@@ -139,7 +148,27 @@ class Experts(Schedule):
         )  # fmt: skip
         sizes = sorted(space.knobs["tokens"], reverse=True)
         # most experts have fewer slots; whoever has more reads the rows again from the cache
-        return next(c for t in sizes if space.legal(c := replace(one, tokens=int(t))))
+        tiles = (replace(one, tokens=int(t), once=int(t) >= _ROOM) for t in sizes)
+        return next(c for c in tiles if space.legal(c))
+
+    def many(
+        self, space: Space, problem: Problem, hardware: Hardware, parallel: bool
+    ) -> MoeConfig | None:
+        """Return the config that keeps an expert's slots in cache for all of its rows; None: not measured.
+
+        That is for weights from memory which multiply as they lie there, in sums of whole rows.
+        """
+        bytes_ = problem.act == "a8" and problem.fmt.bits == 8 and problem.layout13.groups == 1
+        ready = problem.fmt.is_float or bytes_
+        if not (ready and self.far(problem, hardware) and self.streams(problem)):
+            return None
+        config = MoeConfig(
+            1, 2, 8, 0, 1, parallel, tasks=hardware.threads, dot=self.dots(problem, hardware)[0],
+            share=True, once=True,
+        )  # fmt: skip
+        known = all(getattr(config, name) in values for name, values in space.knobs.items())
+        wide = self.multiply(problem, config).lanes == ROWS
+        return config if known and wide and space.legal(config) else None
 
     def order(self, workload: Workload, config: MoeConfig, hardware: Hardware) -> str | None:
         """A token adds up its experts in the order of its choices, whoever else has the same ones."""

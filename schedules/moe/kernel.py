@@ -29,7 +29,7 @@ from mimo_compile.schedules.emit.tile import Out, Share, TileKnobs, Weights, sto
 from mimo_compile.schedules.emit.vector import sigmoid
 from mimo_compile.schedules.moe.multiply import Multiply
 from mimo_compile.schedules.moe.problem import Split
-from mimo_compile.schedules.moe.slots import Slots, sorted_slots
+from mimo_compile.schedules.moe.slots import Slots, sorted_slots, visits
 
 
 class ExpertKernel:
@@ -84,13 +84,14 @@ class ExpertKernel:
 
     def over_experts(
         self, slots: Slots, task: Any, split: Split,
-        emit: Callable[[Any, Any, int, Any, Share | None], None],
+        emit: Callable[[Any, list[Any], Any, Share | None], None],
     ) -> None:  # fmt: skip
         """Visit the hit experts, a task's tiles of rows, and the expert's slots in tiles.
 
-        ``emit(expert, position, count, tile, share)``: the tile's number in the task.
+        ``emit(expert, places, tile, share)``: the sorted positions of some of its slots, of which the last
+        one may come several times; the tile's number in the task.
         """
-        shares = self.config.share
+        shares, size, once = self.config.share, self.config.tokens, self.config.once
         with T.serial(0, slots.hits[0]) as h:
             expert = slots.expert[h]
             expert = bind(T.cast(expert, "int64") if self.wide else expert)
@@ -100,17 +101,14 @@ class ExpertKernel:
             def over_slots(tile: Any) -> None:
                 away = self.next_tile(slots, h, expert, split, task, tile) if shares else None
 
-                def visit(done: Any, size: int) -> None:
-                    share = Share(bind(done * part), bind(part * size), away) if shares else None
-                    emit(expert, bind(first + done), size, tile, share)
+                def visit(done: Any, room: int, sure: int) -> None:
+                    share = Share(bind(done * part), bind(part * room), away) if shares else None
+                    at = bind(first + done)
+                    last = first + count - 1
+                    some = [at + m if m < sure else bind(T.min(at + m, last)) for m in range(room)]
+                    emit(expert, some, tile, share)
 
-                size = self.config.tokens
-                with T.serial(0, T.floordiv(count, size)) as i:
-                    visit(i * size, size)
-                while (size := size // 2) >= 1:
-                    with when(T.bitwise_and(count, size) != 0):
-                        # what the larger tiles have done: the higher bits of the count
-                        visit(T.bitwise_and(count, T.int32(-2 * size)), size)
+                visits(count, size, visit, once=once)
 
             self.over_tiles(task, split, over_slots)
 
@@ -143,7 +141,7 @@ class ExpertKernel:
         split, width = self.split13, self.multiply.lanes
         rows = split.rows
 
-        def emit(expert: Any, first: Any, count: int, tile: Any, share: Share | None) -> None:
+        def emit(expert: Any, places: list[Any], tile: Any, share: Share | None) -> None:
             start = split.first(task, tile)
             blocks: list[tuple[Any, ...]] = [
                 (expert, half, start + r) for half in (0, 1) for r in range(rows)
@@ -156,9 +154,9 @@ class ExpertKernel:
                     return
                 gate = bind(gates[r - rows, m, lane].get())
                 result = gate * sigmoid(gate, width) * value
-                store(hidden, result, first + m, (start + r - rows) * ROWS + lane, lanes=width)
+                store(hidden, result, places[m], (start + r - rows) * ROWS + lane, lanes=width)
 
-            tokens = [bind(slots.token[first + m]) for m in range(count)]
+            tokens = [bind(slots.token[place]) for place in places]
             matrix = self.problem.w13
             if not self.config.apart:
                 self.tile(matrix, w13, x, blocks, tokens, out, split.next_tile, share)
@@ -180,16 +178,16 @@ class ExpertKernel:
         rows, of_token, y = split.rows, p.parts, self.view(y)
         parts = workspace((of_token * p.slots, split.chunk * rows * ROWS), "float32")
 
-        def emit(expert: Any, first: Any, count: int, tile: Any, share: Share | None) -> None:
+        def emit(expert: Any, places: list[Any], tile: Any, share: Share | None) -> None:
             start = split.first(task, tile)
             blocks: list[tuple[Any, ...]] = [(expert, start + r) for r in range(rows)]
 
             def out(r: int, m: int, lane: int, value: Any) -> None:
                 column = (tile * rows + r) * ROWS + lane
-                store(parts, value, of_token * first + m, column, lanes=width)
+                row = of_token * places[m // of_token] + m % of_token
+                store(parts, value, row, column, lanes=width)
 
-            tokens = [first + m for m in range(count)]
-            self.tile(p.w2, w2, x, blocks, tokens, out, split.next_tile, share)
+            self.tile(p.w2, w2, x, blocks, places, out, split.next_tile, share)
 
         def add(t: Any, part: Any, tile: Any) -> None:
             sums = [Register("float32", ROWS, splat(T.float32(0), ROWS)) for _ in range(rows)]

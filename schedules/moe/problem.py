@@ -31,7 +31,7 @@ class MoeConfig:
     rows2: int = 4
     """Blocks of 16 rows in a register tile of the down projection."""
     tokens: int = 1
-    """Slots in a register tile (a power of two; what is left takes smaller ones)."""
+    """Slots in a register tile (a power of two unless `once`); what is left takes smaller ones."""
     prefetch: int = 0
     """Distance of prefetches in cache lines, 0 for none."""
     unroll: int = 1
@@ -46,6 +46,9 @@ class MoeConfig:
     """Name of the way to multiply (`emit.dot.DOTS`); empty for float32 FMA."""
     share: bool = False
     """While an expert's slots meet one tile of weights, ask for the next: each of them for its share."""
+    once: bool = False
+    """What is left of an expert's slots takes one tile, with room for one more at most up to 8, instead of a
+    tile for each power of two in their number."""
 
 
 @dataclass(frozen=True, slots=True)

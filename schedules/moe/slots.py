@@ -6,8 +6,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from mimo_compile.schedules.emit.build import Register, T, bind, loop, store, when, workspace
+from mimo_compile.schedules.emit.build import (
+    Register,
+    T,
+    bind,
+    choose,
+    loop,
+    store,
+    when,
+    workspace,
+)
 from mimo_compile.schedules.moe.problem import Problem
+
+_ROOM = (1, 2, 3, 4, 6)
+"""Slots that visits have room for which take what is left."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,3 +77,46 @@ def sorted_slots(p: Problem, ids: Any) -> Slots:
 
     each(place)
     return slots
+
+
+def visits(
+    count: Any, size: int, emit: Callable[[Any, int, int], None], *, once: bool = False
+) -> None:
+    """Emit visits of all slots of an expert to one tile of its rows: ``emit(done, room, sure)``.
+
+    ``done`` of the slots come before; there is room for ``room``, of which ``sure`` are there in any case.
+
+    Args:
+        count: Slots of the expert.
+        size: Room of most visits.
+        emit: Emits one visit.
+        once: What is left takes one visit, with room for one more at most up to 8, instead of a visit for
+            each power of two; ``size`` need not be one then.
+    """
+    if once:
+        _with_room(count, [*(s for s in _ROOM if s < size), size], emit)
+        return
+    with T.serial(0, T.floordiv(count, size)) as i:
+        emit(i * size, size, size)
+    while (size := size // 2) >= 1:
+        with when(T.bitwise_and(count, size) != 0):
+            # what the larger visits have done: the higher bits of the count
+            emit(T.bitwise_and(count, T.int32(-2 * size)), size, size)
+
+
+def _with_room(count: Any, rooms: list[int], emit: Callable[[Any, int, int], None]) -> None:
+    """Emit visits with the most room, and a last one with the least of ``rooms`` that holds what is left."""
+    most = rooms[-1]
+    with T.serial(0, T.floordiv(count + (most - 1), most)) as i:
+        done = bind(i * most)
+        left = bind(count - done)
+
+        def choose_from(index: int) -> None:
+            room = rooms[index]
+            sure = rooms[index - 1] + 1 if index else 1
+            if room == most:
+                emit(done, room, sure)
+                return
+            choose(left <= room, lambda: emit(done, room, sure), lambda: choose_from(index + 1))
+
+        choose_from(0)

@@ -14,7 +14,7 @@ def expert_work(multiply: Multiply, hardware: Hardware) -> Counts:
     """Return the counts under uniform routing, over padded extents."""
     p, config = multiply.problem, multiply.config
     hit = p.hit
-    visits = hit * _tiles(p.slots / hit, config.tokens)
+    visits = hit * _tiles(p.slots / hit, config.tokens, config.once)
     threads = hardware.threads if config.parallel else 1
     tokens = min(config.tokens, max(1.0, p.slots / hit))
     width = multiply.lanes
@@ -37,10 +37,10 @@ def expert_work(multiply: Multiply, hardware: Hardware) -> Counts:
     )
 
 
-def _tiles(slots: float, size: int) -> float:
-    """Return the register tiles that an expert's slots take: whole ones, then halves of halves."""
+def _tiles(slots: float, size: int, once: bool) -> float:
+    """Return the register tiles that an expert's slots take: whole ones, then one or halves of halves."""
     whole, rest = divmod(max(1, round(slots)), size)
-    return whole + rest.bit_count()
+    return whole + (min(rest, 1) if once else rest.bit_count())
 
 
 def _arithmetic(multiply: Multiply, visits: float) -> dict[str, float]:

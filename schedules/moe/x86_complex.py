@@ -58,7 +58,7 @@ class ComplexKernel(ExpertKernel):
         p, split, width = self.problem, self.split13, self.multiply.lanes
         rows = split.rows
 
-        def emit(expert: Any, first: Any, count: int, tile: Any, share: Share | None) -> None:
+        def emit(expert: Any, places: list[Any], tile: Any, share: Share | None) -> None:
             start = split.first(task, tile)
             blocks: list[tuple[Any, ...]] = [(expert, start + r) for r in range(rows)]
             gates: dict[tuple[int, int, int], Register] = {}
@@ -70,11 +70,11 @@ class ComplexKernel(ExpertKernel):
                 gate = bind(gates[r, row - 1, lane].get())
                 result = bind(gate * sigmoid(gate, width) * value)  # stored at two places
                 store_rows(
-                    hidden, first + row // 2, start + r, lane, width, result, p.f,
+                    hidden, places[row // 2], start + r, lane, width, result, p.f,
                     last=r + 1 == rows,
                 )  # fmt: skip
 
-            tokens = [bind(slots.token[first + m]) for m in range(count)]
+            tokens = [bind(slots.token[place]) for place in places]
             self.tile(p.w13, w13, x, blocks, tokens, out, split.next_tile, share)
 
         self.over_experts(slots, task, split, emit)
@@ -84,6 +84,7 @@ class X86MoeComplex(Experts):
     """Any x86-64; the tiles of ``mpgemm.x86_complex``."""
 
     name = "moe.x86_complex"
+    version = 5
 
     def supports(self, workload: Workload, hardware: Hardware) -> bool:
         """Complex weights, any activations."""

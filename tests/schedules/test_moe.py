@@ -193,6 +193,22 @@ def test_what_is_asked_for_changes_no_result(w):
         assert len(results) == 1
 
 
+@vnni
+def test_one_tile_takes_what_is_left_of_an_expert():
+    # an expert for each number of slots that may be left: 11 = 8 + 3, 7, 5, 4, 3, 2, 1
+    rest = np.repeat(np.arange(1, 7), (7, 5, 4, 3, 2, 1))
+    ids = np.concatenate([np.zeros((11, 1)), rest.reshape(2, 11).T], 1).astype(np.int32)
+    workload = parse_workload("moe:t=11,e=7,k=3,d=64,f=32,w=w4g32,a=a8")
+    schedule, results = get_schedule("moe.x86_vnni"), set()
+    default = schedule.space(workload, CPU).default
+    for once in (False, True):
+        config = dataclasses.replace(
+            default, rows13=1, rows2=1, tokens=8, unroll=1, once=once, share=once, prefetch=0,
+        )  # fmt: skip
+        results.add(check(schedule, workload, config, inputs={"ids": ids}).outputs["y"].tobytes())
+    assert len(results) == 1
+
+
 @pytest.mark.parametrize(
     ("t", "e", "kind"), [(1, 64, "stream"), (16, 64, "stream"), (512, 64, "share"), (512, 4, "")]
 )
@@ -207,6 +223,10 @@ def test_defaults_for_one_few_and_many_slots_of_an_expert(t, e, kind, w):
     }[kind]  # fmt: skip
     if kind == "stream":
         assert (config.rows13, config.rows2, config.tokens) == (1, 1, min(t, 8))
+        assert config.once == (t > 1)
+    elif kind == "share" and not w.startswith("w4"):
+        # an expert's rows of x meet all of a thread's rows of weights while they are in cache
+        assert (config.tasks, config.tokens, config.once) == (2, 8, True)
 
 
 @pytest.mark.parametrize("t", [1, 3, 64])
