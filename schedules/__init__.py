@@ -97,7 +97,10 @@ SCHEDULES: dict[str, dict[str, str]] = {
         "score_blocks.cuda": "attention.cuda_score:CudaScore",
     },
     "score_keys": {"score_keys.x86": "attention.x86_score_keys:X86ScoreKeys"},
-    "score_lowbit": {"score_lowbit.x86": "attention.x86_score_lowbit:X86ScoreLowbit"},
+    "score_lowbit": {
+        "score_lowbit.x86": "attention.x86_score_lowbit:X86ScoreLowbit",
+        "score_lowbit.cuda": "attention.cuda_score_lowbit:CudaScoreLowbit",
+    },
     "select_blocks": {
         "select_blocks.x86": "attention.x86_select:X86Select",
         "select_blocks.cuda": "attention.cuda_select:CudaSelect",

@@ -7,38 +7,16 @@
 // and summed as rounded for `out`; the denominators of scores are sums of those that were not rounded.
 // Constants: T, H, KV, D, DV, DK, DW, CAP (as in cuda_append.cu), SCALE (with log2(e)), BLOCK (positions), KEYS,
 // STAGES, WARPS, PARTS, MERGE_THREADS.
-#include "exact.cuh"
+#include "terms.cuh"
 
 constexpr int GROUP = H / KV, ROWS = T * GROUP, HEIGHT = 16 * WARPS, TILES = (ROWS + HEIGHT - 1) / HEIGHT;
 constexpr int BLOCKS = (CAP + BLOCK - 1) / BLOCK, STATE = 3;  // greatest logit, sums of rounded and of exact weights
 constexpr int K_BYTES = KEYS * flash::STRIDE<DK>, STAGE_BYTES = K_BYTES + KEYS * flash::STRIDE<DW>;
-constexpr int TERM_BYTES = 3 * DK / 16 * 512;                 // of a warp's queries
-constexpr int STEP = KEYS % 32 == 0 ? 32 : 16;                // keys that queries are loaded for once
+constexpr int STEP = KEYS % 32 == 0 ? 32 : 16;  // keys that queries are loaded for once
 static_assert(KEYS % BLOCK == 0 && BLOCK % 8 == 0);
 
-// Left operands of 16 queries in three terms, each lane's own. `row(half)`: as for flash::load_queries.
-template <class Row>
-__device__ __forceinline__ void put_terms(uint8_t* terms, Row row) {
-  const int lane = threadIdx.x & 31;
-  const float* from[2] = {row(0), row(1)};
-  for (int step = 0; step < DK / 16; ++step) {
-#pragma unroll
-    for (int part = 0; part < 4; ++part) {
-      const float* x = from[part & 1];
-      const int column = step * 16 + (part >> 1) * 8 + (lane & 3) * 2;
-      uint32_t three[3];
-      exact::split(three, x != nullptr && column < D ? x[column] : 0.0f,
-                   x != nullptr && column + 1 < D ? x[column + 1] : 0.0f);
-#pragma unroll
-      for (int term = 0; term < 3; ++term) {
-        reinterpret_cast<uint32_t*>(terms)[((term * (DK / 16) + step) * 32 + lane) * 4 + part] = three[term];
-      }
-    }
-  }
-}
-
 // Logits of KEYS keys before scaling: `logits[n]` has keys 8n ... 8n + 7.
-__device__ __forceinline__ void score_keys(float (&logits)[KEYS / 8][4], const uint8_t* terms, uint32_t keys) {
+__device__ __forceinline__ void score_keys(float (&logits)[KEYS / 8][4], const uint8_t* queries, uint32_t keys) {
   const int lane = threadIdx.x & 31;
   const uint32_t mine = keys + ((lane & 7) + (lane >> 4) * 8) * flash::STRIDE<DK> + ((lane >> 3) & 1) * 16;
 #pragma unroll
@@ -47,11 +25,7 @@ __device__ __forceinline__ void score_keys(float (&logits)[KEYS / 8][4], const u
 #pragma unroll
     for (int step = 0; step < DK / 16; ++step) {
       uint32_t a[3][4];
-#pragma unroll
-      for (int term = 0; term < 3; ++term) {
-        const uint4 x = *reinterpret_cast<const uint4*>(terms + ((term * (DK / 16) + step) * 32 + lane) * 16);
-        a[term][0] = x.x, a[term][1] = x.y, a[term][2] = x.z, a[term][3] = x.w;
-      }
+      terms::load<DK>(a, queries, step);
 #pragma unroll
       for (int n = 0; n < STEP / 16; ++n) {
         uint32_t b[4];
@@ -154,10 +128,15 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
   for (int s = 0; s < STAGES - 1; ++s) load(from + s);
 
   auto result = [&](int own) { return size_t(own / GROUP) * H + kv * GROUP + own % GROUP; };
-  uint8_t* terms = shared + STAGES * STAGE_BYTES + warp * TERM_BYTES;  // each lane reads what it has written itself
-  put_terms(terms, [&](int half) -> const float* {
+  uint8_t* queries = shared + STAGES * STAGE_BYTES + warp * terms::BYTES<DK>;
+  const float* from_row[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
     const int own = row + (lane >> 2) + 8 * half;
-    return own < ROWS && own / GROUP < valid ? q + result(own) * D : nullptr;
+    from_row[half] = own < ROWS && own / GROUP < valid ? q + result(own) * D : nullptr;
+  }
+  terms::put<DK>(queries, [&](int half, int column) {
+    return from_row[half] != nullptr && column < D ? from_row[half][column] : 0.0f;
   });
   const int at[2] = {start + (row + (lane >> 2)) / GROUP, start + (row + (lane >> 2) + 8) / GROUP};
   flash::Rows<DW> rows;
@@ -171,7 +150,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
     if (position > newest) continue;
     const uint32_t keys = base + step % STAGES * STAGE_BYTES;
     float logits[KEYS / 8][4];
-    score_keys(logits, terms, keys);
+    score_keys(logits, queries, keys);
     if (position + KEYS - 1 > oldest) {
 #pragma unroll
       for (int n = 0; n < KEYS / 8; ++n) {

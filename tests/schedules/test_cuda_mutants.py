@@ -76,6 +76,10 @@ CASES = [
         "oracle_attention:t=20,h=6,kv=2,d=24,dv=18,cap=200,block=16,c=bf16", {"parts": 1},
     ),
     (
+        "score_lowbit.cuda",
+        "score_lowbit:t=40,h=2,kv=1,d=24,cap=600,block=16,rows=40,first=1,last=2,c=bf16", {},
+    ),
+    (
         "cached_attention.cuda_groups_decode",
         "cached_attention:t=2,h=9,kv=1,d=24,dv=18,cap=512,len=500,sink=1,c=i4", {},
     ),
