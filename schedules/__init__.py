@@ -89,7 +89,10 @@ SCHEDULES: dict[str, dict[str, str]] = {
     },
     "index_keys": {"index_keys.x86": "attention.x86_index_keys:X86IndexKeys"},
     "append_entries": {"append_entries.x86": "attention.x86_append_entries:X86AppendEntries"},
-    "key_mean": {"key_mean.x86": "attention.x86_key_mean:X86KeyMean"},
+    "key_mean": {
+        "key_mean.x86": "attention.x86_key_mean:X86KeyMean",
+        "key_mean.cuda": "attention.cuda_key_mean:CudaKeyMean",
+    },
     "gate_queries": {"gate_queries.x86": "attention.x86_gates:X86GateQueries"},
     "gate_keys": {"gate_keys.x86": "attention.x86_gates:X86GateKeys"},
     "score_blocks": {

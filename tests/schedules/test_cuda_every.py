@@ -65,6 +65,7 @@ WORKLOADS: dict[str, tuple[str, ...]] = {
         "score_blocks:t=1,h=32,kv=8,d=128,cap=65536,kind=quest,agg=max,block=16",
         "score_blocks:t=2,h=4,kv=1,d=25,cap=70,kind=mean,agg=query,block=8,e=bf16",
     ),
+    "key_mean": ("key_mean:t=4096,kv=8,d=128,cap=65536,c=bf16",),
     "score_lowbit": (
         "score_lowbit:t=4096,h=32,kv=8,d=128,cap=4096,block=32,rows=64,first=1,last=5,c=bf16,least=1024",
     ),

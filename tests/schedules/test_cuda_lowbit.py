@@ -21,7 +21,7 @@ from mimo_compile.schedules.cuda.emulate import compiler
 from mimo_compile.search.measure.emulated import check_emulated
 
 A100, H200 = CUDA["cuda:sm_80"], CUDA["cuda:sm_90a"]
-SCORE = get_schedule("score_lowbit.cuda")
+SCORE, MEAN = get_schedule("score_lowbit.cuda"), get_schedule("key_mean.cuda")
 OP = get_op("score_lowbit")
 needs_compiler = pytest.mark.skipif(compiler() is None, reason="emulation needs a C++ compiler")
 SHAPE = "score_lowbit:t=20,h=2,kv=1,d=24,cap=600,block=16,rows=16,first=1,last=2,c=bf16"
@@ -111,3 +111,29 @@ def test_other_codes_means_regions_and_queries_are_found(change):
 
     with pytest.raises(VerificationError, match="score"):
         check_emulated(workload, Mutant(), None, H200, orders=(0,))
+
+
+@pytest.mark.slow
+@needs_compiler
+@settings(max_examples=8, deadline=None, database=None)
+@given(
+    d=st.integers(1, 40), kv=st.integers(1, 3), cap=st.integers(1, 400), c=st.sampled_from((A100, H200)),
+    data=st.data(),
+)  # fmt: skip
+def test_mean_of_any_number_of_keys(d, kv, cap, c, data):
+    length = data.draw(st.integers(1, cap))
+    text = f"key_mean:t=1,kv={kv},d={d},cap={cap},len={length},c=bf16"
+    workload = parse_workload(text)
+    config = sample_config(MEAN, workload, c, length)
+    check_emulated(workload, MEAN, config, c, seed=length)
+
+
+def test_keys_of_bfloat16_have_a_mean_on_gpus():
+    workload = parse_workload("key_mean:t=4,kv=2,d=24,cap=100,c=bf16")
+    assert [s.name for s in schedules_for(workload, H200)] == [MEAN.name]
+    assert not MEAN.supports(workload, PRESETS["sapphirerapids"])
+    assert not MEAN.supports(parse_workload("key_mean:t=4,kv=2,d=24,cap=100"), H200)
+    need, work = get_op("key_mean").counts(workload), MEAN.work(workload, None, H200)
+    assert all(
+        work.bytes["dram"] >= need.bytes["dram"] and work.ops[n] >= x for n, x in need.ops.items()
+    )
