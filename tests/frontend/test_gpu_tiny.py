@@ -1,0 +1,44 @@
+"""The built-in model for a GPU, by emulation of its CUDA text: the tokens that a CPU's artifact says."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_gpu_compiled import texts_alone  # noqa: F401
+
+import mimo_compile as mc
+from mimo_compile.runtime import gpu_device, load
+from mimo_compile.schedules.cuda.emulate import compiler
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "runtime"))
+
+from emulated_device import EmulatedDevice
+
+PROMPT = "def __init__(self"
+pytestmark = pytest.mark.compile
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler")
+def test_the_built_in_model_emulated(texts_alone, tmp_path, monkeypatch) -> None:  # noqa: F811
+    """Four tokens of a prompt and a step for one more, with its experts and int8 activations."""
+    how = {"quant": "w4g64a8kv16", "max_context": 64, "db": tmp_path / "r.db"}
+    cpu = mc.compile("tiny", threads=1, **how).module()
+    path = mc.compile("tiny", target="cuda:sm_90a", **how).save(tmp_path / "tiny.mimo")
+    monkeypatch.setattr(gpu_device, "open_device", EmulatedDevice)
+    gpu = load(path)
+    ids = cpu.tokenizer.encode(PROMPT).ids
+    assert len(ids) == 4
+    told = []
+    for module in (cpu, gpu):
+        session = module.session()
+        logits = session.append(ids)
+        told.append([np.array(logits)])
+        told[-1].append(np.array(session.append([int(logits.argmax())])))
+    for theirs, ours in zip(*told, strict=True):
+        assert ours.argmax() == theirs.argmax()
+        # int8 activations: another order of sums moves codes by one here and there
+        assert np.abs(ours - theirs).max() < 0.05 * np.abs(theirs).max()
