@@ -170,7 +170,7 @@ def _work(workload: Workload, result: Result, hardware: Hardware) -> Counts:
         schedule = get_schedule(record.schedule)
         if type(schedule).work is not Schedule.work and schedule.version == record.schedule_version:
             config = schedule.config_from_json(record.config)
-            return schedule.work(workload, config, hardware)
+            return schedule.told(workload, config, hardware)
     except (MimoError, ImportError, TypeError, ValueError, KeyError):
         pass
     try:
