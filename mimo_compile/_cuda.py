@@ -151,7 +151,7 @@ class Launch:
     shared_bytes: int = 0
     """Dynamic shared memory of a block."""
     cluster: int = 1
-    """Blocks of a cluster, in x."""
+    """Blocks of a cluster, in x; the text declares as many, where the driver reads it."""
 
 
 class Driver:
@@ -311,10 +311,7 @@ class Launches:
 
         Raises:
             CudaError: the code has no such function, or the driver refuses a tensor map.
-            ValueError: a launch asks for clusters of blocks.
         """
-        if any(launch.cluster != 1 for launch in launches):
-            raise ValueError("clusters of blocks are not launched")
         self._on = on
         self._kept: list[Any] = []  # what the pointers to parameters point to
         shared: dict[str, int] = {}

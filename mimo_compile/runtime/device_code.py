@@ -26,6 +26,8 @@ SCRATCH_ALIGNMENT = 256
 _SYMBOL = re.compile(r"[A-Za-z_]\w*\Z")
 MOST_GRID = (2**31 - 1, 65535, 65535)
 MOST_THREADS = 1024
+MOST_CLUSTER = 8
+"""Blocks of a cluster, on any GPU that has them."""
 
 
 class Argument(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -237,8 +239,8 @@ def _launch_problem(launch: Launch, sizes: Mapping[str, int]) -> str:
         return f"launches a grid of {launch.grid}"
     if not 1 <= launch.threads <= MOST_THREADS or not 0 <= launch.shared_bytes < 1 << 20:
         return f"launches blocks of {launch.threads} threads and {launch.shared_bytes} shared bytes"
-    if launch.cluster != 1:
-        return "launches clusters of blocks"
+    if not 1 <= launch.cluster <= MOST_CLUSTER or launch.grid[0] % launch.cluster:
+        return f"launches clusters of {launch.cluster} blocks in a grid of {launch.grid}"
     for operand in launch.operands:
         if isinstance(operand, str) and operand not in sizes:
             return f"is given {operand[:80]!r}, which is none of its arrays"

@@ -3,15 +3,16 @@
 The text is compiled as it is by the host's C++ compiler; the device headers bring the other form of each of
 their words (``MIMO_EMULATE``), which check what a GPU would not: that all lanes of a warp meet in the same
 place, that nothing waits for ever, that asynchronous copies are waited for, that addresses are aligned and
-inside their arrays. The threads of a block are fibers of one process; blocks run one after the other.
+inside their arrays. The threads of a block, or of a cluster of blocks, are fibers of one process; blocks, and
+clusters, run one after the other.
 
 Plain loads and stores are instrumented by the compiler (``-fsanitize=thread``, whose library the emulator
 replaces), so that each is held against its array's extent, and against what other threads did there: two
 that nothing orders are a race (`device/emulation/race.cuh`).
 
 What it cannot see: some races between lanes of one warp, those in large arrays, time, and what nvcc makes of
-the text (contracted multiply-adds, too); docs/cuda.md has the list. Clusters of blocks and blocks that wait
-for each other are not emulated.
+the text (contracted multiply-adds, too); docs/cuda.md has the list. Blocks of no cluster that wait for each
+other are not emulated, nor are clusters of more than 1024 threads.
 """
 
 from __future__ import annotations
@@ -90,8 +91,6 @@ def emulate(
         ValueError: The GPU cannot do a launch of the kernel (`limits.check`).
     """
     code = limits.check(kernel, hardware)
-    if any(launch.cluster != 1 for launch in code.launches):
-        raise EmulationError("clusters of blocks are not emulated", where=kernel.name)
     cells = cells_of(kernel, code)
     memory = [cell.filled(arrays) for cell in cells]
     program = _built(_source(kernel.name, code, cells))
@@ -135,7 +134,7 @@ def _source(name: str, code: DeviceCode, cells: list[Cell]) -> str:
         x, y, z = launch.grid
         lines.append(
             f'  emulated::launch<{launch.symbol}>("{launch.symbol}", {{{x}u, {y}u, {z}u}}, '
-            f"{launch.threads}, {launch.shared_bytes}, {{{operands}}});"
+            f"{launch.threads}, {launch.shared_bytes}, {launch.cluster}, {{{operands}}});"
         )
     return "\n".join([*lines, "  return emulated::finish();", "}", ""])
 

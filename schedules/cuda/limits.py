@@ -21,7 +21,7 @@ WARP = 32
 MOST_THREADS = device_code.MOST_THREADS
 MOST_REGISTERS = 255
 """Of one thread."""
-_MOST_CLUSTER = 8
+_MOST_CLUSTER = device_code.MOST_CLUSTER
 _MOST_BOX = 256
 _ELEMENT_BYTES = {
     "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "int8": 1, "uint8": 1, "float32": 4,

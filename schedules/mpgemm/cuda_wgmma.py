@@ -44,6 +44,8 @@ class WgmmaConfig:
     """Pieces of K, which are summed apart, and added in their order by a last launch."""
     group_m: int = 8
     """Tiles of tokens that take turns at each tile of weights."""
+    cluster: int = 1
+    """Blocks with tiles of tokens below each other, to which a tile of weights comes once."""
 
     @property
     def bm(self) -> int:
@@ -67,31 +69,32 @@ class CudaWgmma(CudaGemm):
     name = "mpgemm.cuda_wgmma"
     config = WgmmaConfig
     needs = NEEDS
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     def takes(self, p: CudaProblem) -> bool:
         """``w=bf16,a=abf16`` and ``w=w8,a=a8``."""
         return takes_operands(p)
 
     def space(self, workload: Workload, hardware: Hardware) -> Space:
-        """Tiles, stages, pieces of K, order of the tiles."""
+        """Tiles, stages, pieces of K, order of the tiles, clusters of blocks."""
         p = CudaProblem.of(workload)
         knobs = {
             "consumers": (1, 2, 3), "bn": (64, 96, 128, 192, 256), "stages": (2, 3, 4, 5, 6, 8),
-            "split": (1, 2, 4, 8), "group_m": (1, 4, 8),
+            "split": (1, 2, 4, 8), "group_m": (1, 4, 8), "cluster": (1, 2),
         }  # fmt: skip
 
         def legal(c: WgmmaConfig) -> bool:
-            tiles_m, tiles_n = -(-p.m // c.bm), -(-p.n // c.bn)
+            tiles_m, tiles_n = -(-p.m // (c.bm * c.cluster)), -(-p.n // c.bn)
             ends = Ends(p, c.split)
             return (
-                fits(hardware, threads=c.threads, shared_bytes=c.shared_bytes)
+                fits(hardware, threads=c.threads, shared_bytes=c.shared_bytes, cluster=c.cluster)
                 and c.bn // 2 <= REGISTERS[c.consumers][1] - 56  # sums and addresses
                 and (c.consumers == 1 or c.bm < 2 * p.m)
+                and (c.cluster == 1 or (c.bm < p.m and c.cluster <= hardware.cores))
                 and (c.bn == 64 or c.bn < 2 * p.n)
                 and (c.group_m == 1 or c.group_m < 2 * tiles_m)
                 and whole_pieces(-(-ends.k_padded * ends.element // DEPTH), c.split)
-                and (c.split == 1 or tiles_m * tiles_n * c.split <= 4 * hardware.cores)
+                and (c.split == 1 or tiles_m * tiles_n * c.split * c.cluster <= 4 * hardware.cores)
             )
 
         default = next(c for c in _defaults(p, hardware) if legal(c))
@@ -106,7 +109,7 @@ class CudaWgmma(CudaGemm):
         constants = ends.constants() | {
             "CONSUMERS": config.consumers, "BN": config.bn, "STAGES": config.stages,
             "GROUP_M": config.group_m, "BLOCKS": blocks, "PRODUCER_REGISTERS": producer,
-            "CONSUMER_REGISTERS": consumer,
+            "CONSUMER_REGISTERS": consumer, "CLUSTER": config.cluster, "CLUSTERED": config.cluster > 1,
         }  # fmt: skip
         dtype = "int8" if ends.int8 else "bfloat16"
         columns, box = ends.k_padded, DEPTH // ends.element
@@ -117,26 +120,32 @@ class CudaWgmma(CudaGemm):
             config.threads,
             (
                 TensorMap("x_operand", dtype, p.m, columns, config.bm, box),
-                TensorMap(weight, dtype, p.weight.n_padded, columns, config.bn, box),
+                TensorMap(
+                    weight, dtype, p.weight.n_padded, columns, config.bn // config.cluster, box
+                ),
                 ends.out,
                 *ends.operands,
             ),
             config.shared_bytes,
+            config.cluster,
         )
         text = rendered(Path(__file__).with_suffix(".cu"), constants)
-        expected = ("IGMMA" if ends.int8 else "HGMMA", "UTMALDG", "USETMAXREG")
+        barrier = ("UCGABAR",) if config.cluster > 1 else ()
+        expected = ("IGMMA" if ends.int8 else "HGMMA", "UTMALDG", "USETMAXREG", *barrier)
         return self.kernel(workload, config, hardware, text, ends, main, expected)
 
     def work(self, workload: Workload, config: WgmmaConfig, hardware: Hardware) -> Counts:
         """Whole tiles; each tile's block reads its rows of both operands."""
         p = CudaProblem.of(workload)
         blocks = _blocks(p, config, hardware)
-        return tiled_work(p, Ends(p, config.split), config.bm, config.bn, hardware, blocks=blocks)
+        ends, c = Ends(p, config.split), config
+        return tiled_work(p, ends, c.bm, c.bn, hardware, blocks=blocks, cluster=c.cluster)
 
 
 def _blocks(p: CudaProblem, c: WgmmaConfig, hardware: Hardware) -> int:
     """Return the blocks of the main launch: for each tile and piece of K, at most as many as SMs."""
-    return min(-(-p.m // c.bm) * -(-p.n // c.bn) * c.split, hardware.cores)
+    clusters = -(-p.m // (c.bm * c.cluster)) * -(-p.n // c.bn) * c.split
+    return min(clusters, hardware.cores // c.cluster) * c.cluster
 
 
 def _defaults(p: CudaProblem, hardware: Hardware) -> Iterator[WgmmaConfig]:

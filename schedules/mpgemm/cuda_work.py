@@ -17,6 +17,7 @@ def tiled_work(
     hardware: Hardware,
     more: Mapping[str, float] | None = None,
     blocks: int = 0,
+    cluster: int = 1,
     products: float = 1.0,
 ) -> Counts:
     """Return the work in tiles of bm x bn of y, with a part for each launch of `Ends.around`.
@@ -32,9 +33,11 @@ def tiled_work(
         hardware: A GPU.
         more: Operations of the main launch besides the products.
         blocks: Of the main launch where they are persistent, 0: one for each tile and piece of K.
+        cluster: Blocks with tiles below each other, to which a tile of weights comes once.
         products: Multiply-adds for each weight and token of a tile.
     """
-    tiles_m, tiles_n = -(-p.m // bm), -(-p.n // bn)
+    clusters_m, tiles_n = -(-p.m // (bm * cluster)), -(-p.n // bn)
+    tiles_m = clusters_m * cluster
     operand, sums = float(p.m * ends.k_padded * ends.element), 4.0 * p.m * p.n * ends.split
     cut = ends.split > 1
     x_far, sums_far = (max(0.0, n - hardware.l3_bytes) for n in (operand, sums * cut))
@@ -53,7 +56,8 @@ def tiled_work(
         {
             "dram": p.weight.bytes + x_far + (sums_far if cut else y + bias),
             "l2": tiles_n * operand
-            + tiles_m * (p.weight.bytes + bias * (not cut))
+            + clusters_m * p.weight.bytes
+            + tiles_m * bias * (not cut)
             + (sums if cut else y),
         },
         # of persistent blocks the busiest one has whole tiles, too

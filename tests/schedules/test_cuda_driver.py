@@ -131,12 +131,6 @@ def test_errors_are_named_and_nothing_stays_behind(on, library) -> None:
         assert held(library) == 0
     with pytest.raises(MimoError, match="there is no NVIDIA driver"):
         driver.Driver("libcuda-that-is-not-there.so")
-    clustered = (dataclasses.replace(first, grid=(4, 1, 1), cluster=2), then)
-    kernel = dataclasses.replace(
-        KERNEL, device=dataclasses.replace(KERNEL.device, launches=clustered)
-    )
-    with pytest.raises(ValueError, match="clusters of blocks are not launched"):
-        driver.run(kernel, H200, {"x": np.ones((3, 100), np.float32)})
 
 
 def test_arrays_of_other_shapes_are_refused(on) -> None:

@@ -421,7 +421,6 @@ def test_launches_share_scratch_memory() -> None:
 @pytest.mark.parametrize(
     ("launch", "said"),
     [
-        (Launch("first", (2, 1, 1), 32, (), cluster=2), "clusters of blocks are not emulated"),
         (Launch("first", (3, 1, 1), 32, ("x",)), "1 operands, but the kernel has 5 parameters"),
         (Launch("first", (3, 1, 1), 32, ("x", "x", "x", 1, 1)), "operand 4 is an int32"),
     ],

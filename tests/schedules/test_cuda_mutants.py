@@ -40,9 +40,18 @@ pytestmark = [
 ]
 ONE_SM = replace(CUDA["cuda:sm_90a"], cores=1, threads=1)
 """A block then has several tiles to go through."""
+
+
+def least(config: Any) -> Hardware:
+    """Return a GPU that has room for one block of a config, or one cluster."""
+    blocks = getattr(config, "cluster", 1)
+    return replace(ONE_SM, cores=blocks, threads=blocks)
+
+
 WORDS = re.compile(
-    r"\b(block_sync|warp_sync|named_sync|cp_async_wait<\w+>|cp_async_wait<[^;]*?>|cp_async_commit|mbarrier_wait|"
-    r"mbarrier_arrive|wgmma_fence|wgmma_commit|wgmma_wait<\w+>|fence_async_proxy|fence_barrier_init|"
+    r"\b(block_sync|warp_sync|named_sync|cluster_sync|cp_async_wait<\w+>|cp_async_wait<[^;]*?>|cp_async_commit|"
+    r"mbarrier_wait|mbarrier_arrive|mbarrier_arrive_in|wgmma_fence|wgmma_commit|wgmma_wait<\w+>|fence_async_proxy|"
+    r"fence_barrier_init|"
     r"registers_decrease<\w+>|registers_increase<\w+>)\([^;]*\);"
 )
 LATE = re.compile(
@@ -58,6 +67,10 @@ CASES = [
     (
         "mpgemm.cuda_wgmma", "mpgemm:m=80,n=100,k=900,w=w8,a=a8,bias=1",
         {"stages": 2, "split": 1, "bn": 64, "consumers": 2},
+    ),
+    (
+        "mpgemm.cuda_wgmma", "mpgemm:m=260,n=70,k=520,w=w8,a=a8",
+        {"stages": 2, "split": 1, "bn": 64, "consumers": 2, "group_m": 1, "cluster": 2},
     ),
     ("moe.cuda_gemv", "moe:t=2,e=3,k=2,d=150,f=66,w=w4g64,a=a8", {}),
     ("moe.cuda_mma", "moe:t=19,e=3,k=2,d=200,f=150,w=w8,a=a8", {}),
@@ -136,7 +149,7 @@ NEEDLESS = {
 
 def whole(text: str) -> str:
     """Return a text with the headers that kernels share in it, so that what is in them is taken out, too."""
-    words = {"warp.cuh", "mma.cuh", "async.cuh", "tma.cuh", "wgmma.cuh"}
+    words = {"warp.cuh", "mma.cuh", "async.cuh", "tma.cuh", "cluster.cuh", "wgmma.cuh"}
     seen: set[str] = set()
 
     def put(found: re.Match[str]) -> str:
@@ -167,7 +180,7 @@ def mutant(schedule: Schedule, text: str) -> Schedule:
 def found_wrong(text: str, workload: Workload, schedule: Schedule, config: Any) -> bool:
     """Say whether a schedule's kernel with another text is found wrong."""
     try:
-        check_emulated(workload, mutant(schedule, text), config, ONE_SM)
+        check_emulated(workload, mutant(schedule, text), config, least(config))
     except VerificationError:
         return True
     return False
@@ -190,7 +203,7 @@ def late(text: str) -> Iterator[tuple[str, str]]:
 def test_no_word_of_a_pipeline_may_come_late(name: str, text: str, knobs: dict[str, Any]) -> None:
     schedule, workload = get_schedule(name), parse_workload(text)
     config = replace(schedule.space(workload, ONE_SM).default, **knobs)
-    seen = check_emulated(workload, schedule, config, ONE_SM)
+    seen = check_emulated(workload, schedule, config, least(config))
     assert seen.kernel.device is not None
     found = dict(late(whole(seen.kernel.device.text)))
     assert {word.split("(")[0] for word in found} >= {
@@ -269,7 +282,7 @@ def test_no_kernel_does_without_a_word_that_orders(
     schedule = get_schedule(name)
     workload = parse_workload(text) if text else functions.workload_of(maxima_added)
     config = replace(schedule.space(workload, ONE_SM).default, **knobs)
-    seen = check_emulated(workload, schedule, config, ONE_SM)
+    seen = check_emulated(workload, schedule, config, least(config))
     assert seen.kernel.device is not None
     full = whole(seen.kernel.device.text)
     found = list(WORDS.finditer(full))

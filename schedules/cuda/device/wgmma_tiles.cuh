@@ -4,11 +4,11 @@
 // a row's pieces of 16 bytes are exclusive-or the row, as the tensor memory accelerator writes them and wgmma reads
 // them; four steps of 32 bytes. CONSUMERS groups of four warps have 64 rows each; one thread of a further group asks for
 // stages ahead of them. `full` of a stage: its bytes are there. `empty`: each warp of the consumers is done with it,
-// since the warps of a group need not be at the same place. A consumer has one stage's products in flight while it
-// starts the next one's.
+// since the warps of a group need not be at the same place; of a cluster, whose blocks bring tiles to each other, the
+// warps of all blocks. A consumer has one stage's products in flight while it starts the next one's.
 #pragma once
+#include "cluster.cuh"
 #include "matmul.cuh"
-#include "tma.cuh"
 #include "wgmma.cuh"
 
 namespace tiles {
@@ -22,7 +22,7 @@ __device__ __forceinline__ void multiply(int (&sum)[N], uint64_t a, uint64_t b, 
   wgmma_i8<2 * N>(sum, a, b, accumulate);
 }
 
-template <int CONSUMERS, int BN, int STAGES>
+template <int CONSUMERS, int BN, int STAGES, int CLUSTER = 1>
 struct Pipeline {
   static constexpr int BM = 64 * CONSUMERS, DEPTH = 128, THREADS = 128 * (CONSUMERS + 1);
   static constexpr int STAGE_BYTES = (BM + BN) * DEPTH;
@@ -38,11 +38,15 @@ struct Pipeline {
 #pragma unroll
       for (int i = 0; i < STAGES; ++i) {
         mbarrier_init(full + i, 1);
-        mbarrier_init(empty + i, 4 * CONSUMERS);
+        mbarrier_init(empty + i, 4 * CONSUMERS * CLUSTER);
       }
       fence_barrier_init();
     }
-    block_sync();
+    if constexpr (CLUSTER > 1) {
+      cluster_sync();
+    } else {
+      block_sync();
+    }
   }
 
   __device__ __forceinline__ void next() {
@@ -60,10 +64,28 @@ struct Pipeline {
     }
   }
 
+  // By each warp of the consumers: it is done with a stage, into which all producers of the cluster may write.
+  __device__ __forceinline__ void leave(int done) {
+    const int lane = threadIdx.x % 32;
+    if (lane < CLUSTER) {
+      if constexpr (CLUSTER > 1) {
+        mbarrier_arrive_in(empty + done, lane);
+      } else {
+        mbarrier_arrive(empty + done);
+      }
+    }
+  }
+
+  // By all threads, last: a block of a cluster stays until the others reach for it no more.
+  __device__ __forceinline__ void end() {
+    if constexpr (CLUSTER > 1) {
+      cluster_sync();
+    }
+  }
+
   // By consumer `group`: the sums of products of `count` stages, one at least, whatever was in `sum`.
   template <class Sum>
   __device__ __forceinline__ void multiply_all(int group, int count, Sum (&sum)[BN / 2]) {
-    const int lane = threadIdx.x % 32;
     int before = 0;
     for (int depth = 0; depth < count; ++depth) {
       mbarrier_wait(full + stage, phase);
@@ -74,12 +96,12 @@ struct Pipeline {
       for (int step = 0; step < DEPTH / 32; ++step) multiply(sum, a + 2 * step, b + 2 * step, depth + step > 0);
       wgmma_commit();
       wgmma_wait<1>();  // for the products of the stage before
-      if (depth > 0 && lane == 0) mbarrier_arrive(empty + before);
+      if (depth > 0) leave(before);
       before = stage;
       next();
     }
     wgmma_wait<0>();
-    if (lane == 0) mbarrier_arrive(empty + before);
+    leave(before);
     wgmma_pin(sum);
   }
 };

@@ -40,6 +40,16 @@ PhaseBarrier& barrier_at(uint32_t address) {
   fail("there is no barrier at byte %u of shared memory: mbarrier_init comes first", address - WINDOW);
 }
 
+// Which block's an address is, and the same place in another block of the cluster, which must not have ended.
+int rank_at(uint32_t address) { return int((address - WINDOW) / shared_step); }
+uint32_t address_in(uint32_t address, int rank, const char* what) {
+  if (rank < 0 || rank >= warp_count / block_warps)
+    fail("%s for block %d of a cluster of %d", what, rank, warp_count / block_warps);
+  if (!live_of[rank])
+    fail("%s for a block of the cluster that has ended: the others' cluster_sync comes first", what);
+  return address + uint32_t(rank - int(rank_now())) * uint32_t(shared_step);
+}
+
 void begin_barrier(int line, uint64_t* barrier, int arrivals) {
   running->site = {"mbarrier_init", line};
   const uint32_t address = shared_address(barrier);
@@ -59,10 +69,9 @@ void end_phase_if_complete(PhaseBarrier& b) {
   b.waiting.clear();
 }
 
-void arrive_at(const char* name, int line, uint64_t* barrier, int bytes) {
-  running->site = {name, line};
+void arrive(const char* name, uint32_t address, int bytes) {
   if (bytes < 0 || bytes >= 1 << 20) fail("%s of %d bytes", name, bytes);
-  PhaseBarrier& b = barrier_at(shared_address(barrier));
+  PhaseBarrier& b = barrier_at(address);
   if (!b.missing)
     fail("more than %d arrivals at the barrier at byte %u in one phase", b.arrivals, b.address - WINDOW);
   Thread& me = *running;
@@ -71,6 +80,14 @@ void arrive_at(const char* name, int line, uint64_t* barrier, int bytes) {
   --b.missing;
   b.bytes += bytes;
   end_phase_if_complete(b);
+}
+void arrive_at(const char* name, int line, uint64_t* barrier, int bytes) {
+  running->site = {name, line};
+  arrive(name, shared_address(barrier), bytes);
+}
+void arrive_in(const char* name, int line, uint64_t* barrier, int rank) {
+  running->site = {name, line};
+  arrive(name, address_in(shared_address(barrier), rank, name), 0);
 }
 
 void wait_for_phase(int line, uint64_t* barrier, int parity) {
@@ -88,10 +105,7 @@ void wait_for_phase(int line, uint64_t* barrier, int parity) {
 }
 
 // The box's place is unreadable until it has arrived.
-void load_box(int line, void* smem, const CUtensorMap& map, int column, int row, uint64_t* barrier) {
-  const Site site{"tma_load", line};
-  running->site = site;
-  const uint32_t target = shared_address(smem), address = shared_address(barrier);
+void begin_box(Site site, uint32_t target, const CUtensorMap& map, int column, int row, uint32_t address) {
   const size_t bytes = size_t(map.box_rows) * map.box_columns * map.element_bytes;
   if (!barrier_at(address).fenced)
     fail("tma_load with a barrier that no fence_barrier_init follows");
@@ -102,12 +116,28 @@ void load_box(int line, void* smem, const CUtensorMap& map, int column, int row,
   boxes.push_back({map, column, row, target, address, bulk_clock, site});
 }
 
+void load_box(int line, void* smem, const CUtensorMap& map, int column, int row, uint64_t* barrier) {
+  running->site = {"tma_load", line};
+  begin_box(running->site, shared_address(smem), map, column, row, shared_address(barrier));
+}
+void load_boxes(int line, void* smem, const CUtensorMap& map, int column, int row, uint64_t* barrier, uint32_t blocks) {
+  const Site site = running->site = {"tma_load_multicast", line};
+  if (!blocks) fail("tma_load_multicast to no block");
+  for (int rank = 0; blocks >> rank; ++rank) {
+    if (!(blocks >> rank & 1)) continue;
+    const uint32_t target = address_in(shared_address(smem), rank, site.name);
+    begin_box(site, target, map, column, row, address_in(shared_address(barrier), rank, site.name));
+  }
+}
+
 // Lets one box arrive: the oldest, the newest, or any.
 bool deliver_box() {
   if (boxes.empty()) return false;
   const size_t which = order == 0 ? 0 : order == 1 ? boxes.size() - 1 : drawn() % boxes.size();
   const Box box = boxes[which];
   boxes.erase(boxes.begin() + which);
+  if (!live_of[rank_at(box.target)])
+    fail("the box of %s (line %d) comes to a block of the cluster that has ended", box.site.name, box.site.line);
   const CUtensorMap& m = box.map;
   const int row_bytes = m.box_columns * m.element_bytes;
   for (int r = 0; r < m.box_rows; ++r) {
@@ -139,7 +169,7 @@ void end_bulk() {
            static_cast<long long>(b.bytes), b.address - WINDOW);
 }
 void fence_barriers() {
-  for (PhaseBarrier& b : phase_barriers) b.fenced = true;
+  for (PhaseBarrier& b : phase_barriers) b.fenced |= rank_at(b.address) == int(rank_now());
 }
 void fence_proxy() { ++running->fences; }
 

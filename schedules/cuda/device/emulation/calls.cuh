@@ -32,6 +32,7 @@ uint32_t exchange(const char* name, int line, uint32_t bits, int from);
 uint32_t ballot(int line, bool value);
 void warp_sync(int line);
 void wait_at_barrier(const char* name, int line, int id, int threads);
+void wait_for_cluster(int line);
 
 uint32_t bf16_bits(double x);
 uint32_t f16_bits(double x);
@@ -47,10 +48,12 @@ void cp_async_wait(int line, int left);
 
 void begin_barrier(int line, uint64_t* barrier, int arrivals);
 void arrive_at(const char* name, int line, uint64_t* barrier, int bytes);
+void arrive_in(const char* name, int line, uint64_t* barrier, int rank);
 void wait_for_phase(int line, uint64_t* barrier, int parity);
 void fence_barriers();
 void fence_proxy();
 void load_box(int line, void* smem, const CUtensorMap& map, int column, int row, uint64_t* barrier);
+void load_boxes(int line, void* smem, const CUtensorMap& map, int column, int row, uint64_t* barrier, uint32_t blocks);
 void set_registers(const char* name, int line, int count, bool more);
 
 void fence_products(int line);

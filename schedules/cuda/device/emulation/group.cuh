@@ -38,20 +38,27 @@ constexpr uint32_t UNREADABLE = 0xFFA5A5A5;           // a NaN, and a very small
 
 uint32_t field(uint64_t descriptor, int from) { return uint32_t(descriptor >> from & 0x3fff) << 4; }
 
+// Byte of a cluster's shared memory where an operand of the running thread's block begins: a descriptor holds as much of
+// it as a block's own window needs.
+uint32_t begin_of(uint64_t d) {
+  const uint32_t own = rank_now() * uint32_t(shared_step), at = field(d, 0) - WINDOW;
+  return own + (at - own) % (1u << 18);
+}
+
 // Byte `k` (0..31) of row `r` of an operand: K-major, rows of 128 bytes, eight of them in 1024, swizzled.
 uint32_t operand_at(uint64_t d, int r, int k) {
-  return swizzled(field(d, 0) - WINDOW + uint32_t(r / 8) * field(d, 32) + uint32_t(r % 8) * 128 + k, 128) + WINDOW;
+  return swizzled(begin_of(d) + uint32_t(r / 8) * field(d, 32) + uint32_t(r % 8) * 128 + k, 128) + WINDOW;
 }
 
 void check_descriptor(uint64_t d, int rows, const char* which) {
-  const uint32_t start = field(d, 0) - WINDOW;
+  const uint32_t start = begin_of(d);
   if (d >> 62 != 1) fail("wgmma: %s is no descriptor of a matrix that is swizzled by 128 bytes", which);
   if (start % 1024 >= 128 || start % 128 % 32)
     fail("wgmma: %s begins at byte %u of shared memory, %u behind a multiple of 1024: only steps of 32 along a row "
          "of 128 bytes are", which, start, start % 1024);
   if (field(d, 32) % 1024) fail("wgmma: 8 rows of %s are %u bytes, no multiple of 1024", which, field(d, 32));
   shared_bytes(operand_at(d, rows - 1, 0) & ~127u, 128, 1, which);
-  shared_bytes(field(d, 0), 16, 16, which);
+  shared_bytes(begin_of(d) + WINDOW, 16, 16, which);
 }
 
 // Does act(byte) for each 16 bytes of shared memory that a warp's product reads.

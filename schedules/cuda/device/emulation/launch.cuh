@@ -24,7 +24,7 @@ struct Given { const char* name; size_t bytes; bool writable; };
 // Reads the arrays from the folder that the arguments name; they also give the order of warps and blocks and
 // the placement of arrays.
 void start(char** arguments, std::initializer_list<Given> given);
-void run_grid(uint3 grid, int threads, int shared_size, void (*body)());
+void run_grid(uint3 grid, int threads, int shared_size, int cluster, void (*body)());
 // Writes the arrays back; returns the program's exit code.
 int finish();
 void enter(const char* symbol);
@@ -65,12 +65,13 @@ template <class... P, void (*function)(P...)> struct Bound<function> {
 };
 
 template <auto function>
-void launch(const char* symbol, uint3 grid, int threads, int shared_size, std::initializer_list<Operand> operands) {
+void launch(const char* symbol, uint3 grid, int threads, int shared_size, int cluster,
+            std::initializer_list<Operand> operands) {
   enter(symbol);
   if (operands.size() != Bound<function>::count)
     fail("%zu operands, but the kernel has %zu parameters", operands.size(), Bound<function>::count);
   Bound<function>::operands = operands.begin();
-  run_grid(grid, threads, shared_size, Bound<function>::run);
+  run_grid(grid, threads, shared_size, cluster, Bound<function>::run);
 }
 
 }  // namespace emulated

@@ -27,7 +27,8 @@ struct Array {
   size_t whole;
 };
 std::vector<Array> arrays;
-Array shared{"shared memory", nullptr, 0, true, nullptr, 0};
+Array shared{"shared memory", nullptr, 0, true, nullptr, 0};   // of all blocks of a cluster, one behind the other
+size_t shared_each, shared_step;   // bytes of one block's; from one block's to the next
 uint8_t *stacks, *stacks_end;
 int placement;        // 0: the end of an array meets a forbidden page; 1: its beginning
 const char* kernel = "";
@@ -35,11 +36,12 @@ uint3 block{};
 const void* access_pc;   // where the plain access that is looked at returns to
 
 int describe_thread(char* to, size_t room);  // where the running thread is; see threads.cuh
+uint32_t rank_now();                         // of its block within a cluster
 
 // Ends the emulation; the text goes to standard error as one line.
 void fail(const char* format, ...) {
   char text[1600];
-  int at = snprintf(text, sizeof text, "%s, block (%u, %u, %u)", kernel, block.x, block.y, block.z);
+  int at = snprintf(text, sizeof text, "%s, block (%u, %u, %u)", kernel, block.x + rank_now(), block.y, block.z);
   at += describe_thread(text + at, sizeof text - at);
   at += snprintf(text + at, sizeof text - at, ": ");
   va_list values;
@@ -109,27 +111,28 @@ void check_global(const void* pointer, size_t bytes, bool writes, const char* wh
   fail("%s of %zu bytes is not inside an array: it begins %s", what, bytes, place);
 }
 
-// Address in shared memory's own window -> address of the host; the bytes must be there and aligned.
+uint8_t* shared_base() { return shared.base + rank_now() * shared_step; }
+
+// Address in the window of a cluster's shared memory -> address of the host; the bytes must be one block's, and aligned.
 uint8_t* shared_bytes(uint32_t address, size_t bytes, size_t alignment, const char* what) {
   const size_t at = size_t(address) - WINDOW;
-  if (address < WINDOW || at + bytes > shared.bytes)
+  if (address < WINDOW || at >= shared.bytes || at % shared_step + bytes > shared_each)
     fail("%s of %zu bytes at byte %lld of shared memory, which has %zu", what, bytes,
-         static_cast<long long>(address) - WINDOW, shared.bytes);
+         static_cast<long long>(address) - WINDOW - static_cast<long long>(rank_now() * shared_step), shared_each);
   if (at % alignment)
-    fail("%s at byte %zu of shared memory, which is no multiple of %zu", what, at, alignment);
+    fail("%s at byte %zu of shared memory, which is no multiple of %zu", what, at % shared_step, alignment);
   return shared.base + at;
 }
 
 uint32_t shared_address(const void* pointer) {
-  const uint8_t* p = static_cast<const uint8_t*>(pointer);
-  if (p < shared.base || p > shared.base + shared.bytes) {
+  const uint8_t *p = static_cast<const uint8_t*>(pointer), *own = shared_base();
+  if (p < own || p > own + shared_each) {
     char place[300];
     place_of(p, place, sizeof place);
     fail("smem_address of what is not in shared memory: %s", place);
   }
   return uint32_t(p - shared.base) + WINDOW;
 }
-uint8_t* shared_base() { return shared.base; }
 
 void on_signal(int number, siginfo_t* info, void*) {
   char place[300];

@@ -68,7 +68,8 @@ void begin_races() {
   if (other == BULK)
     snprintf(who, sizeof who, "a bulk copy");
   else
-    snprintf(who, sizeof who, "thread %u%s", other, of_block == block_now ? "" : " of another block");
+    snprintf(who, sizeof who, "thread %u%s", within_block(other),
+             of_block == block_now && other / (block_warps * LANES) == rank_now() ? "" : " of another block");
   if (under_way) fail("%s byte %u of %s before the wait for the cp_async16 of %s", what, byte, where, who);
   fail("a race: %s byte %u of %s, which %s %s with no barrier between", what, byte, where, who, other_did);
 }
@@ -88,7 +89,7 @@ Written by_bulk_copy() { return {++bulk_clock, block_now, BULK, 0, ++last_stamp}
 void note_read(const Thread& t, const char* what, uint32_t at, uint32_t bytes) {
   for (uint32_t b = at; b < at + bytes; ++b)
     if (!knows(t, written[b], false))
-      race(what, b, shared.name, "wrote", written[b].writer, block_now, written[b].clock == UNDER_WAY);
+      race(what, uint32_t(b % shared_step), shared.name, "wrote", written[b].writer, block_now, written[b].clock == UNDER_WAY);
   for (uint32_t word = at / 4; word <= (at + bytes - 1) / 4; ++word) {
     Read& r = read_of[word];
     r.clock[t.warp->index] = t.time, r.lane[t.warp->index] = uint8_t(t.index % LANES);
@@ -101,13 +102,14 @@ void note_write(const Thread& t, const char* what, uint32_t at, uint32_t bytes, 
     for (int w = 0; w < warp_count; ++w) {
       const uint32_t reader = w * LANES + r.lane[w];
       if (reader != t.index && r.clock[w] > t.warp->clock.of[reader])
-        race(what, word * 4, shared.name, "read", reader, block_now);
+        race(what, uint32_t(word * 4 % shared_step), shared.name, "read", reader, block_now);
     }
   }
   for (uint32_t b = at; b < at + bytes; ++b) {
     const Written& w = written[b];
     const bool same_warp = w.writer != BULK && w.writer / LANES == t.warp->index;  // lanes may write one value
-    if (!same_warp && !knows(t, w, false)) race(what, b, shared.name, "wrote", w.writer, block_now);
+    if (!same_warp && !knows(t, w, false))
+      race(what, uint32_t(b % shared_step), shared.name, "wrote", w.writer, block_now);
     written[b] = by;
   }
 }
@@ -118,7 +120,8 @@ void check_fenced(const char* what, uint32_t at, uint32_t bytes) {
     const Written& w = written[b];
     if (w.writer == BULK || w.block != block_now) continue;
     if (warps[w.writer / LANES].thread[w.writer % LANES].fences == w.fences)
-      fail("%s byte %u of shared memory, which thread %u wrote without a fence_async_proxy behind", what, b, w.writer);
+      fail("%s byte %u of shared memory, which thread %u wrote without a fence_async_proxy behind", what,
+           uint32_t(b % shared_step), within_block(w.writer));
   }
 }
 
@@ -165,7 +168,9 @@ void note_access(const void* pointer, size_t bytes, bool writes, const void* pc)
   const Array* a = array_at(p);
   if (!a || !running) return;   // constants of the program
   access_pc = pc;
-  if (p < a->base || p + bytes > a->base + a->bytes || (writes && !a->writable)) {
+  const bool outside = a == &shared ? p < shared_base() || p + bytes > shared_base() + shared_each
+                                    : p < a->base || p + bytes > a->base + a->bytes;
+  if (outside || (writes && !a->writable)) {
     char place[300];
     place_of(p, place, sizeof place);
     fail("%s %zu bytes at %s%s", writes ? "writes" : "reads", bytes, place,

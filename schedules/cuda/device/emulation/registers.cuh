@@ -17,11 +17,12 @@ struct Registers {
 Registers registers_of[MOST_WARPS];
 std::vector<Asked> asked_by[MOST_WARPS / 4];   // what each warp group asked for
 std::vector<Thread*> short_of_registers;
-int pool;
+int pools[MOST_CLUSTER];   // of each block
 
 bool takes(Warp& w, int count) {
   int& each = registers_of[w.index].each;
   const int more = (count - each) * LANES;
+  int& pool = pools[rank_of(w)];
   if (more > pool) return false;
   if (more > 0) pool -= more, each = count;
   return true;
@@ -30,7 +31,7 @@ bool takes(Warp& w, int count) {
 void give_back(Warp& w, int count) {
   int& each = registers_of[w.index].each;
   if (count > each) fail("registers_decrease to %d by a warp whose threads have %d", count, each);
-  pool += (each - count) * LANES;
+  pools[rank_of(w)] += (each - count) * LANES;
   each = count;
   for (Thread* t : short_of_registers) make_ready(*t->warp, 1u << (t->index % LANES));
   short_of_registers.clear();
@@ -62,7 +63,7 @@ void begin_registers(int threads) {
   for (Registers& r : registers_of) r = {each, 0};
   for (auto& asked : asked_by) asked.clear();
   short_of_registers.clear();
-  pool = 0;
+  std::fill_n(pools, MOST_CLUSTER, 0);
 }
 
 void end_registers() {

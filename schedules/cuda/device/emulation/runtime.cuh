@@ -26,25 +26,33 @@ bool surroundings_hold(const Array& a) {
   return true;
 }
 
-void run_block(uint3 index, int threads) {
-  block = index;
+// `first` is the block of rank 0.
+void run_cluster(uint3 first, int blocks, int threads) {
+  block = first;
   memset(shared.base, NOTHING, shared.bytes);
   begin_races(), begin_bulk(), begin_products(), begin_registers(threads);
-  run_threads(threads);
+  run_threads(threads, blocks);
   end_bulk(), end_products(), end_registers();
-  if (!surroundings_hold(shared)) fail("wrote outside the %zu bytes of shared memory", shared.bytes);
+  if (!surroundings_hold(shared)) fail("wrote outside the %zu bytes of shared memory", shared_each);
 }
 
-void run_grid(uint3 grid, int threads, int shared_size, void (*run)()) {
+void run_grid(uint3 grid, int threads, int shared_size, int cluster, void (*run)()) {
   block_extent = {uint32_t(threads), 1, 1};
   grid_extent = grid;
   body = run;
-  shared = map_array("shared memory", size_t(shared_size), true, 1024);
+  if (cluster > 1 && (threads % 128 || cluster * threads > MOST_THREADS))
+    fail("clusters of %d blocks of %d threads are not emulated, only whole groups of 128, and %d in all", cluster,
+         threads, MOST_THREADS);
+  shared_each = size_t(shared_size);
+  shared_step = cluster > 1 ? (shared_each + 1023) / 1024 * 1024 : shared_each;
+  shared = map_array("shared memory", cluster * shared_step, true, 1024);
   begin_launch();
-  const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
-  for (uint64_t i = 0; i < blocks; ++i) {
-    const uint64_t b = order == 1 ? blocks - 1 - i : i;
-    run_block({uint32_t(b % grid.x), uint32_t(b / grid.x % grid.y), uint32_t(b / grid.x / grid.y)}, threads);
+  const uint32_t across = grid.x / cluster;
+  const uint64_t clusters = uint64_t(across) * grid.y * grid.z;
+  for (uint64_t i = 0; i < clusters; ++i) {
+    const uint64_t c = order == 1 ? clusters - 1 - i : i;
+    const uint3 first = {uint32_t(c % across) * cluster, uint32_t(c / across % grid.y), uint32_t(c / across / grid.y)};
+    run_cluster(first, cluster, threads);
   }
   munmap(shared.mapped, shared.whole);
   for (const Array& a : arrays)

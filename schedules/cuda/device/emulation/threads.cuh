@@ -13,6 +13,7 @@ extern "C" const char __executable_start;   // of the linker
 namespace emulated {
 
 constexpr int LANES = 32, MOST_WARPS = 32, MOST_THREADS = LANES * MOST_WARPS, BARRIERS = 16;
+constexpr int MOST_CLUSTER = 8, ALL = BARRIERS;   // the barrier of all blocks of a cluster
 constexpr size_t STACK = 128 << 10;
 
 // Where a thread waits: the word of the device headers that it called, the line of the text, and the calls that
@@ -26,7 +27,7 @@ struct Site {
   }
 };
 
-int warp_count;
+int warp_count, block_warps;   // of all blocks of a cluster, of one
 
 // What a warp knows of threads' time: accesses up to these are ordered before what it does next.
 struct Clock {
@@ -65,9 +66,9 @@ struct Warp {
 struct NamedBarrier { uint32_t warps; int threads; };
 
 std::vector<Warp> warps;
-NamedBarrier barriers[BARRIERS];
+NamedBarrier barriers[MOST_CLUSTER][BARRIERS + 1];   // of each block; all have the last one of the first
 uint32_t ready_warps;
-int live;
+int live, live_of[MOST_CLUSTER];   // threads that have not ended, of each block
 uint64_t order;
 Thread* running;
 void* main_top;
@@ -76,12 +77,17 @@ void (*body)();
 uint32_t bulk_clock;
 bool deliver_box();   // lets one bulk copy arrive; false: there is none, see bulk.cuh
 
+uint32_t rank_of(const Warp& w) { return w.index / block_warps; }
+uint32_t rank_now() { return running ? rank_of(*running->warp) : 0; }
+uint32_t within_block(uint32_t thread) { return thread % (block_warps * LANES); }
+uint32_t thread_index() { return within_block(running->index); }
+
 int describe_thread(char* to, size_t room) {
   if (!running) return 0;
   if (access_pc)   // as addr2line takes it
-    return snprintf(to, room, ", thread %u at 0x%tx", running->index,
+    return snprintf(to, room, ", thread %u at 0x%tx", thread_index(),
                     static_cast<const char*>(access_pc) - &__executable_start);
-  return snprintf(to, room, ", thread %u, at or after %s (line %d)", running->index, running->site.name,
+  return snprintf(to, room, ", thread %u, at or after %s (line %d)", thread_index(), running->site.name,
                   running->site.line);
 }
 
@@ -123,6 +129,15 @@ uint32_t drawn() {  // xorshift: any order will do
   return uint32_t(order >> 32);
 }
 
+// What tells the blocks of a cluster apart.
+const char* of_block(uint32_t thread) {
+  static char text[MOST_CLUSTER][40];
+  const uint32_t rank = thread / (block_warps * LANES);
+  if (block_warps == warp_count) return "";
+  snprintf(text[rank], sizeof text[rank], " of block %u", block.x + rank);
+  return text[rank];
+}
+
 // Ends the emulation with one line for all threads, those that wait at one place together.
 [[noreturn]] inline void deadlock() {
   std::string text;
@@ -131,17 +146,18 @@ uint32_t drawn() {  // xorshift: any order will do
   auto at = [](int i) -> const Thread& { return warps[i / LANES].thread[i % LANES]; };
   for (int from = 0, to; from < count; from = to) {
     const Thread& first = at(from);
-    for (to = from + 1; to < count; ++to)
+    for (to = from + 1; to < count && within_block(to); ++to)
       if (at(to).ended != first.ended || !(first.ended || (at(to).site == first.site && at(to).barrier == first.barrier))) break;
     char line[300];
     if (first.ended)
-      snprintf(line, sizeof line, "%sthreads %d-%d have ended", from ? "; " : "", from, to - 1);
+      snprintf(line, sizeof line, "%sthreads %d-%d%s have ended", from ? "; " : "", within_block(from),
+               within_block(to - 1), of_block(from));
     else
-      snprintf(line, sizeof line, "%sthreads %d-%d wait at %s (line %d)", from ? "; " : "", from, to - 1,
-               first.site.name, first.site.line);
+      snprintf(line, sizeof line, "%sthreads %d-%d%s wait at %s (line %d)", from ? "; " : "", within_block(from),
+               within_block(to - 1), of_block(from), first.site.name, first.site.line);
     if (!first.ended && first.barrier >= 0)
       snprintf(line + strlen(line), 80, " for the end of parity %d of the barrier at byte %lld",
-               int(first.barrier & 1), static_cast<long long>(first.barrier >> 1));
+               int(first.barrier & 1), static_cast<long long>((first.barrier >> 1) % shared_step));
     if (text.size() < 1000) text += line;
   }
   fail("deadlock: %s", text.c_str());
@@ -186,7 +202,7 @@ void check_same_site(Warp& w, Site site) {
   const int lane = __builtin_ctz(w.arrived);
   const bool same_line = w.site.line == site.line && !strcmp(w.site.name, site.name);
   fail("the threads of a warp diverged: thread %u waits at %s (line %d), thread %u comes to %s (line %d)%s",
-       w.thread[lane].index, w.site.name, w.site.line, running->index, site.name, site.line,
+       within_block(w.thread[lane].index), w.site.name, w.site.line, thread_index(), site.name, site.line,
        same_line ? " by another branch" : "");
 }
 
@@ -211,19 +227,20 @@ void join_lanes(Warp& w) {
 }
 
 // Lets the warps of a barrier go when as many threads have come as it counts; 0: all that have not ended.
-void settle(int id) {
-  NamedBarrier& b = barriers[id];
+void settle(uint32_t rank, int id) {
+  NamedBarrier& b = barriers[rank][id];
   if (!b.warps) return;
+  const int first = int(rank) * block_warps, last = id == ALL ? warp_count : first + block_warps;
   int come = 0, expected = b.threads;
-  for (int w = 0; w < warp_count; ++w) {
+  for (int w = first; w < last; ++w) {
     if (b.warps >> w & 1) come += b.threads ? LANES : __builtin_popcount(warps[w].alive);
     if (!b.threads) expected += __builtin_popcount(warps[w].alive);
   }
   if (come < expected) return;
   Clock all{};
-  for (int w = 0; w < warp_count; ++w)
+  for (int w = first; w < last; ++w)
     if (b.warps >> w & 1) join_lanes(warps[w]), all.join(warps[w].clock);
-  for (int w = 0; w < warp_count; ++w) {
+  for (int w = first; w < last; ++w) {
     if (!(b.warps >> w & 1)) continue;
     warps[w].clock.join(all);
     make_ready(warps[w], warps[w].arrived);
@@ -236,23 +253,20 @@ void settle(int id) {
 // The warp's lanes that have not ended have all come: the warp has.
 void arrive(Warp& w) {
   if (w.barrier < 0 || !w.alive || w.arrived != w.alive) return;
-  NamedBarrier& b = barriers[w.barrier];
+  const uint32_t rank = w.barrier == ALL ? 0 : rank_of(w);
+  NamedBarrier& b = barriers[rank][w.barrier];
   if (b.warps && b.threads != w.barrier_threads)
     fail("barrier %d is waited for by %d threads in one place and by %d in another", w.barrier, b.threads,
          w.barrier_threads);
   b.threads = w.barrier_threads;
   b.warps |= 1u << w.index;
-  settle(w.barrier);
+  settle(rank, w.barrier);
 }
 
-void wait_at_barrier(const char* name, int line, int id, int threads) {
-  const Site site = MIMO_HERE(name, line);
+void come_to(Site site, int id, int threads) {
   Thread& me = *running;
   Warp& w = *me.warp;
   me.site = site;
-  if (id < 0 || id >= BARRIERS) fail("%s of barrier %d, not 1..15", name, id);
-  if (threads % LANES || threads > warp_count * LANES)
-    fail("%s of %d threads in a block of %d", name, threads, warp_count * LANES);
   check_same_site(w, site);
   if (w.arrived && (w.barrier != id || w.barrier_threads != threads))
     fail("the threads of a warp come to %s (line %d) with different barriers", site.name, site.line);
@@ -263,14 +277,26 @@ void wait_at_barrier(const char* name, int line, int id, int threads) {
   park();
 }
 
+void wait_at_barrier(const char* name, int line, int id, int threads) {
+  const Site site = MIMO_HERE(name, line);
+  running->site = site;
+  if (id < 0 || id >= BARRIERS) fail("%s of barrier %d, not 1..15", name, id);
+  if (threads % LANES || threads > block_warps * LANES)
+    fail("%s of %d threads in a block of %d", name, threads, block_warps * LANES);
+  come_to(site, id, threads);
+}
+void wait_for_cluster(int line) { come_to(MIMO_HERE("cluster_sync", line), ALL, 0); }
+
 void end_thread() {
   Thread& me = *running;
   Warp& w = *me.warp;
+  const uint32_t rank = rank_of(w);
   me.ended = true;
   w.alive &= ~(1u << (me.index % LANES));
-  --live;
+  --live, --live_of[rank];
   arrive(w);
-  if (!barriers[0].threads) settle(0);
+  if (!barriers[rank][0].threads) settle(rank, 0);
+  settle(0, ALL);
   Thread* to = live ? choose() : nullptr;
   running = to;
   mimo_switch(&me.top, to ? to->top : main_top);
@@ -292,10 +318,11 @@ void begin_thread() {
   end_thread();
 }
 
-// Runs all threads of one block to their ends.
-void run_threads(int threads) {
-  warp_count = threads / LANES;
-  live = threads;
+// Runs all threads of the blocks of a cluster to their ends.
+void run_threads(int threads, int blocks) {
+  block_warps = threads / LANES, warp_count = blocks * block_warps;
+  live = blocks * threads;
+  std::fill_n(live_of, blocks, threads);
   ready_warps = 0;
   memset(barriers, 0, sizeof barriers);
   for (int i = 0; i < warp_count; ++i) {
@@ -318,8 +345,7 @@ void run_threads(int threads) {
   running = nullptr;
 }
 
-uint32_t thread_index() { return running->index; }
-uint3 block_index() { return block; }
+uint3 block_index() { return {block.x + rank_now(), block.y, block.z}; }
 uint3 block_shape() { return block_extent; }
 uint3 grid_shape() { return grid_extent; }
 
