@@ -5,7 +5,7 @@ texts with drafts are compared with those without. Then what entry points take, 
 they read for it; beside it what one order of sums costs: the same model compiled with `--reproducible none`.
 
     python benchmarks/speculative.py                         # the built-in model
-    python benchmarks/speculative.py --shape dense --quant w8a8 --keep models --write docs/speculative.md
+    python benchmarks/speculative.py --shape dense --threads 1 --keep FOLDER --write docs/speculative.md
     python benchmarks/speculative.py tiny --quant w4g64a8 --texts 16 --tokens 256 --threads 1
     python benchmarks/speculative.py path/to/checkpoint --file prompts.txt
 
@@ -16,6 +16,7 @@ of it that says the same (`wide.py`), and counts the texts that are the small on
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 import time
 from collections.abc import Sequence
@@ -224,7 +225,7 @@ def steps_table(alike: Timed, free: Timed, experts: dict[int, float]) -> str:
 
 
 def gains(alike: Timed, most: Told, experts: dict[int, float]) -> str:
-    """Return what a pass over four tokens and a draft cost beside a token, and what they can give at most."""
+    """Return what a pass over four tokens and a draft cost beside a token, and what they give by that."""
     took = alike.least
     token = took["step_1"] + took["head_1"]
     verify, draft = (
@@ -241,7 +242,7 @@ def gains(alike: Timed, most: Told, experts: dict[int, float]) -> str:
     text = (
         f"A pass over four tokens takes {verify:.2f} times one over a token, whose weights are "
         f"{size[4] / size[1]:.2f} times the bytes; a draft takes {draft:.2f} of it. "
-        f"At most: {expected:.2f} / ({verify:.2f} + {heads} x {draft:.2f}) = "
+        f"By these times all heads give {expected:.2f} / ({verify:.2f} + {heads} x {draft:.2f}) = "
         f"{expected / (verify + heads * draft):.2f} times."
     )
     if experts:
@@ -292,7 +293,10 @@ def head_line(module: Any, texts: list[dict[str, list[int]]], args: argparse.Nam
     if rates is not None:
         steps = rates.bytes_per_s["dram"]
         line += f" (from memory: {steps[min(module.threads, len(steps)) - 1] / 1e9:.0f} GB/s)"
-    line += f". Texts unlike the plain one: {different}" + (f" ({why})." if why else ".")
+    line += (
+        f". Load average of the minute before: {args.load:.1f}. Texts unlike the plain one: {different}"
+        + (f" ({why})." if why else ".")
+    )
     return line
 
 
@@ -344,6 +348,7 @@ def main() -> None:
     """Compile, compare, print, write."""
     args = arguments()
     mark = f"speculation {args.shape or args.source}"
+    args.load = os.getloadavg()[0]
     if args.write:
         around(args.write, mark)  # before all the measuring
     with tempfile.TemporaryDirectory() as folder:
