@@ -1,4 +1,4 @@
-"""What matmul schedules for CUDA share: their problem, packing, and the launches around the main one."""
+"""What matmul schedules for CUDA share: their problem, and packing."""
 
 from __future__ import annotations
 
@@ -15,13 +15,11 @@ from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.ops.base import Arg, Array
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.base import Kernel, Schedule, kernel_name
-from mimo_compile.schedules.cuda.code import DeviceCode, Launch
+from mimo_compile.schedules.cuda.code import DeviceCode
 from mimo_compile.schedules.cuda.template import Constant
 from mimo_compile.schedules.mpgemm.cuda_layout import Rows
 from mimo_compile.schedules.mpgemm.problem import Problem
 
-ENDS_THREADS = 256
-"""Of the launches before and after the main one; as in `device/gemm_ends.cuh`."""
 _MOST_INT = 2**31 - 1
 
 
@@ -104,7 +102,7 @@ class CudaGemm(Schedule):
     """Base: one layout of the weights for all matmuls of GPUs."""
 
     op = "mpgemm"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     needs: ClassVar[frozenset[str]]
     """Features of a GPU."""
 
@@ -122,23 +120,16 @@ class CudaGemm(Schedule):
         return self.takes(p)
 
     def kernel(
-        self,
-        workload: Workload,
-        config: Any,
-        hardware: Hardware,
-        text: str,
-        ends: Ends,
-        main: Launch,
-        expected: tuple[str, ...],
+        self, workload: Workload, config: Any, hardware: Hardware, device: DeviceCode
     ) -> Kernel:
-        """Return the kernel of a text whose main launch stands between its `Ends`."""
+        """Return the kernel of a config's code."""
         return Kernel(
             kernel_name(self, workload, config, hardware),
             None,
-            ends.problem.args(),
+            CudaProblem.of(workload).args(),
             self.work(workload, config, hardware),
             features=self.needs,
-            device=DeviceCode(text, ends.around(main), ends.scratch(), expected=expected),
+            device=device,
         )
 
     def layouts(self, workload: Workload, config: Any) -> dict[str, str]:
@@ -158,98 +149,3 @@ class CudaGemm(Schedule):
         """Undo `pack`."""
         out = CudaProblem.of(workload).weight.unpack(arrays)
         return out | {n: arrays[n] for n in ("bias",) if n in arrays}
-
-
-@dataclass(frozen=True, slots=True)
-class Ends:
-    """The launches of a matmul by matrix units around its main one; see `device/gemm_ends.cuh`."""
-
-    problem: CudaProblem
-    split: int
-    """Pieces of K."""
-
-    @property
-    def int8(self) -> bool:
-        """True if the matrix units multiply int8, else bfloat16."""
-        return self.problem.acts.is_int8
-
-    @property
-    def element(self) -> int:
-        """Bytes of an element of both operands."""
-        return 1 if self.int8 else 2
-
-    @property
-    def k_padded(self) -> int:
-        """Columns of x as an operand."""
-        return self.problem.weight.k_padded
-
-    @property
-    def unpacked(self) -> bool:
-        """True for codes that the kernel unpacks, else weights are operands as they lie."""
-        weight = self.problem.weight
-        return weight.bits < 8 or not (weight.fmt.is_float or self.int8)
-
-    @property
-    def row_scales(self) -> bool:
-        """True if the last step multiplies by the weights' scales: a row has one, and no zero point."""
-        fmt = self.problem.fmt
-        return not (fmt.is_float or fmt.has_zero or self.problem.w_group)
-
-    @property
-    def sum_dtype(self) -> str:
-        """Of a sum: integers are exact."""
-        return "int32" if self.int8 and self.row_scales else "float32"
-
-    def scratch(self) -> dict[str, Arg]:
-        """Return what lies between launches: x as an operand, its scales, sums of pieces."""
-        p = self.problem
-        out = [Arg("x_operand", "state", (p.m, self.k_padded), "int8" if self.int8 else "uint16")]
-        if self.int8:
-            out.append(Arg("x_scale", "state", (p.m,), "float32"))
-        if self.split > 1:
-            out.append(Arg("parts", "state", (self.split, p.m, p.n), self.sum_dtype))
-        return {arg.name: arg for arg in out}
-
-    def constants(self) -> dict[str, Constant]:
-        """Return the constants that `gemm_ends.cuh` reads."""
-        return self.problem.constants() | {
-            "ROW_BYTES": self.k_padded * self.element,
-            "ELEMENT": self.element,
-            "SUM": "int" if self.sum_dtype == "int32" else "float",
-            "SPLIT": self.split,
-            "SPLIT_K": self.split > 1,
-            "INT8": self.int8,
-            "FACTOR": self.problem.weight.factor(self.problem.acts.kind),
-            "W_SCALED": self.row_scales,
-            "X_F16": self.problem.acts.kind == "f16",
-            "X_PERMUTED": self.unpacked and not self.int8,
-        }
-
-    @property
-    def operands(self) -> tuple[str, ...]:
-        """Arguments behind ``ENDS_PARAMETERS``."""
-        given = {"x_scale": self.int8, "scale": self.row_scales, "bias": self.problem.bias}
-        return tuple(name for name, there in given.items() if there)
-
-    @property
-    def out(self) -> str:
-        """Where the main launch writes to."""
-        return "parts" if self.split > 1 else "y"
-
-    def around(self, main: Launch) -> tuple[Launch, ...]:
-        """Return all launches."""
-        p = self.problem
-        if self.int8:
-            warps = ENDS_THREADS // 32
-            operands = ("x", "x_operand", "x_scale")
-            first = Launch("mpgemm_prepare", (p.m, 1, 1), ENDS_THREADS, operands, 4 * warps)
-        else:
-            blocks = -(-p.m * (self.k_padded // 8) // ENDS_THREADS)
-            first = Launch("mpgemm_prepare", (blocks, 1, 1), ENDS_THREADS, ("x", "x_operand"))
-        if self.split == 1:
-            return (first, main)
-        blocks = -(-p.m * p.n // ENDS_THREADS)
-        last = Launch(
-            "mpgemm_join", (blocks, 1, 1), ENDS_THREADS, ("parts", "y", *self.operands)
-        )  # fmt: skip
-        return (first, main, last)

@@ -9,9 +9,28 @@ using Block = tiles::Codes<BM, BN, DEPTH, ROW_BYTES, WARPS_M, WARPS_N, STAGES>;
 constexpr int TILES_M = matmul::up(M, BM), TILES_N = matmul::up(N, BN);
 constexpr int PIECE_TILES = matmul::up(Block::TILES_K, SPLIT);
 constexpr int GROUPS = W_GROUP ? matmul::up(K, W_GROUP) : 1;
+#if X_GROUPED
+#define X_SCALE_PARAMETER const float *__restrict__ x_scale,
+constexpr int X_GROUPS = matmul::up(K, X_GROUP);
+
+// A tile's rows of x from `first` on, and the scales of their groups.
+struct XRows {
+  const uint8_t* x;
+  const float* scales;
+  int first;
+  __device__ __forceinline__ matmul::Row operator()(int row) const {
+    return matmul::row_of<M, ROW_BYTES>(x, first + row);
+  }
+  __device__ __forceinline__ float scale(int row, int group) const {
+    return first + row < M && group < X_GROUPS ? scales[size_t(first + row) * X_GROUPS + group] : 0.0f;
+  }
+};
+#else
+#define X_SCALE_PARAMETER
+#endif
 
 extern "C" __global__ void __launch_bounds__(Block::THREADS, 1)
-    mpgemm_codes(const uint8_t* __restrict__ x, const uint8_t* __restrict__ w, SCALES_PARAMETERS,
+    mpgemm_codes(const uint8_t* __restrict__ x, X_SCALE_PARAMETER const uint8_t* __restrict__ w, SCALES_PARAMETERS,
                  OUT* __restrict__ out ENDS_PARAMETERS) {
   MIMO_SHARED(smem);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -20,7 +39,11 @@ extern "C" __global__ void __launch_bounds__(Block::THREADS, 1)
   const int m0 = tile.m * BM, n0 = tile.n * BN;
   const int begin = blockIdx.z * PIECE_TILES, count = min(Block::TILES_K - begin, PIECE_TILES);
 
+#if X_GROUPED
+  const XRows x_row = {x, x_scale, m0};
+#else
   auto x_row = [&](int row) { return matmul::row_of<M, ROW_BYTES>(x, m0 + row); };
+#endif
   auto w_row = [&](int row) { return matmul::row_of<N, Block::W_ROW_BYTES>(w, n0 + row); };
   auto scale_of = [&](int row, int group) {
     const bool there = n0 + row < N && group < GROUPS;

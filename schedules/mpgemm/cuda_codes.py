@@ -19,7 +19,8 @@ from mimo_compile.schedules.base import Kernel, Space
 from mimo_compile.schedules.cuda.code import Launch
 from mimo_compile.schedules.cuda.limits import MOST_REGISTERS, fits
 from mimo_compile.schedules.cuda.template import rendered
-from mimo_compile.schedules.mpgemm.cuda_base import CudaGemm, CudaProblem, Ends
+from mimo_compile.schedules.mpgemm.cuda_base import CudaGemm, CudaProblem
+from mimo_compile.schedules.mpgemm.cuda_ends import Ends
 from mimo_compile.schedules.mpgemm.cuda_mma import NEEDS, MmaConfig, worth
 from mimo_compile.schedules.mpgemm.cuda_work import tiled_work
 
@@ -39,7 +40,7 @@ class CudaCodes(CudaGemm):
     needs = NEEDS
 
     def takes(self, p: CudaProblem) -> bool:
-        """Codes in groups of 16 bytes and more, with 16-bit floats or ``a8``; zero points not with float16.
+        """Codes in groups of 16 bytes and more, with 16-bit floats or int8; zero points not with float16.
 
         float16 does not hold a code less a fractional zero point, and the op's bound is not for sums of both
         apart, as that for bfloat16 is; int8 sums of a whole row are no float32 numbers.
@@ -47,8 +48,9 @@ class CudaCodes(CudaGemm):
         if p.fmt.is_float or p.w_group % (128 // p.weight.bits):
             return False
         if p.acts.is_int8:
-            grouped = p.w_group or not p.fmt.has_zero
-            return p.weight.bits < 8 and not p.x_group and p.exact and bool(grouped)
+            grouped = p.w_group or p.x_group or not p.fmt.has_zero
+            whole = p.x_group % (128 // p.weight.bits) == 0
+            return p.weight.bits < 8 and whole and p.exact and bool(grouped)
         return p.acts.kind == "bf16" or (p.acts.kind == "f16" and not p.fmt.has_zero)
 
     def space(self, workload: Workload, hardware: Hardware) -> Space:
@@ -78,7 +80,7 @@ class CudaCodes(CudaGemm):
             "mpgemm_codes",
             (tiles, 1, config.split),
             config.threads,
-            ("x_operand", "codes", *p.scale_names, ends.out, *ends.operands),
+            (*ends.x_operands, "codes", *p.scale_names, ends.out, *ends.operands),
             shared_bytes(config, p),
         )
         text = rendered(Path(__file__).with_suffix(".cu"), constants)
@@ -87,7 +89,7 @@ class CudaCodes(CudaGemm):
             "LDGSTS",
             *(("PRMT",) if p.weight.is_book else ()),
         )
-        return self.kernel(workload, config, hardware, text, ends, main, expected)
+        return self.kernel(workload, config, hardware, ends.code(text, main, expected))
 
     def work(self, workload: Workload, config: CodesConfig, hardware: Hardware) -> Counts:
         """Whole tiles; codes are unpacked once for each tile of tokens and warp that shares its rows."""
@@ -95,7 +97,8 @@ class CudaCodes(CudaGemm):
         times = -(-p.m // config.bm) * config.warps_m
         rows = -(-p.n // config.bn) * config.bn
         unpacked = float(times * rows * p.weight.k_padded)
-        groups = p.m * rows * float(p.fmt.groups(p.k)) if _group(p) else 0.0
+        runs = max(p.fmt.groups(p.k), p.acts.groups(p.k))
+        groups = p.m * rows * float(runs) if _group(p) or p.x_group else 0.0
         each = _terms(p) * (4 if p.weight.is_book else 1) * (1 if p.acts.is_int8 else 2)
         more = {"unpack_u8": unpacked * each, "fma_f32": groups * (2 if p.fmt.has_zero else 1)}
         # zero points: of each warp's tile, 8 columns of ones
@@ -128,7 +131,10 @@ def may_run(c: CodesConfig, p: CudaProblem, hardware: Hardware) -> bool:
     zeros = 1 + p.fmt.has_zero
     operands = c.bm // c.warps_m // 4 * (steps + zeros - 1) + c.bn // c.warps_n // 4 * zeros
     operands += 4 * (_terms(p) - 1) * steps  # x and its sums, scales of a group, terms of a weight
-    registers = (2 if _group(p) else 1) * sums + operands + _OTHER_REGISTERS
+    operands += 16 * p.fmt.has_zero  # what is written next to the sums spills sooner
+    if p.x_group:
+        operands += c.bm // c.warps_m // 8
+    registers = (2 if _group(p) or p.x_group else 1) * sums + operands + _OTHER_REGISTERS
     return (
         c.bm % (16 * c.warps_m) == 0
         and c.bn % (8 * c.warps_n) == 0
@@ -143,9 +149,9 @@ def _default(
     """Return a config that gives most SMs a block, by cutting K where tiles are few. Not measured."""
     bm = next((b for b in (16, 32, 64) if p.m <= b), 64)
     warps_m, warps_n = (2, 2) if bm == 64 else (1, 4)
-    for bn in (128, 64):
+    for bn, warps in ((128, warps_n), (128, 4), (64, warps_n)):
         for group_m in (8, 4, 1):
-            c = CodesConfig(bm, bn, 128, warps_m, warps_n, 4, 1, group_m)
+            c = CodesConfig(bm, bn, 128, warps_m, warps, 4, 1, group_m)
             if legal(c):
                 tiles = -(-p.m // bm) * -(-p.n // bn)
                 cut = (replace(c, split=s) for s in (2, 4, 8))

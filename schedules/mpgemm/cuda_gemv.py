@@ -17,7 +17,7 @@ from mimo_compile.ir.counts import Counts, in_turn
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.ops.base import Arg
 from mimo_compile.ir.workload import Workload
-from mimo_compile.schedules.base import Kernel, Space, kernel_name
+from mimo_compile.schedules.base import Kernel, Space
 from mimo_compile.schedules.cuda.code import DeviceCode, Launch
 from mimo_compile.schedules.cuda.limits import fits
 from mimo_compile.schedules.cuda.template import rendered
@@ -139,14 +139,8 @@ class CudaGemv(CudaGemm):
                 "x_scale": Arg("x_scale", "state", (p.m, groups), "float32"),
             }
         text = rendered(Path(__file__).with_suffix(".cu"), constants)
-        return Kernel(
-            kernel_name(self, workload, config, hardware),
-            None,
-            p.args(),
-            self.work(workload, config, hardware),
-            features=NEEDS,
-            device=DeviceCode(text, launches, scratch, expected=_expected(p)),
-        )
+        code = DeviceCode(text, launches, scratch, expected=_expected(p))
+        return self.kernel(workload, config, hardware, code)
 
     def work(self, workload: Workload, config: GemvConfig, hardware: Hardware) -> Counts:
         """Padded products; each block reads x by itself, its warps from the first-level cache."""

@@ -13,7 +13,8 @@ from mimo_compile.schedules.base import Kernel, Space
 from mimo_compile.schedules.cuda.code import Launch
 from mimo_compile.schedules.cuda.limits import MOST_REGISTERS, fits
 from mimo_compile.schedules.cuda.template import rendered
-from mimo_compile.schedules.mpgemm.cuda_base import CudaGemm, CudaProblem, Ends
+from mimo_compile.schedules.mpgemm.cuda_base import CudaGemm, CudaProblem
+from mimo_compile.schedules.mpgemm.cuda_ends import Ends
 from mimo_compile.schedules.mpgemm.cuda_work import tiled_work
 
 NEEDS = frozenset({"cuda", "mma", "cp_async"})
@@ -110,7 +111,7 @@ class CudaMma(CudaGemm):
         )
         text = rendered(Path(__file__).with_suffix(".cu"), constants)
         expected = ("IMMA" if ends.int8 else "HMMA", "LDSM", "LDGSTS")
-        return self.kernel(workload, config, hardware, text, ends, main, expected)
+        return self.kernel(workload, config, hardware, ends.code(text, main, expected))
 
     def work(self, workload: Workload, config: MmaConfig, hardware: Hardware) -> Counts:
         """Whole tiles; each block reads its rows of both operands."""

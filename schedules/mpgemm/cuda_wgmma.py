@@ -17,7 +17,8 @@ from mimo_compile.schedules.base import Kernel, Space
 from mimo_compile.schedules.cuda.code import Launch, TensorMap
 from mimo_compile.schedules.cuda.limits import fits
 from mimo_compile.schedules.cuda.template import rendered
-from mimo_compile.schedules.mpgemm.cuda_base import CudaGemm, CudaProblem, Ends
+from mimo_compile.schedules.mpgemm.cuda_base import CudaGemm, CudaProblem
+from mimo_compile.schedules.mpgemm.cuda_ends import Ends
 from mimo_compile.schedules.mpgemm.cuda_mma import takes_operands, whole_pieces
 from mimo_compile.schedules.mpgemm.cuda_work import tiled_work
 
@@ -69,7 +70,7 @@ class CudaWgmma(CudaGemm):
     name = "mpgemm.cuda_wgmma"
     config = WgmmaConfig
     needs = NEEDS
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
 
     def takes(self, p: CudaProblem) -> bool:
         """``w=bf16,a=abf16`` and ``w=w8,a=a8``."""
@@ -132,7 +133,7 @@ class CudaWgmma(CudaGemm):
         text = rendered(Path(__file__).with_suffix(".cu"), constants)
         barrier = ("UCGABAR",) if config.cluster > 1 else ()
         expected = ("IGMMA" if ends.int8 else "HGMMA", "UTMALDG", "USETMAXREG", *barrier)
-        return self.kernel(workload, config, hardware, text, ends, main, expected)
+        return self.kernel(workload, config, hardware, ends.code(text, main, expected))
 
     def work(self, workload: Workload, config: WgmmaConfig, hardware: Hardware) -> Counts:
         """Whole tiles; each tile's block reads its rows of both operands."""

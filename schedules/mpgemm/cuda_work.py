@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from mimo_compile.ir.counts import Counts, in_turn
 from mimo_compile.ir.hardware import Hardware
-from mimo_compile.schedules.mpgemm.cuda_base import CudaProblem, Ends
+from mimo_compile.schedules.mpgemm.cuda_base import CudaProblem
+from mimo_compile.schedules.mpgemm.cuda_ends import Ends
 
 
 def tiled_work(

@@ -34,6 +34,10 @@ RAGGED = {
         "mpgemm:m=70,n=199,k=1000,w=w4g64,a=abf16,bias=1",
         "mpgemm:m=5,n=199,k=1000,w=w8,a=a8",
         "mpgemm:m=5,n=199,k=11008,w=bf16,a=abf16",
+        "mpgemm:m=70,n=199,k=1000,w=fp8b128,a=abf16",
+        "mpgemm:m=70,n=199,k=1000,w=nf4,a=af16",
+        "mpgemm:m=70,n=199,k=1000,w=w4zg64,a=a8g64",
+        "mpgemm:m=5,n=199,k=1000,w=w2zg32,bias=1",
     ),
     "moe": (
         "moe:t=7,e=5,k=2,d=200,f=66,w=w4g32,a=a8",

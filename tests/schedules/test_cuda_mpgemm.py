@@ -147,6 +147,8 @@ def test_kernels_of_cpus_and_gpus_refuse_each_other():
         ("m=1,n=64,k=256,w=w8z,a=a8", "gemv"),
         ("m=1,n=64,k=256,w=w8z,a=a8", "mma"),
         ("m=1,n=64,k=256,w=w4zgrow,a=a8", "mma_codes"),
+        ("m=1,n=64,k=256,w=w2g64,a=a8g32", "mma_codes"),
+        ("m=1,n=64,k=256,w=w8g64,a=a8g64", "mma_codes"),
         ("m=1,n=64,k=256,w=w4zg64,a=af16", "mma_codes"),
         ("m=1,n=64,k=140000,w=w8,a=a8", "gemv"),
         ("m=1,n=64,k=256,w=bf16", "mma"),
@@ -178,6 +180,7 @@ def test_legal_configs_can_be_launched_and_declare_what_the_op_needs(name, hardw
             "w=fp8b128,a=abf16",
             "w=nf4,a=af16",
             "w=w4z,a=abf16",
+            "w=w4g64,a=a8g32",
         ):
             workload = parse_workload(f"mpgemm:m={m},n={n},k={k},{text}")
             if not schedule.supports(workload, hardware):
@@ -250,6 +253,10 @@ def test_default_is_right(name, text):
         ("mma_codes", "m=18,n=34,k=320,w=w3zg64,a=abf16"),
         ("mma_codes", "m=18,n=34,k=320,w=w3g64,a=a8"),
         ("mma_codes", "m=18,n=34,k=320,w=w6g64,a=af16"),
+        ("mma_codes", "m=18,n=34,k=320,w=w4g64,a=a8g32"),
+        ("mma_codes", "m=18,n=34,k=320,w=w4grow,a=a8g256,bias=1"),
+        ("mma_codes", "m=18,n=34,k=320,w=w2zg128,a=a8g64"),
+        ("mma_codes", "m=18,n=34,k=320,w=w4zgrow,a=a8g64"),
     ],
 )
 def test_each_format_is_right(name, text):
@@ -355,7 +362,7 @@ ACTS = {
     "gemv": ("a16", "abf16", "af16", "a8", "a8g32", "a8g64"),
     "mma": ("abf16", "a8"),
     "wgmma": ("abf16", "a8"),
-    "mma_codes": ("abf16", "af16", "a8"),
+    "mma_codes": ("abf16", "af16", "a8", "a8g32", "a8g64", "a8g256"),
 }
 WEIGHTS = (
     *FLOATS,

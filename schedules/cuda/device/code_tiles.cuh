@@ -3,7 +3,7 @@
 // As `mma_tiles.cuh`, but for what follows. It reads the constants of the text that includes it: those of `codes.cuh`,
 // W_GROUP (columns of w that share a scale; 0: all of a row, whose scale is applied last), ELEMENT (bytes of an element
 // of x), and for the preprocessor INT8 (x is int8: 2 and 4 bits alone; else 16-bit floats), X_F16 (they are float16)
-// and ZEROS (groups have zero points; x is no float16).
+// and ZEROS (groups have zero points; x is no float16), X_GROUPED (int8 x has a scale for each X_GROUP columns).
 //
 // A unit is 16 bytes of a row of w: four words, one for each lane of a quad. Which column of x stands where along a
 // product's K is free, so that a lane unpacks its own word, and has its own columns of x, which lie side by side:
@@ -11,7 +11,7 @@
 // columns 0 and 2, and 1 and 3: of each 4 columns of x the middle two have changed places. Where a codebook's numbers
 // are TERMS of 16 bits, there is a product of each.
 //
-// Sums of W_GROUP columns are multiplied by the group's scale in float32 and added up; int8 ones are exact before.
+// Sums of columns that share all scales are multiplied by these in float32 and added up; int8 ones are exact before.
 // ZEROS: a product with ones gives each lane the sums of its own rows of x over the same columns, which the zero points
 // are multiplied with.
 #pragma once
@@ -91,7 +91,14 @@ struct Codes {
   static constexpr int W_DEPTH = COLUMNS * BITS / 8, W_ROW_BYTES = ROW_BYTES / ELEMENT * BITS / 8;
   static constexpr int X_LINES = DEPTH / 16, W_LINES = W_DEPTH / 16;
   static constexpr int UNIT = 128 / BITS, UNITS = COLUMNS / UNIT, GROUP_UNITS = W_GROUP ? W_GROUP / UNIT : 1;
-  static constexpr int UNROLL = UNITS < 4 ? UNITS : 4;  // operands of all units of a tile would fill the registers
+#if X_GROUPED
+  static constexpr int X_UNITS = X_GROUP / UNIT, RUN_UNITS = W_GROUP && GROUP_UNITS < X_UNITS ? GROUP_UNITS : X_UNITS;
+  static_assert(X_UNITS > 0);
+#else
+  static constexpr int RUN_UNITS = W_GROUP ? GROUP_UNITS : 0;  // 0: nothing is multiplied before the last step
+#endif
+  static constexpr int MOST = ZEROS ? 2 : 4;  // operands of all units of a tile would fill the registers
+  static constexpr int UNROLL = UNITS < MOST ? UNITS : MOST;
   static constexpr int WM = BM / WARPS_M, WN = BN / WARPS_N, MT = WM / 16, NT = WN / 8;
   static constexpr int STAGE_BYTES = BM * DEPTH + BN * W_DEPTH;
   static_assert(MT > 0 && NT > 0 && STEPS > 0 && UNITS > 0 && W_LINES <= 8 && X_LINES >= 8 && GROUP_UNITS > 0);
@@ -169,12 +176,16 @@ struct Codes {
   }
 
   // Adds the products of `count` tiles along K from tile `begin` on. `x_row` and `w_row` say where a row of the tile
-  // lies, `scale_of` the Scaling of a group of a row of w (W_GROUP); all copies have arrived in the end.
+  // lies, `scale_of` the Scaling of a group of a row of w (W_GROUP), `x_row.scale` that of one of x (X_GROUPED); all
+  // copies have arrived in the end.
   template <class Sum, class X, class W, class Scale>
   static __device__ __forceinline__ void run(const uint8_t* smem, X x_row, W w_row, Scale scale_of, int begin,
                                              int count, Sum (&sum)[MT][NT][4]) {
     const uint32_t base = smem_address(smem);
     const int first = int(threadIdx.x) / 32 % WARPS_N * WN + int(threadIdx.x) % 4 * 2;  // the lane's row of w
+#if X_GROUPED
+    const int warp_row = int(threadIdx.x) / 32 / WARPS_N * WM + int(threadIdx.x) % 32 / 4;  // and of x
+#endif
     auto copy = [&](int depth) {  // a group is committed for each tile, also beyond the last
       if (depth < count) {
         const uint32_t to = base + depth % STAGES * STAGE_BYTES;
@@ -188,6 +199,9 @@ struct Codes {
 
     PART part[MT][NT][4] = {}, of_x[MT][4] = {};
     Scaling own[NT][2];
+#if X_GROUPED
+    float x_own[MT][2];
+#endif
     auto flush = [&] {
 #pragma unroll
       for (int i = 0; i < MT; ++i) {
@@ -200,7 +214,12 @@ struct Codes {
 #else
             const PART value = part[i][j][e];
 #endif
-            sum[i][j][e] += W_GROUP ? Sum(float(value) * factor_of(own[j][e % 2])) : Sum(value);
+#if X_GROUPED
+            const float factor = (W_GROUP ? factor_of(own[j][e % 2]) : 1.0f) * x_own[i][e / 2];
+#else
+            const float factor = W_GROUP ? factor_of(own[j][e % 2]) : 1.0f;
+#endif
+            sum[i][j][e] += RUN_UNITS ? Sum(float(value) * factor) : Sum(value);
             part[i][j][e] = 0;
           }
         }
@@ -223,8 +242,19 @@ struct Codes {
             own[j][1] = scale_of(first + j * 8 + 1, number / GROUP_UNITS);
           }
         }
+#if X_GROUPED
+        if (number % X_UNITS == 0 || depth + unit == 0) {
+#pragma unroll
+          for (int i = 0; i < MT; ++i) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+              x_own[i][half] = x_row.scale(warp_row + i * 16 + half * 8, number / X_UNITS);
+            }
+          }
+        }
+#endif
         products(xs, xs + BM * DEPTH, unit, part, of_x);
-        if (W_GROUP && (number + 1) % GROUP_UNITS == 0) flush();
+        if (RUN_UNITS && (number + 1) % max(RUN_UNITS, 1) == 0) flush();
       }
     }
     flush();

@@ -2,9 +2,10 @@
 // the last step of a sum with its scales and bias.
 //
 // It reads the constants of the text that includes it: M, N, K, ROW_BYTES (of x as an operand), ELEMENT (bytes of its
-// element), SUM (type of a sum), SCALE (of a stored scale), SPLIT, FACTOR (of all sums), and for the preprocessor
-// INT8 (x has a scale for each row), X_F16 (x is float16, else bfloat16), X_PERMUTED, W_SCALED (weights have a scale for
-// each row), BIAS, SPLIT_K. Kernels take ENDS_PARAMETERS after their own parameters and hand them on as ENDS.
+// element), SUM (type of a sum), SCALE (of a stored scale), SPLIT, FACTOR (of all sums), where INT8 X_GROUP (columns of x
+// that share a scale; 0: all of a row), and for the preprocessor INT8, X_SCALED (x has a scale for each row), X_F16 (x is
+// float16, else bfloat16), X_PERMUTED, W_SCALED (weights have a scale for each row), BIAS, SPLIT_K. Kernels take
+// ENDS_PARAMETERS after their own parameters and hand them on as ENDS.
 #pragma once
 #include "matmul.cuh"
 #include "warp.cuh"
@@ -12,7 +13,7 @@
 constexpr int ENDS_THREADS = 256;
 constexpr int K_PADDED = ROW_BYTES / ELEMENT;
 
-#if INT8
+#if X_SCALED
 #define ENDS_X_PARAMETER , const float *__restrict__ x_scale
 #define ENDS_X , x_scale
 #else
@@ -37,10 +38,11 @@ constexpr int K_PADDED = ROW_BYTES / ELEMENT;
 #define ENDS ENDS_X ENDS_W ENDS_BIAS
 
 #if INT8
-extern "C" __global__ void __launch_bounds__(ENDS_THREADS)
+constexpr int QUANTIZE_THREADS = X_GROUP ? 32 : ENDS_THREADS;
+extern "C" __global__ void __launch_bounds__(QUANTIZE_THREADS)
     mpgemm_prepare(const float* x, int8_t* codes, float* x_scale) {
   MIMO_SHARED(smem);
-  matmul::quantize<K, K_PADDED, 0, ENDS_THREADS>(x, codes, x_scale, reinterpret_cast<float*>(smem));
+  matmul::quantize<K, K_PADDED, X_GROUP, QUANTIZE_THREADS>(x, codes, x_scale, reinterpret_cast<float*>(smem));
 }
 #else
 extern "C" __global__ void __launch_bounds__(ENDS_THREADS) mpgemm_prepare(const float* x, uint16_t* rounded) {
@@ -52,9 +54,9 @@ extern "C" __global__ void __launch_bounds__(ENDS_THREADS) mpgemm_prepare(const 
 __device__ __forceinline__ float finish(SUM sum, int row, int column ENDS_PARAMETERS) {
   float value = float(sum) * FACTOR;  // a power of two
   column = min(column, N - 1);
-#if INT8 && W_SCALED
+#if X_SCALED && W_SCALED
   value *= x_scale[row] * matmul::widen(w_scale[column]);
-#elif INT8
+#elif X_SCALED
   value *= x_scale[row];
 #elif W_SCALED
   value *= matmul::widen(w_scale[column]);
