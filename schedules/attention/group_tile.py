@@ -16,7 +16,7 @@ from mimo_compile.schedules.attention.flash import Tile
 from mimo_compile.schedules.attention.group_layout import BLOCKS, elements, key_channels
 from mimo_compile.schedules.attention.group_reach import GROUP, GroupReach
 from mimo_compile.schedules.attention.layout import round_up
-from mimo_compile.schedules.attention.reach import Tiling, fixed
+from mimo_compile.schedules.attention.reach import NEAR_BYTES, Tiling, fixed
 from mimo_compile.schedules.emit.build import T, bind, load, loop, prefetch, store, when, workspace
 from mimo_compile.schedules.emit.vector import LANES, splat
 
@@ -52,6 +52,9 @@ class GroupTile(Tile):
         self.streams = False
         self.further: Any = s.ahead
         """Groups from one to that which is prefetched with it, as they lie."""
+        step = GROUP * (fmt.bytes_of(d, keys=True) + fmt.bytes_of(s.p["dv"], keys=False))
+        self.near = 2 * step <= NEAR_BYTES
+        """The group that arrives has room in the first-level cache beside the one that is read."""
         self.value_groups = fmt.value_groups(s.p["dv"])
         self.middle = float((fmt.levels + 1) // 2)
         self.k_params = workspace((2, self.wide), "float32")
@@ -117,12 +120,12 @@ class GroupTile(Tile):
     def ask_keys(self, step: Any, u: Any, w: Any) -> None:
         """Prefetch the line of codes that comes some steps later."""
         if self.ask:
-            prefetch(self.k_codes, self.head, step + self.further, u, w, 0, near=False)
+            prefetch(self.k_codes, self.head, step + self.further, u, w, 0, near=self.near)
 
     def ask_values(self, step: Any, column: Any, run: Any) -> None:
         """Prefetch the line of codes that comes some steps later."""
         if self.ask:
-            prefetch(self.v_codes, self.head, step + self.further, column, run, 0, near=False)
+            prefetch(self.v_codes, self.head, step + self.further, column, run, 0, near=self.near)
 
 
 class Real(GroupTile):
