@@ -81,6 +81,7 @@ def test_nvcc_comes_first_where_it_is_new_enough(tmp_path, monkeypatch) -> None:
 # -- the real one --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @needs_nvrtc
 def test_a_real_kernel_without_nvcc(no_nvcc) -> None:
     pick = """extern "C" __global__ void pick(const int* at, float* y) {
