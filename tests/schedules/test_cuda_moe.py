@@ -18,7 +18,10 @@ from mimo_compile.search.measure.emulated import check_emulated, device_arrays
 
 A100, H200 = CUDA["cuda:sm_80"], CUDA["cuda:sm_90a"]
 NAMES = [n for n in names_for("moe") if n.startswith("moe.cuda")]
-FORMATS = ("bf16", "f32", "f16", "w8", "w4g32", "w4g64", "w2g16", "w2gtensor", "w1.58", "w4grow")
+FORMATS = (
+    "bf16", "f32", "f16", "w8", "w4g32", "w4g64", "w2g16", "w2gtensor", "w1.58", "w4grow", "w3g32",
+    "w6grow", "fp8b128",
+)  # fmt: skip
 ACTS = ("a16", "abf16", "af16", "a8", "a8g32")
 emulated = pytest.mark.skipif(compiler() is None, reason="emulation needs a C++ compiler")
 
@@ -93,6 +96,10 @@ def test_kernels_of_cpus_and_gpus_refuse_each_other():
             "t=1,e=8,k=2,d=140000,f=32,w=w4,a=a8",
             False,
         ),  # sums of more than 32 bits
+        ("moe.cuda_gemv", "t=1,e=8,k=2,d=64,f=32,w=nf4,a=abf16", False),
+        ("moe.cuda_gemv", "t=1,e=8,k=2,d=64,f=32,w=fp8b128,a=a16", True),
+        ("moe.cuda_gemv", "t=1,e=8,k=2,d=64,f=32,w=fp8b128,a=a8", False),
+        ("moe.cuda_mma", "t=20,e=8,k=2,d=256,f=128,w=fp8b128,a=abf16", True),
         ("moe.cuda_mma", "t=1,e=8,k=2,d=64,f=32,w=bf16,a=abf16", True),
         ("moe.cuda_mma", "t=1,e=8,k=2,d=64,f=32,w=bf16,a=a16", False),
         ("moe.cuda_mma", "t=1,e=8,k=2,d=64,f=32,w=w8,a=a8", True),
@@ -245,6 +252,9 @@ CASES = [
     ("mma", "t=50,e=3,k=2,d=72,f=40,w=w8,a=a8", "one"),
     ("mma", "t=33,e=4,k=2,d=80,f=41,w=w4g32,a=af16", "twice"),
     ("mma", "t=17,e=40,k=3,d=130,f=64,w=w2g64,a=abf16", "none"),
+    ("mma", "t=19,e=4,k=2,d=300,f=150,w=fp8b128,a=abf16", "drawn"),
+    ("gemv", "t=2,e=4,k=2,d=300,f=150,w=fp8b128,a=a16", "none"),
+    ("mma", "t=19,e=4,k=2,d=300,f=150,w=w3g64,a=a8", "drawn"),
     ("mma", "t=16,e=2,k=1,d=128,f=128,w=w8g32,a=abf16", "one"),
 ]
 
