@@ -195,15 +195,15 @@ def test_what_is_asked_for_changes_no_result(w):
 
 @vnni
 def test_one_tile_takes_what_is_left_of_an_expert():
-    # an expert for each number of slots that may be left: 11 = 8 + 3, 7, 5, 4, 3, 2, 1
+    # an expert for each number of slots that may be left of tiles of 6: 11, 7, 5, 4, 3, 2, 1
     rest = np.repeat(np.arange(1, 7), (7, 5, 4, 3, 2, 1))
     ids = np.concatenate([np.zeros((11, 1)), rest.reshape(2, 11).T], 1).astype(np.int32)
     workload = parse_workload("moe:t=11,e=7,k=3,d=64,f=32,w=w4g32,a=a8")
     schedule, results = get_schedule("moe.x86_vnni"), set()
     default = schedule.space(workload, CPU).default
-    for once in (False, True):
+    for tokens, once in ((4, False), (6, True)):
         config = dataclasses.replace(
-            default, rows13=1, rows2=1, tokens=8, unroll=1, once=once, share=once, prefetch=0,
+            default, rows13=1, rows2=1, tokens=tokens, unroll=1, once=once, share=once, prefetch=0,
         )  # fmt: skip
         results.add(check(schedule, workload, config, inputs={"ids": ids}).outputs["y"].tobytes())
     assert len(results) == 1
