@@ -24,6 +24,8 @@ _FEW = 8
 """Slots of an expert up to which reading weights takes longer than multiplying with them."""
 _ROOM = 4
 """Slots in a tile from which on there is something between powers of two."""
+_PARTS_BYTES = 64 << 20
+"""Most workspace that goes into results of slots before tokens add them up."""
 
 
 class Experts(Schedule):
@@ -162,8 +164,11 @@ class Experts(Schedule):
         ready = problem.fmt.is_float or bytes_
         if not (ready and self.far(problem, hardware) and self.streams(problem)):
             return None
+        size = 4 * problem.slots * problem.d  # of what slots add to tokens, in one task a thread
+        threads = hardware.threads
+        tasks = next((n * threads for n in (1, 4) if size <= n * _PARTS_BYTES), 0)
         config = MoeConfig(
-            1, 2, 8, 0, 1, parallel, tasks=hardware.threads, dot=self.dots(problem, hardware)[0],
+            1, 2, 8, 0, 1, parallel, tasks=tasks, dot=self.dots(problem, hardware)[0],
             share=True, once=True,
         )  # fmt: skip
         known = all(getattr(config, name) in values for name, values in space.knobs.items())

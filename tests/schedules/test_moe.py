@@ -243,6 +243,19 @@ def test_default_is_one_of_the_configs(t, w):
                 assert getattr(space.default, knob) in values, (workload, knob)
 
 
+@pytest.mark.parametrize("w", ["w8,a=a8", "bf16,a=abf16"])
+def test_defaults_for_many_tokens_keep_workspace_small(w):
+    cpu, found = CPU.with_threads(2), []
+    for t in (512, 4096, 1 << 15):
+        workload = parse_workload(f"moe:t={t},e=64,k=8,d=2048,f=768,w={w}")
+        schedule = schedules_for(workload, cpu)[0]
+        config = schedule.space(workload, cpu).default
+        if not config.once:
+            pytest.skip("not on this CPU")
+        found.append(config.tasks)
+    assert found == [2, 8, 0]
+
+
 def test_experts_are_packed_like_plain_matrices():
     workload = parse_workload("moe:t=1,e=3,k=1,d=40,f=24,w=w4g32,a=a8")
     op = get_op("moe")
