@@ -23,6 +23,8 @@ H200 = CUDA["cuda:sm_90a"]
         ("glm4_moe", "model", 1, functions.OP),
         ("llama", "quest:budget=64,dense=1", 1, "select_blocks"),
         ("llama", "quest:budget=64,dense=1", 2, "sparse_attention"),
+        ("llama", "full+int8", 1, "cached_attention"),
+        ("llama", "sale:least=64", 1, "score_lowbit"),
     ],
 )
 def test_a_model_has_kernels_for_a_gpu(case, attention, batch, op, saved, tmp_path) -> None:
