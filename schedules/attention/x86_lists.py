@@ -137,6 +137,7 @@ class X86ListsPairs(X86FlashPairs, X86Lists):
 
     name = "sparse_attention.x86_lists_pairs"
     op = "sparse_attention"
+    streamed = LANES
 
 
 def short_step(p: Mapping[str, Any], most: int) -> int:

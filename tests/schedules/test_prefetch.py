@@ -134,6 +134,16 @@ def test_caches_whose_indices_would_wrap_around_are_refused(name, more):
         big(name, more, 2**21 + 16)
 
 
+@pytest.mark.parametrize("block", [16, 64])
+def test_one_token_reads_listed_pairs_in_short_steps_that_are_asked_for(block):
+    workload = parse_workload(
+        f"sparse_attention:t=1,h=8,kv=2,d=128,dv=128,cap=65536,hs=2,block={block},kmax=64,c=bf16"
+    )
+    schedule = get_schedule("sparse_attention.x86_lists_pairs")
+    default = schedule.space(workload, CPU).default
+    assert (default.block, default.ahead) == (16, 1)
+
+
 @pytest.mark.parametrize("dv", [32, 80])
 def test_pairs_of_values_are_asked_for_once_whatever_columns_are_read_in_turns(dv):
     schedule = get_schedule("cached_attention.x86_flash_pairs")
