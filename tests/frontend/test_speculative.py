@@ -10,6 +10,8 @@ import msgspec
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import mimo_compile as mc
@@ -39,7 +41,7 @@ SHAPES = {
 
 
 @pytest.fixture(scope="module")
-def artifact(saved, tmp_path_factory):
+def checkpoint(saved, tmp_path_factory):
     """A MiMo-V2-Flash model with random weights and two random draft layers."""
     target = tmp_path_factory.mktemp("drafting")
     shutil.copytree(saved("mimo_v2_flash")[1], target, dirs_exist_ok=True)
@@ -51,7 +53,12 @@ def artifact(saved, tmp_path_factory):
             value = 1 + 0.2 * noise if "norm" in name else noise * (1.5 / shape[-1] ** 0.5)
             tensors[f"model.mtp.layers.{i}.{name}"] = value
     save_file(tensors, target / "model.safetensors")
-    return mc.compile(target, db=target / "records.db", max_context=CONTEXT, threads=1)
+    return target
+
+
+@pytest.fixture(scope="module")
+def artifact(checkpoint):
+    return mc.compile(checkpoint, db=checkpoint / "records.db", max_context=CONTEXT, threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -195,6 +202,51 @@ def test_texts_with_drafts_do_not_depend_on_which_experts_are_in_memory(
     facts = limited.experts.facts()
     assert facts["slots"] == experts
     assert facts["waves"] > 0 if experts < 8 else experts < 24 or not facts["waves"]
+
+
+@pytest.fixture(scope="module")
+def paged(checkpoint, tmp_path_factory):
+    """Two sequences over pages that each could fill alone."""
+    made = mc.compile(
+        checkpoint, db=checkpoint / "records.db", max_context=130, threads=1, batch=2, pages=6
+    )
+    return made.save(tmp_path_factory.mktemp("paged") / "paged.mimo")
+
+
+STEPS = st.one_of(
+    st.tuples(st.just("text"), st.integers(0, 1), st.integers(1, 40), st.integers(1, 20)),
+    st.tuples(st.just("fork"), st.integers(0, 1)),
+    st.tuples(st.just("rewind"), st.integers(0, 1), st.integers(0, 4)),
+)
+
+
+@pytest.mark.slow
+@settings(max_examples=12, deadline=None)
+@given(st.lists(STEPS, min_size=1, max_size=6), st.sampled_from([2, 5, 24]), st.integers(0, 2))
+def test_drafts_over_pages_with_few_experts_in_memory(paged, tools, steps, experts, ahead):
+    """Texts of two sequences that share pages, fork and go back are the plain ones, as are their states."""
+    how = ExpertMemory(experts * 3 * 64 * 32 * 4, ahead=ahead)
+    modules = [mc.load(paged, threads=1), mc.load(paged, threads=1, expert_memory=how)]
+    begun = [[module.session(slot=slot) for slot in (0, 1)] for module in modules]
+    for kind, slot, *numbers in steps:
+        found = []
+        for module, sessions, drafts in zip(modules, begun, (False, True), strict=True):
+            session = sessions[slot]
+            if kind == "fork" and session.position:
+                sessions[1 - slot] = session.fork(1 - slot)
+            if kind == "rewind" and session.can_rewind(max(session.position - numbers[0], 0)):
+                session.rewind(max(session.position - numbers[0], 0))
+            if kind == "text":
+                # texts begin alike, or go on behind what the sequence holds
+                held = list(session.tokens) if numbers[0] % 2 and session.position < 70 else []
+                prompt = [*held, *tools.prompt(numbers[0], seed=numbers[0] % 3)]
+                found.append(
+                    generate(module, prompt, numbers[1], session=session, speculative=drafts)[0]
+                )
+        assert found[:1] == found[1:]
+        assert begun[0][slot].tokens == begun[1][slot].tokens
+    for plain, other in zip(*begun, strict=True):
+        assert np.array_equal(next_logits(plain), next_logits(other))
 
 
 def test_drawn_texts_are_those_of_the_seed(module, tools, oracle):
