@@ -68,7 +68,7 @@ def test_counts_are_those_of_the_launches_and_no_less_than_needed(more):
 
 @pytest.mark.slow
 @needs_compiler
-@settings(max_examples=10, deadline=None, database=None)
+@settings(max_examples=6, deadline=None, database=None)
 @given(data=st.data())
 def test_any_shape_and_place(data):
     draw = data.draw
@@ -115,7 +115,7 @@ def test_other_codes_means_regions_and_queries_are_found(change):
 
 @pytest.mark.slow
 @needs_compiler
-@settings(max_examples=8, deadline=None, database=None)
+@settings(max_examples=5, deadline=None, database=None)
 @given(
     d=st.integers(1, 40), kv=st.integers(1, 3), cap=st.integers(1, 400), c=st.sampled_from((A100, H200)),
     data=st.data(),

@@ -85,10 +85,6 @@ CASES = [
         "cached_attention:t=40,h=3,kv=1,d=24,dv=18,cap=300,c=bf16,arith=int8", {"warps": 2},
     ),
     (
-        "oracle_attention.cuda",
-        "oracle_attention:t=20,h=6,kv=2,d=24,dv=18,cap=200,block=16,c=bf16", {"parts": 1},
-    ),
-    (
         "score_lowbit.cuda",
         "score_lowbit:t=40,h=2,kv=1,d=24,cap=600,block=16,rows=40,first=1,last=2,c=bf16", {},
     ),

@@ -56,7 +56,7 @@ def test_counts_are_those_of_the_launches_and_no_less_than_needed(t):
 
 @pytest.mark.slow
 @needs_compiler
-@settings(max_examples=10, deadline=None, database=None)
+@settings(max_examples=6, deadline=None, database=None)
 @given(data=st.data())
 def test_any_shape_and_place(data):
     draw = data.draw
