@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,9 @@ from hypothesis import strategies as st
 from mimo_compile.ir import kv_groups, kv_rounding
 from mimo_compile.ir.hardware import CUDA, PRESETS
 from mimo_compile.ir.ops import get_op, parse_workload
+from mimo_compile.runtime.check import _together
 from mimo_compile.runtime.pages import page_extent
+from mimo_compile.runtime.program import Pool, State
 from mimo_compile.schedules import get_schedule, schedules_for
 from mimo_compile.schedules.attention import cuda_group_layout as layout
 from mimo_compile.schedules.attention.cuda_groups import GroupPartsConfig, GroupStagesConfig
@@ -86,6 +89,13 @@ def test_packing_is_undone_and_pads_with_zeros(c, b, kv, d, dv, groups, pages, s
         "v_scale",
     ):  # where a page is copied to another one
         assert packed[name].shape[page_extent("cuda", packed[name].shape)] == layout.groups_of(p)
+        if pages == 64:  # as in models, whose loading asks whether pages and states fit
+            state, pool = (
+                State(args[name].shape, args[name].dtype),
+                Pool(64, p["pool"], (), "pages"),
+            )
+            on_gpu = SimpleNamespace(target=SimpleNamespace(kind="cuda"))
+            assert _together(on_gpu, state, pool) == (64,)
     back = layout.unpack(workload, packed)
     levels = np.uint8(kv_groups.GROUPED[c].levels)  # pages that no table names hold other bytes
     kept = {n: a & levels if n.endswith("cache") else a for n, a in caches.items()}
