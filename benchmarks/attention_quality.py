@@ -311,22 +311,19 @@ def tables(rows: list[dict[str, object]]) -> str:
             return _percent(row.get(what))
         return f"{float(str(row['perplexity'])):.3f}" if task == "code" else _percent(row["recall"])
 
-    body = []
+    body, timed = [], any(task == "speed" for *_, task in cells)
     for name, budget in [("full", 0.0), *((n, share) for n in names for share in BUDGETS)]:
         read = next((r["bytes"] for t in TASKS if (r := cells.get((name, budget, t)))), None)
         found = [shown(name, budget, task) for task in TASKS]
         costs = [shown(name, budget, "memory", "keeps"), _percent(read)]
-        costs.append(shown(name, budget, "speed", "time"))
+        row = cells.get((name, budget, "speed"))
+        if timed:
+            spread = "" if row is None else f" ({_percent(row['p10'])} to {_percent(row['p90'])})"
+            costs.append(shown(name, budget, "speed", "time") + spread)
         if any(found):
             body.append((name, [f"{budget:.0%}" if budget else "", *found, *costs]))
-    heads = [
-        "budget",
-        "perplexity",
-        *(f"{task} found" for task in TASKS[1:]),
-        "keeps",
-        "reads",
-        "time",
-    ]
+    recalls = (f"{task} found" for task in TASKS[1:])
+    heads = ["budget", "perplexity", *recalls, "keeps", "reads", *(["time"] if timed else [])]
     table("system", heads, body)
     places = [f"{i / BINS:.0%} to {(i + 1) / BINS:.0%}" for i in range(BINS)]
     deep = {n: cells.get((n, 0 if n == "full" else 0.12, "needles")) for n in ("full", *names)}
