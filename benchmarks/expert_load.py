@@ -30,6 +30,8 @@ from mimo_compile.runtime.routing import RoutingLog, recording
 HORIZONS = (1000, 2000)
 LONG = 1000
 """Steps of a second average."""
+LEARNED = 2200
+"""Steps behind which all predictors learn from what came before, for the longer horizon, too."""
 TOKENS, SIDE_BY_SIDE = 16, 16
 """Tokens of a step of the real trace; texts that it is counted side by side for."""
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
@@ -53,7 +55,7 @@ def record(artifact: Path, length: int) -> RoutingLog:
 
 def traces(log: RoutingLog) -> dict[str, tuple[LoadTrace, list[int]]]:
     """Return each trace with the steps at which it is forecast."""
-    walk = drifting(seed=1)
+    walk, slow = drifting(seed=1), drifting(begin=0.06, decay=1200.0, seed=1)
     real = LoadTrace.of_log(log, TOKENS)
     # windows of one file follow each other in the log; those that a server has at a time are strangers
     names = np.random.default_rng(0).permutation(int(log.sequence.max()) + 1).astype(np.int32)
@@ -62,14 +64,15 @@ def traces(log: RoutingLog) -> dict[str, tuple[LoadTrace, list[int]]]:
 
     def late(trace: LoadTrace) -> list[int]:
         last = len(trace.counts) - max(HORIZONS)
-        if last < 200:
+        if last < LEARNED:
             raise InputError(f"{len(trace.counts)} steps are too few", file="routing log")
-        return [int(t) for t in np.linspace(last // 2, last, 3)]
+        return [int(t) for t in np.linspace(max(last // 2, LEARNED), last, 3)]
 
     return {
         "tiny, file after file": (real, late(real)),
         f"tiny, {SIDE_BY_SIDE} windows side by side": (mixed, late(mixed)),
         "synthetic, transient": (walk, [200, 300, 400]),
+        "synthetic, long transient": (slow, [LEARNED, 2400, 2600]),
         "synthetic, stable": (walk, [2500, 3250, 4000]),
     }
 
