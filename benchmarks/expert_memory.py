@@ -12,6 +12,11 @@ run but for what comes ahead. Counts are those of the timed tokens of all runs.
 The file lies in the system's cache. What a slower one would do is a limit on reading: its bytes are copied,
 and whoever reads then waits until a link of that rate would have brought them, in pieces of 256 KiB. Gates
 are of the built-in model as it is (`expert_gates.py`): wider experts choose alike.
+
+    python benchmarks/expert_memory.py --pre-gates models/tiny-pre-gates/pre-gates.safetensors --out pre.jsonl
+
+measures another model, the one whose experts are chosen one layer earlier: its own loading on demand, and
+loading what is chosen.
 """
 
 from __future__ import annotations
@@ -35,7 +40,7 @@ from mimo_compile.runtime.module import Module
 
 WARM = 32
 """Tokens before those that are timed."""
-WHOLE, ON_DEMAND = "all in slots", "on demand"
+WHOLE, ON_DEMAND, CHOSEN = "all in slots", "on demand", "own pre-gates"
 COUNTS = frozenset(
     ("needs", "hits", "ahead", "late", "misses", "bytes_read", "loaded_ahead", "dropped", "unused")
 )
@@ -53,13 +58,13 @@ def widths_of(factor: int) -> Widths:
     return Widths(experts=factor, inner=max(rows, config["intermediate_size"]))
 
 
-def model(path: Path | None, factor: int, quant: str, context: int) -> Path:
+def model(path: Path | None, factor: int, quant: str, context: int, pre_gates: Path | None) -> Path:
     """Return the artifact, compiled unless it is there."""
     if path is not None and path.exists():
         return path
     with tempfile.TemporaryDirectory() as folder:
         source = widened(Path(folder), widths_of(factor))
-        made = mc.compile(source, quant=quant, max_context=context)
+        made = mc.compile(source, quant=quant, max_context=context, pre_gates=pre_gates)
         return made.save(path or Path(tempfile.mkdtemp()) / "wide.mimo")
 
 
@@ -149,13 +154,19 @@ def row_of(way: Way, runs: list[Run]) -> dict[str, Any]:
     return row
 
 
-def ways_of(size: int, gates: Path | None, rates: dict[int, Rates]) -> list[Way]:
-    """Return the ways to have experts of so many bytes, for each part of them and each rate of the file."""
+def ways_of(size: int, gates: Path | None, pre_gated: bool, rates: dict[int, Rates]) -> list[Way]:
+    """Return the ways to have experts of so many bytes, for each part of them and each rate of the file.
+
+    A model whose experts are chosen one layer earlier has nothing to foresee.
+    """
     out = [Way("mapped"), Way(WHOLE, how=ExpertMemory(1 << 50))]
     for parts, balance, rate in [(n, *pair) for n, pairs in rates.items() for pair in pairs]:
         file = f"{rate / 1e9:.2f} GB/s ({balance:g})" if rate else "page cache"
         asked: dict[str, dict[str, Any]] = {ON_DEMAND: {"ahead": 0}}
-        asked |= {f"routers, {n} ahead": {"ahead": n} for n in (1, 2)}
+        if pre_gated:
+            asked[CHOSEN] = {"ahead": 1}
+        else:
+            asked |= {f"routers, {n} ahead": {"ahead": n} for n in (1, 2)}
         if gates is not None:
             asked |= {f"gates, {n} ahead": {"ahead": n, "pre_gates": gates} for n in (1, 2)}
         out += [
@@ -276,6 +287,9 @@ def main() -> None:
         help="time to read what is missing over the time to compute, for each rate",
     )  # fmt: skip
     parser.add_argument("--gates", type=Path, help="trained ones, of expert_gates.py")
+    parser.add_argument(
+        "--pre-gates", type=Path, help="compile the model with these, which choose its experts"
+    )
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument(
         "--out", type=Path, help="JSON lines of all runs; one that is there goes on"
@@ -284,18 +298,18 @@ def main() -> None:
     args = parser.parse_args()
     if args.write:
         around(args.write, "expert memory")  # before all the measuring
-    path = model(args.model, args.factor, args.quant, WARM + args.tokens)
+    path = model(args.model, args.factor, args.quant, WARM + args.tokens, args.pre_gates)
     tokens = text(load(path), WARM + args.tokens)
     whole = load(path, threads=1, expert_memory=1 << 50)
     assert whole.experts is not None
     size = int(whole.experts.facts()["expert_bytes"])
-    told = ("model", "factor", "quant", "tokens", "balance", "gates")
+    told = ("model", "factor", "quant", "tokens", "balance", "gates", "pre_gates")
     kept = Kept(args.out, {name: str(getattr(args, name)) for name in told})
     for parts in args.parts:
         if parts not in kept.rates:
             kept.rates[parts] = rates_of(path, size // parts, args.balance, tokens)
             kept.add({"parts": parts, "rates": kept.rates[parts]})
-    ways = ways_of(size, args.gates, kept.rates)
+    ways = ways_of(size, args.gates, args.pre_gates is not None, kept.rates)
     done = {(run.number, run.mode, run.parts, run.file) for run in kept.runs}
     for number in range(args.repeat):
         for way in ways[number % len(ways) :] + ways[: number % len(ways)]:

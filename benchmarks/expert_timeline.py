@@ -6,7 +6,9 @@ Held-out text is appended to the artifact token by token, and what its layers ne
 Then the same is played to the runtime's own slots and thread, where running a layer and reading an expert
 are waits: all ways wait side by side. So the figures are those of slots, policy and foresight, and hardly of
 who else uses the machine. With a balance of 1, what is missing on demand takes as long to read as a token
-takes to compute. `perfect` foresees what comes, that of the next token included.
+takes to compute. `perfect` foresees what comes, that of the next token included. An artifact whose experts
+are chosen one layer earlier (`compile --pre-gates`) is played beside its own loading on demand
+(`--pre-gated`).
 
 Reading on demand, a token takes C + L, computing and reading. Whoever reads the same beside computing takes
 the longer of the two at least, so that no foresight is faster than (C + L) / max(C, L) times: 1.5 with a
@@ -122,11 +124,41 @@ def played(
     return seconds, residency.traffic
 
 
+def table(
+    plans: dict[str, list[Event]],
+    sizes: tuple[int, int, int],
+    slots: int,
+    balance: float,
+    tokens: int,
+) -> list[str]:
+    """Play the plans of a model, of which the first is on demand; returns a line in Markdown for each."""
+    base = next(iter(plans))
+    missing = played(plans[base], sizes, slots, 0.0, 0.0)[1].misses / tokens
+    read = balance * COMPUTE * (sizes[0] + 1) / missing
+    most = 1 + min(balance, 1 / balance)
+    with ThreadPoolExecutor(len(plans)) as side_by_side:  # they do nothing but wait
+        play = partial(played, sizes=sizes, slots=slots, read=read, compute=COMPUTE)
+        found = dict(zip(plans, side_by_side.map(play, plans.values()), strict=True))
+    lines = []
+    for name, (seconds, traffic) in found.items():
+        cells = [
+            str(slots), f"{balance:g}", f"{most:g}", name, f"{1e3 * seconds:.1f}",
+            f"{found[base][0] / seconds:.2f}", f"{traffic.hits / traffic.needs:.1%}",
+            f"{traffic.late / traffic.needs:.1%}", f"{traffic.misses / traffic.needs:.1%}",
+            f"{traffic.bytes_read / PIECES / tokens:.2f}",
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def main() -> None:
     """Note, play, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("artifact", type=Path)
     parser.add_argument("--gates", type=Path, help="trained ones, of expert_gates.py")
+    parser.add_argument(
+        "--pre-gated", type=Path, help="artifact of a model that chooses experts one layer earlier"
+    )
     parser.add_argument("--tokens", type=int, default=60, help="timed ones")
     parser.add_argument("--slots", type=int, nargs="*", default=[10, 20])
     parser.add_argument("--balance", type=float, nargs="*", default=[0.5, 1, 2])
@@ -141,28 +173,25 @@ def main() -> None:
                 how = ExpertMemory(1 << 50, ahead=ahead, pre_gates=file)
                 plans[f"{name}, {ahead} ahead"] = noted(args.artifact, count, how)[0]
     plans |= {f"perfect, {n} ahead": perfect(plans["on demand"], n) for n in (1, 2)}
+    models = [plans]
+    if args.pre_gated is not None:
+        names = {0: "pre-gated, on demand", 1: "pre-gated, what is chosen"}
+        models.append(
+            {
+                name: noted(args.pre_gated, count, ExpertMemory(1 << 50, ahead=ahead))[0]
+                for ahead, name in names.items()
+            }
+        )
     lines = [
         "| slots | balance | at most | experts | ms | times on demand | hits | late | misses | read |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for slots in args.slots:
-        missing = played(plans["on demand"], sizes, slots, 0.0, 0.0)[1].misses / args.tokens
         for balance in args.balance:
-            read = balance * COMPUTE * (sizes[0] + 1) / missing
-            most = 1 + min(balance, 1 / balance)
-            with ThreadPoolExecutor(len(plans)) as side_by_side:  # they do nothing but wait
-                play = partial(played, sizes=sizes, slots=slots, read=read, compute=COMPUTE)
-                made = side_by_side.map(play, plans.values())
-                found = dict(zip(plans, made, strict=True))
-            for name, (seconds, traffic) in found.items():
-                cells = [
-                    str(slots), f"{balance:g}", f"{most:g}", name, f"{1e3 * seconds:.1f}",
-                    f"{found['on demand'][0] / seconds:.2f}", f"{traffic.hits / traffic.needs:.1%}",
-                    f"{traffic.late / traffic.needs:.1%}", f"{traffic.misses / traffic.needs:.1%}",
-                    f"{traffic.bytes_read / PIECES / args.tokens:.2f}",
-                ]  # fmt: skip
-                lines.append(f"| {' | '.join(cells)} |")
-                print(lines[-1], flush=True)
+            for each in models:
+                for line in table(each, sizes, slots, balance, args.tokens):
+                    lines.append(line)
+                    print(line, flush=True)
     if args.write:
         put(args.write, "expert timeline", "\n".join(lines))
 

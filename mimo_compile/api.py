@@ -52,6 +52,7 @@ def compile(
     gates: str | os.PathLike[str] | None = None,
     reproducible: str = "drafts",
     shapes_only: bool = False,
+    pre_gates: str | os.PathLike[str] | None = None,
 ) -> Artifact:
     """Compile a model to an artifact.
 
@@ -92,6 +93,8 @@ def compile(
             layers and kernels can), ``"all"`` or ``"none"``; see docs/speculative.md.
         shapes_only: read the shapes of a model folder alone: its ``config.json`` does, and the artifact holds
             zeros, which take no room on disk. For what a model needs before its weights are there.
+        pre_gates: safetensors file of gates that choose the experts of the layer after theirs, with which the
+            model was trained (docs/experts.md); None: each layer's router chooses its own.
 
     Returns:
         The artifact: ``.save(path)``, or ``.module()`` to run it in this process.
@@ -119,10 +122,11 @@ def compile(
     if is_artifact(source):
         asked = (
             quant, attention, target, max_context, batch, pages, example_inputs, calibrate,
-            adapter_format, gates, reproducible, shapes_only,
+            adapter_format, gates, reproducible, shapes_only, pre_gates,
         )  # fmt: skip
         if adapters or asked != (
-            "none", "model", "cpu", None, 1, None, None, "rtn", "exact", None, "drafts", False
+            "none", "model", "cpu", None, 1, None, None, "rtn", "exact", None, "drafts", False,
+            None,
         ):  # fmt: skip
             raise UsageError(
                 "an artifact keeps target, formats, context, batch, adapters and what is reproducible: only "
@@ -139,7 +143,7 @@ def compile(
         source, quant=quant, attention=attention, max_context=max_context,
         example_inputs=example_inputs, calibration=calibrate, adapters=adapters,
         adapter_format=adapter_format, hardware=hardware, batch=batch, pages=pages, gates=gates,
-        shapes_only=shapes_only,
+        shapes_only=shapes_only, pre_gates=pre_gates,
     )  # fmt: skip
     plan = _planned(opened.graphs, hardware, objective, trials, seconds, db, seed, progress, scope)
     extras = Extras(
@@ -148,6 +152,7 @@ def compile(
         calibrated=None if opened.loaded is None else opened.loaded.calibrated,
         gates=None if opened.loaded is None else opened.loaded.gates, orders=plan.orders,
         shapes_only=shapes_only,
+        pre_gates=None if opened.loaded is None else opened.loaded.pre_gates,
     )  # fmt: skip
     return build_artifact(opened.graphs, plan.choices, hardware, extras)
 

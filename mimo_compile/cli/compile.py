@@ -17,6 +17,7 @@ from mimo_compile.cli.options import (
     add_calibration,
     add_gates,
     add_model_options,
+    add_pre_gates,
     add_reproducible,
     calibration,
     check_output,
@@ -60,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_calibration(parser)
     add_adapters(parser)
     add_gates(parser)
+    add_pre_gates(parser)
     add_reproducible(parser)
     parser.add_argument(
         "--shapes-only",
@@ -97,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
             pages=args.pages, progress=progress,
             calibrate=calibration(args) or "rtn", adapters=adapters(args),
             adapter_format=args.adapter_format, gates=args.gates, reproducible=args.reproducible,
-            shapes_only=args.shapes_only,
+            shapes_only=args.shapes_only, pre_gates=args.pre_gates,
         )  # fmt: skip
         artifact.save(output)
     taken = time.perf_counter() - begin
@@ -143,6 +145,7 @@ def summary(manifest: Manifest) -> dict[str, Any]:
         "shapes_only": manifest.shapes_only,
         "calibrated": _plain(manifest.calibrated),
         "gates": _plain(manifest.gates),
+        "pre_gates": _plain(manifest.pre_gates),
         "objective": manifest.objective,
         "target": {
             "name": manifest.target.name, "features": manifest.target.features,

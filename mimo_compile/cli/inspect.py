@@ -30,7 +30,7 @@ mimo-compile inspect --op mpgemm:m=1,n=4096,k=4096,w=w4g64,a=a8 --target cuda:sm
 """
 
 _LIMIT = 20  # candidates of --op
-APART = ("name", "thresholds", "outside")
+APART = ("name", "thresholds", "outside", "chosen_by")
 """What each layer has of its own, beside what its line of the table says."""
 
 
@@ -168,6 +168,12 @@ def _artifact(args: argparse.Namespace, parts: Parts) -> int:
     console.say(f"attention {manifest.attention}")
     if manifest.gates is not None:
         console.say(f"gates     {manifest.gates.file}, sha256 {manifest.gates.sha256}")
+    if manifest.pre_gates is not None:
+        early = spans([row["name"] for row in layer_rows(manifest) if row["chosen_by"]])
+        file = manifest.pre_gates
+        console.say(
+            f"pre-gates {file.file}, sha256 {file.sha256}: they choose the experts of {early}"
+        )
     console.say(f"objective {manifest.objective}")
     if manifest.shapes_only:
         console.say("weights   none were read (--shapes-only): all are zeros")
@@ -276,7 +282,7 @@ def layer_rows(manifest: Manifest) -> list[dict[str, Any]]:
             "name": layer.name, "role": layer.role, "window": layer.window, "slots": layer.slots,
             "format": layer.format, "follows": layer.follows,
             "state_bytes": sum(held[n] for n in layer.states), "thresholds": layer.thresholds,
-            "outside": layer.outside,
+            "outside": layer.outside, "chosen_by": layer.chosen_by,
         }
         for layer in found
     ]  # fmt: skip

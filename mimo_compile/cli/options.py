@@ -172,6 +172,17 @@ def add_gates(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_pre_gates(parser: argparse.ArgumentParser) -> None:
+    """Add the gates that choose experts one layer earlier."""
+    parser.add_argument(
+        "--pre-gates",
+        type=Path,
+        metavar="FILE",
+        help="safetensors file of gates that choose the experts of the layer after theirs, for a model that "
+        "was trained with them (default: each layer's router chooses its own)",
+    )
+
+
 def add_adapters(parser: argparse.ArgumentParser) -> None:
     """Add low-rank adapters over the model's weights."""
     parser.add_argument(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from mimo_compile.cli.options import (
     add_calibration,
     add_gates,
+    add_pre_gates,
     calibration,
     need_extra,
     positive,
@@ -60,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     add_calibration(parser)
     add_gates(parser)
+    add_pre_gates(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -78,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
         args.artifact, source=args.source, threads=args.threads, seed=args.seed, tokens=args.tokens,
         text=text, perplexity_tokens=args.perplexity_tokens if args.perplexity else 0,
         log=lambda line: console.log(line, 1), calibration=calibration(args),
-        gates=args.gates,
+        gates=args.gates, pre_gates=args.pre_gates,
     )  # fmt: skip
     _show(console, found)
     console.result({**found.to_json(), "exit_code": 0 if found.ok else VerificationError.exit_code})

@@ -21,8 +21,8 @@ from torch import Tensor
 from mimo_compile.errors import InputError, UsageError
 from mimo_compile.frontend.models import get_family
 from mimo_compile.frontend.models.build import prefixes
-from mimo_compile.frontend.models.decoder import Stage
 from mimo_compile.frontend.models.family import Fields, Names
+from mimo_compile.frontend.models.stage import Stage
 from mimo_compile.frontend.models.stages import LayerCore, QuantLinear
 from mimo_compile.frontend.weights import open_checkpoint
 from mimo_compile.frontend.weights.checkpoint import Checkpoint, read_json

@@ -110,7 +110,7 @@ def find_gates(policy: Seer, checkpoint: Checkpoint, file: Path | None) -> Gates
             remedy="Give the gates that were trained for this model",
         )  # fmt: skip
     fitted = _fitted(policy, widths[0], said, place)
-    return Gates(fitted, entries, checkpoint if file is None else None, place)
+    return Gates(entries, checkpoint if file is None else None, place, fitted)
 
 
 def _fitted(policy: Seer, width: int, block: int | None, place: Path) -> Seer:

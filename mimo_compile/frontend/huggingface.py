@@ -29,6 +29,7 @@ from mimo_compile.frontend.models.kernels import (
     without_groups,
 )
 from mimo_compile.frontend.models.shaped import ShapedBuilder
+from mimo_compile.frontend.pre_gates import find_pre_gates
 from mimo_compile.frontend.weights import detect_format, open_checkpoint
 from mimo_compile.frontend.weights.checkpoint import Checkpoint
 from mimo_compile.frontend.weights.shapes import Shapes
@@ -83,6 +84,8 @@ class LoadedModel:
     """How codes were chosen, unless by rounding to the nearest."""
     gates: GateFile | None = None
     """File that gates came from, if they did not come with the model."""
+    pre_gates: GateFile | None = None
+    """File of gates that choose experts one layer earlier, if there is one."""
     require_unchanged: Callable[[], None] = lambda: None
     """`Checkpoint.require_unchanged`, for who reads the decoder's floats later: they are mapped."""
 
@@ -124,6 +127,7 @@ def load_checkpoint(
     attention: AttentionPolicy | None = None,
     gate_file: str | os.PathLike[str] | None = None,
     shapes_only: bool = False,
+    pre_gate_file: str | os.PathLike[str] | None = None,
 ) -> LoadedModel:
     """Load a model folder and quantise its matrices.
 
@@ -139,6 +143,7 @@ def load_checkpoint(
         attention: what layers attend to; None: what the checkpoint says.
         gate_file: gates that `seer` chooses by, or indexers of `dsa`; None: the checkpoint's own.
         shapes_only: read no weights: all are zeros that take no memory, of the types that they would have.
+        pre_gate_file: gates that choose the experts of the layer after theirs; None: routers choose.
 
     Returns:
         The decoder and what generation needs.
@@ -172,6 +177,9 @@ def load_checkpoint(
     checkpoint.require(expected)
     if gates is not None:
         gates.check(config)
+    pre_gates = find_pre_gates(None if pre_gate_file is None else Path(pre_gate_file))
+    if pre_gates is not None:
+        pre_gates.check(config)
     quant = _check_stored_formats(checkpoint, expected, quant)
     if hardware is not None and hardware.kind == "cuda":
         quant = with_rounded_activations(quant)
@@ -181,7 +189,8 @@ def load_checkpoint(
     if checkpoint.entries[EMBED].dtype == "BF16":
         config = replace(config, dtype="bf16")
     make: type[Builder] = ShapedBuilder if shapes_only else Builder
-    builder, calibrated = make(config, family, checkpoint, quant, gates=gates), None
+    builder = make(config, family, checkpoint, quant, gates=gates, pre_gates=pre_gates)
+    calibrated = None
     if calibration is not None and calibration.method != "rtn":
         builder, calibrated = _calibrated(builder, calibration, expected)
     decoder = builder.build()
@@ -205,6 +214,7 @@ def load_checkpoint(
         ),
         calibrated,
         None if gates is None else gates.record,
+        None if pre_gates is None else pre_gates.record,
         checkpoint.require_unchanged,
     )
 
@@ -225,6 +235,12 @@ def _calibrated(
         raise UsageError(
             f"--calibrate {calibration.method}: layers of a {config.name} model read the caches of others, "
             "and calibration runs layers one by one",
+            remedy="Leave --calibrate out",
+        )
+    if plain.pre_gates is not None:
+        raise UsageError(
+            f"--calibrate {calibration.method}: with --pre-gates a layer's experts are chosen by the layer "
+            "before, and calibration runs layers one by one",
             remedy="Leave --calibrate out",
         )
     ids = token_sequences(

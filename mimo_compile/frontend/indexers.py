@@ -128,7 +128,7 @@ def _find_indexers(policy: Dsa, checkpoint: Checkpoint, file: Path | None) -> In
             remedy="Give the indexers that were trained for this model",
         )  # fmt: skip
     fitted = _fitted(policy, heads, width, trained, place)
-    return Indexers(fitted, entries, checkpoint if file is None else None, place)
+    return Indexers(entries, checkpoint if file is None else None, place, fitted)
 
 
 def _extent(entries: dict[str, Entry], part: str) -> int:

@@ -25,11 +25,9 @@ Shapes = dict[str, tuple[tuple[int, ...], ...]]
 
 
 @dataclass(frozen=True)
-class Trained(ABC):
+class Stored:
     """Tensors as their headers describe them."""
 
-    policy: AttentionPolicy
-    """The one that was asked for, with the sizes that the tensors have."""
     entries: Mapping[str, Entry]
     checkpoint: Checkpoint | None
     """Where they are, unless in a file."""
@@ -42,6 +40,55 @@ class Trained(ABC):
     def record(self) -> GateFile | None:
         """Say which file they come from; None: from the checkpoint."""
         return None if self.checkpoint is not None else gate_record(self.file)
+
+    def check_one(self, layer: int, name: str, shapes: tuple[tuple[int, ...], ...]) -> None:
+        """Check that a tensor is there, holds floats, and has one of some shapes.
+
+        Raises:
+            InputError: it is not so; names the tensor.
+        """
+        entry = self.entries.get(name)
+        if entry is None:
+            raise self.wrong(f"{name} is missing, which layer {layer} needs")
+        if entry.fmt is not None or entry.dtype not in ("F32", "BF16", "F16"):
+            raise self.wrong(f"{name} is stored as {entry.dtype}, not as floats")
+        if entry.shape not in shapes:
+            wanted = " or ".join(str(list(shape)) for shape in shapes)
+            raise self.wrong(f"{name} has shape {list(entry.shape)}, this model needs {wanted}")
+
+    def read(self, name: str) -> Tensor:
+        """Return a tensor, bfloat16 as it is stored, all else in float32.
+
+        Raises:
+            InputError: it cannot be read, or holds what is no finite number.
+        """
+        if self.checkpoint is not None:
+            tensor = self.checkpoint.tensor(name)
+        else:
+            from safetensors import SafetensorError, safe_open
+
+            try:
+                with safe_open(self.file, framework="pt") as file:
+                    tensor = file.get_tensor(name)
+            except (SafetensorError, OSError) as error:
+                raise self.wrong(f"{name} cannot be read: {error}") from error
+        if not bool(torch.isfinite(tensor.float()).all()):
+            raise self.wrong(f"{name} holds what is no finite number")
+        return tensor if tensor.dtype == torch.bfloat16 else tensor.float()
+
+    def wrong(self, what: str) -> InputError:
+        """Build the error for tensors that do not fit."""
+        return InputError(
+            what, file=self.file, remedy=f"Give {self.what}s that were trained for this model"
+        )
+
+
+@dataclass(frozen=True)
+class Trained(Stored, ABC):
+    """Tensors that an attention policy chooses by."""
+
+    policy: AttentionPolicy
+    """The one that was asked for, with the sizes that the tensors have."""
 
     @abstractmethod
     def shapes(self, layer: int, spec: LayerSpec, hidden: int) -> Shapes:
@@ -77,43 +124,7 @@ class Trained(ABC):
             if problem := self.unfit(spec):
                 raise self.wrong(f"{problem}, in layer {i}")
             for name, shapes in self.shapes(i, spec, config.hidden).items():
-                self._check_one(i, name, shapes)
-
-    def _check_one(self, layer: int, name: str, shapes: tuple[tuple[int, ...], ...]) -> None:
-        entry = self.entries.get(name)
-        if entry is None:
-            raise self.wrong(f"{name} is missing, which layer {layer} needs")
-        if entry.fmt is not None or entry.dtype not in ("F32", "BF16", "F16"):
-            raise self.wrong(f"{name} is stored as {entry.dtype}, not as floats")
-        if entry.shape not in shapes:
-            wanted = " or ".join(str(list(shape)) for shape in shapes)
-            raise self.wrong(f"{name} has shape {list(entry.shape)}, this model needs {wanted}")
-
-    def read(self, name: str) -> Tensor:
-        """Return a tensor, bfloat16 as it is stored, all else in float32.
-
-        Raises:
-            InputError: it cannot be read, or holds what is no finite number.
-        """
-        if self.checkpoint is not None:
-            tensor = self.checkpoint.tensor(name)
-        else:
-            from safetensors import SafetensorError, safe_open
-
-            try:
-                with safe_open(self.file, framework="pt") as file:
-                    tensor = file.get_tensor(name)
-            except (SafetensorError, OSError) as error:
-                raise self.wrong(f"{name} cannot be read: {error}") from error
-        if not bool(torch.isfinite(tensor.float()).all()):
-            raise self.wrong(f"{name} holds what is no finite number")
-        return tensor if tensor.dtype == torch.bfloat16 else tensor.float()
-
-    def wrong(self, what: str) -> InputError:
-        """Build the error for tensors that do not fit."""
-        return InputError(
-            what, file=self.file, remedy=f"Give {self.what}s that were trained for this model"
-        )
+                self.check_one(i, name, shapes)
 
 
 def gate_record(file: Path) -> GateFile:

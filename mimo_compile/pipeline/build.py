@@ -58,6 +58,7 @@ class Extras:
     """Which entry points add up in one order."""
     shapes_only: bool = False
     """No weights were read."""
+    pre_gates: GateFile | None = None
 
 
 def lower_model(
@@ -159,6 +160,7 @@ def build_artifact(
         calibrated=extras.calibrated,
         gates=extras.gates,
         shapes_only=extras.shapes_only,
+        pre_gates=extras.pre_gates,
     )
     return Artifact(
         manifest,
@@ -262,4 +264,5 @@ def _layers(decoder: ModelDecoder, states: Mapping[str, State]) -> Iterator[Laye
             getattr(core.attend, "thresholds", ()),
             group=getattr(core.caches, "group", 0), tail=tail,
             first=spec.stays, outside=config.attention.spread(int(number)) if part == "layers" else 0.0,
+            chosen_by=f"layers.{int(number) - 1}" if stage.routed else "",
         )  # fmt: skip

@@ -18,8 +18,9 @@ from mimo_compile.pipeline.batch import check_layers
 if TYPE_CHECKING:
     import torch
 
-    from mimo_compile.frontend.models.decoder import Decoder, Stage
+    from mimo_compile.frontend.models.decoder import Decoder
     from mimo_compile.frontend.models.kv import Paging
+    from mimo_compile.frontend.models.stage import Stage
 
 HEADS = (1, 4, 64)
 """Token counts that logits are computed for at once (the next token, verification, scoring)."""
@@ -128,22 +129,22 @@ class _StageGraphs:
         return self.names[f"{stage}.{name}"]
 
     def template(
-        self, stage: Stage, tokens: int, chooses: bool, lists: Iterable[Value], batch: int = 1
+        self, stage: Stage, tokens: int, chooses: bool, named: Mapping[str, Value], batch: int = 1
     ) -> KernelGraph:
         key = (stage.kind, tokens, chooses and stage.may_choose, batch)
         if key not in self.templates:
             import torch
 
-            from mimo_compile.frontend.models.decoder import LISTS
-
             stage.prepare(tokens // batch, chooses)
-            shapes = (torch.zeros(v.shape, dtype=torch.int32) for v in lists)
+            given = {
+                key: torch.zeros(v.shape, dtype=getattr(torch, v.dtype)) for key, v in named.items()
+            }
             paging = self.paging if may_page(stage) else None
             with caches_of(stage, batch, paging):
                 self.templates[key] = export_graph(
                     stage.module, self._example(stage, tokens, batch),
                     {**stage.states, TABLE: TABLE} if paging else stage.states,
-                    dict(zip(LISTS, shapes, strict=False)),
+                    given,
                 )  # fmt: skip
         return self.templates[key]
 
@@ -165,8 +166,8 @@ class _StageGraphs:
         graph_inputs: list[Value] = []
         nodes = []
         for stage in stages:
-            lists = [values[name] for name in stage.takes(chooses)[len(stage.inputs) :]]
-            template = self.template(stage, tokens, chooses, lists, batch)
+            named = {key: values[name] for key, name in stage.named(chooses).items()}
+            template = self.template(stage, tokens, chooses, named, batch)
             given: dict[str, Value] = {}
             for slot, name in zip(template.inputs, stage.takes(chooses), strict=True):
                 if name not in values:

@@ -90,6 +90,7 @@ def open_source(
     pages: int | str | None = None,
     gates: str | os.PathLike[str] | None = None,
     shapes_only: bool = False,
+    pre_gates: str | os.PathLike[str] | None = None,
 ) -> Source:
     """Load, quantise, export and lower a model.
 
@@ -107,6 +108,7 @@ def open_source(
         pages: pages that their caches have together, or the memory of these; None: each has its own.
         gates: file of the gates that ``seer`` chooses by; None: the model's own.
         shapes_only: read no weights of a model folder (`frontend.weights.shapes`).
+        pre_gates: file of gates that choose the experts of the layer after theirs; None: routers choose.
 
     Raises:
         UsageError: options that do not fit the source or have no kernels yet.
@@ -127,10 +129,12 @@ def open_source(
         raise UsageError("batches of sequences are for model folders (--batch)")
     if gates is not None and not decoder:
         raise UsageError("gates are for model folders (--gates)")
+    if pre_gates is not None and not decoder:
+        raise UsageError("gates that choose experts are for model folders (--pre-gates)")
     if pages is not None and not decoder:
         raise UsageError("pages of caches are for model folders (--pages)")
     if shapes_only:
-        _check_shapes_only(decoder, calibration, adapters, gates)
+        _check_shapes_only(decoder, calibration, adapters, gates, pre_gates)
     batch = check_batch(batch, policy)
     pages = check_pages(pages, batch, policy)
     if isinstance(source, torch.nn.Module):
@@ -152,7 +156,7 @@ def open_source(
         return Source(program_graphs(program, Path(source).stem), scheme)
     return _open_checkpoint(
         source, scheme, max_context, calibration, adapters or {}, adapter_format, hardware, policy,
-        gates, batch, pages, shapes_only,
+        gates, batch, pages, shapes_only, pre_gates,
     )  # fmt: skip
 
 
@@ -169,6 +173,7 @@ def _open_checkpoint(
     batch: int,
     pages: int | str | None,
     shapes_only: bool,
+    pre_gates: str | os.PathLike[str] | None,
 ) -> Source:
     from mimo_compile.frontend.huggingface import load_checkpoint, resolve_source
     from mimo_compile.frontend.models.attend import RETRAINED
@@ -180,7 +185,7 @@ def _open_checkpoint(
         )
     loaded = load_checkpoint(
         resolve_source(source), scheme, max_context, calibration, hardware, attention, gates,
-        shapes_only,
+        shapes_only, pre_gates,
     )  # fmt: skip
     if attention.name in RETRAINED:
         warnings.warn(
@@ -208,7 +213,9 @@ def _open_checkpoint(
     )
 
 
-def _check_shapes_only(decoder: bool, calibration: Any, adapters: Any, gates: Any) -> None:
+def _check_shapes_only(
+    decoder: bool, calibration: Any, adapters: Any, gates: Any, pre_gates: Any
+) -> None:
     """Refuse what needs weights, or no weights of a model folder, where only shapes are read.
 
     Raises:
@@ -221,6 +228,7 @@ def _check_shapes_only(decoder: bool, calibration: Any, adapters: Any, gates: An
             ("--calibrate", calibrated),
             ("--adapter", adapters),
             ("--gates", gates is not None),
+            ("--pre-gates", pre_gates is not None),
         )
         if given
     ]

@@ -276,6 +276,11 @@ def _check_layers(decoder: Decoder, states: Mapping[str, State], where: str) -> 
             raise ArtifactError(
                 f"{what} follows {layer.follows}, which is none before it", where=where
             )
+        if layer.chosen_by and layer.chosen_by not in before:
+            raise ArtifactError(
+                f"{what} has its experts chosen by {layer.chosen_by}, which is none before it",
+                where=where,
+            )
         before.add(layer.name)
         for name in layer.states:
             if name not in states or name in owned:

@@ -175,8 +175,7 @@ def limited(
             (function, taken), ids, slots, y, experts[layer], layer, residency, says, counting
         )
         bound.calls[at] = made, ()
-    first, says = ahead.before(bound, order, layers, rows)
-    if says:
+    for first, says in ahead.before(bound, order, layers, rows, alone):
         function, arguments = bound.calls[first]
         bound.calls[first] = partial(foreseeing, residency, says, function), arguments
     if rows is not None:

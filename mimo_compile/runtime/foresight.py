@@ -1,4 +1,7 @@
-"""What layers will probably need, said while an earlier one runs: by their routers, or by trained gates."""
+"""What layers will need, said while an earlier one runs.
+
+It is known where the earlier one has chosen it, and otherwise what routers or trained gates foresee.
+"""
 
 from __future__ import annotations
 
@@ -61,6 +64,18 @@ class Rows:
         return rows
 
 
+class Known:
+    """What an earlier layer has chosen for a layer: nothing has to be foreseen."""
+
+    def __init__(self, layer: int, ids: Array, rows: Rows | None) -> None:
+        """Take the layer's number, its experts int32 ``[T, k]``, and which rows count (None: all)."""
+        self.layer, self._ids, self._rows = layer, ids, rows
+
+    def __call__(self) -> list[tuple[Key, float]]:
+        """Return the layer's experts, those with most tokens first, all of which are sure."""
+        return _sure(self.layer, self._ids, self._rows)
+
+
 class Foresight:
     """What a layer's router says of rows that an earlier layer's router has seen.
 
@@ -81,12 +96,18 @@ class Foresight:
         """Return the layer's experts, those with most tokens first, as if they were sure."""
         for function, arguments in self._calls:
             function(*arguments)
-        ids = self._ids if self._rows is None else self._ids[~self._rows.others]
-        experts = ids.ravel().tolist()
-        if len(ids) > 1:
-            counts = Counter(experts)
-            experts = sorted(counts, key=lambda expert: (-counts[expert], expert))
-        return [((self.layer, expert), 1.0) for expert in experts]
+        return _sure(self.layer, self._ids, self._rows)
+
+
+def _sure(layer: int, ids: Array, rows: Rows | None) -> list[tuple[Key, float]]:
+    """Return the experts of the rows that count, those with most tokens first, as sure."""
+    if rows is not None:
+        ids = ids[~rows.others]
+    experts = ids.ravel().tolist()
+    if len(ids) > 1:
+        counts = Counter(experts)
+        experts = sorted(counts, key=lambda expert: (-counts[expert], expert))
+    return [((layer, expert), 1.0) for expert in experts]
 
 
 class GateForesight:
@@ -153,30 +174,56 @@ class Ahead:
             says: Says | None = None
             if over > 1 or (over == 1) != (layer <= layers[at]):
                 continue
-            if gate is not None:
+            counting = rows if apart[following] else None
+            if not over and chosen_at(bound, following, self.routers) < at:
+                says = Known(layer, bound.array(bound.program.calls[following].args[1]), counting)
+            elif gate is not None:
                 says = GateForesight(layer, gate, x, rows, over == 1)
             elif not over:
-                counting = rows if apart[following] else None
                 says = router_foresight(bound, at, following, layer, self.routers, counting)
             if says is not None:
                 out.append(says)
         return out
 
     def before(
-        self, bound: BoundEntry, calls: Sequence[int], layers: Mapping[int, int], rows: Rows | None
-    ) -> tuple[int, list[Says]]:
-        """Return what is asked about embeddings, and behind which call these are there (-1: none)."""
-        program = bound.program
-        out: list[Says] = []
-        first = embeddings(bound, calls[0])
-        if first < 0:
-            return first, []
+        self, bound: BoundEntry, calls: Sequence[int], layers: Mapping[int, int], rows: Rows | None,
+        apart: Mapping[int, bool],
+    ) -> list[tuple[int, list[Says]]]:  # fmt: skip
+        """Return what is asked before the first layer with experts, by the call behind which it is.
+
+        It is what a layer without experts has chosen for that one, and what gates say of the embeddings.
+        """
+        program, at = bound.program, calls[0]
+        out: list[tuple[int, list[Says]]] = []
+        if not self.layers:
+            return out
+        first = embeddings(bound, at)
         seen = bound.array(program.calls[first].args[-1])
-        for at in calls[: self.layers]:
-            gate = self.gates.get((BEGIN, layers[at]))
-            if gate is not None:
-                out.append(GateForesight(layers[at], gate, seen, rows, False))
-        return first, out
+        told: list[Says] = [
+            GateForesight(layers[n], gate, seen, rows, False)
+            for n in calls[: self.layers]
+            if first >= 0 and (gate := self.gates.get((BEGIN, layers[n]))) is not None
+        ]
+        if told:
+            out.append((first, told))
+        chosen = chosen_at(bound, at, self.routers)
+        if _stage(program.calls[chosen]) != _stage(program.calls[at]):
+            ids = bound.array(program.calls[at].args[1])
+            out.append((chosen, [Known(layers[at], ids, rows if apart[at] else None)]))
+        return out
+
+
+def chosen_at(bound: BoundEntry, at: int, routers: frozenset[str]) -> int:
+    """Return the call that chooses what a call of experts runs; that call itself if none is found."""
+    calls = bound.program.calls
+    ids = calls[at].args[1]
+    found = _last(calls[:at], lambda c: c.kernel in routers and ids in c.args)
+    return at if found is None else found
+
+
+def _stage(call: Call) -> list[str]:
+    """Return which part of a model a call belongs to: ``layers`` and a number."""
+    return call.label.split(".")[:2]
 
 
 def embeddings(bound: BoundEntry, at: int) -> int:

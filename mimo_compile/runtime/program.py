@@ -97,6 +97,8 @@ class Layer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
     outside: float = 0.0
     """Mean attention mass outside of the best 5 % of the keys, where a calibration said by it which layers
     are quantised."""
+    chosen_by: str = ""
+    """Layer whose pre-gate chooses its experts; empty: its own router does, or it has none."""
 
 
 class Pool(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -216,7 +218,7 @@ class Calibrated(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class GateFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A file that gates of an attention policy came from."""
+    """A file that gates came from: of an attention policy, or such as choose experts."""
 
     file: str
     """Its name."""
@@ -254,6 +256,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
     """None: the policy has no gates, or they came with the model."""
     shapes_only: bool = False
     """True if no weights were read (``--shapes-only``): all tensors are zeros."""
+    pre_gates: GateFile | None = None
+    """Gates that choose the experts of the layer after theirs; None: there are none."""
 
 
 class Programs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from mimo_compile.runtime.program import Manifest
 
 Rows = npt.NDArray[np.intp]
+PRE_GATE = ".pre_gate."
+"""In the label of the call that computes the logits of a gate that chooses for the next layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,7 @@ class Router:
     number: int
     """Among the routers of a step, in running order."""
     layer: str
-    """Where it stands: ``layers.3``; the call's label where the artifact does not name its layers."""
+    """Whose experts it chooses: ``layers.3``; the call's label where the artifact does not name layers."""
     rule: Rule
     logits: Array
     """``[t, e]`` float32 on the arena."""
@@ -182,6 +184,18 @@ def routers_of(
         logits, ids = (bound.array(arena[kinds.index(kind)]) for kind in wanted[:2])
         weights = bound.array(arena[len(kinds) - 1 - kinds[::-1].index(wanted[2])])
         pos = bound.inputs["pos"]
-        layer = next((name for name in layers if call.label.startswith(f"{name}.")), call.label)
+        layer = _chosen_for(bound, at, arena[kinds.index(wanted[0])], layers)
         out[at] = Router(len(out), layer, rule, logits, ids, weights, pos, slot)
     return out
+
+
+def _chosen_for(bound: Bound, at: int, logits: int, layers: Sequence[str]) -> str:
+    """Return the layer whose experts a router's call chooses: its own, or of a pre-gate the next one."""
+    calls = bound.program.calls
+    number = next(
+        (n for n, name in enumerate(layers) if calls[at].label.startswith(f"{name}.")), -1
+    )
+    if number < 0:
+        return calls[at].label
+    score = next((call for call in reversed(calls[:at]) if call.args[-1] == logits), calls[at])
+    return layers[number + (PRE_GATE in score.label)]

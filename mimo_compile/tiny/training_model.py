@@ -233,8 +233,12 @@ class Experts(Block):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x: [tokens, hidden] → (the same shape, tokens per expert [experts] int64)."""
+        chosen = route(x.float(), self.router, self.e_score_correction_bias, self.top_k)
+        return self.routed(x, *chosen)
+
+    def routed(self, x: Tensor, weights: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """As `forward`, with what `route` returns."""
         tokens, hidden = x.shape
-        weights, chosen = route(x.float(), self.router, self.e_score_correction_bias, self.top_k)
         flat = chosen.flatten()
         order = torch.argsort(flat, stable=True)
         back = torch.argsort(order)

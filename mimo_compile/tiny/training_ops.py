@@ -23,10 +23,18 @@ def round_straight(x: Tensor, fmt: WeightFormat) -> Tensor:
 def route(x: Tensor, router: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """Choose experts: x [tokens, hidden] f32, router [experts, hidden] f32, bias [experts] f32.
 
+    Returns as `choose`.
+    """
+    return choose(F.linear(x, router), bias, top_k)
+
+
+def choose(logits: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Choose experts by a router's logits [tokens, experts] f32.
+
     Returns (weights [tokens, top_k] f32, experts [tokens, top_k] int64). The bias takes part in
     the choice only; the weights are the chosen scores divided by their sum.
     """
-    scores = torch.sigmoid(F.linear(x, router))
+    scores = torch.sigmoid(logits)
     chosen = torch.topk(scores + bias, top_k, dim=-1, sorted=False).indices
     weights = scores.gather(-1, chosen)
     return weights / (weights.sum(-1, keepdim=True) + 1e-20), chosen

@@ -24,7 +24,7 @@ from mimo_compile.ir.ops import OPS, batches, get_op
 from mimo_compile.ir.workload import Workload
 from mimo_compile.runtime.container import Parts, open_artifact
 from mimo_compile.runtime.module import Module
-from mimo_compile.runtime.program import Choice, Manifest
+from mimo_compile.runtime.program import Choice, GateFile, Manifest
 from mimo_compile.schedules import get_schedule
 from mimo_compile.verify.batch import compare_batch
 from mimo_compile.verify.end_to_end import (
@@ -60,6 +60,7 @@ def verify_artifact(
     calibration: Calibration | None = None,
     log: Callable[[str], None] = lambda text: None,
     gates: str | os.PathLike[str] | None = None,
+    pre_gates: str | os.PathLike[str] | None = None,
 ) -> Verification:
     """Check an artifact in every way that is possible here.
 
@@ -79,6 +80,7 @@ def verify_artifact(
             the calibration text by itself unless that was a file.
         log: Told what goes on.
         gates: The file of gates that it was compiled with, if there was one.
+        pre_gates: Likewise of gates that choose experts one layer earlier.
 
     Raises:
         UsageError: the artifact's codes were chosen in another way than ``calibration`` says, or its gates
@@ -95,8 +97,8 @@ def verify_artifact(
         origin = None
     if origin is not None:  # refused before the work of checking kernels
         repeat_calibration(parts.manifest.calibrated, calibration, log)
-    if origin is not None or gates is not None:
-        check_gates(parts.manifest, gates)
+    if origin is not None or gates is not None or pre_gates is not None:
+        check_gates(parts.manifest, gates, pre_gates)
     log(f"all bytes of {found.path} match their hashes")
     module = Module(parts, threads=threads)
     for check in check_kernels(parts, module.threads, seed):
@@ -118,7 +120,7 @@ def verify_artifact(
         why = "its weights are zeros" if blank else "give the checkpoint folder by --source"
         found.notes.append(f"not compared with eager torch: {why}")
         return found
-    eager = eager_decoder(parts.manifest, origin, calibration, log, gates)
+    eager = eager_decoder(parts.manifest, origin, calibration, log, gates, pre_gates)
     rows, tokens = tokens, compared_tokens(parts.manifest, tokens, found.notes)
     reference_threads(2.0 * tokens * parts.manifest.decoder.hidden * parts.manifest.decoder.vocab)
     ids = np.random.default_rng(seed).integers(0, parts.manifest.decoder.vocab, tokens)
@@ -220,6 +222,7 @@ def eager_decoder(
     calibration: Calibration | None = None,
     log: Callable[[str], None] = lambda text: None,
     gates: str | os.PathLike[str] | None = None,
+    pre_gates: str | os.PathLike[str] | None = None,
 ) -> Decoder:
     """Load the model that an artifact was compiled from, quantised in the same way.
 
@@ -229,6 +232,7 @@ def eager_decoder(
         calibration: As for `verify_artifact`.
         log: Told what the calibration does.
         gates: The file of its gates, if there was one.
+        pre_gates: Likewise of gates that choose experts one layer earlier.
 
     Raises:
         UsageError: ``calibration`` is not the artifact's, or is missing for one that used a file; likewise
@@ -244,10 +248,10 @@ def eager_decoder(
     folder = resolve_source(source)
     again = repeat_calibration(manifest.calibrated, calibration, log)
     policy = policy_of(manifest)
-    check_gates(manifest, gates)
+    check_gates(manifest, gates, pre_gates)
     loaded = load_checkpoint(
         folder, parse_scheme(manifest.quant), decoder.max_context, again, attention=policy,
-        gate_file=gates,
+        gate_file=gates, pre_gate_file=pre_gates,
     )  # fmt: skip
     eager, found = loaded.decoder, loaded.calibrated
     record = manifest.calibrated
@@ -262,30 +266,40 @@ def eager_decoder(
     return eager
 
 
-def check_gates(manifest: Manifest, gates: str | os.PathLike[str] | None) -> None:
-    """Check that a file of gates is given where the artifact's came from one, by any name, and only there.
+def check_gates(
+    manifest: Manifest,
+    gates: str | os.PathLike[str] | None,
+    pre_gates: str | os.PathLike[str] | None = None,
+) -> None:
+    """Check that files of gates are given where the artifact's came from some, by any name, and only there.
 
     Raises:
-        UsageError: it is not, or there was none.
-        InputError: the file cannot be read, or holds others.
+        UsageError: one is not, or there was none.
+        InputError: a file cannot be read, or holds others.
     """
+    _check_file(manifest.gates, gates, "gates", "--gates")
+    _check_file(manifest.pre_gates, pre_gates, "pre-gates", "--pre-gates")
+
+
+def _check_file(
+    record: GateFile | None, given: str | os.PathLike[str] | None, what: str, option: str
+) -> None:
     from mimo_compile.frontend.trained import gate_record
 
-    record = manifest.gates
-    if record is not None and gates is None:
+    if record is not None and given is None:
         raise UsageError(
-            f"the artifact was compiled with the gates of {record.file}, which are needed again",
-            remedy=f"give --gates path/to/{record.file}",
+            f"the artifact was compiled with the {what} of {record.file}, which are needed again",
+            remedy=f"give {option} path/to/{record.file}",
         )
-    if record is None and gates is not None:
+    if record is None and given is not None:
         raise UsageError(
-            "the artifact was not compiled with a file of gates", remedy="leave out --gates"
+            f"the artifact was not compiled with a file of {what}", remedy=f"leave out {option}"
         )
-    if record is not None and gates is not None:
-        file = Path(gates)
+    if record is not None and given is not None:
+        file = Path(given)
         if gate_record(file).sha256 != record.sha256:
             raise InputError(
-                "these are not the gates that the artifact was compiled with", file=file,
+                f"these are not the {what} that the artifact was compiled with", file=file,
                 remedy="Verify with the same file",
             )  # fmt: skip
 

@@ -305,7 +305,7 @@ def test_gates_of_another_training_are_refused(llama, folder, file, tools):
 
 def test_verification_takes_the_same_gates_by_any_name(file, gates, tmp_path):
     class Compiled:
-        gates = gate_record(file)
+        gates, pre_gates = gate_record(file), None
 
     renamed, other = tmp_path / "renamed.safetensors", tmp_path / "other.safetensors"
     shutil.copy(file, renamed)

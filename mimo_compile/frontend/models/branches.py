@@ -17,7 +17,7 @@ from mimo_compile.frontend.models import kv
 from mimo_compile.frontend.models.attend import Attending, Lists, Selecting, order_of
 from mimo_compile.frontend.models.decoder import LayerSpec
 from mimo_compile.frontend.models.feed import Feed
-from mimo_compile.frontend.models.stages import Attention, Layer, LayerCore
+from mimo_compile.frontend.models.stages import Attention, Layer, LayerCore, pair_of
 from mimo_compile.ir.ops.kv_append import rotate
 from mimo_compile.ir.policies import AttentionPolicy
 
@@ -116,6 +116,8 @@ class BranchLayer(Layer):
         adapter: Tensor | None = None,
         idx: Tensor | None = None,
         cnt: Tensor | None = None,
+        expert_ids: Tensor | None = None,
+        expert_weights: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """Add the pending delta, normalise, attend by both branches, run the rest of the layer."""
         assert idx is not None and cnt is not None
@@ -125,7 +127,8 @@ class BranchLayer(Layer):
         near, _ = self.attend(self, kv.append(self, qkv, table, pos), pos, None)
         q = qkv[:, : s.heads * s.d].reshape(x.shape[0], s.heads, s.d)
         listed = self.listed(rotate(q, far), pos, (idx, cnt))
-        return self.after_attention(self.weighed(normed, listed, near), x, adapter)
+        routes = pair_of(expert_ids, expert_weights)
+        return self.after_attention(self.weighed(normed, listed, near), x, adapter, None, routes)
 
     def listed(self, q: Tensor, pos: Tensor, lists: Lists) -> Tensor:
         """Attend to listed blocks of the lender's cache: ``q [T, H, D]`` -> ``[T, H, DV]``."""

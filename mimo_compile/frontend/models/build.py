@@ -17,13 +17,15 @@ from mimo_compile.errors import InputError
 from mimo_compile.frontend.models import kv
 from mimo_compile.frontend.models.attend import attending
 from mimo_compile.frontend.models.branches import Branches, BranchLayer
-from mimo_compile.frontend.models.decoder import LISTS, Decoder, DecoderConfig, LayerSpec, Stage
+from mimo_compile.frontend.models.decoder import Decoder, DecoderConfig, LayerSpec
 from mimo_compile.frontend.models.drafts import MtpLayer
+from mimo_compile.frontend.models.early import PreGate
 from mimo_compile.frontend.models.family import Family, Names
 from mimo_compile.frontend.models.feed import Feed
 from mimo_compile.frontend.models.gated import Gated
 from mimo_compile.frontend.models.indexed import Indexed
 from mimo_compile.frontend.models.stacking import pile, real, same_order, same_type, stack
+from mimo_compile.frontend.models.stage import Stage, lists_of, routes_of
 from mimo_compile.frontend.models.stages import (
     Attention,
     Embed,
@@ -44,6 +46,7 @@ from mimo_compile.ir.formats import QuantScheme, QuantTensor, WeightFormat
 from mimo_compile.quantize import head_format, quantize
 
 if TYPE_CHECKING:
+    from mimo_compile.frontend.pre_gates import PreGates
     from mimo_compile.frontend.trained import Trained
 
 EMBED, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
@@ -140,6 +143,8 @@ class Builder:
     """`LayerSpec.rope_key` -> the stage that makes these angles."""
     gates: Trained | None = None
     """Gates or indexers of layers that choose by them."""
+    pre_gates: PreGates | None = None
+    """Gates of layers that choose the next one's experts."""
 
     def build(self) -> Decoder:
         """Read and quantise everything."""
@@ -261,7 +266,7 @@ class Builder:
         module = make(
             spec,
             attention,
-            self._feed(spec, names),
+            self._feed(name, spec, names),
             small,
             self.config.eps,
             self.config.max_context,
@@ -284,7 +289,8 @@ class Builder:
             angles += (self.ropes[attend.lender.rope_key],)
         return Stage(
             name, self._kind(kind, module), module, states, (*inputs, *angles), outputs,
-            lists_of(follows), lists_of(lends),
+            lists_of(follows), lists_of(lends), routes_of(name if self._early(name) else ""),
+            routes_of(after if self._early(after := following(name)) else ""),
         )  # fmt: skip
 
     def _kind(self, family: str, module: LayerCore) -> str:
@@ -295,10 +301,29 @@ class Builder:
             self.kinds[key] = f"{family}.{count}" if count else family
         return self.kinds[key]
 
-    def _feed(self, spec: LayerSpec, names: Names) -> Feed:
+    def _early(self, name: str) -> bool:
+        """Say whether the experts of a stage are chosen by the layer before it."""
+        part, _, number = name.partition(".")
+        return (
+            self.pre_gates is not None and part == "layers" and int(number) in self.pre_gates.layers
+        )
+
+    def _pre_gate(self, name: str) -> PreGate | None:
+        """Return the gate that a stage has for the next one, if it has one."""
+        if self.pre_gates is None or not self._early(after := following(name)):
+            return None
+        number = int(after.partition(".")[2])
+        spec = self.config.layers[number]
+        names = self.family.layer_names(spec, f"model.layers.{number}.", self.checkpoint)
+        bias = self.checkpoint.real(names["router_bias"]) if spec.router_bias else None
+        return self.pre_gates.of(number, spec, bias)
+
+    def _feed(self, name: str, spec: LayerSpec, names: Names) -> Feed:
+        pre_gate = self._pre_gate(name)
         if spec.mlp == "dense":
             gate_up = self._linear([names["gate"], names["up"]])
-            return Feed(spec, {"gate_up": gate_up, "down": self._linear([names["down"]])})
+            down = self._linear([names["down"]])
+            return Feed(spec, {"gate_up": gate_up, "down": down}, None, pre_gate)
         act = f"a{self.scheme.act}"
         if "experts.gate_up" in names:
             w13 = self._fused_experts(names["experts.gate_up"])
@@ -307,17 +332,16 @@ class Builder:
             pair = [names["experts.gate"], names["experts.up"]]
             w13, w2 = self._experts(spec, pair), self._experts(spec, [names["experts.down"]])
         w13, w2 = self._same_format(names, w13, w2)
-        parts: dict[str, QuantLinear | Experts] = {
-            "router": QuantLinear(self.checkpoint.real(names["router"])),
-            "experts": Experts(w13, w2, act),
-        }
+        parts: dict[str, QuantLinear | Experts] = {"experts": Experts(w13, w2, act)}
+        if own := not self._early(name):
+            parts = {"router": QuantLinear(self.checkpoint.real(names["router"])), **parts}
         if spec.shared_ffn:
             parts["shared_gate_up"] = self._linear([names["shared.gate"], names["shared.up"]])
             parts["shared_down"] = self._linear([names["shared.down"]])
         if spec.shared_gate:
             parts["shared_gate"] = QuantLinear(self.checkpoint.real(names["shared_gate"]))
-        bias = self.checkpoint.real(names["router_bias"]) if spec.router_bias else None
-        return Feed(spec, parts, bias)
+        bias = self.checkpoint.real(names["router_bias"]) if own and spec.router_bias else None
+        return Feed(spec, parts, bias, pre_gate)
 
     def _experts(self, spec: LayerSpec, names: list[str]) -> Tensor | QuantTensor:
         """Return ``[E, N, K]`` from one tensor per expert (and half)."""
@@ -378,9 +402,10 @@ class Builder:
         )
 
 
-def lists_of(stage: str) -> tuple[str, ...]:
-    """Return the names of the lists that a layer lends, by the name of its stage; empty: it lends none."""
-    return tuple(f"{stage}.{part}" for part in LISTS) if stage else ()
+def following(stage: str) -> str:
+    """Return the name of the layer behind one, by the name of its stage; of a draft layer: empty."""
+    part, _, number = stage.partition(".")
+    return f"layers.{int(number) + 1}" if part == "layers" else ""
 
 
 _SMALL = frozenset(

@@ -23,10 +23,10 @@ from mimo_compile.frontend.models.decoder import (
     Decoder,
     DecoderConfig,
     LayerSpec,
-    Stage,
 )
 from mimo_compile.frontend.models.family import Family, Names
 from mimo_compile.frontend.models.fold import Folded, fold_layer
+from mimo_compile.frontend.models.stage import Stage
 from mimo_compile.frontend.models.stages import Experts, Head, QuantLinear, Rope
 from mimo_compile.frontend.weights.checkpoint import Checkpoint
 from mimo_compile.ir.formats import QuantScheme, QuantTensor, WeightFormat

@@ -16,13 +16,12 @@ from torch import Tensor, nn
 
 from mimo_compile.errors import UsageError
 from mimo_compile.frontend.models.draft_rule import DraftRule
+from mimo_compile.frontend.models.stage import Stage
 from mimo_compile.ir.policies import AttentionPolicy, LayerRole
 from mimo_compile.ir.policies.full import Model
 from mimo_compile.ir.workload import BUCKETS
 
 _AS_IT_SAYS, _USUAL_DRAFTS = Model(), DraftRule()
-LISTS = ("idx", "cnt")
-"""Keywords of the lists that a layer follows."""
 STEP_TOKENS = 256
 """Most tokens of one call: rings of window layers hold the window and this many more."""
 
@@ -150,49 +149,6 @@ class DecoderConfig:
         return replace(self, max_context=max_context, layers=layers, mtp=drafts)
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One exportable piece of a model."""
-
-    name: str
-    """``embed``, ``rope.0``, ``layers.3``, ``final_norm``, ``head``, ``mtp.0``."""
-    kind: str
-    """Stages of equal kind have equal graphs and differ only in weights and states."""
-    module: nn.Module
-    states: Mapping[str, str] = field(default_factory=dict)
-    """Buffer of the module that is a KV cache -> global name of that state: ``NAME.BUFFER``, or that of the
-    layer whose cache it is."""
-    inputs: tuple[str, ...] = ()
-    """Values that ``forward`` takes, in order: ``ids pos x delta hidden normed adapter`` or a rope stage's
-    name."""
-    outputs: tuple[str, ...] = ()
-    """Values that ``forward`` returns, in order."""
-    follows: tuple[str, ...] = ()
-    """Lists that ``forward`` takes besides, as ``idx`` and ``cnt``, where layers choose."""
-    lends: tuple[str, ...] = ()
-    """Lists that it returns besides, where layers choose."""
-
-    def takes(self, chooses: bool) -> tuple[str, ...]:
-        """Return all values that ``forward`` takes, those that it follows last."""
-        return self.inputs + (self.follows if chooses else ())
-
-    def gives(self, chooses: bool) -> tuple[str, ...]:
-        """Return all values that ``forward`` returns."""
-        return self.outputs + (self.lends if chooses else ())
-
-    @property
-    def may_choose(self) -> bool:
-        """True when the module's graph depends on whether layers choose."""
-        return bool(getattr(getattr(self.module, "attend", None), "kind", ""))
-
-    def prepare(self, tokens: int, chooses: bool) -> None:
-        """Tell the module what it cannot see from its inputs."""
-        if hasattr(self.module, "tokens"):
-            self.module.tokens = tokens  # type: ignore[assignment]
-        if hasattr(self.module, "chooses"):
-            self.module.chooses = chooses  # type: ignore[assignment]
-
-
 class Decoder:
     """A decoder as a list of stages, which it can also run eagerly (batch of one)."""
 
@@ -255,10 +211,8 @@ class Decoder:
     def _run(self, stage: Stage, values: dict[str, Tensor], chooses: bool) -> None:
         stage.prepare(values["ids"].shape[0], chooses)
         given = [values[name] for name in stage.inputs]
-        lists = stage.follows if chooses else ()
-        out = stage.module(
-            *given, **{key: values[name] for key, name in zip(LISTS, lists, strict=False)}
-        )
+        named = {key: values[name] for key, name in stage.named(chooses).items()}
+        out = stage.module(*given, **named)
         results = out if isinstance(out, tuple) else (out,)
         values.update(zip(stage.gives(chooses), results, strict=True))
 

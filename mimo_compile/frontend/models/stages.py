@@ -17,6 +17,7 @@ from mimo_compile.ir.formats import QuantTensor, parse_act_format
 from mimo_compile.ir.ops import load_all
 
 if TYPE_CHECKING:
+    from mimo_compile.frontend.models.early import Routes
     from mimo_compile.frontend.models.feed import Feed
 
 load_all()
@@ -281,30 +282,44 @@ class LayerCore(nn.Module):
         pos: Tensor,
         adapter: Tensor | None = None,
         lists: Lists | None = None,
+        routes: Routes | None = None,
     ) -> tuple[Tensor, ...]:
-        """Run the layer on normed rows and the residual ``x``.
+        """Run the layer on normed rows and the residual ``x``; ``routes``: experts that are chosen already.
 
         Returns:
-            The residual after attention, the block's output, and the lists that it lends, if any.
+            The residual after attention, the block's output, the lists that it lends, if any, and the next
+            layer's experts, where it chooses them.
         """
         found = self.attend.look(self, normed, table, pos)
         q = kv.append(self, kv.project(self, normed, adapter), table, pos)
         out, made = self.attend(self, q, pos, lists if found is None else found)
-        return self.after_attention(out, x, adapter, made)
+        return self.after_attention(out, x, adapter, made, routes)
 
     def after_attention(
-        self, out: Tensor, x: Tensor, adapter: Tensor | None, made: Lists | None = None
+        self,
+        out: Tensor,
+        x: Tensor,
+        adapter: Tensor | None,
+        made: Lists | None = None,
+        routes: Routes | None = None,
     ) -> tuple[Tensor, ...]:
         """Run the layer on what attention gave, ``[T, H, DV]``, and the residual; returns as `after_norm`."""
         delta = self.attention.o(out.flatten(1), adapter)
         normed, x = torch.ops.mimo.add_rms_norm(delta, x, self.mlp_norm, self.eps)
-        return x, self.feed(normed, adapter), *(made or ())
+        delta, *chosen = self.feed(normed, adapter, routes)
+        return x, delta, *(made or ()), *chosen
+
+
+def pair_of(first: Tensor | None, second: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """Return two tensors that come together; None: there are none."""
+    return None if first is None or second is None else (first, second)
 
 
 class Layer(LayerCore):
     """``(x, delta, table, pos[, adapter]) -> (x', delta')``: the residual stream is ``x + delta``.
 
-    Where layers follow lists of others it takes ``idx`` and ``cnt``, and gives them where it makes some.
+    Where layers follow lists of others it takes ``idx`` and ``cnt``, and gives them where it makes some;
+    likewise ``expert_ids`` and ``expert_weights``, where the layer before chooses.
     """
 
     def forward(
@@ -316,11 +331,14 @@ class Layer(LayerCore):
         adapter: Tensor | None = None,
         idx: Tensor | None = None,
         cnt: Tensor | None = None,
+        expert_ids: Tensor | None = None,
+        expert_weights: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """Add the pending delta, normalise, run the layer."""
         normed, x = torch.ops.mimo.add_rms_norm(delta, x, self.attn_norm, self.eps)
-        lists = None if idx is None or cnt is None else (idx, cnt)
-        return self.after_norm(normed, x, table, pos, adapter, lists)
+        lists = pair_of(idx, cnt)
+        routes = pair_of(expert_ids, expert_weights)
+        return self.after_norm(normed, x, table, pos, adapter, lists, routes)
 
 
 class FirstLayer(LayerCore):

@@ -1,0 +1,79 @@
+"""Gates that decide experts one layer earlier: the product's model says what the trained one does."""
+
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from micro_models import FOLDER, MICRO, untrained
+from tokenizers import Tokenizer
+
+from mimo_compile.frontend.huggingface import load_checkpoint
+from mimo_compile.ir.formats import parse_scheme
+from mimo_compile.tiny import corpus, pregated
+from mimo_compile.tiny.checkpoint import export, load
+from mimo_compile.tiny.evaluate import perplexity
+
+pytestmark = pytest.mark.compile
+SHIPPED = (
+    Path(__file__).resolve().parents[2] / "models" / "tiny-pre-gates" / "pre-gates.safetensors"
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A model whose routers tell experts apart."""
+    made = untrained(seed=1)
+    made.requires_grad_(False)
+    for layer in made.layers[1:]:
+        layer.mlp.router.normal_(0.0, 1.0, generator=torch.Generator().manual_seed(2))
+    return made
+
+
+def drawn(count, length=24):
+    gen = torch.Generator().manual_seed(3)
+    return torch.randint(0, MICRO.vocab_size, (count, length), generator=gen)
+
+
+def test_gates_learn_and_the_product_says_the_same(model, tmp_path):
+    gated = pregated.PreGated(model)
+    assert list(gated.pre_gates) == ["0", "1"]
+    ids = drawn(24)
+    steps, losses = pregated.learn(gated, model, ids.repeat(8, 1), 24, 0.05, 60)
+    assert steps == 8 and losses[-1] < losses[0]
+    file = tmp_path / "pre-gates.safetensors"
+    gated.save(file, "micro")
+    tokenizer = (FOLDER / "tokenizer.json").read_text()
+    export(model, tokenizer, tmp_path / "m")
+    stored = load(tmp_path / "m")
+    again = pregated.PreGated(stored)
+    again.pre_gates.load_state_dict(gated.pre_gates.state_dict())
+    want = again.logits(again(ids[:1])[0])[0].detach()
+    found = load_checkpoint(
+        tmp_path / "m", parse_scheme("none"), pre_gate_file=file
+    ).decoder.prefill(ids[0].tolist())[1]
+    assert (found - want).abs().max() < 1e-4 * want.abs().max()
+
+
+def test_least_squares_comes_nearer_than_the_routers_themselves(model):
+    gated, ids = pregated.PreGated(model), drawn(30)
+
+    def distance():
+        says, wanted = gated(ids)[0], model(ids)[0]
+        return (says - wanted).square().mean().item()
+
+    before = distance()
+    pregated.fit(gated, model, ids)
+    assert distance() < before
+
+
+@pytest.mark.slow
+def test_shipped_gates_cost_little():
+    base = load(FOLDER)
+    gated = pregated.PreGated(base)
+    gated.read(SHIPPED)
+    tokenizer = Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
+    held = corpus.encode(tokenizer, corpus.collect().held_out)[:20000]
+    usual, early = (perplexity(m, held, 512, 256) for m in (base, gated))
+    assert early < 1.02 * usual
