@@ -20,6 +20,8 @@ _PRIOR = 0.6
 """Acceptance that is expected before anything is known; counts as one observation."""
 _TIMES = 9
 """Last times of something that its usual time is taken from: a median forgives what others' work takes."""
+_FEW = 3
+"""Times up to which what has fewest of them is tried first: one alone may be what others' work took."""
 
 
 class Depth:
@@ -35,7 +37,7 @@ class Depth:
         """Of passes with so many drafts: more tokens choose more experts."""
         self._heads = [_Times() for _ in range(most)]
         self._last: list[int] = [0] * (most + 1)
-        """Pass in which each depth, or a greater one, was tried; of depth 0, the very one."""
+        """Pass in which each depth was tried, that very one: a greater one tells no time of it."""
         self._wait = [_AGAIN] * (most + 1)
         self._before = -1
         """Drafts of the last pass: what it did not run is not in the processor's caches, and takes longer."""
@@ -56,10 +58,8 @@ class Depth:
         if not self._passing[0].count:
             stale = [0]
         if stale:
-            untimed = (k for k in stale if not self._passing[k].count)
-            depth = self._repeat = next(untimed, stale[-1])
-            for tried in range(min(depth, 1), depth + 1):  # lesser ones are tried with it
-                self._wait[tried] = min(2 * self._wait[tried], _SELDOM)
+            depth = self._repeat = min(stale, key=self._known)
+            self._wait[depth] = min(2 * self._wait[depth], _SELDOM)
             return depth
         depth = max(range(most + 1), key=self._worth)
         self._wait[depth] = _AGAIN
@@ -83,10 +83,7 @@ class Depth:
         for times, took in zip(self._heads[: max(self._before, 0)], heads, strict=False):
             times.add(took)
         self._before = drafted
-        for depth in range(1, drafted + 1):
-            self._last[depth] = self._passes
-        if not drafted:
-            self._last[0] = self._passes
+        self._last[drafted] = self._passes
 
     def expected(self, depth: int) -> float:
         """Return the tokens that a pass with so many drafts is expected to emit."""
@@ -95,6 +92,10 @@ class Depth:
             all_kept *= kept / tried
             tokens += all_kept
         return tokens
+
+    def _known(self, depth: int) -> tuple[int, int]:
+        """Return how well the times of a depth are known: how many there are, if few, and of when."""
+        return min(self._passing[depth].count, _FEW), self._last[depth]
 
     def _worth(self, depth: int) -> float:
         """Return the tokens per second that are expected of a depth; 0 if it was never timed."""

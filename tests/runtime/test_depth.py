@@ -7,6 +7,8 @@ import pytest
 
 from mimo_compile.runtime.depth import Depth
 
+SEEDS = 20
+
 
 def settle(rates, plain, verify, head, passes=400, seed=0, room=9, cold=1.0):
     """Return how often each depth was taken in the second half of some passes with these rates and costs.
@@ -45,8 +47,58 @@ def settle(rates, plain, verify, head, passes=400, seed=0, room=9, cold=1.0):
 )
 @pytest.mark.parametrize("cold", [1.0, 6.0])
 def test_the_depth_that_pays_is_found(rates, plain, verify, head, best, cold):
-    taken = settle(rates, plain, verify, head, cold=cold)
-    assert taken[best] > 0.9, taken
+    for seed in range(SEEDS):
+        taken = settle(rates, plain, verify, head, cold=cold, seed=seed)
+        assert taken[best] > 0.9, (seed, taken)
+
+
+@pytest.mark.parametrize("slow", [0.05, 20.0])
+@pytest.mark.parametrize(
+    ("rates", "costs", "best", "once"),
+    [
+        ((0.6, 0.5, 0.3), (1.0, 1.2, 2.0, 2.3), 1, 1),
+        ((0.9, 0.9, 0.2), (1.0, 1.8, 1.9, 2.6), 2, 2),
+        ((0.9, 0.9, 0.9), (1.0, 1.1, 1.2, 1.3), 3, 3),
+        ((0.3, 0.3, 0.3), (1.0, 1.5, 1.9, 2.3), 0, 2),
+    ],
+)
+def test_one_wrong_time_is_forgiven(rates, costs, best, once, slow):
+    """The first time of a depth is wrong, too long or too short, and no other."""
+    rng, depth, taken, before, wrong = np.random.default_rng(1), Depth(3), [], -1, False
+    for _ in range(600):
+        drafts = depth.choose(9)
+        kept = 0
+        while kept < drafts and rng.random() < rates[kept]:
+            kept += 1
+        wrong_now = drafts == once and (before > 0) == (drafts > 0) and before >= 0 and not wrong
+        wrong = wrong or wrong_now
+        depth.learn(drafts, kept, costs[drafts] * (slow if wrong_now else 1.0), [0.05] * drafts)
+        before = drafts
+        taken.append(drafts)
+    assert wrong and np.mean([k == best for k in taken[300:]]) > 0.9
+
+
+def test_a_depth_between_is_timed_while_the_greatest_is_taken():
+    """What was never timed is thought to take longer than it does, so that the greatest looks better."""
+    depth, taken = Depth(3), []
+    for _ in range(400):
+        drafts = depth.choose(9)
+        depth.learn(drafts, drafts, (1.0, 1.0, 2.3, 2.3)[drafts], [0.2] * drafts)
+        taken.append(drafts)
+    assert 3 in taken[10:40]
+    assert np.mean([k == 1 for k in taken[200:]]) > 0.9
+
+
+def test_a_try_that_does_not_pay_puts_off_no_other():
+    """The first tries of three depths come one after the other, the next ones twice as much later."""
+    depth, taken = Depth(3), []
+    for _ in range(400):
+        drafts = depth.choose(9)
+        depth.learn(drafts, 0, 3.0 if drafts else 1.0, [0.1] * drafts)
+        taken.append(drafts)
+    tries = [[n for n, k in enumerate(taken) if n > 10 and k == tried] for tried in (1, 2, 3)]
+    assert [len(passes) for passes in tries] == [6, 6, 6], tries
+    assert all(passes[0] < 60 and 96 < passes[2] < 160 for passes in tries), tries
 
 
 def test_drafts_that_did_not_pay_are_found_to_pay_later():
