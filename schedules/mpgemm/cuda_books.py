@@ -1,8 +1,8 @@
 """Codebooks as bytes that CUDA kernels look up: see `device/codes.cuh`.
 
-Where matrix units multiply 16-bit floats, an entry is a sum of so many of them that what is left is below
-float32's own rounding: of three of bfloat16, or two of float16. Books that take two are multiplied by 2^12
-beforehand, so that the second one keeps its bits.
+Where matrix units multiply 16-bit floats, an entry is a sum of them: of three of bfloat16, which leaves less
+than float32's own rounding u = 2^-24 of it, or of two of float16, which leaves less than 2 u. Books that take
+two are multiplied by 2^12 beforehand, so that the second one keeps its bits.
 """
 
 from __future__ import annotations

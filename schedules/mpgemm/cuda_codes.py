@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.hardware import Hardware, gpu_of
@@ -36,6 +37,7 @@ class CudaCodes(CudaGemm):
     """Any number of tokens; tiles beyond the matrices are zeros."""
 
     name = "mpgemm.cuda_mma_codes"
+    version: ClassVar[int] = 4
     config = CodesConfig
     needs = NEEDS
 

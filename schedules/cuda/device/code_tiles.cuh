@@ -9,7 +9,7 @@
 // product's K is free, so that a lane unpacks its own word, and has its own columns of x, which lie side by side:
 // no word passes from lane to lane. INT8: a field of four columns is one register of an operand. Else it is two,
 // columns 0 and 2, and 1 and 3: of each 4 columns of x the middle two have changed places. Where a codebook's numbers
-// are TERMS of 16 bits, there is a product of each.
+// are TERMS of 16 bits, there is a product of each, that of the smallest terms first: sums are cut off below the greatest.
 //
 // Sums of columns that share all scales are multiplied by these in float32 and added up; int8 ones are exact before.
 // ZEROS: a product with ones gives each lane the sums of its own rows of x over the same columns, which the zero points
@@ -165,7 +165,7 @@ struct Codes {
         for (int i = 0; i < MT; ++i) {
           const uint32_t four[4] = {a[i][0][2 * s], a[i][1][2 * s], a[i][0][2 * s + 1], a[i][1][2 * s + 1]};
 #pragma unroll
-          for (int t = 0; t < TERMS; ++t) multiply(part[i][j], four, b[t][2 * s], b[t][2 * s + 1]);
+          for (int t = TERMS - 1; t >= 0; --t) multiply(part[i][j], four, b[t][2 * s], b[t][2 * s + 1]);
 #if ZEROS
           constexpr uint32_t ONES = INT8 ? 0x01010101u : 0x3f803f80u;
           if (j == 0) multiply(of_x[i], four, ONES, ONES);
