@@ -189,7 +189,7 @@ class Experts(Schedule):
             function(name, args, self.kernel(problem, config).body),
             args,
             self.work(workload, config, hardware),
-            self.scratch_bytes(problem, config),
+            self.scratch_bytes(problem, config, hardware),
             hardware.features,  # LLVM may have used any of them
         )
 
@@ -197,11 +197,13 @@ class Experts(Schedule):
         """Return the kernel's work without generating it."""
         return expert_work(self.multiply(self.problem(workload), config), hardware)
 
-    def scratch_bytes(self, p: Problem, config: MoeConfig) -> int:
-        """Bytes of workspace: lists, hidden rows, what rows become, one task's parts for each thread."""
+    def scratch_bytes(self, p: Problem, config: MoeConfig, hardware: Hardware) -> int:
+        """Bytes of workspace: lists, hidden rows, what rows become, a task's parts for each thread."""
         multiply = self.multiply(p, config)
         size = 4 * (2 * p.slots + 3 * p.e + 2)
-        rows = config.rows2 * Split.of(p.w2, config.rows2, config.tasks).chunk
+        split = Split.of(p.w2, config.rows2, config.tasks)
+        running = min(hardware.threads, split.tasks) if config.parallel else 1
+        rows = config.rows2 * split.chunk * running
         size += 4 * p.slots * (p.hidden_width + p.parts * ROWS * rows)
         size += multiply.scratch_bytes(p.w13, p.parts * p.t)
         return size + multiply.scratch_bytes(p.w2, p.parts * p.slots)

@@ -79,6 +79,11 @@ def sorted_slots(p: Problem, ids: Any) -> Slots:
     return slots
 
 
+def rooms(size: int) -> list[int]:
+    """Return the slots that a visit of the rest may have room for, ascending, where one takes it."""
+    return [*(s for s in _ROOM if s < size), size]
+
+
 def visits(
     count: Any, size: int, emit: Callable[[Any, int, int], None], *, once: bool = False
 ) -> None:
@@ -94,7 +99,7 @@ def visits(
             each power of two; ``size`` need not be one then.
     """
     if once:
-        _with_room(count, [*(s for s in _ROOM if s < size), size], emit)
+        _with_room(count, rooms(size), emit)
         return
     with T.serial(0, T.floordiv(count, size)) as i:
         emit(i * size, size, size)

@@ -7,6 +7,7 @@ from mimo_compile.ir.hardware import Hardware
 from mimo_compile.schedules.emit.layout import ROWS
 from mimo_compile.schedules.moe.multiply import Multiply
 from mimo_compile.schedules.moe.problem import Split
+from mimo_compile.schedules.moe.slots import rooms
 from mimo_compile.schedules.work import Stream, Tile, busiest, work
 
 
@@ -14,7 +15,8 @@ def expert_work(multiply: Multiply, hardware: Hardware) -> Counts:
     """Return the counts under uniform routing, over padded extents."""
     p, config = multiply.problem, multiply.config
     hit = p.hit
-    visits = hit * _tiles(p.slots / hit, config.tokens, config.once)
+    tiles, room = _tiles(p.slots / hit, config.tokens, config.once)
+    visits = hit * tiles
     threads = hardware.threads if config.parallel else 1
     tokens = min(config.tokens, max(1.0, p.slots / hit))
     width = multiply.lanes
@@ -27,7 +29,7 @@ def expert_work(multiply: Multiply, hardware: Hardware) -> Counts:
     panel = rows13 * p.w13.block_bytes
     row = multiply.row_bytes(p.w13)
     return work(
-        _arithmetic(multiply, visits),
+        _arithmetic(multiply, p.slots * room, visits),
         _streams(multiply, hit, visits),
         hardware,
         tasks=max(tasks13, tasks2) if threads > 1 else 1,
@@ -37,14 +39,21 @@ def expert_work(multiply: Multiply, hardware: Hardware) -> Counts:
     )
 
 
-def _tiles(slots: float, size: int, once: bool) -> float:
-    """Return the register tiles that an expert's slots take: whole ones, then one or halves of halves."""
-    whole, rest = divmod(max(1, round(slots)), size)
-    return whole + (min(rest, 1) if once else rest.bit_count())
+def _tiles(slots: float, size: int, once: bool) -> tuple[int, float]:
+    """Return the register tiles that an expert's slots take, and their room, in parts of these slots.
+
+    There are whole tiles, then halves of halves, or one (``once``) with room for what is left or more.
+    """
+    count = max(1, round(slots))
+    whole, rest = divmod(count, size)
+    if not once:
+        return whole + rest.bit_count(), 1.0
+    room = next(r for r in rooms(size) if r >= rest) if rest else 0
+    return whole + (rest > 0), (whole * size + room) / count
 
 
-def _arithmetic(multiply: Multiply, visits: float) -> dict[str, float]:
-    """Return dots or multiply-adds for each slot, unpacking for each visit of a register tile."""
+def _arithmetic(multiply: Multiply, slots: float, visits: float) -> dict[str, float]:
+    """Return dots or multiply-adds for the ``slots`` that tiles have room for, unpacking for each visit."""
     p = multiply.problem
     ops: dict[str, float] = {"exp_f32": float(p.slots * p.w13.row_blocks * ROWS)}
 
@@ -54,8 +63,8 @@ def _arithmetic(multiply: Multiply, visits: float) -> dict[str, float]:
 
     add(multiply.making(p.w13, p.t))
     add(multiply.making(p.w2, p.slots))
-    add(multiply.work(p.w13, p.slots, visits), p.halves)
-    add(multiply.work(p.w2, p.slots, visits))
+    add(multiply.work(p.w13, slots, visits), p.halves)
+    add(multiply.work(p.w2, slots, visits))
     add({"fma_f32": float(p.slots * p.d)})
     return ops
 

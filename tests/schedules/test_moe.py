@@ -193,20 +193,67 @@ def test_what_is_asked_for_changes_no_result(w):
         assert len(results) == 1
 
 
-@vnni
-def test_one_tile_takes_what_is_left_of_an_expert():
-    # an expert for each number of slots that may be left of tiles of 6: 11, 7, 5, 4, 3, 2, 1
+def tiles_of_the_rest(schedule, w, kinds):
+    """Return the outputs of configs (tokens, once, share) where experts have 11, 7, 5, 4, 3, 2 and 1 slots.
+
+    So each number is left that may be left of tiles of 4, 6 and 8, and whole tiles come before some.
+    """
     rest = np.repeat(np.arange(1, 7), (7, 5, 4, 3, 2, 1))
     ids = np.concatenate([np.zeros((11, 1)), rest.reshape(2, 11).T], 1).astype(np.int32)
-    workload = parse_workload("moe:t=11,e=7,k=3,d=64,f=32,w=w4g32,a=a8")
-    schedule, results = get_schedule("moe.x86_vnni"), set()
-    default = schedule.space(workload, CPU).default
-    for tokens, once in ((4, False), (6, True)):
+    workload = parse_workload(f"moe:t=11,e=7,k=3,d=64,f=32,w={w}")
+    space = schedule.space(workload, CPU)
+    for tokens, once, share in kinds:
         config = dataclasses.replace(
-            default, rows13=1, rows2=1, tokens=tokens, unroll=1, once=once, share=once, prefetch=0,
+            space.default, rows13=1, rows2=1, tokens=tokens, unroll=1, once=once, share=share,
+            prefetch=0, apart=False,
         )  # fmt: skip
-        results.add(check(schedule, workload, config, inputs={"ids": ids}).outputs["y"].tobytes())
-    assert len(results) == 1
+        assert space.legal(config), config
+        yield check(schedule, workload, config, inputs={"ids": ids}).outputs["y"].tobytes()
+
+
+@vnni
+def test_one_tile_takes_what_is_left_of_an_expert():
+    kinds = (4, False, False), (6, True, True), (8, True, False)
+    assert len(set(tiles_of_the_rest(get_schedule("moe.x86_vnni"), "w4g32,a=a8", kinds))) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "w", ["bf16", "bf16,a=abf16", "w8,a=a8", "w8g32,a=abf16", "w3g64,a=a8", "w1.58,a=a8",
+          "complex2wl,a=a8"],
+)  # fmt: skip
+def test_one_tile_takes_what_is_left_in_every_format(w):
+    kinds = [(1, False, False), *((t, True, s) for t, s in ((4, True), (6, False), (8, True)))]
+    some = parse_workload(f"moe:t=11,e=7,k=3,d=64,f=32,w={w}")
+    for schedule in schedules_for(some, CPU):
+        found = set(tiles_of_the_rest(schedule, w, kinds))
+        assert len(found) == 1 or schedule.name == "moe.x86_bf16"  # which promises no order
+
+
+@pytest.mark.parametrize("left", range(1, 9))
+def test_work_counts_the_room_of_the_tile_that_takes_the_rest(left):
+    # two experts for each token: they get t slots each
+    workload = parse_workload(f"moe:t={8 + left},e=2,k=2,d=64,f=32,w=bf16")
+    schedule = get_schedule("moe.x86_float")
+    default = schedule.space(workload, CPU).default
+    config = dataclasses.replace(default, rows13=1, rows2=1, tokens=8, unroll=1, once=True)
+    slots, one = 2 * (8 + left), 3 * 64 * 32
+    room = 2 * (8 + {5: 6, 7: 8}.get(left, left))
+    known = schedule.work(workload, config, CPU).ops["fma_f32"]
+    assert known == pytest.approx(room * one + slots * 64)
+
+
+@pytest.mark.parametrize(("tasks", "parallel"), [(1, True), (2, True), (4, True), (4, False)])
+def test_workspace_has_the_parts_of_all_tasks_that_run(tasks, parallel):
+    workload = parse_workload("moe:t=16,e=8,k=2,d=256,f=64,w=bf16")
+    schedule, cpu = get_schedule("moe.x86_float"), dataclasses.replace(CPU, cores=2, threads=2)
+    config = dataclasses.replace(
+        schedule.space(workload, cpu).default, rows13=1, rows2=1, tasks=tasks, parallel=parallel
+    )
+    one = dataclasses.replace(config, tasks=1, parallel=False)
+    known, whole = (schedule.lower(workload, c, cpu).workspace_bytes for c in (config, one))
+    running = min(tasks, 2) if parallel else 1
+    assert whole - known == 4 * 32 * (256 - running * 256 // tasks)
 
 
 @pytest.mark.parametrize(
