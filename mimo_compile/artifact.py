@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import mmap
 import os
 import uuid
 import zlib
@@ -184,7 +185,7 @@ class Artifact:
     def module(self, *, threads: int | None = None) -> Module:
         """Run the artifact from memory, without a file; arguments as in `load`."""
         texts = {"config.json": self.config, "tokenizer.json": self.tokenizer}
-        weights = _MemoryWeights(self.weights)
+        weights = _MemoryWeights(self.weights, zeros=self.manifest.shapes_only)
         where = f"{self.manifest.name}, not saved"
         check.check_programs(self.manifest, self.programs, weights.spots, where)
         check.check_code(self.manifest, self.programs, self.code, where)
@@ -200,10 +201,11 @@ class Artifact:
 
 
 class _MemoryWeights:
-    """Weights that are not in a file: made and aligned on first use."""
+    """Weights that are not in a file: made and aligned on first use; zeros if of shapes alone."""
 
-    def __init__(self, weights: Mapping[str, Array | Deferred]) -> None:
+    def __init__(self, weights: Mapping[str, Array | Deferred], *, zeros: bool) -> None:
         self._weights = weights
+        self._zeros = zeros
         self._ready: dict[str, Bytes] = {}
         self.spots = {
             name: Spot(*_type(value), 0, dtypes.size(*_type(value)))
@@ -212,12 +214,21 @@ class _MemoryWeights:
 
     def prepare(self, names: Any) -> None:
         for name in names:
-            if name not in self._ready:
+            if name in self._ready:
+                continue
+            if self._zeros:
+                self._ready[name] = _blank(self.spots[name].end)
+            else:
                 array = _tvm.as_aligned(_made(name, self._weights[name]))
                 self._ready[name] = array.reshape(-1).view(np.uint8)
 
     def data(self, name: str) -> Bytes:
         return self._ready[name]
+
+
+def _blank(nbytes: int) -> Bytes:
+    """Return zero bytes on a boundary for kernels: pages that are read only take no memory of their own."""
+    return np.frombuffer(mmap.mmap(-1, max(nbytes, 1)), np.uint8, nbytes)
 
 
 def _deferred(parts: Parts, name: str, spot: Spot) -> Deferred:

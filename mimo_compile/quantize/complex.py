@@ -57,6 +57,19 @@ def quantize_phase(
     return codes, torch.cat([mean(re, real), mean(im, ~real)], -1)
 
 
+def check_extents(fmt: WeightFormat, rows: int, columns: int, what: str) -> None:
+    """Refuse real matrices that a widely-linear format cannot hold; others hold any.
+
+    Raises:
+        UsageError: an odd extent.
+    """
+    if fmt.family == "complex" and (rows % 2 or columns % 2):
+        raise UsageError(
+            f"{what}: {fmt} needs even extents, got {rows} x {columns}",
+            remedy="use another --quant",
+        )
+
+
 def quantize_real(weight: Tensor, fmt: WeightFormat, what: str) -> QuantTensor:
     """Quantise a real matrix to ``complex2wl`` or ``complex2wl2``.
 
@@ -66,14 +79,11 @@ def quantize_real(weight: Tensor, fmt: WeightFormat, what: str) -> QuantTensor:
         what: name of the matrix for errors.
 
     Raises:
-        UsageError: an odd extent.
+        UsageError: see `check_extents`.
         MimoError: see `quantize_phase`.
     """
-    n, k = weight.shape
-    if n % 2 or k % 2:
-        raise UsageError(
-            f"{what}: {fmt} needs even extents, got {n} x {k}", remedy="use another --quant"
-        )
+    rows, columns = weight.shape
+    check_extents(fmt, rows, columns, what)
     upper, lower = weight.to(torch.float32).chunk(2, 0)
     (r11, r12), (r21, r22) = upper.chunk(2, 1), lower.chunk(2, 1)
     pairs = [

@@ -80,7 +80,8 @@ class Module:
         if self.manifest.shapes_only:
             warnings.warn(
                 f"{parts.where} was compiled from shapes alone (--shapes-only): all weights are zeros. How "
-                "long it takes means something, what it says does not",
+                "long it takes means something but for experts, lists of attention and drafts, what it says "
+                "does not",
                 RuntimeWarning,
                 stacklevel=3,
             )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 import torch
 
@@ -50,6 +52,8 @@ def tensors(loaded) -> dict[str, tuple[object, ...]]:
         ("qwen3_moe", "afp4g32"),
         ("mixtral", "bf16abf16"),
         ("llama-linear-mha", "complex2wl"),
+        ("qwen3_moe", "fp8b128"),
+        ("llama", "nf4"),
     ],
 )
 def test_stages_are_those_of_weights(saved, case, quant) -> None:
@@ -60,13 +64,23 @@ def test_stages_are_those_of_weights(saved, case, quant) -> None:
     for ours, theirs in zip(shaped.decoder.stages(), loaded.decoder.stages(), strict=True):
         assert (ours.name, ours.kind, ours.states) == (theirs.name, theirs.kind, theirs.states)
     assert shaped.decoder.config == loaded.decoder.config
-    matrix = next(
-        t
+    matrices = [
+        (n, t)
         for s in shaped.decoder.stages()
         for n, t in [*s.module.named_parameters(), *s.module.named_buffers()]
-        if n.endswith(("qkv.codes", "qkv.weight"))
-    )
-    assert matrix.untyped_storage().nbytes() == matrix.element_size() < matrix.nbytes
+        if t.dim() > 1 and t.numel() > 1 and not t.is_meta and "router" not in n
+    ]
+    assert any(n.endswith(("qkv.codes", "qkv.weight")) for n, _ in matrices)
+    for name, matrix in matrices:
+        assert matrix.untyped_storage().nbytes() == matrix.element_size() < matrix.nbytes, name
+
+
+def test_formats_that_cannot_hold_a_matrix_are_refused(saved, tmp_path) -> None:
+    """With and without weights alike."""
+    said = json.loads((saved("llama")[1] / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(said | {"intermediate_size": 97}))
+    with pytest.raises(UsageError, match=r"complex2wl needs even extents, got \d+ x 97"):
+        load_checkpoint(tmp_path, parse_scheme("complex2wl"), 64, shapes_only=True)
 
 
 def test_draft_layers_are_those_of_the_configuration(tmp_path) -> None:
@@ -106,13 +120,26 @@ def test_each_blank_tensor_has_memory_of_its_own() -> None:
 def test_zeros_are_holes_of_the_file(tmp_path) -> None:
     usual = plain()
     manifest = msgspec.structs.replace(usual.manifest, shapes_only=True)
-    shaped = Artifact(manifest, usual.programs, usual.code, usual.weights)
+    large = {**usual.weights, "large": np.ones(4 << 20, np.uint8)}
+    usual = Artifact(usual.manifest, usual.programs, usual.code, large)
+    shaped = Artifact(manifest, usual.programs, usual.code, large)
     path = shaped.save(tmp_path / "shapes.mimo")
+    (tmp_path / "hole").write_bytes(b"")
+    os.truncate(tmp_path / "hole", 4 << 20)
+    if (tmp_path / "hole").stat().st_blocks == 0:  # the file system knows them
+        assert path.stat().st_blocks * 512 < 1 << 20
     found = Artifact.load(path)
     assert found.manifest.shapes_only
     with pytest.warns(RuntimeWarning, match="all weights are zeros"):
         load(path, verify="full")
     assert all(not value.make().any() for value in found.weights.values())
+    assert any(value.any() for value in usual.weights.values())
+    with pytest.warns(RuntimeWarning, match="all weights are zeros"):
+        unsaved = shaped.module()
+    given = np.ones(64, np.float32)
+    np.testing.assert_array_equal(
+        unsaved.call("main", given), np.full((8, 8), 4.0)
+    )  # bias and all: zeros
     assert usual.save(tmp_path / "usual.mimo").stat().st_size == pytest.approx(
         path.stat().st_size, abs=100
     )
@@ -128,9 +155,9 @@ def test_artifacts_are_those_of_weights(saved, tmp_path) -> None:
     assert shaped.programs == usual.programs
     types = [{n: (w.dtype, w.shape) for n, w in a.weights.items()} for a in (shaped, usual)]
     assert types[0] == types[1]
-    path = shaped.save(tmp_path / "shapes.mimo")
-    sizes = [a.manifest.members[WEIGHTS].bytes for a in (Artifact.load(path),)]
-    assert sizes[0] > 0
+    path, other = shaped.save(tmp_path / "shapes.mimo"), usual.save(tmp_path / "usual.mimo")
+    sizes = [Artifact.load(p).manifest.members[WEIGHTS].bytes for p in (path, other)]
+    assert sizes[0] == sizes[1] > 0
     with pytest.warns(RuntimeWarning, match="all weights are zeros"):
         found = verify_artifact(path, source=folder)
     assert found.ok and found.end_to_end is None and "weights are zeros" in found.notes[-1]

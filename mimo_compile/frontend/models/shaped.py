@@ -15,6 +15,7 @@ from mimo_compile.frontend.models.decoder import LayerSpec
 from mimo_compile.frontend.weights.shapes import blank
 from mimo_compile.ir.formats import QuantScheme, QuantTensor, WeightFormat
 from mimo_compile.quantize import quantize
+from mimo_compile.quantize.complex import check_extents
 
 Array = npt.NDArray[Any]
 
@@ -50,6 +51,7 @@ class ShapedBuilder(Builder):
         if fmt is None:
             kind = _stored_type(self.checkpoint.entries[name].dtype, self.scheme)
             return blank((*lead, rows, columns), kind)
+        check_extents(fmt, rows, columns, name)
         like = _sample(fmt)
         scales = fmt.scale_shape(rows, columns)
         zero = None if like.zero is None else _spread(like.zero, (*lead, rows, fmt.groups(columns)))
