@@ -28,7 +28,8 @@ Features = dict[str, float]
 """By name. Names with ``=`` are yes/no marks (absent: 0); other absent names are missing values."""
 
 VERSION = 2
-"""Raised when names or meanings change: models trained on other features are refused."""
+"""Raised when a name goes or means something else: models trained on other features are refused. New names
+alone do not raise it: a model reads the columns that it was trained with."""
 
 GROUPS: dict[str, str] = {
     "identity": "op and algorithm",
@@ -128,7 +129,10 @@ class Extractor:
         for part in counts.parts:
             head = f"{part.name}."
             own = {n.removeprefix(head): v for n, v in knobs.items() if n.startswith(head)}
-            rows.append(self(part, schedule, whole | own))
+            row = self(part, schedule, whole | own)
+            if "sm.launches" in row:  # of the whole kernel; a part knows of no others
+                row["sm.launches"] = math.log2(len(counts.parts))
+            rows.append(row)
         return tuple(rows)
 
     def retold(self, row: Features, counts: Counts) -> Features:

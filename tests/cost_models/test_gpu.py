@@ -210,6 +210,16 @@ def test_launches_are_learned_from() -> None:
     assert errors[()] < errors["sm",]
 
 
+def test_each_part_tells_how_many_launches_there_are() -> None:
+    one = Counts(ops={OP_KINDS[0]: 1e6}, bytes={"dram": 1e6})
+    parts = tuple(replace(one, name=name) for name in ("a", "b", "c", "d"))
+    workload = parse_workload("mpgemm:m=1,n=256,k=256,w=w4g64,a=a8")
+    extract = Extractor(workload, H200, DeviceModel.guess(H200))
+    rows = extract.blocks(replace(one, parts=parts), "any", {})
+    assert [row["sm.launches"] for row in rows] == [2.0] * 4
+    assert extract.blocks(one, "any", {})[0]["sm.launches"] == 0.0
+
+
 def test_kernels_of_generic_functions_and_cpus_tell_of_no_launches() -> None:
     workload = parse_workload("mpgemm:m=1,n=256,k=256,w=w4g64,a=a8")
     schedule, cpu = get_schedule("mpgemm.x86_portable"), PRESETS["x86-64-v3"]
