@@ -106,7 +106,8 @@ def find_library() -> Path | None:
     """Return where NVRTC is, or None; looked at as for `find_tool`, but for the ``PATH``."""
     roots = [Path(os.environ[v]) for v in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(v)]
     for name in nvrtc.NAMES:
-        found = [root / "lib64" / name for root in (*roots, USUAL)] + _packaged(f"lib/{name}")
+        found = [r / lib / name for r in (*roots, USUAL) for lib in ("lib64", "lib")]
+        found += _packaged(f"lib/{name}")
         if (path := next((p for p in found if p.is_file()), None)) is not None:
             return path
     return None
@@ -122,7 +123,7 @@ def find_compiler() -> Path:
     """Return nvcc, or NVRTC's library where there is no nvcc that is new enough.
 
     Raises:
-        EnvironmentMismatch: there is neither, or what there is is too old.
+        EnvironmentMismatch: there is neither, or what there is is too old or cannot be loaded.
     """
     found = [path for path in (find_tool("nvcc"), find_library()) if path is not None]
     remedy = "Run: pip install 'mimo-compile[cuda]'. Or set CUDA_HOME to a CUDA toolkit"
@@ -134,12 +135,13 @@ def find_compiler() -> Path:
         )
     if (usable := next((path for path in found if release(path) >= LEAST), None)) is not None:
         return usable
-    text = ".".join(str(n) for n in release(found[0]))
-    raise EnvironmentMismatch(
-        f"{name_of(found[0])} of CUDA {text} is too old",
-        where=found[0],
-        remedy=f"{remedy} of 12.0 or later",
-    )
+    first = found[0]
+    text = ".".join(str(n) for n in release(first))
+    what = f"{name_of(first)} of CUDA {text} is too old"
+    if release(first) == (0, 0):
+        said = _asked(first).stderr.strip().splitlines()
+        what = f"{name_of(first)} cannot be used: {said[-1] if said else 'it names no release'}"
+    raise EnvironmentMismatch(what, where=first, remedy=f"{remedy} of 12.0 or later")
 
 
 def name_of(compiler: Path) -> str:
@@ -147,14 +149,18 @@ def name_of(compiler: Path) -> str:
     return "NVRTC" if compiler.name in nvrtc.NAMES else "nvcc"
 
 
-@cache
 def version_text(path: Path) -> str:
     """Return what a compiler says of itself."""
+    return _asked(path).stdout
+
+
+@cache
+def _asked(path: Path) -> subprocess.CompletedProcess[str]:
+    """Return what a compiler answers when asked for its release, in the case of an error why it cannot."""
     command = [*_NVRTC, str(path)] if path.name in nvrtc.NAMES else [str(path)]
-    done = subprocess.run(
+    return subprocess.run(
         [*command, "--version"], capture_output=True, text=True, check=False, timeout=LIMIT_S
     )
-    return done.stdout
 
 
 def release(path: Path) -> tuple[int, int]:

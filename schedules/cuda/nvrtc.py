@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from contextlib import suppress
 from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_void_p
 from pathlib import Path
 
@@ -55,9 +56,11 @@ class Nvrtc:
         Raises:
             OSError: it cannot be loaded, or is no NVRTC that makes machine code.
         """
-        # it looks for these by their names, of some releases not beside itself
-        for beside in sorted(Path(path).parent.glob("libnvrtc-builtins.so.*")):
-            ctypes.CDLL(str(beside))
+        # it looks for these by their names, of some releases not beside itself; not for another release's
+        major = Path(path).name.removeprefix("libnvrtc.so.").partition(".")[0]
+        for beside in sorted(Path(path).parent.glob(f"libnvrtc-builtins.so.{major}*")):
+            with suppress(OSError):  # if it is the one that is needed, compiling says so
+                ctypes.CDLL(str(beside))
         self._library = ctypes.CDLL(str(path))
         for name, kinds in _SIGNATURES.items():
             try:
@@ -126,7 +129,11 @@ def main(library: str, *arguments: str) -> int:
         arguments: ``--version``, to print it; or source, where to write, kind and options.
     """
     if arguments == ("--version",):
-        release, size = Nvrtc(library).release, Path(library).stat().st_size
+        try:
+            release, size = Nvrtc(library).release, Path(library).stat().st_size
+        except OSError as error:
+            sys.stderr.write(f"{error}\n")
+            return 1
         print(f"NVRTC release {release[0]}.{release[1]}, {size} bytes")
         return 0
     source, out, kind, *options = arguments

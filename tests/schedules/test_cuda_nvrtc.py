@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 from cuda_sample import CudaSwiglu
@@ -37,7 +38,7 @@ def no_nvcc(tmp_path, monkeypatch) -> None:
 
 
 def test_the_library_is_found_where_toolkits_and_packages_put_it(tmp_path, monkeypatch) -> None:
-    places = ["home/lib64", "path/lib64", "usual/lib64", "site/nvidia/cu13/lib"]
+    places = ["home/lib64", "home/lib", "path/lib64", "usual/lib64", "site/nvidia/cu13/lib"]
     for place in places:
         (tmp_path / place).mkdir(parents=True)
         (tmp_path / place / nvrtc.NAMES[0]).touch()
@@ -55,13 +56,29 @@ def test_the_library_is_found_where_toolkits_and_packages_put_it(tmp_path, monke
     assert nvcc.find_library() == older
 
 
-def test_one_that_cannot_be_loaded_is_too_old(tmp_path, monkeypatch) -> None:
+def test_one_that_cannot_be_loaded_says_why(tmp_path, monkeypatch) -> None:
     library = tmp_path / nvrtc.NAMES[0]
     library.write_text("no library")
     monkeypatch.setattr(nvcc, "find_tool", lambda name: None)
     monkeypatch.setattr(nvcc, "find_library", lambda: library)
-    with pytest.raises(EnvironmentMismatch, match=r"NVRTC of CUDA 0\.0 is too old"):
+    with pytest.raises(EnvironmentMismatch, match=r"NVRTC cannot be used: .*: file too short"):
         nvcc.find_compiler()
+
+
+def test_what_lies_beside_one_of_another_release_or_broken_is_let_be(tmp_path, monkeypatch) -> None:
+    for name in ("13.0", "12.9", "12.8"):
+        (tmp_path / f"libnvrtc-builtins.so.{name}").touch()
+    loaded = []
+
+    def load(path):
+        loaded.append(Path(path).name)
+        if path.endswith(".8"):
+            raise OSError("broken")
+        return MagicMock()
+
+    monkeypatch.setattr(nvrtc.ctypes, "CDLL", load)
+    nvrtc.Nvrtc(tmp_path / "libnvrtc.so.12")
+    assert loaded == [f"libnvrtc{x}" for x in ("-builtins.so.12.8", "-builtins.so.12.9", ".so.12")]
 
 
 def test_nvcc_comes_first_where_it_is_new_enough(tmp_path, monkeypatch) -> None:
