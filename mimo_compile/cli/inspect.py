@@ -208,6 +208,7 @@ def _artifact(args: argparse.Namespace, parts: Parts) -> int:
     console.say(
         f"\nmemory    {size(sum(planned.values()))} when all of it is in use: "
         + ", ".join(f"{name} {size(count)}" for name, count in planned.items())
+        + ("" if "scratch" in planned else "; besides, workspace that kernels take as they run")
     )
     if states:
         times = f"each {batch_of(manifest)} times" if batch_of(manifest) > 1 else ""

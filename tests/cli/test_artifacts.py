@@ -187,7 +187,7 @@ def test_other_artifacts_that_do_not_fit(cli, tmp_path, decoder_file, plain_file
 def test_inspect_shows_an_artifact(cli, decoder_file) -> None:
     done = cli("inspect", decoder_file)
     assert done.code == 0
-    for text in ("step_1", "head_1", "weights.safetensors", "requires", "memory"):
+    for text in ("step_1", "head_1", "weights.safetensors", "requires", "; besides, workspace"):
         assert text in done.out
     value = json.loads(cli("inspect", decoder_file, "--json").out)
     assert value["ok"] and set(value["programs"]) == set(value["entries"])
