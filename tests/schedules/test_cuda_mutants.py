@@ -58,7 +58,7 @@ LATE = re.compile(
     r"\b(mbarrier_wait|wgmma_fence|wgmma_commit|wgmma_wait<\w+>|fence_async_proxy)\([^;]*\);"
 )
 ANCHORS = re.compile(
-    r"\b(multiply|tma_load|load|mbarrier_arrive|wgmma_commit|wgmma_wait<\w+>)\([^;]*\);"
+    r"\b(multiply|tma_load|load|mbarrier_arrive|leave|wgmma_commit|wgmma_wait<\w+>)\([^;]*\);"
 )
 CASES = [
     ("mpgemm.cuda_gemv", "mpgemm:m=2,n=9,k=150,w=w4g64,a=a8,bias=1", {}),
