@@ -65,6 +65,10 @@ class CheckpointWarning(UserWarning):
     """A checkpoint is usable, but something about it should be known; one sentence."""
 
 
+class ArtifactWarning(RuntimeWarning):
+    """An artifact runs, but something about it should be known; one sentence."""
+
+
 class MissingExtra(MimoError):
     """A feature needs packages of an optional extra that is not installed."""
 

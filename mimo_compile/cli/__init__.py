@@ -121,7 +121,7 @@ def _dispatch(arguments: list[str], console: Console) -> int:
     if args.seed < 0:
         raise UsageError(f"--seed {args.seed} is negative")
     args.console = console
-    with console.guard_stdout():
+    with console.guard_stdout(), console.notes_shown():
         return int(module.run(args))
 
 

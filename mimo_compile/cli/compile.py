@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import argparse
 import time
-import warnings
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from mimo_compile.cli.options import (
     adapters,
@@ -26,7 +23,6 @@ from mimo_compile.cli.options import (
     seconds,
     show_progress,
 )
-from mimo_compile.errors import CheckpointWarning
 
 if TYPE_CHECKING:
     from mimo_compile.cli.console import Console
@@ -86,12 +82,9 @@ def run(args: argparse.Namespace) -> int:
     begin = time.perf_counter()
     from mimo_compile.api import compile as compile_model
 
-    with (
-        show_progress(
-            console, tuning=args.trials is not None or args.time is not None, limit_s=args.time
-        ) as progress,
-        _notes_shown(console),
-    ):
+    with show_progress(
+        console, tuning=args.trials is not None or args.time is not None, limit_s=args.time
+    ) as progress:
         artifact = compile_model(
             args.source, target=args.target, quant=args.quant, attention=args.attention,
             objective=args.objective, trials=args.trials, seconds=args.time, db=args.db,
@@ -110,30 +103,6 @@ def run(args: argparse.Namespace) -> int:
     _show(console, facts)
     console.result(facts)
     return 0
-
-
-@contextmanager
-def _notes_shown(console: Console) -> Iterator[None]:
-    """Print what is odd about a checkpoint as plain lines."""
-    with warnings.catch_warnings():
-        usual = warnings.showwarning
-
-        def show(
-            message: Warning | str,
-            category: type[Warning],
-            filename: str,
-            lineno: int,
-            file: TextIO | None = None,
-            line: str | None = None,
-        ) -> None:
-            if issubclass(category, CheckpointWarning):
-                console.log(f"note: {message}")
-            else:
-                usual(message, category, filename, lineno, file, line)
-
-        warnings.simplefilter("always", CheckpointWarning)
-        warnings.showwarning = show
-        yield
 
 
 def summary(manifest: Manifest) -> dict[str, Any]:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from math import floor, isfinite, log10
 from typing import Any, TextIO
+
+from mimo_compile.errors import ArtifactWarning, CheckpointWarning
 
 
 class ReaderGone(BaseException):
@@ -28,6 +31,30 @@ class Console:
     def guard_stdout(self) -> Iterator[None]:
         """With --json, send what anything else prints to stderr."""
         with contextlib.redirect_stdout(sys.stderr) if self.json else contextlib.nullcontext():
+            yield
+
+    @contextlib.contextmanager
+    def notes_shown(self) -> Iterator[None]:
+        """Print what is odd about a checkpoint or an artifact as plain lines to stderr."""
+        with warnings.catch_warnings():
+            usual = warnings.showwarning
+
+            def show(
+                message: Warning | str,
+                category: type[Warning],
+                filename: str,
+                lineno: int,
+                file: TextIO | None = None,
+                line: str | None = None,
+            ) -> None:
+                if issubclass(category, (ArtifactWarning, CheckpointWarning)):
+                    self.log(f"note: {message}")
+                else:
+                    usual(message, category, filename, lineno, file, line)
+
+            for category in (ArtifactWarning, CheckpointWarning):
+                warnings.simplefilter("always", category)
+            warnings.showwarning = show
             yield
 
     def say(self, text: str = "", *, end: str = "\n") -> None:

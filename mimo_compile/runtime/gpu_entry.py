@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
-from mimo_compile.errors import DeviceLost, MimoError, UsageError
+from mimo_compile.errors import ArtifactWarning, DeviceLost, MimoError, UsageError
 from mimo_compile.runtime import dtypes
 from mimo_compile.runtime.entry import Array, Timing
 from mimo_compile.runtime.memory import as_array
@@ -122,7 +122,7 @@ class DeviceEntry:
             warnings.warn(
                 f"entry {self.name} of {self._machine.where} still runs kernel by kernel: no graph of it "
                 f"could be made: {error}",
-                RuntimeWarning,
+                ArtifactWarning,
                 stacklevel=2,
             )
 

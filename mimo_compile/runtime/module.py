@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from mimo_compile.errors import ArtifactError, UsageError
+from mimo_compile.errors import ArtifactError, ArtifactWarning, UsageError
 from mimo_compile.runtime import batch, generate, scores
 from mimo_compile.runtime.arguments import check_direct, whole
 from mimo_compile.runtime.container import Parts, Verify, open_artifact
@@ -82,7 +82,7 @@ class Module:
                 f"{parts.where} was compiled from shapes alone (--shapes-only): all weights are zeros. How "
                 "long it takes means something but for experts, lists of attention and drafts, what it says "
                 "does not",
-                RuntimeWarning,
+                ArtifactWarning,
                 stacklevel=3,
             )
         decoder = self.manifest.decoder

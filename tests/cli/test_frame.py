@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import types
+import warnings
 from importlib import import_module
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import pytest
 from mimo_compile.cli import VERBS, main
 from mimo_compile.cli.console import Console, number, size, table
 from mimo_compile.cli.options import joules, positive, seconds
-from mimo_compile.errors import DeviceLost, MissingExtra, VerificationError
+from mimo_compile.errors import ArtifactWarning, DeviceLost, MissingExtra, VerificationError
 
 HEAVY = {"torch", "tvm", "tvm_ffi", "xgboost", "numpy", "scipy", "networkx", "rich", "msgspec"}
 
@@ -299,3 +300,9 @@ def test_modules_of_verbs_follow_the_contract() -> None:
         module = import_module(f"mimo_compile.cli.{verb}")
         assert isinstance(module, types.ModuleType)
         assert callable(module.add_arguments) and callable(module.run) and module.DESCRIPTION
+
+
+def test_notes_are_one_plain_line(capsys) -> None:
+    with Console(json=False).notes_shown():
+        warnings.warn("x.mimo: all weights are zeros", ArtifactWarning, stacklevel=1)
+    assert capsys.readouterr().err == "note: x.mimo: all weights are zeros\n"

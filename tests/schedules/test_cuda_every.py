@@ -11,6 +11,7 @@ import pytest
 from cuda_functions import FUNCTIONS, parsed
 from harness import sample_config
 
+from mimo_compile.ir.counts import LAUNCH
 from mimo_compile.ir.hardware import CUDA
 from mimo_compile.schedules import SCHEDULES, get_schedule
 from mimo_compile.schedules.cuda.nvcc import compile_device, find_tool
@@ -149,3 +150,14 @@ def test_compiles(name: str, target: str, tmp_path, monkeypatch) -> None:
         f"\n{name} on {target}: {len(kernels)} configs of {len(supported)} workloads in {seconds:.1f} s, "
         f"{seconds / len(kernels):.1f} s each, instructions read from {', '.join(sorted(read))}"
     )
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if not n.startswith("tir.")])
+def test_each_launch_has_counts_of_its_own(name: str) -> None:
+    """Else models would not hear of launches (`Schedule.told`)."""
+    schedule, hardware = get_schedule(name), CUDA["cuda:sm_90a"]
+    workloads = [parsed(text) for text in WORKLOADS.get(schedule.op, ())]
+    for workload in [w for w in workloads if schedule.supports(w, hardware)][:2]:
+        counts = schedule.told(workload, schedule.space(workload, hardware).default, hardware)
+        for part in counts.parts or (counts,):
+            assert set(LAUNCH) <= set(part.traits), f"{workload}: {part}"
