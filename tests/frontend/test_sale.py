@@ -79,7 +79,7 @@ def test_prompts_see_what_the_published_rule_says(saved, tools):
 
     class Spy:
         def __init__(self, attend):
-            self.attend, self.kind = attend, attend.kind
+            self.attend, self.kind, self.look = attend, attend.kind, attend.look
 
         def __call__(self, layer, q, pos, lists):
             out = self.attend(layer, q, pos, lists)

@@ -66,11 +66,11 @@ def toolkit(tmp_path, monkeypatch):
             f"cat {words} >&2; exit {code}\n"
         )
         (folder / "bin" / name).chmod(0o755)
-        nvcc.version_text.cache_clear()
+        nvcc._asked.cache_clear()
         return lambda: calls.read_text().splitlines() if calls.exists() else []
 
     yield install
-    nvcc.version_text.cache_clear()
+    nvcc._asked.cache_clear()
 
 
 # -- finding it --------------------------------------------------------------------------------
