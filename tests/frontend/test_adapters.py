@@ -116,6 +116,7 @@ def compiled(case, tmp_path_factory):
     return get
 
 
+@pytest.mark.slow
 def test_float_artifact_equals_merged_weights(case, compiled, tools):
     model, _, _, deltas = case
     module = mc.load(compiled("none"))

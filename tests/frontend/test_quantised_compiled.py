@@ -50,6 +50,7 @@ def test_stacked_complex_matrices_are_one(saved):
         assert float((want - got).norm() / want.norm()) < 0.45
 
 
+@pytest.mark.slow
 def test_experts_have_complex_weights(saved, tmp_path):
     """Gates are the real and ups the imaginary parts of what one matrix of an expert gives."""
     source = saved("mimo_v2_flash")[1]

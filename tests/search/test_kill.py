@@ -136,6 +136,7 @@ def kill_tuners(zygote: Zygote, folder: Path, kills: int, seed: int) -> None:
     print(f"\n{kills} kills, {len(acknowledged)} records acknowledged before, 0 lost")
 
 
+@pytest.mark.slow
 def test_killed_tuners_resume(zygote: Zygote, tmp_path: Path) -> None:
     kill_tuners(zygote, tmp_path, kills=2, seed=1)
 
@@ -180,6 +181,7 @@ def kill_children(zygote: Zygote, folder: Path, kills: int, seed: int) -> None:
     print(f"\n{kills} children killed, verdicts {dict(verdicts)}")
 
 
+@pytest.mark.slow
 def test_a_search_outlives_its_children(zygote: Zygote, tmp_path: Path) -> None:
     kill_children(zygote, tmp_path, kills=3, seed=3)
 

@@ -92,6 +92,7 @@ def test_builds_that_fail(measurer: Measurer) -> None:
 
 
 @pytest.mark.fault
+@pytest.mark.slow
 def test_a_build_that_hangs_is_killed(tmp_path: Path) -> None:
     limits = Limits(build_s=8)
     with Measurer(local_cpu(), limits=limits, timing=QUICK, builders=2, scratch=tmp_path) as m:
