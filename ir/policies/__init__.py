@@ -80,7 +80,8 @@ def parse_policy(text: str) -> AttentionPolicy:
         if key in values:
             raise UsageError(f"--attention {name}: {key} is given twice")
         values[key] = _value(name, key, value, kinds[key])
-    return policy(**values)  # type: ignore[arg-type]
+    given = tuple(name for name in policy.trained if name in values)
+    return policy(given=given, **values)  # type: ignore[arg-type]
 
 
 def _value(name: str, key: str, text: str, kind: str) -> int | float | str:

@@ -128,6 +128,11 @@ class AttentionPolicy(ABC):
     alone: ClassVar[bool] = True
     """Every layer decides for itself, so layers with a window of the model's own can stay as they are."""
 
+    trained: ClassVar[tuple[str, ...]] = ()
+    """Arguments that, unless given, are what the model or its gates were trained with."""
+
+    given: tuple[str, ...] = field(default=(), compare=False)
+    """Those of `trained` that the text named, be it with their default."""
     arithmetic: str = "float"
     """Of q.k and P.V: `float`, `int8` or `int8half` (only q.k)."""
 
@@ -303,11 +308,11 @@ class AttentionPolicy(ABC):
         )
 
     def __str__(self) -> str:
-        """Return the ``--attention`` text: arguments that equal their default are left out."""
+        """Return the ``--attention`` text: no arguments that equal their default, unless in `given`."""
         given = [
             f"{f.name}={getattr(self, f.name)}"
             for f in fields(self)
-            if f.metadata and getattr(self, f.name) != f.default
+            if f.metadata and (getattr(self, f.name) != f.default or f.name in self.given)
         ]
         suffix = "" if self.arithmetic == "float" else f"+{self.arithmetic}"
         return self.name + (":" + ",".join(given) if given else "") + suffix

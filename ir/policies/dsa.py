@@ -10,15 +10,17 @@ from mimo_compile.ir.policies.base import AttentionPolicy, Score, Select, arg
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dsa(AttentionPolicy):
-    """The ``k`` tokens with the highest ``sum_h w_h relu(q_h . key)``, one list for all heads.
+    """A token and the ``k - 1`` best others by ``sum_h w_h relu(q_h . key)``, one list for all heads.
 
-    The indexer has ``heads`` queries and weights of its own for each token, and one key.
+    The indexer has ``heads`` queries and weights of its own for each token, and one key. DeepSeek's own lists
+    need not hold the token itself; here they do.
     """
 
     name: ClassVar[str] = "dsa"
     needs: ClassVar[tuple[str, ...]] = ("an indexer",)
+    trained: ClassVar[tuple[str, ...]] = ("k", "heads", "width")
 
-    k: int = arg(2048, "tokens that are attended to", low=1)
+    k: int = arg(2048, "tokens that are attended to, the token itself included", low=1)
     heads: int = arg(64, "heads of the indexer", low=1)
     width: int = arg(128, "width of an indexer's head", low=1)
 

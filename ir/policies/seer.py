@@ -25,6 +25,7 @@ class Seer(AttentionPolicy):
     name: ClassVar[str] = "seer"
     phases: ClassVar[tuple[str, ...]] = ("decode",)
     needs: ClassVar[tuple[str, ...]] = ("gates",)
+    trained: ClassVar[tuple[str, ...]] = ("block", "gate")
 
     budget: int = arg(4096, "tokens that are attended to", low=1)
     block: int = arg(64, "tokens of a block", low=1)

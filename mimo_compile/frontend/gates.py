@@ -9,7 +9,7 @@ trained for stands in ``config.json`` (``seerattn_gate_block_size``), or in ``ga
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -17,7 +17,7 @@ from mimo_compile.errors import InputError, UsageError
 from mimo_compile.frontend.models.attend import READY
 from mimo_compile.frontend.models.decoder import LayerSpec
 from mimo_compile.frontend.models.gated import GateWeights, rotated
-from mimo_compile.frontend.trained import Shapes, Trained, file_entries, file_says, positive
+from mimo_compile.frontend.trained import Shapes, Trained, asked, file_entries, file_says, positive
 from mimo_compile.frontend.weights.checkpoint import Checkpoint
 from mimo_compile.ir.policies.seer import Seer
 
@@ -44,8 +44,8 @@ class Gates(Trained):
         if turned and turned % 2 == 0:
             return ""
         return (
-            f"gates of width {self.policy.gate} would rotate {turned} channels, as the layer rotates "
-            f"{spec.rotary_dim} of {spec.d}: not an even number"
+            f"gates of width {self.policy.gate} would rotate {turned} channels, not an even number, "
+            f"as the layer rotates {spec.rotary_dim} of {spec.d}"
         )
 
     def shapes(self, layer: int, spec: LayerSpec, hidden: int) -> Shapes:
@@ -119,10 +119,9 @@ def _fitted(policy: Seer, width: int, block: int | None, place: Path) -> Seer:
     Raises:
         UsageError: others were asked for.
     """
-    defaults = {field.name: field.default for field in fields(policy)}
     trained = {"gate": width, "block": block or policy.block}
     for name, value in trained.items():
-        if getattr(policy, name) not in (value, defaults[name]):
+        if name in asked(policy) and getattr(policy, name) != value:
             raise UsageError(
                 f"--attention {policy}: the gates of {place} were trained with {name}={value}",
                 remedy=f"leave out {name}=, or use {name}={value}",

@@ -10,7 +10,7 @@ metadata (``k``).
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -21,7 +21,7 @@ from mimo_compile.frontend.gates import find_gates
 from mimo_compile.frontend.models.attend import READY
 from mimo_compile.frontend.models.decoder import LayerSpec
 from mimo_compile.frontend.models.indexed import IndexWeights
-from mimo_compile.frontend.trained import Shapes, Trained, file_entries, file_says, positive
+from mimo_compile.frontend.trained import Shapes, Trained, asked, file_entries, file_says, positive
 from mimo_compile.frontend.weights.checkpoint import Checkpoint, Entry
 from mimo_compile.ir.policies import AttentionPolicy
 from mimo_compile.ir.policies.dsa import Dsa
@@ -121,12 +121,13 @@ def _find_indexers(policy: Dsa, checkpoint: Checkpoint, file: Path | None) -> In
             file=place,
             remedy="Only indexers whose wq reads the layer's input can be compiled",
         )
-    heads, width = (_extent(entries, part) for part in ("weights_proj.weight", "wk.weight"))
-    if not heads or not width:
+    extents = {part: _extent(entries, part) for part in _MATRICES}
+    if missing := next((part for part, rows in extents.items() if not rows), ""):
         raise InputError(
-            f"there are no indexers (tensors {_name('N', _MATRICES[0])} ...)", file=place,
+            f"there are no indexers: no matrix {_name('N', missing)}", file=place,
             remedy="Give the indexers that were trained for this model",
         )  # fmt: skip
+    heads, width = extents["weights_proj.weight"], extents["wk.weight"]
     fitted = _fitted(policy, heads, width, trained, place)
     return Indexers(entries, checkpoint if file is None else None, place, fitted)
 
@@ -143,15 +144,14 @@ def _fitted(policy: Dsa, heads: int, width: int, k: int | None, place: Path) -> 
     Raises:
         UsageError: other heads or another width were asked for.
     """
-    defaults = {field.name: field.default for field in fields(policy)}
     for name, value in (("heads", heads), ("width", width)):
-        if getattr(policy, name) not in (value, defaults[name]):
+        if name in asked(policy) and getattr(policy, name) != value:
             raise UsageError(
                 f"--attention {policy}: the indexers of {place} have {name}={value}",
                 remedy=f"leave out {name}=",
             )
-    asked = policy.k if policy.k != defaults["k"] else k or policy.k
-    return replace(policy, heads=heads, width=width, k=asked)
+    most = policy.k if "k" in asked(policy) else k or policy.k
+    return replace(policy, heads=heads, width=width, k=most)
 
 
 def _name(layer: int | str, part: str) -> str:

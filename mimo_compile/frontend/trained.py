@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,6 +17,7 @@ from mimo_compile.frontend.models.decoder import DecoderConfig, LayerSpec
 from mimo_compile.frontend.weights.checkpoint import Checkpoint, Entry
 from mimo_compile.frontend.weights.plain import read_header
 from mimo_compile.ir.policies import AttentionPolicy
+from mimo_compile.ir.policies.base import MOST
 from mimo_compile.runtime.program import GateFile
 from mimo_compile.runtime.strict_json import decode
 
@@ -177,6 +178,12 @@ def file_says(file: Path, key: str) -> dict[str, Any]:
     return said
 
 
+def asked(policy: AttentionPolicy) -> set[str]:
+    """Return the arguments that were asked for: those that the text names, or that are no default."""
+    other = {f.name for f in fields(policy) if f.metadata and getattr(policy, f.name) != f.default}
+    return other | set(policy.given)
+
+
 def positive(value: Any, what: str, file: Path) -> int | None:
     """Return a number of tokens that a file names, if it does.
 
@@ -185,6 +192,8 @@ def positive(value: Any, what: str, file: Path) -> int | None:
     """
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InputError(f"the {what} must be a number of tokens, found {value!r}", file=file)
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST:
+        raise InputError(
+            f"the {what} must be a number of tokens up to {MOST}, found {value!r}", file=file
+        )
     return value

@@ -231,6 +231,7 @@ class X86OracleTwicePairs(X86OracleTwice):
     """`X86OracleTwice` over bfloat16 caches: attention may round queries and weights, scores do not."""
 
     name = "oracle_attention.x86_twice_pairs"
+    version = 3
     flash = X86FlashPairs()
     stored = "bf16"
 

@@ -295,6 +295,9 @@ def test_gates_of_another_training_are_refused(llama, folder, file, tools):
         decoder(llama[1], "seer:block=8", file)
     one_line(error, r"gates\.safetensors were trained with block=4", "use block=4")
     with pytest.raises(UsageError) as error:
+        decoder(llama[1], "seer:block=64", file)
+    one_line(error, "trained with block=4")
+    with pytest.raises(UsageError) as error:
         decoder(folder, "seer:gate=64")
     one_line(error, f"trained with gate={WIDTH}")
     tools.edit_json(folder / "config.json", seerattn_q_head_pooling_type="Qavg")

@@ -146,6 +146,14 @@ def test_eager_decoders_choose_by_their_indexers(llama, indexers, file, tools):
     assert not torch.allclose(got, other, rtol=1e-2, atol=1e-2)
 
 
+def test_what_is_asked_for_counts_though_it_is_the_default(llama, file):
+    policy = decoder(llama[1], "dsa:k=2048", file).config.attention
+    assert policy.k == 2048 and str(policy) == f"dsa:k=2048,{SIZES}"
+    for text in ("heads=64", "width=128"):
+        with pytest.raises(UsageError, match="leave out"):
+            decoder(llama[1], f"dsa:{text}", file)
+
+
 def test_enough_tokens_are_full_attention(llama, file, tools):
     ids = tools.prompt(LENGTH)
     got, want = (run(decoder(llama[1], t, f), ids) for t, f in (("dsa:k=96", file), ("full", None)))
@@ -228,7 +236,11 @@ def one_line(error, *wanted):
             lambda t: t.update({name_of(0, "wq_b.weight"): torch.zeros(8, 8)}),
             r"wq_b\.weight reads the latent queries of multi-head latent attention.*reads the layer's",
         ),
-        (lambda t: t.clear(), "there are no indexers"),
+        (lambda t: t.clear(), r"there are no indexers: no matrix .*wq\.weight"),
+        (
+            lambda t: [t.pop(name_of(i, "weights_proj.weight")) for i in range(2)],
+            r"no indexers: no matrix .*weights_proj\.weight",
+        ),
     ],
 )
 def test_wrong_indexers_are_named(llama, indexers, tmp_path, change, message):
@@ -254,6 +266,9 @@ def test_indexers_that_do_not_fit(llama, indexers, file, tmp_path):
     one_line(error, "width 2 cannot rotate as many channels as the layer does, 16, in layer 0")
     save_file(indexers, tmp_path / "m.safetensors", metadata={"indexer": '{"k": 0}'})
     with pytest.raises(InputError, match="k of its metadata must be a number of tokens"):
+        decoder(llama[1], "dsa", tmp_path / "m.safetensors")
+    save_file(indexers, tmp_path / "m.safetensors", metadata={"indexer": '{"k": 1099511627776}'})
+    with pytest.raises(InputError, match=r"number of tokens up to .*m\.safetensors"):
         decoder(llama[1], "dsa", tmp_path / "m.safetensors")
     with pytest.raises(UsageError, match="keys of single positions"):
         mc.compile(llama[1], attention="dsa", gates=file, quant="kv4", max_context=CONTEXT)
