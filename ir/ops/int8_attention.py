@@ -21,9 +21,11 @@ sink that a model learned) keeps its weight.
 Other departures from the published form: the denominator is never the sum of the integers; v has a scale for
 each token, not one for all; weights have `LEVELS` steps and no other number; no logarithm of the denominator
 is returned. Kernels take every product from instructions of unsigned with signed bytes or of 16-bit pairs;
-there are none on matrix tiles (AMX).
+there are none on matrix tiles (AMX). GPUs multiply signed bytes.
 
-Magnitudes of up to 1e30 are in range. Beside normal ones a value near the largest float32 leaves the others a
+A NaN does not survive in what kernels make codes of: a key or value with one counts as finite numbers.
+
+Magnitudes of up to 1e30 are in range on CPUs, on GPUs about 1e20 beside keys of almost no value. Beside normal ones a value near the largest float32 leaves the others a
 scale at which float32 kernels miss the bound.
 """
 

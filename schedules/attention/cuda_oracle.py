@@ -1,8 +1,8 @@
 """Attention that scores blocks of keys on GPUs: blocks' largest logits are kept while it passes over them.
 
 A row keeps one number for each block of keys; a last launch makes probabilities of them, once the softmax
-denominators are known. Scores are exact to float32: queries take three products of bfloat16, as the bound of
-the op asks, where `cuda_prefill` has one.
+denominators are known. Scores are exact to float32: queries take three products of bfloat16, where
+`cuda_prefill` has one.
 """
 
 from __future__ import annotations
