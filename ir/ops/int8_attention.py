@@ -26,7 +26,8 @@ there are none on matrix tiles (AMX). GPUs multiply signed bytes.
 A NaN does not survive in what kernels make codes of: a key or value with one counts as finite numbers.
 
 Magnitudes of up to 1e30 are in range on CPUs, on GPUs about 1e20 beside keys of almost no value. Beside
-normal ones a value near the largest float32 leaves the others a scale at which float32 kernels miss the bound.
+normal ones a value near the largest float32 leaves the others a scale at which float32 kernels miss the
+bound.
 """
 
 from __future__ import annotations
