@@ -41,6 +41,14 @@ class Drafts:
         self._guess: tuple[int, list[int]] | None = None
         """Tokens that the newest rows were made with, and the position of the first."""
 
+    def copy(self, bind: Bind) -> Drafts:
+        """Return the same of a sequence that begins with the same tokens, with its own caches of heads."""
+        made = Drafts(self._decoder, bind)
+        made._rows, made._guess = list(self._rows), self._guess
+        made._first, made._count = self._first, self._count
+        made._hidden[: self._count] = self._hidden[: self._count]
+        return made
+
     def needed(self, end: int) -> int:
         """Return from which position on hidden states must be made again, to draft after ``end`` tokens."""
         first = min(end, *(self._begin(head, end) for head in range(self._decoder.mtp)))

@@ -316,6 +316,8 @@ class Session:
             pool.share(self.slot, made.slot, self.position)
             made._tokens, made._exact = list(self._tokens), self._exact
             made._held = self._held.copy()
+            if self.drafts is not None:
+                made.drafts = self.drafts.copy(made._entry)
             return made
 
     def end(self) -> None:

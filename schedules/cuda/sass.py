@@ -29,7 +29,7 @@ _PTX = {
     "IMMA": r"mma\.sync\S*\.[su]8", "QMMA": r"mma\.sync\S*\.e[45]m", "LDSM": r"ldmatrix\.",
     "LDGSTS": r"cp\.async\.c[ag]\.", "UTMALDG": r"cp\.async\.bulk\.tensor",
     "UCGABAR": r"barrier\.cluster\.", "SYNCS": r"mbarrier\.", "USETMAXREG": r"setmaxnreg\.",
-    "LOP3": r"lop3\.", "PRMT": r"prmt\.",
+    "LOP3": r"(lop3|and|or|xor)\.b32", "PRMT": r"prmt\.",
     "IDP": r"dp[24]a\.", "SHFL": r"shfl\.", "MUFU": r"(ex2|rcp|rsqrt|lg2)\.approx",
 }  # fmt: skip
 """SASS opcodes and what they come from."""

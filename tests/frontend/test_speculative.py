@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -223,6 +223,7 @@ STEPS = st.one_of(
 @pytest.mark.slow
 @settings(max_examples=12, deadline=None)
 @given(st.lists(STEPS, min_size=1, max_size=6), st.sampled_from([2, 5, 24]), st.integers(0, 2))
+@example([("text", 1, 1, 16), ("fork", 1), ("text", 0, 1, 1)], 2, 0)  # heads go with a fork
 def test_drafts_over_pages_with_few_experts_in_memory(paged, tools, steps, experts, ahead):
     """Texts of two sequences that share pages, fork and go back are the plain ones, as are their states."""
     how = ExpertMemory(experts * 3 * 64 * 32 * 4, ahead=ahead)
