@@ -70,7 +70,7 @@ class CudaWgmma(CudaGemm):
     name = "mpgemm.cuda_wgmma"
     config = WgmmaConfig
     needs = NEEDS
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
 
     def takes(self, p: CudaProblem) -> bool:
         """``w=bf16,a=abf16`` and ``w=w8,a=a8``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from mimo_compile.schedules.base import Kernel
 from mimo_compile.schedules.cuda.code import Launch, TensorMap
 from mimo_compile.schedules.cuda.emulate import EmulationError, emulate
 from mimo_compile.schedules.cuda.nvcc import compile_device, find_tool, ptx_of
+from mimo_compile.schedules.cuda.sass import disassemble, opcodes
 from mimo_compile.search.measure.emulated import check_emulated
 
 pytestmark = pytest.mark.slow
@@ -113,10 +115,26 @@ def test_words_of_clusters() -> None:
     for word in (
         ".reqnctapercluster 2", "barrier.cluster.arrive.release.aligned",
         "barrier.cluster.wait.acquire.aligned",
-        "mapa.shared::cluster.u32", "mbarrier.arrive.release.cluster.shared::cluster.b64",
+        "mapa.shared::cluster.u32", "mbarrier.arrive.shared::cluster.b64",
         "complete_tx::bytes.multicast::cluster",
     ):  # fmt: skip
         assert word in ptx, word
+
+
+@pytest.mark.skipif(find_tool("nvcc") is None, reason="nvcc is not installed")
+@pytest.mark.skipif(find_tool("nvdisasm") is None, reason="nvdisasm is not installed")
+def test_leaving_a_stage_is_no_fence() -> None:
+    """Fences of the whole device are where blocks of a cluster meet, and nowhere else."""
+    schedule = get_schedule("mpgemm.cuda_wgmma")
+    workload = parse_workload("mpgemm:m=512,n=4096,k=4096,w=bf16,a=abf16")
+    alone = replace(schedule.space(workload, H200).default, cluster=1)
+    found = []
+    for config in (alone, replace(alone, cluster=2)):
+        binary = compile_device(schedule.lower(workload, config, H200), H200)
+        counts = opcodes(disassemble(binary))
+        fences = sum(n for name, n in counts.items() if re.match(r"MEMBAR\.\w+\.GPU", name))
+        found.append((fences, counts.get("UCGABAR_ARV", 0)))
+    assert found == [(0, 0), (2, 2)]
 
 
 @needs_compiler

@@ -13,12 +13,14 @@ MIMO_DEVICE void cluster_sync() {
   __syncwarp();
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
-// mbarrier_arrive at the barrier of block `rank`.
+// mbarrier_arrive at the barrier of block `rank`. It publishes to that block nothing that this thread wrote before, which
+// takes cluster_sync: releasing at the scope of the cluster is a fence of the whole device, in the inner loop. It says that
+// this thread has read what it was to read, and is done with waiting for its products.
 MIMO_DEVICE void mbarrier_arrive_in(uint64_t* barrier, int rank) {
   asm volatile(
       "{\n.reg .b32 there;\n"
       "mapa.shared::cluster.u32 there, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n}\n"
       ::"r"(smem_address(barrier)), "r"(rank) : "memory");
 }
 // tma_load into each block whose bit is set; each block's own barrier counts the bytes.
