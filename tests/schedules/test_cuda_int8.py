@@ -22,6 +22,8 @@ A100, H200 = CUDA["cuda:sm_80"], CUDA["cuda:sm_90a"]
 INT8, HALF = (get_schedule(f"cached_attention.cuda_{name}") for name in ("int8", "int8half"))
 KINDS = pytest.mark.parametrize("schedule", [INT8, HALF], ids=lambda s: s.arith)
 needs_compiler = pytest.mark.skipif(compiler() is None, reason="emulation needs a C++ compiler")
+DIAGONAL = "cached_attention:t=40,h=3,kv=1,d=24,dv=18,cap=400,c=bf16,arith="
+"""From position 240 on tokens stand in tiles of slots that lie wholly within the cache."""
 RING = "cached_attention:t=20,h=6,kv=2,d=24,dv=18,cap=300,window=150,sink=1,c=bf16,arith="
 
 
@@ -59,8 +61,8 @@ def test_heads_of_any_width_have_a_legal_default_or_no_kernel(schedule):
         )
         workload = parse_workload(text)
         space = schedule.space(workload, H200)
-        assert schedule.supports(workload, H200) == space.legal(space.default)
-        assert schedule.supports(workload, H200) or dv > 128
+        assert schedule.supports(workload, H200) == (dv <= 128 or (schedule is HALF and dv <= 256))
+        assert schedule.supports(workload, H200) == any(space.legal(c) for c in space)
         assert all(c.keys == TILE for c in space) or schedule is HALF
 
 
@@ -127,8 +129,29 @@ def test_arithmetic_is_that_of_the_integers(schedule):
 @pytest.mark.slow
 @needs_compiler
 @KINDS
+def test_no_query_sees_later_tokens_of_a_whole_tile(schedule):
+    check_integers(schedule, DIAGONAL + schedule.arith, None)
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_heads_as_wide_as_int8_goes():
+    text = "cached_attention:t=10,h=2,kv=1,d=250,dv=140,cap=200,c=bf16,arith=int8"
+    check_emulated(text, INT8, None, H200, inputs=uneven(text, [(150, 10)]))
+
+
+def check_integers(schedule, text, config):
+    """Check a kernel at the place of `DIAGONAL` or `RING` that asks most, or with a workload's own inputs."""
+    place = {DIAGONAL: (240, 40), RING: (385, 20)}.get(text.removesuffix(schedule.arith))
+    check_emulated(text, schedule, config, H200, inputs=place and uneven(text, [place]))
+
+
+@pytest.mark.slow
+@needs_compiler
+@KINDS
 def test_rings_that_turn_within_a_tile(schedule):
-    for start in (281, 570):  # the newest position stands in the middle of a tile of slots
+    # the newest position stands in the middle of a tile of slots; of 385 in that which is not whole
+    for start in (281, 385, 570):
         inputs = uneven(RING + schedule.arith, [(start, 20)])
         seen = check_emulated(RING + schedule.arith, schedule, None, H200, inputs=inputs)
         assert np.isfinite(seen.outputs["out"]).all()
@@ -168,7 +191,7 @@ def test_keys_of_almost_no_value_keep_their_weight(zero):
     keys, values = (single_format("bf16").decode(inputs[n]) for n in ("k_cache", "v_cache"))
     keys[3] = 4 * np.sign(inputs["q"][:, 0].mean(0))  # what all queries look at, somewhat
     values[3] = 0.0 if zero else 1e-12
-    values[140] *= 1e9  # beside values that are large
+    values[100] *= 1e9  # beside values of the same tile that are large
     for name, array in (("k_cache", keys), ("v_cache", values)):
         inputs[name] = single_format("bf16").encode(array)
     check_emulated(text, INT8, None, H200, inputs=inputs)

@@ -15,6 +15,7 @@ from mimo_compile.errors import VerificationError
 from mimo_compile.ir.caches import parse_cache_format
 from mimo_compile.ir.hardware import CUDA, PRESETS
 from mimo_compile.ir.ops import get_op, parse_workload
+from mimo_compile.ir.ops.score_lowbit import MOST
 from mimo_compile.schedules import get_schedule, schedules_for
 from mimo_compile.schedules.attention.cuda_score_lowbit import LowbitStagesConfig
 from mimo_compile.schedules.cuda.emulate import compiler
@@ -90,6 +91,13 @@ def test_any_shape_and_place(data):
 
 @pytest.mark.slow
 @needs_compiler
+def test_heads_as_wide_as_codes_go():
+    text = SHAPE.replace("d=24", "d=250").replace("cap=600", "cap=300")
+    check_emulated(text, SCORE, None, H200, inputs=placed(text, 270, 20))
+
+
+@pytest.mark.slow
+@needs_compiler
 @pytest.mark.parametrize(
     "change",
     [
@@ -101,6 +109,12 @@ def test_any_shape_and_place(data):
 )
 def test_other_codes_means_regions_and_queries_are_found(change):
     workload = parse_workload(SHAPE.replace("rows=16", "rows=20"))
+    with pytest.raises(VerificationError, match="score"):
+        check_emulated(workload, mutant(change), None, H200, orders=(0,))
+
+
+def mutant(change):
+    """Return the schedule with one thing of its text replaced."""
 
     class Mutant(type(SCORE)):
         def lower(self, workload, config, hardware):
@@ -109,8 +123,22 @@ def test_other_codes_means_regions_and_queries_are_found(change):
             assert times == 1
             return replace(kernel, device=replace(kernel.device, text=text))
 
-    with pytest.raises(VerificationError, match="score"):
-        check_emulated(workload, Mutant(), None, H200, orders=(0,))
+    return Mutant()
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_no_estimate_is_worth_more_than_the_greatest_weight():
+    inputs = placed(SHAPE, 300, 20)
+    keys = parse_cache_format("bf16").decode(inputs["k_cache"])
+    keys[100] = 200 * inputs["q"][0, 0]
+    inputs["k_cache"] = parse_cache_format("bf16").encode(keys)
+    seen = check_emulated(SHAPE, SCORE, None, H200, inputs=inputs, orders=(0,))
+    scores = seen.expected["score"]
+    assert np.isclose(scores[np.isfinite(scores)].max(), np.exp(MOST))
+    for change in ((r"(float MOST = )\S+f;", r"\g<1>110.0f;"), (r"fminf\(most, MOST\)", "most")):
+        with pytest.raises(VerificationError, match="score"):
+            check_emulated(SHAPE, mutant(change), None, H200, inputs=inputs, orders=(0,))
 
 
 @pytest.mark.slow

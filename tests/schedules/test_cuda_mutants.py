@@ -18,7 +18,7 @@ from test_cuda_float8 import DECODE as FLOAT8
 from test_cuda_float8 import PRECISE, check_precise
 from test_cuda_groups import DECODE as GROUPS
 from test_cuda_groups import QUICK, TAIL, check_rounded, check_tail
-from test_cuda_int8 import INT8
+from test_cuda_int8 import DIAGONAL, HALF, INT8, RING, check_integers
 
 from mimo_compile._tvm import compiler as tvm_compiler
 from mimo_compile.errors import VerificationError
@@ -84,6 +84,11 @@ CASES = [
         "cached_attention.cuda_int8",
         "cached_attention:t=40,h=3,kv=1,d=24,dv=18,cap=300,c=bf16,arith=int8", {"warps": 2},
     ),
+    (
+        "cached_attention.cuda_int8half",
+        "cached_attention:t=40,h=3,kv=1,d=24,dv=18,cap=300,c=bf16,arith=int8half", {"warps": 2, "stages": 3},
+    ),
+    ("oracle_attention.cuda", "oracle_attention:t=2,h=3,kv=1,d=24,dv=18,cap=99,block=8,c=bf16", {"parts": 2}),
     (
         "score_lowbit.cuda",
         "score_lowbit:t=40,h=2,kv=1,d=24,cap=600,block=16,rows=40,first=1,last=2,c=bf16", {},
@@ -228,10 +233,8 @@ def test_a_softmax_scale_half_a_percent_off_is_found(
 TWO_TERMS = r"(to\[i\] = )(pack_bf16\(x, y\);)", r"\1i == 2 ? 0u : \2"
 LARGER = r"(constexpr float SCALE = \S+)f;", r"\1f * 1.004f;"
 INTEGERS = "cached_attention:t=20,h=3,kv=1,d=24,dv=18,cap=300,len=280,c=bf16,arith=int8"
-
-
-def check_integers(schedule: Schedule, text: str, config: Any) -> None:
-    check_emulated(text, schedule, config, CUDA["cuda:sm_90a"])
+LATER = r"position\(slot\) \+ COUNT - 1 <= high", "position(slot) <= high"
+BEHIND = r"slot \+ COUNT <= CAP && \(slot", "(slot"
 
 
 WORSE = [
@@ -246,6 +249,8 @@ WORSE = [
     (check_integers, INT8, INTEGERS, None, LARGER),
     (check_integers, INT8, INTEGERS, None, (r"(constexpr float LEVELS = )255", r"\g<1>250")),
     (check_integers, INT8, INTEGERS, None, (r"logs\[slot\] = .*;", "logs[slot] = 0.0f;")),
+    *[(check_integers, s, DIAGONAL + s.arith, None, LATER) for s in (INT8, HALF)],
+    *[(check_integers, s, RING + s.arith, None, BEHIND) for s in (INT8, HALF)],
     (check_integers, INT8, INTEGERS, None, (r"levels / most : 0\.0f", "0.99f * levels / most : 0.0f")),
 ]  # fmt: skip
 

@@ -87,6 +87,13 @@ def test_parts_are_merged_as_if_there_were_none():
 
 @pytest.mark.slow
 @needs_compiler
+def test_wide_heads():
+    text = "oracle_attention:t=9,h=2,kv=1,d=200,dv=130,cap=200,c=bf16,block=16"
+    check_emulated(text, ORACLE, None, H200, inputs=poisoned(text, 150, 9))
+
+
+@pytest.mark.slow
+@needs_compiler
 @pytest.mark.parametrize(
     "change",
     [
