@@ -95,8 +95,9 @@ __device__ __forceinline__ void join(uint32_t* to, const uint8_t* codes, Code co
   }
 }
 
-// Grid: groups that a step may fill, of each KV head of each sequence; keys, then values.
-extern "C" __global__ void __launch_bounds__(PACKERS)
+// Grid: groups that a step may fill, of each KV head of each sequence; keys, then values. Launch bounds without blocks
+// of an SM would let the compiler stop at an occupancy of its own choice, and spill what is above.
+extern "C" __global__ void __launch_bounds__(PACKERS, 1)
     quantise(const int* __restrict__ pos, const int* __restrict__ pages, const float* __restrict__ k_tail,
              const float* __restrict__ v_tail, uint8_t* __restrict__ k_cache, uint32_t* __restrict__ k_scale,
              uint8_t* __restrict__ v_cache, uint32_t* __restrict__ v_scale) {

@@ -34,7 +34,7 @@ class CudaAppendGroups(CudaAppend):
     """A warp for each head of each token; then a block for the keys, and one for the values, of a group."""
 
     name = "kv_append.cuda_groups"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     config = PackersConfig
 
     def supports(self, workload: Workload, hardware: Hardware) -> bool:
