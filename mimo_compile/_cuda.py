@@ -35,6 +35,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuModuleLoadData": (POINTER(c_void_p), c_char_p),
     "cuModuleUnload": (c_void_p,),
     "cuModuleGetFunction": (POINTER(c_void_p), c_void_p, c_char_p),
+    "cuFuncGetAttribute": (POINTER(c_int), c_int, c_void_p),
     "cuFuncSetAttribute": (c_void_p, c_int, c_int),
     "cuMemGetInfo_v2": (POINTER(c_size_t), POINTER(c_size_t)),
     "cuMemAlloc_v2": (POINTER(c_uint64), c_size_t),
@@ -69,8 +70,8 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     ),
     "cuGetErrorName": (c_int, POINTER(c_char_p)),
 }  # fmt: skip
-_MAX_DYNAMIC_SHARED = 8
-"""Of CUfunction_attribute."""
+_MAX_DYNAMIC_SHARED, _CLUSTER_WIDTH = 8, 11
+"""Of CUfunction_attribute; the width is 0 where the text declares no clusters."""
 _MAJOR, _MINOR = 75, 76
 """Compute capability, of CUdevice_attribute."""
 MAP_ELEMENTS = {
@@ -311,6 +312,7 @@ class Launches:
 
         Raises:
             CudaError: the code has no such function, or the driver refuses a tensor map.
+            MimoError: the code was compiled for clusters of another size.
         """
         self._on = on
         self._kept: list[Any] = []  # what the pointers to parameters point to
@@ -318,6 +320,8 @@ class Launches:
         for launch in launches:  # one function may be launched with different sizes
             shared[launch.symbol] = max(shared.get(launch.symbol, 0), launch.shared_bytes)
         functions = {symbol: self._function(module, symbol, n) for symbol, n in shared.items()}
+        for launch in launches:
+            self._check_cluster(functions[launch.symbol], launch)
         self._calls = [self._prepared(functions[x.symbol], x, place) for x in launches]
 
     def __call__(self, stream: c_void_p | None = None) -> None:
@@ -334,6 +338,15 @@ class Launches:
         self._on("cuModuleGetFunction", byref(function), module, symbol.encode())
         self._on("cuFuncSetAttribute", function, _MAX_DYNAMIC_SHARED, shared_bytes)
         return function
+
+    def _check_cluster(self, function: c_void_p, launch: Launch) -> None:
+        width = c_int()
+        self._on("cuFuncGetAttribute", byref(width), _CLUSTER_WIDTH, function)
+        if max(width.value, 1) != launch.cluster:
+            raise MimoError(
+                f"{launch.symbol} is launched in clusters of {launch.cluster} blocks, and was compiled for "
+                f"{max(width.value, 1)}"
+            )
 
     def _prepared(
         self, function: c_void_p, launch: Launch, place: Callable[[str], int]

@@ -51,7 +51,8 @@ def compile_device_code(
 
     Raises:
         EnvironmentMismatch: there is neither nvcc nor NVRTC.
-        MimoError: it refuses a kernel, or the GPU cannot launch it; names workload, schedule and config.
+        MimoError: it refuses a kernel, the GPU cannot launch it, or it can only be slow, as in a search (it
+            uses local memory, say); names workload, schedule and config.
     """
     distinct = {k.name: (k, o) for k, o in zip(kernels, origins, strict=True)}
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
@@ -64,17 +65,25 @@ def _made(kernel: Kernel, origin: Origin, hardware: Hardware) -> Made:
     from mimo_compile.schedules.cuda.nvcc import compile_device
     from mimo_compile.schedules.cuda.table import table_of
 
+    where = f"schedule {origin.schedule}, config {origin.config}"
     try:
         binary = compile_device(kernel, hardware)
         us = predicted_us(kernel, binary.usage, hardware)
-        return Made(table_of(kernel, binary, us), binary.cubin, code_of(kernel).text)
+        made = Made(table_of(kernel, binary, us), binary.cubin, code_of(kernel).text)
     except EnvironmentMismatch:
         raise
     except (MimoError, ValueError) as error:
         raise MimoError(
-            f"code generation for {origin.workload} failed: {error}",
-            where=f"schedule {origin.schedule}, config {origin.config}",
+            f"code generation for {origin.workload} failed: {error}", where=where
         ) from error
+    if binary.slow:
+        raise MimoError(
+            f"the kernel of {origin.workload} can only be slow: {binary.slow}",
+            where=where,
+            remedy="Another config may do, which a search finds: "
+            f"mimo-compile tune --op {origin.workload} --target {hardware.name}",
+        )
+    return made
 
 
 def predicted_us(kernel: Kernel, usage: Mapping[str, Any], hardware: Hardware) -> float:

@@ -1,9 +1,9 @@
-"""What machine code for NVIDIA GPUs says of its functions: the launch bounds that it was compiled for.
+"""What machine code for NVIDIA GPUs says of its functions: launch bounds and clusters they were compiled for.
 
 A cubin is an ELF file; section ``.nv.info.NAME`` has attributes of the function NAME: a format and a kind
 of one byte each, then two bytes, which are the value itself or, in format 4, the length of the value that
-follows. NVIDIA does not document the kinds; 5 is what ``cuobjdump -elf`` names EIATTR_MAX_THREADS, three
-32-bit extents.
+follows. NVIDIA does not document the kinds; 5 is what ``cuobjdump -elf`` names EIATTR_MAX_THREADS, 0x3d
+EIATTR_CTA_PER_CLUSTER; both are three 32-bit extents.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 import struct
 from collections.abc import Iterator
 
-_SIZED, _MAX_THREADS = 4, 5
+_SIZED, _MAX_THREADS, _CTA_PER_CLUSTER = 4, 5, 0x3D
 _PREFIX = ".nv.info."
 
 
@@ -21,12 +21,23 @@ def most_threads(cubin: bytes) -> dict[str, int]:
 
     What is no cubin has no functions.
     """
-    found: dict[str, int] = {}
+    return {name: math.prod(found) for name, found in _extents(cubin, _MAX_THREADS).items()}
+
+
+def clusters(cubin: bytes) -> dict[str, tuple[int, int, int]]:
+    """Return the blocks of a cluster in x, y and z, by the names of those functions that declare clusters."""
+    return _extents(cubin, _CTA_PER_CLUSTER)
+
+
+def _extents(cubin: bytes, wanted: int) -> dict[str, tuple[int, int, int]]:
+    """Return an attribute of three extents, by the names of the functions that have it."""
+    found: dict[str, tuple[int, int, int]] = {}
     for name, data in _sections(cubin):
         if name.startswith(_PREFIX):
             for kind, value in _attributes(data):
-                if kind == _MAX_THREADS and len(value) == 12:
-                    found[name.removeprefix(_PREFIX)] = math.prod(struct.unpack("<3I", value))
+                if kind == wanted and len(value) == 12:
+                    x, y, z = struct.unpack("<3I", value)
+                    found[name.removeprefix(_PREFIX)] = (x, y, z)
     return found
 
 

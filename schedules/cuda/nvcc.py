@@ -23,7 +23,7 @@ from mimo_compile.errors import EnvironmentMismatch, MimoError
 from mimo_compile.ir.hardware import Hardware, gpu_of
 from mimo_compile.schedules.base import Kernel
 from mimo_compile.schedules.cuda import kept, limits, nvrtc
-from mimo_compile.schedules.cuda.cubin import most_threads
+from mimo_compile.schedules.cuda.cubin import clusters, most_threads
 
 HEADERS = Path(__file__).with_name("device")
 """On the include path of each kernel."""
@@ -79,6 +79,13 @@ class Binary:
     def local_bytes(self) -> int:
         """Bytes of stack and spills; anything but 0 is slow."""
         return sum(u.stack_bytes + u.spill_bytes for u in self.usage.values())
+
+    @property
+    def slow(self) -> str:
+        """Why it can only be slow, or nothing: local memory, or ``wgmma`` one after the other."""
+        if self.local_bytes:
+            return f"it uses local memory: {self.local_bytes} bytes of stack and spills"
+        return next((line for line in self.warnings if "(C7" in line), "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +182,8 @@ def compile_device(kernel: Kernel, hardware: Hardware) -> Binary:
     Raises:
         EnvironmentMismatch: there is neither nvcc nor NVRTC.
         MimoError: it refuses the text, or gives it more registers or shared memory than can be launched; or
-            a launch has more threads than the function's ``__launch_bounds__``.
+            a launch has more threads than the function's ``__launch_bounds__``, or clusters of other
+            extents than its ``__cluster_dims__``.
         ValueError: the GPU cannot do a launch of the kernel (`limits.check`).
     """
     code = limits.check(kernel, hardware)
@@ -183,7 +191,7 @@ def compile_device(kernel: Kernel, hardware: Hardware) -> Binary:
     binary = Binary(gpu_of(hardware).arch, made.data, usage_of(made.log), warnings_of(made.log))
     if missing := {launch.symbol for launch in code.launches} - set(binary.usage):
         raise ValueError(f"{kernel.name}: its text has no function {', '.join(sorted(missing))}")
-    bounds = most_threads(made.data)
+    bounds, together = most_threads(made.data), clusters(made.data)
     for launch in code.launches:
         used = binary.usage[launch.symbol]
         text = limits.refusal(
@@ -195,6 +203,8 @@ def compile_device(kernel: Kernel, hardware: Hardware) -> Binary:
         )
         if launch.threads > (bound := bounds.get(launch.symbol, launch.threads)):
             text = f"{launch.threads} threads, its __launch_bounds__ are {bound}"
+        if (found := together.get(launch.symbol, (1, 1, 1))) != (launch.cluster, 1, 1):
+            text = f"clusters of {launch.cluster} blocks, its __cluster_dims__ are {found}"
         if text:
             raise MimoError(
                 f"{hardware.name} cannot launch {launch.symbol} of {kernel.name}: {text}"

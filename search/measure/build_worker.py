@@ -102,12 +102,12 @@ def _build_device(kernel: Kernel, hardware: Hardware, out: Path) -> dict[str, An
 
     binary = compile_device(kernel, hardware)
     found = instructions(kernel, hardware, binary)
-    if binary.local_bytes or found.local:
-        raise MimoError(f"it uses local memory: {binary.local_bytes} bytes of stack and spills")
+    if binary.slow:
+        raise MimoError(binary.slow)
+    if found.local:
+        raise MimoError(f"it uses local memory: {found.local} loads and stores")
     if found.missing:
         raise MimoError(f"its code has no {', '.join(found.missing)}")
-    if odd := [line for line in binary.warnings if "(C7" in line]:
-        raise MimoError(odd[0])
     out.write_bytes(binary.cubin)
     table = table_of(kernel, binary)
     digest = hashlib.sha256(binary.cubin + msgspec.json.encode(table)).hexdigest()

@@ -17,7 +17,7 @@ enum { COPY, FILL, LAUNCH };
 typedef struct { const char *name, *types; } Known;
 static const Known known[] = {{"gate", "ppi"}, {"up", "pppi"}, {"show", "mfpp"}, {"twice", "ppi"},
     {"plus", "pppi"}, {"step", "ppppppiiiiii"}, {"head", "pppiii"}, {"wild", ""}, {"tired", ""},
-    {"beyond", "pi"}, {"sticky", ""}, {"hangs", ""}, {"dies", ""}, {"lost", ""}};
+    {"beyond", "pi"}, {"sticky", ""}, {"hangs", ""}, {"dies", ""}, {"lost", ""}, {"pair", "ppi"}};
 typedef struct { const Known *known; unsigned shared, calls; } Function;
 typedef struct {
   int kind; void *to; const void *from; size_t size; int value;
@@ -141,6 +141,11 @@ CUresult cuModuleGetFunction(CUfunction *function, CUmodule module, const char *
       return 0;
     }
   return CUDA_ERROR_NOT_FOUND;
+}
+CUresult cuFuncGetAttribute(int *value, CUfunction_attribute attribute, CUfunction function) {
+  if (attribute != CU_FUNC_ATTRIBUTE_REQUIRED_CLUSTER_WIDTH) return CUDA_ERROR_INVALID_VALUE;
+  *value = strcmp(((Function *)function)->known->name, "pair") ? 0 : 2;
+  return 0;
 }
 CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute attribute, int value) {
   if (attribute != CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES) return CUDA_ERROR_INVALID_VALUE;
@@ -422,7 +427,7 @@ static CUresult done(Work *work) {
   if (!strcmp(name, "show")) show(work);
   if (!strcmp(name, "step")) step(work);
   if (!strcmp(name, "head")) head(work);
-  if (!strcmp(name, "twice")) for (int i = 0; i < I(2); i++) F(1)[i] = 2 * F(0)[i];
+  if (!strcmp(name, "twice") || !strcmp(name, "pair")) for (int i = 0; i < I(2); i++) F(1)[i] = 2 * F(0)[i];
   if (!strcmp(name, "plus")) for (int i = 0; i < I(3); i++) F(2)[i] = F(0)[i] + F(1)[i];
   if (!strcmp(name, "beyond")) F(0)[I(1)] = 0.0f;
   if (!strcmp(name, "sticky")) broken = 1; /* found when it is waited for */

@@ -15,6 +15,8 @@ from mimo_compile.errors import EnvironmentMismatch, MimoError
 from mimo_compile.ir.hardware import CUDA, PRESETS, SIMULATED, local_cpu
 from mimo_compile.ir.ops import load_all, parse_workload
 from mimo_compile.ir.ops.base import Arg
+from mimo_compile.pipeline.device import compile_device_code
+from mimo_compile.pipeline.isolate import Origin
 from mimo_compile.schedules import SCHEDULES, get_schedule
 from mimo_compile.schedules.cuda import kept, nvcc, sass
 from mimo_compile.schedules.cuda.code import TensorMap
@@ -176,6 +178,28 @@ def test_what_nvcc_refuses_is_named(caches, toolkit) -> None:
     toolkit(log="")  # it compiles, but what is launched is not in it
     with pytest.raises(ValueError, match="has no function gate, up"):
         nvcc.compile_device(KERNEL, H200)
+
+
+def test_what_can_only_be_slow_is_in_no_artifact(caches, toolkit) -> None:
+    toolkit()
+    origin = Origin(str(WORKLOAD), SAMPLE.name, "{}")
+    with pytest.raises(
+        MimoError,
+        match=r"kernel of swiglu:t=8,f=512 can only be slow: it uses local memory: 84 bytes of stack and "
+        rf"spills \(schedule {SAMPLE.name}, config {{}}\).*tune --op swiglu:t=8,f=512 --target cuda:sm_90a",
+    ):
+        compile_device_code([KERNEL], [origin], H200)
+    toolkit(
+        "13.1", log=LOG.replace("64 bytes stack", "0 bytes stack").replace("8 bytes", "0 bytes")
+    )
+    with pytest.raises(MimoError, match=r"12 bytes of stack"):
+        compile_device_code([KERNEL], [origin], H200)
+    quiet = LOG.replace("64 bytes stack", "0 bytes stack").replace("8 bytes", "0 bytes")
+    toolkit("13.2", log=quiet.replace("12 bytes", "0 bytes"))
+    with pytest.raises(
+        MimoError, match=r"can only be slow: .*wgmma.mma_async instructions are serial"
+    ):
+        compile_device_code([KERNEL], [origin], H200)
 
 
 # -- the real one --------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from cuda_text import H200, kernel_of, needs_compiler
 
+from mimo_compile.errors import MimoError
 from mimo_compile.ir.ops import parse_workload
 from mimo_compile.schedules import get_schedule
 from mimo_compile.schedules.base import Kernel
@@ -119,6 +120,22 @@ def test_words_of_clusters() -> None:
         "complete_tx::bytes.multicast::cluster",
     ):  # fmt: skip
         assert word in ptx, word
+
+
+@pytest.mark.skipif(find_tool("nvcc") is None, reason="nvcc is not installed")
+@pytest.mark.parametrize(
+    ("launched", "declared"),
+    [(4, "(2, 1, 1)"), (1, "(2, 1, 1)"), (2, "(1, 1, 1)"), (2, "(1, 2, 1)")],
+)
+def test_launches_have_the_clusters_that_were_compiled(launched: int, declared: str) -> None:
+    made, _ = kernel(0)
+    assert made.device is not None
+    text = made.device.text.replace("__cluster_dims__(2, 1, 1)", f"__cluster_dims__{declared}")
+    launches = tuple(replace(x, cluster=launched) for x in made.device.launches)
+    wrong = replace(made, device=replace(made.device, text=text, launches=launches))
+    said = f"clusters of {launched} blocks, its __cluster_dims__ are {declared}"
+    with pytest.raises(MimoError, match=re.escape(said)):
+        compile_device(wrong, H200)
 
 
 @pytest.mark.skipif(find_tool("nvcc") is None, reason="nvcc is not installed")

@@ -133,6 +133,28 @@ def test_errors_are_named_and_nothing_stays_behind(on, library) -> None:
         driver.Driver("libcuda-that-is-not-there.so")
 
 
+def test_clusters_are_those_that_were_compiled(on, library) -> None:
+    first, then = KERNEL.device.launches
+    for launch, text in (
+        (
+            dataclasses.replace(first, grid=(2, 1, 1), cluster=2),
+            "gate is launched in clusters of 2 .* for 1",
+        ),
+        (dataclasses.replace(first, symbol="pair"), "pair is launched in clusters of 1 .* for 2"),
+    ):
+        code = dataclasses.replace(KERNEL.device, launches=(launch, then))
+        kernel = dataclasses.replace(KERNEL, device=code)
+        with pytest.raises(MimoError, match=text):
+            driver.run(kernel, H200, {"x": np.ones((3, 100), np.float32)})
+        assert held(library) == 0
+    launch = Launch("pair", (2, 1, 1), 32, ("x", "y", 100), cluster=2)
+    code = DeviceCode("", (launch,))
+    args = (Arg("x", "input", (100,), "float32"), Arg("y", "output", (100,), "float32"))
+    x = np.arange(100, dtype=np.float32)
+    got = driver.run(dataclasses.replace(KERNEL, args=args, device=code), H200, {"x": x})["y"]
+    assert np.array_equal(got, 2 * x)
+
+
 def test_arrays_of_other_shapes_are_refused(on) -> None:
     with pytest.raises(ValueError, match="instead of float32"):
         driver.run(KERNEL, H200, {"x": np.ones((3, 99), np.float32)})
