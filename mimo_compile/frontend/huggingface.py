@@ -183,7 +183,7 @@ def load_checkpoint(
     quant = _check_stored_formats(checkpoint, expected, quant)
     if hardware is not None and hardware.kind == "cuda":
         quant = with_rounded_activations(quant)
-    if hardware is not None and hardware.kind == "cpu":
+    if hardware is not None and hardware.kind != "sim":
         require_kernels(config, quant, hardware)
         require_attention(config, scheme_cache_format(quant.kv).name, hardware)
     if checkpoint.entries[EMBED].dtype == "BF16":

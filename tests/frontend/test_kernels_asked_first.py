@@ -5,6 +5,8 @@ import pytest
 import mimo_compile as mc
 from mimo_compile.errors import UsageError
 from mimo_compile.frontend.models import build
+from mimo_compile.ir.hardware import resolve_target
+from mimo_compile.pipeline.source import open_source
 from mimo_compile.verify import verify_artifact
 
 pytestmark = pytest.mark.compile
@@ -33,6 +35,25 @@ def test_what_has_no_kernel_is_refused_at_once(untouched, tmp_path, quant, named
         with pytest.raises(UsageError, match="no kernel") as caught:
             ask("tiny", quant=quant, db=tmp_path / "records.db")
         assert named in str(caught.value) and "targets --formats" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("quant", "target", "what", "other"),
+    [
+        ("fp8b128", "cuda:sm_90a", "qkv of 352 x 256, 16 tokens, with a16", "fp8b128abf16kv16"),
+        ("w6g64a8", "cuda:sm_80", "qkv of 352 x 256, 16 tokens, with a8", "w6g64abf16kv16"),
+        ("w4g64a8g64", "cuda:sm_80", "experts of 128 x 256, 16 tokens, with a8g64", "w4g64a8kv16"),
+        ("w1.58d", "x86-64-v3", "qkv of 352 x 256 with a16", "w1.58da8"),
+    ],
+)
+def test_activations_that_have_kernels_are_named(untouched, quant, target, what, other):
+    """Steps of any number of tokens are asked for: those of few may have kernels that others have not."""
+    how = {"max_context": 64, "hardware": resolve_target(target)}
+    with pytest.raises(UsageError, match=rf"{what} .* --quant {other} has kernels") as caught:
+        open_source("tiny", quant=quant, **how)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(Quantised):
+        open_source("tiny", quant=other, **how)
 
 
 def test_experts_are_asked_for_too(untouched, tmp_path, monkeypatch):

@@ -16,12 +16,15 @@ from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.kv_groups import GROUPED
 from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.policies import Geometry
-from mimo_compile.ir.workload import Workload
+from mimo_compile.ir.workload import BUCKETS, Workload
 from mimo_compile.quantize import head_format
+
+_ACTS = ("bf16", "f16", "8", "16")
+"""Activations that are tried where those of a scheme have no kernels; the first that have some are named."""
 
 
 def require_kernels(config: DecoderConfig, scheme: QuantScheme, hardware: Hardware) -> None:
-    """Check that each matrix that will be quantised can be multiplied.
+    """Check that each matrix that will be quantised can be multiplied, by as many tokens as steps have.
 
     Args:
         config: The model's shape.
@@ -29,18 +32,48 @@ def require_kernels(config: DecoderConfig, scheme: QuantScheme, hardware: Hardwa
         hardware: The target.
 
     Raises:
-        UsageError: a matrix has no kernel; says which.
+        UsageError: a matrix has no kernel; says which, and other activations with which all have.
+    """
+    found = _without_kernel(config, scheme, hardware)
+    if found is None:
+        return
+    what, workload = found
+    listed = "`mimo-compile targets --formats` lists what has kernels where"
+    acts = ("8", *_ACTS) if scheme.act.startswith("8") else _ACTS
+    others = (replace(scheme, act=act) for act in acts if act != scheme.act)
+    other = next((o for o in others if _has_kernels(config, o, hardware)), None)
+    raise UsageError(
+        f"--quant {scheme}: there is no kernel on {hardware.name} for {what} with a{scheme.act} "
+        f"activations ({workload})",
+        remedy=f"{listed}; some layouts have none for small groups"
+        if other is None
+        else f"--quant {other} has kernels for all matrices; {listed}",
+    )
+
+
+def _without_kernel(
+    config: DecoderConfig, scheme: QuantScheme, hardware: Hardware
+) -> tuple[str, Workload] | None:
+    """Return name and workload of a quantised matrix without kernel; None: all have one.
+
+    Raises:
+        UsageError: the format of weights does not take such activations.
     """
     from mimo_compile.schedules import schedules_for
 
-    for what, workload in dict(_quantised(config, scheme)).items():
-        if not schedules_for(workload, hardware):
-            raise UsageError(
-                f"--quant {scheme}: there is no kernel on {hardware.name} for {what} with a{scheme.act} "
-                f"activations ({workload})",
-                remedy="`mimo-compile targets --formats` lists what has kernels where; some layouts "
-                "have none for small groups",
-            )
+    for tokens in BUCKETS:
+        if tokens == 1 or tokens <= config.max_context:
+            for what, workload in dict(_quantised(config, scheme, tokens)).items():
+                if not schedules_for(workload, hardware):
+                    return what if tokens == 1 else f"{what}, {tokens} tokens,", workload
+    return None
+
+
+def _has_kernels(config: DecoderConfig, scheme: QuantScheme, hardware: Hardware) -> bool:
+    try:
+        return _without_kernel(config, scheme, hardware) is None
+    except UsageError:
+        return False
 
 
 def require_attention(config: DecoderConfig, caches: str, hardware: Hardware) -> None:
@@ -169,17 +202,19 @@ def _oracle(
     return _dense(config, spec, t, held), op.parts(both)[1]
 
 
-def _quantised(config: DecoderConfig, scheme: QuantScheme) -> Iterator[tuple[str, Workload]]:
-    """Yield names and workloads of all matrices that the scheme quantises, for one token."""
+def _quantised(
+    config: DecoderConfig, scheme: QuantScheme, tokens: int
+) -> Iterator[tuple[str, Workload]]:
+    """Yield names and workloads of all matrices that the scheme quantises, in a step of so many tokens."""
     fmt, head, hidden = scheme.codes, head_format(scheme), config.hidden
     act, matmul = f"a{scheme.act}", get_op("mpgemm").workload
     if fmt is not None:
         for spec in dict.fromkeys((*config.layers, *config.mtp)):
             for name, (n, k) in _shapes(spec, hidden).items():
-                yield f"{name} of {n} x {k}", matmul(m=1, n=n, k=k, w=fmt.name, a=act)
+                yield f"{name} of {n} x {k}", matmul(m=tokens, n=n, k=k, w=fmt.name, a=act)
             if spec.mlp == "moe":
                 extents = {
-                    "t": 1,
+                    "t": tokens,
                     "e": spec.experts,
                     "k": spec.top_k,
                     "d": hidden,
@@ -188,8 +223,8 @@ def _quantised(config: DecoderConfig, scheme: QuantScheme) -> Iterator[tuple[str
                 experts = get_op("moe").workload(**extents, w=fmt.name, a=act)
                 yield f"experts of {spec.moe_ffn} x {hidden}", experts
         if config.mtp:
-            yield "eh_proj", matmul(m=1, n=hidden, k=2 * hidden, w=fmt.name, a=act)
-    if head is not None:
+            yield "eh_proj", matmul(m=tokens, n=hidden, k=2 * hidden, w=fmt.name, a=act)
+    if head is not None and tokens <= 64:
         yield "the output projection", matmul(m=1, n=config.vocab, k=hidden, w=head.name, a=act)
 
 
