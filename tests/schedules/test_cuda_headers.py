@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from cuda_text import kernel_of
 from test_cuda_emulator import SYNC
@@ -55,6 +57,22 @@ extern "C" __global__ void __launch_bounds__(128) product_{kind}_{n}({sum}* y) {
   for (int i = 0; i < {n} / 2; ++i) y[i * 128 + threadIdx.x] = acc[i];
 }}
 """
+HELD = """
+extern "C" __global__ void __launch_bounds__(128) held_{n}(const uint32_t* x, float* y) {{
+  MIMO_SHARED(smem);
+  const uint64_t b = wgmma_descriptor_across(smem, 2048);
+  uint32_t a[4];
+  for (int i = 0; i < 4; ++i) a[i] = x[i * 128 + threadIdx.x];
+  float acc[{n} / 2];
+  wgmma_fence();
+  wgmma_bf16_held<{n}>(acc, a, b, 0);
+  wgmma_commit();
+  wgmma_wait<0>();
+  wgmma_pin(acc);
+  wgmma_pin(a);
+  for (int i = 0; i < {n} / 2; ++i) y[i * 128 + threadIdx.x] = acc[i];
+}}
+"""
 
 
 def compiled(text: str, arch: str, symbol: str) -> str:
@@ -91,7 +109,9 @@ def test_words_of_hopper() -> None:
         PRODUCT.format(kind=kind, n=n, sum=sum_)
         for kind, (sum_, _) in KINDS.items() for n in WIDTHS
     ]  # fmt: skip
-    ptx = compiled(GROUP + "".join(products), "sm_90a", "multiply")
+    held = [HELD.format(n=n) for n in (64, 128, 192, 256)]
+    ptx = compiled(GROUP + "".join(products + held), "sm_90a", "multiply")
+    assert len(re.findall(r"m64n\d+k16\.f32\.bf16\.bf16 .*, p, 1, 1, 1;", ptx)) == len(held)
     for kind, (_, types) in KINDS.items():
         for n in WIDTHS:
             depth = 16 if kind in ("bf16", "f16") else 32

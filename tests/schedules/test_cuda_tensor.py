@@ -328,6 +328,90 @@ def test_what_a_pipeline_may_not_do_is_found(mode: int, said: str) -> None:
         multiplied(mode)
 
 
+HELD = """
+#include "wgmma.cuh"
+
+constexpr int N = 128, PANEL = 32 * 128;
+
+// y [64, N] = a [64, 32] b [32, N]: a in registers, rows of b as they lie.
+extern "C" __global__ void __launch_bounds__(128, 1)
+    multiply(const int* mode, const uint16_t* a, const __grid_constant__ CUtensorMap b_map, float* y) {
+  MIMO_SHARED(smem);
+  const int what = mode[0];
+  uint64_t* full = reinterpret_cast<uint64_t*>(smem + 2 * PANEL);
+  if (threadIdx.x == 0) {
+    mbarrier_init(full, 1);
+    fence_barrier_init();
+    mbarrier_expect(full, 2 * PANEL);
+    tma_load(smem, &b_map, 0, 0, full);
+    tma_load(smem + PANEL, &b_map, 64, 0, full);
+  }
+  block_sync();
+  mbarrier_wait(full, 0);
+  if (what == 1 && threadIdx.x == 0) {
+    *const_cast<volatile uint8_t*>(smem + PANEL + 127) = smem[PANEL + 127];
+  }
+  block_sync();
+  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, row = threadIdx.x / 32 * 16 + g;
+  uint32_t held[2][4];
+  for (int i = 0; i < 8; ++i) {
+    const int column = i / 4 * 16 + i / 2 % 2 * 8 + 2 * t, from = (row + 8 * (i % 2)) * 32 + column;
+    held[i / 4][i % 4] = a[from] | uint32_t(a[from + 1]) << 16;
+  }
+  float acc[N / 2];
+  for (int i = 0; i < N / 2; ++i) acc[i] = 1.0f;
+  const uint64_t b = wgmma_descriptor_across(smem + (what == 2 ? 128 : 0), what == 3 ? PANEL + 128 : PANEL);
+  if (what != 4) wgmma_fence();
+  for (int k = 0; k < 2; ++k) wgmma_bf16_held<N>(acc, held[k], b + (what == 7 ? 0 : 128 * k), k > 0);
+  wgmma_commit();
+  if (what == 5 && threadIdx.x == 77) held[1][2] ^= 1;
+  if (what == 6 && threadIdx.x == 0) *const_cast<volatile uint8_t*>(smem + 2 * PANEL - 1) = 0;
+  wgmma_wait<0>();
+  for (int i = 0; i < N / 2; ++i) y[(row + 8 * (i / 2 % 2)) * N + 8 * (i / 4) + 2 * t + i % 2] = acc[i];
+}
+"""
+
+
+def held(mode: int, order: int = 0) -> tuple[Values, Values]:
+    """Return what `HELD` computes, and what it should."""
+    rng = np.random.default_rng(5)
+    a = bf16_bits(rng.standard_normal((64, 32)).astype(np.float32))
+    b = bf16_bits(rng.standard_normal((29, 120)).astype(np.float32))  # the boxes hang over its edges
+    inputs = {"mode": np.array([mode], np.int32), "a": a, "b": b}
+    got = run(
+        HELD, "multiply", inputs, {"y": ((64, 128), "float32")}, 128, 2 * 4096 + 8,
+        operands=("mode", "a", TensorMap("b", "bfloat16", 29, 120, 32, 64), "y"), order=order,
+    )  # fmt: skip
+    want = np.zeros((64, 128))
+    want[:, :120] = bf16_values(a)[:, :29].astype(np.float64) @ bf16_values(b)
+    return got["y"], want
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", [0, 1])
+def test_a_left_operand_in_registers_and_a_right_one_across(order: int) -> None:
+    got, want = held(0, order)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
+    assert np.abs(held(7)[0] - want).max() > 1  # the first rows of the depth twice
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mode", "said"),
+    [
+        (1, r"wgmma reads byte \d+ of shared memory, which thread 0 wrote without a fence_async_proxy"),
+        (2, r"b, which lies across, begins at byte 128 of shared memory, no multiple of 1024"),
+        (3, r"64 columns of b are 4224 bytes behind the others, no multiple of 1024"),
+        (4, r"wgmma without a wgmma_fence"),
+        (5, r"the left operand of wgmma was changed in lane 13 while a product"),
+        (6, r"byte \d+ of shared memory was written while a wgmma that reads it was under way|a race"),
+    ],
+)  # fmt: skip
+def test_what_products_of_held_operands_may_not_do_is_found(mode: int, said: str) -> None:
+    with pytest.raises(EmulationError, match=said):
+        held(mode)
+
+
 def test_what_a_thread_writes_needs_a_fence_before_wgmma_reads_it() -> None:
     np.testing.assert_array_equal(multiplied(13)[2]["y"], multiplied(0)[2]["y"])
 

@@ -5,6 +5,9 @@
 // descriptor + 512. Warp w of the group has rows 16 w to 16 w + 15 of the sums: with g = lane / 4, t = lane % 4,
 // acc[4 j] and acc[4 j + 1] are row g, columns 8 j + 2 t and + 1; acc[4 j + 2] and acc[4 j + 3] row g + 8.
 //
+// wgmma_bf16_held: `a` is in registers, as mma_bf16 has it, warp w's rows 16 w to 16 w + 15, and may not change before
+// the wait; `b` lies across: 16 rows of the depth, of N columns each, a multiple of 64 (wgmma_descriptor_across).
+//
 // The order of use: wgmma_fence, products, wgmma_commit, wgmma_wait<N>: all but the last N groups are then done.
 // Sums may not be touched before, and shared memory that was written otherwise needs fence_async_proxy.
 #pragma once
@@ -14,6 +17,13 @@
 MIMO_DEVICE uint64_t wgmma_descriptor(const void* smem) {
   constexpr uint64_t ROWS_OF_8 = 1024 >> 4, UNUSED = 1, SWIZZLE_128 = 1;
   return uint64_t((smem_address(smem) & 0x3ffff) >> 4) | UNUSED << 16 | ROWS_OF_8 << 32 | SWIZZLE_128 << 62;
+}
+
+// Descriptor of an operand that lies across: rows of 128 bytes (64 numbers of 16 bits), swizzled, 16 of them to a
+// product; the next 16 rows are at descriptor + 128, the next 64 columns of a row `panel` bytes on. `smem` and `panel`
+// are multiples of 1024.
+MIMO_DEVICE uint64_t wgmma_descriptor_across(const void* smem, int panel) {
+  return (wgmma_descriptor(smem) & ~(uint64_t(0x3fff) << 16)) | uint64_t(panel >> 4) << 16;
 }
 
 #ifndef MIMO_EMULATE
@@ -30,6 +40,10 @@ template <int N> MIMO_DEVICE void wgmma_pin(float (&acc)[N]) {
 template <int N> MIMO_DEVICE void wgmma_pin(int (&acc)[N]) {
 #pragma unroll
   for (int i = 0; i < N; ++i) asm volatile("" : "+r"(acc[i])::"memory");
+}
+template <int N> MIMO_DEVICE void wgmma_pin(uint32_t (&a)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) asm volatile("" : "+r"(a[i])::"memory");
 }
 
 // Lists of 4, 8, 16, ... operands: names of registers in the text, and the accumulators behind them.
@@ -79,6 +93,22 @@ MIMO_WGMMA(wgmma_f16, float, "f", "k16.f32.f16.f16", ", 1, 1, 0, 0")
 MIMO_WGMMA(wgmma_i8, int, "r", "k32.s32.s8.s8", "")
 MIMO_WGMMA(wgmma_e4m3, float, "f", "k32.f32.e4m3.e4m3", ", 1, 1")
 
+#define MIMO_CASE_HELD(n, half, o0, o1, o2, o3, o4, o5)                                                 \
+  if constexpr (N == n)                                                                                 \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #o5 ", 0;\n"                                      \
+                 "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.bf16.bf16 {" MIMO_R##half "}, {%" #o0  \
+                 ", %" #o1 ", %" #o2 ", %" #o3 "}, %" #o4 ", p, 1, 1, 1;\n}\n"                          \
+                 : MIMO_A##half("f", 0)                                                                 \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
+template <int N>
+MIMO_DEVICE void wgmma_bf16_held(float (&acc)[N / 2], const uint32_t (&a)[4], uint64_t b, int accumulate) {
+  static_assert(N % 64 == 0 && N <= 256);
+  MIMO_CASE_HELD(64, 32, 32, 33, 34, 35, 36, 37)
+  MIMO_CASE_HELD(128, 64, 64, 65, 66, 67, 68, 69)
+  MIMO_CASE_HELD(192, 96, 96, 97, 98, 99, 100, 101)
+  MIMO_CASE_HELD(256, 128, 128, 129, 130, 131, 132, 133)
+}
+
 #else
 inline void wgmma_fence(int line = __builtin_LINE()) { emulated::fence_products(line); }
 inline void wgmma_commit(int line = __builtin_LINE()) { emulated::commit_products(line); }
@@ -95,4 +125,10 @@ MIMO_WGMMA(wgmma_bf16, float, BF16)
 MIMO_WGMMA(wgmma_f16, float, F16)
 MIMO_WGMMA(wgmma_i8, int, I8)
 MIMO_WGMMA(wgmma_e4m3, float, E4M3)
+template <int N>
+inline void wgmma_bf16_held(float (&acc)[N / 2], const uint32_t (&a)[4], uint64_t b,
+                            int accumulate MIMO_SITE_PARAMETER) {
+  static_assert(N % 64 == 0 && N <= 256);
+  emulated::issue(emulated::Kind::BF16, MIMO_SITE, N, acc, 0, b, accumulate, a);
+}
 #endif

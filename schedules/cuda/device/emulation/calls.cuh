@@ -59,7 +59,8 @@ void set_registers(const char* name, int line, int count, bool more);
 void fence_products(int line);
 void commit_products(int line);
 void wait_for_products(int line, int left);
-void issue(Kind kind, const char* name, int line, int columns, void* sums, uint64_t a, uint64_t b, int accumulate);
+void issue(Kind kind, const char* name, int line, int columns, void* sums, uint64_t a, uint64_t b, int accumulate,
+           const uint32_t* held = nullptr);
 
 }  // namespace emulated
 

@@ -17,6 +17,8 @@ struct Product {
   void (*compute)(const Product&, Warp&, std::vector<uint32_t>& sums);
   size_t target;             // of the warp's targets
   uint32_t stamp;            // writes before it was issued
+  const uint32_t* held[LANES];   // the registers of the left operand, if it is in any: b then lies across
+  uint32_t left[LANES][4];       // what was in them
 };
 // Accumulators of one warp that a product under way writes: where each lane has them, and what they will hold.
 struct Target {
@@ -24,7 +26,7 @@ struct Target {
   int count, open;           // registers of a lane; products under way
   std::vector<uint32_t> sums;
 };
-struct Issued { uint64_t a, b; int accumulate, columns, line; };
+struct Issued { uint64_t a, b; int accumulate, columns, line; bool held; };
 struct WarpProducts {
   std::vector<Product> flight;
   std::vector<Target> targets;
@@ -50,6 +52,22 @@ uint32_t operand_at(uint64_t d, int r, int k) {
   return swizzled(begin_of(d) + uint32_t(r / 8) * field(d, 32) + uint32_t(r % 8) * 128 + k, 128) + WINDOW;
 }
 
+// Number (n, k) of 16 bits of an operand that lies across: MN-major, rows of 64 numbers, eight of them in 1024 bytes.
+uint32_t across_at(uint64_t d, int n, int k) {
+  const uint32_t from = begin_of(d) + uint32_t(n / 64) * field(d, 16) + uint32_t(k / 8) * field(d, 32);
+  return swizzled(from + uint32_t(k % 8 * 128 + n % 64 * 2), 128) + WINDOW;
+}
+
+void check_across(uint64_t d, int columns) {
+  const uint32_t start = begin_of(d);
+  if (d >> 62 != 1) fail("wgmma: b is no descriptor of a matrix that is swizzled by 128 bytes");
+  if (start % 1024) fail("wgmma: b, which lies across, begins at byte %u of shared memory, no multiple of 1024", start);
+  if (field(d, 32) % 1024) fail("wgmma: 8 rows of b are %u bytes, no multiple of 1024", field(d, 32));
+  if (columns > 64 && field(d, 16) % 1024)
+    fail("wgmma: 64 columns of b are %u bytes behind the others, no multiple of 1024", field(d, 16));
+  for (int n = 0; n < columns; n += 64) shared_bytes(across_at(d, n, 15) & ~127u, 128, 1, "b");
+}
+
 void check_descriptor(uint64_t d, int rows, const char* which) {
   const uint32_t start = begin_of(d);
   if (d >> 62 != 1) fail("wgmma: %s is no descriptor of a matrix that is swizzled by 128 bytes", which);
@@ -63,7 +81,9 @@ void check_descriptor(uint64_t d, int rows, const char* which) {
 
 // Does act(byte) for each 16 bytes of shared memory that a warp's product reads.
 template <class Act> void for_operands(const Product& p, const Warp& warp, Act act) {
-  for (int k = 0; k < 32; k += 16) {
+  for (int k = 0; p.held[0] && k < 16; ++k)
+    for (int n = 0; n < p.columns; n += 8) act(across_at(p.b, n, k) - WINDOW);
+  for (int k = 0; !p.held[0] && k < 32; k += 16) {
     for (int r = 0; r < 16; ++r) act(operand_at(p.a, int(16 * (warp.index % 4)) + r, k) - WINDOW);
     for (int n = 0; n < p.columns; ++n) act(operand_at(p.b, n, k) - WINDOW);
   }
@@ -83,6 +103,9 @@ void check_at_completion(const Product& p, const Warp& warp) {
         fail("byte %u of shared memory was written while a wgmma that reads it was under way", b);
     note_read(warp.thread[0], "wgmma reads", at, 16);
   });
+  for (int lane = 0; p.held[0] && lane < LANES; ++lane)
+    if (memcmp(p.held[lane], p.left[lane], sizeof p.left[lane]))
+      fail("the left operand of wgmma was changed in lane %d while a product that reads it was under way", lane);
 }
 
 template <class T>
@@ -98,8 +121,24 @@ void compute_product(const Product& p, Warp& warp, std::vector<uint32_t>& sums) 
     }
   };
   static Value A[16][DEPTH], B[256][DEPTH];   // too large for the stack of a thread
-  for (int r = 0; r < 16; ++r) read(p.a, int(16 * (warp.index % 4)) + r, A[r]);
-  for (int n = 0; n < p.columns; ++n) read(p.b, n, B[n]);
+  if (p.held[0]) {
+    for (int lane = 0; lane < LANES; ++lane) {
+      for (int e = 0; e < 4 * T::PER; ++e) {
+        const Place at = place_a(lane, e, T::PER);
+        A[at.row][at.column] = T::value(p.left[lane][e / T::PER], e % T::PER);
+      }
+    }
+    for (int k = 0; k < DEPTH; ++k) {
+      for (int n = 0; n < p.columns; ++n) {
+        uint16_t bits;
+        memcpy(&bits, shared_bytes(across_at(p.b, n, k), 2, 2, "wgmma"), 2);
+        B[n][k] = T::value(bits, 0);
+      }
+    }
+  } else {
+    for (int r = 0; r < 16; ++r) read(p.a, int(16 * (warp.index % 4)) + r, A[r]);
+    for (int n = 0; n < p.columns; ++n) read(p.b, n, B[n]);
+  }
   const int count = p.columns / 2;
   for (int lane = 0; lane < LANES; ++lane) {
     for (int e = 0; e < count; ++e) {
@@ -137,38 +176,47 @@ size_t target_of(WarpProducts& w, uint32_t* const* registers, int count) {
   return w.targets.size() - 1;
 }
 
-void issue(Kind kind, const char* name, int line, int columns, void* sums, uint64_t a, uint64_t b, int accumulate) {
+void issue(Kind kind, const char* name, int line, int columns, void* sums, uint64_t a, uint64_t b, int accumulate,
+           const uint32_t* held) {
   using Compute = void (*)(const Product&, Warp&, std::vector<uint32_t>&);
   static const Compute COMPUTE[] = {compute_product<Bf16>, compute_product<F16>, compute_product<E4m3>,
                                     compute_product<Int8>};
-  struct Mine { uint32_t* registers; uint64_t a, b; int accumulate, columns; Compute compute; };
-  Mine mine{static_cast<uint32_t*>(sums), a, b, accumulate != 0, columns, COMPUTE[int(kind)]};
+  struct Mine { uint32_t* registers; uint64_t a, b; int accumulate, columns; Compute compute; const uint32_t* held; };
+  Mine mine{static_cast<uint32_t*>(sums), a, b, accumulate != 0, columns, COMPUTE[int(kind)], held};
   if (int(running->index / 128 + 1) * 4 > warp_count)
     fail("wgmma by warps of a group that has less than four: the block has %d", warp_count);
   meet(MIMO_HERE(name, line), &mine, [](Warp& warp, void* const* given) {
     const Mine& first = *static_cast<Mine*>(given[0]);
     const int columns = first.columns;
     uint32_t* registers[LANES];
+    Product made{first.a, first.b, first.accumulate, columns, first.compute, 0, 0, {}, {}};
     for (int lane = 0; lane < LANES; ++lane) {
       const Mine& m = *static_cast<Mine*>(given[lane]);
       if (m.a != first.a || m.b != first.b || m.accumulate != first.accumulate)
         fail("wgmma: lanes 0 and %d of warp %u bring different operands", lane, warp.index);
       registers[lane] = m.registers;
+      if ((made.held[lane] = m.held)) memcpy(made.left[lane], m.held, sizeof made.left[lane]);
     }
     WarpProducts& w = products[warp.index];
     if (!w.fenced) fail("wgmma without a wgmma_fence behind what its accumulators last went through");
-    check_descriptor(first.a, 64, "a");
-    check_descriptor(first.b, columns, "b");
-    const Issued one{first.a, first.b, first.accumulate, columns, warp.site.line};
+    if (first.held) {
+      check_across(first.b, columns);
+    } else {
+      check_descriptor(first.a, 64, "a");
+      check_descriptor(first.b, columns, "b");
+    }
+    const Issued one{first.a, first.b, first.accumulate, columns, warp.site.line, first.held != nullptr};
     std::vector<Issued>& all = history[warp.index / 4];
     if (w.issued == all.size()) all.push_back(one);
     const Issued& other = all[w.issued++];
-    if (one.a != other.a || one.b != other.b || one.accumulate != other.accumulate || one.columns != other.columns)
+    if (one.a != other.a || one.b != other.b || one.accumulate != other.accumulate || one.columns != other.columns ||
+        one.held != other.held)
       fail("warp %u issues a wgmma (line %d) that differs from its group's (line %d)", warp.index, one.line,
            other.line);
-    const size_t target = target_of(w, registers, columns / 2);
-    ++w.targets[target].open;
-    w.flight.push_back({first.a, first.b, first.accumulate, columns, first.compute, target, last_stamp});
+    made.target = target_of(w, registers, columns / 2);
+    made.stamp = last_stamp;
+    ++w.targets[made.target].open;
+    w.flight.push_back(made);
     check_at_issue(w.flight.back(), warp);
     ++w.open;
   });
