@@ -23,7 +23,9 @@ each token, not one for all; weights have `LEVELS` steps and no other number; no
 is returned. Kernels take every product from instructions of unsigned with signed bytes or of 16-bit pairs;
 there are none on matrix tiles (AMX). GPUs multiply signed bytes.
 
-A NaN does not survive in what kernels make codes of: a key or value with one counts as finite numbers.
+A row with a NaN or an infinity has no codes: a query that is one, or that sees one as key or value, has NaN
+for its result of that head, and no other query has. (Values of int8half stay floats: as in float attention,
+one that is no number may reach the other queries of a call.)
 
 Magnitudes of up to 1e30 are in range on CPUs, on GPUs about 1e20 beside keys of almost no value. Beside
 normal ones a value near the largest float32 leaves the others a scale at which float32 kernels miss the
@@ -137,15 +139,21 @@ def _scene(q: Tensor, k_cache: Tensor, pos: Tensor, scale: float, window: int) -
     # neither padding nor slots that were never written are numbers
     q = torch.where((torch.arange(t) < valid)[:, None, None], q, 0)
     k = torch.where(written[:, None, None], k_cache, 0)
-    (q_codes, q_scale), (k_codes, k_scale) = quantize_rows(q), quantize_rows(k)
+    (q_codes, q_scale), (k_codes, k_scale) = _codes(q), _codes(k)
     group = heads // kv
     logits = torch.einsum(
         "thd,shd->hts", q_codes.double(), k_codes.double().repeat_interleave(group, 1)
     )
     logits *= q_scale.double()[..., 0].T[:, :, None]
     logits *= k_scale.double().repeat_interleave(group, 1)[..., 0].T[:, None] * scale
-    error = logits.abs() * 2.0**-21
+    error = (logits.abs() * 2.0**-21).masked_fill(~seen, 0.0)
     return _Scene(logits.masked_fill(~seen, -math.inf), error, written)
+
+
+def _codes(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return codes and scales as `quantize_rows` does; scales of rows with a NaN or an infinity are NaN."""
+    codes, scale = quantize_rows(rows)
+    return codes, torch.where(torch.isfinite(scale), scale, math.nan)
 
 
 def _top(logits: Tensor, sink: Tensor | None) -> Tensor:
@@ -189,20 +197,22 @@ def _full(
     scene: _Scene, values: Tensor, group: int, top: Tensor, sink: Tensor | None,
     disturb: Callable[[Tensor], Tensor] | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    codes, scales = quantize_rows(values)
+    codes, scales = _codes(values)
     cap = values.shape[0]
-    log_scale = scales.double().clamp_min(LEAST).log().repeat_interleave(group, 1)[..., 0].T
+    log_scale = scales.double().clamp_min(LEAST).log().repeat_interleave(group, 1).permute(1, 2, 0)
+    # a value that is no number counts for those who see it alone
+    log_scale = torch.where(torch.isneginf(scene.logits), 0.0, log_scale)
     total = _sum(torch.exp(scene.logits - top), top, sink)
     spare = -cap % TILE
-    tiles = torch.nn.functional.pad(scene.logits + log_scale[:, None], (0, spare), value=-math.inf)
+    tiles = torch.nn.functional.pad(scene.logits + log_scale, (0, spare), value=-math.inf)
     tiles = tiles.unflatten(-1, (-1, TILE))
     best = tiles.amax(-1, keepdim=True)
-    relative = torch.where(torch.isfinite(best), torch.exp(tiles - best), torch.zeros_like(tiles))
+    relative = torch.where(torch.isneginf(best), 0.0, torch.exp(tiles - best))
     exact = LEVELS * relative
     by = torch.exp(best - top[..., None]) / (LEVELS * total[..., None])
     weights = (torch.round(exact) * by).flatten(-2)[..., :cap]
     # a weight that is almost half-way between two integers may become either
-    off = scene.error + (top.abs() + log_scale.abs()[:, None]) * 2.0**-21 + _WEIGHT_ERROR
+    off = scene.error + (top.abs() + log_scale.abs()) * 2.0**-21 + _WEIGHT_ERROR
     wide = torch.nn.functional.pad(off, (0, spare)).unflatten(-1, (-1, TILE))
     wide = wide + torch.where(torch.isfinite(best), best, torch.zeros_like(best)).abs() * 2.0**-21
     near = (exact - exact.floor() - 0.5).abs() <= exact * wide

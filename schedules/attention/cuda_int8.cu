@@ -38,7 +38,7 @@ extern "C" __global__ void __launch_bounds__(CODERS)
     int8::encode<DEEP, CODERS>(
         shared, int8::MOST_CODE, [&](int slot, int column) { return int8::four_of<DK>(rows, place(slot), column); },
         [&](int slot, float most, const auto&) {
-          if (writes) scales[slot] = most / int8::MOST_CODE;
+          if (writes) scales[slot] = int8::step_of(most, int8::MOST_CODE);
         });
     block_sync();
     int8::put_keys<DEEP, CODERS>(k_codes + size_t(blockIdx.x) * int8::TILE * DEEP, shared);
@@ -51,9 +51,9 @@ extern "C" __global__ void __launch_bounds__(CODERS)
         shared, int8::MOST_CODE, [&](int slot, int column) { return int8::four_of<DW>(rows, place(slot), column); },
         [&](int slot, float most, const auto&) {
           const float scale = fmaxf(most / int8::MOST_CODE, int8::LEAST);
-          const bool there = place(slot) >= 0;
-          if (writes) logs[slot] = there ? log2f(scale) : 0.0f;
-          if (writes) logs[int8::TILE + slot] = there ? 1.0f / scale : 0.0f;
+          const bool there = place(slot) >= 0, finite = most < flash::infinity();
+          if (writes) logs[slot] = !there ? 0.0f : finite ? log2f(scale) : int8::NOT_FINITE;
+          if (writes) logs[int8::TILE + slot] = there && finite ? 1.0f / scale : 0.0f;
         });
     block_sync();
     int8::put_values<DW, CODERS>(v_codes + size_t(blockIdx.x) * int8::TILE * DW, shared);
@@ -197,7 +197,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
     const int own = row + (lane >> 2) + 8 * half;
     if (own >= ROWS) continue;
     const float phantom = flash::sink_of<SINK>(sink, kv * GROUP + own % GROUP);
-    float factor = flash::closing(rows.top[half], rows.sum[half], phantom).factor;
+    const float sum = rows.sum[half];
+    // a row that sees nothing but NaN has no largest logit
+    float factor = sum == sum ? flash::closing(rows.top[half], sum, phantom).factor : sum;
     if (at[half] - start >= valid) factor = 0.0f;
     flash::store_row<DV, DW>(out + result(own) * DV, rows, half, factor);
   }

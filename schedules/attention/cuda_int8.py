@@ -39,6 +39,7 @@ class CudaInt8(CudaPrefill):
     """``arith=int8``: weights and values are bytes, too."""
 
     name = "cached_attention.cuda_int8"
+    version: ClassVar[int] = 2
     arith: ClassVar[str] = "int8"
     half: ClassVar[bool] = False
     expected: ClassVar[tuple[str, ...]] = ("IMMA", "LDSM", "LDGSTS")

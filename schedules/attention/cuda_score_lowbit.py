@@ -48,6 +48,7 @@ class CudaScoreLowbit(Schedule):
     """``mma.sync`` of bytes for estimates, of bfloat16 in three terms for the exact region."""
 
     name = "score_lowbit.cuda"
+    version = 2
     op = "score_lowbit"
     config = LowbitStagesConfig
 

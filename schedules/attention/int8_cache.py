@@ -3,10 +3,14 @@
 Bit for bit as `ir.ops.int8_attention` defines it: each slot's row by its own largest magnitude. Keys lie
 ``[KV, blocks, ceil(D/4), 16]`` words of four channels (plus 128: the unsigned side of a dot); values
 ``[KV, slots/4, DV up to 16]`` words of four slots. Slots are filled up to whole tiles of weights.
+
+Rows with a NaN or an infinity have any codes; a key's scale is NaN then, of a value the logarithm. Largest
+magnitudes are compared as integers, for which a NaN is above all numbers.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -114,15 +118,16 @@ class Copies:
             step(whole, rest)
 
     def _keys(self, head: Any, block: Any) -> None:
-        largest = Register("float32", LANES, splat(0.0))
+        largest = Register("int32", LANES, splat(T.int32(0)))
 
         def measure(quad: Any, count: int) -> None:
             for value in self._channels(head, block, quad, count):
                 largest.set(T.max(largest.get(), magnitude(value)))
 
         self._each_quad(measure)
-        amax = bind(largest.get())
-        store(self.keys.scale, amax / splat(127.0), head, block * LANES, lanes=LANES)
+        amax = bind(T.reinterpret("float32x16", largest.get()))
+        scale = T.Select(finite(amax), amax / splat(127.0), splat(math.nan))
+        store(self.keys.scale, scale, head, block * LANES, lanes=LANES)
         by = bind(inverse_of(amax))
 
         def write(quad: Any, count: int) -> None:
@@ -147,16 +152,17 @@ class Copies:
         return out
 
     def _block_of_values(self, values: Values, head: Any, block: Any, written: Any) -> None:
-        amax, by = Register("float32", LANES, splat(0.0)), Register("float32", LANES)
+        amax, by = Register("int32", LANES, splat(T.int32(0))), Register("float32", LANES)
         inside = round_up(self.p["cap"]) // LANES
         slots = bind(T.ramp(block * LANES, 1, LANES))
         there = slots < T.broadcast(written, LANES)
         with when(block < inside), loop(LANES // 4) as i:
             self._measure_four(head, bind(block * 4 + i), i, amax)
-        largest = bind(T.Select(there, amax.get(), splat(0.0)))
-        scale = bind(T.max(largest / splat(127.0), splat(LEAST)))
+        largest = bind(T.reinterpret("float32x16", T.Select(there, amax.get(), splat(T.int32(0)))))
+        scale = bind(T.max(largest / splat(127.0), splat(LEAST)))  # a number of a NaN, too
         at = (head, block * LANES)
-        store(values.log_scale, T.Select(there, log2(scale), splat(0.0)), *at, lanes=LANES)
+        log_scale = T.Select(finite(largest), log2(scale), splat(math.nan))
+        store(values.log_scale, T.Select(there, log_scale, splat(0.0)), *at, lanes=LANES)
         inverse = T.Select(there, splat(1.0) / scale, splat(0.0))
         store(values.inverse, inverse, *at, lanes=LANES)
         by.set(inverse_of(largest))
@@ -176,7 +182,7 @@ class Copies:
                 store(values.codes, out.get(), head, quad, column * LANES, lanes=LANES)
 
     def _measure_four(self, head: Any, quad: Any, i: Any, amax: Register) -> None:
-        parts = [Register("float32", LANES, splat(0.0)) for _ in range(4)]
+        parts = [Register("int32", LANES, splat(T.int32(0))) for _ in range(4)]
         dv = int(self.p["dv"])
 
         def take(column: Any, lanes: int) -> None:
@@ -184,7 +190,7 @@ class Copies:
                 size = magnitude(value)
                 if lanes < LANES:  # what fills up the last vector may be anything
                     inside = T.ramp(T.int32(0), 1, LANES) < splat(T.int32(lanes))
-                    size = T.Select(inside, size, splat(0.0))
+                    size = T.Select(inside, size, splat(T.int32(0)))
                 part.set(T.max(part.get(), size))
 
         if dv // LANES:
@@ -193,7 +199,7 @@ class Copies:
         if dv % LANES:
             take(dv // LANES, dv % LANES)
         for c, part in enumerate(parts):
-            top = T.call_llvm_pure_intrin("float32", "llvm.vector.reduce.fmax", part.get())
+            top = T.call_llvm_pure_intrin("int32", "llvm.vector.reduce.smax", part.get())
             store(amax.buffer, top, i * 4 + c)
 
 
@@ -205,9 +211,13 @@ def _numbers(words: Any) -> list[Any]:
 
 
 def magnitude(value: Any) -> Any:
-    """Return the magnitude of 16 numbers."""
-    bits = T.bitwise_and(T.reinterpret("int32x16", value), splat(T.int32(0x7FFFFFFF)))
-    return T.reinterpret("float32x16", bits)
+    """Return the magnitude of 16 numbers, as integers of the same order."""
+    return T.bitwise_and(T.reinterpret("int32x16", value), splat(T.int32(0x7FFFFFFF)))
+
+
+def finite(amax: Any) -> Any:
+    """Say of 16 magnitudes whether they are numbers."""
+    return amax < splat(math.inf)
 
 
 def inverse_of(amax: Any) -> Any:

@@ -7,18 +7,28 @@ own maximum, and the step's sums of integers are scaled when they join the row's
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from mimo_compile.ir.ops.int8_attention import LEVELS, TILE
 from mimo_compile.schedules.attention import exponent, int8_dot
 from mimo_compile.schedules.attention.flash import START, Tile
-from mimo_compile.schedules.attention.int8_cache import BIAS, Copies, Keys, Values, code
+from mimo_compile.schedules.attention.int8_cache import (
+    BIAS,
+    Copies,
+    Keys,
+    Values,
+    code,
+    magnitude,
+)
 from mimo_compile.schedules.attention.pairs import Dots, Widened
 from mimo_compile.schedules.attention.reach import Reach, Tiling
 from mimo_compile.schedules.emit.build import Register, T, bind, load, loop, store, when, workspace
-from mimo_compile.schedules.emit.quantize import largest
 from mimo_compile.schedules.emit.vector import LANES, LOG2E, rint, splat
+
+INFINITE = 0x7F800000
+"""Bits of infinity: those of a NaN, without its sign, are above."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +77,9 @@ class ByteScores(Tile):
 
     def _quantise(self, q: Any, at: tuple[Any, Any], row: Any, scale: float) -> None:
         d = int(self.s.p["d"])
-        amax = largest(q, at, 0, d)
-        factor = amax / T.float32(127.0)
+        bits = self._largest_bits(q, at, d)
+        amax = bind(T.reinterpret("float32", bits))
+        factor = T.if_then_else(bits < INFINITE, amax / T.float32(127.0), T.float32(math.nan))
         store(self.q_scale, factor * T.float32(scale * LOG2E), row)
         some = amax > T.float32(0.0)
         by = bind(T.if_then_else(some, T.float32(127.0) / amax, T.float32(0.0)))
@@ -90,6 +101,28 @@ class ByteScores(Tile):
             store(self.q_codes, T.cast(one, "int8"), row, j)
             total.set(total.get() + one)
         store(self.q_start, total.get() * T.int32(-BIAS), row)
+
+    def _largest_bits(self, q: Any, at: tuple[Any, Any], d: int) -> Any:
+        """Return the bits of the largest magnitude of a query; those of a NaN are above all numbers'."""
+        lanes = Register("int32", LANES, splat(T.int32(0)))
+        most = Register("int32", 1, T.int32(0))
+        if d // LANES:
+            with loop(d // LANES) as j:
+                value = load(q, *at, j * LANES, lanes=LANES)
+                lanes.set(T.max(lanes.get(), magnitude(value)))
+            most.set(T.call_llvm_pure_intrin("int32", "llvm.vector.reduce.smax", lanes.get()))
+        for j in range(d // LANES * LANES, d):
+            one = T.bitwise_and(T.reinterpret("int32", q[(*at, j)]), T.int32(0x7FFFFFFF))
+            most.set(T.max(most.get(), one))
+        return bind(most.get())
+
+    def denominator(self, row: Any) -> Any:
+        """Return the sum of a row's weights; one that is NaN is its results', too, which have integers."""
+        total = super().denominator(row)
+        bits = T.bitwise_and(T.reinterpret("int32", total), T.int32(0x7FFFFFFF))
+        with when(bits > INFINITE), loop(self.s.columns) as j:
+            store(self.out, splat(math.nan), row, j * LANES, lanes=LANES)
+        return total
 
     def _scores(self, reach: Reach, step: Any, part: Any, wide: int, first: Any, rows: int) -> None:
         blocks = [reach.block(step, part + u) for u in range(wide)]

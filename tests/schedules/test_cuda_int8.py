@@ -15,8 +15,8 @@ from mimo_compile.ir.ops import get_op, parse_workload
 from mimo_compile.ir.ops.int8_attention import TILE
 from mimo_compile.schedules import get_schedule, schedules_for
 from mimo_compile.schedules.attention.cuda_flash import StagesConfig
-from mimo_compile.schedules.cuda.emulate import compiler
-from mimo_compile.search.measure.emulated import check_emulated
+from mimo_compile.schedules.cuda.emulate import compiler, emulate
+from mimo_compile.search.measure.emulated import check_emulated, device_arrays
 
 A100, H200 = CUDA["cuda:sm_80"], CUDA["cuda:sm_90a"]
 INT8, HALF = (get_schedule(f"cached_attention.cuda_{name}") for name in ("int8", "int8half"))
@@ -138,6 +138,54 @@ def test_no_query_sees_later_tokens_of_a_whole_tile(schedule):
 def test_heads_as_wide_as_int8_goes():
     text = "cached_attention:t=10,h=2,kv=1,d=250,dv=140,cap=200,c=bf16,arith=int8"
     check_emulated(text, INT8, None, H200, inputs=uneven(text, [(150, 10)]))
+
+
+@pytest.mark.slow
+@needs_compiler
+@KINDS
+def test_what_is_no_number_reaches_those_who_see_it(schedule):
+    workload = parse_workload(DIAGONAL + schedule.arith)
+    given_ = uneven(DIAGONAL + schedule.arith, [(240, 40)])
+    config = schedule.space(workload, H200).default
+    kernel, op = schedule.lower(workload, config, H200), get_op("cached_attention")
+    near = 0.05 * np.abs(op.reference(workload, given_)["out"]).max()
+    for name, place, value in SPOILT:
+        inputs = {**given_, name: given_[name].copy()}
+        inputs[name][place] = value
+        want = op.reference(workload, inputs)["out"]
+        memory = device_arrays(workload, schedule, config, inputs)
+        got, hit = emulate(kernel, H200, memory)["out"], np.isnan(want)
+        assert hit.any()
+        if schedule is HALF and name == "v_cache":  # floats as they are, of one column
+            column = place[-1]
+            assert not np.isfinite(got[240 + np.arange(40) >= place[0], :, column]).any()
+            assert np.isfinite(np.delete(got, column, 2)).all()
+            continue
+        assert (np.isnan(got) == hit).all()
+        assert np.allclose(got[~hit], want[~hit], atol=near)
+
+
+NAN, INFINITE = 0x7FC0, 0xFF80
+SPOILT = (
+    ("k_cache", (3, 0, 2), NAN), ("k_cache", (241, 0, 23), 0x8000 | NAN), ("k_cache", (279, 0, 0), INFINITE),
+    ("v_cache", (130, 0, 17), NAN), ("v_cache", (279, 0, 3), NAN), ("v_cache", (250, 0, 0), INFINITE),
+    ("q", (2, 1, 7), np.nan), ("q", (0, 2, 0), np.inf),
+)  # fmt: skip
+"""Arrays, places and what stands there: keys and values that some queries do not see, too."""
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_a_query_that_sees_no_number_at_all_is_none():
+    text = "cached_attention:t=3,h=2,kv=1,d=16,dv=16,cap=20,c=bf16,arith=int8"
+    workload, inputs = parse_workload(text), uneven(text, [(0, 2)])
+    for schedule in (INT8, HALF):
+        workload = parse_workload(text.replace("int8", schedule.arith))
+        inputs["k_cache"][0] = NAN
+        config = schedule.space(workload, H200).default
+        memory = device_arrays(workload, schedule, config, inputs)
+        got = emulate(schedule.lower(workload, config, H200), H200, memory)["out"]
+        assert np.isnan(got[:2]).all() and not got[2].any()
 
 
 def check_integers(schedule, text, config):

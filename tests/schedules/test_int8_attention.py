@@ -287,6 +287,46 @@ def test_the_bound_refuses_a_missed_key_and_a_key_too_many():
 
 
 @needs_avx2
+@pytest.mark.parametrize(
+    ("arith", "hardware", "splits"),
+    [("int8", CPU, 1)]
+    + [
+        pytest.param(arith, hardware, splits, marks=pytest.mark.slow)
+        for arith in ("int8", "int8half")
+        for hardware in (CPU, PLAIN)
+        for splits in (1, 2)
+        if (arith, hardware, splits) != ("int8", CPU, 1)
+    ],
+)
+def test_what_is_no_number_reaches_those_who_see_it_and_no_others(arith, hardware, splits):
+    text = f"cached_attention:t=5,{SMALL},cap=200,sink=1,c=f32,arith={arith}"
+    workload, given_ = parse_workload(text), poisoned(text, 140, 5)
+    config = dataclasses.replace(INT8.space(workload, hardware).default, splits=splits)
+    seen = check(INT8, text, config, inputs=given_, hardware=hardware)
+    for name, place, value in SPOILT:
+        if arith == "int8half" and name == "v_cache":
+            continue  # floats as they are
+        arrays = {**given_, name: given_[name].copy()}
+        arrays[name][place] = value
+        own = {n: arrays[n] for n in ("k_cache", "v_cache")}
+        for n, array in (INT8.pack(workload, config, own) | {"q": arrays["q"]}).items():
+            seen.memory[n][...] = array
+        seen.call()
+        got, want = seen.memory["out"], OP.reference(workload, arrays)["out"]
+        hit = np.isnan(want)
+        assert hit.any() and not hit.all() and (np.isnan(got) == hit).all()
+        assert np.allclose(got[~hit], want[~hit], atol=0.05)
+
+
+SPOILT = (
+    ("k_cache", (3, 1, 2), np.nan), ("k_cache", (142, 0, 11), -np.nan), ("k_cache", (143, 1, 0), np.inf),
+    ("v_cache", (130, 0, 19), np.nan), ("v_cache", (143, 1, 3), np.nan), ("v_cache", (142, 0, 0), -np.inf),
+    ("q", (2, 1, 7), np.nan), ("q", (0, 3, 0), np.inf),
+)  # fmt: skip
+"""Arrays, places and what stands there: keys and values that some queries do not see, too."""
+
+
+@needs_avx2
 def test_rows_of_zeros_and_nothing_valid():
     text = f"cached_attention:t=3,{SMALL},cap=40,arith=int8"
     given_ = poisoned(text, 20, 3)

@@ -7,6 +7,11 @@
 //           weight lane t has of each row.
 // Eight chunks that follow one another are a matrix of ldmatrix, and lie in different banks. Sums of products begin
 // at 1.5 * 2^23 as the bits of a float: below 2^22 in magnitude the integer is what the float has above that.
+//
+// Rows with a NaN or an infinity have any codes, and a scale that makes all NaN of who sees them, at no cost there: that
+// of a query or key is NaN. Of a value, whose scale's logarithm hidden keys have in their logits too, it is NOT_FINITE:
+// added to -inf it is lost; beside a logit it leaves the tile's other weights 0, with an inverse of 0 a sum of weights
+// of 0, and that times its own power of two, infinity, is NaN.
 // Method: INT-FlashAttention (Chen et al., 2024), with weights relative to the largest of their own tile, as the op
 // defines it (docs/attention.md).
 #pragma once
@@ -18,6 +23,7 @@ constexpr int TILE = 128;            // slots whose weights share a largest one
 constexpr float LEVELS = 255.0f;     // what that one becomes
 constexpr float MOST_CODE = 127.0f;
 constexpr float LEAST = 0x1p-60f;    // scales of values are not below it
+constexpr float NOT_FINITE = 0x1p126f;
 constexpr int ZERO = 0x4b400000;     // bits of groups::WHOLE
 
 __device__ __forceinline__ float whole(int sum) { return __int_as_float(sum) - groups::WHOLE; }
@@ -55,7 +61,12 @@ struct Places {
 
 // ---- codes ---------------------------------------------------------------------------------------------
 
-// Of a row whose largest magnitude becomes the code `levels`.
+// What a step of the codes of a row is worth whose largest magnitude becomes the code `levels`.
+__device__ __forceinline__ float step_of(float most, float levels) {
+  return most < flash::infinity() ? most / levels : __uint_as_float(0x7fffffffu);
+}
+
+// What the row is multiplied by.
 __device__ __forceinline__ float inverse_of(float most, float levels) { return most > 0.0f ? levels / most : 0.0f; }
 
 // A code in the lowest byte. The product is rounded before it becomes an integer, as the op says.
@@ -80,10 +91,10 @@ __device__ __forceinline__ void encode(uint8_t* codes, float levels, Load load, 
 #pragma unroll
     for (int i = 0; i < STEPS; ++i) {
       x[i] = load(slot, (i * 32 + lane) * 4);
-      most = fmaxf(most, fmaxf(fmaxf(fabsf(x[i].x), fabsf(x[i].y)), fmaxf(fabsf(x[i].z), fabsf(x[i].w))));
+      most = max_nan(most, max_nan(max_nan(fabsf(x[i].x), fabsf(x[i].y)), max_nan(fabsf(x[i].z), fabsf(x[i].w))));
     }
 #pragma unroll
-    for (int away = 16; away > 0; away /= 2) most = fmaxf(most, shfl_xor(most, away));
+    for (int away = 16; away > 0; away /= 2) most = max_nan(most, shfl_xor(most, away));
     const float inverse = inverse_of(most, levels);
 #pragma unroll
     for (int i = 0; i < STEPS; ++i) {
@@ -161,12 +172,12 @@ __device__ __forceinline__ void put_queries(uint8_t* codes, float (&unit)[2], fl
     float most = 0.0f;
     for (int run = 0; run < DEEP / 16; ++run) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) most = fmaxf(most, fabsf(own(run, i)));
+      for (int i = 0; i < 4; ++i) most = max_nan(most, fabsf(own(run, i)));
     }
-    most = fmaxf(most, shfl_xor(most, 1));
-    most = fmaxf(most, shfl_xor(most, 2));
+    most = max_nan(most, shfl_xor(most, 1));
+    most = max_nan(most, shfl_xor(most, 2));
     const float inverse = inverse_of(most, levels);
-    unit[half] = most / levels * factor;
+    unit[half] = step_of(most, levels) * factor;
     for (int run = 0; run < DEEP / 16; ++run) {
       uint32_t four[4];
 #pragma unroll

@@ -47,6 +47,12 @@ MIMO_DEVICE float exp2_approx(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+// The larger one; NaN where either is.
+MIMO_DEVICE float max_nan(float x, float y) {
+  float r;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(x), "f"(y));
+  return r;
+}
 // Two floats as 16-bit numbers, rounded to nearest even; `low` comes first in memory.
 MIMO_DEVICE uint32_t pack_bf16(float low, float high) {
   uint32_t r;
@@ -152,6 +158,9 @@ inline float exp2_approx(float x) {
   const uint32_t bits = same_bits<uint32_t>(x) * 2654435761u;
   const float y = float(exact * (1.0 + (bits >> 31 ? 0x1.8p-23 : -0x1.8p-23)));
   return x == 0.0f ? 1.0f : y < 1.17549435e-38f ? 0.0f : y;
+}
+inline float max_nan(float x, float y) {
+  return x != x || y != y ? __uint_as_float(0x7fffffffu) : std::fmax(x, y);
 }
 inline uint32_t pack_bf16(float low, float high) {
   return emulated::bf16_bits(low) | emulated::bf16_bits(high) << 16;
