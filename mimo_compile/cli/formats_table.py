@@ -16,7 +16,9 @@ _OPS = {
     "moe": "moe:t={t},e=8,k=2,d=512,f=512,w={w},a={a}",
 }
 _TOKENS = (1, 64)
-"""Some kernels are for many tokens only."""
+"""Some kernels are for few tokens only, some for many."""
+_SHORT = {(1,): " (few tokens only)", (64,): " (many tokens only)"}
+"""Behind the kernels of a target that has some for these numbers of tokens alone."""
 _ACTS = ("a16", "abf16", "af16", "a8", "a8g64")
 """Formats of activations; other groups of ``a8`` are as g64."""
 
@@ -25,7 +27,8 @@ def formats(targets: Mapping[str, Hardware]) -> list[dict[str, Any]]:
     """Return, for each op, weight format and activation, the schedules on each target.
 
     A pair is listed when at least one target has a kernel for it, or when none has (then ``kernels`` is
-    empty everywhere), so that absence is visible.
+    empty everywhere), so that absence is visible. ``tokens`` says for which of few and many tokens (1, 64) a
+    target has kernels: a model needs both.
     """
     from mimo_compile.errors import UsageError
     from mimo_compile.ir.formats import BASES
@@ -41,11 +44,21 @@ def formats(targets: Mapping[str, Hardware]) -> list[dict[str, Any]]:
                     sizes = [parse_workload(spec.format(t=t, w=weight, a=act)) for t in _TOKENS]
                 except UsageError:
                     continue
-                kernels = {
-                    name: [s.name for s in schedules if any(s.supports(w, hw) for w in sizes)]
+                each = {
+                    name: {s.name: [s.supports(w, hw) for w in sizes] for s in schedules}
                     for name, hw in targets.items()
                 }
-                out.append({"op": op, "weight": weight, "act": act, "kernels": kernels})
+                kernels = {
+                    name: [schedule for schedule, taken in found.items() if any(taken)]
+                    for name, found in each.items()
+                }
+                tokens = {
+                    name: [t for i, t in enumerate(_TOKENS) if any(x[i] for x in found.values())]
+                    for name, found in each.items()
+                }
+                out.append(
+                    {"op": op, "weight": weight, "act": act, "kernels": kernels, "tokens": tokens}
+                )
     return out
 
 
@@ -55,7 +68,10 @@ def lines(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         same: dict[tuple[Any, ...], dict[str, list[str]]] = {}
         for row in rows:
             if row["op"] == op:
-                key = tuple((target, tuple(names)) for target, names in row["kernels"].items())
+                key = tuple(
+                    (target, (*names, _SHORT.get(tuple(row["tokens"][target]), "")))
+                    for target, names in row["kernels"].items()
+                )
                 same.setdefault(key, {}).setdefault(row["weight"], []).append(row["act"])
         yield op
         for key, found in same.items():
@@ -67,13 +83,13 @@ def lines(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             by_names: dict[tuple[str, ...], list[str]] = {}
             for target, names in key:
                 by_names.setdefault(names, []).append(target)
-            for kernels, targets in by_names.items():
+            for (*kernels, only), targets in by_names.items():
                 few = all(t.startswith(("sim:", "cuda:")) for t in targets)
                 if not kernels and len(by_names) > 1 and few:
                     continue  # machines on paper and GPUs have few
                 short = " ".join(n.rpartition(".")[2] for n in kernels)
                 yield from _wrapped(
-                    "      ", f"{', '.join(targets)}: {short or 'none'}", after="          "
+                    "      ", f"{', '.join(targets)}: {short or 'none'}{only}", after="          "
                 )
 
 

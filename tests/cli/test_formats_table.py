@@ -6,7 +6,7 @@ import pytest
 
 from mimo_compile.cli.formats_table import WIDTH, formats, lines
 from mimo_compile.ir.formats import BASES
-from mimo_compile.ir.hardware import PRESETS, SIMULATED
+from mimo_compile.ir.hardware import CUDA, PRESETS, SIMULATED
 
 pytestmark = pytest.mark.compile
 
@@ -26,6 +26,15 @@ def test_formats_with_the_same_kernels_stand_together() -> None:
         "      x86-64-v3, x86-64-v4: x86_portable",
         "      sapphirerapids: x86_amx x86_vnni x86_portable",
     ]
+
+
+def test_kernels_for_few_tokens_are_told() -> None:
+    """A model needs kernels for prompts, too."""
+    rows = formats({"cuda:sm_90a": CUDA["cuda:sm_90a"]})
+    found = {(r["op"], r["weight"], r["act"]): r["tokens"]["cuda:sm_90a"] for r in rows}
+    assert found["mpgemm", "fp8b128", "a16"] == [1] == found["moe", "fp8b128", "a16"]
+    assert found["mpgemm", "fp8b128", "abf16"] == [1, 64] and not found["mpgemm", "anf4", "a16"]
+    assert any(line.endswith("cuda_gemv (few tokens only)") for line in lines(rows))
 
 
 def test_what_has_no_kernel_is_listed() -> None:
