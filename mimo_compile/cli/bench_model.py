@@ -97,9 +97,15 @@ def _artifact(args: argparse.Namespace, scratch: Path) -> tuple[Path, Path | Non
         from mimo_compile.runtime.container import open_artifact
         from mimo_compile.verify import builtin_source
 
+        parts = open_artifact(source)
+        if parts.manifest.target.kind != "cpu":
+            raise UsageError(
+                f"bench model is for CPUs, and {source} is for {parts.manifest.target.name}",
+                remedy="`mimo-compile run` says how many tokens a second an artifact makes",
+            )
         if args.weights is not None:
             return Path(source), resolve_source(args.weights)
-        return Path(source), builtin_source(open_artifact(source))
+        return Path(source), builtin_source(parts)
     if args.weights is not None:
         raise UsageError("--source says what an artifact was compiled from; SRC is no artifact")
     from mimo_compile.api import compile as compile_model

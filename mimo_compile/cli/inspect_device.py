@@ -86,7 +86,7 @@ def predicted_entries(parts: Parts, code: Code) -> dict[str, float | None]:
             for c in parts.manifest.plan
             if (count := c.calls.get(name, 0))
         ]
-        known = bool(each) and all(us for _, us in each)
+        known = bool(each) and all(us for _, us in each)  # 0.0: not predicted
         out[name] = sum(n * us for n, us in each) if known else None
     return out
 

@@ -54,9 +54,20 @@ def routed(
 
     Yields:
         ``route_log`` and ``route_replay``: None, or what was done, once it ends.
+
+    Raises:
+        UsageError: what routers of the artifact choose is not looked at.
     """
     from mimo_compile.runtime.routing import RoutingLog, recording, replaying
 
+    target = module.manifest.target
+    for option, path in (("--route-log", args.route_log), ("--route-replay", args.route_replay)):
+        if path is not None and target.kind != "cpu":
+            raise UsageError(
+                f"{option}: the artifact is for {target.name}, where kernels run as one graph, and what "
+                "routers choose is not looked at",
+                remedy="Leave it out, or compile for a CPU.",
+            )
     facts: dict[str, dict[str, Any] | None] = {"route_log": None, "route_replay": None}
     slots = range(min(texts, module.batch))
     recorder = replay = None

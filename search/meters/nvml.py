@@ -53,10 +53,12 @@ class NvmlMeter:
         self.idle_w: float | None = None
         try:
             self._nvml.nvmlInit()
-            self._handle = self._nvml.nvmlDeviceGetHandleByUUID(uuid or driver().uuid)
+            uuid = uuid or driver().uuid
+            self._handle = self._nvml.nvmlDeviceGetHandleByUUID(uuid)
             self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)
         except self._nvml.NVMLError as error:
-            raise OSError(f"NVML: {error}") from error
+            which = f" of {uuid}; it knows parts of a GPU (MIG) by other names" if uuid else ""
+            raise OSError(f"NVML: {error}{which}") from error
         except MimoError as error:
             raise OSError(f"which GPU kernels run on is not known: {error}") from error
 

@@ -11,6 +11,7 @@ import pytest
 
 from mimo_compile import _cuda
 from mimo_compile.ir import gpu
+from mimo_compile.runtime import gpu as runtime_gpu
 from mimo_compile.schedules.cuda import nvcc
 from mimo_compile.search import space
 
@@ -137,6 +138,10 @@ def test_an_artifact_is_shown_and_not_run(cli, tmp_path, monkeypatch) -> None:
     done = cli("run", path, "--prompt", "x")
     assert done.code == 3 and "is for cuda:sm_90a, and this machine has no GPU" in done.error
     assert "compute capability 9.0 (H100, H200)" in done.error and "--target cpu" in done.error
+    monkeypatch.setattr(runtime_gpu, "check", lambda *_: None)  # as where there is one
+    done = cli("bench", "model", path)
+    assert done.code == 2 and "bench model is for CPUs, and" in done.error
+    assert "is for cuda:sm_90a" in done.error and "`mimo-compile run`" in done.error
 
 
 def test_compiling_needs_nvcc_before_all_else(cli, tmp_path, monkeypatch) -> None:

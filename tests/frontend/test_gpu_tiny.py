@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,11 @@ import pytest
 from test_gpu_compiled import texts_alone  # noqa: F401
 
 import mimo_compile as mc
+from mimo_compile.cli.run_routing import routed
+from mimo_compile.errors import UsageError
 from mimo_compile.runtime import gpu_device, load
 from mimo_compile.schedules.cuda.emulate import compiler
+from mimo_compile.verify import verify_artifact
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "runtime"))
 
@@ -42,3 +46,11 @@ def test_the_built_in_model_emulated(texts_alone, tmp_path, monkeypatch) -> None
         assert ours.argmax() == theirs.argmax()
         # int8 activations: another order of sums moves codes by one here and there
         assert np.abs(ours - theirs).max() < 0.05 * np.abs(theirs).max()
+    # what routers choose stays on a GPU
+    (note,) = verify_artifact(path).notes
+    assert "which experts tokens get is not looked at on a GPU" in note
+    for option in ("route_log", "route_replay"):
+        args = Namespace(**{"route_log": None, "route_replay": None, option: tmp_path / "log"})
+        name = "--" + option.replace("_", "-")
+        with pytest.raises(UsageError, match=f"{name}: the artifact is for"), routed(args, gpu, 1):
+            pass
