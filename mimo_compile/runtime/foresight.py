@@ -110,6 +110,24 @@ def _sure(layer: int, ids: Array, rows: Rows | None) -> list[tuple[Key, float]]:
     return [((layer, expert), 1.0) for expert in experts]
 
 
+class Kept:
+    """What was foreseen at an earlier call of the entry point, of rows that are gone by now."""
+
+    def __init__(self, says: Says) -> None:
+        """Take what is asked at the earlier call."""
+        self._says = says
+        self._said: list[tuple[Key, float]] = []
+
+    def ask(self) -> list[tuple[Key, float]]:
+        """Return what is foreseen now, and keep it."""
+        self._said = self._says()
+        return self._said
+
+    def __call__(self) -> list[tuple[Key, float]]:
+        """Return what was foreseen."""
+        return self._said
+
+
 class GateForesight:
     """What a trained gate says of rows that an earlier layer's experts get."""
 
@@ -191,7 +209,8 @@ class Ahead:
     ) -> list[tuple[int, list[Says]]]:  # fmt: skip
         """Return what is asked before the first layer with experts, by the call behind which it is.
 
-        It is what a layer without experts has chosen for that one, and what gates say of the embeddings.
+        It is what gates say of the embeddings. Where a layer without experts chooses for that one, it is then
+        what it has chosen, with what the gates have said of the layers behind.
         """
         program, at = bound.program, calls[0]
         out: list[tuple[int, list[Says]]] = []
@@ -199,17 +218,18 @@ class Ahead:
             return out
         first = embeddings(bound, at)
         seen = bound.array(program.calls[first].args[-1])
-        told: list[Says] = [
-            GateForesight(layers[n], gate, seen, rows, False)
+        told = {
+            n: Kept(GateForesight(layers[n], gate, seen, rows, False))
             for n in calls[: self.layers]
             if first >= 0 and (gate := self.gates.get((BEGIN, layers[n]))) is not None
-        ]
+        }
         if told:
-            out.append((first, told))
+            out.append((first, [kept.ask for kept in told.values()]))
         chosen = chosen_at(bound, at, self.routers)
         if _stage(program.calls[chosen]) != _stage(program.calls[at]):
             ids = bound.array(program.calls[at].args[1])
-            out.append((chosen, [Known(layers[at], ids, rows if apart[at] else None)]))
+            behind = [kept for n, kept in told.items() if n != at]
+            out.append((chosen, [Known(layers[at], ids, rows if apart[at] else None), *behind]))
         return out
 
 

@@ -2,9 +2,10 @@
 
 Nothing here knows kernels or files. Whoever runs a layer acquires its experts and gets their slots; what is
 missing is loaded there and then. What a layer will probably need may be foreseen, and is loaded by a thread
-of its own. That thread waits while somebody loads what is needed now, and breaks a load off as soon as it is
-no longer foreseen: what was foreseen wrongly is hardly waited for, though an expert has left for it that may
-be needed again. Which experts are there, and when they came, changes times and nothing else.
+of its own. That thread reads, piece by piece, what comes first by then. It waits while somebody loads what is
+needed now, and breaks a load off as soon as it is no longer foreseen: what was foreseen wrongly is hardly
+waited for, though an expert has left for it that may be needed again. Which experts are there, and when they
+came, changes times and nothing else.
 """
 
 from __future__ import annotations
@@ -78,10 +79,15 @@ class Residency:
         self._urgent = False
         """Whether somebody loads what is needed now."""
         self._wishes: list[Key] = []
-        self._foreseen: frozenset[Key] = frozenset()
+        self._foreseen: dict[Key, int] = {}
+        """Place of each in the order in which they come."""
         self._pinned: frozenset[Key] = frozenset()
         self._process = os.getpid()
         self.traffic = Traffic()
+
+    def _bank(self, key: Key) -> Bank:
+        """Return the bank of an expert's layer."""
+        return self._banks[self._bank_of[key[0]]]
 
     def room(self, layer: int) -> int:
         """Return how many experts of a layer can be there at once."""
@@ -131,7 +137,7 @@ class Residency:
             for key in bank.abandoned():
                 bank.gone(key)
             self._wishes = [key for key in self._wishes if key[0] != layer]
-            self._foreseen = frozenset(key for key in self._foreseen if key[0] != layer)
+            self._foreseen = {k: n for k, n in self._foreseen.items() if k[0] != layer}
             self._pinned = frozenset(keys)
             needed = {expert: count for expert, count in tokens.items() if expert not in met}
             first = bank.need(layer, needed)
@@ -167,17 +173,18 @@ class Residency:
             left = [bank.slots for bank in self._banks]
             for layer, _ in self._pinned:
                 left[self._bank_of[layer]] -= 1
-            foreseen, wishes = [], []
+            foreseen: dict[Key, int] = {}
+            wishes: list[Key] = []
             for key in keys:
                 number = self._bank_of[key[0]]
                 if key in self._pinned or not left[number]:
                     continue
                 left[number] -= 1
-                foreseen.append(key)
+                foreseen[key] = len(foreseen)
                 bank = self._banks[number]
                 if not bank.has(key) and not bank.coming(key):
                     wishes.append(key)
-            self._foreseen, self._wishes = frozenset(foreseen), wishes
+            self._foreseen, self._wishes = foreseen, wishes
             self._changed.notify_all()
             if not self._wishes or self._busy:
                 return
@@ -198,7 +205,7 @@ class Residency:
     def forget(self) -> None:
         """Load nothing more of what was foreseen: the call that it was foreseen for is broken off."""
         with self._changed:
-            self._wishes, self._foreseen, self._urgent = [], frozenset(), False
+            self._wishes, self._foreseen, self._urgent = [], {}, False
             self._changed.notify_all()
 
     def _bring(self, bank: Bank, key: Key) -> None:
@@ -224,59 +231,86 @@ class Residency:
             return
 
     def _load_ahead(self) -> None:
-        """Load what is wished for until nothing is; in the thread for that."""
+        """Load what is wished for, piece by piece, until nothing is; in the thread for that."""
+        begun: dict[Key, Iterator[int]] = {}
         try:
-            while self._load_next():
-                pass
+            while (key := self._next_ahead(begun)) is not None:
+                self._piece_ahead(key, begun)
         except BaseException:
             with self._changed:
+                for key in begun:
+                    self._bank(key).gone(key)
                 self._busy = False  # whatever it was, the next call may try again
+                self._changed.notify_all()
             raise
 
-    def _load_next(self) -> bool:
-        """Load the first of what is wished for; returns whether there was any."""
+    def _next_ahead(self, begun: dict[Key, Iterator[int]]) -> Key | None:
+        """Return the load ahead of need that goes on; None: nothing is left, and the thread ends.
+
+        It is one that is needed by now, or else the first of what is foreseen, once nobody loads what is
+        needed more urgently: what was begun for later waits where it is. Loads that are foreseen no more are
+        broken off.
+        """
         with self._changed:
-            while self._wishes and self._urgent:
-                self._changed.wait()
-            if not self._wishes:
-                self._busy = False
-                return False
-            key = self._wishes.pop(0)
-            bank = self._banks[self._bank_of[key[0]]]
-            if bank.has(key) or bank.coming(key):
-                return True
-            found = bank.claim(key, self._pinned | self._foreseen, ahead=True)
-            if found is None:
-                return True
-            self.traffic.unused += found.vain
-            self.traffic.loaded_ahead += 1
-        try:
-            complete = self._fill(bank, key, found.slot, lambda: self._still_wanted(key))
-            self.traffic.dropped += not complete
-        except Exception:  # whoever needs it tries again, and says so
-            with self._changed:
-                self.traffic.failed_ahead += 1
+            while True:
+                vain = [k for k in begun if k not in self._pinned and k not in self._foreseen]
+                for key in vain:
+                    self._end_ahead(key, begun, complete=False)
+                    self.traffic.dropped += 1
+                needed = next((key for key in begun if key in self._pinned), None)
+                if needed is not None:
+                    return needed
+                if not begun and not self._wishes:
+                    self._busy = False
+                    return None
+                if self._urgent:
+                    self._changed.wait()
+                    continue
+                key = min([*begun, *self._wishes[:1]], key=self._foreseen.__getitem__)
+                if key in begun or self._begin_ahead(self._wishes.pop(0), begun):
+                    return key
+
+    def _begin_ahead(self, key: Key, begun: dict[Key, Iterator[int]]) -> bool:
+        """Begin a load ahead of need, under the lock; returns whether it is not there and has room."""
+        bank = self._bank(key)
+        if bank.has(key) or bank.coming(key):
+            return False
+        found = bank.claim(key, self._pinned | self._foreseen.keys(), ahead=True)
+        if found is None:
+            return False
+        self.traffic.unused += found.vain
+        self.traffic.loaded_ahead += 1
+        begun[key] = self._read(key, found.slot)
         return True
 
-    def _still_wanted(self, key: Key) -> bool:
-        """Whether a load ahead goes on, once nobody loads what is needed more urgently."""
-        with self._changed:
-            while key not in self._pinned:
-                if key not in self._foreseen:
-                    return False
-                if not self._urgent:
-                    return True
-                self._changed.wait()
-            return True
+    def _piece_ahead(self, key: Key, begun: dict[Key, Iterator[int]]) -> None:
+        """Read the next piece of a load ahead of need."""
+        try:
+            complete = self._read_piece(begun[key])
+        except Exception:  # whoever needs it tries again, and says so
+            with self._changed:
+                self._end_ahead(key, begun, complete=False)
+                self.traffic.failed_ahead += 1
+        else:
+            if complete:
+                with self._changed:
+                    self._end_ahead(key, begun, complete=True)
 
-    def _fill(
-        self, bank: Bank, key: Key, slot: int, wanted: Callable[[], bool] = lambda: True
-    ) -> bool:
-        """Load an expert into a slot that it has claimed, as long as it is wanted; returns if it came."""
+    def _end_ahead(self, key: Key, begun: dict[Key, Iterator[int]], *, complete: bool) -> None:
+        """Note, under the lock, that a load ahead of need has come or does not."""
+        del begun[key]
+        if complete:
+            self._bank(key).arrived(key)
+        else:
+            self._bank(key).gone(key)
+        self._changed.notify_all()
+
+    def _fill(self, bank: Bank, key: Key, slot: int) -> None:
+        """Load an expert that is needed into a slot that it has claimed."""
         complete = False
         try:
             pieces = self._read(key, slot)
-            while not complete and wanted():
+            while not complete:
                 complete = self._read_piece(pieces)
         finally:
             with self._changed:
@@ -285,7 +319,6 @@ class Residency:
                 else:
                     bank.gone(key)
                 self._changed.notify_all()
-        return complete
 
     def _read_piece(self, pieces: Iterator[int]) -> bool:
         """Read the next piece of an expert; returns whether there was none left."""

@@ -8,7 +8,7 @@ import pytest
 
 from mimo_compile.errors import InputError, UsageError
 from mimo_compile.runtime import ExpertMemory, load, tensor_file
-from mimo_compile.runtime.foresight import LIKELY, GateForesight, Rows, in_order
+from mimo_compile.runtime.foresight import LIKELY, GateForesight, Kept, Rows, in_order
 from mimo_compile.runtime.pregate import BEGIN, Gate, PreGates
 
 LABELS = tuple(f"{layer}.experts" for layer in samples.LAYERS)
@@ -145,6 +145,18 @@ def test_gates_see_embeddings_and_rows_of_tokens(file, tmp_path, monkeypatch):
         assert {e for (_, e), _ in pairs} == set(np.flatnonzero(chances >= LIKELY).tolist())
         assert [chance for _, chance in pairs] == sorted(chances[chances >= LIKELY], reverse=True)
     assert {layer for (layer, _), _ in said[3][1]} == {0}
+
+
+def test_what_was_foreseen_of_rows_that_are_gone_is_kept():
+    gate = Gate(np.array([[9], [-9]], np.float32), np.zeros(2, np.float32))
+    seen = np.ones((1, 1), np.float32)
+    kept = Kept(GateForesight(1, gate, seen, None, False))
+    assert not kept()  # nothing was asked yet
+    said = kept.ask()
+    assert [key for key, _ in said] == [(1, 0)]
+    seen[:] = -1
+    assert kept() == said
+    assert [key for key, _ in kept.ask()] == [(1, 1)] == [key for key, _ in kept()]
 
 
 def test_what_is_sure_comes_first_whatever_its_layer():

@@ -246,6 +246,50 @@ def test_a_load_ahead_waits_for_what_is_needed_now_and_goes_on_then():
     assert residency.resident(2, [0]) == {0} and residency.traffic.dropped == 0
 
 
+def test_what_is_foreseen_to_come_first_passes_what_was_begun_for_later():
+    residency, disk = in_pieces(4, (2, 0))
+    residency.foresee([(2, 0)])
+    disk.go[2, 0].release()
+    wait_for(lambda: disk.read == [(2, 0)])
+    residency.foresee([(1, 0), (1, 1), (2, 0)])
+    disk.go[2, 0].release(2)  # the piece that is being read comes, and the last one might
+    wait_for(lambda: not residency._busy)
+    assert disk.read == [(2, 0)] * 2 + [(1, 0)] * 3 + [(1, 1)] * 3 + [(2, 0)]
+    traffic = residency.traffic
+    assert (traffic.loaded_ahead, traffic.dropped, traffic.bytes_read) == (3, 0, 9)
+
+
+@pytest.mark.parametrize("end", ["needed", "foreseen no longer"])
+def test_what_waits_for_earlier_layers_goes_on_or_gives_its_slot_back(end):
+    residency, disk = in_pieces(3, (2, 0), (1, 0))
+    residency.foresee([(2, 0)])
+    disk.go[2, 0].release()
+    wait_for(lambda: disk.read == [(2, 0)])
+    residency.foresee([(1, 0), (2, 0)])
+    disk.go[2, 0].release()
+    disk.go[1, 0].release()
+    wait_for(lambda: disk.read == [(2, 0)] * 2 + [(1, 0)])
+    if end == "needed":
+        layer = threading.Thread(target=residency.acquire, args=(2, {0: 1}))
+        layer.start()
+        disk.go[1, 0].release()  # the piece that is being read comes
+        disk.go[2, 0].release()
+        layer.join(20)
+        assert disk.read == [(2, 0)] * 2 + [(1, 0)] * 2 + [(2, 0)]
+        assert residency.resident(2, [0]) == {0} and residency.traffic.late == 1
+        disk.go[1, 0].release()
+        wait_for(lambda: residency.resident(1, [0]) == {0})
+        assert residency.traffic.dropped == 0
+    else:
+        residency.foresee([(1, 0)])
+        disk.go[1, 0].release(2)
+        wait_for(lambda: not residency._busy)
+        assert residency.traffic.dropped == 1 and residency.resident(1, [0]) == {0}
+        assert disk.read == [(2, 0)] * 2 + [(1, 0)] * 3
+        residency.acquire(0, {0: 1, 1: 1})  # its slot is free again
+        assert residency.resident(1, [0]) == {0}
+
+
 def test_what_is_needed_does_not_wait_though_it_came_ahead_of_need():
     residency, disk = in_pieces(4, (1, 0), (1, 3))
     residency.foresee([(1, 0)])
