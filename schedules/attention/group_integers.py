@@ -6,59 +6,35 @@ weights in the same way. What multiplies codes is rounded to an integer, of as m
 says, for the largest in the group; one of 16 bits takes part in two dots of bytes. Codes count from the
 middle one: what rounding changes at that is known, and goes into the second sum as well. Sums of integers are
 exact. What the integers do to a result is in `ir.kv_rounding`.
+
+Beside dots, folding is most of the work. So queries are folded four rows at a time (`fours`), and weights are
+relative to a maximum that may be somewhat passed: then neither sums nor weights wait for that of a group.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 from mimo_compile.ir.kv_groups import GroupedFormat
-from mimo_compile.schedules.attention import int8_dot
+from mimo_compile.schedules.attention import exponent, fours, int8_dot
+from mimo_compile.schedules.attention.fours import ROWS
 from mimo_compile.schedules.attention.group_layout import BLOCKS
 from mimo_compile.schedules.attention.group_reach import GROUP, GroupReach
 from mimo_compile.schedules.attention.group_tile import GroupTile, line
 from mimo_compile.schedules.attention.reach import Tiling
-from mimo_compile.schedules.emit.build import Register, T, bind, load, loop, store, workspace
+from mimo_compile.schedules.emit.build import Register, T, bind, load, loop, store, when, workspace
 from mimo_compile.schedules.emit.unpack import field
-from mimo_compile.schedules.emit.vector import LANES, fused, rint, splat
+from mimo_compile.schedules.emit.vector import LANES, fused, splat
 
-
-def folded(buffer: Any, value: Any, join: Callable[[Any, Any], Any]) -> Any:
-    """Return what joining all lanes of 16 gives, half by half.
-
-    LLVM's own reductions of float32 go lane by lane. ``buffer`` has room for 16 lanes.
-    """
-    half = LANES
-    while half > 1:
-        store(buffer, value, 0, lanes=half)
-        half //= 2
-        value = join(load(buffer, 0, lanes=half), load(buffer, half, lanes=half))
-    return bind(value)
-
-
-def _largest(value: Any) -> Any:
-    """Return the largest of 16 numbers, none of which is negative: then it is that of their bits."""
-    bits = T.reinterpret("int32x16", value)
-    most = T.call_llvm_pure_intrin("int32", "llvm.vector.reduce.smax", bits)
-    return bind(T.reinterpret("float32", most))
-
-
-def added(a: Any, b: Any) -> Any:
-    """Return the sum."""
-    return a + b
-
-
-def _unit(most: Any, levels: int) -> tuple[Any, Any]:
-    """Return what numbers up to ``most`` are multiplied by to be rounded, and what one unit stands for."""
-    # below that the quotient would be infinite, and times zero not a number
-    by = T.if_then_else(most > T.float32(1e-30), T.float32(levels) / most, T.float32(0))
-    return bind(by), bind(most * T.float32(1 / levels))
+FAR = 16.0
+"""By how many powers of two a score may exceed the maximum that weights are relative to, before it is raised.
+Sums of such weights are far from the largest float32."""
+_ONES = 0x01010101
 
 
 def _four(buffer: Any, *index: Any) -> Any:
-    """Return four neighbouring bytes in each lane, bound."""
-    return bind(splat(T.reinterpret("int32", load(buffer, *index, lanes=4))))
+    """Return the four bytes of a lane in each lane, bound."""
+    return bind(splat(load(buffer, *index)))
 
 
 class Asked:
@@ -94,44 +70,73 @@ class Integers(GroupTile):
     ) -> None:
         super().__init__(s, fmt, k, v, head, lead)
         self.terms = fmt.query_terms
+        self.sets = -(-s.height // ROWS)
+        rows, groups = self.sets * ROWS, self.value_groups
         self.q = workspace((s.height, self.wide), "float32")
-        self.scratch = workspace((max(self.wide, GROUP),), "float32")
-        self.lanes = workspace((LANES,), "float32")
-        self.queries = workspace((self.terms, s.height, self.wide), "int8")
-        self.unit, self.offset = (workspace((s.height,), "float32") for _ in range(2))
-        self.weights = workspace((self.value_groups, s.height, GROUP), "uint8")
-        self.weight_unit = workspace((self.value_groups, s.height), "float32")
-        self.middles = workspace((self.value_groups, s.height, LANES), "float32")
+        self.turned = workspace((self.sets, self.wide * ROWS), "float32")
+        """Queries: of 16 channels, vectors of every fourth from the first, the second, ... of four rows."""
+        self.scratch = workspace((self.wide * ROWS,), "float32")
+        self.queries = workspace((self.terms, self.sets, self.wide), "int32")
+        """Bytes of four channels, of four rows one after the other."""
+        self.unit, self.offset = (workspace((rows * ROWS,), "float32") for _ in range(2))
+        self.folded = workspace((groups, s.height, GROUP), "float32")
+        self.most = workspace((groups, rows, LANES), "int32")
+        self.weights = workspace((groups, s.height, LANES), "int32")
+        self.weight_by, self.weight_unit = (
+            workspace((groups, rows * ROWS), "float32") for _ in range(2)
+        )
+        self.middles = workspace((groups, s.height, LANES), "float32")
         # only tiles of one row tile prefetch
-        rows, folds = min(s.rows, s.height), 2 * s.height
-        parts = BLOCKS // self._side_by_side(self.terms * rows)
-        columns = -(-s.columns // self._columns_at_once(rows))
-        self.keys_asked = Asked(BLOCKS * self.words, folds * self.wide // LANES, parts * self.words)
+        tile = min(s.rows, s.height)
+        parts = BLOCKS // self._side_by_side(self.terms * tile)
+        columns = -(-s.columns // self._columns_at_once(tile))
+        self.keys_asked = Asked(
+            BLOCKS * self.words, 2 * self.sets * self.wide // LANES, parts * self.words
+        )
         self.values_asked = Asked(
-            s.columns * GROUP // self.per,
-            folds * self.value_groups * BLOCKS,
-            columns * GROUP // self.per,
+            s.columns * GROUP // self.per, s.height * (1 + groups), columns * GROUP // self.per
         )
 
     def begin(self, q: Any, first: Any, scale: float) -> None:
-        """Load the queries as `Tile.begin` does; padding of a query is zero."""
+        """Load the queries as `Tile.begin` does, and keep them as they are folded; padding is zero."""
         super().begin(q, first, scale)
-        with loop(self.s.height) as row:
+        height = self.s.height
+        for row in range(height, self.sets * ROWS):
+            at = row % ROWS * ROWS
+            with loop(self.wide // ROWS) as j:
+                store(self.turned, splat(0.0, ROWS), row // ROWS, j * LANES + at, lanes=ROWS)
+            for g in range(self.value_groups):
+                store(self.most, splat(T.int32(0)), g, row, 0, lanes=LANES)
+        with loop(height) as row:
             for j in range(int(self.s.p["d"]), self.wide):
                 store(self.q, T.float32(0), row, j)
             with loop(self.value_groups) as g:
                 store(self.middles, splat(0.0), g, row, 0, lanes=LANES)
+            with loop(self.wide // LANES) as j:
+                numbers = bind(load(self.q, row, j * LANES, lanes=LANES))
+                for v in range(ROWS):
+                    part = T.Shuffle([numbers], list(range(v, LANES, ROWS)))
+                    at = (j * ROWS + v) * LANES + row % ROWS * ROWS
+                    store(self.turned, part, row // ROWS, at, lanes=ROWS)
 
     def old(self, reach: GroupReach, step: Any, held: Any, first: Any) -> None:
         """See `GroupTile.old`."""
-        with loop(self.s.height) as row:
-            self.round_query(held, row)
+        with loop(self.sets) as rows:
+            self.round_queries(held, rows)
         for base, rows, count in self._row_tiles():
             wide = self._side_by_side(self.terms * rows)
             with loop(BLOCKS // wide) as part, loop(count) as tile:
                 self.multiply_keys(held, part, wide, bind(tile * rows + base), rows)
         self.hide(reach, step, first)
-        self.weigh()
+        self.follow()
+        with loop(self.s.height) as row:
+            self.fold_weights(held, row)
+        with loop(self.value_groups) as g, loop(self.sets) as rows:
+            vectors = [load(self.most, g, rows * ROWS + r, 0, lanes=LANES) for r in range(ROWS)]
+            most = fours.of_four([bind(v) for v in vectors], fours.largest)
+            by, unit = fours.unit(most, self.fmt.weight_levels)
+            store(self.weight_by, by, g, rows * LANES, lanes=LANES)
+            store(self.weight_unit, unit, g, rows * LANES, lanes=LANES)
         with loop(self.s.height) as row, loop(self.value_groups) as g:
             self.round_weights(held, row, g)
         for base, rows, count in self._row_tiles():
@@ -152,36 +157,54 @@ class Integers(GroupTile):
         """Return how many columns of values are multiplied at once, for so many rows."""
         return min(self._side_by_side(rows), 1 << (self.s.columns.bit_length() - 1))
 
-    def round_query(self, step: Any, row: Any) -> None:
-        """Fold the scales of a group's channels into a query, round it, sum up what middle codes give."""
-        zero = splat(0.0)
-        top, total, rounded = (Register("float32", LANES, zero) for _ in range(3))
-        turn = bind(row * (2 * self.wide // LANES))
-        with loop(self.wide // LANES) as j:
+    def placed(self, scales: Any) -> Any:
+        """Return 16 scales of channels in the order of ``turned``."""
+        return fours.turned(scales)
+
+    def round_queries(self, step: Any, rows: Any) -> None:
+        """Fold the scales of a group's channels into four queries, round them, sum up what middles give."""
+        count, zero = self.wide // LANES, splat(T.int32(0))
+        # sums of their own, none of which waits for another
+        tops = [Register("int32", LANES, zero) for _ in range(ROWS)]
+        totals = [Register("float32", LANES, splat(0.0)) for _ in range(ROWS)]
+        sums = [Register("int32", LANES, zero) for _ in range(self.terms)]
+        turn = bind(rows * (2 * count))
+        with loop(count) as j:
             for n in self.keys_asked.rounding(turn + j):
                 self.ask_keys(step, 0, n)
-            query = bind(load(self.q, row, j * LANES, lanes=LANES))
-            value = bind(query * load(self.k_params, 0, j * LANES, lanes=LANES))
-            total.set(total.get() + query * load(self.k_params, 1, j * LANES, lanes=LANES))
-            top.set(T.max(top.get(), T.max(value, zero - value)))
-            store(self.scratch, value, j * LANES, lanes=LANES)
-        most = _largest(top.get())
-        by, unit = _unit(most, self.fmt.query_levels)
-        with loop(self.wide // LANES) as j:
-            for n in self.keys_asked.rounding(turn + self.wide // LANES + j):
+            for v, (top, total) in enumerate(zip(tops, totals, strict=True)):
+                at = (j * ROWS + v) * LANES
+                query = bind(load(self.turned, rows, at, lanes=LANES))
+                scale, middle = (
+                    fours.repeated(load(self.k_params, half, j * LANES + v * ROWS, lanes=ROWS))
+                    for half in (0, 1)
+                )
+                value = bind(query * scale)
+                total.set(fused(query, middle, total.get()))
+                top.set(T.max(top.get(), fours.magnitude(value)))
+                store(self.scratch, value, at, lanes=LANES)
+        a, b, c, d = (bind(top.get()) for top in tops)
+        most = fours.in_rows(T.max(T.max(a, b), T.max(c, d)), fours.largest)
+        by, unit = fours.unit(most, self.fmt.query_levels)
+        with loop(count) as j:
+            for n in self.keys_asked.rounding(turn + count + j):
                 self.ask_keys(step, 0, n)
-            value = bind(rint(load(self.scratch, j * LANES, lanes=LANES) * splat(by)))
-            rounded.set(rounded.get() + value)
-            whole = bind(T.cast(value, "int32x16"))
-            parts = [whole]
-            if self.terms == 2:
-                upper = bind(T.shift_right(whole + splat(T.int32(128)), splat(T.int32(8))))
-                parts = [upper, whole - T.shift_left(upper, splat(T.int32(8)))]
-            for term, part in enumerate(parts):
-                store(self.queries, T.cast(part, "int8x16"), term, row, j * LANES, lanes=LANES)
-        offset = total.get() - rounded.get() * splat(unit * T.float32(self.middle))
-        store(self.offset, folded(self.lanes, offset, added), row)
-        store(self.unit, unit, row)
+            words = [
+                fours.rounded(load(self.scratch, (j * ROWS + v) * LANES, lanes=LANES), by)
+                for v in range(ROWS)
+            ]
+            parts = fours.in_bytes(words, self.terms)
+            for term, (part, register) in enumerate(zip(parts, sums, strict=True)):
+                ones = splat(T.int32(_ONES))
+                register.set(int8_dot.dot(self.way, register.get(), ones, part))
+                store(self.queries, fours.turned(part), term, rows, j * LANES, lanes=LANES)
+        rounded = T.cast(sums[0].get(), "float32x16")
+        if self.terms == 2:
+            rounded = rounded * splat(256.0) + T.cast(sums[1].get(), "float32x16")
+        a, b, c, d = (bind(total.get()) for total in totals)
+        offset = (a + b) + (c + d) - rounded * (unit * splat(self.middle))
+        store(self.offset, fours.in_rows(offset, fours.added), rows * LANES, lanes=LANES)
+        store(self.unit, unit, rows * LANES, lanes=LANES)
 
     def multiply_keys(self, step: Any, part: Any, wide: int, first: Any, rows: int) -> None:
         """Write the scores of ``rows`` queries with the ``part``-th ``wide`` blocks of codes."""
@@ -195,11 +218,13 @@ class Integers(GroupTile):
                 codes = [bind(field(x, four * self.fmt.bits, self.fmt.bits, LANES)) for x in lines]
                 for r in range(rows):
                     for term in range(self.terms):
-                        x = _four(self.queries, term, first + r, w * self.per + 4 * four)
+                        own = first + r
+                        at = (w * (self.per // 4) + four) * ROWS + own % ROWS
+                        x = _four(self.queries, term, own // ROWS, at)
                         for code, register in zip(codes, acc[r][term], strict=True):
                             register.set(int8_dot.dot(self.way, register.get(), code, x))
         for r in range(rows):
-            unit, offset = (bind(splat(a[first + r])) for a in (self.unit, self.offset))
+            unit, offset = (bind(splat(a[(first + r) * ROWS])) for a in (self.unit, self.offset))
             for u in range(wide):
                 total = T.cast(acc[r][0][u].get(), "float32x16")
                 if self.terms == 2:
@@ -208,35 +233,80 @@ class Integers(GroupTile):
                 score = total * unit + offset
                 store(self.score, score, first + r, (block + u) * LANES, lanes=LANES)
 
+    def follow(self) -> None:
+        """Raise the maxima of the rows that have a score of the step far above theirs."""
+        over = Register("int32", LANES, splat(T.int32(0)))
+        with loop(self.s.height) as row:
+            above = self.largest_scores(row) > splat(self.top[row]) + splat(FAR)
+            found = T.Select(above, splat(T.int32(1)), splat(T.int32(0)))
+            over.set(T.bitwise_or(over.get(), found))
+        some = T.call_llvm_pure_intrin("int32", "llvm.vector.reduce.or", over.get())
+        with when(some != 0):
+            self.raise_far()
+
+    def largest_scores(self, row: Any) -> Any:
+        """Return the largest scores of a row in a step, by lane of its blocks, bound."""
+        a, b, c, d = (load(self.score, row, u * LANES, lanes=LANES) for u in range(BLOCKS))
+        return bind(T.max(T.max(a, b), T.max(c, d)))
+
+    def raise_far(self) -> None:
+        """Raise maxima that are passed by far to the largest of the step; what was summed shrinks."""
+        with loop(self.s.height) as row:
+            store(self.best, exponent.largest(self.largest_scores(row)), row)
+        with loop(self.lines) as i:
+            before, best = bind(load(self.top, i * LANES, lanes=LANES)), self.best_of(i * LANES)
+            top = bind(T.Select(best > before + splat(FAR), best, before))
+            store(self.shrink, self.factor2(before - top), i * LANES, lanes=LANES)
+            store(self.top, top, i * LANES, lanes=LANES)
+        with loop(self.s.height) as row:
+            shrink = bind(splat(self.shrink[row]))
+            shrunk = [(self.sum, (row, 0)), *(
+                (self.middles, (g, row, 0)) for g in range(self.value_groups)
+            ), *((self.out, (row, j * LANES)) for j in range(self.s.columns))]  # fmt: skip
+            for buffer, at in shrunk:
+                store(buffer, load(buffer, *at, lanes=LANES) * shrink, *at, lanes=LANES)
+
+    def fold_weights(self, step: Any, row: Any) -> None:
+        """Turn a row's scores into weights, fold the scales of a group's tokens into them."""
+        groups, top = range(self.value_groups), bind(splat(self.top[row]))
+        for n in self.values_asked.rounding(row):
+            self.ask_values(step, 0, n)
+        total = Register("float32", LANES, load(self.sum, row, 0, lanes=LANES))
+        middles = [
+            Register("float32", LANES, load(self.middles, g, row, 0, lanes=LANES)) for g in groups
+        ]
+        most = [Register("int32", LANES, splat(T.int32(0))) for _ in groups]
+        for at in range(0, GROUP, LANES):
+            weight = bind(self.exp2(load(self.score, row, at, lanes=LANES) - top))
+            total.set(total.get() + weight)
+            for g in groups:
+                scale, middle = (load(self.v_params, half, g, at, lanes=LANES) for half in (0, 1))
+                value = bind(weight * scale)
+                middles[g].set(fused(weight, middle, middles[g].get()))
+                most[g].set(T.max(most[g].get(), fours.magnitude(value)))
+                store(self.folded, value, g, row, at, lanes=LANES)
+        store(self.sum, total.get(), row, 0, lanes=LANES)
+        for g in groups:
+            store(self.middles, middles[g].get(), g, row, 0, lanes=LANES)
+            store(self.most, most[g].get(), g, row, 0, lanes=LANES)
+
     def round_weights(self, step: Any, row: Any, g: Any) -> None:
-        """Fold the scales of a group's tokens into a row's weights, and sum up what middle codes give."""
-        top = Register("float32", LANES, splat(0.0))
-        total = load(self.middles, g, row, 0, lanes=LANES) * splat(self.shrink[row])
-        middles, rounded = Register("float32", LANES, total), Register("float32", LANES, splat(0.0))
-        turn = bind((row * self.value_groups + g) * (2 * BLOCKS))
-        with loop(BLOCKS) as u:
-            for n in self.values_asked.rounding(turn + u):
-                self.ask_values(step, 0, n)
-            weight = bind(load(self.score, row, u * LANES, lanes=LANES))
-            value = bind(weight * load(self.v_params, 0, g, u * LANES, lanes=LANES))
-            middle = load(self.v_params, 1, g, u * LANES, lanes=LANES)
-            middles.set(fused(weight, middle, middles.get()))
-            top.set(T.max(top.get(), value))
-            store(self.scratch, value, u * LANES, lanes=LANES)
-        most = _largest(top.get())
-        by, unit = _unit(most, self.fmt.weight_levels)
-        with loop(BLOCKS) as u:
-            for n in self.values_asked.rounding(turn + BLOCKS + u):
-                self.ask_values(step, 0, n)
-            value = bind(rint(load(self.scratch, u * LANES, lanes=LANES) * splat(by)))
-            rounded.set(rounded.get() + value)
-            whole = T.cast(T.cast(value, "int32x16"), "uint8x16")
-            store(self.weights, whole, g, row, u * LANES, lanes=LANES)
-        total = middles.get()
+        """Round a row's folded weights, and subtract what middle codes give."""
+        for n in self.values_asked.rounding(self.s.height + row * self.value_groups + g):
+            self.ask_values(step, 0, n)
+        by = bind(splat(self.weight_by[g, row * ROWS]))
+        words = [
+            fours.rounded(load(self.folded, g, row, at, lanes=LANES), by)
+            for at in range(0, GROUP, LANES)
+        ]
+        (whole,) = fours.in_bytes(words, 1)
+        store(self.weights, fours.in_order(whole), g, row, 0, lanes=LANES)
         if self.fmt.bits < 8:  # bytes count from the middle one as they lie
-            total = total - rounded.get() * splat(unit * T.float32(self.middle))
-        store(self.middles, total, g, row, 0, lanes=LANES)
-        store(self.weight_unit, unit, g, row)
+            zero, ones = splat(T.int32(0)), splat(T.int32(_ONES))
+            rounded = T.cast(int8_dot.dot(self.way, zero, whole, ones), "float32x16")
+            less = splat(self.weight_unit[g, row * ROWS] * T.float32(self.middle))
+            total = load(self.middles, g, row, 0, lanes=LANES) - rounded * less
+            store(self.middles, total, g, row, 0, lanes=LANES)
 
     def multiply_values(
         self, step: Any, column: Any, wide: int, turn: Any, first: Any, rows: int
@@ -252,15 +322,14 @@ class Integers(GroupTile):
             for four in range(self.per // 4):
                 codes = [bind(field(x, four * self.fmt.bits, self.fmt.bits, LANES)) for x in lines]
                 for r in range(rows):
-                    x = _four(self.weights, g, first + r, run * self.per + 4 * four)
+                    x = _four(self.weights, g, first + r, run * (self.per // 4) + four)
                     for code, register in zip(codes, acc[r], strict=True):
                         register.set(int8_dot.dot(self.way, register.get(), x, code))
         for r in range(rows):
-            shrink = bind(splat(self.shrink[first + r]))
-            unit = bind(splat(self.weight_unit[g, first + r]))
+            unit = bind(splat(self.weight_unit[g, (first + r) * ROWS]))
             for c in range(wide):
                 at = (column + c) * LANES
-                before = load(self.out, first + r, at, lanes=LANES) * shrink
+                before = load(self.out, first + r, at, lanes=LANES)
                 total = fused(T.cast(acc[r][c].get(), "float32x16"), unit, before)
                 store(self.out, total, first + r, at, lanes=LANES)
 
@@ -269,8 +338,10 @@ class Integers(GroupTile):
         per_scale = self.fmt.columns // LANES
         with loop(self.s.height) as row:
             for g in range(self.value_groups):
-                middles = load(self.middles, g, row, 0, lanes=LANES)
-                more = bind(splat(folded(self.lanes, middles, added)))
+                parts = [self.middles[g, row, i] for i in range(LANES)]
+                while len(parts) > 1:
+                    parts = [bind(a + b) for a, b in zip(parts[::2], parts[1::2], strict=True)]
+                more = bind(splat(parts[0]))
                 for c in range(g * per_scale, min((g + 1) * per_scale, self.s.columns)):
                     total = load(self.out, row, c * LANES, lanes=LANES) + more
                     store(self.out, total, row, c * LANES, lanes=LANES)

@@ -9,6 +9,7 @@ The tail is float32 and read as caches of that format are.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from mimo_compile.ir.kv_groups import GroupedFormat
@@ -87,15 +88,16 @@ class GroupTile(Tile):
     def widen_params(self, step: Any) -> None:
         """Make scales of a group float32, and what the middle code stands for."""
         with loop(round_up(int(self.s.p["d"])) // LANES) as j:
-            self._widen(self.k_scale, self.k_params, (self.head, step), (), j * LANES)
+            self._widen(self.k_scale, self.k_params, (self.head, step), (), j * LANES, self.placed)
         with loop(self.value_groups) as g, loop(BLOCKS) as u:
             self._widen(self.v_scale, self.v_params, (self.head, step), (g,), u * LANES)
 
     def _widen(
-        self, source: Any, to: Any, outer: tuple[Any, ...], inner: tuple[Any, ...], at: Any
-    ) -> None:
+        self, source: Any, to: Any, outer: tuple[Any, ...], inner: tuple[Any, ...], at: Any,
+        order: Callable[[Any], Any] = lambda scales: scales,
+    ) -> None:  # fmt: skip
         scale, zero = (
-            bind(T.cast(load(source, *outer, half, *inner, at, lanes=LANES), "float32x16"))
+            bind(order(T.cast(load(source, *outer, half, *inner, at, lanes=LANES), "float32x16")))
             for half in (0, 1)
         )
         if self.ask:
@@ -104,6 +106,10 @@ class GroupTile(Tile):
                 prefetch(source, head, step + self.further, half, *inner, at)
         store(to, scale, 0, *inner, at, lanes=LANES)
         store(to, scale * splat(self.middle) + zero, 1, *inner, at, lanes=LANES)
+
+    def placed(self, scales: Any) -> Any:
+        """Return scales of 16 channels in the order in which they are multiplied."""
+        return scales
 
     def old(self, reach: GroupReach, step: Any, held: Any, first: Any) -> None:
         """Do a step over the codes of the group that lies at ``held``."""

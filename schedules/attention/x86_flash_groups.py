@@ -17,6 +17,7 @@ from mimo_compile.ir.ops import get_op
 from mimo_compile.ir.ops.pages import paged, table_bytes
 from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules.attention import int8_dot
+from mimo_compile.schedules.attention.fours import ROWS
 from mimo_compile.schedules.attention.group_integers import Madd, Vnni
 from mimo_compile.schedules.attention.group_layout import elements, key_channels
 from mimo_compile.schedules.attention.group_reach import GROUP, GroupReach, group_steps
@@ -53,7 +54,7 @@ class X86FlashGroups(X86Flash):
     """The same tiles and parts; steps over groups of codes, then over the tail."""
 
     name = "cached_attention.x86_flash_groups"
-    version = 5
+    version = 6
     config = GroupsConfig
 
     def supports(self, workload: Workload, hardware: Hardware) -> bool:
@@ -194,9 +195,14 @@ def groups_work(
         ops["fma_f32"] += heads * height * codes * (d + width) + numbers
         ops["int_op"] = 3.0 * numbers
     else:
+        wide, groups = key_channels(p["d"], fmt), heads * codes / GROUP
+        # dots sum up integers, too: of queries in fours, of weights where codes count from the middle
+        fours = -(-s.height // ROWS) * ROWS
+        summed = float(fours * fmt.query_terms * wide)
+        summed += height * fmt.value_groups(p["dv"]) * GROUP if fmt.bits < 8 else 0.0
         ops["dot_i8"] = heads * height * codes * (fmt.query_terms * packed_d + width)
+        ops["dot_i8"] += groups * summed
         # scales folded into queries, once in a group, and into weights
-        wide = key_channels(p["d"], fmt)
         folded = heads * height * codes * (wide / GROUP + fmt.value_groups(p["dv"]))
         ops["fma_f32"] += 3.0 * folded
         # codes of fewer than 8 bits are moved and masked; integers are split into bytes
