@@ -17,6 +17,7 @@ from mimo_compile.ir.hardware import CUDA, PRESETS
 from mimo_compile.ir.ops import get_op, parse_workload
 from mimo_compile.ir.ops.score_lowbit import MOST
 from mimo_compile.schedules import get_schedule, schedules_for
+from mimo_compile.schedules.attention.cuda_key_mean import PartsOfKeysConfig
 from mimo_compile.schedules.attention.cuda_score_lowbit import LowbitStagesConfig
 from mimo_compile.schedules.cuda.emulate import compiler
 from mimo_compile.search.measure.emulated import check_emulated
@@ -161,7 +162,27 @@ def test_keys_of_bfloat16_have_a_mean_on_gpus():
     assert [s.name for s in schedules_for(workload, H200)] == [MEAN.name]
     assert not MEAN.supports(workload, PRESETS["sapphirerapids"])
     assert not MEAN.supports(parse_workload("key_mean:t=4,kv=2,d=24,cap=100"), H200)
-    need, work = get_op("key_mean").counts(workload), MEAN.work(workload, None, H200)
-    assert all(
-        work.bytes["dram"] >= need.bytes["dram"] and work.ops[n] >= x for n, x in need.ops.items()
-    )
+    need = get_op("key_mean").counts(workload)
+    for splits in (1, 4):
+        config = PartsOfKeysConfig(32, splits)
+        kernel, work = MEAN.lower(workload, config, H200), MEAN.work(workload, config, H200)
+        assert kernel.counts == work
+        assert len(work.parts or (work,)) == len(kernel.device.launches)
+        assert work.bytes["dram"] >= need.bytes["dram"] * (1 - 1e-9)
+        assert all(work.ops[n] >= x for n, x in need.ops.items())
+        if splits > 1:  # sums of blocks are written once, and read
+            plain = MEAN.work(workload, PartsOfKeysConfig(32, 1), H200)
+            written = 4 * splits * 2 * 32
+            assert work.bytes["l2"] == plain.bytes["l2"] + written + 4 * splits * 2 * 24
+
+
+def test_keys_are_split_until_a_gpu_is_full_or_threads_have_few():
+    for hardware, cores in ((A100, 108), (H200, 132)):
+        for kv, d, cap in ((8, 128, 65536), (1, 64, 65536), (2, 128, 2048), (4, 24, 40)):
+            workload = parse_workload(f"key_mean:t=1,kv={kv},d={d},cap={cap},c=bf16")
+            config = MEAN.space(workload, hardware).default
+            blocks = MEAN.lower(workload, config, hardware).device.launches[0].grid
+            blocks = blocks[0] * blocks[1]
+            assert blocks <= 4 * cores
+            of_a_thread = cap / (config.parts * config.splits)
+            assert of_a_thread < 16 or blocks > 2.6 * cores  # of 4 to an SM
