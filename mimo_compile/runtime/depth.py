@@ -18,6 +18,8 @@ _MEMORY = 0.95
 """Part of what is known that one more observation leaves."""
 _PRIOR = 0.6
 """Acceptance that is expected before anything is known; counts as one observation."""
+_HOPE = 1.0
+"""Standard errors that acceptances are hoped to be greater by."""
 _TIMES = 9
 """Last times of something that its usual time is taken from: a median forgives what others' work takes."""
 _FEW = 3
@@ -85,11 +87,15 @@ class Depth:
         self._before = drafted
         self._last[drafted] = self._passes
 
-    def expected(self, depth: int) -> float:
-        """Return the tokens that a pass with so many drafts is expected to emit."""
+    def expected(self, depth: int, errors: float = 0.0) -> float:
+        """Return the tokens that a pass with so many drafts is expected to emit.
+
+        ``errors``: by how many standard errors acceptances are thought greater than they were.
+        """
         tokens, all_kept = 1.0, 1.0
         for kept, tried in zip(self._kept[:depth], self._tried, strict=False):
-            all_kept *= kept / tried
+            share = kept / tried
+            all_kept *= min(share + errors * (share * (1 - share) / tried) ** 0.5, 1.0)
             tokens += all_kept
         return tokens
 
@@ -98,10 +104,14 @@ class Depth:
         return min(self._passing[depth].count, _FEW), self._last[depth]
 
     def _worth(self, depth: int) -> float:
-        """Return the tokens per second that are expected of a depth; 0 if it was never timed."""
+        """Return the tokens per second that are hoped for of a depth; 0 if it was never timed.
+
+        What heads deeper than the depth in use would keep is not seen. Hoping more of what is known less
+        takes them up again (upper confidence bounds: Auer, Cesa-Bianchi and Fischer 2002).
+        """
         passing = self._usual(depth)
         seconds = passing + sum(head.usual for head in self._heads[:depth])
-        return self.expected(depth) / seconds if passing else 0.0
+        return self.expected(depth, _HOPE) / seconds if passing else 0.0
 
     def _usual(self, depth: int) -> float:
         """Return what a pass with so many drafts takes without drafting; 0 if nothing is known.
