@@ -53,6 +53,7 @@ SCHEDULES: dict[str, dict[str, str]] = {
         "cached_attention.x86_flash_rows_half": "attention.x86_rows:X86FlashRowsHalf",
         "cached_attention.cuda_decode": "attention.cuda_decode:CudaDecode",
         "cached_attention.cuda_prefill": "attention.cuda_prefill:CudaPrefill",
+        "cached_attention.cuda_wgmma": "attention.cuda_wgmma:CudaFlashWgmma",
         "cached_attention.cuda_groups_decode": "attention.cuda_groups:CudaGroupsDecode",
         "cached_attention.cuda_groups_prefill": "attention.cuda_groups:CudaGroupsPrefill",
         "cached_attention.cuda_float8_decode": "attention.cuda_float8:CudaFloat8Decode",

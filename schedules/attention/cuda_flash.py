@@ -61,6 +61,8 @@ class CudaFlash(Schedule):
     """Module that lays out the caches: `takes`, `kernel_args`, `constants`, `layouts`, `pack`, `unpack`."""
     expected: ClassVar[tuple[str, ...]] = ("HMMA", "LDSM", "LDGSTS")
     """Prefixes of opcodes that must occur."""
+    needs: ClassVar[frozenset[str]] = layout.NEEDS
+    """Features of a GPU."""
 
     def supports(self, workload: Workload, hardware: Hardware) -> bool:
         """Workloads of the op with bfloat16 caches and float arithmetic, of heads that registers hold."""
@@ -118,6 +120,10 @@ class CudaFlash(Schedule):
             "SCALE": layout.float32(op.softmax_scale(p) * LOG2_E),
         }
 
+    def knobs_of(self, config: Any) -> dict[str, int | float | bool]:
+        """Return what the text is told of a config."""
+        return {name.upper(): value for name, value in self.config_to_json(config).items()}
+
     @abstractmethod
     def template(self) -> Path:
         """Return the file of the text."""
@@ -148,14 +154,13 @@ class CudaFlash(Schedule):
 
     def lower(self, workload: Workload, config: Any, hardware: Hardware) -> Kernel:
         """Generate the kernel of one config."""
-        knobs = {name.upper(): value for name, value in self.config_to_json(config).items()}
-        text = rendered(self.template(), self.constants(workload) | knobs)
+        text = rendered(self.template(), self.constants(workload) | self.knobs_of(config))
         launches, scratch = self.launches(workload, config), self.scratch(workload, config)
         code = DeviceCode(text, launches, scratch, expected=self.expected)
         bytes_of_scratch = sum(array_bytes(a) for a in scratch.values())
         return Kernel(
             kernel_name(self, workload, config, hardware), None, self.caches.kernel_args(workload),
-            self.work(workload, config, hardware), bytes_of_scratch, layout.NEEDS, device=code,
+            self.work(workload, config, hardware), bytes_of_scratch, self.needs, device=code,
         )  # fmt: skip
 
     def layouts(self, workload: Workload, config: Any) -> dict[str, str]:

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
-
 from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.hardware import Hardware
 from mimo_compile.ir.ops import get_op
@@ -17,6 +15,7 @@ from mimo_compile.schedules.attention.cuda_work import (
     HEIGHT,
     in_pages,
     spans,
+    steps_of,
     tiles_of,
 )
 from mimo_compile.schedules.base import Space
@@ -78,21 +77,7 @@ class CudaPrefill(CudaFlash):
             begin, end = spans(p, length, HEIGHT * config.warps)
             copied += float((end - begin).sum())
             held += float(end.max() - begin.min()) * p["kv"]
-            scored += float(self._steps(p, config, length, begin).sum()) * config.keys
+            steps = steps_of(p, length, begin, (config.warps, HEIGHT), config.keys)
+            scored += float(steps.sum()) * config.keys
         found = self.counted(p, copied, held, scored, config.keys)
         return in_pages(found, p, op.lengths(p))
-
-    @staticmethod
-    def _steps(p: Mapping[str, Any], config: StagesConfig, length: int, begin: Any) -> Any:
-        """Return how many steps each warp takes, of blocks whose keys begin at ``begin``."""
-        group, start = p["h"] // p["kv"], length - p["t"]
-        row = np.arange(len(begin) * config.warps) * HEIGHT
-        oldest = start + row // group
-        newest = start + np.minimum((row + HEIGHT - 1) // group, p["t"] - 1)
-        block = np.repeat(begin, config.warps)
-        last = np.where(row < p["t"] * group, (newest - block) // config.keys, -1)
-        skipped = np.zeros_like(last)
-        if p["window"]:
-            blind = (oldest - p["window"] - config.keys + 1 - block) // config.keys + 1
-            skipped = np.maximum(blind, 0)
-        return np.maximum(last - skipped + 1, 0)

@@ -43,6 +43,32 @@ def spans(p: Mapping[str, Any], length: int, height: int) -> tuple[Any, Any]:
     return begin, start + last + 1
 
 
+def steps_of(
+    p: Mapping[str, Any], length: int, begin: Any, teams: tuple[int, int], keys: int
+) -> Any:
+    """Return how many tiles of keys each team of warps passes over; int64, teams of a block together.
+
+    Args:
+        p: Parameters of a `cached_attention`.
+        length: Positions in the cache, those of the call's tokens among them.
+        begin: The first position that any row of each block sees; see `spans`.
+        teams: How many a block has, and rows of each: tiles that none of these sees are left out.
+        keys: Of a tile.
+    """
+    group, start = p["h"] // p["kv"], length - p["t"]
+    count, height = teams
+    row = np.arange(len(begin) * count) * height
+    oldest = start + row // group
+    newest = start + np.minimum((row + height - 1) // group, p["t"] - 1)
+    block = np.repeat(begin, count)
+    last = np.where(row < p["t"] * group, (newest - block) // keys, -1)
+    skipped = np.zeros_like(last)
+    if p["window"]:
+        blind = (oldest - p["window"] - keys + 1 - block) // keys + 1
+        skipped = np.maximum(blind, 0)
+    return np.maximum(last - skipped + 1, 0)
+
+
 def copied_counts(
     p: Mapping[str, Any],
     heads: float,

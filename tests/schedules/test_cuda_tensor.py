@@ -376,7 +376,9 @@ def held(mode: int, order: int = 0) -> tuple[Values, Values]:
     """Return what `HELD` computes, and what it should."""
     rng = np.random.default_rng(5)
     a = bf16_bits(rng.standard_normal((64, 32)).astype(np.float32))
-    b = bf16_bits(rng.standard_normal((29, 120)).astype(np.float32))  # the boxes hang over its edges
+    b = bf16_bits(
+        rng.standard_normal((29, 120)).astype(np.float32)
+    )  # the boxes hang over its edges
     inputs = {"mode": np.array([mode], np.int32), "a": a, "b": b}
     got = run(
         HELD, "multiply", inputs, {"y": ((64, 128), "float32")}, 128, 2 * 4096 + 8,

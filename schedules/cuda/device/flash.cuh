@@ -100,11 +100,11 @@ __device__ __forceinline__ void score(float (&logits)[KEYS / 8][4], const uint32
   }
 }
 
-// Turns logits into weights relative to the greatest logit of a row so far, rounded, in pairs that are left
-// operands of `add_values`; rescales what the rows have. A row that has seen nothing keeps weights of zero.
-template <int KEYS, int WIDTH>
-__device__ __forceinline__ void weigh(uint32_t (&weights)[KEYS / 16][4], Rows<WIDTH>& rows,
-                                      const float (&logits)[KEYS / 8][4], float scale) {
+// Turns logits into weights relative to the greatest logit of a row so far, rounded; rescales what the rows have. A row
+// that has seen nothing keeps weights of zero. `keep(n, half, pair)` gets those of the two keys in logits[n].
+template <int KEYS, int WIDTH, class Keep>
+__device__ __forceinline__ void weigh_pairs(Rows<WIDTH>& rows, const float (&logits)[KEYS / 8][4], float scale,
+                                            Keep keep) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     float most = -infinity();
@@ -129,9 +129,18 @@ __device__ __forceinline__ void weigh(uint32_t (&weights)[KEYS / 16][4], Rows<WI
       const uint32_t pair = pack_bf16(exp2_approx(fmaf(logits[n][2 * half], scale, -base)),
                                       exp2_approx(fmaf(logits[n][2 * half + 1], scale, -base)));
       rows.sum[half] += bf16_to_float(uint16_t(pair & 0xffff)) + bf16_to_float(uint16_t(pair >> 16));
-      weights[n / 2][(n & 1) * 2 + half] = pair;
+      keep(n, half, pair);
     }
   }
+}
+
+// The same with the weights of pairs as left operands of `add_values`.
+template <int KEYS, int WIDTH>
+__device__ __forceinline__ void weigh(uint32_t (&weights)[KEYS / 16][4], Rows<WIDTH>& rows,
+                                      const float (&logits)[KEYS / 8][4], float scale) {
+  weigh_pairs<KEYS, WIDTH>(rows, logits, scale, [&](int n, int half, uint32_t pair) {
+    weights[n / 2][(n & 1) * 2 + half] = pair;
+  });
 }
 
 // Adds weighted values to the rows.
@@ -152,6 +161,19 @@ __device__ __forceinline__ void add_values(Rows<WIDTH>& rows, const uint32_t (&w
   }
 }
 
+// Takes the logits of keys out that the lane's rows do not see: `seen(half, key)`.
+template <int KEYS, class Seen>
+__device__ __forceinline__ void hide(float (&logits)[KEYS / 8][4], Seen seen) {
+  const int column = (threadIdx.x & 3) * 2;
+#pragma unroll
+  for (int n = 0; n < KEYS / 8; ++n) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      if (!seen(e >> 1, n * 8 + column + (e & 1))) logits[n][e] = -infinity();
+    }
+  }
+}
+
 // One step of online softmax: 16 rows of queries over KEYS keys in shared memory. With `masked`,
 // `seen(half, key)` says whether the lane's row number `half` sees a key; else all do.
 template <int KEYS, int DK, int DV, class Seen>
@@ -159,16 +181,7 @@ __device__ __forceinline__ void attend(Rows<DV>& rows, const uint32_t (&q)[DK / 
                                        uint32_t values, float scale, bool masked, Seen seen) {
   float logits[KEYS / 8][4];
   score<KEYS, DK>(logits, q, keys);
-  if (masked) {
-    const int column = (threadIdx.x & 3) * 2;
-#pragma unroll
-    for (int n = 0; n < KEYS / 8; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        if (!seen(e >> 1, n * 8 + column + (e & 1))) logits[n][e] = -infinity();
-      }
-    }
-  }
+  if (masked) hide<KEYS>(logits, seen);
   uint32_t weights[KEYS / 16][4];
   weigh<KEYS, DV>(weights, rows, logits, scale);
   add_values<KEYS, DV>(rows, weights, values);
