@@ -7,13 +7,15 @@ the emulator, or a word that the kernel does not need; those that are known are 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
-from test_cuda_attention import EXACT, check_exact
+from test_cuda_attention import EXACT, check_exact, made
+from test_cuda_flash_wgmma import EXACT as WGMMA_EXACT
 from test_cuda_float8 import DECODE as FLOAT8
 from test_cuda_float8 import PRECISE, check_precise
 from test_cuda_groups import DECODE as GROUPS
@@ -60,6 +62,15 @@ LATE = re.compile(
 ANCHORS = re.compile(
     r"\b(multiply|tma_load|load|mbarrier_arrive|leave|wgmma_commit|wgmma_wait<\w+>)\([^;]*\);"
 )
+FLASH = [
+    (
+        "cached_attention.cuda_wgmma",
+        "cached_attention:t=90,h=1,kv=1,d=24,dv=18,cap=210,window=120,len=300,c=bf16,"
+        f"scale={math.log(2)}",
+        {"keys": 32, "consumers": 2, "stages": 2, "overlap": overlap},
+    )
+    for overlap in (True, False)
+]
 CASES = [
     ("mpgemm.cuda_gemv", "mpgemm:m=2,n=9,k=150,w=w4g64,a=a8,bias=1", {}),
     ("mpgemm.cuda_mma", "mpgemm:m=19,n=33,k=272,w=w8,a=a8", {}),
@@ -80,6 +91,7 @@ CASES = [
     ),
     ("cached_attention.cuda_decode", "cached_attention:t=2,h=9,kv=1,d=24,dv=18,cap=300,sink=1,c=bf16", {}),
     ("cached_attention.cuda_prefill", "cached_attention:t=40,h=3,kv=1,d=24,dv=18,cap=220,len=200,c=bf16", {}),
+    *FLASH,
     (
         "cached_attention.cuda_int8",
         "cached_attention:t=40,h=3,kv=1,d=24,dv=18,cap=300,c=bf16,arith=int8", {"warps": 2},
@@ -201,7 +213,7 @@ def late(text: str) -> Iterator[tuple[str, str]]:
             yield word[0], f"{text[: word.start()]};{between} {word[0]}{text[behind[-1] :]}"
 
 
-@pytest.mark.parametrize(("name", "text", "knobs"), CASES[3:4])
+@pytest.mark.parametrize(("name", "text", "knobs"), CASES[3:5])
 def test_no_word_of_a_pipeline_may_come_late(name: str, text: str, knobs: dict[str, Any]) -> None:
     schedule, workload = get_schedule(name), parse_workload(text)
     config = replace(schedule.space(workload, ONE_SM).default, **knobs)
@@ -215,7 +227,46 @@ def test_no_word_of_a_pipeline_may_come_late(name: str, text: str, knobs: dict[s
     assert not left
 
 
-@pytest.mark.parametrize(("schedule", "text", "config"), EXACT, ids=[s.name for s, _, _ in EXACT])
+ORDERS = [
+    (r"(take_weights\(\);)\s+(for \(int step = from \+ 1)", r"\2"),
+    (r"added\(\);\s+rescale\(\);\s+take_weights\(\);", "take_weights(); added(); rescale();"),
+    (r"added\(\);\s+rescale\(\);\s+take_weights\(\);", "rescale(); added(); take_weights();"),
+    (r"wgmma_wait<1>\(\);\s+weigh\(step\);", "weigh(step); wgmma_wait<1>();"),
+    (r"(score\(\);)\s+(add\(there\);)", r"\2 \1"),
+    (r"wgmma_pin\(flat\(rows\.out\)\);", "values.leave();"),
+    (r"if \(have < KEYS\)", "if (have < 0)"),
+    (r" && position \+ key < limit;", ";"),
+    (r"min\(limit, oldest \+ 1\)", "oldest + 1"),
+    (r"min\(limit, oldest \+ 1\)", "limit"),
+    (r"WINDOW > 0 && position <= newest - WINDOW", "false"),
+    (r"(span\[from\].position) \+ KEYS - 1 <= oldest", r"\1 - 1 <= oldest"),
+    (r"(span\[until - 1\].position) > newest", r"\1 >= newest - KEYS"),
+    (r"before = min\(end - begin, CAP - slot\);", "before = end - begin;"),
+]
+"""What is done too early or too late, and tiles and keys that count or do not, where it is the other way."""
+
+
+@pytest.mark.parametrize("change", ORDERS)
+def test_flash_attention_in_another_order_is_found(change: tuple[str, str]) -> None:
+    name, text, knobs = FLASH[0]
+    schedule, workload = get_schedule(name), parse_workload(text)
+    config = replace(schedule.space(workload, ONE_SM).default, **knobs)
+    kernel = schedule.lower(workload, config, ONE_SM)
+    assert kernel.device is not None
+    other, times = re.subn(*change, whole(kernel.device.text))
+    assert times == 1
+    with pytest.raises((AssertionError, VerificationError)):
+        # a ring with slots that hold NaN, and one that was passed
+        inputs = made(text, [(20, 80)])
+        check_emulated(workload, mutant(schedule, other), config, ONE_SM, inputs=inputs)
+        check_exact(mutant(schedule, other), text, config, ONE_SM)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "text", "config"),
+    [*EXACT, WGMMA_EXACT],
+    ids=[s.name for s, _, _ in (*EXACT, WGMMA_EXACT)],
+)
 def test_a_softmax_scale_half_a_percent_off_is_found(
     schedule: Schedule, text: str, config: Any
 ) -> None:
