@@ -27,7 +27,7 @@ from mimo_compile.ir.workload import Workload
 Features = dict[str, float]
 """By name. Names with ``=`` are yes/no marks (absent: 0); other absent names are missing values."""
 
-VERSION = 2
+VERSION = 3
 """Raised when a name goes or means something else: models trained on other features are refused. New names
 alone do not raise it: a model reads the columns that it was trained with."""
 

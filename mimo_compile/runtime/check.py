@@ -131,16 +131,15 @@ def _together(manifest: Manifest, state: State, pool: Pool) -> tuple[int, ...]:
 
     Keys stand in blocks ``[heads, slots / 16, D, lanes]``, values in rows of float32, in pairs of 16 bits or
     in blocks of bytes; in caches that keep each by itself, both in rows. What describes the keys of a page
-    lies together, ``[heads, pages, parts, D, lanes]``. On GPUs each slot is an entry, in groups each page;
-    of descriptors a page has several that share its slots.
+    lies together, ``[heads, pages, parts, D, lanes]``. On GPUs each slot is an entry, but that groups
+    (codes and scales) and descriptors of a page share its slots; 8-bit floats have no pages there.
     """
     page = pool.page
     if manifest.target.kind == "cuda":
-        described = page_extent("cuda", state.shape) == 0
-        if described:
-            return (page // max(state.shape[0] // pool.pages, 1),)
-        in_groups = state.dtype in ("uint8", "float16")  # codes and scales
-        return (page,) if in_groups else (1,)
+        extent = page_extent("cuda", state.shape)
+        if extent and state.dtype not in ("uint8", "float16"):
+            return (1,)
+        return (page // max(state.shape[extent] // pool.pages, 1),)
     if len(state.shape) == 5 or state.dtype == "float16":  # scales
         return (page,)
     size = dtypes.itemsize(state.dtype)

@@ -8,6 +8,8 @@ a graph, over weights and states beyond L2.
 from __future__ import annotations
 
 import statistics
+from dataclasses import asdict, replace
+from typing import Any
 
 import pytest
 from cuda_functions import parsed
@@ -18,8 +20,9 @@ from test_cuda_mpgemm import ratio_of_kernels
 
 from mimo_compile import _cuda
 from mimo_compile.cli.inspect_cuda import launches_of
-from mimo_compile.ir.hardware import CUDA, gpu_of, local_cuda
+from mimo_compile.ir.hardware import CUDA, Hardware, gpu_of, local_cuda
 from mimo_compile.ir.ops import parse_workload
+from mimo_compile.ir.workload import Workload
 from mimo_compile.schedules import get_schedule
 from mimo_compile.schedules.cuda import driver
 from mimo_compile.schedules.cuda.nvcc import compile_device
@@ -56,16 +59,39 @@ CASES = [
 ]
 
 
+def configs_of(schedule: Any, workload: Workload, hardware: Hardware) -> list[Any]:
+    """Return the default, the one of clusters of two blocks that is most like it, and random configs."""
+    space = schedule.space(workload, hardware)
+    paired = [c for c in space if c.cluster == 2] if "cluster" in space.knobs else []
+    own = asdict(space.default)
+
+    def others(config: Any) -> tuple[int, list[bool]]:
+        found = [own[name] != value for name, value in asdict(config).items()]
+        return sum(found), found  # those of tiles come first
+
+    paired.sort(key=others)
+    drawn = [sample_config(schedule, workload, hardware, seed) for seed in range(RANDOM)]
+    return list(dict.fromkeys([space.default, *paired[:1], *drawn]))
+
+
+def test_clusters_are_among_what_is_run() -> None:
+    schedule, hardware = get_schedule("mpgemm.cuda_wgmma"), CUDA["cuda:sm_90a"]
+    workload = parse_workload("mpgemm:m=512,n=4096,k=4096,w=bf16,a=abf16")
+    first, second, *_ = configs_of(schedule, workload, hardware)
+    assert (first.cluster, second.cluster) == (1, 2)
+    assert second == replace(first, cluster=2, group_m=second.group_m)
+    few = parse_workload("mpgemm:m=5,n=199,k=11008,w=bf16,a=abf16")
+    assert all(c.cluster == 1 for c in configs_of(schedule, few, hardware))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("name", "text"), CASES, ids=lambda value: str(value).partition(",")[0])
 def test_right_on_the_gpu_and_how_fast(name: str, text: str) -> None:
     schedule, workload, hardware = get_schedule(name), parsed(text), local_cuda()
     if not schedule.supports(workload, hardware):
         pytest.skip(f"no kernel for {hardware.name}")
-    default = schedule.space(workload, hardware).default
-    drawn = [sample_config(schedule, workload, hardware, seed) for seed in range(RANDOM)]
     most = ratio_of_kernels(workload) if workload.op == "mpgemm" else 1.0
-    for config in dict.fromkeys([default, *drawn]):
+    for config in configs_of(schedule, workload, hardware):
         # runs twice: what depends on the order of blocks is found as well
         found = check_emulated(
             workload, schedule, config, hardware, run=driver.run, most_ratio=most

@@ -89,13 +89,13 @@ def test_packing_is_undone_and_pads_with_zeros(c, b, kv, d, dv, groups, pages, s
         "v_scale",
     ):  # where a page is copied to another one
         assert packed[name].shape[page_extent("cuda", packed[name].shape)] == layout.groups_of(p)
-        if pages == 64:  # as in models, whose loading asks whether pages and states fit
+        if pages:  # loading asks whether pages and states fit
             state, pool = (
                 State(args[name].shape, args[name].dtype),
-                Pool(64, p["pool"], (), "pages"),
+                Pool(pages, p["pool"], (), "pages"),
             )
             on_gpu = SimpleNamespace(target=SimpleNamespace(kind="cuda"))
-            assert _together(on_gpu, state, pool) == (64,)
+            assert _together(on_gpu, state, pool) == (64,)  # a group
     back = layout.unpack(workload, packed)
     levels = np.uint8(kv_groups.GROUPED[c].levels)  # pages that no table names hold other bytes
     kept = {n: a & levels if n.endswith("cache") else a for n, a in caches.items()}
