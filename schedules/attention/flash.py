@@ -189,8 +189,7 @@ class Tile:
         """Add the weighted values of the step's slots that were ever written."""
         s = self.s
         for base, rows, count in self._row_tiles():
-            most = max(1, min(s.columns, s.registers // rows))
-            wide = -(-s.columns // -(-s.columns // most))  # as many tiles, but of equal width
+            wide = self.columns_at_once(rows)
             full, rest = divmod(s.columns, wide)
             for column, width, groups in ((0, wide, full), (full * wide, rest, 1)):
                 if width:
@@ -198,6 +197,12 @@ class Tile:
                         first = bind(tile * rows + base)
                         columns = [bind((group * width + column + j) * LANES) for j in range(width)]
                         self._values(reach, step, first, rows, columns)
+
+    def columns_at_once(self, rows: int) -> int:
+        """Return how many vectors of values a register tile of so many rows takes."""
+        columns = self.s.columns
+        most = max(1, min(columns, self.s.registers // rows))
+        return -(-columns // -(-columns // most))  # as many tiles, but of equal width
 
     def _values(self, reach: Reach, step: Any, first: Any, rows: int, columns: list[Any]) -> None:
         acc: list[list[Register]] = []

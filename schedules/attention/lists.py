@@ -111,6 +111,8 @@ class Parts(Row):
     """Parts to visit."""
     touches = 2
     """See `Reach.touches`: without it, each part waits for the addresses of two pages."""
+    apart = False
+    """See `Reach.apart`."""
 
     def seal(self, total: Any) -> None:
         """Set how many parts there are."""
@@ -140,6 +142,8 @@ class Parts(Row):
 
 class Listed(Parts):
     """Blocks of whole parts, and no window: the list is what is visited."""
+
+    apart = True
 
     def __init__(
         self, s: ListTiling, turn: Turn, first: Any, group: Any, lists: Mapping[str, Any]

@@ -78,6 +78,31 @@ class Widened(Tile):
 
     together = 2
 
+    def __init__(self, s: Tiling, k: Any, v: Any, head: Any, lead: Any = None) -> None:
+        super().__init__(s, k, v, head, lead)
+        self.woven = 0
+        """Lines of keys that are asked for with a pair of slots of a register tile's columns, in turns with
+        lines of values; 0: those of keys are asked for with keys, those of values with values."""
+
+    def run(self, reach: Reach, first: Any, begin: Any, end: Any) -> None:
+        """See `Tile.run`; what lies apart is asked for in turns, a line of keys and one of values.
+
+        Sixteen keys lie on one page, their values on another, and two answer faster than one: 1.2 times as
+        fast where nothing but reading is done.
+        """
+        self.woven = self._weave() if self.streams and reach.apart else 0
+        super().run(reach, first, begin, end)
+
+    def _weave(self) -> int:
+        """Return what `woven` is, if extents let lines be asked for in turns.
+
+        With each two lines of keys go one of keys and one of values, the rest with the pairs of values.
+        """
+        d, values = int(self.s.p["d"]), self.s.columns * (LANES // 2)
+        wide = self.columns_at_once(self.s.height)
+        keys, rest = divmod(wide * (d // 4), values)  # a quarter of d: half the lines
+        return keys if d % 4 == rest == self.s.columns % wide == 0 and keys <= wide else 0
+
     def side_by_side(self, rows: int) -> int:
         """See `Tile.side_by_side`; keys that are read once are read in the order in which they lie."""
         return 1 if self.streams else super().side_by_side(rows)
@@ -90,10 +115,11 @@ class Widened(Tile):
         sums = [Register("float32", LANES, splat(0.0)) for _ in range(chains * cells)]
         acc = [sums[r * wide * chains : (r + 1) * wide * chains] for r in range(rows)]
         if d > 1:
-            with loop(d // 2) as i:
-                self._score_pair(blocks, later, i, first, acc, 2)
+            with loop(d // 2 // self.turns) as i:
+                for turn in range(self.turns):
+                    self._score_pair(blocks, later, (i, turn), first, acc, 2)
         if d % 2:
-            self._score_pair(blocks, later, d // 2, first, acc, 1)
+            self._score_pair(blocks, later, (d // 2, 0), first, acc, 1)
         for r in range(rows):
             for u in range(wide):
                 total = acc[r][u].get()
@@ -102,11 +128,12 @@ class Widened(Tile):
                 store(self.score, total, first + r, (part + u) * LANES, lanes=LANES)
 
     def _score_pair(
-        self, blocks: list[Any], later: list[Any], i: Any, first: Any, acc: list[list[Register]],
-        parts: int,
+        self, blocks: list[Any], later: list[Any], at: tuple[Any, int], first: Any,
+        acc: list[list[Register]], parts: int,
     ) -> None:  # fmt: skip
+        i = bind(at[0] * self.turns + at[1])
         words = [paired(self.k, self.head, b, i, 0) for b in blocks]
-        self.ask_keys(blocks, later, i)
+        self.ask_with_keys(blocks, later, *at)
         mask = splat(T.int32(UPPER))
         keys = [[_first(w), _second(w, mask)][:parts] for w in words]
         for r, row in enumerate(acc):
@@ -116,22 +143,42 @@ class Widened(Tile):
                 for u, register in enumerate(own):
                     register.set(register.get() + keys[u][half] * query)
 
-    def ask_keys(self, blocks: list[Any], later: list[Any], i: Any) -> None:
-        """Prefetch the lines of keys that come some steps later, ``later`` blocks on."""
+    @property
+    def turns(self) -> int:
+        """Lines of keys that one of keys and, where they are `woven`, one of values are asked for with."""
+        return 2 if self.woven else 1
+
+    def ask_with_keys(self, blocks: list[Any], later: list[Any], i: Any, turn: int) -> None:
+        """Prefetch line ``i`` of keys (in a second turn of values) that come ``later`` blocks on."""
         if self.streams:
             for b, far in zip(blocks, later, strict=True):
-                prefetch(self.k, self.head, b + far, i, 0)
+                if turn:
+                    prefetch(self.v, self.head, (b + far) * (LANES // 2), i * (2 * LANES))
+                else:
+                    prefetch(self.k, self.head, b + far, i, 0)
 
-    def ask_values(self, block: Any, i: Any, far: Any, columns: list[Any]) -> None:
-        """Prefetch the lines of values that come some steps later, ``far`` blocks on, with pair ``i`` of one.
+    def ask_with_values(self, block: Any, i: Any, far: Any, columns: list[Any]) -> None:
+        """Prefetch lines that come some steps later, ``far`` blocks on, with pair ``i`` of one.
 
         As many lines as are read, but in the order in which they lie: where columns are read in turns, lines
         asked for in those turns would leave gaps, and blocks that lie alone take 1.3 times as long.
         """
-        if self.streams:
-            first = bind(columns[0] * (LANES // 2) + i * (len(columns) * LANES))
-            for n in range(len(columns)):
+        if not self.streams:
+            return
+        wide, keys = len(columns), self.woven
+        if not keys:
+            first = bind(columns[0] * (LANES // 2) + i * (wide * LANES))
+            for n in range(wide):
                 at = 2 * (first + n * LANES)
+                prefetch(self.v, self.head, (block + far) * (LANES // 2), at)
+            return
+        done, values = int(self.s.p["d"]) // 4, wide - keys
+        turn = bind(T.truncdiv(columns[0], T.int32(LANES * wide)) * (LANES // 2) + i)
+        for n in range(max(keys, values)):
+            if n < keys:
+                prefetch(self.k, self.head, block + far, turn * keys + (done + n), 0)
+            if n < values:
+                at = (turn * values + (done + n)) * (2 * LANES)
                 prefetch(self.v, self.head, (block + far) * (LANES // 2), at)
 
     def _values(self, reach: Reach, step: Any, first: Any, rows: int, columns: list[Any]) -> None:
@@ -173,7 +220,7 @@ class Widened(Tile):
         words = [paired(self.v, self.head, pair, 2 * j) for j in columns]
         if halves is not None:
             words = [bind(T.bitwise_and(w, splat(halves))) for w in words]
-        self.ask_values(block, i, far, columns)
+        self.ask_with_values(block, i, far, columns)
         values = [(_first(w), _second(w, mask)) for w in words]
         for r, row in enumerate(acc):
             for half in (0, 1):
@@ -221,14 +268,16 @@ class Dots(Widened):
         blocks = [reach.block(step, part + u) for u in range(wide)]
         later = self.later(reach, step, part, wide)
         acc = [[Register("float32", LANES, splat(0.0)) for _ in blocks] for _ in range(rows)]
-        with loop(-(-int(self.s.p["d"]) // 2)) as i:
-            words = [paired(self.k, self.head, b, i, 0) for b in blocks]
-            self.ask_keys(blocks, later, i)
-            for r in range(rows):
-                for term in range(self.terms):
-                    query = _pair(self.queries, term, first + r, 2 * i)
-                    for register, keys in zip(acc[r], words, strict=True):
-                        register.set(dot(register.get(), keys, query))
+        with loop(-(-int(self.s.p["d"]) // 2) // self.turns) as line:
+            for turn in range(self.turns):
+                i = bind(line * self.turns + turn)
+                words = [paired(self.k, self.head, b, i, 0) for b in blocks]
+                self.ask_with_keys(blocks, later, line, turn)
+                for r in range(rows):
+                    for term in range(self.terms):
+                        query = _pair(self.queries, term, first + r, 2 * i)
+                        for register, keys in zip(acc[r], words, strict=True):
+                            register.set(dot(register.get(), keys, query))
         for r in range(rows):
             for u in range(wide):
                 store(self.score, acc[r][u].get(), first + r, (part + u) * LANES, lanes=LANES)
@@ -266,7 +315,7 @@ class Dots(Widened):
         if halves is not None or not both:
             mask = splat(T.int32(0xFFFF) if halves is None else halves)
             words = [bind(T.bitwise_and(w, mask)) for w in words]
-        self.ask_values(block, i, far, columns)
+        self.ask_with_values(block, i, far, columns)
         for r, row in enumerate(acc):
             weights = _pair(self.weights, first + r, slot)
             for values, register in zip(words, row, strict=True):

@@ -137,6 +137,7 @@ class X86ListsPairs(X86FlashPairs, X86Lists):
 
     name = "sparse_attention.x86_lists_pairs"
     op = "sparse_attention"
+    version = 5
     streamed = LANES
 
 

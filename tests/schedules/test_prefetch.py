@@ -144,13 +144,11 @@ def test_one_token_reads_listed_pairs_in_short_steps_that_are_asked_for(block):
     assert (default.block, default.ahead) == (16, 1)
 
 
-@pytest.mark.parametrize("dv", [32, 80])
-def test_pairs_of_values_are_asked_for_once_whatever_columns_are_read_in_turns(dv):
-    schedule = get_schedule("cached_attention.x86_flash_pairs")
-    workload = parse_workload(f"cached_attention:t=1,h=4,kv=1,d=32,dv={dv},cap=80,c=bf16")
-    config = dataclasses.replace(
-        schedule.space(workload, CPU).default, block=16, ahead=1, parallel=False
-    )
+def recorded(name, text):
+    """Return (arguments by name, what runs the kernel) of one that counts in caches the lines it asks for."""
+    schedule, workload = get_schedule(name), parse_workload(text)
+    default = schedule.space(workload, CPU).default
+    config = dataclasses.replace(default, block=16, ahead=1, splits=1, parallel=False)
 
     def record(buffer, *index, near=True):
         store(buffer, buffer[tuple(index)] + T.cast(T.int32(1), buffer.dtype), *index)
@@ -161,10 +159,44 @@ def test_pairs_of_values_are_asked_for_once_whatever_columns_are_read_in_turns(d
     arrays = {a.name: empty_aligned(a.shape, a.dtype) for a in kernel.args}
     for array in arrays.values():
         array.reshape(-1).view(np.uint8)[...] = 0
-    arrays["pos"][...] = 47, 1  # three of the five blocks
     code = load_object(compile_kernel(kernel, CPU))
-    code[kernel.name](*(from_numpy(arrays[a.name]) for a in kernel.args))
+    return arrays, lambda: code[kernel.name](*(from_numpy(arrays[a.name]) for a in kernel.args))
+
+
+@pytest.mark.parametrize("dv", [32, 80])
+def test_pairs_of_values_are_asked_for_once_whatever_columns_are_read_in_turns(dv):
+    arrays, run = recorded(
+        "cached_attention.x86_flash_pairs",
+        f"cached_attention:t=1,h=4,kv=1,d=32,dv={dv},cap=80,c=bf16",
+    )
+    arrays["pos"][...] = 47, 1  # three of the five blocks
+    run()
     for cache in ("k_cache", "v_cache"):
         lines = arrays[cache].view(np.uint16).reshape(5, -1, 32)
         # a step asks for the block behind its own, which begins with all zeros
         assert (lines[1:4, :, 0] == 1).all() and lines.sum() == lines[1:4, :, 0].sum()
+
+
+@pytest.mark.parametrize(("d", "dv", "woven"), [(64, 64, 2), (64, 32, 2), (48, 32, 0), (32, 80, 0)])
+def test_lines_of_listed_blocks_are_asked_for_once_keys_and_values_in_turns(d, dv, woven):
+    found = []
+
+    def weave(tile):
+        found.append(original(tile))
+        return found[-1]
+
+    original = pairs.Widened._weave
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pairs.Widened, "_weave", weave)
+        arrays, run = recorded(
+            "sparse_attention.x86_lists_pairs",
+            f"sparse_attention:t=1,h=4,kv=1,d={d},dv={dv},cap=80,hs=1,block=16,kmax=3,c=bf16",
+        )
+    arrays["pos"][...] = 79, 1
+    arrays["idx"][...], arrays["cnt"][...] = [0, 2, 4], 3
+    run()
+    assert found == [woven]
+    for cache in ("k_cache", "v_cache"):
+        lines = arrays[cache].view(np.uint16).reshape(5, -1, 32)
+        # each of three steps asks for the block after its own, the last for its own
+        assert (lines[..., 0].T == [0, 0, 1, 0, 2]).all() and lines.sum() == lines[..., 0].sum()
