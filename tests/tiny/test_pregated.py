@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -9,8 +10,11 @@ torch = pytest.importorskip("torch")
 from micro_models import FOLDER, MICRO, untrained
 from tokenizers import Tokenizer
 
+import mimo_compile as mc
 from mimo_compile.frontend.huggingface import load_checkpoint
 from mimo_compile.ir.formats import parse_scheme
+from mimo_compile.runtime import ExpertMemory, Speculation, Stats
+from mimo_compile.runtime.routing import recording
 from mimo_compile.tiny import corpus, pregated
 from mimo_compile.tiny.checkpoint import export, load
 from mimo_compile.tiny.evaluate import perplexity
@@ -66,6 +70,46 @@ def test_least_squares_comes_nearer_than_the_routers_themselves(model):
     before = distance()
     pregated.fit(gated, model, ids)
     assert distance() < before
+
+
+@pytest.mark.slow
+def test_drafts_change_no_text_wherever_experts_lie(model, tmp_path):
+    """Draft heads keep routers of their own; what they draft is verified by early experts."""
+    gated, ids = pregated.PreGated(model), drawn(24)
+    pregated.fit(gated, model, ids)
+    file, source = tmp_path / "pre-gates.safetensors", tmp_path / "m"
+    gated.save(file, "micro")
+    export(model, (FOLDER / "tokenizer.json").read_text(), source)
+    path = mc.compile(
+        source, quant="w8a8", pre_gates=file, db=tmp_path / "r.db", max_context=96, threads=1
+    ).save(tmp_path / "m.mimo")
+    plain = mc.load(path, threads=1)
+    prompts = [ids[i, :n].tolist() for i, n in enumerate((9, 20))]
+    want = [list(plain.generate_ids(p, 40, stop_at_eos=False)) for p in prompts]
+    size = 2 * expert_bytes(path)
+    for how in (None, *(ExpertMemory(size, ahead=ahead) for ahead in (0, 1, 2))):
+        module, logs = mc.load(path, threads=1, expert_memory=how), []
+        for drafts in (False, True, Speculation(1), Speculation(3)):
+            stats = Stats()
+            with recording(module) as recorder:
+                found = [
+                    list(module.generate_ids(
+                        p, 40, stop_at_eos=False, speculative=drafts, stats=stats
+                    ))
+                    for p in prompts
+                ]  # fmt: skip
+            assert found == want
+            assert not isinstance(drafts, Speculation) or sum(stats.drafted)
+            logs.append(recorder.log())
+        for log in logs[1:]:
+            assert np.array_equal(log.ids, logs[0].ids)
+            assert np.array_equal(log.position, logs[0].position)
+
+
+def expert_bytes(path):
+    """Return the bytes of one expert of an artifact."""
+    facts = mc.load(path, expert_memory=1 << 30).experts.facts()
+    return facts["expert_bytes"] // facts["experts"]
 
 
 @pytest.mark.slow
