@@ -1,7 +1,8 @@
 """How full a launch makes a GPU, and the least time its work can take there: occupancy and a roofline.
 
     time = launches * cost of one + max over pipes of (operations of the busiest SM / rate of an SM),
-           and over device memory and L2 of max(bytes / bandwidth, bytes of the busiest SM / its port)
+           over device memory and L2 of max(bytes / bandwidth, bytes of the busiest SM / its port),
+           and over shared memory, where counts name it (``l1``), of bytes of the busiest SM / its banks)
 
 The busiest SM has ``ceil(blocks / SMs)`` of the blocks. Pipes and memories work at the same time, at their
 peaks, and arrays come from device memory: latencies, bank conflicts and instructions that no count names come
@@ -24,6 +25,8 @@ _LAUNCH_S = 2e-6
 """From the end of one kernel to work of the next on the same stream. An assumption."""
 _PORT_BYTES = 64.0
 """That one SM takes from L2 in a cycle."""
+_BANKS_BYTES = 128.0
+"""That one SM takes from its shared memory in a cycle, or gives it."""
 _L2_BYTES = 5120.0
 """That all of them take in a cycle at most, published for the A100 and assumed for the H200."""
 
@@ -84,7 +87,7 @@ class Predicted:
 
     seconds: float
     limit: str
-    """What takes longest: an operation, ``dram``, ``l2`` or ``launch``."""
+    """What takes longest: an operation, ``dram``, ``l2``, ``l1`` or ``launch``."""
     parts: Mapping[str, float]
     """By what takes it; all but ``launch`` at the same time within each launch."""
 
@@ -143,6 +146,8 @@ def _times(counts: Counts, launch: LaunchShape, hardware: Hardware) -> dict[str,
     near = max(far, *(counts.bytes.get(level, 0.0) for level in ("l2", "l3")))
     times["dram"] = far / gpu.memory_bytes_per_s
     times["l2"] = max(near / (_L2_BYTES * gpu.clock_hz), near * share / port)
+    if "l1" in counts.bytes:
+        times["l1"] = counts.bytes["l1"] * share / (_BANKS_BYTES * gpu.clock_hz)
     return times
 
 
@@ -167,7 +172,7 @@ def rates_of(hardware: Hardware) -> tuple[dict[str, float], dict[str, tuple[floa
     port, count = _PORT_BYTES * gpu.clock_hz, range(1, hardware.cores + 1)
     near = tuple(min(n * port, _L2_BYTES * gpu.clock_hz) for n in count)
     levels = {
-        "l1": tuple(2 * n * port for n in count),
+        "l1": tuple(n * _BANKS_BYTES * gpu.clock_hz for n in count),
         "l2": near,
         "l3": near,
         "dram": tuple(min(n * port, gpu.memory_bytes_per_s) for n in count),

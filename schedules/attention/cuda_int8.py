@@ -147,12 +147,13 @@ class CudaInt8(CudaPrefill):
         read = 2.0 * kv * held * (layout.whole(p["d"]) + sums)
         made = kv * coded * (deep(p["d"]) + 4 + (sums + 8 if sums else 0))
         ops = {"add_f32": 3.0 * numbers, "fma_f32": numbers, "int_op": 1.75 * numbers}
-        return Counts(ops, {"dram": read, "l2": read + made}, name="make_codes")
+        moved = {"dram": read, "l2": read + made, "l1": read + 2.0 * made}
+        return Counts(ops, moved, name="make_codes")
 
     def _attending(
         self, p: Mapping[str, Any], config: Any, held: float, copied: float, scored: float
     ) -> Counts:
-        """Return the counts of passing over codes: copied by blocks, and met by tiles of 16 rows."""
+        """Return the counts of passing over codes: copied by blocks, and read by warps with 16 rows each."""
         kv, sums, channels = float(p["kv"]), layout.whole(p["dv"]), deep(p["d"])
         cells, given = HEIGHT * scored * kv, 4.0 * p["b"] * p["t"] * p["h"] * (p["d"] + p["dv"])
         rescaled = cells / config.keys * sums
@@ -173,6 +174,9 @@ class CudaInt8(CudaPrefill):
                 "fma_f32": 4.0 * cells + 2.0 * rescaled, "int_op": 0.75 * cells,
             }  # fmt: skip
         moved = {"dram": stored + given, "l2": kv * copied * row + given}
+        # each warp reads what the block copied, and in each step the codes of its queries
+        own = row + HEIGHT * channels / config.keys
+        moved["l1"] = kv * scored * own + moved["l2"]
         return Counts(ops, moved, name="attend")
 
     def _coding_bytes(self, p: Mapping[str, Any]) -> int:

@@ -89,6 +89,15 @@ def test_one_sm_cannot_take_all_of_the_bandwidth() -> None:
     assert many.limit == "launch"
 
 
+def test_shared_memory_counts_where_it_is_named() -> None:
+    moved = Counts({}, {"dram": 1.0, "l1": 108 * 128 * 1.41e9 * 1e-6})
+    full = predict(moved, [LaunchShape(108, 128, 32, 0)], A100)
+    assert full.limit == "launch" and 1e6 * full.parts["l1"] == pytest.approx(1.0)
+    half = predict(moved, [LaunchShape(54, 128, 32, 0)], A100)
+    assert 1e6 * half.parts["l1"] == pytest.approx(2.0)
+    assert "l1" not in predict(Counts({}, {"dram": 1.0}), [LaunchShape(1, 32, 0, 0)], A100).parts
+
+
 def test_launches_add_up() -> None:
     ops, moved = {"fma_f32": 128 * 1.83e9 * 132 * 4e-6}, {"dram": 4.8e12 * 3e-6}
     first, then = Counts(ops, {}).named("attend"), Counts({}, moved).named("merge")

@@ -81,6 +81,9 @@ def test_counts_are_those_of_the_launches_and_no_less_than_needed(schedule, more
         assert need.bytes["dram"] <= counts.bytes["dram"] * (1 + 1e-9)
         assert counts.bytes["dram"] <= counts.bytes["l2"] * (1 + 1e-9)
         assert need.ops["dot_i8"] <= counts.ops["tile_i8"]
+        attend = counts.parts[1].bytes
+        # 16 rows share what they read: a byte of a key for each 16 products at least
+        assert attend["l1"] >= attend["l2"] + counts.ops["tile_i8"] / 16
         assert (
             need.ops.get("fma_f32", 0.0) <= counts.ops.get("tile_bf16", 0.0) + counts.ops["fma_f32"]
         )
