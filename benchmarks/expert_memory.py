@@ -15,8 +15,8 @@ are of the built-in model as it is (`expert_gates.py`): wider experts choose ali
 
     python benchmarks/expert_memory.py --pre-gates models/tiny-pre-gates/pre-gates.safetensors --out pre.jsonl
 
-measures another model, the one whose experts are chosen one layer earlier: its own loading on demand, and
-loading what is chosen.
+measures another model, the one whose experts are chosen one layer earlier: its own loading on demand,
+loading what is chosen and, with `--gates` that were trained on such a model, what these foresee behind it.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from mimo_compile.runtime.module import Module
 WARM = 32
 """Tokens before those that are timed."""
 WHOLE, ON_DEMAND, CHOSEN = "all in slots", "on demand", "own pre-gates"
+BOTH = f"{CHOSEN}, gates 2 ahead"
 COUNTS = frozenset(
     ("needs", "hits", "ahead", "late", "misses", "bytes_read", "loaded_ahead", "dropped", "unused")
 )
@@ -157,7 +158,7 @@ def row_of(way: Way, runs: list[Run]) -> dict[str, Any]:
 def ways_of(size: int, gates: Path | None, pre_gated: bool, rates: dict[int, Rates]) -> list[Way]:
     """Return the ways to have experts of so many bytes, for each part of them and each rate of the file.
 
-    A model whose experts are chosen one layer earlier has nothing to foresee.
+    Where experts are chosen one layer earlier, gates foresee the layer behind, and the next token's first.
     """
     out = [Way("mapped"), Way(WHOLE, how=ExpertMemory(1 << 50))]
     for parts, balance, rate in [(n, *pair) for n, pairs in rates.items() for pair in pairs]:
@@ -165,9 +166,11 @@ def ways_of(size: int, gates: Path | None, pre_gated: bool, rates: dict[int, Rat
         asked: dict[str, dict[str, Any]] = {ON_DEMAND: {"ahead": 0}}
         if pre_gated:
             asked[CHOSEN] = {"ahead": 1}
+            if gates is not None:
+                asked[BOTH] = {"ahead": 2, "pre_gates": gates}
         else:
             asked |= {f"routers, {n} ahead": {"ahead": n} for n in (1, 2)}
-        if gates is not None:
+        if gates is not None and not pre_gated:
             asked |= {f"gates, {n} ahead": {"ahead": n, "pre_gates": gates} for n in (1, 2)}
         out += [
             Way(mode, parts, file, rate, ExpertMemory(size // parts, bytes_per_s=rate, **more))

@@ -8,7 +8,8 @@ are waits: all ways wait side by side. So the figures are those of slots, policy
 who else uses the machine. With a balance of 1, what is missing on demand takes as long to read as a token
 takes to compute. `perfect` foresees what comes, that of the next token included. An artifact whose experts
 are chosen one layer earlier (`compile --pre-gates`) is played beside its own loading on demand
-(`--pre-gated`).
+(`--pre-gated`), and with gates that foresee in that model the layer behind the chosen one, and the first
+layers of the next token (`--foreseeing`).
 
 Reading on demand, a token takes C + L, computing and reading. Whoever reads the same beside computing takes
 the longer of the two at least, so that no foresight is faster than (C + L) / max(C, L) times: 1.5 with a
@@ -159,6 +160,9 @@ def main() -> None:
     parser.add_argument(
         "--pre-gated", type=Path, help="artifact of a model that chooses experts one layer earlier"
     )
+    parser.add_argument(
+        "--foreseeing", type=Path, help="gates that were trained for that model, of expert_gates.py"
+    )
     parser.add_argument("--tokens", type=int, default=60, help="timed ones")
     parser.add_argument("--slots", type=int, nargs="*", default=[10, 20])
     parser.add_argument("--balance", type=float, nargs="*", default=[0.5, 1, 2])
@@ -175,11 +179,16 @@ def main() -> None:
     plans |= {f"perfect, {n} ahead": perfect(plans["on demand"], n) for n in (1, 2)}
     models = [plans]
     if args.pre_gated is not None:
-        names = {0: "pre-gated, on demand", 1: "pre-gated, what is chosen"}
+        asked: dict[str, dict[str, Any]] = {
+            "on demand": {"ahead": 0},
+            "what is chosen": {"ahead": 1},
+        }
+        if args.foreseeing is not None:
+            asked["chosen, gates 2 ahead"] = {"ahead": 2, "pre_gates": args.foreseeing}
         models.append(
             {
-                name: noted(args.pre_gated, count, ExpertMemory(1 << 50, ahead=ahead))[0]
-                for ahead, name in names.items()
+                f"pre-gated, {name}": noted(args.pre_gated, count, ExpertMemory(1 << 50, **how))[0]
+                for name, how in asked.items()
             }
         )
     lines = [

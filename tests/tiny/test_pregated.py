@@ -1,5 +1,6 @@
 """Gates that decide experts one layer earlier: the product's model says what the trained one does."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import mimo_compile as mc
 from mimo_compile.frontend.huggingface import load_checkpoint
 from mimo_compile.ir.formats import parse_scheme
 from mimo_compile.runtime import ExpertMemory, Speculation, Stats
+from mimo_compile.runtime.pregate import BEGIN, Gate, PreGates
 from mimo_compile.runtime.routing import recording
 from mimo_compile.tiny import corpus, pregated
 from mimo_compile.tiny.checkpoint import export, load
@@ -86,8 +88,10 @@ def test_drafts_change_no_text_wherever_experts_lie(model, tmp_path):
     plain = mc.load(path, threads=1)
     prompts = [ids[i, :n].tolist() for i, n in enumerate((9, 20))]
     want = [list(plain.generate_ids(p, 40, stop_at_eos=False)) for p in prompts]
-    size = 2 * expert_bytes(path)
-    for how in (None, *(ExpertMemory(size, ahead=ahead) for ahead in (0, 1, 2))):
+    size, gates = 2 * expert_bytes(path), foreseeing(path, tmp_path / "gates.safetensors")
+    ways = [ExpertMemory(size, ahead=ahead) for ahead in (0, 1, 2)]
+    ways += [ExpertMemory(n * size, ahead=2, pre_gates=gates) for n in (1, 2, 4)]
+    for how in (None, *ways):
         module, logs = mc.load(path, threads=1, expert_memory=how), []
         for drafts in (False, True, Speculation(1), Speculation(3)):
             stats = Stats()
@@ -110,6 +114,16 @@ def expert_bytes(path):
     """Return the bytes of one expert of an artifact."""
     facts = mc.load(path, expert_memory=1 << 30).experts.facts()
     return facts["expert_bytes"] // facts["experts"]
+
+
+def foreseeing(path, file):
+    """Write gates for an artifact that foresee anything."""
+    stacks, rng = mc.load(path, expert_memory=1 << 30).experts.stacks, np.random.default_rng(4)
+    pairs = itertools.product(range(BEGIN, len(stacks)), range(len(stacks)))
+    shapes = ((stacks[0].shape.experts, MICRO.hidden_size), (stacks[0].shape.experts,))
+    gates = {pair: Gate(*(rng.standard_normal(s, np.float32) for s in shapes)) for pair in pairs}
+    PreGates(tuple(stack.label for stack in stacks), gates).save(file)
+    return file
 
 
 @pytest.mark.slow
