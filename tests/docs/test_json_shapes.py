@@ -104,7 +104,7 @@ def test_targets_and_errors(printed) -> None:
     found = printed("targets", "--formats")
     assert found["ok"], found
     assert found["formats"]
-    free = {"presets", "gpus", "versions", "kernels", "calibration"}
+    free = {"presets", "gpus", "versions", "kernels", "tokens", "calibration"}
     assert names(found, free) <= documented("targets")
     error = printed("run", "nowhere.mimo", "--prompt", "x")
     assert set(error) == {"ok", "error", "exit_code"}
