@@ -21,6 +21,7 @@ from mimo_compile.schedules.cuda.limits import fits
 from mimo_compile.schedules.cuda.template import rendered
 from mimo_compile.schedules.moe.cuda_base import MOST_GRID, CudaExperts, CudaMoe
 from mimo_compile.schedules.moe.cuda_mma import takes_tiles
+from mimo_compile.schedules.mpgemm.cuda_gemv import unpacking
 from mimo_compile.schedules.mpgemm.cuda_layout import PIECE, ROWS
 
 MOST_TOKENS = 8
@@ -155,7 +156,8 @@ class CudaMoeGemv(CudaMoe):
                 return {"dot_i8": amount, "unpack_u8": amount if p.half.bits < 8 else 0.0}
             if p.fmt.is_float:
                 return {"fma_f32": amount}
-            return {"fma_f32": amount, "add_f32": amount, "int_op": amount}
+            each = unpacking(p.half)
+            return {"fma_f32": amount, **{kind: n * amount for kind, n in each.items()}}
 
         up = Counts(
             {**products(weights13), "exp_f32": float(p.slots * p.f)},

@@ -22,7 +22,7 @@ from mimo_compile.schedules.cuda.code import DeviceCode, Launch
 from mimo_compile.schedules.cuda.limits import fits
 from mimo_compile.schedules.cuda.template import rendered
 from mimo_compile.schedules.mpgemm.cuda_base import CudaGemm, CudaProblem
-from mimo_compile.schedules.mpgemm.cuda_layout import PIECE, ROWS
+from mimo_compile.schedules.mpgemm.cuda_layout import PIECE, ROWS, Rows
 from mimo_compile.schedules.mpgemm.cuda_mma import takes_operands
 
 NEEDS = frozenset({"cuda"})
@@ -152,7 +152,7 @@ class CudaGemv(CudaGemm):
         if not p.acts.is_int8:
             ops = {"fma_f32": p.m * weights}
             if not p.fmt.is_float:
-                ops |= {kind: n * weights for kind, n in _unpacking(p).items()}
+                ops |= {kind: n * weights for kind, n in unpacking(p.weight).items()}
             turns = -(-p.m // _tokens(p))  # of blocks at the weights
             near = others + (turns - 1) * p.weight.bytes + blocks * x
             return Counts(ops, {"dram": p.bytes, "l2": near})
@@ -179,14 +179,14 @@ def _expected(p: CudaProblem) -> tuple[str, ...]:
     return ("PRMT" if p.weight.is_book else "LOP3", "FFMA")
 
 
-def _unpacking(p: CudaProblem) -> dict[str, float]:
+def unpacking(weight: Rows) -> dict[str, float]:
     """Return the operations that make a float32 number of a code, as `device/codes.cuh` has them."""
-    if book := p.weight.book("f32"):
+    if book := weight.book("f32"):
         # of four columns: which half of the book, of each byte two lookups and a choice, bytes together
         return {"int_op": (2 + 4 * book.planes + (8 if book.planes == 4 else 6)) / 4}
-    if p.fmt.family == "fp8":
+    if weight.fmt.family == "fp8":
         return {"int_op": 3.0, "dot_bf16": 1.0}
-    return {"add_f32": 2.0 if p.fmt.has_zero else 1.0, "int_op": 1.0}
+    return {"add_f32": 2.0 if weight.fmt.has_zero else 1.0, "int_op": 1.0}
 
 
 def _vectors(p: CudaProblem) -> int:

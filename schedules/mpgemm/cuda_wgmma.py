@@ -73,7 +73,7 @@ class CudaWgmma(CudaGemm):
     version: ClassVar[int] = 5
 
     def takes(self, p: CudaProblem) -> bool:
-        """``w=bf16,a=abf16`` and ``w=w8,a=a8``."""
+        """``w=bf16,a=abf16``; codes of 5 to 8 bits by rows with ``a8``."""
         return takes_operands(p)
 
     def space(self, workload: Workload, hardware: Hardware) -> Space:

@@ -97,6 +97,9 @@ struct Codes {
 #else
   static constexpr int RUN_UNITS = W_GROUP ? GROUP_UNITS : 0;  // 0: nothing is multiplied before the last step
 #endif
+#if ZEROS && INT8
+  static_assert(RUN_UNITS > 0 && RUN_UNITS * UNIT <= 256);  // see less_zero
+#endif
   static constexpr int MOST = ZEROS ? 2 : 4;  // operands of all units of a tile would fill the registers
   static constexpr int UNROLL = UNITS < MOST ? UNITS : MOST;
   static constexpr int WM = BM / WARPS_M, WN = BN / WARPS_N, MT = WM / 16, NT = WN / 8;

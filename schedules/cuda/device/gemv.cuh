@@ -48,6 +48,9 @@ struct Gemv {
   static constexpr int RUN = !W_GROUP ? X_GROUP : !X_GROUP ? W_GROUP : W_GROUP < X_GROUP ? W_GROUP : X_GROUP;
   static constexpr int SEGMENTS = RUN && RUN < VECTOR ? VECTOR / RUN : 1;
   static constexpr int LANES = RUN > VECTOR ? RUN / VECTOR : 1;
+#if ZEROS
+  static_assert(RUN > 0 && RUN <= 256);  // see less_zero
+#endif
 
   // Adds the products of a lane's columns to its totals: integers while no scale comes between.
   static __device__ __forceinline__ void accumulate(const uint4 (&w)[ROWS], Scales scale, const int8_t* x,
