@@ -25,6 +25,12 @@ EXACT = (
     f"cached_attention:t=40,h=3,kv=1,d=24,dv=18,cap=110,window=50,c=bf16,scale={math.log(2)}",
     FlashConfig(32, 2, 2, True),
 )
+RINGS = (
+    "cached_attention:t=50,h=4,kv=2,d=80,dv=72,cap=150,window=100,sink=1,c=bf16,b=2",
+    [(390, 47), (13, 50)],
+    (FlashConfig(32, 2, 2, True), FlashConfig(32, 1, 3, False), FlashConfig(64, 2, 2, False)),
+)
+"""The tiles of the first sequence break off at the cache's end; behind the second one's positions is NaN."""
 slow = [
     pytest.mark.slow,
     pytest.mark.skipif(compiler() is None, reason="emulation needs a C++ compiler"),
@@ -76,14 +82,10 @@ def test_counts_of_a_prompt_are_those_of_whole_tiles():
 
 
 @emulated
-@pytest.mark.parametrize(
-    "config",
-    [FlashConfig(32, 2, 2, True), FlashConfig(32, 1, 3, False), FlashConfig(64, 2, 2, False)],
-)
+@pytest.mark.parametrize("config", RINGS[2])
 def test_rings_that_were_passed_and_slots_that_were_never_written(config):
-    # the tiles of the first sequence break off at the cache's end; behind the second one's positions is NaN
-    text = "cached_attention:t=50,h=4,kv=2,d=80,dv=72,cap=150,window=100,sink=1,c=bf16,b=2"
-    inputs = made(text, [(390, 47), (13, 50)])
+    text, places, _ = RINGS
+    inputs = made(text, places)
     seen = check_emulated(text, WGMMA, config, H200, seed=2, inputs=inputs)
     assert np.isfinite(seen.outputs["out"]).all()
 

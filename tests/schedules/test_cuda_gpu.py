@@ -16,6 +16,8 @@ from cuda_functions import parsed
 from harness import sample_config
 from test_cuda_attention import DECODE, EXACT, PREFILL, QUICK, check_exact, made
 from test_cuda_every import NAMES, WORKLOADS
+from test_cuda_flash_wgmma import EXACT as WGMMA_EXACT
+from test_cuda_flash_wgmma import RINGS
 from test_cuda_mpgemm import ratio_of_kernels
 
 from mimo_compile import _cuda
@@ -125,6 +127,23 @@ def test_windows_rings_pages_and_rows_that_are_no_tokens(schedule, text, config)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("schedule", "text", "config"), EXACT, ids=[s.name for s, _, _ in EXACT])
+@pytest.mark.parametrize("config", RINGS[2])
+def test_rings_of_flash_attention_by_wgmma(config) -> None:
+    text, places, _ = RINGS
+    schedule, hardware = WGMMA_EXACT[0], local_cuda()
+    if not schedule.supports(parse_workload(text), hardware):
+        pytest.skip(f"no kernel for {hardware.name}")
+    check_emulated(text, schedule, config, hardware, inputs=made(text, places), run=driver.run)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("schedule", "text", "config"),
+    [*EXACT, WGMMA_EXACT],
+    ids=[s.name for s, _, _ in (*EXACT, WGMMA_EXACT)],
+)
 def test_attention_is_exact_where_nothing_is_rounded(schedule, text, config) -> None:
-    check_exact(schedule, text, config, local_cuda(), run=driver.run)
+    hardware = local_cuda()
+    if not schedule.supports(parse_workload(text), hardware):
+        pytest.skip(f"no kernel for {hardware.name}")
+    check_exact(schedule, text, config, hardware, run=driver.run)
