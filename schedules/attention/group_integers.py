@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 from mimo_compile.ir.kv_groups import GroupedFormat
 from mimo_compile.schedules.attention import exponent, fours, int8_dot
+from mimo_compile.schedules.attention.asked import Asked
 from mimo_compile.schedules.attention.fours import ROWS
 from mimo_compile.schedules.attention.group_layout import BLOCKS
 from mimo_compile.schedules.attention.group_reach import GROUP, GroupReach
@@ -29,34 +30,15 @@ from mimo_compile.schedules.emit.vector import LANES, fused, splat
 FAR = 16.0
 """By how many powers of two a score may exceed the maximum that weights are relative to, before it is raised.
 Sums of such weights are far from the largest float32."""
+DOTS, QUERY_CYCLES, FOLD_CYCLES, WEIGHT_CYCLES = 2.0, 14.0, 12.0, 12.0
+"""Roughly, with 512 bits: dots in a cycle; cycles for 16 channels of four queries, for 16 scores, and for the
+weights of a row and a scale. What is prefetched is spread by them."""
 _ONES = 0x01010101
 
 
 def _four(buffer: Any, *index: Any) -> Any:
     """Return the four bytes of a lane in each lane, bound."""
     return bind(splat(load(buffer, *index)))
-
-
-class Asked:
-    """Which lines of the codes of a later group are prefetched when.
-
-    Asked for in the loops of dots alone, they would come in two bursts, and memory would be idle while
-    queries and weights are rounded, which takes as long.
-    """
-
-    def __init__(self, lines: int, rounds: int, dots: int) -> None:
-        """Spread ``lines`` over turns of rounding and of dots; few lines over those of dots alone."""
-        self.each = lines // (rounds + dots)
-        self.done = self.each * rounds
-        self.more = -(-max(0, lines - self.done) // dots)
-
-    def rounding(self, turn: Any) -> list[Any]:
-        """Return the lines that a turn of rounding asks for."""
-        return [turn * self.each + n for n in range(self.each)]
-
-    def dots(self, turn: Any) -> list[Any]:
-        """Return the lines that a turn of dots asks for."""
-        return [self.done + turn * self.more + n for n in range(self.more)]
 
 
 class Integers(GroupTile):
@@ -88,13 +70,23 @@ class Integers(GroupTile):
         self.middles = workspace((groups, s.height, LANES), "float32")
         # only tiles of one row tile prefetch
         tile = min(s.rows, s.height)
-        parts = BLOCKS // self._side_by_side(self.terms * tile)
-        columns = -(-s.columns // self._columns_at_once(tile))
+        wide, columns = self._side_by_side(self.terms * tile), self._columns_at_once(tile)
+        dots = tile * self.per / 4 / DOTS
         self.keys_asked = Asked(
-            BLOCKS * self.words, 2 * self.sets * self.wide // LANES, parts * self.words
+            BLOCKS * self.words,
+            (
+                (2 * self.sets * self.wide // LANES, QUERY_CYCLES),
+                (BLOCKS // wide * self.words, dots * self.terms * wide),
+            ),
         )
+        runs = GROUP // self.per
         self.values_asked = Asked(
-            s.columns * GROUP // self.per, s.height * (1 + groups), columns * GROUP // self.per
+            s.columns * runs,
+            (
+                (s.height * BLOCKS, FOLD_CYCLES),
+                (s.height * groups, WEIGHT_CYCLES),
+                (-(-s.columns // columns) * runs, dots * columns),
+            ),
         )
 
     def begin(self, q: Any, first: Any, scale: float) -> None:
@@ -119,10 +111,19 @@ class Integers(GroupTile):
                     at = (j * ROWS + v) * LANES + row % ROWS * ROWS
                     store(self.turned, part, row // ROWS, at, lanes=ROWS)
 
-    def old(self, reach: GroupReach, step: Any, held: Any, first: Any) -> None:
-        """See `GroupTile.old`."""
+    def prepare(self, reach: GroupReach, step: Any) -> None:
+        """Round the queries of a step."""
+        held, kept = reach.held(step), self.further
+        if self.ask:
+            self.further = reach.further(step)
+        self.widen_keys(held)
         with loop(self.sets) as rows:
             self.round_queries(held, rows)
+        self.further = kept
+
+    def old(self, reach: GroupReach, step: Any, held: Any, first: Any, after: Any) -> None:
+        """See `GroupTile.old`."""
+        self.widen_values(held)
         for base, rows, count in self._row_tiles():
             wide = self._side_by_side(self.terms * rows)
             with loop(BLOCKS // wide) as part, loop(count) as tile:
@@ -137,6 +138,8 @@ class Integers(GroupTile):
             by, unit = fours.unit(most, self.fmt.weight_levels)
             store(self.weight_by, by, g, rows * LANES, lanes=LANES)
             store(self.weight_unit, unit, g, rows * LANES, lanes=LANES)
+        # the processor does this while it waits for weights, whose results depend on each other
+        self.prepare(reach, after)
         with loop(self.s.height) as row, loop(self.value_groups) as g:
             self.round_weights(held, row, g)
         for base, rows, count in self._row_tiles():
@@ -170,9 +173,10 @@ class Integers(GroupTile):
         sums = [Register("int32", LANES, zero) for _ in range(self.terms)]
         turn = bind(rows * (2 * count))
         with loop(count) as j:
-            for n in self.keys_asked.rounding(turn + j):
-                self.ask_keys(step, 0, n)
+            asked = self.keys_asked.at(0, turn + j)
             for v, (top, total) in enumerate(zip(tops, totals, strict=True)):
+                for n in asked[v::ROWS]:
+                    self.ask_keys(step, 0, n)
                 at = (j * ROWS + v) * LANES
                 query = bind(load(self.turned, rows, at, lanes=LANES))
                 scale, middle = (
@@ -187,12 +191,12 @@ class Integers(GroupTile):
         most = fours.in_rows(T.max(T.max(a, b), T.max(c, d)), fours.largest)
         by, unit = fours.unit(most, self.fmt.query_levels)
         with loop(count) as j:
-            for n in self.keys_asked.rounding(turn + count + j):
-                self.ask_keys(step, 0, n)
-            words = [
-                fours.rounded(load(self.scratch, (j * ROWS + v) * LANES, lanes=LANES), by)
-                for v in range(ROWS)
-            ]
+            words, asked = [], self.keys_asked.at(0, turn + count + j)
+            for v in range(ROWS):
+                for n in asked[v::ROWS]:
+                    self.ask_keys(step, 0, n)
+                at = (j * ROWS + v) * LANES
+                words.append(fours.rounded(load(self.scratch, at, lanes=LANES), by))
             parts = fours.in_bytes(words, self.terms)
             for term, (part, register) in enumerate(zip(parts, sums, strict=True)):
                 ones = splat(T.int32(_ONES))
@@ -212,7 +216,7 @@ class Integers(GroupTile):
         acc = [self._accumulators(self.terms, wide) for _ in range(rows)]
         with loop(self.words) as w:
             lines = [line(self.k_codes, self.head, step, block + u, w) for u in range(wide)]
-            for n in self.keys_asked.dots(part * self.words + w):
+            for n in self.keys_asked.at(1, part * self.words + w):
                 self.ask_keys(step, 0, n)
             for four in range(self.per // 4):
                 codes = [bind(field(x, four * self.fmt.bits, self.fmt.bits, LANES)) for x in lines]
@@ -269,21 +273,22 @@ class Integers(GroupTile):
     def fold_weights(self, step: Any, row: Any) -> None:
         """Turn a row's scores into weights, fold the scales of a group's tokens into them."""
         groups, top = range(self.value_groups), bind(splat(self.top[row]))
-        for n in self.values_asked.rounding(row):
-            self.ask_values(step, 0, n)
         total = Register("float32", LANES, load(self.sum, row, 0, lanes=LANES))
         middles = [
             Register("float32", LANES, load(self.middles, g, row, 0, lanes=LANES)) for g in groups
         ]
         most = [Register("int32", LANES, splat(T.int32(0))) for _ in groups]
-        for at in range(0, GROUP, LANES):
+        for u in range(BLOCKS):
+            for n in self.values_asked.at(0, row * BLOCKS + u):
+                self.ask_values(step, 0, n)
+            at = u * LANES
             weight = bind(self.exp2(load(self.score, row, at, lanes=LANES) - top))
             total.set(total.get() + weight)
             for g in groups:
                 scale, middle = (load(self.v_params, half, g, at, lanes=LANES) for half in (0, 1))
                 value = bind(weight * scale)
                 middles[g].set(fused(weight, middle, middles[g].get()))
-                most[g].set(T.max(most[g].get(), fours.magnitude(value)))
+                most[g].set(T.max(most[g].get(), T.reinterpret("int32x16", value)))
                 store(self.folded, value, g, row, at, lanes=LANES)
         store(self.sum, total.get(), row, 0, lanes=LANES)
         for g in groups:
@@ -292,7 +297,7 @@ class Integers(GroupTile):
 
     def round_weights(self, step: Any, row: Any, g: Any) -> None:
         """Round a row's folded weights, and subtract what middle codes give."""
-        for n in self.values_asked.rounding(self.s.height + row * self.value_groups + g):
+        for n in self.values_asked.at(1, row * self.value_groups + g):
             self.ask_values(step, 0, n)
         by = bind(splat(self.weight_by[g, row * ROWS]))
         words = [
@@ -317,7 +322,7 @@ class Integers(GroupTile):
         g = bind(column // per_scale) if self.value_groups > 1 else 0
         with loop(GROUP // self.per) as run:
             lines = [line(self.v_codes, self.head, step, column + c, run) for c in range(wide)]
-            for n in self.values_asked.dots(turn * (GROUP // self.per) + run):
+            for n in self.values_asked.at(2, turn * (GROUP // self.per) + run):
                 self.ask_values(step, 0, n)
             for four in range(self.per // 4):
                 codes = [bind(field(x, four * self.fmt.bits, self.fmt.bits, LANES)) for x in lines]

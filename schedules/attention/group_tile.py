@@ -71,12 +71,13 @@ class GroupTile(Tile):
     def run(self, reach: Any, first: Any, begin: Any, end: Any) -> None:
         """Pass over the steps ``begin .. end-1``."""
         middle = fixed(T.max(begin, T.min(end, reach.groups)))
+        with when(begin < middle):
+            self.prepare(reach, begin)
         with T.serial(begin, middle) as step:
             held = reach.held(step)
             if self.ask:
                 self.further = reach.further(step)
-            self.widen_params(held)
-            self.old(reach, step, held, first)
+            self.old(reach, step, held, first, fixed(T.min(step + 1, middle - 1)))
         self.finish()
         self.head = reach.head_of_tail(self.head)
         with T.serial(middle, end) as step:
@@ -85,10 +86,16 @@ class GroupTile(Tile):
             self.weigh()
             self.values(reach.new, step)
 
-    def widen_params(self, step: Any) -> None:
-        """Make scales of a group float32, and what the middle code stands for."""
+    def prepare(self, reach: GroupReach, step: Any) -> None:
+        """Do what a step over codes needs of its group beforehand."""
+
+    def widen_keys(self, step: Any) -> None:
+        """Make scales of a group's keys float32, and what the middle code stands for."""
         with loop(round_up(int(self.s.p["d"])) // LANES) as j:
             self._widen(self.k_scale, self.k_params, (self.head, step), (), j * LANES, self.placed)
+
+    def widen_values(self, step: Any) -> None:
+        """Make scales of a group's values float32, and what the middle code stands for."""
         with loop(self.value_groups) as g, loop(BLOCKS) as u:
             self._widen(self.v_scale, self.v_params, (self.head, step), (g,), u * LANES)
 
@@ -111,8 +118,8 @@ class GroupTile(Tile):
         """Return scales of 16 channels in the order in which they are multiplied."""
         return scales
 
-    def old(self, reach: GroupReach, step: Any, held: Any, first: Any) -> None:
-        """Do a step over the codes of the group that lies at ``held``."""
+    def old(self, reach: GroupReach, step: Any, held: Any, first: Any, after: Any) -> None:
+        """Do a step over the codes of the group that lies at ``held``, and prepare the step ``after``."""
         raise NotImplementedError
 
     def finish(self) -> None:
@@ -144,8 +151,10 @@ class Real(GroupTile):
         self.real_k = workspace((1, BLOCKS, self.words * self.per, LANES), "float32")
         self.real_v = workspace((1, GROUP, s.columns * LANES), "float32")
 
-    def old(self, reach: GroupReach, step: Any, held: Any, first: Any) -> None:
+    def old(self, reach: GroupReach, step: Any, held: Any, first: Any, after: Any) -> None:
         """See `GroupTile.old`."""
+        self.widen_keys(held)
+        self.widen_values(held)
         self.make_keys(held)
         self.make_values(held)
         kept = self.k, self.v, self.head

@@ -18,7 +18,7 @@ from mimo_compile.ir.hardware import PRESETS, local_cpu
 from mimo_compile.ir.kv_groups import GROUPED, STATES
 from mimo_compile.ir.ops import batches, get_op, parse_workload
 from mimo_compile.schedules import get_schedule
-from mimo_compile.schedules.attention.group_integers import Asked
+from mimo_compile.schedules.attention.asked import Asked
 from mimo_compile.schedules.attention.group_layout import group_shapes, pack_groups, unpack_groups
 from mimo_compile.schedules.attention.group_reach import GroupReach, Recent
 from mimo_compile.schedules.attention.layout import kernel_args
@@ -316,8 +316,7 @@ def test_counts_of_a_step_over_codes(c, arith):
     def body(q, pos, *rest):
         tile = TILES[arith](s, fmt, rest[:3], rest[3:6], 0)
         tile.hide = tile.follow = lambda *_: None  # memory decides on them
-        tile.widen_params(0)
-        tile.old(GroupReach(s, fmt, pos, 0), 0, 0, 0)
+        tile.old(GroupReach(s, fmt, pos, 0), 0, 0, 0, 0)
 
     once = executed(function("step", kernel_args(w), body))
     declared = FLASH.work(w, config, v4)
@@ -354,10 +353,17 @@ def test_each_schedule_takes_its_own_caches():
         assert get_schedule("kv_append.x86").supports(w, CPU) == (c not in GROUPED)
 
 
-@given(st.integers(1, 300), st.integers(1, 200), st.integers(1, 100))
-def test_every_line_is_asked_for(lines: int, rounds: int, dots: int) -> None:
-    asked = Asked(lines, rounds, dots)
-    early = [n for turn in range(rounds) for n in asked.rounding(turn)]
-    late = [n for turn in range(dots) for n in asked.dots(turn)]
-    assert set(early + late) >= set(range(lines))
-    assert len(early + late) < lines + rounds + dots
+@given(
+    st.integers(1, 300),
+    st.lists(st.tuples(st.integers(1, 100), st.floats(0.5, 64.0)), min_size=1, max_size=3),
+)
+def test_every_line_is_asked_for(lines, phases):
+    asked = Asked(lines, phases)
+    each = [
+        [n for turn in range(turns) for n in asked.at(i, turn)]
+        for i, (turns, _) in enumerate(phases)
+    ]
+    every = sorted(n for lines in each for n in lines)
+    assert set(every) >= set(range(lines))
+    assert every == list(range(len(every))), "asked for twice"
+    assert len(every) < lines + max(turns for turns, _ in phases)
