@@ -215,8 +215,7 @@ def bench(args: argparse.Namespace) -> None:
         hybrid.shape.block if hybrid else 64, (sizes.heads, sizes.width),
     )  # fmt: skip
     wanted = args.systems.split(",") if args.systems else list(systems)
-    if not any(r["task"] == "memory" for r in _read(args.out)):
-        memory(args, model, systems)
+    memory(args, model, systems)
     tokenizer = Tokenizer.from_file(str(args.folder / "tokenizer.json"))
     held_out = corpus.encode(tokenizer, corpus.collect().held_out)
     base = args.folder / "model.safetensors"
@@ -249,9 +248,12 @@ def bench(args: argparse.Namespace) -> None:
 
 
 def memory(args: argparse.Namespace, model: TinyModel, systems: Systems) -> None:
-    """Note what each system keeps; nothing is run."""
+    """Note what each system keeps, if it is not known of this very policy; nothing is run."""
+    known = {_stated(r) for r in _read(args.out) if r["task"] == "memory"}
     for name, budgets in systems.items():
         for budget, policy in budgets.items():
+            if (name, budget, str(policy), args.length) in known:
+                continue
             if not isinstance(policy, Oracle):
                 note(args.out, {
                     "weights": "any", "system": name, "budget": budget, "task": "memory",
@@ -261,13 +263,16 @@ def memory(args: argparse.Namespace, model: TinyModel, systems: Systems) -> None
 
 
 def speed(args: argparse.Namespace) -> None:
-    """Time the kernels of each system at heads as models have them, over ``args.speed`` keys."""
+    """Time the kernels of each system at heads as models have them, over ``args.speed`` keys.
+
+    Gates and indexers are as large as models', too, so that policies are not those whose quality is measured.
+    """
     systems = policies(args.speed, 64, 128, 64, (64, 128))
     wanted = args.systems.split(",") if args.systems else list(systems)
-    known = {(r["system"], r["budget"]) for r in _read(args.out) if r["task"] == "speed"}
+    known = {_stated(r) for r in _read(args.out) if r["task"] == "speed"}
     for name in wanted:
         for budget, policy in systems[name].items():
-            if isinstance(policy, Oracle) or (name, budget) in known:
+            if isinstance(policy, Oracle) or (name, budget, str(policy), args.speed) in known:
                 continue
             if args.budgets and budget not in args.budgets:
                 continue
@@ -277,6 +282,11 @@ def speed(args: argparse.Namespace) -> None:
                     "policy": str(policy), "length": args.speed, "time": found[0], "p10": found[1],
                     "p90": found[2],
                 })  # fmt: skip
+
+
+def _stated(row: dict[str, object]) -> tuple[object, ...]:
+    """Return what a line that needs no weights is of."""
+    return row["system"], row["budget"], row["policy"], row["length"]
 
 
 def note(path: Path, line: dict[str, object]) -> None:
@@ -293,6 +303,7 @@ def _percent(value: object) -> str:
 def tables(rows: list[dict[str, object]]) -> str:
     """Return the Markdown tables of a file's lines; of equal cells the last line counts."""
     cells = {(str(r["system"]), float(str(r["budget"])), str(r["task"])): r for r in rows}
+    kept = {_stated(r): r["keeps"] for r in rows if r["task"] == "memory"}
     names = [n for n in dict.fromkeys(name for name, _, _ in cells) if n not in ("full", "sale")]
     out: list[str] = []
 
@@ -313,9 +324,10 @@ def tables(rows: list[dict[str, object]]) -> str:
 
     body, timed = [], any(task == "speed" for *_, task in cells)
     for name, budget in [("full", 0.0), *((n, share) for n in names for share in BUDGETS)]:
-        read = next((r["bytes"] for t in TASKS if (r := cells.get((name, budget, t)))), None)
+        told_of = next((r for t in TASKS if (r := cells.get((name, budget, t)))), None)
+        read = None if told_of is None else told_of["bytes"]
         found = [shown(name, budget, task) for task in TASKS]
-        costs = [shown(name, budget, "memory", "keeps"), _percent(read)]
+        costs = [_percent(told_of and kept.get(_stated(told_of))), _percent(read)]
         row = cells.get((name, budget, "speed"))
         if timed:
             spread = "" if row is None else f" ({_percent(row['p10'])} to {_percent(row['p90'])})"

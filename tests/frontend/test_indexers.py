@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -184,6 +185,28 @@ def test_prompts_in_pieces_make_the_same_keys(llama, file, tools):
     for begin, end in ((0, 7), (7, 8), (8, 31), (31, LENGTH)):
         model.forward_step(ids[begin:end], begin)
     torch.testing.assert_close(state, at_once, rtol=1e-4, atol=1e-4)
+
+
+def test_prompts_in_pieces_see_the_same_tokens(llama, file, tools):
+    ids = torch.tensor(tools.prompt(LENGTH), dtype=torch.int32)
+    model, every = decoder(llama[1], "dsa:k=12", file), decoder(llama[1], "dsa:k=96", file)
+    hidden, logits = model.forward_step(ids, 0)
+    # lists leave something out, and what they leave out matters
+    assert (hidden - every.forward_step(ids, 0)[0]).abs()[12:].amax(-1).min() > 1e-2
+    for pieces in ((0, 13, 14, 37, LENGTH), (0, 45, *range(46, LENGTH + 1))):
+        model.reset()
+        parts = [model.forward_step(ids[begin:end], begin) for begin, end in pairwise(pieces)]
+        for got, want in zip(zip(*parts, strict=True), (hidden, logits), strict=True):
+            torch.testing.assert_close(torch.cat(got), want, rtol=1e-4, atol=1e-4)
+
+
+def test_later_tokens_change_nothing(llama, file, tools):
+    ids = torch.tensor(tools.prompt(LENGTH), dtype=torch.int32)
+    model = decoder(llama[1], "dsa:k=12", file)
+    want = model.forward_step(ids, 0)[1][:40]
+    model.reset()
+    other = torch.cat([ids[:40], ids[:20]])
+    torch.testing.assert_close(model.forward_step(other, 0)[1][:40], want, rtol=1e-5, atol=1e-5)
 
 
 def test_hybrid_models_need_indexers_of_full_layers_only(saved, tmp_path, tools):

@@ -292,11 +292,19 @@ def test_bench_goes_on_and_writes_its_tables(
     needles = next(r for r in rows if (r["system"], r["task"]) == ("moba", "needles"))
     assert needles["recall"] == 0 and needles["answers"] == 16 and len(needles["by_depth"]) == 4
     assert len(call("--tasks", "code,needles")) == len(rows)
+    keeps = [json.loads(line) for line in out.read_text().splitlines() if '"memory"' in line]
+    assert len({(r["system"], r["budget"], r["policy"]) for r in keeps}) == len(keeps)
+    # what another shape keeps is noted as well, and not shown beside these
+    other = keeps[0] | {"policy": "full:other", "keeps": 9.99}
+    assert other["system"] == "full"
+    with out.open("a") as file:
+        file.write(json.dumps(other) + "\n")
     page.write_text(f"# Title\n\n{tool.BEGIN}\nold\n{tool.END}\n\nThe end.\n")
     call("--write", str(page))
     shown = page.read_text()
     assert "old" not in shown and shown.startswith("# Title") and shown.endswith("The end.\n")
     assert f"| full |  | {full['perplexity']:.3f} |" in shown
+    assert "999 %" not in shown and "| 100 % | 100 % |" in shown
     assert "| hysparse | 12% |" in shown and "| system | budget | perplexity |" in shown
     share = lambda name: kept[name, 0.12]["keeps"]  # noqa: E731
     assert share("lessismore") == share("hysparse") == 1.0
