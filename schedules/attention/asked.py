@@ -1,4 +1,4 @@
-"""When lines of a cache are prefetched that a later step reads, where a step has phases of different kinds."""
+"""When lines of a cache that a later step reads are prefetched, where steps have phases of several kinds."""
 
 from __future__ import annotations
 
