@@ -28,7 +28,12 @@ pytestmark = pytest.mark.compile
 @pytest.mark.slow
 @pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler")
 def test_the_built_in_model_emulated(texts_alone, tmp_path, monkeypatch) -> None:  # noqa: F811
-    """Four tokens of a prompt and a step for one more, with its experts and int8 activations."""
+    """Four tokens of a prompt and a step for one more, with its experts and int8 activations.
+
+    Kernels of GPUs round queries and weights of attention to bfloat16, those of CPUs do not. That is as many
+    roundings of the same size as keys and values have in the caches, whose effect is seen without a GPU:
+    twice as much is allowed, of all logits together.
+    """
     how = {"quant": "w4g64a8kv16", "max_context": 64, "db": tmp_path / "r.db"}
     cpu = mc.compile("tiny", threads=1, **how).module()
     path = mc.compile("tiny", target="cuda:sm_90a", **how).save(tmp_path / "tiny.mimo")
@@ -36,16 +41,19 @@ def test_the_built_in_model_emulated(texts_alone, tmp_path, monkeypatch) -> None
     gpu = load(path)
     ids = cpu.tokenizer.encode(PROMPT).ids
     assert len(ids) == 4
-    told = []
-    for module in (cpu, gpu):
+    exact = mc.compile("tiny", threads=1, **how | {"quant": "w4g64a8"}).module()
+    told: list[list[np.ndarray]] = []
+    for module in (cpu, gpu, exact):
         session = module.session()
-        logits = session.append(ids)
-        told.append([np.array(logits)])
-        told[-1].append(np.array(session.append([int(logits.argmax())])))
-    for theirs, ours in zip(*told, strict=True):
+        logits = [np.array(session.append(ids))]
+        following = int((told[0] if told else logits)[0].argmax())
+        logits.append(np.array(session.append([following])))
+        told.append(logits)
+    for theirs, ours, plain in zip(*told, strict=True):
         assert ours.argmax() == theirs.argmax()
-        # int8 activations: another order of sums moves codes by one here and there
-        assert np.abs(ours - theirs).max() < 0.05 * np.abs(theirs).max()
+        off, rounded = np.linalg.norm(ours - theirs), np.linalg.norm(theirs - plain)
+        print(f"off by {off / rounded:.2f} of what caches in bfloat16 change")
+        assert off < 2 * rounded < 0.1 * np.linalg.norm(theirs)
     # what routers choose stays on a GPU
     (note,) = verify_artifact(path).notes
     assert "which experts tokens get is not looked at on a GPU" in note

@@ -97,6 +97,9 @@ WORKLOADS: dict[str, tuple[str, ...]] = {
         "mpgemm:m=512,n=4096,k=4096,w=nf4,a=abf16",
         "mpgemm:m=512,n=4096,k=4096,w=w4zg128,a=abf16",
         "mpgemm:m=64,n=4096,k=4096,w=w4zg128,a=a8g64",
+        # with defaults that leave few registers
+        "mpgemm:m=512,n=4096,k=4096,w=nf4,a=af16",
+        "mpgemm:m=512,n=4096,k=4096,w=w2g64,a=a8g64",
     ),
     "moe": (
         "moe:t=1,e=128,k=8,d=2048,f=768,w=w4g64,a=a8",
