@@ -30,8 +30,8 @@ from mimo_compile.schedules.cuda.limits import fits
 _CODERS = 256
 """Threads of a block that makes codes."""
 _SPARE = 116
-"""Registers beside a tile's logits and the sums: what lets values be 144 wide, where ptxas takes 242 to 255 of 255
-without a spill, and no wider. Of narrow values it takes others, which decides nothing."""
+"""Registers beside a tile's logits and the sums: what lets values be 144 wide, where ptxas takes 242 to
+255 of 255 without a spill, and no wider. Of narrow values it takes others, which decides nothing."""
 _MOST_DEEP = 256
 """Channels of a key: of more, sums of products are no longer the last bits of a float."""
 
