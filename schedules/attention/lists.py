@@ -109,10 +109,12 @@ class Parts(Row):
 
     total: Any
     """Parts to visit."""
-    touches = 2
+    touches = 4
     """See `Reach.touches`: without it, each part waits for the addresses of two pages."""
     apart = False
     """See `Reach.apart`."""
+    alone = False
+    """See `Reach.alone`."""
 
     def seal(self, total: Any) -> None:
         """Set how many parts there are."""
@@ -150,6 +152,7 @@ class Listed(Parts):
     ) -> None:
         super().__init__(s, turn, first, group, lists)
         self.many = int(s.p["block"]) // LANES
+        self.alone = self.many == 1
         newest = fixed(T.truncdiv(T.max(self.high_query, T.int32(0)), s.p["block"]))
         seen = fixed(self.before(newest + 1))
         total = seen * self.many

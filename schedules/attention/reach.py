@@ -101,6 +101,8 @@ class Reach:
     """Steps behind those that are prefetched whose pages are asked for; 0: they are next to each other."""
     apart = False
     """Parts lie anywhere, so that nothing but prefetching brings one in time."""
+    alone = False
+    """So does each by itself, not some of them next to each other."""
 
     def __init__(self, s: Tiling, pos: Any, first: Any) -> None:
         cap, window = T.int32(s.p["cap"]), s.p["window"]

@@ -43,6 +43,9 @@ class X86Lists(X86Flash):
     name = "sparse_attention.x86_lists"
     op = "sparse_attention"
     streamed = 128
+    """Most slots of a default step that nothing but prefetching brings in time."""
+    distance = 1
+    """Steps that a default prefetches ahead."""
 
     def visit(self, s: ListTiling, buffers: Mapping[str, Any]) -> Callable[..., Any]:
         """Return what a tile visits, see `phases.emit`."""
@@ -78,7 +81,10 @@ class X86Lists(X86Flash):
         )
         if _reach(p) < 2 * FEW_BLOCKS * LANES:
             part = 1
-        return FlashConfig(tile, step, part, row, threads > 1 and tasks * part > 1, int(stream))
+        wide = parse_cache_format(p["c"]).bytes * (p["d"] + p["dv"])
+        near = (self.distance + 1) * step * wide <= NEAR_BYTES
+        ahead = int(stream) * (self.distance if near else 1)
+        return FlashConfig(tile, step, part, row, threads > 1 and tasks * part > 1, ahead)
 
     def tiling(self, p: Mapping[str, Any], c: FlashConfig, hardware: Hardware) -> ListTiling:
         """Return the compile-time sizes of a config."""
@@ -137,8 +143,9 @@ class X86ListsPairs(X86FlashPairs, X86Lists):
 
     name = "sparse_attention.x86_lists_pairs"
     op = "sparse_attention"
-    version = 5
+    version = 6
     streamed = LANES
+    distance = 2
 
 
 def short_step(p: Mapping[str, Any], most: int) -> int:
