@@ -18,6 +18,7 @@ from mimo_compile.ir.ops import OPS, get_op
 from mimo_compile.ir.ops.base import Array
 from mimo_compile.ir.workload import Workload
 from mimo_compile.runtime.container import Parts
+from mimo_compile.runtime.memory import Bytes, Zeroed
 from mimo_compile.runtime.program import Choice, Manifest
 from mimo_compile.schedules import get_schedule
 from mimo_compile.schedules.base import Kernel, Schedule
@@ -80,10 +81,25 @@ class Runnable:
 
     def _guarded(self, name: str, source: Array) -> Array:
         """Copy an array into aligned memory that ends with bytes which no kernel may touch."""
-        memory = _tvm.empty_aligned(source.nbytes + _GUARD, "uint8")
+        memory = self._memory(name, source.nbytes + _GUARD)
         self._guards[name] = memory[source.nbytes :]
         self._guards[name][...] = 0xA5
         copy: Array = memory[: source.nbytes].view(source.dtype).reshape(source.shape)
+        copy[...] = source
+        return copy
+
+    def _memory(self, name: str, size: int) -> Bytes:
+        """Return memory for an argument: pages of states are those of a loaded artifact's, never huge ones.
+
+        numpy asks for huge pages where an array is long, and random blocks are read faster from them.
+        """
+        if self._roles[name].role == "state":
+            return Zeroed(size).bytes
+        return _tvm.empty_aligned(size, "uint8")
+
+    def _copy(self, name: str) -> Array:
+        source = self.arrays[name]
+        copy: Array = self._memory(name, source.nbytes).view(source.dtype).reshape(source.shape)
         copy[...] = source
         return copy
 
@@ -142,7 +158,7 @@ class Runnable:
         for number in range(copies(int(each), wanted_bytes, memory_bytes)):
             copy, inputs = draws.place(number)
             if copy > last:
-                held, last = {n: _copy(self.arrays[n]) for n in cold}, copy
+                held, last = {n: self._copy(n) for n in cold}, copy
             made.append(self._tensors({**self.arrays, **held, **inputs}))
         return made
 
@@ -151,12 +167,6 @@ def _digest(array: Array) -> bytes:
     """Return what tells whether an array was changed; a copy of long caches would fill the memory."""
     flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     return hashlib.blake2b(flat.data).digest()
-
-
-def _copy(source: Array) -> Array:
-    copy = _tvm.empty_aligned(source.shape, source.dtype)
-    copy[...] = source
-    return copy
 
 
 def hardware_of(manifest: Manifest) -> Hardware:
