@@ -166,12 +166,28 @@ def kept_blocks(attend: Workload) -> int:
     return int(p["kmax"] if p["kmax"] < blocks else blocks // SHARE)
 
 
-def necessary(name: str, workload: Workload) -> tuple[float, float]:
-    """Return the bytes and operations of a part, with lists as long as here."""
-    if name == "attend":
-        workload = workload.replace(kmax=kept_blocks(workload))
-    counts = get_op(workload.op).counts(workload)
-    return counts.bytes.get("dram", 0.0), counts.flops
+def necessary(workload: Workload, draws: Sequence[Mapping[str, Array]] = ()) -> tuple[float, float]:
+    """Return the bytes and operations of a part; ``draws``: what its lists are, where it follows any."""
+    op = get_op(workload.op)
+    if not draws:
+        counts = op.counts(workload)
+        return counts.bytes.get("dram", 0.0), counts.flops
+    kept = op.counts(workload.replace(kmax=kept_blocks(workload)))
+    read = op.counts(workload.replace(kmax=named_blocks(workload, draws)))
+    return read.bytes.get("dram", 0.0), kept.flops
+
+
+def named_blocks(workload: Workload, draws: Sequence[Mapping[str, Array]]) -> int:
+    """Return how many blocks all lists over a KV head name together, on average."""
+    p = get_op(workload.op).full(workload)
+    found = []
+    for draw in draws:
+        for kv in range(p["kv"]):
+            first, end = kv * p["hs"] // p["kv"], (kv + 1) * p["hs"] // p["kv"]
+            own = slice(first, max(end, first + 1))
+            there = np.arange(draw["idx"].shape[2]) < draw["cnt"][:, own, None]
+            found.append(np.unique(draw["idx"][:, own][there]).size)
+    return round(float(np.mean(found)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,7 +253,7 @@ def bench_cell(
     chain = _chain(cell, [entrants[n] for n in order])
     field = [chain, *(entrants[n] for n in order), entrants["dense"]]
     rows = compete(field, rounds=rounds)
-    each = {n: necessary(n, workloads[n]) for n in (*order, "dense")}
+    each = {n: (entrants[n].bytes, entrants[n].operations) for n in (*order, "dense")}
     whole = tuple(sum(each[n][i] for n in order) for i in range(2))
     out = []
     for name, found in zip(["all", *order, "dense"], rows, strict=True):
@@ -274,7 +290,7 @@ def _contestant(
     if name == "attend":
         draws = list(_draws(workload, np.random.default_rng(seed)))
     sets = [runnable._tensors({**runnable.arrays, **draw}) for draw in draws]
-    moved, work = necessary(name, workload)
+    moved, work = necessary(workload, draws if name == "attend" else ())
     return Contestant(
         f"{cell} {name}: {workload}", "mimo", hardware.threads, "cold", runnable, sets, moved, work,
         chosen[0].schedule, config,

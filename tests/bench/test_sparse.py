@@ -114,6 +114,23 @@ def test_lists_that_are_drawn_are_lists() -> None:
         assert (draw["cnt"] == kept_blocks(workload)).all()
 
 
+@pytest.mark.parametrize(("lists", "named"), [(4, 4), (2, 2), (1, 2)])
+def test_what_lists_name_is_read_once_by_the_heads_that_share_it(lists: int, named: int) -> None:
+    workload = parse_workload(
+        f"sparse_attention:t=1,h=4,kv=2,d=16,dv=16,cap=160,hs={lists},block=16,kmax=2,c=bf16"
+    )
+    idx = np.zeros((1, lists, 2), np.int32)
+    idx[0] = [[0, 3], [4, 7], [1, 2], [5, 6]][:lists]
+    draw = {"idx": idx, "cnt": np.full((1, lists), 2, np.int32)}
+    assert sparse.named_blocks(workload, [draw, draw]) == named
+    draw["cnt"][0, 0] = 1
+    assert sparse.named_blocks(workload, [draw]) <= named
+    moved, work = sparse.necessary(workload, [{**draw, "cnt": np.full((1, lists), 2, np.int32)}])
+    counts = get_op(workload.op).counts(workload.replace(kmax=named))
+    assert moved == counts.bytes["dram"]
+    assert work == get_op(workload.op).counts(workload).flops
+
+
 @pytest.mark.parametrize(
     "text",
     [
