@@ -118,7 +118,7 @@ def _check_pool(manifest: Manifest, where: str) -> frozenset[str]:
         entries = shape[page_extent(manifest.target.kind, shape)] if whole else 0
         fits = entries and not entries % pool.pages
         if not fits or pool.page * pool.pages not in [
-            entries * n for n in _together(manifest, states[name], pool)
+            entries * n for n in _together(manifest, name, states[name], pool)
         ]:
             problem = f"has {pool.pages} pages of {pool.page} in {name} {list(shape)}"
     if problem:
@@ -126,7 +126,7 @@ def _check_pool(manifest: Manifest, where: str) -> frozenset[str]:
     return frozenset(pool.states)
 
 
-def _together(manifest: Manifest, state: State, pool: Pool) -> tuple[int, ...]:
+def _together(manifest: Manifest, name: str, state: State, pool: Pool) -> tuple[int, ...]:
     """Return for how many slots one entry of a pool's state, in the extent of the pages, may be.
 
     Keys stand in blocks ``[heads, slots / 16, D, lanes]``, values in rows of float32, in pairs of 16 bits or
@@ -136,10 +136,12 @@ def _together(manifest: Manifest, state: State, pool: Pool) -> tuple[int, ...]:
     """
     page = pool.page
     if manifest.target.kind == "cuda":
-        extent = page_extent("cuda", state.shape)
-        if extent and state.dtype not in ("uint8", "float16"):
+        if not page_extent("cuda", state.shape):
+            return (page // max(state.shape[0] // pool.pages, 1),)
+        if state.dtype not in ("uint8", "float16"):
             return (1,)
-        return (page // max(state.shape[extent] // pool.pages, 1),)
+        layers = manifest.decoder.layers if manifest.decoder else ()
+        return tuple({layer.group for layer in layers if name in layer.states})
     if len(state.shape) == 5 or state.dtype == "float16":  # scales
         return (page,)
     size = dtypes.itemsize(state.dtype)

@@ -82,6 +82,7 @@ class Float8Flash(CudaFlash):
         moved = {
             "dram": found.bytes["dram"] - held * less,
             "l2": found.bytes["l2"] - heads * copied * less,
+            "l1": found.bytes["l1"] - heads * (copied + scored) * less,
         }
         return Counts(ops, moved)
 

@@ -164,7 +164,11 @@ class CudaOracle(CudaFlash):
         if config.parts == 1:
             return in_turn(first.named("attend"), last)
         made = 4.0 * rows * config.parts * (layout.whole(p["dv"]) + _STATE)
-        moved = {"dram": first.bytes["dram"] - results, "l2": first.bytes["l2"] - results + made}
+        moved = {
+            **first.bytes,
+            "dram": first.bytes["dram"] - results,
+            "l2": first.bytes["l2"] - results + made,
+        }
         sums = rows * config.parts * p["dv"]
         merged = Counts(
             {"fma_f32": sums, "exp_f32": sums},

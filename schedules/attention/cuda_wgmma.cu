@@ -164,6 +164,9 @@ extern "C" __global__ void __launch_bounds__(128 * CONSUMERS + 128, 1)
       add(there);
       wgmma_wait<1>();
       weigh(step);
+      // ptxas moves what touches no memory behind the next wait, where nothing is under way: a store that depends on
+      // all weights, and never happens, holds them here
+      if (state.sum[0] + state.sum[1] < 0.0f) *reinterpret_cast<volatile float*>(shared) = 0.0f;
       added();
       rescale();
       take_weights();

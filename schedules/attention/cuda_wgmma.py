@@ -25,6 +25,8 @@ from mimo_compile.schedules.mpgemm.cuda_wgmma import NEEDS, REGISTERS, ROWS
 
 PANEL = 64
 """Numbers of a row that lie together in shared memory: 128 bytes, one row of the swizzle."""
+_WIDEST = 256
+"""Columns of values: those of one product."""
 _SPARE = 40
 """Registers of a consumer for all that is neither sum, logit nor weight."""
 
@@ -63,6 +65,7 @@ class CudaFlashWgmma(CudaFlash):
 
     name = "cached_attention.cuda_wgmma"
     op = "cached_attention"
+    version: ClassVar[int] = 2
     config: ClassVar[type] = FlashConfig
     needs: ClassVar[frozenset[str]] = layout.NEEDS | NEEDS
     expected: ClassVar[tuple[str, ...]] = ("HGMMA", "UTMALDG", "USETMAXREG")
@@ -87,7 +90,8 @@ class CudaFlashWgmma(CudaFlash):
     def legal(self, p: Mapping[str, Any], config: FlashConfig, hardware: Hardware) -> bool:
         """Say whether a config can be launched, and needs no registers that a consumer's thread lacks."""
         return (
-            self.registers(p, config, config.keys) <= REGISTERS[config.consumers][1]
+            layout.whole(p["dv"]) <= _WIDEST
+            and self.registers(p, config, config.keys) <= REGISTERS[config.consumers][1]
             and (config.consumers == 1 or config.height < 2 * p["t"] * (p["h"] // p["kv"]))
             and fits(
                 hardware, threads=config.threads, shared_bytes=self.shared_bytes(p, config)
@@ -146,10 +150,14 @@ class CudaFlashWgmma(CudaFlash):
             held += float(end.max() - begin.min()) * p["kv"]
             steps = steps_of(p, length, begin, (config.consumers, ROWS), config.keys)
             scored += float(steps.sum()) * config.keys * (ROWS // HEIGHT)
-        wide = layout.whole(p["dv"])
+        deep, wide = PANEL * panels(layout.whole(p["d"])), layout.whole(p["dv"])
         empty = HEIGHT * scored * p["kv"] * (PANEL * panels(wide) - wide)
         found = self.counted(p, copied, held, scored, config.keys)
-        return found + Counts({"tile_bf16": empty}, {})
+        # products read keys and values once for 64 rows, and queries once for a tile of keys
+        row = 2.0 * (deep + PANEL * panels(wide)) + 2.0 * ROWS * deep / config.keys
+        read = p["kv"] * scored / (ROWS // HEIGHT) * row
+        moved = {**found.bytes, "l1": read + found.bytes["l2"]}
+        return Counts({**found.ops, "tile_bf16": found.ops["tile_bf16"] + empty}, moved)
 
 
 def _defaults(p: Mapping[str, Any], hardware: Hardware) -> Iterator[FlashConfig]:

@@ -93,6 +93,7 @@ def copied_counts(
     row = 2.0 * (wide + sums)
     cells = HEIGHT * scored * heads
     given = 4.0 * p["b"] * p["t"] * p["h"]
+    through = heads * copied * row + given * (parts * p["d"] + p["dv"])
     return Counts(
         {
             "tile_bf16": cells * (wide + sums),
@@ -104,7 +105,8 @@ def copied_counts(
         },
         {
             "dram": held * row + given * (p["d"] + p["dv"]),
-            "l2": heads * copied * row + given * (parts * p["d"] + p["dv"]),
+            "l2": through,
+            "l1": heads * scored * row + through,  # what was copied is read by each tile of rows
         },
     )
 
@@ -116,7 +118,11 @@ def with_merge(main: Counts, p: Mapping[str, Any], units: int, parts: int) -> Co
     number = layout.whole(p["dv"]) + STATE
     rows, made = float(p["b"] * p["t"] * p["h"]), 4.0 * units * parts * HEIGHT * number
     result = 4.0 * rows * p["dv"]
-    moved = {"dram": main.bytes["dram"] - result, "l2": main.bytes["l2"] - result + made}
+    moved = {
+        **main.bytes,
+        "dram": main.bytes["dram"] - result,
+        "l2": main.bytes["l2"] - result + made,
+    }
     first = Counts(main.ops, moved, name="attend")
     merged = Counts(
         {"fma_f32": rows * parts * p["dv"], "exp_f32": rows * parts * p["dv"]},

@@ -97,7 +97,8 @@ def test_gpus_and_cpus_do_not_get_each_other_s_kernels():
 
 @pytest.mark.parametrize("hardware", [A100, H200], ids=lambda h: h.name)
 def test_heads_of_any_width_have_a_legal_default_or_no_kernel(hardware):
-    for d, dv, there in ((64, 64, True), (192, 128, True), (256, 256, True), (576, 512, False)):
+    wide = ((256, 256, True), (64, 272, True), (64, 320, True), (576, 512, False))
+    for d, dv, there in ((64, 64, True), (192, 128, True), *wide):
         for t in (1, 100, 3000):
             text = f"cached_attention:t={t},h=8,kv=2,d={d},dv={dv},cap=4096,c=bf16"
             workload = parse_workload(text)
@@ -107,6 +108,7 @@ def test_heads_of_any_width_have_a_legal_default_or_no_kernel(hardware):
                 space = schedule.space(workload, hardware)
                 assert space.legal(space.default), (text, space.default)
                 assert sum(1 for _ in space) > 5
+                assert "wgmma" not in schedule.name or dv <= 256  # columns of a product
     many = parse_workload("cached_attention:t=3000,h=8,kv=2,d=64,dv=64,cap=4096,c=bf16")
     wgmma = ["cached_attention.cuda_wgmma"] if hardware is H200 else []
     assert [s.name for s in schedules_for(many, hardware)] == [PREFILL.name, *wgmma]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +17,8 @@ from mimo_compile.ir.ops import parse_workload
 from mimo_compile.schedules import get_schedule
 from mimo_compile.schedules.attention.cuda_wgmma import FlashConfig
 from mimo_compile.schedules.cuda.emulate import compiler
+from mimo_compile.schedules.cuda.nvcc import compile_device, find_tool
+from mimo_compile.schedules.cuda.sass import disassemble
 from mimo_compile.search.measure.emulated import check_emulated
 
 A100, H200 = CUDA["cuda:sm_80"], CUDA["cuda:sm_90a"]
@@ -26,11 +29,13 @@ EXACT = (
     FlashConfig(32, 2, 2, True),
 )
 RINGS = (
-    "cached_attention:t=50,h=4,kv=2,d=80,dv=72,cap=150,window=100,sink=1,c=bf16,b=2",
+    "cached_attention:t=50,h=6,kv=2,d=80,dv=72,cap=150,window=100,sink=1,c=bf16,b=2",
     [(390, 47), (13, 50)],
     (FlashConfig(32, 2, 2, True), FlashConfig(32, 1, 3, False), FlashConfig(64, 2, 2, False)),
 )
 """The tiles of the first sequence break off at the cache's end; behind the second one's positions is NaN."""
+FULL = "cached_attention:t=40,h=3,kv=1,d=24,dv=18,cap=150,sink=1,c=bf16", [(110, 40)]
+"""Every slot of the cache counts, the oldest as well; one head of a group has a sink above all else."""
 slow = [
     pytest.mark.slow,
     pytest.mark.skipif(compiler() is None, reason="emulation needs a C++ compiler"),
@@ -81,6 +86,25 @@ def test_counts_of_a_prompt_are_those_of_whole_tiles():
     assert counts.ops["tile_bf16"] == 128 * 64 * 256  # values in panels of 64 columns
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(find_tool("nvcc") is None, reason="nvcc is not installed")
+@pytest.mark.skipif(find_tool("nvdisasm") is None, reason="nvdisasm is not installed")
+@pytest.mark.parametrize("width", [64, 128, 192])
+def test_weights_are_made_while_values_are_multiplied(width):
+    text = f"cached_attention:t=512,h=8,kv=2,d={width},dv={width},cap=4096,c=bf16"
+    config = WGMMA.space(parse_workload(text), H200).default
+    assert config.overlap
+    binary = compile_device(WGMMA.lower(parse_workload(text), config, H200), H200)
+    waits = re.split(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x(\d)", disassemble(binary))
+    # behind the wait that leaves a product under way, in the order of addresses; two rows rescale their sums
+    (exponentials,) = (
+        code.count("MUFU.EX2")
+        for left, code in zip(waits[1::2], waits[2::2], strict=True)
+        if left == "1"
+    )
+    assert exponentials == config.keys // 2 + 2
+
+
 @emulated
 @pytest.mark.parametrize("config", RINGS[2])
 def test_rings_that_were_passed_and_slots_that_were_never_written(config):
@@ -88,6 +112,13 @@ def test_rings_that_were_passed_and_slots_that_were_never_written(config):
     inputs = made(text, places)
     seen = check_emulated(text, WGMMA, config, H200, seed=2, inputs=inputs)
     assert np.isfinite(seen.outputs["out"]).all()
+
+
+@emulated
+@pytest.mark.parametrize("config", RINGS[2])
+def test_caches_that_are_full(config):
+    text, places = FULL
+    check_emulated(text, WGMMA, config, H200, inputs=made(text, places))
 
 
 @emulated

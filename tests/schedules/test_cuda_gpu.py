@@ -17,7 +17,7 @@ from harness import sample_config
 from test_cuda_attention import DECODE, EXACT, PREFILL, QUICK, check_exact, made
 from test_cuda_every import NAMES, WORKLOADS
 from test_cuda_flash_wgmma import EXACT as WGMMA_EXACT
-from test_cuda_flash_wgmma import RINGS
+from test_cuda_flash_wgmma import FULL, RINGS
 from test_cuda_mpgemm import ratio_of_kernels
 
 from mimo_compile import _cuda
@@ -127,9 +127,9 @@ def test_windows_rings_pages_and_rows_that_are_no_tokens(schedule, text, config)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("text", "places"), [RINGS[:2], FULL], ids=["rings", "full"])
 @pytest.mark.parametrize("config", RINGS[2])
-def test_rings_of_flash_attention_by_wgmma(config) -> None:
-    text, places, _ = RINGS
+def test_caches_of_flash_attention_by_wgmma(config, text, places) -> None:
     schedule, hardware = WGMMA_EXACT[0], local_cuda()
     if not schedule.supports(parse_workload(text), hardware):
         pytest.skip(f"no kernel for {hardware.name}")

@@ -48,7 +48,9 @@ struct Ring {
     mbarrier_wait(full + stage, phase);
     return smem + stage * BYTES;
   }
+  // The warp meets first: a lane that still waited for the stage could miss its phase.
   __device__ __forceinline__ void leave() {
+    warp_sync();
     if (threadIdx.x % 32 == 0) mbarrier_arrive(empty + stage);
     next();
   }
