@@ -45,7 +45,7 @@ class X86Lists(X86Flash):
     streamed = 128
     """Most slots of a default step that nothing but prefetching brings in time."""
     distance = 1
-    """Steps that a default prefetches ahead."""
+    """Steps that a default prefetches ahead in blocks of more than one part."""
 
     def visit(self, s: ListTiling, buffers: Mapping[str, Any]) -> Callable[..., Any]:
         """Return what a tile visits, see `phases.emit`."""
@@ -82,7 +82,7 @@ class X86Lists(X86Flash):
         if _reach(p) < 2 * FEW_BLOCKS * LANES:
             part = 1
         wide = parse_cache_format(p["c"]).bytes * (p["d"] + p["dv"])
-        near = (self.distance + 1) * step * wide <= NEAR_BYTES
+        near = p["block"] > LANES and (self.distance + 1) * step * wide <= NEAR_BYTES
         ahead = int(stream) * (self.distance if near else 1)
         return FlashConfig(tile, step, part, row, threads > 1 and tasks * part > 1, ahead)
 
