@@ -67,7 +67,8 @@ def logits_bound(manifest: Manifest) -> LogitsBound:
     codes round, the eager model does as well (see `rounding`), but numbers next to a tie may go the other
     way. Int8 activations: a sum that is off by one rounding may fall on the other side of a code's boundary;
     a step is 1/127 of the row's largest value. In a cache of 2 bits that is a third of a code's range, in one
-    of 1 bit twice the mean distance from the mean: of normal numbers both are 1.6 standard deviations.
+    of 1 bit twice the mean distance from the mean: of normal numbers both are 1.6 standard deviations. What
+    16-bit activations put on the other side of such a boundary moves as far: twice as much is allowed there.
 
     Experts are those of the compiled model where its routers are within the bound (`routing`); a row whose
     router is not may get others, and then differs altogether. Layers that choose what they attend to may
@@ -77,12 +78,12 @@ def logits_bound(manifest: Manifest) -> LogitsBound:
     scheme = parse_scheme(manifest.quant)
     act = parse_act_format(f"a{scheme.act}")
     layers = manifest.decoder.layers if manifest.decoder is not None else ()
+    coarse = scheme.kv in ("1", "2") or any(layer.format in ("i1", "i2") for layer in layers)
     if act.is_int8:
-        coarse = scheme.kv in ("1", "2") or any(layer.format in ("i1", "i2") for layer in layers)
         return LogitsBound(1e-1 if coarse else 5e-2, math.inf)
     codes = any(layer.format in GROUPED for layer in layers)
     if scheme.kv or codes or act.kind == "bf16":
-        return LogitsBound(1e-2, math.inf)
+        return LogitsBound(2e-2 if coarse and act.kind == "bf16" else 1e-2, math.inf)
     policy = policy_of(manifest)
     if policy.arithmetic != "float":
         return LogitsBound(1e-2, math.inf)

@@ -70,6 +70,22 @@ def test_eager_caches_have_the_format(saved):
         assert caches and {b.dtype for b in caches} == {dtype}
 
 
+def confused(eager, slots):
+    """Make keys of the second group those of the first token, and return the model."""
+    right = eager.forward_step
+
+    def wrong(*args, **kwargs):
+        for stage in eager.stages():
+            for name, state in stage.module.named_buffers():
+                if name.endswith("k_cache"):
+                    for slot in slots:
+                        state[slot] = state[0]
+        return right(*args, **kwargs)
+
+    eager.forward_step = wrong
+    return eager
+
+
 @pytest.mark.compile
 def test_caches_in_groups_compiled_are_eager(saved, tmp_path):
     case = "llama-linear-mha"
@@ -82,17 +98,17 @@ def test_caches_in_groups_compiled_are_eager(saved, tmp_path):
     module, ids = artifact.module(), np.random.default_rng(0).integers(0, 257, 192)
     found = compare_logits(module, eager, ids, 96)
     assert found.ok and found.p95_error < 1e-3
-    right = eager.forward_step
+    assert not compare_logits(module, confused(eager, [64]), ids, 96).ok
 
-    def wrong(*args, **kwargs):  # the first key of the second group is one of the first's
-        for stage in eager.stages():
-            for name, state in stage.module.named_buffers():
-                if name.endswith("k_cache"):
-                    state[64] = state[0]
-        return right(*args, **kwargs)
 
-    eager.forward_step = wrong
-    assert not compare_logits(module, eager, ids, 96).ok
+@pytest.mark.slow
+@pytest.mark.compile
+def test_wrong_keys_of_two_bits_are_found_beside_16_bit_activations(saved, tmp_path):
+    artifact = prove(saved, tmp_path, "qwen3", "bf16abf16kv2", "i2")
+    eager = load_checkpoint(saved("qwen3")[1], parse_scheme("bf16abf16kv2"), 192).decoder
+    ids = np.random.default_rng(1).integers(0, 257, 192)
+    assert compare_logits(artifact.module(), eager, ids, 96).ok
+    assert not compare_logits(artifact.module(), confused(eager, range(64, 80)), ids, 96).ok
 
 
 @pytest.mark.slow
