@@ -18,7 +18,7 @@ polynomials over those below: within 4e-6 of it, and exact at 0."""
 
 
 def exp2(x: Any, *, scaled: bool, short: bool = False) -> Any:
-    """Return ``2**x`` for 16 lanes of numbers up to 0; 0 below -126 (short: -150), NaN for NaN and -inf.
+    """Return ``2**x`` for 16 lanes of numbers up to 127; 0 below -126 (short: -150), NaN for NaN and -inf.
 
     Short results below -126 are subnormal, and slow on some processors.
 

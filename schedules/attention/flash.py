@@ -173,7 +173,7 @@ class Tile:
             total.set(total.get() + self.weight(weight, row, u * LANES))
 
     def exp2(self, x: Any) -> Any:
-        """Return 16 powers of two of numbers up to 0."""
+        """Return 16 powers of two of numbers up to 0, or little more where maxima may be passed."""
         return exponent.exp2(x, scaled=self.s.avx512, short=self.short)
 
     def factor2(self, x: Any) -> Any:
