@@ -32,11 +32,8 @@ from mimo_compile.ir.caches import SCALED, check_cache_format, check_cache_order
 from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.ops import batches, edge_keys, int8_attention, pages, pooled
 from mimo_compile.ir.ops.base import Arg, Array, OpDef, Param
-from mimo_compile.ir.ops.numerics import U32
+from mimo_compile.ir.ops.numerics import U32, roundings
 from mimo_compile.ir.workload import Workload
-
-DRAWS = 4
-"""Of roundings, from which `CachedAttention.bound` follows."""
 
 
 def attend(
@@ -341,13 +338,13 @@ class CachedAttention(OpDef):
         sum_j p_j |v_j - o|``, under ``2**-7 max|V|``; a rounded q moves logit j by ``D_j = scale sum_i q_i
         e_i k_ji`` and the output by ``sum_j p_j D_j (v_j - o)``. Over long contexts both are so far above
         what roundings do, whose signs do not conspire, that the worst case would let a kernel miss keys. So
-        they allow four times the largest error of some runs in which each factor ``1 + e`` is drawn anew from
-        {1 - u, 1 + u}, which is 2.4 times as far from 1, in the mean square, as roundings are. Caches in
+        they allow four times the largest error of runs in which each factor ``1 + e`` is drawn anew from {1 -
+        u, 1 + u} (see `roundings`), 2.4 times as far from 1, in the mean square, as roundings are. Caches in
         groups: see `kv_rounding.allowed`.
         """
         p = self.full(workload)
         if p["arith"] != "float":
-            return {"out": int8_attention.allowed(p, self.softmax_scale(p), inputs, DRAWS)}
+            return {"out": int8_attention.allowed(p, self.softmax_scale(p), inputs)}
         out = self.exact_bound(workload, inputs, expected)["out"]
         if fmt := kv_groups.grouped(p):
             return {
@@ -356,14 +353,8 @@ class CachedAttention(OpDef):
             }
         unit = single_format(p["c"]).unit
         if unit and p["c"] not in SCALED:
-            draw = torch.Generator().manual_seed(0)
-
-            def disturb(x: Tensor) -> Tensor:
-                signs = torch.randint(0, 2, x.shape, generator=draw).to(x.dtype)
-                return x * (1 + unit * (2 * signs - 1))
-
-            for _ in range(DRAWS):
-                seen = self._attend(workload, inputs, torch.float32, disturb).double().numpy()
+            for rounded in roundings(unit):
+                seen = self._attend(workload, inputs, torch.float32, rounded).double().numpy()
                 error = edge_keys.largest(np.abs(seen - expected["out"]), p["kv"])
                 out = np.maximum(out, 4 * error)
         return {"out": out}

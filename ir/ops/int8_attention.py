@@ -46,7 +46,7 @@ from torch import Tensor
 from mimo_compile.errors import UsageError
 from mimo_compile.ir.caches import parse_cache_format
 from mimo_compile.ir.ops.base import Array
-from mimo_compile.ir.ops.numerics import quantize_rows
+from mimo_compile.ir.ops.numerics import quantize_rows, roundings
 
 ARITHMETIC = ("float", "int8", "int8half")
 """Values of the parameter ``arith`` of `cached_attention`."""
@@ -260,7 +260,7 @@ def attended(
     )  # fmt: skip
 
 
-def allowed(p: Mapping[str, Any], scale: float, inputs: Mapping[str, Array], draws: int) -> Array:
+def allowed(p: Mapping[str, Any], scale: float, inputs: Mapping[str, Array]) -> Array:
     """Return the error of each output that is allowed ``[T, H, DV]``.
 
     Float32 roundings, and weights that are almost half-way between integers may become either. Weights that
@@ -270,14 +270,8 @@ def allowed(p: Mapping[str, Any], scale: float, inputs: Mapping[str, Array], dra
     worst = torch.zeros((1, p["h"], 1), dtype=torch.float64)
     unit = parse_cache_format(p["c"]).unit
     if unit and p["arith"] == "int8half":
-        draw = torch.Generator().manual_seed(0)
-
-        def disturb(x: Tensor) -> Tensor:
-            signs = torch.randint(0, 2, x.shape, generator=draw).to(x.dtype)
-            return x * (1 + unit * (2 * signs - 1))
-
-        for _ in range(draws):
-            off = (attended(p, scale, inputs, disturb).out - exact.out).abs()
+        for rounded in roundings(unit):
+            off = (attended(p, scale, inputs, rounded).out - exact.out).abs()
             worst = torch.maximum(worst, off.amax((0, 2), keepdim=True))
     out: Array = (exact.slack + 4 * worst + 1e-30).numpy()
     return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,29 @@ TINY = 2.0**-126
 """Smallest normal float32 and bfloat16; products of bfloat16 take and give zero below it."""
 F16_MOST = 65504.0
 """Largest float16, where ``af16`` ends."""
+DRAWS = 4
+"""Of roundings, from which bounds of attention follow."""
+
+
+def roundings(unit: float) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Yield what changes numbers as roundings may, each for a run of its own from which a bound follows.
+
+    In `DRAWS` runs each number is multiplied with a factor of its own, drawn from ``1 - unit`` and ``1 +
+    unit``; in a last one they take turns along the last axis: of two keys whose weights are changed alike in
+    every draw, the mean of the values would not move at all.
+    """
+    draw = torch.Generator().manual_seed(0)
+
+    def drawn(x: Tensor) -> Tensor:
+        signs = torch.randint(0, 2, x.shape, generator=draw).to(x.dtype)
+        return x * (1 + unit * (2 * signs - 1))
+
+    def in_turns(x: Tensor) -> Tensor:
+        return x * (1 + unit * (1 - 2 * (torch.arange(x.shape[-1]) % 2).to(x.dtype)))
+
+    for _ in range(DRAWS):
+        yield drawn
+    yield in_turns
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -30,8 +30,7 @@ from mimo_compile.ir.counts import Counts
 from mimo_compile.ir.ops import batches, edge_keys, pages, pooled
 from mimo_compile.ir.ops.base import Arg, Array, OpDef, Param
 from mimo_compile.ir.ops.block_lists import blocks_of, check_lists, listed_keys, row_spans, to_lists
-from mimo_compile.ir.ops.cached_attention import DRAWS
-from mimo_compile.ir.ops.numerics import U32
+from mimo_compile.ir.ops.numerics import U32, roundings
 from mimo_compile.ir.workload import Workload
 
 
@@ -308,13 +307,7 @@ class SparseAttention(OpDef):
         """
         stored = parse_cache_format(self.full(workload)["c"])
         most = self.exact_bound(workload, inputs, expected)
-        draw = torch.Generator().manual_seed(0)
-
-        def rounded(x: Tensor) -> Tensor:
-            signs = torch.randint(0, 2, x.shape, generator=draw).to(x.dtype)
-            return x * (1 + stored.unit * (2 * signs - 1))
-
-        for _ in range(DRAWS if stored.unit else 0):
+        for rounded in roundings(stored.unit) if stored.unit else ():
             errors = self._errors(workload, inputs, expected, rounded)
             most = {n: np.maximum(most[n], 4 * errors[n]) for n in most}
         most["lse"] = most["lse"] + stored.unit

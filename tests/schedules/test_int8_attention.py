@@ -234,6 +234,21 @@ def proved(workload, config, seed, given_, hardware):
         assert (np.abs(seen.outputs["out"] - seen.expected["out"]) <= exact).all()
 
 
+def test_two_keys_are_allowed_what_roundings_of_their_weights_do():
+    workload = parse_workload(
+        "cached_attention:t=2,h=4,kv=1,d=1,dv=1,cap=131,c=bf16,arith=int8half"
+    )
+    p, scale = OP.full(workload), OP.softmax_scale(OP.full(workload))
+    for seed in range(10):
+        given_ = poisoned(workload, 0, 2, seed)
+        expected = OP.reference(workload, given_)
+        rounded = attended(
+            p, scale, given_, lambda w: w * (1 + 2**-9 * (-1) ** torch.arange(w.shape[-1]))
+        )
+        error = np.abs(rounded.out.numpy() - expected["out"])
+        assert (error <= OP.bound(workload, given_, expected)["out"]).all()
+
+
 @needs_avx2
 @pytest.mark.parametrize("hardware", [CPU, OLDER, PLAIN], ids=["cpu", "older", "plain"])
 def test_weights_that_stay_float32_are_as_exact(hardware):
