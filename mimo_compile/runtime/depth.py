@@ -107,7 +107,7 @@ class Depth:
         """Return the tokens per second that are hoped for of a depth; 0 if it was never timed.
 
         What heads deeper than the depth in use would keep is not seen. Hoping more of what is known less
-        takes them up again (upper confidence bounds: Auer, Cesa-Bianchi and Fischer 2002).
+        takes them up again after a few bad passes, such as a text's first ones; after more, `_AGAIN` does.
         """
         passing = self._usual(depth)
         seconds = passing + sum(head.usual for head in self._heads[:depth])

@@ -85,7 +85,8 @@ class Integers(GroupTile):
             (
                 (s.height * BLOCKS, FOLD_CYCLES),
                 (s.height * groups, WEIGHT_CYCLES),
-                (-(-s.columns // columns) * runs, dots * columns),
+                # left-over columns run one by one
+                ((s.columns // columns + s.columns % columns) * runs, dots * columns),
             ),
         )
 

@@ -54,7 +54,7 @@ class X86FlashGroups(X86Flash):
     """The same tiles and parts; steps over groups of codes, then over the tail."""
 
     name = "cached_attention.x86_flash_groups"
-    version = 7
+    version = 8
     config = GroupsConfig
 
     def supports(self, workload: Workload, hardware: Hardware) -> bool:

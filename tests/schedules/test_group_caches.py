@@ -138,6 +138,23 @@ def test_groups_that_hardly_count_count_as_little_and_are_no_nan(c, powers):
 
 
 @pytest.mark.parametrize("c", FORMATS)
+def test_maxima_that_rise_group_by_group_leave_each_row_what_it_had(c):
+    # up to 16 powers of two nothing is raised; rows do not rise alike, and values have two scales a token
+    text = f"cached_attention:t=5,h=3,kv=1,d=16,dv=80,cap=512,scale=1,sink=1,c={c}"
+    workload, rng = parse_workload(text), np.random.default_rng(0)
+    p, fmt = OP.full(workload), GROUPED[c]
+    k, v = (rng.standard_normal((500, 1, width), np.float32) for width in (16, 80))
+    k[:, 0, 0] = 15.9 * math.log(2) * (np.arange(500) // 64)
+    given_ = OP.make_inputs(workload, rng)
+    given_ |= kv_groups.encoded(k, v, 495, 512, kv_groups.tail_of(p, fmt), fmt)
+    given_["q"] *= 0.3
+    given_["q"][:, :, 0] = np.linspace(-1, 1.2, 15).reshape(5, 3)
+    given_["pos"] = np.array([495, 5], np.int32)
+    default = FLASH.space(workload, CPU).default
+    proved(text, dataclasses.replace(default, splits=1, parallel=False), given_)
+
+
+@pytest.mark.parametrize("c", FORMATS)
 def test_loud_channels_and_tokens_stay_within_the_bound(c):
     # what is rounded with a large neighbour is rounded coarsely, and the bound says so
     text = "cached_attention:t=1,h=4,kv=1,d=32,dv=32,cap=256,c=" + c
