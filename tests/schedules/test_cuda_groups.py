@@ -17,7 +17,7 @@ from mimo_compile.ir.hardware import CUDA, PRESETS
 from mimo_compile.ir.ops import get_op, parse_workload
 from mimo_compile.runtime.check import _together
 from mimo_compile.runtime.pages import page_extent
-from mimo_compile.runtime.program import Pool, State
+from mimo_compile.runtime.program import Layer, Pool, State
 from mimo_compile.schedules import get_schedule, schedules_for
 from mimo_compile.schedules.attention import cuda_group_layout as layout
 from mimo_compile.schedules.attention.cuda_groups import GroupPartsConfig, GroupStagesConfig
@@ -94,8 +94,12 @@ def test_packing_is_undone_and_pads_with_zeros(c, b, kv, d, dv, groups, pages, s
                 State(args[name].shape, args[name].dtype),
                 Pool(pages, p["pool"], (), "pages"),
             )
-            on_gpu = SimpleNamespace(target=SimpleNamespace(kind="cuda"))
-            assert _together(on_gpu, state, pool) == (64,)  # a group
+            own = Layer("layers.0", group=64, states=(name,))
+            others = Layer("layers.1", group=32)
+            on_gpu = SimpleNamespace(
+                target=SimpleNamespace(kind="cuda"), decoder=SimpleNamespace(layers=(own, others))
+            )
+            assert _together(on_gpu, name, state, pool) == (64,)  # a group of the state's layer
     back = layout.unpack(workload, packed)
     levels = np.uint8(kv_groups.GROUPED[c].levels)  # pages that no table names hold other bytes
     kept = {n: a & levels if n.endswith("cache") else a for n, a in caches.items()}
