@@ -29,7 +29,7 @@ class X86FlashPairs(X86Flash):
     """The same tiles, parts and masks; caches of half the bytes."""
 
     name = "cached_attention.x86_flash_pairs"
-    version = 4
+    version = 5
     config = PairsConfig
     stored = "bf16"
 

@@ -60,7 +60,7 @@ class X86Int8(X86Flash):
     """``arith=int8`` and ``int8half`` of float32 and bfloat16 caches."""
 
     name = "cached_attention.x86_int8"
-    version = 4
+    version = 5
     config = Int8Config
     order = Schedule.order  # nothing is promised
 
